@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+TOKENS ?= 52000
+MODEL ?= .cache/demo-model
+PORT ?= 8000
+BIN := .venv/bin
+
+# The GPU extra follows the driver: CUDA 13 needs driver 580 or newer.
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
+CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
+
+.PHONY: help install demo serve test lint clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: .venv/.installed ## make .venv and install tokenzero into it, for the GPU if there is one
+
+demo: .venv/.installed $(MODEL)/config.json ## serve a 52K-token agent prompt in three arms and print the table
+	$(BIN)/python -m experiments.demo --model $(MODEL) --tokens $(TOKENS)
+
+serve: .venv/.installed $(MODEL)/config.json ## serve the demo model on PORT
+	$(BIN)/python -m serve --model $(MODEL) --port $(PORT)
+
+test: .venv/.installed-test ## run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-test ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove what the other targets made, but for results
+	rm -rf .venv .cache
+
+$(MODEL)/config.json: | .venv/.installed
+	$(BIN)/python -m experiments.demo_model $(MODEL)
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version}"'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[experiments$(CUDA)]'
+	@touch $@
+
+.venv/.installed-test: pyproject.toml .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@

@@ -1,0 +1,241 @@
+"""The radix tree over token ids: the longest cached prefix, token by token, and what to evict when pages run short.
+
+It holds one reference to each page it lists. Leases, requests and device copies belong to the store and the engine.
+
+A node is a run of tokens that may start and end inside a page. Each page belongs to exactly one node, the deepest that
+reaches into it: a leaf lists the page slots from the one it starts in to the one it ends in; an inner node that ends
+inside a page leaves that slot to its children, and each has its own page there, which holds the ancestors' tokens too.
+So the block table of a path is its nodes' pages joined, and a page is in use when its reference count is above one.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cache.pool import PagePool, slots_for
+
+NO_TOKENS = np.zeros(0, np.int32)  # [0] int32
+NO_PAGES = np.zeros(0, np.int32)  # [0] int32
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A run of tokens at positions start .. end - 1 and the pages that it lists, from slot start // page_size on."""
+
+    key: int | bytes  # under which the parent knows it: its first token, or the cache salt for a root
+    start: int
+    tokens: np.ndarray  # [run] int32
+    pages: np.ndarray  # [slots] int32
+    parent: "Node | None"
+    last_used: int = 0
+    children: dict[int | bytes, "Node"] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.tokens)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it has tokens and no children; a leaf is never without pages, and only leaves are evicted."""
+        return len(self.tokens) > 0 and not self.children
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading tokens that two arrays ([n] int32, [m] int32) share."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length
+
+
+class RadixIndex:
+    """One radix tree per cache salt, all over one page pool."""
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.top = Node(b"", 0, NO_TOKENS, NO_PAGES, None)  # its children are the roots, by salt
+        self.held = np.zeros(pool.num_pages, bool)  # [pages] bool, the pages that some node lists
+        self.evicted_pages = 0
+        self.clock = 0
+        # One entry (last_used, serial, node) for every leaf and nothing else; last_used may lag behind the node's.
+        self.leaves: list[tuple[int, int, Node]] = []
+        self.serials = itertools.count()
+
+    def match(self, tokens: np.ndarray, salt: bytes) -> tuple[np.ndarray, int]:
+        """The longest cached prefix of `tokens` ([tokens] int32): pages ([slots] int32) that cover it, and its length.
+
+        The last page may hold more than the match. A hit counts as a use of every node on the way, as a whole.
+        """
+        root = self.top.children.get(salt)
+        if root is None:
+            return NO_PAGES, 0
+        path, length = self._walk(root, tokens)
+        self._touch(path)
+        slots = slots_for(length, self.page_size)
+        pages = np.concatenate([node.pages for node in path])[:slots]
+        if len(pages) < slots:  # the match ends in a page slot that an inner node leaves to its children
+            below = path[-1]
+            while below is path[-1] or not len(below.pages):
+                below = next(iter(below.children.values()))
+            pages = np.append(pages, below.pages[0])
+        assert len(pages) == slots
+        return pages, length
+
+    def insert(self, tokens: np.ndarray, pages: np.ndarray, salt: bytes) -> None:
+        """Add `tokens` ([tokens] int32), whose KV lies in `pages` ([slots] int32, slot 0 first).
+
+        What the tree has already keeps its pages. From the first new token's slot on, the tree lists the given pages,
+        which hold that slot's earlier tokens too. They may be filled further later, but what they hold must stay.
+        """
+        assert len(pages) == slots_for(len(tokens), self.page_size), "pages must cover the tokens and no more"
+        if not len(tokens):
+            return
+        root = self.top.children.setdefault(salt, Node(salt, 0, NO_TOKENS, NO_PAGES, self.top))
+        path, matched = self._walk(root, tokens)
+        if matched < len(tokens):
+            rest, new = tokens[matched:].copy(), pages[matched // self.page_size :].copy()
+            if matched < path[-1].end:
+                path[-1] = self._split(path[-1], matched)
+            if path[-1].is_leaf:
+                self._grow(path[-1], rest, new)
+            else:
+                path.append(self._add_leaf(path[-1], rest, new))
+        self._touch(path)
+
+    def evict(self, wanted: int) -> int:
+        """Free up to `wanted` pages from the tails of the least recently used leaves; returns how many it freed.
+
+        A page in use stays, and so does all that comes before it on its path.
+        """
+        freed = 0
+        set_aside = []
+        while freed < wanted and self.leaves:
+            queued_at, _, leaf = heapq.heappop(self.leaves)
+            if queued_at != leaf.last_used:
+                self._queue(leaf)
+                continue
+            freed += self._trim(leaf, wanted - freed)
+            survivor = self._prune(leaf)
+            if survivor is leaf:
+                # Its tail is in use, or enough is freed: looked at once in this call, whatever its age.
+                set_aside.append(leaf)
+            elif survivor is not None:
+                self._queue(survivor)
+        for leaf in set_aside:
+            self._queue(leaf)
+        self.evicted_pages += freed
+        return freed
+
+    def idle_pages(self) -> int:
+        """Pages that no request uses, only the tree: no eviction can free more than these."""
+        return int(np.count_nonzero(self.held & (self.pool.ref_counts == 1)))
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes with tokens, parents first."""
+        pending = list(self.top.children.values())
+        while pending:
+            node = pending.pop()
+            pending.extend(node.children.values())
+            if len(node.tokens):
+                yield node
+
+    def check(self) -> None:
+        """Assert the tree's invariants; slow, for tests."""
+        leaves, listed = [], NO_PAGES
+        for root in self.top.children.values():
+            assert root.children, "a root without children stayed"
+        for node in self.nodes():
+            assert node.parent is not None
+            assert node.parent.children[node.key] is node
+            assert node.key == node.tokens[0]
+            assert node.start == node.parent.end
+            assert node.last_used <= node.parent.last_used or not len(node.parent.tokens)
+            slots = slots_for(node.end, self.page_size) if node.is_leaf else node.end // self.page_size
+            assert len(node.pages) == slots - node.start // self.page_size
+            listed = np.concatenate([listed, node.pages])
+            if node.is_leaf:
+                leaves.append(node)
+        assert len(np.unique(listed)) == len(listed), "a page is listed twice"
+        assert np.array_equal(np.sort(listed), np.flatnonzero(self.held)), "held and listed pages disagree"
+        assert {id(entry[2]) for entry in self.leaves} == {id(leaf) for leaf in leaves}
+        assert len(self.leaves) == len(leaves)
+
+    def _walk(self, root: Node, tokens: np.ndarray) -> tuple[list[Node], int]:
+        """The nodes from the root that `tokens` runs through, and how many tokens match; it may end inside the last."""
+        path, matched = [root], 0
+        while matched < len(tokens) and matched == path[-1].end:
+            child = path[-1].children.get(int(tokens[matched]))
+            if child is None:
+                break
+            matched += common_prefix(child.tokens, tokens[matched:])
+            path.append(child)
+        return path, matched
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cut `node` at position `at` inside it; returns the new upper half. The lower stays the node it was."""
+        assert node.parent is not None
+        assert node.start < at < node.end
+        cut, page_cut = at - node.start, at // self.page_size - node.start // self.page_size
+        upper = Node(node.key, node.start, node.tokens[:cut], node.pages[:page_cut], node.parent, node.last_used)
+        node.parent.children[node.key] = upper
+        node.key, node.start, node.parent = int(node.tokens[cut]), at, upper
+        node.tokens, node.pages = node.tokens[cut:], node.pages[page_cut:]
+        upper.children[node.key] = node
+        return upper
+
+    def _grow(self, leaf: Node, rest: np.ndarray, new: np.ndarray) -> None:
+        """Continue a leaf in place; a partly filled last page gives way to the newcomer's page for that slot."""
+        kept = leaf.pages[: leaf.end // self.page_size - leaf.start // self.page_size]
+        self._swap(old=leaf.pages[len(kept) :], new=new)
+        leaf.pages = np.concatenate([kept, new])
+        leaf.tokens = np.concatenate([leaf.tokens, rest])
+
+    def _add_leaf(self, parent: Node, rest: np.ndarray, new: np.ndarray) -> Node:
+        leaf = Node(int(rest[0]), parent.end, rest, new, parent)
+        assert leaf.key not in parent.children
+        parent.children[leaf.key] = leaf
+        self._swap(old=NO_PAGES, new=new)
+        self._queue(leaf)
+        return leaf
+
+    def _swap(self, old: np.ndarray, new: np.ndarray) -> None:
+        # New first: the same page may be in both, and must not become free in between.
+        self.pool.retain(new)
+        self.pool.release(old)
+        self.held[old] = False
+        assert not self.held[new].any(), "a page was listed twice: its lease inserted tokens that it had not computed"
+        self.held[new] = True
+
+    def _touch(self, path: list[Node]) -> None:
+        self.clock += 1
+        for node in path:
+            node.last_used = self.clock
+
+    def _queue(self, leaf: Node) -> None:
+        heapq.heappush(self.leaves, (leaf.last_used, next(self.serials), leaf))
+
+    def _trim(self, leaf: Node, wanted: int) -> int:
+        """Release up to `wanted` pages from the leaf's end, stopping at a page in use; returns how many."""
+        tail = leaf.pages[-wanted:]
+        busy = np.flatnonzero(self.pool.ref_counts[tail] > 1)
+        idle = tail[busy[-1] + 1 :] if len(busy) else tail
+        self._swap(old=idle, new=NO_PAGES)
+        leaf.pages = leaf.pages[: len(leaf.pages) - len(idle)]
+        return len(idle)
+
+    def _prune(self, leaf: Node) -> Node | None:
+        """Forget tokens without pages, from the leaf upwards; returns the leaf that is now there, if any."""
+        node = leaf
+        while node.parent is not None and not node.children:
+            covered = (node.start // self.page_size + len(node.pages)) * self.page_size - node.start
+            node.tokens = node.tokens[: max(covered, 0)]
+            if len(node.tokens):
+                return node
+            del node.parent.children[node.key]
+            node = node.parent
+        return None

@@ -1,0 +1,84 @@
+"""The forward pass: llama, mistral, qwen2 and qwen3 are one decoder with optional parts.
+
+`forward` is a pure function over a ragged batch and the paged KV pool; prefill chunks and decode tokens are the same to
+it. Compilation and donation happen at the edge, in `serve/engine.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from model import kv, rope
+from model.attention import Batch, locate, paged_attention
+from model.config import ModelConfig
+from model.kv import KVPool
+from model.params import Layer, Params
+
+
+def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> tuple[jax.Array, KVPool]:
+    """Run the batch's new tokens through the model.
+
+    Writes their keys and values into the pool and returns float32 logits [rows, vocab] for the tokens in `batch.rows`.
+    """
+    positions, pages, offsets = locate(batch, pool)
+    cos, sin = rope.angles(positions, *rope.inverse_frequencies(config.rope, config.head_dim))
+
+    def step(carry: tuple[jax.Array, KVPool], layer: Layer, index: jax.Array | int) -> tuple[jax.Array, KVPool]:
+        x, pool = carry
+        q, k, v = project(layer, x, config)
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        pool = kv.write(pool, index, k, v, pages, offsets)
+        attended = paged_attention(q, pool, index, batch)
+        x = x + add_bias(jnp.einsum("tkgd,ekgd->te", attended, layer.out), layer.out_bias)
+        return x + mlp(layer, x, config), pool
+
+    x, pool = over_layers(step, (params.embed[batch.tokens], pool), params.layers)
+    x = rms_norm(x[batch.rows], params.final_norm, config.norm_eps)
+    head = params.embed if params.lm_head is None else params.lm_head
+    return jnp.einsum("re,ve->rv", x, head, preferred_element_type=jnp.float32), pool
+
+
+def over_layers(step, carry, layers):  # type: ignore[no-untyped-def]
+    """Fold `step(carry, layer, index)` over stacked layers with a scan, or over separate ones in line."""
+    if isinstance(layers, tuple):
+        for index, layer in enumerate(layers):
+            carry = step(carry, layer, index)
+        return carry
+    count = layers.attn_norm.shape[0]
+    carry, _ = jax.lax.scan(lambda c, xs: (step(c, *xs), None), carry, (layers, jnp.arange(count, dtype=jnp.int32)))
+    return carry
+
+
+def project(
+    layer: Layer,
+    x: jax.Array,  # [tokens, embed]
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [tokens, kv_heads, group, head_dim], keys and values [tokens, kv_heads, head_dim], before rotation."""
+    normed = rms_norm(x, layer.attn_norm, config.norm_eps)
+    qkv = add_bias(jnp.einsum("te,kgde->tkgd", normed, layer.qkv), layer.qkv_bias)
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    if layer.q_norm is not None:
+        q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
+    return q, k, v
+
+
+def mlp(layer: Layer, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """The gated feed-forward block with SiLU, [tokens, embed] to the same."""
+    normed = rms_norm(x, layer.mlp_norm, config.norm_eps)
+    gate_up = add_bias(jnp.einsum("te,cfe->tcf", normed, layer.gate_up), layer.gate_up_bias)
+    hidden = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
+    return add_bias(jnp.einsum("tf,ef->te", hidden, layer.down), layer.down_bias)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * weight
+
+
+def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`x + bias`, or `x` where the model has none."""
+    return x if bias is None else x + bias

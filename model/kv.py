@@ -1,0 +1,72 @@
+"""The device page pool as arrays: its layout, and the only functions that write to it outside the forward pass.
+
+Which page belongs to whom is the business of `cache`; here a page is just a number.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from model.config import ModelConfig
+
+
+@struct.dataclass
+class KVPool:
+    """Keys and values of every page: the one large buffer, donated from step to step.
+
+    A (page, KV head) pair is one contiguous [page_size, head_dim] tile: what a TMA box loads in one copy, and what the
+    blockwise XLA path feeds to a matmul without a transpose.
+    """
+
+    k: jax.Array  # [layers, pages, kv_heads, page_size, head_dim]
+    v: jax.Array  # [layers, pages, kv_heads, page_size, head_dim]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool; a page number at or beyond this is dropped on write."""
+        return self.k.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.k.shape[3]
+
+
+def bytes_per_token(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """Bytes that one token's keys and values take over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+def empty_pool(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> KVPool:
+    """A pool of zeros for `num_pages` pages of `page_size` tokens."""
+    shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
+    return KVPool(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def write(
+    pool: KVPool,
+    layer: jax.Array | int,
+    k: jax.Array,  # [tokens, kv_heads, head_dim]
+    v: jax.Array,  # [tokens, kv_heads, head_dim]
+    pages: jax.Array,  # [tokens] int32
+    offsets: jax.Array,  # [tokens] int32
+) -> KVPool:
+    """Scatter one layer's new keys and values to their slots; tokens with an out-of-range page are dropped."""
+    return KVPool(
+        k=pool.k.at[layer, pages, :, offsets].set(k.astype(pool.k.dtype), mode="drop"),
+        v=pool.v.at[layer, pages, :, offsets].set(v.astype(pool.v.dtype), mode="drop"),
+    )
+
+
+def copy_pages(
+    pool: KVPool,
+    sources: jax.Array,  # [copies] int32
+    targets: jax.Array,  # [copies] int32, out of range where there is nothing to copy
+) -> KVPool:
+    """Copy whole pages over all layers: how a sequence takes over a page that it shares only in part."""
+    return KVPool(
+        k=pool.k.at[:, targets].set(pool.k[:, sources], mode="drop"),
+        v=pool.v.at[:, targets].set(pool.v[:, sources], mode="drop"),
+    )

@@ -1,0 +1,64 @@
+"""From logits to token ids, on the device: greedy, temperature, top-k, top-p, seeds and token masks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Sampling:
+    """How each row of a batch is sampled. A row's token depends on its own seed and position alone, not on the batch."""
+
+    temperature: jax.Array  # [rows] float32; 0 is greedy
+    top_k: jax.Array  # [rows] int32; 0 keeps every token
+    top_p: jax.Array  # [rows] float32 in (0, 1]; 1 keeps every token
+    seeds: jax.Array  # [rows] uint32
+    positions: jax.Array  # [rows] int32: index of the sampled token in its sequence
+    allowed: jax.Array | None = None  # [rows, vocab] bool; None allows every token
+
+
+def sample(
+    logits: jax.Array,  # [rows, vocab] float32
+    sampling: Sampling,
+) -> jax.Array:
+    """One token id per row, [rows] int32.
+
+    Top-k and top-p (Holtzman et al., 2020) apply to the distribution after temperature; ties at the threshold stay in.
+    """
+    if sampling.allowed is not None:
+        logits = jnp.where(sampling.allowed, logits, -jnp.inf)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+        kept = jnp.where(scaled >= threshold(scaled, sampling.top_k, sampling.top_p), scaled, -jnp.inf)
+        drawn = jax.vmap(lambda seed, position, row: jax.random.categorical(row_key(seed, position), row))(
+            sampling.seeds, sampling.positions, kept
+        )
+        return jnp.where(sampling.temperature > 0, drawn.astype(jnp.int32), greedy)
+
+    # The sort behind top-k and top-p costs more than a small model's layer: a greedy batch skips it.
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+
+
+def threshold(
+    scaled: jax.Array,  # [rows, vocab] float32
+    top_k: jax.Array,  # [rows] int32
+    top_p: jax.Array,  # [rows] float32
+) -> jax.Array:
+    """The smallest logit that survives top-k and top-p, [rows, 1]; the most likely token always does."""
+    vocab = scaled.shape[-1]
+    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    by_p = jnp.sum(before < top_p[:, None], axis=-1)
+    by_k = jnp.where(top_k > 0, top_k, vocab)
+    last = jnp.clip(jnp.minimum(by_p, by_k), 1, vocab) - 1
+    return jnp.take_along_axis(ordered, last[:, None], axis=-1)
+
+
+def row_key(seed: jax.Array, position: jax.Array) -> jax.Array:
+    """The random key of one sampled token."""
+    return jax.random.fold_in(jax.random.key(seed), position)

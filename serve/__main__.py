@@ -1,0 +1,199 @@
+"""`python -m serve --model DIR`: load a checkpoint, compile, and serve it."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
+
+    from model.config import ModelConfig
+    from model.params import Params
+    from serve.engine import EngineSettings
+
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# On a GPU: what stays free for activations and the compiler's scratch beside weights and pool.
+DEVICE_MARGIN_BYTES = 3 * 2**30
+CPU_POOL_BYTES = 2**30
+
+
+def parse_bytes(text: str) -> int:
+    """`4GB`, `512MiB` or a plain number of bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in UNITS:
+        raise argparse.ArgumentTypeError(f"expected a size such as 4GB or 512MiB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    cli = argparse.ArgumentParser(
+        prog="python -m serve",
+        description="Serve a Hugging Face checkpoint over the Anthropic Messages API, with every prefix cached.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    model = cli.add_argument_group("model")
+    model.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a local checkpoint folder, or a hub id")
+    model.add_argument("--model-name", metavar="NAME", help="name in /v1/models (default: the last part of --model)")
+    model.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 on CPU")
+    model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output (default: the model's)")
+
+    http = cli.add_argument_group("server")
+    http.add_argument("--host", default="127.0.0.1", help="address to bind; beyond loopback it takes an --api-key")
+    http.add_argument("--port", type=int, default=8000, help="0 takes any free port")
+    http.add_argument("--api-key", metavar="KEY", help="expected in x-api-key or as Bearer (default: $TOKENZERO_API_KEY)")
+    http.add_argument("--max-body-bytes", type=parse_bytes, default="32MiB", metavar="SIZE", help="413 above it")
+
+    prompt = cli.add_argument_group("prompt stability")
+    prompt.add_argument(
+        "--strip-anthropic-preamble",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="remove the x-anthropic-billing-header line that starts an agent's system text",
+    )
+
+    engine = cli.add_argument_group("engine")
+    engine.add_argument(
+        "--kv-pool-bytes", type=parse_bytes, metavar="SIZE", help="default: what the device has, less weights and a margin"
+    )
+    engine.add_argument("--page-size", type=int, default=64, metavar="TOKENS", help="tokens in a KV page")
+    engine.add_argument("--max-batch", type=int, default=16, metavar="N", help="sequences that run at the same time")
+    engine.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS", help="tokens in a prefill step")
+    return cli
+
+
+def check(args: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, or None."""
+    if not args.api_key and not is_loopback(args.host):
+        return f"--host {args.host} is reachable from elsewhere: give an --api-key, or bind 127.0.0.1"
+    for name in ("page_size", "max_batch", "prefill_chunk"):
+        if getattr(args, name) < 1:
+            return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
+    if args.max_model_len is not None and args.max_model_len < 2:
+        return f"--max-model-len: expected at least 2, got {args.max_model_len}"
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def pool_bytes(device: jax.Device, weights: int) -> int:
+    """The default size of the KV pool in bytes: on a GPU all that weights and margin leave, on a CPU a modest share."""
+    stats = device.memory_stats()
+    if device.platform != "cpu" and stats:
+        return max(0, stats["bytes_limit"] - weights - DEVICE_MARGIN_BYTES)
+    import psutil
+
+    return min(CPU_POOL_BYTES, psutil.virtual_memory().available // 2)
+
+
+def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtype: str) -> EngineSettings:
+    """The engine's sizes: as many pages as fit, and a context no longer than they hold."""
+    import jax
+    import numpy as np
+
+    from model.kv import bytes_per_token
+    from serve.engine import EngineSettings
+
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    budget = args.kv_pool_bytes or pool_bytes(jax.devices()[0], weights)
+    page = args.page_size * bytes_per_token(config, np.dtype(jax.numpy.dtype(dtype)))
+    pages = budget // page
+    if pages < 2:
+        raise SystemExit(f"--kv-pool-bytes: {budget} bytes hold {pages} pages of {page} bytes, expected at least 2")
+    longest = (pages - 1) * args.page_size
+    wanted = args.max_model_len or config.max_position
+    if args.max_model_len and args.max_model_len > min(longest, config.max_position):
+        raise SystemExit(
+            f"--max-model-len: got {args.max_model_len}, but the model takes {config.max_position} tokens "
+            f"and the KV pool of {budget} bytes holds {longest}"
+        )
+    return EngineSettings(
+        num_pages=pages,
+        max_model_len=min(wanted, longest),
+        page_size=args.page_size,
+        max_batch=args.max_batch,
+        prefill_chunk=args.prefill_chunk,
+        mixed_chunk=min(256, args.prefill_chunk),
+        dtype=dtype,
+    )
+
+
+def set_up_jax() -> None:
+    """Before JAX is imported: leave the GPU's memory to one pool; then keep every compiled step on disk."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+    import jax
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenzero" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, compile, serve until interrupted."""
+    cli = parser()
+    args = cli.parse_args(argv)
+    args.api_key = args.api_key or os.environ.get("TOKENZERO_API_KEY")
+    if problem := check(args):
+        cli.error(problem)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    set_up_jax()
+
+    import jax
+    import uvicorn
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from model import checkpoint
+    from model.params import unstacked
+    from serve.app import create_app
+    from serve.engine import Engine
+    from serve.render import load_tokenizer
+
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            loading = progress.add_task("loading weights", total=1)
+            loaded = checkpoint.load(args.model, dtype=dtype)
+            tokenizer = load_tokenizer(str(loaded.folder))
+            progress.update(loading, completed=1)
+            params = unstacked(loaded.params) if on_cpu else loaded.params
+            sizes = settings(args, loaded.config, params, dtype)
+            compiling = progress.add_task("compiling steps", total=None)
+            engine = Engine(
+                params,
+                loaded.config,
+                sizes,
+                loaded.fingerprint,
+                on_progress=lambda done, total: progress.update(compiling, completed=done, total=total),
+            )
+    except (ValueError, OSError) as error:
+        sys.exit(f"tokenzero: {error}")
+    console.print(
+        f"{args.model}: {dtype} on {jax.devices()[0].device_kind}, {sizes.num_pages} pages of {sizes.page_size} tokens, "
+        f"context {sizes.max_model_len}"
+    )
+    name = args.model_name or Path(args.model).name
+    rules = ("strip-preamble",) if args.strip_anthropic_preamble else ()
+    app = create_app(engine, tokenizer, name, loaded.config.eos_token_ids, rules, args.api_key, args.max_body_bytes)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="info", access_log=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""The step loop: admit, prefill in chunks, decode in batches, publish what was computed to the prefix store.
+
+One thread owns the device, the pool and the store; everybody else talks to it through `submit` and `cancel`. A sequence
+is at any time `tokens[:length]` of which `tokens[:computed]` are in the pool: with one token pending it decodes, with more
+it prefills, and a preempted or cancelled one leaves what it computed in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from cache.pool import PoolExhausted
+from cache.store import Lease, PrefixStore
+from model.config import ModelConfig
+from model.kv import KVPool, empty_pool
+from model.params import Params
+from serve.steps import Row, SamplingParams, compile_steps, fit, ladder, pack
+
+log = logging.getLogger("tokenzero.engine")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Sizes the engine is built with."""
+
+    num_pages: int
+    max_model_len: int  # tokens of prompt and output together
+    page_size: int = 64
+    max_batch: int = 16  # sequences that run at the same time
+    max_waiting: int = 256  # requests that may queue before new ones are refused
+    prefill_chunk: int = 1024
+    # Chunk while others decode: what their next token may have to wait for.
+    mixed_chunk: int = 256
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """What to generate, in tokens."""
+
+    tokens: np.ndarray  # [tokens] int32
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = SamplingParams()
+    salt: bytes = b""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt is computed; sent just before the first token."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    queued_s: float  # from submission to the first step
+    prefill_s: float  # from the first step to the first token
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One more token."""
+
+    token: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request that ended well: reason is `stop` (a stop id was sampled) or `length`."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of a request that the engine could not finish."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing has happened for a while, and the request is still alive."""
+
+
+Event = Waiting | Started | Sampled | Finished | Failed
+
+
+class Overloaded(Exception):
+    """The waiting queue is full."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine; touched by the engine's thread only."""
+
+    number: int
+    request: GenerationRequest
+    emit: Callable[[Event], None]
+    tokens: np.ndarray  # [prompt + max_tokens] int32
+    length: int  # tokens known: the prompt and what was sampled
+    submitted: float
+    started: float = 0.0
+    lease: Lease | None = None
+    computed: int = 0  # tokens whose keys and values are in the lease's pages
+    reused: int = 0  # of these, the ones that somebody else had computed
+    turn: int = 0  # number of the step that last prefilled it
+    sampled: int = 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens to run through the model before the next one can be sampled."""
+        return self.length - self.computed
+
+
+@dataclass
+class Counters:
+    """What the engine has done since the start; read by the metrics page."""
+
+    steps: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    failures: int = 0
+
+
+@dataclass
+class Inbox:
+    """Submissions and cancellations on their way from other threads to the engine's."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    submissions: deque[Sequence] = field(default_factory=deque)
+    cancellations: set[int] = field(default_factory=set)
+    stopping: bool = False
+
+
+class Engine:
+    """The model, its pool, its store and the thread that steps them."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        settings: EngineSettings,
+        fingerprint: bytes = b"",
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        room = (settings.num_pages - 1) * settings.page_size
+        if settings.max_model_len > room:
+            raise ValueError(
+                f"max_model_len is {settings.max_model_len} tokens, but {settings.num_pages} pages of "
+                f"{settings.page_size} hold {room}: lower --max-model-len or raise --kv-pool-bytes"
+            )
+        self.params, self.config, self.settings, self.fingerprint = params, config, settings, fingerprint
+        self.pool = self.fresh_pool()
+        self.store = PrefixStore(settings.num_pages, settings.page_size, fingerprint)
+        self.buckets = ladder(settings.max_batch, settings.prefill_chunk)
+        self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.counters = Counters()
+        self.inbox = Inbox()
+        self.numbers = 0
+        self.thread = threading.Thread(target=self.loop, name="tokenzero-engine", daemon=True)
+
+    # Called from any thread.
+
+    def start(self) -> None:
+        """Start the step loop."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Finish the step under way, fail what is still running, and end the thread."""
+        with self.inbox.changed:
+            self.inbox.stopping = True
+            self.inbox.changed.notify()
+        self.thread.join()
+
+    def submit(self, request: GenerationRequest, emit: Callable[[Event], None]) -> int:
+        """Queue a request; `emit` is called on the engine's thread with each of its events. Returns its number.
+
+        Raises Overloaded when the queue is full, ValueError when prompt and one token exceed `max_model_len`.
+        """
+        prompt = np.asarray(request.tokens, np.int32)
+        room = self.settings.max_model_len - len(prompt)
+        if len(prompt) == 0 or room < 1:
+            raise ValueError(f"prompt has {len(prompt)} tokens, expected 1 to {self.settings.max_model_len - 1}")
+        tokens = np.zeros(len(prompt) + min(request.max_tokens, room), np.int32)
+        tokens[: len(prompt)] = prompt
+        with self.inbox.changed:
+            if len(self.inbox.submissions) + len(self.waiting) >= self.settings.max_waiting:
+                raise Overloaded(f"{self.settings.max_waiting} requests are waiting already")
+            self.numbers += 1
+            sequence = Sequence(self.numbers, request, emit, tokens, len(prompt), submitted=time.perf_counter())
+            self.inbox.submissions.append(sequence)
+            self.inbox.changed.notify()
+        return sequence.number
+
+    def cancel(self, number: int) -> None:
+        """End a request without a further event; nothing happens if it has ended already."""
+        with self.inbox.changed:
+            self.inbox.cancellations.add(number)
+            self.inbox.changed.notify()
+
+    # The engine's thread.
+
+    def loop(self) -> None:
+        """Step until stopped; a step that raises fails the requests that were running and no others."""
+        while self.receive():
+            try:
+                self.step()
+            except Exception as error:
+                log.exception("a step failed: %d running requests end with an error", len(self.running))
+                self.recover(f"{type(error).__name__}: {error}")
+        for sequence in [*self.running, *self.waiting]:
+            sequence.emit(Failed("the server is shutting down"))
+
+    def receive(self) -> bool:
+        """Take what other threads sent, waiting for it when there is nothing to do. False once stopped."""
+        inbox = self.inbox
+        with inbox.changed:
+            while not (inbox.stopping or inbox.submissions or inbox.cancellations or self.waiting or self.running):
+                inbox.changed.wait()
+            submissions, inbox.submissions = inbox.submissions, deque()
+            cancelled, inbox.cancellations = inbox.cancellations, set()
+        self.waiting.extend(submissions)
+        if cancelled:
+            self.waiting = deque(s for s in self.waiting if s.number not in cancelled)
+            for sequence in [s for s in self.running if s.number in cancelled]:
+                self.retire(sequence)
+        return not inbox.stopping
+
+    def step(self) -> None:
+        """Admit, then one prefill chunk of one sequence, then one token for every sequence that decodes."""
+        self.admit()
+        decoding = [s for s in self.running if s.pending == 1]
+        prefilling = [s for s in self.running if s.pending > 1]
+        if prefilling:
+            # In turns, so that a short prompt never waits for all of a long one.
+            self.prefill(min(prefilling, key=lambda s: (s.turn, s.number)), bool(decoding))
+        if decoding := [s for s in self.running if s.pending == 1 and s in decoding]:
+            self.decode(decoding)
+        self.counters.steps += 1
+
+    def admit(self) -> None:
+        """Move waiting sequences to the running ones, oldest first, while there is room for their prompts."""
+        while self.waiting and len(self.running) < self.settings.max_batch:
+            sequence = self.waiting[0]
+            sequence.lease = self.store.match(sequence.tokens[: sequence.length - 1], sequence.request.salt)
+            stats = self.store.stats()
+            room = (stats.pages_free + stats.pages_cached) * self.settings.page_size
+            promised = sum(max(0, s.length - s.lease.length) for s in self.running if s.lease)
+            if self.running and sequence.length - sequence.lease.reused + promised > room:
+                self.store.release(sequence.lease)
+                sequence.lease = None
+                return
+            self.waiting.popleft()
+            sequence.computed = sequence.lease.reused
+            if not sequence.sampled:
+                sequence.started, sequence.reused = time.perf_counter(), sequence.computed
+            self.running.append(sequence)
+
+    def prefill(self, sequence: Sequence, mixed: bool) -> None:
+        """Run the next chunk of one sequence's pending tokens."""
+        sequence.turn = self.counters.steps
+        self.adopt(sequence)
+        if sequence.pending == 1:
+            return
+        chunk = self.settings.mixed_chunk if mixed else self.settings.prefill_chunk
+        count = min(sequence.pending, chunk)
+        self.run([sequence], [count])
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Take over what another request has computed of the same prompt since this one last looked."""
+        assert sequence.lease is not None
+        lease = self.store.match(sequence.tokens[: sequence.length - 1], sequence.request.salt)
+        if lease.reused <= sequence.computed:
+            self.store.release(lease)
+            return
+        self.store.release(sequence.lease)
+        if not sequence.sampled:
+            sequence.reused += lease.reused - sequence.computed
+        sequence.lease, sequence.computed = lease, lease.reused
+
+    def decode(self, sequences: list[Sequence]) -> None:
+        """Run the one pending token of each sequence, all in one batch."""
+        self.run(sequences, [1] * len(sequences))
+
+    def run(self, sequences: list[Sequence], counts: list[int]) -> None:
+        """Run the next `counts[i]` pending tokens of each sequence through the model and take what was sampled."""
+        chosen = [(s, n) for s, n in zip(sequences, counts, strict=True) if self.make_room(s, s.computed + n)]
+        chosen = [(s, n) for s, n in chosen if s.lease is not None]  # a later one may have preempted an earlier one
+        if not chosen:
+            return
+        rows = [
+            Row(s.tokens[s.computed : s.computed + n], s.computed, s.lease.pages, s.request.sampling)
+            for s, n in chosen
+            if s.lease is not None
+        ]
+        bucket = fit(self.buckets, len(rows), max(n for _, n in chosen))
+        batch, sampling = pack(rows, bucket, self.steps.table_pages)
+        sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling)
+        tokens = np.asarray(sampled)
+        for (sequence, count), token in zip(chosen, tokens, strict=False):
+            sequence.computed += count
+            if count > 1:
+                self.counters.prefilled_tokens += count
+                self.publish(sequence)
+            if sequence.pending == 0:
+                self.take(sequence, int(token))
+
+    def make_room(self, sequence: Sequence, length: int) -> bool:
+        """Extend a sequence's lease to `length` tokens, preempting the youngest sequences where the pool is full.
+
+        False if the sequence itself had to give way.
+        """
+        while sequence.lease is not None:
+            try:
+                sequence.lease, copies = self.store.extend(sequence.lease, length)
+            except PoolExhausted:
+                self.preempt(max(self.running, key=lambda s: s.number))
+                continue
+            for copy in copies:
+                source, target = np.asarray([copy.source], np.int32), np.asarray([copy.target], np.int32)
+                self.pool = self.steps.copy(self.pool, source, target)
+            return True
+        return False
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to the queue; it resumes from what the store still has of it."""
+        assert len(self.running) > 1, "one sequence alone always fits: max_model_len is below the pool's size"
+        log.info("request %d is preempted at %d tokens: the pool is full", sequence.number, sequence.length)
+        self.counters.preemptions += 1
+        self.retire(sequence)
+        self.waiting.appendleft(sequence)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let other requests reuse what this one has computed so far."""
+        assert sequence.lease is not None
+        self.store.insert(sequence.lease, sequence.tokens[: sequence.computed])
+
+    def retire(self, sequence: Sequence) -> None:
+        """Leave what was computed in the store and give the pages back."""
+        assert sequence.lease is not None
+        # A lease that only matched holds nothing of its own to publish.
+        if sequence.computed > sequence.lease.reused:
+            self.publish(sequence)
+        self.store.release(sequence.lease)
+        sequence.lease = None
+        self.running.remove(sequence)
+
+    def take(self, sequence: Sequence, token: int) -> None:
+        """Append a sampled token, tell the client, and retire the sequence if it was the last one."""
+        if sequence.sampled == 0:
+            now, prompt = time.perf_counter(), sequence.length
+            self.counters.requests += 1
+            self.counters.prompt_tokens += prompt
+            self.counters.reused_tokens += sequence.reused
+            sequence.emit(
+                Started(prompt, sequence.reused, sequence.started - sequence.submitted, now - sequence.started)
+            )
+        sequence.tokens[sequence.length] = token
+        sequence.length += 1
+        sequence.sampled += 1
+        self.counters.generated_tokens += 1
+        stopped = token in sequence.request.stop_ids
+        if not stopped:
+            sequence.emit(Sampled(token))
+        if stopped or sequence.length == len(sequence.tokens):
+            self.retire(sequence)
+            sequence.emit(Finished("stop" if stopped else "length"))
+
+    def recover(self, message: str) -> None:
+        """After a step that raised: fail what was running, and start from an empty pool if the step took it along."""
+        failed, self.running = self.running, []
+        self.counters.failures += len(failed)
+        for sequence in failed:
+            if sequence.lease is not None:
+                self.store.release(sequence.lease)
+                sequence.lease = None
+            sequence.emit(Failed(message))
+        if self.pool.k.is_deleted() or self.pool.v.is_deleted():
+            self.pool = self.fresh_pool()
+            self.store = PrefixStore(self.settings.num_pages, self.settings.page_size, self.fingerprint)
+
+    def fresh_pool(self) -> KVPool:
+        """An empty device pool of the configured size."""
+        settings = self.settings
+        return empty_pool(self.config, settings.num_pages, settings.page_size, jax.numpy.dtype(settings.dtype))
+
+
+async def generate(engine: Engine, request: GenerationRequest, waiting_s: float | None = None) -> AsyncIterator[Event]:
+    """Submit a request and yield its events; leaving the iterator early cancels it.
+
+    Yields `Waiting` whenever `waiting_s` seconds pass without one. Raises what `Engine.submit` raises.
+    """
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    number = engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+    try:
+        while True:
+            try:
+                event: Event = await asyncio.wait_for(events.get(), waiting_s)
+            except TimeoutError:
+                event = Waiting()
+            yield event
+            if isinstance(event, Finished | Failed):
+                return
+    finally:
+        engine.cancel(number)

@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.keys import page_keys, root_key
+
+token_lists = st.lists(st.integers(0, 1), max_size=20)
+
+
+def keys_of(tokens, fingerprint=b"model", page_size=2, salt=b"") -> list[bytes]:
+    return page_keys(root_key(fingerprint, page_size, salt), np.array(tokens, np.int32), page_size)
+
+
+def test_only_full_pages_have_keys():
+    assert [len(keys_of([7] * n)) for n in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert all(len(key) == 32 for key in keys_of([1, 2, 3, 4]))
+
+
+def test_keys_differ_by_every_ingredient():
+    base = keys_of([1, 2])[0]
+    others = [
+        keys_of([1, 2], fingerprint=b"other")[0],
+        keys_of([1, 2], salt=b"tenant")[0],
+        keys_of([1, 2], page_size=1)[-1],
+        keys_of([1, 3])[0],
+        keys_of([9, 9, 1, 2])[1],
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_fingerprint_and_salt_cannot_trade_bytes():
+    assert root_key(b"ab", 4, b"c") != root_key(b"a", 4, b"bc")
+
+
+def test_keys_do_not_depend_on_the_byte_order_or_width_of_the_token_array():
+    tokens = [1, 258, 70_000, 2**31 - 1]
+    root = root_key(b"", 2, b"")
+    assert len({tuple(page_keys(root, np.array(tokens, kind), 2)) for kind in ("<i4", ">i4", "i8")}) == 1
+
+
+def test_keys_are_the_same_in_another_process_with_another_hash_seed():
+    program = (
+        "import numpy as np; from cache.keys import *;"
+        "print(*[k.hex() for k in page_keys(root_key(b'model', 2, b''), np.arange(6), 2)])"
+    )
+    for seed in ("1", "2"):
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
+        assert run.stdout.decode().split() == [key.hex() for key in keys_of(range(6))]
+
+
+def test_keys_are_the_ones_that_earlier_versions_wrote_to_disk():
+    assert keys_of([1, 2])[0].hex() == "8320019aeecaef76a5729c456877de94a235e4762abdb2f6e86c3ecf80a6389d"
+
+
+@given(token_lists, token_lists)
+def test_two_sequences_share_exactly_the_keys_of_their_common_full_pages(a, b):
+    common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    keys_a, keys_b = keys_of(a), keys_of(b)
+    assert keys_a[: common // 2] == keys_b[: common // 2]
+    assert len(set(keys_a) & set(keys_b)) == common // 2

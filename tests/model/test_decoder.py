@@ -1,0 +1,150 @@
+"""Our logits against transformers' in float32: every family, every chunking, decode, and prompts on a reused prefix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from model import checkpoint
+from model.attention import Batch
+from model.decoder import forward
+from model.kv import copy_pages, empty_pool
+from model.params import unstacked
+
+PAGE = 16
+LENGTH = 150
+
+
+class Runner:
+    """One sequence fed to our forward pass piece by piece."""
+
+    def __init__(self, folder, num_pages=256, unstack=False):
+        loaded = checkpoint.load(folder, dtype="float32")
+        self.config = loaded.config
+        self.params = unstacked(loaded.params) if unstack else loaded.params
+        self.pool = empty_pool(self.config, num_pages, PAGE, jnp.float32)
+        self.forward = jax.jit(lambda p, b, pool: forward(p, b, pool, self.config), donate_argnums=2)
+
+    def run(self, tokens, prefix, pages):
+        """Logits [tokens, vocab] of new tokens behind a prefix."""
+        count = len(tokens)
+        batch = Batch(
+            tokens=np.asarray(tokens, np.int32),
+            starts=np.asarray([0, count], np.int32),
+            prefix=np.asarray([prefix], np.int32),
+            block_table=np.asarray(pages, np.int32)[None],
+            rows=np.arange(count, dtype=np.int32),
+            max_chunk=count,
+        )
+        logits, self.pool = self.forward(self.params, batch, self.pool)
+        return np.asarray(logits)
+
+    def in_chunks(self, tokens, size, pages, prefix=0):
+        parts = [self.run(tokens[at : at + size], at, pages) for at in range(prefix, len(tokens), size)]
+        return np.concatenate(parts)
+
+
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return np.random.default_rng(3).integers(3, 120, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def variant_case(variant, prompt):
+    """A checkpoint folder of each variant and transformers' logits [tokens, vocab] for the prompt."""
+    model = AutoModelForCausalLM.from_pretrained(variant, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(prompt[None])).logits[0].numpy()
+    return variant, logits
+
+
+def assert_equal_logits(actual, expected):
+    """Within 1e-4 of the logit scale."""
+    scale = np.abs(expected).max()
+    assert np.abs(actual - expected).max() <= 1e-4 * scale
+
+
+def shuffled_pages(seed=0, count=40):
+    return np.random.default_rng(seed).permutation(200)[:count] + 1
+
+
+@pytest.mark.parametrize("size", [1024, 64, 7, 1])
+def test_logits_equal_transformers_for_every_chunking(variant_case, prompt, size):
+    folder, expected = variant_case
+    assert_equal_logits(Runner(folder).in_chunks(prompt, size, shuffled_pages()), expected)
+
+
+def test_decode_after_prefill_equals_transformers(variant_case, prompt):
+    folder, expected = variant_case
+    runner, pages, split = Runner(folder, unstack=True), shuffled_pages(), 101
+    assert_equal_logits(runner.in_chunks(prompt[:split], 64, pages), expected[:split])
+    assert_equal_logits(runner.in_chunks(prompt, 1, pages, prefix=split), expected[split:])
+
+
+@pytest.mark.parametrize("reused", [1, PAGE, PAGE * 3 + 5, LENGTH - 1])
+def test_a_prompt_on_a_reused_prefix_equals_transformers(variant_case, prompt, reused):
+    """Another prompt computed the prefix; a match that ends inside a page goes on in a copy of that page."""
+    folder, expected = variant_case
+    runner, first, second = Runner(folder), shuffled_pages(1), shuffled_pages(2)
+    other = np.concatenate([prompt[:reused], np.full(40, 5)])
+    runner.in_chunks(other, 1024, first)
+    whole = reused // PAGE
+    mine = np.concatenate([first[:whole], [p for p in second if p not in first][: 40 - whole]])
+    if reused % PAGE:
+        runner.pool = copy_pages(runner.pool, first[whole : whole + 1], mine[whole : whole + 1])
+    assert_equal_logits(runner.in_chunks(prompt, 33, mine, prefix=reused), expected[reused:])
+
+
+def test_a_ragged_batch_equals_its_sequences_alone(variant_case, prompt):
+    folder, expected = variant_case
+    runner, pages = Runner(folder), shuffled_pages(count=60).reshape(3, 20)
+    runner.run(prompt[:50], 0, pages[0])
+    runner.run(prompt[:9], 0, pages[2])
+    tokens = np.concatenate([prompt[50:51], prompt[:64], prompt[9:20], [0, 0, 0]])
+    batch = Batch(
+        tokens=tokens.astype(np.int32),
+        starts=np.asarray([0, 1, 65, 76], np.int32),
+        prefix=np.asarray([50, 0, 9], np.int32),
+        block_table=pages.astype(np.int32),
+        rows=np.asarray([0, 64, 75], np.int32),
+        max_chunk=64,
+    )
+    logits, _ = runner.forward(runner.params, batch, runner.pool)
+    assert_equal_logits(np.asarray(logits), expected[[50, 63, 19]])
+
+
+def test_padding_tokens_leave_the_pool_alone(variant_case, prompt):
+    folder, _ = variant_case
+    runner = Runner(folder, num_pages=8)
+    before = np.asarray(runner.pool.k).copy()
+    batch = Batch(
+        tokens=np.full(4, 7, np.int32),
+        starts=np.asarray([0, 1], np.int32),
+        prefix=np.asarray([0], np.int32),
+        block_table=np.asarray([[3, 0]], np.int32),
+        rows=np.zeros(1, np.int32),
+        max_chunk=4,
+    )
+    _, pool = runner.forward(runner.params, batch, runner.pool)
+    changed = np.argwhere(np.abs(np.asarray(pool.k) - before).sum((0, 2, 4)) > 0)
+    assert changed.tolist() == [[3, 0]]
+
+
+def test_the_compiled_step_copies_no_pool(variant_case):
+    """A donated pool in the carry is updated in place: no instruction makes a second pool-sized array."""
+    folder, _ = variant_case
+    runner = Runner(folder, num_pages=4096)
+    batch = Batch(
+        tokens=np.zeros(64, np.int32),
+        starts=np.asarray([0, 64], np.int32),
+        prefix=np.asarray([0], np.int32),
+        block_table=np.zeros((1, 64), np.int32),
+        rows=np.zeros(1, np.int32),
+        max_chunk=64,
+    )
+    compiled = runner.forward.lower(runner.params, batch, runner.pool).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < runner.pool.k.nbytes / 4
