@@ -26,7 +26,7 @@ PAD = "<|endoftext|>"
 CONTROLS = (PAD, "<|im_start|>", END)
 MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
-# Contractions, words with one leading sign, single digits, runs of signs, line ends, spaces: the split of the Qwen family.
+# The split of the Qwen family: contractions, words with one leading sign, single digits, runs of signs, white space.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 {%- if first -%}{{- text(first.content) -}}{%- endif -%}
 {%- if tools -%}
 {{- '\\n\\n' if first else '' -}}
-{{- '# Tools\\n\\nCall a function whenever it helps with the request. The functions, one JSON signature a line:\\n<tools>' -}}
+{{- '# Tools\\n\\nCall a function whenever it helps. The functions, one JSON signature a line:\\n<tools>' -}}
 {%- for tool in tools -%}{{- '\\n' -}}{{- tool | tojson -}}{%- endfor -%}
 {{- '\\n</tools>\\n\\nWrite each call as one JSON object with its name and arguments between call tags:\\n' -}}
 {{- '<tool_call>\\n{"name": <function-name>, "arguments": <object>}\\n</tool_call>' -}}
@@ -113,7 +113,10 @@ def source_files() -> tuple[Path, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found = (path.relative_to(root) for path in root.rglob("*.py"))
     ours = (path for path in found if OUTSIDE.isdisjoint(path.parts) and not path.parts[0].startswith(MACHINE))
-    return tuple(root / path for path in sorted(ours, key=lambda path: path.as_posix()))
+    files = tuple(root / path for path in sorted(ours, key=lambda path: path.as_posix()))
+    if not files:
+        raise FileNotFoundError(f"no Python sources in {root}: expected the standard library, use a full Python")
+    return files
 
 
 def source_text(path: Path) -> str:
@@ -168,8 +171,8 @@ def weights(config: DemoConfig, vocab: int, seed: int) -> dict[str, np.ndarray]:
 
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     embed = draw(vocab, config.hidden, 2.5 * config.hidden**-0.5)
-    # Shrunk rows are never the best token: a random model must not open tool calls. The end of turn is grown instead, so
-    # that it wins once in some hundred tokens and no request runs to its max_tokens.
+    # Shrunk rows are never the best token: a random model must not open tool calls. The end of turn is grown instead,
+    # so that it wins once in some hundred tokens and few requests run to their max_tokens.
     special = embed[-len(CONTROLS + MARKS) :]
     special *= np.where([token == END for token in CONTROLS + MARKS], config.end_scale, 0.5).astype(np.float32)[:, None]
     tensors = {"model.embed_tokens.weight": embed, "model.norm.weight": np.ones(config.hidden, np.float32)}
@@ -187,7 +190,7 @@ def weights(config: DemoConfig, vocab: int, seed: int) -> dict[str, np.ndarray]:
         norms = {
             "input_layernorm": np.ones(config.hidden, np.float32),
             "post_attention_layernorm": np.ones(config.hidden, np.float32),
-            # Sharper than 1, so that attention picks tokens out of a long context and a wrong cache shows in the output.
+            # Sharper than 1: attention picks tokens out of a long context, so a wrong cache shows in the output.
             "self_attn.q_norm": np.full(config.head_dim, 2, np.float32),
             "self_attn.k_norm": np.ones(config.head_dim, np.float32),
         }
@@ -199,7 +202,7 @@ def weights(config: DemoConfig, vocab: int, seed: int) -> dict[str, np.ndarray]:
 def write_demo_model(
     path: str | Path,
     seed: int = 0,
-    config: DemoConfig = DemoConfig(),  # noqa: B008
+    config: DemoConfig = DemoConfig(),
     force: bool = False,
     console: Console | None = None,
 ) -> bool:

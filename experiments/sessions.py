@@ -1,25 +1,24 @@
 """Seeded agent sessions: bodies for `POST /v1/messages` in the shape, size and order that coding agents send.
 
 A session is a pure function of its fields and grows by appending; the words are synthetic, the files that it reads are
-the standard library's. Run `python -m experiments.sessions` to see the sizes of each client release.
+the standard library's. Run `python -m experiments.sessions --turn 3` to print one body, ready for curl.
 """
 
+import argparse
 import base64
-import hashlib
+import itertools
 import json
 import random
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-from experiments.demo_model import source_files, source_text
+from experiments.synthetic import TOOLS, Json, prose, text_block, thinking_block, tool, tool_call
 
-Json = dict[str, Any]
 HEADER = "x-anthropic-billing-header:"
 MARKER = {"type": "ephemeral"}
-CHARS_PER_TOKEN = 3.7  # a first guess only: every size is corrected by counting
+CHARS_PER_TOKEN = 4.5  # of our own prose in a question, whose size need not be exact
 
 
 @dataclass(frozen=True)
@@ -42,51 +41,6 @@ RELEASES = {
     "0.2.93": Release(16_000, 67_000, 22, 0, "base64"),  # the example in NVIDIA's posts; sizes borrowed from 2.1.80
 }
 
-# Name: properties, with `!` where required and the type where it is not a string. Order is the order of sending.
-TOOLS = {
-    "Bash": "command! description timeout:number run_in_background:boolean",
-    "Read": "file_path! offset:integer limit:integer",
-    "Grep": "pattern! path glob output_mode -n:boolean -C:integer head_limit:integer multiline:boolean",
-    "Glob": "pattern! path",
-    "Edit": "file_path! old_string! new_string! replace_all:boolean",
-    "Write": "file_path! content!",
-    "TodoWrite": "todos!:array",
-    "Task": "description! prompt! subagent_type! model run_in_background:boolean",
-    "WebFetch": "url! prompt!",
-    "WebSearch": "query! allowed_domains:array blocked_domains:array",
-    "NotebookEdit": "notebook_path! new_source! cell_id cell_type edit_mode",
-    "Skill": "skill! args",
-    "TaskOutput": "task_id! block:boolean timeout:number",
-    "TaskStop": "task_id!",
-    "AskUserQuestion": "questions!:array answers:object",
-    "EnterPlanMode": "",
-    "ExitPlanMode": "plan! allowed_prompts:array",
-    "ToolSearch": "query! max_results:integer",
-    "EnterWorktree": "name",
-    "ExitWorktree": "action! discard_changes:boolean",
-    "CronCreate": "cron! prompt! recurring:boolean",
-    "CronDelete": "id!",
-    "CronList": "",
-    "LSP": "operation! file_path! line!:integer character!:integer",
-    "Monitor": "command! until timeout:number",
-}
-
-VERBS = "check keep rename split cache trace read quote measure avoid restore inline sort close replace explain".split()
-NOUNS = (
-    "the failing test|a public function|the import order|every open file|the type annotation|a shared helper|the call site|"
-    "the error message|one small commit|the parser state|an unused branch|the return value|the lock file|a long docstring|"
-    "the event loop|the default argument|a cached result|the working tree|each changed line|the module's own names"
-).split("|")
-REASONS = (
-    "before anything is written|so that the reader can follow|unless the user asked otherwise|because callers rely on it|"
-    "when two answers are possible|after the tests have run|even if the change looks small|as long as nothing else moves|"
-    "where the file says so|instead of guessing|without touching its neighbours|once the cause is known"
-).split("|")
-SHAPES = (
-    "Always {v} {n} {r}.|Do not {v} {n} {r}.|If you {v} {n}, also {w} {m} {r}.|{R}, {v} {n} and {w} {m}.|"
-    "Prefer to {v} {n} {r}; otherwise {w} {m}.|It is better to {v} {n} than to {w} {m} {r}."
-).split("|")
-
 
 @dataclass(frozen=True)
 class Session:
@@ -106,6 +60,7 @@ class Session:
     scale: float = 1.0  # of system text, tools and reminder, for prompts shorter than a client's own
 
     def __post_init__(self) -> None:
+        """Refuse a release that nobody measured."""
         if self.release not in RELEASES:
             raise ValueError(f"unknown client release {self.release!r}: take one of {', '.join(RELEASES)}")
 
@@ -139,16 +94,15 @@ def billing_header(
 def session_header(session: Session, request_number: int) -> str:
     """The header of one request of a session: its version suffix is the session's, its hash the request's."""
     suffix = f"{session.rng('suffix').randrange(16**3):03x}"
-    return billing_header(
-        session.rng("header", request_number), session.release, suffix=suffix, subagent=session.subagent
-    )
+    rng = session.rng("header", request_number)
+    return billing_header(rng, session.release, suffix=suffix, subagent=session.subagent)
 
 
 def with_header(request: Json, line: str) -> Json:
     """The request with `line` as a system block of its own in front; an empty line adds nothing."""
     system = request.get("system") or []
-    blocks = [_text(system)] if isinstance(system, str) else system
-    return request | {"system": [_text(line), *blocks]} if line else request
+    blocks = [text_block(system)] if isinstance(system, str) else system
+    return request | {"system": [text_block(line), *blocks]} if line else request
 
 
 def session_id(session: Session) -> str:
@@ -161,50 +115,212 @@ def http_headers(session: Session) -> dict[str, str]:
     return {"anthropic-version": "2023-06-01", "X-Claude-Code-Session-Id": session_id(session)}
 
 
-def request(session: Session, turn: int = 0, header: bool | str = True) -> Json:
-    """The body after `turn` turns of history. Each extends the one before, but for its header and the moving marker.
+def requests(session: Session, header: bool | str = True) -> Iterator[Json]:
+    """The session's bodies, one turn after another, without end: each extends the one before.
 
-    `header` is a line to send, True for a fresh one of the session's release, or False for none.
+    What moves is the header and the cache marker. `header` is a line to send, True for a fresh one of the session's
+    release in each body, or False for none.
     """
-    messages = opening(session) + [message for number in range(1, turn + 1) for message in turn_messages(session, number)]
-    line = session_header(session, turn) if header is True else header or ""
-    return with_header(extend(_frame(session), *messages), line)
+    body = extend(_frame(session), *opening(session))
+    for turn in itertools.count(1):
+        yield with_header(body, session_header(session, turn - 1) if header is True else header or "")
+        body = extend(body, *turn_messages(session, turn))
+
+
+def request(session: Session, turn: int = 0, header: bool | str = True) -> Json:
+    """The body after `turn` turns of history: see `requests`."""
+    return next(itertools.islice(requests(session, header), turn, None))
 
 
 def extend(request: Json, *messages: Json) -> Json:
     """The request with messages appended and the cache marker moved to the new last block, as clients move it."""
-    old = [_plain(message) for message in request["messages"]]
-    *rest, last = [*old, *messages]
-    blocks = [_text(last["content"])] if isinstance(last["content"], str) else last["content"]
-    marked = last | {"content": [*blocks[:-1], blocks[-1] | {"cache_control": MARKER}]}
-    return request | {"messages": [*rest, marked]}
+    old = request["messages"]
+    grown = [*old[:-1], *map(_plain, old[-1:]), *messages]
+    content = grown[-1]["content"]
+    blocks = [text_block(content)] if isinstance(content, str) else content
+    last = grown[-1] | {"content": [*blocks[:-1], blocks[-1] | {"cache_control": MARKER}]}
+    return request | {"messages": [*grown[:-1], last]}
 
 
-def stable_request(
-    session: Session, tokens: int, count: Callable[[Json], int], question_tokens: int = 300, header: bool | str = False
-) -> Json:
-    """The part that repeats: a history such that it and one question count `tokens`, as near as six counts bring it.
+def stable_request(session: Session, tokens: int, count: Callable[[Json], int], question_tokens: int = 300) -> Json:
+    """The part that repeats, without a header: with one question behind it, it counts `tokens`, within 0.5%.
 
-    A target below twice the client's own prompt scales tools and system text down. It ends with the assistant's words.
+    Whole turns are added and the last tool results cut, in at most six counts. A target below twice the client's own
+    prompt scales system text and tools down. It ends with the assistant's words, so that `with_question` comes next.
     """
-    own = len(json.dumps(request(session), ensure_ascii=False)) / CHARS_PER_TOKEN
-    session = replace(session, scale=session.scale * min(1, tokens / (2 * own)))
-    start = request(session, header=header)
-    low, high = (0, -1.0), None
+    own = request(session, header=False)
+    counted = count(own)
+    density = _size(own) / counted
+    start = request(replace(session, scale=session.scale * min(1, tokens / (2 * counted))), header=False)
+    chars = (tokens - question_tokens) * density - _size(start)
+    slope = 1 / density
     best, error = start, tokens
-    chars = max(0.0, (tokens - question_tokens) * CHARS_PER_TOKEN - len(json.dumps(start, ensure_ascii=False)))
-    for _ in range(6):
+    previous: tuple[float, int] | None = None
+    for _ in range(5):
         made = extend(start, *history(session, round(chars)))
         counted = count(with_question(made, 0, question_tokens))
         if abs(counted - tokens) < error:
             best, error = made, abs(counted - tokens)
         if error <= max(1, tokens // 5000):
             break
-        # The next guess follows the line through the last two counts.
-        point = (chars, float(counted))
-        slope = (point[1] - low[1]) / (point[0] - low[0]) if high is not None else 1 / CHARS_PER_TOKEN
-        low, high = point, point
-        chars = max(0.0, chars + (tokens - counted) / slope)
+        if previous and chars != previous[0]:
+            # Text differs in density; the bounds keep a nearly vertical or level step from throwing the guess away.
+            slope = min(max((counted - previous[1]) / (chars - previous[0]), 0.1), 1)
+        previous = (chars, counted)
+        chars += (tokens - counted) / slope
     if error > tokens * 0.005:
-        raise ValueError(f"{error} tokens away from {tokens}: the shortest prompt is larger, ask for more tokens")
+        raise ValueError(f"no prompt of {tokens} tokens: the nearest is {error} away; ask for more or lower the scale")
     return best
+
+
+def with_question(request: Json, question_seed: int, tokens: int = 300) -> Json:
+    """The request with a fresh user message of about `tokens` tokens; seeds differ from its first word on."""
+    rng = random.Random(f"question {question_seed}")
+    text = f"{rng.getrandbits(32):08x}: {prose(rng, round(tokens * CHARS_PER_TOKEN) - 10)}"
+    return extend(request, {"role": "user", "content": text})
+
+
+def sized_request(
+    session: Session, tokens: int, count: Callable[[Json], int], question_tokens: int = 300, question_seed: int = 0
+) -> Json:
+    """A request that counts `tokens`; requests of other question seeds share all of it but the last message."""
+    return with_question(stable_request(session, tokens, count, question_tokens), question_seed, question_tokens)
+
+
+def history(session: Session, chars: int) -> list[Json]:
+    """Turns that hold `chars` characters, the last tool results cut to fit, then the assistant's closing words."""
+    messages: list[Json] = []
+    excess = -chars
+    for number in itertools.count(1):
+        if excess >= 0:
+            break
+        turn = turn_messages(session, number)
+        messages += turn
+        excess += _size(turn)
+    blocks = [block for message in messages if isinstance(message["content"], list) for block in message["content"]]
+    for block in reversed([block for block in blocks if block["type"] == "tool_result"]):
+        kept = max(0, len(block["content"]) - excess)
+        excess -= len(block["content"]) - kept
+        block["content"] = block["content"][:kept]
+    return [*messages, {"role": "assistant", "content": prose(session.rng("closing"), 200)}]
+
+
+def opening(session: Session) -> list[Json]:
+    """The user's task and, from releases that send one, the second message: role system, environment and date."""
+    release = RELEASES[session.release]
+    context = [] if release.git_in_system else [_git(session)]
+    if not release.reminder:
+        context += [_environment(session), prose(session.kin_rng("context"), round(1200 * session.scale))]
+    task = f"In {session.folder}: {prose(session.rng('task'), 300)}"
+    blocks = [text_block(f"<system-reminder>\n{text}\n</system-reminder>") for text in context]
+    user = {"role": "user", "content": [*blocks, text_block(task)] if blocks else task}
+    if not release.reminder:
+        return [user]
+    skills = prose(session.kin_rng("skills"), round(release.reminder * session.scale))
+    return [user, {"role": "system", "content": f"{_environment(session)}\n\nSkills at hand:\n{skills}"}]
+
+
+def turn_messages(session: Session, number: int) -> list[Json]:
+    """Turn `number`, counted from 1: tool calls and their results, or now and then an answer and the next task."""
+    rng = session.rng("turn", number)
+    thought = [thinking_block(rng)] if session.thinking and rng.random() < 0.6 else []
+    said = [text_block(prose(rng, rng.randint(60, 300)))]
+    if number % 8 == 0:
+        return [{"role": "assistant", "content": thought + said}, {"role": "user", "content": prose(rng, 300)}]
+    calls = [tool_call(rng, session.folder) for _ in range(rng.choice((1, 1, 1, 2)))]
+    uses = [use for use, _ in calls]
+    assistant = {"role": "assistant", "content": thought + (said if rng.random() < 0.7 else []) + uses}
+    results = {"role": "user", "content": [result for _, result in calls]}
+    if RELEASES[session.release].reminder and number % 6 == 0:
+        return [assistant, results, {"role": "system", "content": f"Token usage: {number * 2500}/200000"}]
+    return [assistant, results]
+
+
+def _frame(session: Session) -> Json:
+    """The body around the messages."""
+    release = RELEASES[session.release]
+    user = f"user_{session.rng('user').getrandbits(256):064x}_account__session_{session_id(session)}"
+    thinking = {"type": "adaptive"} if release.reminder else {"type": "enabled", "budget_tokens": 31_999}
+    return {
+        "model": session.model,
+        "messages": [],
+        "system": [text_block(text) | {"cache_control": MARKER} for text in (_identity(session), _prompt(session))],
+        "tools": tools(session),
+        "metadata": {"user_id": user},
+        "max_tokens": 32_000,
+        "temperature": 1,
+        "thinking": thinking if session.thinking else {"type": "disabled"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "medium"},
+        "stream": True,
+    }
+
+
+def _identity(session: Session) -> str:
+    return f"{session.kin_rng('identity').getrandbits(32):08x} is your name: a coding agent that works from a terminal."
+
+
+def _prompt(session: Session) -> str:
+    """The long system block, its folder a third of the way in, where the clients have it."""
+    release, rng = RELEASES[session.release], session.kin_rng("prompt")
+    # Sized without a look at the session's own lines, so that sessions of one kin have the folder at one place.
+    chars = round(release.system * session.scale) - 450
+    folder = f"Notes that last are kept in {session.folder}/.agent/memory, and the working folder is {session.folder}."
+    parts = ["# Manner", prose(rng, chars // 3), "# Memory", folder, "# Work", prose(rng, chars * 2 // 3)]
+    parts += [] if release.reminder else [_environment(session)]
+    parts += [_git(session)] if release.git_in_system else []
+    return "\n\n".join(parts)
+
+
+def tools(session: Session) -> list[Json]:
+    """The release's tools: as many and as long as the client's, fewer where `scale` leaves no room for all."""
+    release, rng = RELEASES[session.release], session.kin_rng("tools")
+    chars = round(release.tool_chars * session.scale)
+    names = list(TOOLS)[: min(release.tools, max(3, chars // 1200))]
+    shares = [rng.uniform(0.3, 1.7) for _ in names]
+    return [tool(rng, name, round(chars * share / sum(shares))) for name, share in zip(names, shares, strict=True)]
+
+
+def _environment(session: Session) -> str:
+    rng = session.rng("environment")
+    date = f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
+    return f"Environment\n- Working folder: {session.folder}\n- Git repository: yes\n- Platform: linux\n- Date: {date}"
+
+
+def _git(session: Session) -> str:
+    rng = session.rng("git")
+    commits = "\n".join(f"{rng.getrandbits(28):07x} {prose(rng, 40)}" for _ in range(3))
+    return f"Git status when the session began\nBranch: main\nClean\nRecent commits:\n{commits}"
+
+
+def _plain(message: Json) -> Json:
+    """A message as it is sent once it is no longer the last: unmarked, a lone text block as a plain string."""
+    if isinstance(message["content"], str):
+        return message
+    blocks = [{key: value for key, value in block.items() if key != "cache_control"} for block in message["content"]]
+    lone = len(blocks) == 1 and blocks[0]["type"] == "text"
+    return message | {"content": blocks[0]["text"] if lone else blocks}
+
+
+def _size(value: Any) -> int:
+    """The characters of all strings within a JSON value: near enough to what a template renders."""
+    if isinstance(value, dict):
+        return sum(len(key) + _size(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str) else 0
+
+
+def main() -> None:
+    """The command line: one body as JSON, ready for `curl -d @-`."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.sessions", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", default=Session.folder)
+    parser.add_argument("--release", default=Session.release, choices=list(RELEASES))
+    parser.add_argument("--turn", type=int, default=0, help="turns of history")
+    args = parser.parse_args()
+    print(json.dumps(request(Session(args.seed, args.folder, args.release), args.turn), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from model.kv import KVPool
+
+# A batch is packed on the host and read on the device.
+Array = jax.Array | np.ndarray
 
 # Finite, so that a row which sees no key yet gives exp(0) and not exp(nan).
 MASKED = -1e30
@@ -23,15 +27,15 @@ class Batch:
     Sequences beyond the real ones are empty (equal starts), tokens beyond the last start are padding.
     """
 
-    tokens: jax.Array  # [tokens] int32
-    starts: jax.Array  # [seqs + 1] int32: sequence s owns tokens starts[s]:starts[s + 1]
-    prefix: jax.Array  # [seqs] int32: tokens of the sequence that are in the pool already
-    block_table: jax.Array  # [seqs, pages] int32: the sequence's pages in order of position
-    rows: jax.Array  # [rows] int32: the tokens whose logits are wanted
+    tokens: Array  # [tokens] int32
+    starts: Array  # [seqs + 1] int32: sequence s owns tokens starts[s]:starts[s + 1]
+    prefix: Array  # [seqs] int32: tokens of the sequence that are in the pool already
+    block_table: Array  # [seqs, pages] int32: the sequence's pages in order of position
+    rows: Array  # [rows] int32: the tokens whose logits are wanted
     max_chunk: int = struct.field(pytree_node=False)  # no sequence has more new tokens than this
 
     @property
-    def lengths(self) -> jax.Array:
+    def lengths(self) -> Array:
         """New tokens of each sequence, [seqs] int32."""
         return self.starts[1:] - self.starts[:-1]
 
@@ -80,7 +84,8 @@ def blockwise(q: jax.Array, pool: KVPool, layer: jax.Array | int, batch: Batch) 
     def keys_and_values(b: jax.Array) -> tuple[jax.Array, jax.Array]:  # each [seqs, kv_heads, block, head_dim]
         ids = jax.lax.dynamic_slice(table, (0, b * pages_per_block), (seqs, pages_per_block))
         shape = (seqs, kv_heads, block, head_dim)
-        return tuple(jnp.einsum("sbkpd->skbpd", side[layer, ids]).reshape(shape) for side in (pool.k, pool.v))
+        keys, values = (jnp.einsum("sbkpd->skbpd", side[layer, ids]).reshape(shape) for side in (pool.k, pool.v))
+        return keys, values
 
     def accumulate(state: tuple, scores: jax.Array, values: jax.Array) -> tuple:
         total, peak, weight = state
@@ -120,7 +125,7 @@ def blockwise(q: jax.Array, pool: KVPool, layer: jax.Array | int, batch: Batch) 
 
 def reference(q: jax.Array, pool: KVPool, layer: int, batch: Batch) -> jax.Array:
     """What `paged_attention` must compute, one sequence at a time in float32, with no thought of speed or memory."""
-    tokens, kv_heads, group, head_dim = q.shape
+    kv_heads, head_dim = q.shape[1], q.shape[3]
     result = jnp.zeros(q.shape, jnp.float32)
     for s in range(batch.prefix.shape[0]):
         start, stop, prefix = int(batch.starts[s]), int(batch.starts[s + 1]), int(batch.prefix[s])
@@ -138,7 +143,7 @@ def reference(q: jax.Array, pool: KVPool, layer: int, batch: Batch) -> jax.Array
 
 
 def by_sequence(q: jax.Array, batch: Batch) -> jax.Array:
-    """[tokens, ...] to [seqs, max_chunk, ...]; rows past a sequence's end hold other tokens, for the caller to ignore."""
+    """[tokens, ...] to [seqs, max_chunk, ...]; rows past a sequence's end are for the caller to ignore."""
     seqs, chunk = batch.prefix.shape[0], batch.max_chunk
     if seqs == 1 and chunk == q.shape[0]:
         return q[None]
@@ -156,7 +161,7 @@ def by_token(x: jax.Array, batch: Batch, tokens: int) -> jax.Array:
     return x[seq, jnp.clip(rows - batch.starts[seq], 0, chunk - 1)]
 
 
-def pad_to_multiple(table: jax.Array, multiple: int) -> jax.Array:
+def pad_to_multiple(table: Array, multiple: int) -> Array:
     """Widen a block table with page 0 so that its last block is whole; those slots are always masked."""
     short = -table.shape[1] % multiple
     return jnp.pad(table, ((0, 0), (0, short))) if short else table

@@ -1,7 +1,7 @@
 """What a model is, read once from a Hugging Face config.json: llama, mistral, qwen2 and qwen3.
 
-Every option of the decoder is a field here; what the decoder cannot compute exactly is refused by name. Missing keys take
-the defaults that transformers 5 gives them. No arrays and no file formats but JSON.
+Every option of the decoder is a field here; what the decoder cannot compute exactly is refused by name. Missing keys
+take the defaults that transformers 5 gives them. No arrays and no file formats but JSON.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ModelConfig:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type is {family!r}, supported are {', '.join(FAMILIES)}")
-        given = FAMILIES[family] | config
+        given = {**FAMILIES[family], **config}
         max_position = _size(given, "max_position_embeddings")
         _refuse_unsupported(given, max_position)
 
@@ -142,7 +142,8 @@ class ModelConfig:
         )
         if made.num_heads % made.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads is {made.num_heads}, expected a multiple of num_key_value_heads {made.num_kv_heads}"
+                f"num_attention_heads is {made.num_heads}, expected a multiple of num_key_value_heads "
+                f"({made.num_kv_heads}): check that config.json is whole"
             )
         if made.head_dim % 2:
             raise ValueError(f"head_dim is {made.head_dim}, expected an even number: rotation works on pairs")
@@ -167,7 +168,9 @@ def load_config(folder: str | Path) -> ModelConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, expected a Hugging Face checkpoint folder: check the path")
+        raise FileNotFoundError(
+            f"{folder} has no config.json, expected a Hugging Face checkpoint folder: check the path"
+        )
     config = read_json(path)
     try:
         made = ModelConfig.from_hf(config)

@@ -59,7 +59,7 @@ def project(
     normed = rms_norm(x, layer.attn_norm, config.norm_eps)
     qkv = add_bias(jnp.einsum("te,kgde->tkgd", normed, layer.qkv), layer.qkv_bias)
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-    if layer.q_norm is not None:
+    if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
     return q, k, v
 

@@ -1,12 +1,14 @@
 """The weights as a pytree: what the loader writes, the decoder reads and the mesh shards.
 
-Matrices keep the checkpoint's orientation, outputs before inputs, so loading never transposes. Projections that read the
-same input are fused; queries, key and value of one KV head lie together, so a mesh splits them along one axis.
+Matrices keep the checkpoint's orientation, outputs before inputs, so loading never transposes. Projections that read
+the same input are fused; queries, key and value of one KV head lie together, so a mesh splits them along one axis.
 Letters in shapes and einsums, throughout the model: l layers, t tokens, e embed, k kv heads, g group (query heads
 per KV head), d head_dim, f ffn, v vocab.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 from flax import struct
@@ -48,6 +50,6 @@ def unstacked(params: Params) -> Params:
     """
     if isinstance(params.layers, tuple):
         return params
-    count = params.layers.attn_norm.shape[0]
-    layers = tuple(jax.tree.map(lambda leaf: leaf[i], params.layers) for i in range(count))
-    return params.replace(layers=layers)
+    leaves, structure = jax.tree.flatten(params.layers)
+    layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
+    return dataclasses.replace(params, layers=layers)

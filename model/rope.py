@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021): the frequencies, their stretchings for long contexts, and the rotation.
 
-The arithmetic follows transformers' `modeling_rope_utils.py` step by step in float32: at position 262,144 one rounding of
-a frequency moves its angle by hundredths of a radian, so equal formulas are not enough.
+The arithmetic follows transformers' `modeling_rope_utils.py` step by step in float32: at position 262,144 one rounding
+of a frequency moves its angle by hundredths of a radian, so equal formulas are not enough.
 """
 
 from __future__ import annotations

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+Array = jax.Array | np.ndarray
 
 
 @struct.dataclass
 class Sampling:
-    """How each row of a batch is sampled. A row's token depends on its own seed and position alone, not on the batch."""
+    """How each row of a batch is sampled. A row's token depends on its own seed and position only."""
 
-    temperature: jax.Array  # [rows] float32; 0 is greedy
-    top_k: jax.Array  # [rows] int32; 0 keeps every token
-    top_p: jax.Array  # [rows] float32 in (0, 1]; 1 keeps every token
-    seeds: jax.Array  # [rows] uint32
-    positions: jax.Array  # [rows] int32: index of the sampled token in its sequence
-    allowed: jax.Array | None = None  # [rows, vocab] bool; None allows every token
+    temperature: Array  # [rows] float32; 0 is greedy
+    top_k: Array  # [rows] int32; 0 keeps every token
+    top_p: Array  # [rows] float32 in (0, 1]; 1 keeps every token
+    seeds: Array  # [rows] uint32
+    positions: Array  # [rows] int32: index of the sampled token in its sequence
+    allowed: Array | None = None  # [rows, vocab] bool; None allows every token
 
 
 def sample(
@@ -45,8 +48,8 @@ def sample(
 
 def threshold(
     scaled: jax.Array,  # [rows, vocab] float32
-    top_k: jax.Array,  # [rows] int32
-    top_p: jax.Array,  # [rows] float32
+    top_k: Array,  # [rows] int32
+    top_p: Array,  # [rows] float32
 ) -> jax.Array:
     """The smallest logit that survives top-k and top-p, [rows, 1]; the most likely token always does."""
     vocab = scaled.shape[-1]

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     http = cli.add_argument_group("server")
     http.add_argument("--host", default="127.0.0.1", help="address to bind; beyond loopback it takes an --api-key")
     http.add_argument("--port", type=int, default=8000, help="0 takes any free port")
-    http.add_argument("--api-key", metavar="KEY", help="expected in x-api-key or as Bearer (default: $TOKENZERO_API_KEY)")
+    http.add_argument("--api-key", metavar="KEY", help="in x-api-key or as Bearer (default: $TOKENZERO_API_KEY)")
     http.add_argument("--max-body-bytes", type=parse_bytes, default="32MiB", metavar="SIZE", help="413 above it")
 
     prompt = cli.add_argument_group("prompt stability")
@@ -61,7 +61,10 @@ def parser() -> argparse.ArgumentParser:
 
     engine = cli.add_argument_group("engine")
     engine.add_argument(
-        "--kv-pool-bytes", type=parse_bytes, metavar="SIZE", help="default: what the device has, less weights and a margin"
+        "--kv-pool-bytes",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="default: what the device has, less weights and a margin; 1GiB on CPU",
     )
     engine.add_argument("--page-size", type=int, default=64, metavar="TOKENS", help="tokens in a KV page")
     engine.add_argument("--max-batch", type=int, default=16, metavar="N", help="sequences that run at the same time")
@@ -150,12 +153,14 @@ def main(argv: list[str] | None = None) -> None:
     if problem := check(args):
         cli.error(problem)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    # It reports each accelerator that is not there.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     set_up_jax()
 
     import jax
     import uvicorn
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from model import checkpoint
     from model.params import unstacked
@@ -166,32 +171,37 @@ def main(argv: list[str] | None = None) -> None:
     on_cpu = jax.default_backend() == "cpu"
     dtype = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console) as progress:
-            loading = progress.add_task("loading weights", total=1)
-            loaded = checkpoint.load(args.model, dtype=dtype)
-            tokenizer = load_tokenizer(str(loaded.folder))
-            progress.update(loading, completed=1)
-            params = unstacked(loaded.params) if on_cpu else loaded.params
-            sizes = settings(args, loaded.config, params, dtype)
+            loading = progress.add_task("loading weights", total=None)
+            folder = checkpoint.resolve(args.model)
+            tokenizer = load_tokenizer(str(folder))
+            config, params = checkpoint.load(
+                folder,
+                jax.numpy.dtype(dtype),
+                lambda done, total: progress.update(loading, completed=done, total=total),
+            )
+            fingerprint = checkpoint.fingerprint(config, params)
+            params = unstacked(params) if on_cpu else params
+            sizes = settings(args, config, params, dtype)
             compiling = progress.add_task("compiling steps", total=None)
             engine = Engine(
                 params,
-                loaded.config,
+                config,
                 sizes,
-                loaded.fingerprint,
+                fingerprint,
                 on_progress=lambda done, total: progress.update(compiling, completed=done, total=total),
             )
     except (ValueError, OSError) as error:
         sys.exit(f"tokenzero: {error}")
     console.print(
-        f"{args.model}: {dtype} on {jax.devices()[0].device_kind}, {sizes.num_pages} pages of {sizes.page_size} tokens, "
-        f"context {sizes.max_model_len}"
+        f"{args.model}: {dtype} on {jax.devices()[0].device_kind}, "
+        f"{sizes.num_pages} pages of {sizes.page_size} tokens, context {sizes.max_model_len}"
     )
     name = args.model_name or Path(args.model).name
     rules = ("strip-preamble",) if args.strip_anthropic_preamble else ()
-    app = create_app(engine, tokenizer, name, loaded.config.eos_token_ids, rules, args.api_key, args.max_body_bytes)
+    app = create_app(engine, tokenizer, name, config.eos_token_ids, rules, args.api_key, args.max_body_bytes)
     uvicorn.run(app, host=args.host, port=args.port, log_level="info", access_log=False)
 
 

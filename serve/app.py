@@ -11,7 +11,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -149,7 +149,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {name: value for name, value in scope["headers"]}
+        headers = dict(scope["headers"])
         read = 0
 
         async def limited() -> Message:
@@ -273,7 +273,7 @@ def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str]) -
         serving.metrics.unparsed.inc()
         if odd.text not in serving.reported and len(serving.reported) < 1000:
             serving.reported.add(odd.text)
-            log.warning("%s begins like a billing header and does not parse; left as it is: %.120r", odd.where, odd.text)
+            log.warning("%s begins like a billing header but does not parse, and stays: %.120r", odd.where, odd.text)
     for applied in normalized.applied:
         serving.metrics.normalized.labels(applied.rule).inc()
     tokens = render(normalized.request, serving.tokenizer)
@@ -296,7 +296,7 @@ def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str]) -
 
 async def answer(
     serving: Serving, message: MessagesRequest, generation: eng.GenerationRequest, received: float
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event, None]:
     """The answer as the API's events, in their order: pings while the prompt is computed, then the message.
 
     `message_start` comes with the first token, when the counts of its usage are known.
@@ -341,7 +341,7 @@ async def answer(
     yield MessageStop()
 
 
-async def stream(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+async def stream(first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
     """Server-sent events; whatever breaks midway ends the stream with an `error` event."""
     try:
         yield encode_event(first)
@@ -351,14 +351,14 @@ async def stream(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[byte
         log.exception("a stream broke")
         yield encode_event(Error(ErrorDetail("api_error", f"{type(error).__name__}: {error}")))
     finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+        await rest.aclose()
 
 
-async def collect(first: Event, rest: AsyncIterator[Event]) -> Answer | Error:
+async def collect(first: Event, rest: AsyncGenerator[Event, None]) -> Answer | Error:
     """The whole answer as one message, or the error that ended it."""
     start: Answer | None = None
     parts: list[str] = []
-    async with aclosing(rest):  # type: ignore[type-var]
+    async with aclosing(rest):
         events = [first]
         while events:
             match event := events.pop():

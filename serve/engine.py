@@ -1,8 +1,8 @@
 """The step loop: admit, prefill in chunks, decode in batches, publish what was computed to the prefix store.
 
 One thread owns the device, the pool and the store; everybody else talks to it through `submit` and `cancel`. A sequence
-is at any time `tokens[:length]` of which `tokens[:computed]` are in the pool: with one token pending it decodes, with more
-it prefills, and a preempted or cancelled one leaves what it computed in the store.
+is at any time `tokens[:length]` of which `tokens[:computed]` are in the pool: with one token pending it decodes, with
+more it prefills, and a preempted or cancelled one leaves what it computed in the store.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -23,7 +23,7 @@ from cache.store import Lease, PrefixStore
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
-from serve.steps import Row, SamplingParams, compile_steps, fit, ladder, pack
+from serve.steps import GREEDY, Row, SamplingParams, compile_steps, fit, ladder, pack
 
 log = logging.getLogger("tokenzero.engine")
 
@@ -50,7 +50,7 @@ class GenerationRequest:
     tokens: np.ndarray  # [tokens] int32
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = GREEDY
     salt: bytes = b""
 
 
@@ -103,7 +103,7 @@ class Sequence:
 
     number: int
     request: GenerationRequest
-    emit: Callable[[Event], None]
+    emit: Callable[[Event], object]
     tokens: np.ndarray  # [prompt + max_tokens] int32
     length: int  # tokens known: the prompt and what was sampled
     submitted: float
@@ -186,7 +186,7 @@ class Engine:
             self.inbox.changed.notify()
         self.thread.join()
 
-    def submit(self, request: GenerationRequest, emit: Callable[[Event], None]) -> int:
+    def submit(self, request: GenerationRequest, emit: Callable[[Event], object]) -> int:
         """Queue a request; `emit` is called on the engine's thread with each of its events. Returns its number.
 
         Raises Overloaded when the queue is full, ValueError when prompt and one token exceed `max_model_len`.
@@ -399,7 +399,9 @@ class Engine:
         return empty_pool(self.config, settings.num_pages, settings.page_size, jax.numpy.dtype(settings.dtype))
 
 
-async def generate(engine: Engine, request: GenerationRequest, waiting_s: float | None = None) -> AsyncIterator[Event]:
+async def generate(
+    engine: Engine, request: GenerationRequest, waiting_s: float | None = None
+) -> AsyncGenerator[Event, None]:
     """Submit a request and yield its events; leaving the iterator early cancels it.
 
     Yields `Waiting` whenever `waiting_s` seconds pass without one. Raises what `Engine.submit` raises.

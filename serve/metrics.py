@@ -62,9 +62,7 @@ class ServerMetrics:
         self.responses = Counter(
             "tokenzero_responses", "Answers by path and status", ["path", "status"], registry=self.registry
         )
-        self.normalized = Counter(
-            "tokenzero_normalized", "Texts that a rule changed", ["rule"], registry=self.registry
-        )
+        self.normalized = Counter("tokenzero_normalized", "Texts that a rule changed", ["rule"], registry=self.registry)
         self.unparsed = Counter(
             "tokenzero_unparsed_preambles",
             "System texts that begin like the billing header and do not parse as one",

@@ -48,7 +48,9 @@ def load_tokenizer(folder: str) -> Tokenizer:
     if not getattr(hf, "is_fast", False):
         raise ValueError(f"{folder}: expected a tokenizer.json, found a slow tokenizer: convert it with transformers")
     if not hf.chat_template:
-        raise ValueError(f"{folder}: the tokenizer has no chat_template, which chat requests are rendered with: add one")
+        raise ValueError(
+            f"{folder}: the tokenizer has no chat_template, which chat requests are rendered with: add one"
+        )
     return Tokenizer(hf, make_encoder(hf))
 
 

@@ -1,12 +1,12 @@
 """The compiled steps: a short ladder of batch shapes, and the packing of sequences into one of them.
 
-A step runs the model over a padded batch, samples one token per sequence and hands the pool back. Every shape is compiled
-before the first request, so that no request pays for a compilation.
+A step runs the model over a padded batch, samples one token per sequence and hands the pool back. Every shape is
+compiled before the first request, so that no request pays for a compilation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,6 +42,9 @@ class SamplingParams:
     seed: int = 0
 
 
+GREEDY = SamplingParams()
+
+
 @dataclass(frozen=True)
 class Row:
     """One sequence's share of a step."""
@@ -56,7 +59,7 @@ class Row:
 class Steps:
     """Compiled functions by shape: `run[bucket](params, pool, batch, sampling)` and `copy(pool, sources, targets)`."""
 
-    run: dict[Bucket, Callable]
+    run: Mapping[Bucket, Callable]
     copy: Callable
     table_pages: int  # width of every block table
 
@@ -124,7 +127,7 @@ def compile_steps(
     max_model_len: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Steps:
-    """Compile every shape of the ladder; the pool is donated to each call, so the one handed back must be used after."""
+    """Compile every shape of the ladder. Each call donates the pool: use the one it hands back."""
     table_pages = -(-max_model_len // pool.page_size)
     jitted = jax.jit(partial(step, config=config), donate_argnums=1)
     run = {}

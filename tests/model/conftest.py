@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
 
 SIZES = {
     "vocab_size": 128,

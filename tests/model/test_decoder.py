@@ -1,5 +1,7 @@
 """Our logits against transformers' in float32: every family, every chunking, decode, and prompts on a reused prefix."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,37 +17,42 @@ from model.params import unstacked
 
 PAGE = 16
 LENGTH = 150
+BUCKETS = (1, 8, 64, 192, 1024)
+
+
+@functools.cache
+def compiled(folder, unstack):
+    """A checkpoint with its jitted forward pass, shared by the tests so that each shape compiles once."""
+    config, params = checkpoint.load(folder, "float32")
+    step = jax.jit(lambda p, b, pool: forward(p, b, pool, config), donate_argnums=2)
+    return config, unstacked(params) if unstack else params, step
 
 
 class Runner:
-    """One sequence fed to our forward pass piece by piece."""
+    """One sequence fed to our forward pass piece by piece, each piece padded to a bucket as the engine pads it."""
 
     def __init__(self, folder, num_pages=256, unstack=False):
-        loaded = checkpoint.load(folder, dtype="float32")
-        self.config = loaded.config
-        self.params = unstacked(loaded.params) if unstack else loaded.params
+        self.config, self.params, self.forward = compiled(folder, unstack)
         self.pool = empty_pool(self.config, num_pages, PAGE, jnp.float32)
-        self.forward = jax.jit(lambda p, b, pool: forward(p, b, pool, self.config), donate_argnums=2)
 
     def run(self, tokens, prefix, pages):
         """Logits [tokens, vocab] of new tokens behind a prefix."""
         count = len(tokens)
+        bucket = min(b for b in BUCKETS if b >= count)
         batch = Batch(
-            tokens=np.asarray(tokens, np.int32),
+            tokens=np.pad(tokens, (0, bucket - count)).astype(np.int32),
             starts=np.asarray([0, count], np.int32),
             prefix=np.asarray([prefix], np.int32),
             block_table=np.asarray(pages, np.int32)[None],
-            rows=np.arange(count, dtype=np.int32),
-            max_chunk=count,
+            rows=np.arange(bucket, dtype=np.int32),
+            max_chunk=bucket,
         )
         logits, self.pool = self.forward(self.params, batch, self.pool)
-        return np.asarray(logits)
+        return np.asarray(logits)[:count]
 
     def in_chunks(self, tokens, size, pages, prefix=0):
         parts = [self.run(tokens[at : at + size], at, pages) for at in range(prefix, len(tokens), size)]
         return np.concatenate(parts)
-
-
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +60,16 @@ def prompt():
     return np.random.default_rng(3).integers(3, 120, LENGTH)
 
 
-@pytest.fixture(scope="module")
-def variant_case(variant, prompt):
+@pytest.fixture
+def variant_case(variant_folder, prompt):
     """A checkpoint folder of each variant and transformers' logits [tokens, vocab] for the prompt."""
-    model = AutoModelForCausalLM.from_pretrained(variant, dtype=torch.float32).eval()
+    return variant_folder, transformers_logits(variant_folder, prompt)
+
+
+def transformers_logits(folder, tokens):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = model(torch.tensor(prompt[None])).logits[0].numpy()
-    return variant, logits
+        return model(torch.tensor(tokens[None])).logits[0].numpy()
 
 
 def assert_equal_logits(actual, expected):
@@ -76,6 +86,15 @@ def shuffled_pages(seed=0, count=40):
 def test_logits_equal_transformers_for_every_chunking(variant_case, prompt, size):
     folder, expected = variant_case
     assert_equal_logits(Runner(folder).in_chunks(prompt, size, shuffled_pages()), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_prompt_of_several_chunks_of_1024_equals_transformers(tiny_checkpoint, family):
+    """Long enough for whole key blocks in front of a chunk, which take the path without a mask."""
+    folder = tiny_checkpoint(family, max_position_embeddings=4096)
+    tokens = np.random.default_rng(4).integers(3, 120, 2100)
+    pages = shuffled_pages(count=140)
+    assert_equal_logits(Runner(folder).in_chunks(tokens, 1024, pages), transformers_logits(folder, tokens))
 
 
 def test_decode_after_prefill_equals_transformers(variant_case, prompt):

@@ -1,0 +1,330 @@
+"""Weights from disk to the params pytree and back: Hugging Face safetensors in, Orbax in and out, one fingerprint.
+
+Every tensor is checked against the config before anything is allocated; what is missing, misshapen or unknown is an
+error. No model maths here, and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+
+from model.config import ModelConfig, load_config, read_json
+from model.params import Layer, Params
+
+# What a checkpoint needs to run; leaves the other formats of the same weights on the hub.
+HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
+FLOATS = ("F32", "BF16", "F16")
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Progress = Callable[[int, int], None]  # (bytes of params made so far, bytes in all)
+
+
+class Part(NamedTuple):
+    """One tensor of a checkpoint and its place in a leaf."""
+
+    name: str
+    shape: tuple[int, ...]  # in the file
+    at: tuple[int | slice, ...]  # in the leaf; the elements there are the same, in the same order
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of Params and the tensors that fill it."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+class Tensor(NamedTuple):
+    """A tensor of an open safetensors file; `read` gives it as numpy."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def load(source: str | Path, dtype: Any, progress: Progress | None = None) -> tuple[ModelConfig, Params]:
+    """Read a safetensors checkpoint from a folder or a hub id, as stacked Params of `dtype`.
+
+    Leaves are made one at a time, so host memory peaks at the params (nothing, where they go to a GPU) and one leaf.
+    Raises FileNotFoundError or ValueError, naming file and tensor, where the checkpoint is not what its config says.
+    """
+    folder = resolve(source)
+    config = load_config(folder)
+    leaves = layout(config)
+    with ExitStack() as opened:
+        tensors = _open_tensors(_weight_files(folder), opened)
+        _check(leaves, tensors, config, folder)
+        return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None))
+
+
+def resolve(source: str | Path) -> Path:
+    """The checkpoint folder: `source` itself if it is one, else its snapshot from the Hugging Face Hub.
+
+    Raises FileNotFoundError where it is neither, or where the hub cannot be reached and has no cached copy here.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(HUB_FILES)))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"{str(source)!r} is not a local folder, and the Hugging Face Hub did not give it ({reason}): "
+            "check the id, the network and HF_HUB_OFFLINE, or name a local checkpoint folder"
+        ) from error
+
+
+def layout(config: ModelConfig) -> Params:
+    """Params with a Leaf in place of every array: the shapes of `model/params.py` and the tensors that go there."""
+    k, g, d, e, f = config.num_kv_heads, config.group, config.head_dim, config.embed_size, config.ffn_size
+    queries, key, value = np.s_[:, :g], np.s_[:, g], np.s_[:, g + 1]
+
+    def stack(shape: tuple[int, ...], *parts: Part) -> Leaf:
+        layers = range(config.num_layers)
+        return Leaf(
+            (config.num_layers, *shape),
+            tuple(Part(f"model.layers.{i}.{p.name}", p.shape, (i, *p.at)) for i in layers for p in parts),
+        )
+
+    def qkv(kind: str, *inputs: int) -> Leaf:
+        return stack(
+            (k, g + 2, d, *inputs),
+            Part(f"self_attn.q_proj.{kind}", (k * g * d, *inputs), queries),
+            Part(f"self_attn.k_proj.{kind}", (k * d, *inputs), key),
+            Part(f"self_attn.v_proj.{kind}", (k * d, *inputs), value),
+        )
+
+    def gate_up(kind: str, *inputs: int) -> Leaf:
+        parts = (Part(f"mlp.{name}_proj.{kind}", (f, *inputs), (i,)) for i, name in enumerate(("gate", "up")))
+        return stack((2, f, *inputs), *parts)
+
+    def same(name: str, *shape: int) -> Leaf:
+        return stack(shape, Part(name, shape, ()))
+
+    layer = {
+        "attn_norm": same("input_layernorm.weight", e),
+        "qkv": qkv("weight", e),
+        "out": stack((e, k, g, d), Part("self_attn.o_proj.weight", (e, k * g * d), ())),
+        "mlp_norm": same("post_attention_layernorm.weight", e),
+        "gate_up": gate_up("weight", e),
+        "down": same("mlp.down_proj.weight", e, f),
+    }
+    if config.qkv_bias:
+        layer["qkv_bias"] = qkv("bias")
+    if config.out_bias:
+        layer["out_bias"] = same("self_attn.o_proj.bias", e)
+    if config.qk_norm:
+        layer |= {"q_norm": same("self_attn.q_norm.weight", d), "k_norm": same("self_attn.k_norm.weight", d)}
+    if config.mlp_bias:
+        layer |= {"gate_up_bias": gate_up("bias"), "down_bias": same("mlp.down_proj.bias", e)}
+
+    vocab = (config.vocab_size, e)
+    model: dict[str, Any] = {
+        "embed": Leaf(vocab, (Part(EMBED, vocab, ()),)),
+        "layers": Layer(**layer),  # type: ignore[arg-type]
+        "final_norm": Leaf((e,), (Part("model.norm.weight", (e,), ()),)),
+        "lm_head": None if config.tie_embeddings else Leaf(vocab, (Part(HEAD, vocab, ()),)),
+    }
+    return Params(**model)
+
+
+def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
+    """Write stacked Params to `path/params` with Orbax and their config and dtype to `path/tokenzero.json`.
+
+    Raises FileExistsError where `path` exists, and ValueError for params whose layers are apart.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists: delete it, or save to a new path")
+    if isinstance(params.layers, tuple):
+        raise ValueError("params.layers is a tuple of layers, expected one stacked Layer: save before `unstacked`")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "params", params)
+    # Written last, so that a folder with this file holds whole weights.
+    about = {"format": 1, "dtype": params.embed.dtype.name, "config": config.to_json()}
+    (path / "tokenzero.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def restore_orbax(path: str | Path) -> tuple[ModelConfig, Params]:
+    """Read what `save_orbax` wrote, onto the first device, whatever devices it was saved from.
+
+    Raises FileNotFoundError where the folder is none of ours or was not written to its end.
+    """
+    path = Path(path).absolute()
+    about_file = path / "tokenzero.json"
+    if not about_file.is_file():
+        raise FileNotFoundError(f"{path} has no tokenzero.json, expected a folder that save_orbax wrote: save it again")
+    about = read_json(about_file)
+    if about.get("format") != 1:
+        raise ValueError(f"{about_file} has format {about.get('format')!r}, expected 1: convert the checkpoint again")
+    config = ModelConfig.from_json(about["config"])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(about["dtype"]), sharding=device), layout(config)
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        return config, checkpointer.restore(path / "params", wanted)
+
+
+def fingerprint(config: ModelConfig, params: Params) -> bytes:
+    """32 bytes that name this architecture with these weights in this dtype, for the keys of KV pages.
+
+    A function of what is in memory: equal after a restart, on another machine, from safetensors or Orbax, with layers
+    stacked or apart. End-of-sequence ids and the context limit leave KV as it is and do not count. Every bit of every
+    weight enters, through a 64-bit hash per array and layer that the device computes in one pass over its memory (about
+    1 GB/s of float32 on two CPU cores). That hash tells checkpoints apart; it is no defence against someone who builds
+    colliding weights, as BLAKE2b over all bytes on the host would be.
+    """
+    if isinstance(params.layers, tuple):
+        apart = [jax.tree.map(_hash, layer) for layer in params.layers]
+        layers = jax.tree.map(lambda *words: jnp.stack(words, axis=-1), *apart)
+    else:
+        layers = jax.tree.map(functools.partial(_hash, kept=1), params.layers)
+    words = (jax.tree.map(_hash, (params.embed, params.final_norm, params.lm_head)), layers)
+
+    relevant = dataclasses.replace(config, eos_token_ids=(), max_position=0)
+    digest = hashlib.blake2b(digest_size=32, person=b"tokenzero model")
+    digest.update(f"{relevant.to_json()}{params.embed.dtype.name}".encode())
+    for field, value in jax.tree_util.tree_leaves_with_path(words):
+        digest.update(jax.tree_util.keystr(field).encode())
+        digest.update(np.asarray(value).astype("<u4").tobytes())
+    return digest.digest()
+
+
+@functools.partial(jax.jit, static_argnames="kept")
+def _hash(x: jax.Array, kept: int = 0) -> jax.Array:
+    """Two uint32 hashes of the bits of `x` for each index of its first `kept` axes, [2, *kept axes].
+
+    From the last axis to the first: salt each word by its place, mix, sum modulo 2^32. Integer sums give the same
+    result in any order, so on any device and under any sharding.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+
+    def fold(words: jax.Array, seed: int) -> jax.Array:
+        for depth in range(x.ndim - kept):
+            places = jnp.arange(words.shape[-1], dtype=jnp.uint32) + jnp.uint32(seed + (depth << 28))
+            words = jnp.sum(_mix(words ^ _mix(places)), axis=-1, dtype=jnp.uint32)
+        return words
+
+    return jnp.stack([fold(bits, 0x00000001), fold(bits, 0x85EBCA6B)])
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """An invertible scrambling of uint32 words (Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards that its index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise FileNotFoundError(f"{shard} is missing, but {index.name} names it: download it again")
+        return shards
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+    raise FileNotFoundError(
+        f"{folder} has no model.safetensors and no {index.name} (found {', '.join(others) or 'no weights'}): "
+        "download the safetensors files, or convert with transformers' save_pretrained"
+    )
+
+
+def _open_tensors(files: Iterable[Path], opened: ExitStack) -> dict[str, Tensor]:
+    """Open the files and read their headers; the weights are mapped, not read."""
+    tensors = {}
+    for path in files:
+        try:
+            # JAX has registered bfloat16 with numpy, which is how this works without torch.
+            file = opened.enter_context(safe_open(path, framework="np"))
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size
+            raise ValueError(
+                f"{path} ({size} bytes) is not a whole safetensors file ({error}): download it again"
+            ) from error
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            header = file.get_slice(name)
+            read = functools.partial(file.get_tensor, name)
+            tensors[name] = Tensor(path, tuple(header.get_shape()), header.get_dtype(), read)
+    return tensors
+
+
+def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Raise ValueError unless the checkpoint has the tensors of the layout and no others."""
+    expected = {part.name: part.shape for leaf in jax.tree.leaves(leaves) for part in leaf.parts}
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{folder}: its safetensors files lack {_some(missing)}, the first expected with shape "
+            f"{expected[missing[0]]}: download the checkpoint again, or check that config.json belongs to it"
+        )
+    for name, shape in expected.items():
+        found = tensors[name]
+        if found.shape != shape:
+            raise ValueError(
+                f"{found.path}: {name} has shape {found.shape}, expected {shape}: check that config.json belongs to it"
+            )
+        if found.dtype not in FLOATS:
+            raise ValueError(
+                f"{found.path}: {name} is {found.dtype}, expected one of {', '.join(FLOATS)}: "
+                "use the unquantized checkpoint"
+            )
+    # Older checkpoints carry the rotary frequencies, which follow from the config.
+    unknown = [n for n in tensors if n not in expected and n != HEAD and not n.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise ValueError(
+            f"{tensors[unknown[0]].path}: unexpected {_some(unknown)}, expected only the tensors of a {config.family} "
+            "model with this config.json: use a merged, unmodified checkpoint"
+        )
+    if config.tie_embeddings and HEAD in tensors and not np.array_equal(tensors[HEAD].read(), tensors[EMBED].read()):
+        raise ValueError(
+            f"{tensors[HEAD].path}: {HEAD} differs from {EMBED}, expected equality as tie_word_embeddings is true: "
+            "set it to false in config.json"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a long list."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _fill(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress: Progress) -> Params:
+    """Make every leaf: allocate, convert its tensors into place one by one, hand it to the device."""
+    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(leaves)) * dtype.itemsize
+    done = 0
+
+    def fill(leaf: Leaf) -> jax.Array:
+        nonlocal done
+        array = np.empty(leaf.shape, dtype)
+        for part in leaf.parts:
+            place = array[part.at]
+            place[...] = tensors[part.name].read().reshape(place.shape)
+            done += place.nbytes
+            progress(done, total)
+        # Waiting lets the host copy go before the next leaf is allocated.
+        return jax.device_put(array).block_until_ready()
+
+    return jax.tree.map(fill, leaves)

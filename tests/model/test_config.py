@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from model.config import FAMILIES, ModelConfig, RopeConfig, load_config
+
+CORE = {
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def config(family: str, **fields: Any) -> dict[str, Any]:
+    window = {"sliding_window": None} if family == "mistral" else {}
+    return {"model_type": family, **CORE, **window, **fields}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_keys_take_the_defaults_of_transformers(family):
+    ours, theirs = ModelConfig.from_hf(config(family)), AutoConfig.for_model(family, **CORE)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.max_position == theirs.max_position_embeddings
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
+    assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+
+
+@pytest.mark.parametrize("type_key", ["type", "rope_type"])
+def test_the_old_and_the_new_form_of_rope_read_alike(type_key):
+    old = config("llama", rope_theta=500000.0, rope_scaling={type_key: "llama3", **LLAMA3})
+    new = config("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3})
+    read = ModelConfig.from_hf(old).rope
+    assert read == ModelConfig.from_hf(new).rope
+    assert read == RopeConfig(500000.0, "llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+
+
+def test_a_bare_rope_theta_or_null_scaling_is_the_default_rope():
+    assert ModelConfig.from_hf(config("qwen2", rope_theta=1e6, rope_scaling=None)).rope == RopeConfig(theta=1e6)
+
+
+def test_yarn_options_are_read_and_its_context_defaults_to_max_position():
+    rope = {"type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False, "beta_fast": 16}
+    read = ModelConfig.from_hf(config("qwen3", rope_scaling=rope, max_position_embeddings=4096)).rope
+    assert (read.kind, read.factor, read.original_max_position) == ("yarn", 4.0, 4096)
+    assert (read.mscale, read.mscale_all_dim, read.truncate, read.beta_fast, read.beta_slow) == (0.7, 1.2, False, 16, 1)
+
+
+def test_biases_and_norms_follow_the_family():
+    def parts(family: str, **fields: Any) -> tuple[bool, ...]:
+        made = ModelConfig.from_hf(config(family, **fields))
+        return made.qkv_bias, made.out_bias, made.mlp_bias, made.qk_norm
+
+    assert parts("llama") == (False, False, False, False)
+    assert parts("llama", attention_bias=True, mlp_bias=True) == (True, True, True, False)
+    assert parts("qwen2", attention_bias=False) == (True, False, False, False)
+    assert parts("qwen3") == (False, False, False, True)
+    assert parts("qwen3", attention_bias=True, mlp_bias=True) == (True, True, False, True)
+    assert parts("mistral", attention_bias=True) == (False, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gemma3"}, "model_type is 'gemma3', supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'dynamic', supported are default, linear, llama3, yarn",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters has rope type 'longrope'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling of rope type 'linear' has no factor"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "has no low_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_size": None}, "hidden_size is None, expected a positive whole number"),
+        ({"num_key_value_heads": 5}, "num_attention_heads is 32, expected a multiple of num_key_value_heads"),
+        ({"head_dim": 33}, "head_dim is 33, expected an even number"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+    ],
+)
+def test_what_the_decoder_lacks_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(config("llama") | fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("mistral", {"sliding_window": 4096}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+    ],
+)
+def test_an_active_sliding_window_is_refused(family, fields):
+    with pytest.raises(ValueError, match=r"sliding_window of \d+ tokens is active"):
+        ModelConfig.from_hf(config(family) | fields)
+
+
+def test_mistral_without_the_key_has_the_window_of_transformers():
+    fields = config("mistral")
+    del fields["sliding_window"]
+    with pytest.raises(ValueError, match="sliding_window of 4096 tokens is active"):
+        ModelConfig.from_hf(fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("mistral", {"sliding_window": 4096, "max_position_embeddings": 4096}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 1024, "max_window_layers": 1}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 3}),
+        ("llama", {"sliding_window": 1024}),
+    ],
+)
+def test_a_window_that_masks_nothing_is_accepted(family, fields):
+    assert ModelConfig.from_hf(config(family) | fields).num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "expected"),
+    [(7, None, (7,)), ([7, 8], None, (7, 8)), (7, {"eos_token_id": [9, 7]}, (9, 7)), (7, {"top_p": 0.9}, (7,))],
+)
+def test_end_of_sequence_ids_prefer_the_generation_config(tmp_path: Path, own, generation, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config("qwen2", eos_token_id=own)))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert load_config(tmp_path).eos_token_ids == expected
+
+
+def test_errors_name_the_file(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_config(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ValueError, match=f"{path}: model_type is 'mamba'"):
+        load_config(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=f"{path} is not JSON"):
+        load_config(tmp_path)
+
+
+def test_json_gives_back_an_equal_hashable_config():
+    made = ModelConfig.from_hf(config("llama", rope_scaling={"type": "llama3", **LLAMA3}, eos_token_id=[1, 2]))
+    again = ModelConfig.from_json(made.to_json())
+    assert again == made
+    assert hash(again) == hash(made)
+    assert dataclasses.replace(made, norm_eps=1e-5).to_json() != made.to_json()
