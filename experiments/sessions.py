@@ -58,6 +58,7 @@ class Session:
     thinking: bool = True
     subagent: bool = False
     scale: float = 1.0  # of system text, tools and reminder, for prompts shorter than a client's own
+    num_tools: int | None = None  # None: as many as the release's client sends
 
     def __post_init__(self) -> None:
         """Refuse a release that nobody measured."""
@@ -276,7 +277,7 @@ def tools(session: Session) -> list[Json]:
     """The release's tools: as many and as long as the client's, fewer where `scale` leaves no room for all."""
     release, rng = RELEASES[session.release], session.kin_rng("tools")
     chars = round(release.tool_chars * session.scale)
-    names = list(TOOLS)[: min(release.tools, max(3, chars // 1200))]
+    names = list(TOOLS)[: min(session.num_tools or release.tools, max(3, chars // 1200))]
     shares = [rng.uniform(0.3, 1.7) for _ in names]
     return [tool(rng, name, round(chars * share / sum(shares))) for name, share in zip(names, shares, strict=True)]
 

@@ -1,0 +1,212 @@
+"""The project's story on your own hardware: one real server, one agent prompt, three arms, one table.
+
+`make demo` runs `python -m experiments.demo --model DIR`. Every request is an agent's prompt with a fresh question at
+its end; the arms differ in what stands in front: nothing (stable), a fresh billing header that is kept (varying), or a
+fresh one that the server strips (stripped).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments.provenance import provenance
+from experiments.server import Server, Timing, count_tokens, measure, running_server
+from experiments.sessions import Json, Session, billing_header, stable_request, with_header, with_question
+
+RESULTS = Path("experiments/results/demo")
+# NVIDIA Dynamo's published means: a 52K-token prompt, Nemotron-3-Super-120B on one B200.
+PUBLISHED_MS = {"stable": 168, "varying": 912, "stripped": 169}
+OUTPUT_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One condition: whether a header stands in front, which rules the server applies, and how often it is measured."""
+
+    name: str
+    header: bool
+    rules: str
+    repeats: int
+
+
+ARMS = (
+    Arm("stable", header=False, rules="strip-preamble", repeats=15),
+    Arm("varying", header=True, rules="none", repeats=5),
+    Arm("stripped", header=True, rules="strip-preamble", repeats=15),
+)
+
+
+def schedule(arms: tuple[Arm, ...], rng: random.Random) -> Iterator[Arm]:
+    """One cold request for each arm, then all repeats in rounds, each round in a fresh order."""
+    yield from arms
+    for number in range(max(arm.repeats for arm in arms)):
+        due = [arm for arm in arms if number < arm.repeats]
+        yield from rng.sample(due, len(due))
+
+
+def body(arm: Arm, prompt: Json, rng: random.Random) -> Json:
+    """The arm's next request: the same prompt, a fresh question, and a fresh header where the arm has one."""
+    asked = with_question(prompt, rng.getrandbits(32)) | {"max_tokens": OUTPUT_TOKENS, "temperature": 0}
+    return with_header(asked, billing_header(rng)) if arm.header else asked
+
+
+def run(server: Server, tokens: int, arms: tuple[Arm, ...], seed: int, progress: Progress) -> dict[str, list[Timing]]:
+    """Measure every arm against a running server; the first timing of each is its cold request."""
+    rng = random.Random(seed)
+    timings: dict[str, list[Timing]] = {arm.name: [] for arm in arms}
+    with httpx.Client(timeout=600) as client:
+        # Sessions of their own: no arm finds another's prefix in the cache.
+        prompts = {
+            arm.name: stable_request(
+                Session(seed=seed + i, folder=f"/home/dev/{arm.name}", num_tools=20),
+                tokens,
+                lambda request: count_tokens(client, server.url, request),
+            )
+            for i, arm in enumerate(arms)
+        }
+        order = list(schedule(arms, rng))
+        task = progress.add_task("measuring", total=len(order))
+        for arm in order:
+            cold = "cold" if not timings[arm.name] else "warm"
+            progress.update(task, description=f"{arm.name} ({cold})")
+            request = body(arm, prompts[arm.name], rng)
+            timings[arm.name].append(measure(client, server.url, request, {"x-tokenzero-normalize": arm.rules}))
+            progress.advance(task)
+        progress.update(task, description="measured")
+    return timings
+
+
+def summarise(timings: dict[str, list[Timing]], resident_bytes: int) -> dict[str, Any]:
+    """The figures of a run as JSON values: cold requests apart, medians over the repeats."""
+    arms = {}
+    for name, (cold, *repeats) in timings.items():
+        times = [round(t.ttft_ms, 2) for t in repeats]
+        arms[name] = {
+            "cold_ms": round(cold.ttft_ms, 2),
+            "ttft_ms": times,
+            "median_ms": round(median(times), 2),
+            "cached_tokens": [t.cached_tokens for t in repeats],
+            "prompt_tokens": [t.prompt_tokens for t in repeats],
+        }
+    stable = arms["stable"]["median_ms"]
+    return {
+        "prompt_tokens": round(median(arms["stable"]["prompt_tokens"])),
+        "arms": arms,
+        "ratios": {
+            "varying_over_stable": round(arms["varying"]["median_ms"] / stable, 3),
+            "stripped_over_stable": round(arms["stripped"]["median_ms"] / stable, 3),
+        },
+        "published_ms": PUBLISHED_MS,
+        "server_resident_mib": round(resident_bytes / 2**20),
+    }
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary for a terminal."""
+    grid = Table(
+        title=f"TTFT in ms, agent prompt of {summary['prompt_tokens']:,} tokens, {summary['dtype']}", box=SIMPLE_HEAD
+    )
+    for name in ("arm", "n", "median", "min", "max", "reused", "over stable", "NVIDIA's"):
+        grid.add_column(name, justify="left" if name == "arm" else "right")
+    for name, arm in summary["arms"].items():
+        times = arm["ttft_ms"]
+        grid.add_row(
+            name,
+            str(len(times)),
+            *(f"{ms:,.0f}" for ms in (arm["median_ms"], min(times), max(times))),
+            f"{median(arm['cached_tokens']):,.0f}",
+            f"{arm['median_ms'] / summary['arms']['stable']['median_ms']:.2f}",
+            f"{PUBLISHED_MS[name] / PUBLISHED_MS['stable']:.2f}",
+        )
+    stable, varying, stripped = PUBLISHED_MS.values()
+    grid.caption = f"NVIDIA Dynamo on one B200, 52K tokens: {varying}/{stable} ms and {stripped}/{stable} ms"
+    return grid
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Every request of every arm on a logarithmic axis, medians named."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"stable": "#0072B2", "varying": "#D55E00", "stripped": "#009E73"}
+    notes = {"stable": "no header", "varying": "fresh header, kept", "stripped": "fresh header, stripped"}
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    jitter = random.Random(0)
+    for row, (name, arm) in enumerate(summary["arms"].items()):
+        heights = [row + jitter.uniform(-0.14, 0.14) for _ in arm["ttft_ms"]]
+        axes.scatter(arm["ttft_ms"], heights, s=26, color=colours[name], alpha=0.55, linewidths=0)
+        axes.plot([arm["median_ms"]] * 2, [row - 0.28, row + 0.28], color=colours[name], linewidth=2.5)
+        axes.annotate(
+            f"median {arm['median_ms']:,.0f} ms",
+            (arm["median_ms"], row - 0.3),
+            ha="center",
+            va="bottom",
+            color=colours[name],
+        )
+    axes.set_yticks(range(len(notes)), [f"{name}\n({note})" for name, note in notes.items()])
+    axes.set_ylim(len(notes) - 0.5, -0.75)
+    axes.set_xscale("log")
+    low = min(min(arm["ttft_ms"]) for arm in summary["arms"].values())
+    high = max(max(arm["ttft_ms"]) for arm in summary["arms"].values())
+    axes.set_xlim(low / 2, high * 2)
+    axes.xaxis.set_major_formatter(lambda ms, _: f"{ms / 1000:g} s" if ms >= 1000 else f"{ms:g} ms")
+    axes.set_xlabel("time to first token (log scale)")
+    ratios = summary["ratios"]
+    axes.set_title(
+        f"One changing line before {summary['prompt_tokens']:,} tokens costs {ratios['varying_over_stable']:.0f} times "
+        f"the TTFT; stripped, {ratios['stripped_over_stable']:.2f} times",
+        fontsize=10,
+        loc="left",
+    )
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Start the server, measure, print the table, write picture and summary."""
+    cli = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__.split("\n")[0])
+    cli.add_argument("--model", required=True, help="checkpoint folder, such as experiments.demo_model writes")
+    cli.add_argument("--tokens", type=int, default=52_000, help="length of the prompt (default: 52000)")
+    cli.add_argument("--seed", type=int, default=0)
+    cli.add_argument("--out", type=Path, default=RESULTS, help=f"folder for the results (default: {RESULTS})")
+    args = cli.parse_args(argv)
+    console = Console()
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn())
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress,
+    ):
+        starting = progress.add_task("starting the server", total=1)
+        with running_server(args.model, log=Path(scratch) / "server.log") as server:
+            progress.advance(starting)
+            timings = run(server, args.tokens, ARMS, args.seed, progress)
+            summary = summarise(timings, server.resident_bytes())
+    summary = summary | {"dtype": "float32", "seed": args.seed} | provenance()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw(summary, args.out / "ttft.png")
+    console.print(table(summary))
+    console.print(f"server's memory {summary['server_resident_mib']:,} MiB; results in {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""A real server as its own process, and a client that measures TTFT as DESIGN's words define it.
+
+TTFT runs from the last byte of the request to the first `content_block_delta`. Benchmarks, the demo and the tests all
+start and drive the server through this file.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+START_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it listens and the process it is."""
+
+    url: str
+    process: subprocess.Popen
+
+    def resident_bytes(self) -> int:
+        """Memory that the process holds now."""
+        return psutil.Process(self.process.pid).memory_info().rss
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measured request."""
+
+    ttft_ms: float
+    total_ms: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    text: str
+
+
+@contextmanager
+def running_server(model: str | Path, *flags: str, log: Path | None = None) -> Iterator[Server]:
+    """`python -m serve` on a free port, ready when entered, ended when left.
+
+    Raises RuntimeError with the end of its log if it stops before it is ready.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "serve", "--model", str(model), "--port", str(port), *flags]
+    with open(log, "w") if log else open("/dev/null", "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    server = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        wait_until_ready(server, log)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(server: Server, log: Path | None) -> None:
+    """Return once `/health` answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            tail = log.read_text()[-2000:] if log else "(no log kept)"
+            raise RuntimeError(f"the server ended with status {server.process.returncode} before it was ready:\n{tail}")
+        try:
+            if httpx.get(f"{server.url}/health", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise RuntimeError(f"the server was not ready after {START_SECONDS} s")
+
+
+def measure(client: httpx.Client, url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Timing:
+    """Send one streaming request and time it.
+
+    Raises RuntimeError if the answer is an error or has no text, so no `content_block_delta` to time.
+    """
+    payload = json.dumps(body | {"stream": True}).encode()
+    sent = 0.0
+
+    def content() -> Iterator[bytes]:
+        nonlocal sent
+        yield payload
+        sent = time.perf_counter()
+
+    sizes = {"content-length": str(len(payload)), "content-type": "application/json"}
+    first, usage, parts = None, {}, []
+    with client.stream("POST", f"{url}/v1/messages", content=content(), headers=sizes | (headers or {})) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"{response.status_code}: {response.read().decode()[:500]}")
+        for line in response.iter_lines():
+            if not line.startswith("data: "):
+                continue
+            event = json.loads(line[6:])
+            if event["type"] == "content_block_delta":
+                first = first or time.perf_counter()
+                parts.append(event["delta"].get("text", ""))
+            elif event["type"] == "message_start":
+                usage = event["message"]["usage"]
+            elif event["type"] == "message_delta":
+                usage = usage | event["usage"]
+            elif event["type"] == "error":
+                raise RuntimeError(event["error"]["message"])
+    done = time.perf_counter()
+    if first is None:
+        raise RuntimeError("the answer has no text: the model ended its turn at once")
+    counts = (usage["input_tokens"], usage["cache_creation_input_tokens"], usage["cache_read_input_tokens"])
+    return Timing(
+        ttft_ms=(first - sent) * 1e3,
+        total_ms=(done - sent) * 1e3,
+        prompt_tokens=sum(counts),
+        cached_tokens=counts[2],
+        output_tokens=usage["output_tokens"],
+        text="".join(parts),
+    )
+
+
+def count_tokens(client: httpx.Client, url: str, body: dict[str, Any]) -> int:
+    """The server's count of a request's prompt."""
+    response = client.post(f"{url}/v1/messages/count_tokens", json=body)
+    if response.status_code != 200:
+        raise RuntimeError(f"{response.status_code}: {response.text[:500]}")
+    return response.json()["input_tokens"]
