@@ -36,27 +36,42 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     cli = argparse.ArgumentParser(
         prog="python -m serve",
+        usage="%(prog)s --model DIR_OR_ID [options]",
         description="Serve a Hugging Face checkpoint over the Anthropic Messages API, with every prefix cached.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     model = cli.add_argument_group("model")
     model.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a local checkpoint folder, or a hub id")
     model.add_argument("--model-name", metavar="NAME", help="name in /v1/models (default: the last part of --model)")
-    model.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 on CPU")
+    model.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto, the default: float32 on CPU, bfloat16 elsewhere",
+    )
     model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output (default: the model's)")
 
     http = cli.add_argument_group("server")
-    http.add_argument("--host", default="127.0.0.1", help="address to bind; beyond loopback it takes an --api-key")
-    http.add_argument("--port", type=int, default=8000, help="0 takes any free port")
+    http.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to bind; beyond loopback it takes an --api-key (default: %(default)s)",
+    )
+    http.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
     http.add_argument("--api-key", metavar="KEY", help="in x-api-key or as Bearer (default: $TOKENZERO_API_KEY)")
-    http.add_argument("--max-body-bytes", type=parse_bytes, default="32MiB", metavar="SIZE", help="413 above it")
+    http.add_argument(
+        "--max-body-bytes",
+        type=parse_bytes,
+        default="32MiB",
+        metavar="SIZE",
+        help="a longer request gets 413 (default: %(default)s)",
+    )
 
     prompt = cli.add_argument_group("prompt stability")
     prompt.add_argument(
         "--strip-anthropic-preamble",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="remove the x-anthropic-billing-header line that starts an agent's system text",
+        help="remove the x-anthropic-billing-header line that starts an agent's system text (default: on)",
     )
 
     engine = cli.add_argument_group("engine")
@@ -66,9 +81,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="default: what the device has, less weights and a margin; 1GiB on CPU",
     )
-    engine.add_argument("--page-size", type=int, default=64, metavar="TOKENS", help="tokens in a KV page")
-    engine.add_argument("--max-batch", type=int, default=16, metavar="N", help="sequences that run at the same time")
-    engine.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS", help="tokens in a prefill step")
+    numbers = (
+        ("--page-size", 64, "TOKENS", "tokens in a KV page"),
+        ("--max-batch", 16, "N", "requests that run at the same time"),
+        ("--max-waiting", 256, "N", "requests that may queue; a further one gets 529"),
+        ("--prefill-chunk", 1024, "TOKENS", "tokens in a prefill step"),
+    )
+    for name, default, unit, text in numbers:
+        engine.add_argument(name, type=int, default=default, metavar=unit, help=f"{text} (default: %(default)s)")
     return cli
 
 
@@ -76,9 +96,11 @@ def check(args: argparse.Namespace) -> str | None:
     """What is wrong with the arguments, or None."""
     if not args.api_key and not is_loopback(args.host):
         return f"--host {args.host} is reachable from elsewhere: give an --api-key, or bind 127.0.0.1"
-    for name in ("page_size", "max_batch", "prefill_chunk"):
+    for name in ("page_size", "max_batch", "max_waiting", "prefill_chunk"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
+    if not 0 <= args.port < 2**16:
+        return f"--port: expected 0 to 65535, got {args.port}"
     if args.max_model_len is not None and args.max_model_len < 2:
         return f"--max-model-len: expected at least 2, got {args.max_model_len}"
     return None
@@ -111,7 +133,7 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
     from serve.engine import EngineSettings
 
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    budget = args.kv_pool_bytes or pool_bytes(jax.devices()[0], weights)
+    budget = pool_bytes(jax.devices()[0], weights) if args.kv_pool_bytes is None else args.kv_pool_bytes
     page = args.page_size * bytes_per_token(config, np.dtype(jax.numpy.dtype(dtype)))
     pages = budget // page
     if pages < 2:
@@ -128,6 +150,7 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
         max_model_len=min(wanted, longest),
         page_size=args.page_size,
         max_batch=args.max_batch,
+        max_waiting=args.max_waiting,
         prefill_chunk=args.prefill_chunk,
         mixed_chunk=min(256, args.prefill_chunk),
         dtype=dtype,

@@ -11,16 +11,17 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -67,6 +68,8 @@ PING_SECONDS = 5.0
 OPEN_PATHS = ("/", "/health", "/api/hello")
 # Overrides the server's rules for one request: a comma-separated list, or `none`. What experiments switch arms with.
 RULES_HEADER = "x-tokenzero-normalize"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ def create_app(
             InvalidRequest: lambda request, error: error_response(400, str(error)),
             TooLarge: lambda request, error: error_response(413, str(error)),
             eng.Overloaded: lambda request, error: error_response(529, str(error), {"retry-after": "1"}),
+            ClientDisconnect: lambda request, error: Response(status_code=499),
             HTTPException: on_http_error,
-            Exception: on_error,
         },
         lifespan=lifespan,
     )
@@ -139,7 +142,7 @@ class TooLarge(Exception):
 
 
 class Gate:
-    """Before any route: the key and the body's size. After it: a request id and a count of the answer."""
+    """Before any route: the key and the body's size. After it: a request id, a count of the answer, 500 for a fault."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
         self.app, self.key, self.limit = app, api_key, max_body_bytes
@@ -150,7 +153,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        read = 0
+        read, answered = 0, False
 
         async def limited() -> Message:
             nonlocal read
@@ -161,7 +164,9 @@ class Gate:
             return message
 
         async def labelled(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
+                answered = True
                 message["headers"].append((b"request-id", f"req_{secrets.token_hex(12)}".encode()))
                 metrics: ServerMetrics = scope["app"].state.serving.metrics
                 # Unknown paths share one label: a client must not be able to grow the metrics.
@@ -176,15 +181,21 @@ class Gate:
         elif self.key and scope["path"] not in OPEN_PATHS and not self.admits(headers):
             await error_response(401, "invalid x-api-key")(scope, receive, labelled)
         else:
-            await self.app(scope, limited, labelled)
+            try:
+                await self.app(scope, limited, labelled)
+            except Exception as error:
+                if answered:
+                    raise
+                log.exception("%s %s failed", scope["method"], scope["path"])
+                await error_response(500, f"{type(error).__name__}: {error}")(scope, receive, labelled)
 
     def admits(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether x-api-key or a Bearer token equals the key, compared in constant time."""
+        """Whether x-api-key or a Bearer token equals the key, compared in constant time; clients may send both."""
         assert self.key is not None
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         bearer = token.strip() if scheme.lower() == b"bearer" else b""
-        given = headers.get(b"x-api-key", b"") or bearer
-        return hmac.compare_digest(given, self.key.encode())
+        key = self.key.encode()
+        return hmac.compare_digest(headers.get(b"x-api-key", b""), key) | hmac.compare_digest(bearer, key)
 
 
 async def post_messages(request: Request) -> Response:
@@ -197,19 +208,16 @@ async def post_messages(request: Request) -> Response:
     events = answer(serving, message, prompt.generation, received)
     headers = {"x-tokenzero-normalized": ", ".join(prompt.applied)} if prompt.applied else {}
     # The first event is asked for here: a request that the engine refuses is answered by a status, not by a stream.
-    first = await anext(events)
-    if message.stream:
+    first = await unless_gone(request, anext(events))
+    if first is None:
+        return Response(status_code=499)
+    if message.stream and not isinstance(first, Error):
         return StreamingResponse(
             stream(first, events), media_type="text/event-stream", headers=headers | {"cache-control": "no-cache"}
         )
-    done = asyncio.ensure_future(collect(first, events))
-    gone = asyncio.ensure_future(disconnected(request))
-    await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
-    gone.cancel()
-    if not done.done():
-        done.cancel()
+    result = await unless_gone(request, collect(first, events))
+    if result is None:
         return Response(status_code=499)
-    result = done.result()
     if isinstance(result, Error):
         return error_response(500, result.error.message)
     return Response(encode(result), media_type="application/json", headers=headers)
@@ -382,6 +390,17 @@ async def collect(first: Event, rest: AsyncGenerator[Event, None]) -> Answer | E
     raise AssertionError("an answer ends with message_delta or error")
 
 
+async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
+    """What `work` returns, or None if the client goes away first; `work` is cancelled then."""
+    done, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return done.result() if done.done() else None
+    finally:
+        done.cancel()
+        gone.cancel()
+
+
 async def disconnected(request: Request) -> None:
     """Returns when the client has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -400,8 +419,3 @@ def on_http_error(request: Request, error: Exception) -> Response:
     path = f"{request.method} {request.url.path}"
     texts = {404: f"no such route: {path}", 405: f"method not allowed: {path}"}
     return error_response(error.status_code, texts.get(error.status_code, error.detail), dict(error.headers or {}))
-
-
-def on_error(request: Request, error: Exception) -> Response:
-    """A fault of ours; Starlette logs its traceback."""
-    return error_response(500, f"{type(error).__name__}: {error}")

@@ -276,8 +276,8 @@ class Engine:
         self.adopt(sequence)
         if sequence.pending == 1:
             return
-        chunk = self.settings.mixed_chunk if mixed else self.settings.prefill_chunk
-        count = min(sequence.pending, chunk)
+        longest = self.settings.prefill_chunk
+        count = min(sequence.pending, longest, self.settings.mixed_chunk if mixed else longest)
         self.run([sequence], [count])
 
     def adopt(self, sequence: Sequence) -> None:

@@ -109,7 +109,8 @@ def render_text(request: CountTokensRequest, tokenizer: Tokenizer) -> str:
             enable_thinking=thinking,
             tokenize=False,
         )
-    except (TemplateError, ValueError, TypeError) as error:
+    # RecursionError: JSON that is nested too deeply for the template's `tojson`.
+    except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise InvalidRequest(f"messages: the model's chat template refuses this conversation: {error}") from error
 
 

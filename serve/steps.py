@@ -68,7 +68,7 @@ def ladder(max_batch: int, max_chunk: int) -> tuple[Bucket, ...]:
     """The shapes that serve up to `max_batch` decoding sequences and prefill chunks of up to `max_chunk` tokens."""
     doublings = [1 << i for i in range(max_batch.bit_length())]
     decode = [Bucket(seqs, 1) for seqs in sorted({*(n for n in doublings if n < max_batch), max_batch})]
-    chunks = sorted({*(n for n in PREFILL_CHUNKS if n < max_chunk), max_chunk})
+    chunks = sorted({*(n for n in PREFILL_CHUNKS if n < max_chunk), max_chunk} - {1})
     return tuple(decode + [Bucket(1, chunk) for chunk in chunks])
 
 

@@ -1,0 +1,60 @@
+"""One tiny model and one real server on it for all server tests; each test must leave the server idle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from talking import FLAGS, MODEL, eventually, is_idle
+
+from experiments.demo_model import write_demo_model
+from experiments.server import Server, running_server
+from serve.render import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint; do not change it."""
+    folder = tmp_path_factory.mktemp("serve") / "tiny-model"
+    write_demo_model(folder, config=MODEL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path) -> Tokenizer:
+    """The tiny checkpoint's tokenizer."""
+    return load_tokenizer(str(model_folder))
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The servers of a session share what they compile, and leave nothing behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server of `server` writes its log."""
+    return tmp_path_factory.mktemp("serve") / "server.log"
+
+
+@pytest.fixture(scope="session")
+def server(model_folder: Path, compile_cache: None, server_log: Path) -> Iterator[Server]:
+    """A real server process with the flags of `talking.FLAGS`."""
+    with running_server(model_folder, *FLAGS, log=server_log) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server, server_log: Path) -> Iterator[httpx.Client]:
+    """A client of the real server, which must be idle and free of tracebacks after the test."""
+    before = server_log.stat().st_size
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+        eventually(lambda: is_idle(client), "nothing runs or waits, and no page is held")
+    logged = server_log.read_bytes()[before:].decode()
+    assert "Traceback" not in logged, logged[-3000:]

@@ -1,0 +1,186 @@
+"""The command line: its help, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from talking import CONTEXT
+
+from experiments.server import running_server
+from model import checkpoint
+from model.config import ModelConfig
+from model.params import Params
+from serve import __main__ as command
+from serve.__main__ import check, is_loopback, main, parse_bytes, parser, settings
+from serve.engine import EngineSettings
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The last line that the command prints when it refuses its arguments."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "nowhere", *flags])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert len(shown) == 2, "a line of usage and a line that says what is wrong"
+    return shown[-1]
+
+
+class TestHelp:
+    @pytest.fixture
+    def shown(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    def test_it_fits_a_terminal_of_80_columns(self, shown: str) -> None:
+        assert max(map(len, shown.splitlines())) < 80
+
+    def test_it_names_every_flag_with_a_description(self, shown: str) -> None:
+        for flag in (
+            *("--model", "--port", "--host", "--api-key", "--dtype", "--max-model-len", "--kv-pool-bytes"),
+            *("--strip-anthropic-preamble", "--no-strip-anthropic-preamble", "--max-waiting"),
+        ):
+            assert flag in shown
+        assert all(action.help for action in parser()._actions)
+
+    def test_no_default_is_told_as_none_or_twice(self, shown: str) -> None:
+        assert "None" not in shown
+        assert "(default: 127.0.0.1)" in shown
+        assert all(entry.count("default") <= 1 for entry in shown.split("\n  --"))
+
+
+class TestFlags:
+    def test_stripping_is_on_unless_it_is_turned_off(self) -> None:
+        assert parser().parse_args(["--model", "m"]).strip_anthropic_preamble is True
+        assert parser().parse_args(["--model", "m", "--strip-anthropic-preamble"]).strip_anthropic_preamble is True
+        assert parser().parse_args(["--model", "m", "--no-strip-anthropic-preamble"]).strip_anthropic_preamble is False
+
+    def test_the_defaults_are_the_engines_own(self) -> None:
+        args, own = parser().parse_args(["--model", "m"]), EngineSettings(num_pages=2, max_model_len=2)
+        for name in ("page_size", "max_batch", "max_waiting", "prefill_chunk"):
+            assert getattr(args, name) == getattr(own, name)
+
+    @pytest.mark.parametrize(
+        ("text", "size"),
+        [("0", 0), ("4096", 4096), ("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 gib", 3 * 2**29), (" 2kb ", 2000)],
+    )
+    def test_sizes_are_read_in_both_kinds_of_units(self, text: str, size: int) -> None:
+        assert parse_bytes(text) == size
+
+    @pytest.mark.parametrize("text", ["", "GB", "-1", "4 GiB more", "4XB", "1e9"])
+    def test_what_is_no_size_is_refused(self, text: str) -> None:
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 4GB"):
+            parse_bytes(text)
+
+    def test_without_a_model_the_flag_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main([])
+        assert "--model" in capsys.readouterr().err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ("flags", "told"),
+        [
+            (["--kv-pool-bytes", "lots"], "--kv-pool-bytes: expected a size such as 4GB or 512MiB, got 'lots'"),
+            (["--page-size", "0"], "--page-size: expected at least 1, got 0"),
+            (["--max-batch", "-1"], "--max-batch: expected at least 1, got -1"),
+            (["--max-waiting", "0"], "--max-waiting: expected at least 1, got 0"),
+            (["--prefill-chunk", "0"], "--prefill-chunk: expected at least 1, got 0"),
+            (["--max-model-len", "1"], "--max-model-len: expected at least 2, got 1"),
+            (["--max-model-len", "many"], "--max-model-len: invalid int value: 'many'"),
+            (["--port", "65536"], "--port: expected 0 to 65535, got 65536"),
+            (["--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
+            (["--nonsense"], "--nonsense"),
+        ],
+    )
+    def test_a_bad_flag_is_named_with_what_was_expected(
+        self, flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert told in refusal(capsys, *flags)
+
+
+class TestBinding:
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "example.org"])
+    def test_without_a_key_only_loopback_is_bound(
+        self, host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("TOKENZERO_API_KEY", raising=False)
+        told = refusal(capsys, "--host", host)
+        assert f"--host {host} is reachable from elsewhere: give an --api-key" in told
+
+    @pytest.mark.parametrize("flags", [["--host", "0.0.0.0", "--api-key", "k"], ["--host", "::1"], ["--host", "localhost"]])
+    def test_a_key_or_loopback_is_enough(self, flags: list[str]) -> None:
+        assert check(parser().parse_args(["--model", "m", *flags])) is None
+
+    def test_an_empty_key_is_no_key(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TOKENZERO_API_KEY", "")
+        assert "give an --api-key" in refusal(capsys, "--host", "0.0.0.0", "--api-key", "")
+
+    @pytest.mark.parametrize(
+        ("host", "loopback"),
+        [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("a.b", False)],
+    )
+    def test_loopback_is_told_from_the_rest(self, host: str, loopback: bool) -> None:
+        assert is_loopback(host) is loopback
+
+
+class TestSizes:
+    @pytest.fixture(scope="class")
+    def loaded(self, model_folder: Path) -> tuple[ModelConfig, Params]:
+        return checkpoint.load(model_folder, jnp.dtype("float32"))
+
+    @staticmethod
+    def sized(loaded: tuple[ModelConfig, Params], *flags: str) -> EngineSettings:
+        return settings(parser().parse_args(["--model", "m", *flags]), *loaded, "float32")
+
+    def test_the_pool_holds_as_many_pages_as_its_bytes_allow(self, loaded: tuple[ModelConfig, Params]) -> None:
+        # 2 layers, 2 heads of 16, keys and values of 4 bytes: 512 bytes a token.
+        sizes = self.sized(loaded, "--kv-pool-bytes", "1MiB", "--page-size", "16")
+        assert (sizes.num_pages, sizes.page_size, sizes.dtype) == (128, 16, "float32")
+        assert sizes.max_model_len == 127 * 16, "one page is kept for a copy"
+
+    def test_the_context_is_the_models_where_the_pool_is_large(self, loaded: tuple[ModelConfig, Params]) -> None:
+        assert self.sized(loaded, "--kv-pool-bytes", "64MiB").max_model_len == 16_384
+        assert self.sized(loaded, "--kv-pool-bytes", "64MiB", "--max-model-len", "100").max_model_len == 100
+
+    def test_small_prefill_chunks_bound_the_mixed_ones(self, loaded: tuple[ModelConfig, Params]) -> None:
+        assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--prefill-chunk", "32").mixed_chunk == 32
+
+    @pytest.mark.parametrize("flags", [["--kv-pool-bytes", "1MiB"], ["--kv-pool-bytes", "64MiB"]])
+    def test_a_context_that_does_not_fit_is_refused_with_both_limits(
+        self, flags: list[str], loaded: tuple[ModelConfig, Params]
+    ) -> None:
+        with pytest.raises(SystemExit, match=r"--max-model-len: got 20000, but the model takes 16384 tokens and the KV"):
+            self.sized(loaded, *flags, "--max-model-len", "20000")
+
+    @pytest.mark.parametrize("size", ["0", "1000"])
+    def test_a_pool_of_less_than_two_pages_is_refused(self, size: str, loaded: tuple[ModelConfig, Params]) -> None:
+        with pytest.raises(SystemExit, match=f"--kv-pool-bytes: {size} bytes hold 0 pages of 32768 bytes"):
+            self.sized(loaded, "--kv-pool-bytes", size)
+
+
+class TestStarting:
+    def test_a_context_beyond_the_pool_ends_the_process_with_a_sentence(
+        self, model_folder: Path, tmp_path: Path
+    ) -> None:
+        flags = ("--max-model-len", str(CONTEXT), "--kv-pool-bytes", "1MiB")
+        with pytest.raises(RuntimeError, match="status 1 ") as ended, running_server(model_folder, *flags, log=tmp_path / "l"):
+            pass
+        assert f"--max-model-len: got {CONTEXT}" in str(ended.value)
+        assert "Traceback" not in str(ended.value)
+
+    @pytest.mark.parametrize("content", [None, "{}", '{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}'])
+    def test_a_folder_that_is_no_checkpoint_ends_it_with_a_sentence(
+        self, content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(command, "set_up_jax", lambda: None)  # it would stay so for every later test
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(SystemExit) as ended:
+            main(["--model", str(tmp_path)])
+        assert str(ended.value).startswith("tokenzero: ")
+        assert str(tmp_path) in str(ended.value)

@@ -1,0 +1,315 @@
+"""Reuse is exact: greedy output with the prefix store equals greedy output without it, whatever else is going on."""
+
+import queue
+import threading
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from model import checkpoint
+from model.attention import Batch
+from model.decoder import forward
+from model.kv import empty_pool
+from model.params import unstacked
+from serve.engine import Engine, EngineSettings, Failed, Finished, GenerationRequest, Overloaded, Sampled, Started
+from serve.steps import SamplingParams
+
+VOCAB, PAGE = 128, 8
+SMALL = EngineSettings(num_pages=96, max_model_len=320, page_size=PAGE, max_batch=4, prefill_chunk=32, mixed_chunk=16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny qwen3 written by transformers: (config, params)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes, **heads)).save_pretrained(folder)
+    config, params = checkpoint.load(folder, "float32")
+    return config, unstacked(params)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    config, params = model
+    running = Engine(params, config, SMALL)
+    running.start()
+    yield running
+    running.stop()
+
+
+one_shot = jax.jit(forward, static_argnames="config")
+
+
+def submit(engine, tokens, max_tokens=8, **options):
+    """A queue on which the request's events arrive, and the request's number."""
+    events = queue.Queue()
+    request = GenerationRequest(np.asarray(tokens, np.int32), max_tokens, **options)
+    return events, engine.submit(request, events.put)
+
+
+def outcome(events):
+    """(tokens, Started, last event) of a request, once it has ended."""
+    tokens, started = [], None
+    while True:
+        event = events.get(timeout=60)
+        if isinstance(event, Started):
+            started = event
+        elif isinstance(event, Sampled):
+            tokens.append(event.token)
+        else:
+            return tokens, started, event
+
+
+def generate(engine, tokens, max_tokens=8, **options):
+    return outcome(submit(engine, tokens, max_tokens, **options)[0])
+
+
+def logits_of(model, tokens):
+    """Logits [vocab] behind `tokens`, computed in one shot with no store and no engine."""
+    config, params = model
+    size, pages = SMALL.max_model_len, SMALL.max_model_len // PAGE
+    batch = Batch(
+        tokens=np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens))),
+        starts=np.asarray([0, len(tokens)], np.int32),
+        prefix=np.zeros(1, np.int32),
+        block_table=np.arange(pages, dtype=np.int32)[None],
+        rows=np.asarray([len(tokens) - 1], np.int32),
+        max_chunk=size,
+    )
+    return np.asarray(one_shot(params, batch, empty_pool(config, pages, PAGE, jnp.float32), config)[0])[0]
+
+
+def reference(model, tokens, count, known):
+    """Greedy output with the cache off, remembered by prompt."""
+    key = tuple(tokens)
+    output = known.setdefault(key, [])
+    while len(output) < count:
+        output.append(int(np.argmax(logits_of(model, [*tokens, *output]))))
+    return output[:count]
+
+
+def assert_same_or_tied(model, prompt, actual, expected, flips):
+    """Equal token for token, or first different where the two best logits lie within 1e-4 of their scale."""
+    if actual == expected:
+        return
+    at = next(i for i, pair in enumerate(zip(actual, expected, strict=True)) if pair[0] != pair[1])
+    logits = logits_of(model, [*prompt, *expected[:at]])
+    assert logits[expected[at]] - logits[actual[at]] <= 1e-4 * np.abs(logits).max(), f"token {at} differs"
+    flips.append((len(prompt), at))
+
+
+def family(rng, count, shared=90):
+    """Prompts that share prefixes, branch, and part in the middle of pages."""
+    trunk = rng.integers(3, VOCAB, shared)
+    prompts = []
+    for _ in range(count):
+        base = trunk if not prompts or rng.random() < 0.5 else prompts[rng.integers(len(prompts))]
+        cut = int(rng.integers(1, len(base) + 1))
+        prompts.append(np.concatenate([base[:cut], rng.integers(3, VOCAB, rng.integers(1, 40))])[:200])
+    return prompts
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_output_with_reuse_equals_output_without(engine, model, seed, record_property):
+    rng, known, flips, reused = np.random.default_rng(seed), {}, [], 0
+    for prompt in family(rng, 12):
+        tokens, started, _ = generate(engine, prompt)
+        reused += started.reused_tokens
+        assert_same_or_tied(model, prompt, tokens, reference(model, prompt, len(tokens), known), flips)
+    record_property("flips", len(flips))
+    print(f"flips: {len(flips)} of 12 prompts")
+    assert reused > 0
+    engine.store.check()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_concurrent_requests_with_evictions_and_preemptions_are_exact(engine, model, seed):
+    """More prompts at once than the pool holds, so pages are evicted and sequences preempted on the way."""
+    rng, known, flips = np.random.default_rng(50 + seed), {}, []
+    prompts = [*family(rng, 8, shared=150), *(rng.integers(3, VOCAB, 180) for _ in range(4))]
+    evicted = engine.store.stats().pages_evicted
+    pending = [(prompt, submit(engine, prompt, 40)[0]) for prompt in prompts]
+    for prompt, events in pending:
+        tokens, _, last = outcome(events)
+        assert last == Finished("length")
+        assert_same_or_tied(model, prompt, tokens, reference(model, prompt, len(tokens), known), flips)
+    assert engine.store.stats().pages_evicted > evicted
+    print(f"flips: {len(flips)} of {len(prompts)} prompts")
+    engine.store.check()
+
+
+def test_a_full_pool_preempts_and_resumes(model):
+    config, params = model
+    cramped = EngineSettings(num_pages=41, max_model_len=320, page_size=PAGE, max_batch=4, prefill_chunk=32)
+    engine = Engine(params, config, cramped)
+    engine.start()
+    rng, known, flips = np.random.default_rng(9), {}, []
+    prompts = [rng.integers(3, VOCAB, 70) for _ in range(4)]
+    pending = [(prompt, submit(engine, prompt, 120)[0]) for prompt in prompts]
+    for prompt, events in pending:
+        tokens, _, last = outcome(events)
+        assert last == Finished("length")
+        assert len(tokens) == 120
+        assert_same_or_tied(model, prompt, tokens, reference(model, prompt, 120, known), flips)
+    assert engine.counters.preemptions > 0
+    assert engine.store.stats().pages_in_use == 0
+    engine.store.check()
+    engine.stop()
+
+
+def test_prompt_and_generated_tokens_are_reused_by_the_next_turn(engine):
+    prompt = np.random.default_rng(21).integers(3, VOCAB, 61)
+    tokens, _, _ = generate(engine, prompt, 10)
+    turn = [*prompt, *tokens, 7, 8, 9]
+    _, started, _ = generate(engine, turn)
+    # The last sampled token never ran through the model; everything before it did.
+    assert started.reused_tokens == len(prompt) + len(tokens) - 1
+
+
+def test_a_mismatch_inside_a_page_reuses_every_token_before_it(engine):
+    prompt = np.random.default_rng(22).integers(3, VOCAB, 60)
+    generate(engine, prompt, 1)
+    changed = prompt.copy()
+    changed[37] = (changed[37] - 3 + 1) % (VOCAB - 3) + 3
+    assert generate(engine, changed, 1)[1].reused_tokens == 37
+
+
+def test_salts_do_not_share_prefixes(engine):
+    prompt = np.random.default_rng(23).integers(3, VOCAB, 50)
+    generate(engine, prompt, 1, salt=b"a")
+    assert generate(engine, prompt, 1, salt=b"b")[1].reused_tokens == 0
+    assert generate(engine, prompt, 1, salt=b"a")[1].reused_tokens == 49
+
+
+def test_simultaneous_requests_share_the_prefill_of_a_common_prefix(model):
+    config, params = model
+    engine = Engine(params, config, SMALL)
+    prompt = np.random.default_rng(24).integers(3, VOCAB, 200)
+    pending = [submit(engine, [*prompt, i], 2)[0] for i in range(4)]
+    engine.start()
+    started = [outcome(events)[1] for events in pending]
+    engine.stop()
+    assert engine.counters.prefilled_tokens < 1.2 * len(prompt)
+    assert sum(s.prompt_tokens - s.reused_tokens for s in started) < 1.2 * len(prompt) + 8
+
+
+def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine):
+    prompt = np.random.default_rng(25).integers(3, VOCAB, 30)
+    free, _, _ = generate(engine, prompt, 12)
+    stop = free[5]
+    tokens, _, last = generate(engine, prompt, 12, stop_ids=frozenset({stop}))
+    assert last == Finished("stop")
+    assert tokens == free[: free.index(stop)]
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_company(engine):
+    prompt = np.random.default_rng(26).integers(3, VOCAB, 40)
+    warm = SamplingParams(temperature=1.0, top_p=0.95, seed=11)
+    alone, _, _ = generate(engine, prompt, 20, sampling=warm)
+    company = [submit(engine, np.random.default_rng(i).integers(3, VOCAB, 50 + i), 20)[0] for i in range(3)]
+    together, _, _ = generate(engine, prompt, 20, sampling=warm)
+    for events in company:
+        outcome(events)
+    assert alone == together
+    assert alone != generate(engine, prompt, 20, sampling=SamplingParams(temperature=1.0, top_p=0.95, seed=12))[0]
+
+
+def test_max_tokens_is_clamped_to_the_room_left(engine):
+    tokens, _, last = generate(engine, np.full(310, 5), 32_000)
+    assert (len(tokens), last) == (10, Finished("length"))
+
+
+@pytest.mark.parametrize("length", [0, 320, 1000])
+def test_a_prompt_without_room_for_one_token_is_refused(engine, length):
+    with pytest.raises(ValueError, match="expected 1 to 319"):
+        engine.submit(GenerationRequest(np.full(length, 5, np.int32), 1), lambda event: None)
+
+
+def test_a_full_queue_refuses_and_recovers(model):
+    config, params = model
+    engine = Engine(params, config, EngineSettings(**{**vars(SMALL), "max_waiting": 2}))
+    pending = [submit(engine, [5, 6, 7, i], 2)[0] for i in range(2)]
+    with pytest.raises(Overloaded):
+        submit(engine, [1, 2], 2)
+    engine.start()
+    assert [outcome(events)[2] for events in pending] == [Finished("length")] * 2
+    assert generate(engine, [1, 2], 2)[2] == Finished("length")
+    engine.stop()
+
+
+def test_a_cancelled_request_leaves_its_work_in_the_store_and_holds_no_page(engine):
+    prompt = np.random.default_rng(27).integers(3, VOCAB, 100)
+    events, number = submit(engine, prompt, 200)
+    while not isinstance(events.get(timeout=60), Sampled):
+        pass
+    engine.cancel(number)
+    _, started, _ = generate(engine, prompt, 1)
+    assert started.reused_tokens == 99
+    assert engine.store.stats().pages_in_use == 0
+
+
+def test_a_step_that_raises_fails_what_was_running_and_nothing_else(model, monkeypatch):
+    config, params = model
+    engine = Engine(params, config, SMALL)
+    broken, run = threading.Event(), engine.run
+
+    def fail_once(sequences, counts):
+        if not broken.is_set():
+            broken.set()
+            raise RuntimeError("injected")
+        run(sequences, counts)
+
+    monkeypatch.setattr(engine, "run", fail_once)
+    engine.start()
+    assert generate(engine, [5, 6, 7], 2)[2] == Failed("RuntimeError: injected")
+    assert generate(engine, [5, 6, 7], 2)[2] == Finished("length")
+    assert engine.store.stats().pages_in_use == 0
+    engine.stop()
+
+
+def test_a_lost_pool_is_replaced(model, monkeypatch):
+    """A step that raises after its donation took the pool along: the engine goes on with an empty one."""
+    config, params = model
+    engine = Engine(params, config, SMALL)
+    lost, run = threading.Event(), engine.run
+
+    def lose_once(sequences, counts):
+        run(sequences, counts)
+        if not lost.is_set():
+            lost.set()
+            engine.pool.k.delete()
+            raise RuntimeError("injected")
+
+    engine.start()
+    expected = generate(engine, [5, 6, 7], 4)[0]
+    monkeypatch.setattr(engine, "run", lose_once)
+    assert generate(engine, [5, 6, 7, 8, 9], 4)[2] == Failed("RuntimeError: injected")
+    tokens, started, _ = generate(engine, [5, 6, 7], 4)
+    assert (tokens, started.reused_tokens) == (expected, 0)
+    engine.stop()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 60), st.integers(1, 12), st.booleans()), max_size=8))
+def test_no_page_leaks_whatever_is_submitted_and_cancelled(engine, plan):
+    pending = []
+    for trunk, length, max_tokens, cancelled in plan:
+        events, number = submit(engine, np.random.default_rng(trunk).integers(3, VOCAB, 60)[:length], max_tokens)
+        if cancelled:
+            engine.cancel(number)
+        else:
+            pending.append(events)
+    for events in pending:
+        assert outcome(events)[2] == Finished("length")
+    generate(engine, [5, 6], 1)  # by now the cancellations have been seen
+    assert engine.store.stats().pages_in_use == 0
+    engine.store.check()

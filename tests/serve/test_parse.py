@@ -1,0 +1,141 @@
+"""Tokens to text: whole characters only, and nothing of a stop sequence."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from serve.parse import TextStream, overlap
+
+MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "a"), ("Ã", "©"), ("ð", "Ł")]
+
+
+@cache
+def backend() -> Tokenizer:
+    """A byte-level tokenizer of 256 bytes and a few merges, one of them half a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(left + right for left, right in MERGES)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    return tokenizer
+
+
+def run(ids: list[int], stops: list[str] = ()) -> tuple[list[str], str | None]:
+    """The pieces sent for these tokens, the last one what `finish` gave, and the stop sequence found."""
+    stream, pieces = TextStream(backend(), stops), []
+    for token in ids:
+        piece = stream.feed(token)
+        pieces.append(piece.text)
+        if piece.stop is not None:
+            return pieces, piece.stop
+    return [*pieces, stream.finish()], None
+
+
+def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """What may be sent of a text, read character by character: it ends where a stop sequence is first complete."""
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            longest = max(complete, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+# Characters of one to four bytes; few letters, so that stop sequences occur and overlap.
+LETTERS = st.sampled_from("abcé€🙂 ")
+WORDS = st.text(LETTERS, max_size=40)
+
+
+@given(text=st.text(max_size=60))
+def test_the_pieces_of_any_text_join_to_the_text(text: str) -> None:
+    pieces, stop = run(backend().encode(text).ids)
+    assert "".join(pieces) == text
+    assert stop is None
+
+
+@given(text=st.text(st.characters(exclude_characters="\ufffd"), max_size=30))
+def test_a_character_of_several_tokens_is_never_sent_in_part(text: str) -> None:
+    # One token a byte: the worst split there is.
+    ids = [backend().token_to_id(letter) for letter in byte_letters(text)]
+    pieces, _ = run(ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def byte_letters(text: str) -> str:
+    """The byte-level alphabet's letters for the bytes of a text."""
+    pairs, _ = zip(*pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text), strict=True) if text else ("", ())
+    return "".join(pairs)
+
+
+@given(ids=st.lists(st.integers(0, 255 + len(MERGES) + 2), max_size=40))
+def test_any_tokens_give_what_the_tokenizer_decodes(ids: list[int]) -> None:
+    whole = backend().decode(ids, skip_special_tokens=True)
+    pieces, _ = run(ids)
+    text = "".join(pieces)
+    assert whole.startswith(text)
+    # What is missing at the end is the token that ended within a character.
+    assert whole == text or whole.endswith("\ufffd")
+
+
+def test_half_a_character_at_the_end_is_not_sent() -> None:
+    first, second, *_ = [backend().token_to_id(letter) for letter in byte_letters("é€")]
+    assert run([first, second]) == (["", "é", ""], None)
+    assert run([first]) == (["", ""], None)
+
+
+def test_control_tokens_vanish_and_marks_stay() -> None:
+    end, mark, letter = (backend().token_to_id(token) for token in ("<|end|>", "<think>", "a"))
+    assert "".join(run([letter, end, mark, letter, end])[0]) == "a<think>a"
+
+
+@given(text=WORDS, stops=st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3), data=st.data())
+def test_the_answer_ends_before_the_first_stop_sequence(text: str, stops: list[str], data: st.DataObject) -> None:
+    by_byte = data.draw(st.booleans(), label="one token a byte")
+    ids = [backend().token_to_id(c) for c in byte_letters(text)] if by_byte else backend().encode(text).ids
+    pieces, stop = run(ids, stops)
+    expected, found = cut(text, stops)
+    # Of several stop sequences within one token, the one that begins first is as right as the one that ends first.
+    if by_byte or len(stops) <= 1:
+        assert ("".join(pieces), stop) == (expected, found)
+    assert (stop is None) == (found is None)
+    assert stop is None or text.startswith("".join(pieces) + stop)
+    assert stop is not None or "".join(pieces) == text
+
+
+@given(text=WORDS, stops=st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=3))
+def test_nothing_is_held_back_that_cannot_become_a_stop_sequence(text: str, stops: list[str]) -> None:
+    stream, sent = TextStream(backend(), stops), ""
+    for token in backend().encode(text).ids:
+        piece = stream.feed(token)
+        sent += piece.text
+        if piece.stop is not None:
+            return
+        known = sent + stream.held
+        longest = max((n for stop in stops for n in range(len(stop)) if known.endswith(stop[:n])), default=0)
+        assert len(stream.held) == longest
+    assert sent + stream.finish() == text
+
+
+def test_a_stop_sequence_over_several_tokens_is_found() -> None:
+    pieces, stop = run(backend().encode("one abc two").ids, ["c t"])
+    assert ("".join(pieces), stop) == ("one ab", "c t")
+
+
+def test_of_two_stop_sequences_at_one_place_the_one_that_is_complete_first_ends_the_answer() -> None:
+    pieces, stop = run(backend().encode("aabc").ids, ["abc", "ab"])
+    assert ("".join(pieces), stop) == ("a", "ab")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "size"), [("abab", "abc", 2), ("ab", "ab", 0), ("aa", "aab", 2), ("x", "y", 0), ("", "a", 0)]
+)
+def test_overlap_is_the_longest_proper_beginning_at_the_end(text: str, stop: str, size: int) -> None:
+    assert overlap(text, stop) == size

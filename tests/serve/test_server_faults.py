@@ -1,0 +1,298 @@
+"""Faults that a healthy server does not show: steps that raise, an engine that is stuck, full or gone.
+
+The application runs in this process, over real HTTP; its engine's compiled steps are wrapped where a test needs a fault.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import jax.numpy as jnp
+import pytest
+import uvicorn
+from talking import ask, error_of, eventually, is_idle, open_request, post, prompt_tokens, read_until, scrape, stream, text_of
+
+from model import checkpoint
+from model.params import unstacked
+from serve import app as application
+from serve import engine as engines
+from serve.app import create_app
+from serve.engine import Engine, EngineSettings
+from serve.render import Tokenizer
+
+MakeEngine = Callable[..., Engine]
+SIZES = {"num_pages": 64, "max_model_len": 512, "page_size": 16, "max_batch": 2, "prefill_chunk": 16, "mixed_chunk": 16}
+
+
+@pytest.fixture(scope="module")
+def make_engine(model_folder: Path) -> Iterator[MakeEngine]:
+    """Engines that are not started yet; all of one shape share their compiled steps."""
+    config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
+    params, compile_steps, compiled = unstacked(params), engines.compile_steps, {}
+
+    def remembered(params: Any, pool: Any, config: Any, buckets: Any, *rest: Any) -> Any:
+        if buckets not in compiled:
+            compiled[buckets] = compile_steps(params, pool, config, buckets, *rest)
+        return compiled[buckets]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "compile_steps", remembered)
+        yield lambda **sizes: Engine(params, config, EngineSettings(**SIZES | sizes))
+
+
+@pytest.fixture
+def serve(tokenizer: Tokenizer) -> Callable[..., Any]:
+    """`with serve(engine) as client`: the application over an engine, on a port of its own."""
+
+    @contextmanager
+    def serving(engine: Engine) -> Iterator[httpx.Client]:
+        stop_ids = {tokenizer.hf.convert_tokens_to_ids("<|im_end|>")}
+        app = create_app(engine, tokenizer, "in-process", stop_ids)
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        eventually(lambda: server.started, "the server listens")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(30)
+        assert not thread.is_alive(), "the server ended when it was told to"
+
+    return serving
+
+
+class Wrapped:
+    """The compiled steps of an engine behind a gate that tests can close, and with faults that tests can order."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = 0
+        self.fault: Callable[[int, Callable, tuple], Any] | None = None  # (sequences, step, its arguments)
+        run = {bucket: self.wrap(step) for bucket, step in engine.steps.run.items()}
+        engine.steps = replace(engine.steps, run=run)
+
+    def wrap(self, step: Callable) -> Callable:
+        def run(*args: Any) -> Any:
+            self.entered += 1
+            assert self.gate.wait(60), "nobody opened the gate"
+            sequences = int((args[2].starts[1:] > args[2].starts[:-1]).sum())
+            return self.fault(sequences, step, args) if self.fault else step(*args)
+
+        return run
+
+
+def raise_before(sequences: int, step: Callable, args: tuple) -> Any:
+    raise RuntimeError("a fault of the test")
+
+
+def raise_after(sequences: int, step: Callable, args: tuple) -> Any:
+    step(*args)
+    raise RuntimeError("a fault of the test")
+
+
+class TestAStepThatRaises:
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("fault", [raise_before, raise_after])
+    def test_before_the_first_token_the_answer_is_a_500(
+        self, streaming: bool, fault: Callable, make_engine: MakeEngine, serve: Any
+    ) -> None:
+        engine = make_engine()
+        wrapped = Wrapped(engine)
+        with serve(engine) as client:
+            wrapped.fault = fault
+            response = client.post("/v1/messages", json=ask("Hi", stream=streaming))
+            assert "a fault of the test" in error_of(response, 500, "api_error")
+            wrapped.fault = None
+            assert text_of(post(client, ask("Hi")))
+            assert scrape(client)['tokenzero_responses_total{path="/v1/messages",status="500"}'] == 1
+            eventually(lambda: is_idle(client), "no page is held")
+        engine.store.check()
+
+    @pytest.mark.parametrize("fault", [raise_before, raise_after])
+    def test_those_that_run_end_with_an_error_and_those_that_wait_are_served(
+        self, fault: Callable, make_engine: MakeEngine, serve: Any
+    ) -> None:
+        engine = make_engine()
+        wrapped = Wrapped(engine)
+        with serve(engine) as client, ThreadPoolExecutor(3) as pool:
+            bodies = [ask(f"Number {number}", 60) for number in range(3)]
+            expected = text_of(post(client, bodies[2]))
+
+            def both_decode(sequences: int, step: Callable, args: tuple) -> Any:
+                if sequences < 2:
+                    return step(*args)
+                wrapped.gate.clear()
+                wrapped.fault = first_of_all
+                return step(*args)
+
+            def first_of_all(*call: Any) -> Any:
+                wrapped.fault = None
+                return fault(*call)
+
+            wrapped.fault = both_decode
+            streamed, whole = pool.submit(stream, client, bodies[0]), pool.submit(client.post, "/v1/messages", json=bodies[1])
+            eventually(lambda: not wrapped.gate.is_set(), "both decode")
+            waiting = pool.submit(post, client, bodies[2])
+            eventually(lambda: bool(engine.inbox.submissions or engine.waiting), "the third waits")
+            wrapped.gate.set()
+
+            assert streamed.result().kinds[0] == "message_start"
+            last = streamed.result().events[-1]
+            assert (last["type"], last["error"]["type"]) == ("error", "api_error")
+            assert "a fault of the test" in last["error"]["message"]
+            assert "a fault of the test" in error_of(whole.result(), 500, "api_error")
+            assert text_of(waiting.result()) == expected
+            assert scrape(client)["tokenzero_failed_requests_total"] == 2
+            assert text_of(post(client, bodies[2])) == expected
+            eventually(lambda: is_idle(client), "no page is held")
+        engine.store.check()
+
+    def test_what_was_cached_survives_a_step_that_left_the_pool_alone(self, make_engine: MakeEngine, serve: Any) -> None:
+        engine = make_engine()
+        wrapped = Wrapped(engine)
+        with serve(engine) as client:
+            body = ask("Remember this question well")
+            first = post(client, body)
+            wrapped.fault = raise_before
+            error_of(client.post("/v1/messages", json=ask("Another one")), 500, "api_error")
+            wrapped.fault = None
+            second = post(client, body)
+            assert second["usage"]["cache_read_input_tokens"] == prompt_tokens(first["usage"]) - 1
+            assert text_of(second) == text_of(first)
+
+    def test_a_pool_that_was_lost_is_made_anew_and_nothing_stale_is_read(self, make_engine: MakeEngine, serve: Any) -> None:
+        engine = make_engine()
+        wrapped = Wrapped(engine)
+        with serve(engine) as client:
+            body = ask("Remember this question well")
+            first = post(client, body)
+            wrapped.fault = raise_after
+            error_of(client.post("/v1/messages", json=ask("Another one")), 500, "api_error")
+            wrapped.fault = None
+            second = post(client, body)
+            assert second["usage"]["cache_read_input_tokens"] == 0
+            assert text_of(second) == text_of(first)
+        engine.store.check()
+
+
+class TestOverload:
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_request_beyond_the_queue_is_told_to_come_back(
+        self, streaming: bool, make_engine: MakeEngine, serve: Any
+    ) -> None:
+        engine = make_engine(max_waiting=2)
+        wrapped = Wrapped(engine)
+        with serve(engine) as client, ThreadPoolExecutor(3) as pool:
+            wrapped.gate.clear()
+            served = [pool.submit(post, client, ask("Number 0"))]
+            eventually(lambda: wrapped.entered > 0, "a step is under way")
+            served += [pool.submit(post, client, ask(f"Number {number}")) for number in (1, 2)]
+            eventually(lambda: len(engine.inbox.submissions) == 2, "the queue is full")
+
+            response = client.post("/v1/messages", json=ask("One too many", stream=streaming))
+            assert "2 requests are waiting" in error_of(response, 529, "overloaded_error")
+            assert int(response.headers["retry-after"]) >= 1
+            with (
+                anthropic.Anthropic(base_url=str(client.base_url), api_key="any", max_retries=0) as sdk,
+                pytest.raises(anthropic.APIStatusError) as caught,
+            ):
+                sdk.messages.create(**ask("One too many"))
+            assert (caught.value.status_code, caught.value.body["error"]["type"]) == (529, "overloaded_error")
+            assert client.post("/v1/messages/count_tokens", json=ask("Hi")).status_code == 200, "all else goes on"
+            assert client.get("/health").status_code == 200
+
+            wrapped.gate.set()
+            assert all(text_of(answer.result()) for answer in served)
+            assert text_of(post(client, ask("Later")))
+            assert scrape(client)['tokenzero_responses_total{path="/v1/messages",status="529"}'] == 2
+
+
+class TestWaiting:
+    def test_pings_keep_a_stream_alive_until_its_first_token(
+        self, make_engine: MakeEngine, serve: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(application, "PING_SECONDS", 0.02)
+        engine = make_engine()
+        wrapped = Wrapped(engine)
+        with serve(engine) as client:
+            wrapped.gate.clear()
+            connection = open_request(str(client.base_url), ask("Hi", 3, stream=True))
+            read_until(connection, b'event: ping\ndata: {"type":"ping"}\n\n', times=3)
+            wrapped.gate.set()
+            rest = read_until(connection, b"event: message_stop")
+            assert rest.count(b"event: message_start") == 1
+            connection.close()
+
+    def test_a_client_that_leaves_before_the_first_token_is_noticed_at_once(
+        self, make_engine: MakeEngine, serve: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(application, "PING_SECONDS", 3600.0)
+        engine = make_engine()
+        wrapped = Wrapped(engine)
+        with serve(engine) as client:
+            wrapped.gate.clear()
+            for streaming in (True, False):
+                connection = open_request(str(client.base_url), ask("Hi", 3, stream=streaming))
+                eventually(lambda: wrapped.entered > 0 and bool(engine.inbox.submissions or engine.running), "it is there")
+                numbers = engine.numbers
+                connection.close()
+                eventually(lambda n=numbers: n in engine.inbox.cancellations, "it is cancelled")
+            wrapped.gate.set()
+            eventually(lambda: is_idle(client), "nothing runs")
+            assert engine.counters.requests == 0
+
+
+class TestTheServersOwnFaults:
+    def test_a_fault_outside_the_engine_is_a_500_of_the_apis_form_that_is_counted(
+        self, make_engine: MakeEngine, serve: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*args: Any) -> None:
+            raise KeyError("a fault of the test")
+
+        with serve(make_engine()) as client:
+            with monkeypatch.context() as patch:
+                patch.setattr(application, "render", broken)
+                for path in ("/v1/messages", "/v1/messages/count_tokens"):
+                    text = error_of(client.post(path, json=ask("Hi")), 500, "api_error")
+                    assert "a fault of the test" in text
+            samples = scrape(client)
+            assert samples['tokenzero_responses_total{path="/v1/messages",status="500"}'] == 1
+            assert samples['tokenzero_responses_total{path="/v1/messages/count_tokens",status="500"}'] == 1
+            assert text_of(post(client, ask("Hi")))
+
+    def test_health_tells_when_the_engine_has_stopped(self, make_engine: MakeEngine, serve: Any) -> None:
+        engine = make_engine()
+        with serve(engine) as client:
+            assert client.get("/health").status_code == 200
+            engine.stop()
+            response = client.get("/health")
+            assert (response.status_code, response.json()) == (503, {"status": "engine stopped"})
+
+    def test_what_runs_when_the_engine_stops_ends_with_an_error(self, make_engine: MakeEngine, serve: Any) -> None:
+        engine = make_engine()
+        wrapped = Wrapped(engine)
+        with serve(engine) as client, ThreadPoolExecutor(3) as pool:
+            wrapped.gate.clear()
+            first = pool.submit(client.post, "/v1/messages", json=ask("One"))
+            eventually(lambda: wrapped.entered > 0, "a step is under way")
+            second = pool.submit(client.post, "/v1/messages", json=ask("Two", stream=True))
+            eventually(lambda: bool(engine.inbox.submissions), "another waits")
+            stopping = pool.submit(engine.stop)
+            eventually(lambda: engine.inbox.stopping, "it shall stop")
+            wrapped.gate.set()
+            stopping.result(30)
+            for response in (first.result(), second.result()):
+                assert "shutting down" in error_of(response, 500, "api_error")

@@ -1,0 +1,89 @@
+"""The ladder of compiled shapes, and packing into one of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.steps import GREEDY, PREFILL_CHUNKS, Bucket, Row, SamplingParams, fit, ladder, pack
+
+BATCHES, CHUNKS = st.integers(1, 200), st.integers(1, 3000)
+
+
+@given(max_batch=BATCHES, max_chunk=CHUNKS, data=st.data())
+def test_the_ladder_holds_every_step_the_engine_takes(max_batch: int, max_chunk: int, data: st.DataObject) -> None:
+    buckets = ladder(max_batch, max_chunk)
+    seqs, chunk = data.draw(st.integers(1, max_batch)), data.draw(st.integers(1, max_chunk))
+    for wanted in ((seqs, 1), (1, chunk)):
+        bucket = fit(buckets, *wanted)
+        assert bucket.seqs >= wanted[0]
+        assert bucket.chunk >= wanted[1]
+        smaller = [b for b in buckets if b.seqs * b.chunk < bucket.seqs * bucket.chunk]
+        assert not [b for b in smaller if b.seqs >= wanted[0] and b.chunk >= wanted[1]]
+
+
+@given(max_batch=BATCHES, max_chunk=CHUNKS)
+def test_the_ladder_is_short_and_wastes_less_than_half_of_a_decoding_batch(max_batch: int, max_chunk: int) -> None:
+    buckets = ladder(max_batch, max_chunk)
+    assert len(set(buckets)) == len(buckets) <= max_batch.bit_length() + 1 + len(PREFILL_CHUNKS) + 1
+    assert max(b.seqs for b in buckets) == max_batch
+    assert max(b.chunk for b in buckets) == max_chunk
+    for seqs in range(1, max_batch + 1):
+        assert fit(buckets, seqs, 1).seqs < 2 * seqs
+
+
+def test_the_ladder_of_the_defaults() -> None:
+    buckets = ladder(16, 1024)
+    assert [b.seqs for b in buckets if b.chunk == 1] == [1, 2, 4, 8, 16]
+    assert [b.chunk for b in buckets if b.chunk > 1] == list(PREFILL_CHUNKS)
+
+
+ROWS = st.builds(
+    Row,
+    tokens=st.lists(st.integers(0, 1000), min_size=1, max_size=6).map(lambda ids: np.asarray(ids, np.int32)),
+    prefix=st.integers(0, 50),
+    pages=st.lists(st.integers(0, 90), min_size=1, max_size=7).map(lambda ids: np.asarray(ids, np.int32)),
+    sampling=st.builds(
+        SamplingParams,
+        temperature=st.floats(0, 2, width=32),
+        top_k=st.integers(0, 100),
+        top_p=st.floats(0, 1, width=32),
+        seed=st.integers(0, 2**32 - 1),
+    ),
+)
+
+
+@given(rows=st.lists(ROWS, min_size=1, max_size=5), data=st.data())
+def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(rows: list[Row], data: st.DataObject) -> None:
+    seqs = data.draw(st.integers(len(rows), 8))
+    chunk = data.draw(st.integers(max(len(row.tokens) for row in rows), 8))
+    batch, sampling = pack(rows, Bucket(seqs, chunk), table_pages=7)
+
+    assert batch.max_chunk == chunk
+    assert batch.tokens.shape == (seqs * chunk,)
+    assert batch.starts.shape == (seqs + 1,)
+    assert batch.block_table.shape == (seqs, 7)
+    for i, row in enumerate(rows):
+        first, last = batch.starts[i], batch.starts[i + 1]
+        assert np.array_equal(batch.tokens[first:last], row.tokens)
+        assert batch.rows[i] == last - 1
+        assert batch.prefix[i] == row.prefix
+        assert np.array_equal(batch.block_table[i, : len(row.pages)], row.pages)
+        assert sampling.positions[i] == row.prefix + len(row.tokens)
+        drawn = (sampling.temperature[i], sampling.top_k[i], sampling.top_p[i], sampling.seeds[i])
+        assert drawn == (row.sampling.temperature, row.sampling.top_k, row.sampling.top_p, row.sampling.seed)
+    # The sequences that are not there own no token, and what they would sample is greedy, hence cheap.
+    assert np.all(batch.starts[len(rows) :] == sum(len(row.tokens) for row in rows))
+    assert not batch.tokens[batch.starts[-1] :].any()
+    assert not sampling.temperature[len(rows) :].any()
+
+
+def test_every_column_has_the_type_that_was_compiled_for() -> None:
+    row = Row(np.asarray([1], np.int32), 0, np.asarray([0], np.int32), GREEDY)
+    for rows in ([row], [row, row]):
+        batch, sampling = pack(rows, Bucket(2, 1), table_pages=3)
+        ints = (batch.tokens, batch.starts, batch.prefix, batch.block_table, batch.rows, sampling.top_k, sampling.positions)
+        assert {column.dtype for column in ints} == {np.dtype(np.int32)}
+        assert sampling.seeds.dtype == np.uint32
+        assert {sampling.temperature.dtype, sampling.top_p.dtype} == {np.dtype(np.float32)}
