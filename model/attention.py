@@ -80,11 +80,14 @@ def blockwise(q: jax.Array, pool: KVPool, layer: jax.Array | int, batch: Batch) 
     positions = batch.prefix[:, None] + jnp.arange(chunk, dtype=jnp.int32)  # [seqs, chunk]
     positions = jnp.tile(positions, (1, group))[:, None, :, None]  # [seqs, 1, group * chunk, 1]
     lengths = batch.prefix + batch.lengths
+    heads = jnp.arange(kv_heads)[:, None]  # [kv_heads, 1], against pages [seqs, 1, pages_per_block]
 
     def keys_and_values(b: jax.Array) -> tuple[jax.Array, jax.Array]:  # each [seqs, kv_heads, block, head_dim]
-        ids = jax.lax.dynamic_slice(table, (0, b * pages_per_block), (seqs, pages_per_block))
-        shape = (seqs, kv_heads, block, head_dim)
-        keys, values = (jnp.einsum("sbkpd->skbpd", side[layer, ids]).reshape(shape) for side in (pool.k, pool.v))
+        ids = jax.lax.dynamic_slice(table, (0, b * pages_per_block), (seqs, pages_per_block))[:, None]
+        # Gathered head by head, so that the tiles land in the order of the matmul and no transpose copies them;
+        # without bounds checks, since a block table names pages of the pool.
+        tiles = (side.at[layer, ids, heads].get(mode="promise_in_bounds") for side in (pool.k, pool.v))
+        keys, values = (tile.reshape(seqs, kv_heads, block, head_dim) for tile in tiles)
         return keys, values
 
     def accumulate(state: tuple, scores: jax.Array, values: jax.Array) -> tuple:

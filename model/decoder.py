@@ -30,7 +30,7 @@ def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> 
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         pool = kv.write(pool, index, k, v, pages, offsets)
         attended = paged_attention(q, pool, index, batch)
-        x = x + add_bias(jnp.einsum("tkgd,ekgd->te", attended, layer.out), layer.out_bias)
+        x = x + linear(attended.reshape(x.shape[0], -1), layer.out.reshape(x.shape[1], -1), layer.out_bias)
         return x + mlp(layer, x, config), pool
 
     x, pool = over_layers(step, (params.embed[batch.tokens], pool), params.layers)
@@ -57,7 +57,7 @@ def project(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [tokens, kv_heads, group, head_dim], keys and values [tokens, kv_heads, head_dim], before rotation."""
     normed = rms_norm(x, layer.attn_norm, config.norm_eps)
-    qkv = add_bias(jnp.einsum("te,kgde->tkgd", normed, layer.qkv), layer.qkv_bias)
+    qkv = linear(normed, layer.qkv, layer.qkv_bias)  # [tokens, kv_heads, group + 2, head_dim]
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
@@ -67,9 +67,8 @@ def project(
 def mlp(layer: Layer, x: jax.Array, config: ModelConfig) -> jax.Array:
     """The gated feed-forward block with SiLU, [tokens, embed] to the same."""
     normed = rms_norm(x, layer.mlp_norm, config.norm_eps)
-    gate_up = add_bias(jnp.einsum("te,cfe->tcf", normed, layer.gate_up), layer.gate_up_bias)
-    hidden = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
-    return add_bias(jnp.einsum("tf,ef->te", hidden, layer.down), layer.down_bias)
+    gate_up = linear(normed, layer.gate_up, layer.gate_up_bias)  # [tokens, 2, ffn]
+    return linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down, layer.down_bias)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -79,6 +78,15 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * scale).astype(x.dtype) * weight
 
 
-def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`x + bias`, or `x` where the model has none."""
-    return x if bias is None else x + bias
+def linear(
+    x: jax.Array,  # [tokens, inputs]
+    weight: jax.Array,  # [*outputs, inputs]
+    bias: jax.Array | None,  # [*outputs]
+) -> jax.Array:
+    """`x @ weight.T + bias`, [tokens, *outputs].
+
+    As one plain matrix product: given several output axes, XLA's CPU backend transposes the weight on every step.
+    """
+    flat = jnp.einsum("ti,oi->to", x, weight.reshape(-1, weight.shape[-1]))
+    result = flat.reshape(x.shape[0], *weight.shape[:-1])
+    return result if bias is None else result + bias

@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     name = args.model_name or Path(args.model).name
     rules = ("strip-preamble",) if args.strip_anthropic_preamble else ()
     app = create_app(engine, tokenizer, name, config.eos_token_ids, rules, args.api_key, args.max_body_bytes)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="info", access_log=False)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="info", access_log=False, timeout_graceful_shutdown=10)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ PING_SECONDS = 5.0
 OPEN_PATHS = ("/", "/health", "/api/hello")
 # Overrides the server's rules for one request: a comma-separated list, or `none`. What experiments switch arms with.
 RULES_HEADER = "x-tokenzero-normalize"
+# Applied rules that a response lists: a header has limits, and proxies have lower ones.
+RULES_TOLD = 32
 
 T = TypeVar("T")
 
@@ -206,7 +208,7 @@ async def post_messages(request: Request) -> Response:
     message = await run_in_threadpool(decode_request, body)
     prompt = await run_in_threadpool(prepare, serving, message, wanted)
     events = answer(serving, message, prompt.generation, received)
-    headers = {"x-tokenzero-normalized": ", ".join(prompt.applied)} if prompt.applied else {}
+    headers = {"x-tokenzero-normalized": ", ".join(prompt.applied[:RULES_TOLD])} if prompt.applied else {}
     # The first event is asked for here: a request that the engine refuses is answered by a status, not by a stream.
     first = await unless_gone(request, anext(events))
     if first is None:

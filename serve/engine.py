@@ -94,7 +94,7 @@ Event = Waiting | Started | Sampled | Finished | Failed
 
 
 class Overloaded(Exception):
-    """The waiting queue is full."""
+    """The engine takes no more requests: its queue is full, or it has stopped."""
 
 
 @dataclass(eq=False)
@@ -189,7 +189,8 @@ class Engine:
     def submit(self, request: GenerationRequest, emit: Callable[[Event], object]) -> int:
         """Queue a request; `emit` is called on the engine's thread with each of its events. Returns its number.
 
-        Raises Overloaded when the queue is full, ValueError when prompt and one token exceed `max_model_len`.
+        Raises Overloaded when the queue is full or the engine has stopped, ValueError when prompt and one token exceed
+        `max_model_len`.
         """
         prompt = np.asarray(request.tokens, np.int32)
         room = self.settings.max_model_len - len(prompt)
@@ -198,6 +199,8 @@ class Engine:
         tokens = np.zeros(len(prompt) + min(request.max_tokens, room), np.int32)
         tokens[: len(prompt)] = prompt
         with self.inbox.changed:
+            if self.inbox.stopping:
+                raise Overloaded("the engine has stopped")
             if len(self.inbox.submissions) + len(self.waiting) >= self.settings.max_waiting:
                 raise Overloaded(f"{self.settings.max_waiting} requests are waiting already")
             self.numbers += 1
@@ -216,14 +219,19 @@ class Engine:
 
     def loop(self) -> None:
         """Step until stopped; a step that raises fails the requests that were running and no others."""
-        while self.receive():
-            try:
-                self.step()
-            except Exception as error:
-                log.exception("a step failed: %d running requests end with an error", len(self.running))
-                self.recover(f"{type(error).__name__}: {error}")
-        for sequence in [*self.running, *self.waiting]:
-            sequence.emit(Failed("the server is shutting down"))
+        try:
+            while self.receive():
+                try:
+                    self.step()
+                except Exception as error:
+                    log.exception("a step failed: %d running requests end with an error", len(self.running))
+                    self.recover(f"{type(error).__name__}: {error}")
+        finally:
+            with self.inbox.changed:
+                self.inbox.stopping = True
+                late, self.inbox.submissions = self.inbox.submissions, deque()
+            for sequence in [*self.running, *self.waiting, *late]:
+                sequence.emit(Failed("the engine has stopped"))
 
     def receive(self) -> bool:
         """Take what other threads sent, waiting for it when there is nothing to do. False once stopped."""
@@ -255,20 +263,20 @@ class Engine:
     def admit(self) -> None:
         """Move waiting sequences to the running ones, oldest first, while there is room for their prompts."""
         while self.waiting and len(self.running) < self.settings.max_batch:
-            sequence = self.waiting[0]
+            sequence, others = self.waiting.popleft(), list(self.running)
+            # Counted as running before anything can raise: a request that breaks a step must not be tried again.
+            self.running.append(sequence)
             sequence.lease = self.store.match(sequence.tokens[: sequence.length - 1], sequence.request.salt)
             stats = self.store.stats()
             room = (stats.pages_free + stats.pages_cached) * self.settings.page_size
-            promised = sum(max(0, s.length - s.lease.length) for s in self.running if s.lease)
-            if self.running and sequence.length - sequence.lease.reused + promised > room:
-                self.store.release(sequence.lease)
-                sequence.lease = None
-                return
-            self.waiting.popleft()
+            promised = sum(max(0, s.length - s.lease.length) for s in others if s.lease)
             sequence.computed = sequence.lease.reused
+            if others and sequence.pending + promised > room:
+                self.retire(sequence)
+                self.waiting.appendleft(sequence)
+                return
             if not sequence.sampled:
                 sequence.started, sequence.reused = time.perf_counter(), sequence.computed
-            self.running.append(sequence)
 
     def prefill(self, sequence: Sequence, mixed: bool) -> None:
         """Run the next chunk of one sequence's pending tokens."""
@@ -412,7 +420,9 @@ async def generate(
     try:
         while True:
             try:
-                event: Event = await asyncio.wait_for(events.get(), waiting_s)
+                # Not `wait_for`: before Python 3.12 it loses a cancellation that comes together with an event.
+                async with asyncio.timeout(waiting_s):
+                    event: Event = await events.get()
             except TimeoutError:
                 event = Waiting()
             yield event

@@ -164,7 +164,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
 
     max_tokens: PositiveInt
     stream: bool = False
-    stop_sequences: tuple[NonEmptyStr, ...] | None = None
+    stop_sequences: Annotated[tuple[NonEmptyStr, ...], Meta(max_length=8191)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,10 @@ def load_tokenizer(folder: str) -> Tokenizer:
     """Read the tokenizer of a checkpoint; raises ValueError if it is not a fast one or has no chat template."""
     from transformers import AutoTokenizer
 
+    if not Path(folder, "tokenizer.json").is_file():
+        raise ValueError(
+            f"{folder}: expected a tokenizer.json, found none: write one with transformers' save_pretrained"
+        )
     hf = AutoTokenizer.from_pretrained(folder)
     if not getattr(hf, "is_fast", False):
         raise ValueError(f"{folder}: expected a tokenizer.json, found a slow tokenizer: convert it with transformers")

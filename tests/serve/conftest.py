@@ -7,11 +7,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import settings
 from talking import FLAGS, MODEL, eventually, is_idle
 
 from experiments.demo_model import write_demo_model
 from experiments.server import Server, running_server
 from serve.render import Tokenizer, load_tokenizer
+
+# The machine may be busy: how long an example takes says nothing.
+settings.register_profile("serve", deadline=None)
+settings.load_profile("serve")
 
 
 @pytest.fixture(scope="session")
@@ -29,21 +34,13 @@ def tokenizer(model_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The servers of a session share what they compile, and leave nothing behind."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="session")
 def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the server of `server` writes its log."""
     return tmp_path_factory.mktemp("serve") / "server.log"
 
 
 @pytest.fixture(scope="session")
-def server(model_folder: Path, compile_cache: None, server_log: Path) -> Iterator[Server]:
+def server(model_folder: Path, server_log: Path) -> Iterator[Server]:
     """A real server process with the flags of `talking.FLAGS`."""
     with running_server(model_folder, *FLAGS, log=server_log) as running:
         yield running

@@ -17,7 +17,8 @@ from experiments.demo_model import TINY
 
 Json = dict[str, Any]
 
-MODEL = replace(TINY, positions=16_384)
+# Its end of turn is a little less likely than the demo model's: some greedy answers end soon, some never.
+MODEL = replace(TINY, positions=16_384, end_scale=1.25)
 CONTEXT = 12_288
 BODY_LIMIT = 256 * 1024
 # Few compiled shapes, so that it starts soon; small chunks, so that a long prompt takes a while.
@@ -32,6 +33,11 @@ def ask(text: str, max_tokens: int = 8, **more: Any) -> Json:
     """A greedy request of one user message."""
     message = {"role": "user", "content": text}
     return {"model": "any", "max_tokens": max_tokens, "temperature": 0, "messages": [message]} | more
+
+
+def long(number: int, tokens: int = 11_000) -> str:
+    """Text of `tokens` tokens, as each digit is one; two of different numbers below 100 share at most a digit."""
+    return f"{number:02}" + "7" * (tokens - 2)
 
 
 def post(client: httpx.Client, body: Json, **headers: str) -> Json:

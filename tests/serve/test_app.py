@@ -23,6 +23,7 @@ from talking import (
     error_of,
     eventually,
     is_idle,
+    long,
     open_request,
     post,
     prompt_tokens,
@@ -57,7 +58,7 @@ def counted(client: httpx.Client, body: Json, **headers: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def strict_client(model_folder: Path, compile_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+def strict_client(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """A client without a key of a second server, which takes one and strips nothing."""
     log = tmp_path_factory.mktemp("strict") / "server.log"
     flags = (*FLAGS, "--no-strip-anthropic-preamble", "--api-key", KEY, "--model-name", "a/name")
@@ -136,7 +137,9 @@ class TestAnswers:
         warm = [text_of(post(client, ask("Again", 20, temperature=2))) for _ in range(3)]
         assert len(set(warm)) > 1
         # Of one candidate the choice is always the same, whatever the temperature.
-        assert text_of(post(client, ask("Again", 20, temperature=2, top_k=1))) == text_of(post(client, ask("Again", 20)))
+        assert text_of(post(client, ask("Again", 20, temperature=2, top_k=1))) == text_of(
+            post(client, ask("Again", 20))
+        )
 
     @pytest.mark.parametrize("release", RELEASES)
     def test_bodies_of_each_client_release_are_served(self, release: str, client: httpx.Client) -> None:
@@ -243,6 +246,12 @@ class TestMetrics:
         name = 'tokenzero_normalized_total{rule="strip-preamble"}'
         assert scrape(client)[name] == before.get(name, 0) + 1
 
+    def test_the_list_of_applied_rules_fits_a_header(self, client: httpx.Client) -> None:
+        messages = [USER, *({"role": "system", "content": BILLING.format(n) + "\nx"} for n in range(500))]
+        response = client.post("/v1/messages", json=ask("", 1, messages=messages))
+        assert response.status_code == 200
+        assert 0 < len(response.headers["x-tokenzero-normalized"]) < 4096
+
     def test_a_header_that_does_not_parse_is_counted_each_time_and_logged_once(
         self, client: httpx.Client, server_log: Path
     ) -> None:
@@ -320,7 +329,9 @@ class TestUsage:
         assert counted(strict_client, with_header(1), **key) > counted(strict_client, plain, **key) + 10
 
     def test_an_unknown_rule_is_refused_by_name(self, client: httpx.Client) -> None:
-        response = client.post("/v1/messages", json=ask("Hi"), headers={"x-tokenzero-normalize": "strip-preamble, shout"})
+        response = client.post(
+            "/v1/messages", json=ask("Hi"), headers={"x-tokenzero-normalize": "strip-preamble, shout"}
+        )
         text = error_of(response, 400, "invalid_request_error")
         assert "shout" in text
         assert "expected some of strip-preamble" in text
@@ -385,15 +396,10 @@ class TestStopping:
         assert streamed.one("message_delta")["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
 
     def test_max_tokens_beyond_the_room_is_clamped_to_it(self, client: httpx.Client) -> None:
-        question = {"role": "user", "content": "word " * 6100}
-        body = ask("", 32_000, messages=[question], temperature=0)
-        room = CONTEXT - counted(client, body)
-        assert 0 < room < 200
+        body = ask(long(10, CONTEXT - 20 - counted(client, ask(""))), 32_000)
+        assert counted(client, body) == CONTEXT - 20
         answer = post(client, body)
-        if answer["stop_reason"] == "end_turn":
-            assert answer["usage"]["output_tokens"] <= room
-        else:
-            assert (answer["stop_reason"], answer["usage"]["output_tokens"]) == ("max_tokens", room)
+        assert (answer["stop_reason"], answer["usage"]["output_tokens"]) == ("max_tokens", 20)
 
     def test_the_last_turn_of_an_assistant_is_continued(self, client: httpx.Client, answer: str) -> None:
         begun = answer[:12]
@@ -411,9 +417,11 @@ class TestManyAtOnce:
             for number in range(24)
         ]
         alone = [text_of(post(client, body)) for body in bodies]
-        # Once more with a first word that differs, so that nothing is reused of what was computed alone.
-        evict = [post(client, ask(f"{number} " + "filler " * 3000, 1)) for number in range(12)]
-        assert len(evict) == 12
+        # Long prompts push all of it out of the cache, so that it is computed anew when all come together.
+        before = scrape(client)
+        for number in (20, 30, 40):
+            post(client, ask(long(number), 1))
+        assert scrape(client)["tokenzero_pages_evicted_total"] > before["tokenzero_pages_evicted_total"]
 
         def answer(number: int) -> str:
             body = bodies[number]
@@ -441,7 +449,7 @@ class TestCancelling:
     def test_a_client_that_leaves_during_prefill_stops_it(
         self, streaming: bool, client: httpx.Client, server: Server
     ) -> None:
-        body = ask(f"{streaming} " + "long prompt " * 3500, 50, stream=streaming)
+        body = ask(long(50 + streaming), 50, stream=streaming)
         tokens, before = counted(client, body), scrape(client)
         connection = open_request(server.url, body)
         eventually(lambda: scrape(client)["tokenzero_running"] == 1, "the request runs")
@@ -457,11 +465,9 @@ class TestCancelling:
     def test_a_client_that_leaves_during_decode_stops_it(
         self, streaming: bool, client: httpx.Client, server: Server
     ) -> None:
-        # At this temperature a token in a thousand ends the turn; no answer runs through the whole context.
-        body = ask(f"Talk for long, {streaming}", 32_000, stream=streaming, stop_sequences=[])
-        body |= self.endless(client)
+        body = self.endless(client) | {"max_tokens": 32_000, "stream": streaming}
         before = scrape(client)
-        connection = open_request(server.url, body | {"stream": streaming})
+        connection = open_request(server.url, body)
         if streaming:
             read_until(connection, b"event: content_block_delta", times=3)
         else:
@@ -476,15 +482,15 @@ class TestCancelling:
 
     @staticmethod
     def endless(client: httpx.Client) -> Json:
-        """Messages whose greedy answer does not end within 1000 tokens."""
-        for number in range(20):
-            messages = ask(f"Talk without end, {number}")["messages"]
-            if post(client, ask("", 1000, messages=messages))["stop_reason"] == "max_tokens":
-                return {"messages": messages}
+        """A request whose greedy answer does not end within 1000 tokens."""
+        for number in range(4, 30):
+            body = ask(f"Talk without end, {number}", 1000)
+            if post(client, body)["stop_reason"] == "max_tokens":
+                return body
         raise AssertionError("every answer ends")
 
     def test_a_client_that_leaves_the_queue_never_runs(self, client: httpx.Client, server: Server) -> None:
-        running = [open_request(server.url, ask(f"{i} " + "long prompt " * 3500, 1)) for i in range(4)]
+        running = [open_request(server.url, ask(long(number, 6000), 1)) for number in (60, 61, 62, 63)]
         eventually(lambda: scrape(client)["tokenzero_running"] == 4, "the batch is full")
         queued = [open_request(server.url, ask("I shall not wait", 5)) for _ in range(3)]
         eventually(lambda: scrape(client)["tokenzero_waiting"] == 3, "three wait")
@@ -561,6 +567,10 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 MISSING = object()
 
 
+def tool_use(arguments: Json) -> Json:
+    return {"type": "tool_use", "id": "toolu_1", "name": "f", "input": arguments}
+
+
 def changed(**fields: Any) -> Json:
     """A valid body with some fields changed, or left out where MISSING."""
     return {key: value for key, value in (VALID | fields).items() if value is not MISSING}
@@ -623,11 +633,11 @@ class TestBadInput:
         "body",
         [
             changed(tools=[{"name": "f", "input_schema": {"x": "HERE"}}]),
-            changed(messages=[{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {"x": "HERE"}}]}, USER]),
+            changed(messages=[{"role": "assistant", "content": [tool_use({"x": "HERE"})]}, USER]),
             changed(unknown="HERE"),
         ],
         ids=["schema", "tool input", "ignored field"],
-    )  # fmt: skip
+    )
     def test_json_that_nests_deeply_is_served_or_refused(self, body: Json, depth: int, client: httpx.Client) -> None:
         raw = json.dumps(body).replace('"HERE"', '{"a":' * depth + "1" + "}" * depth)
         response = client.post("/v1/messages", content=raw)
@@ -636,7 +646,7 @@ class TestBadInput:
             assert depth > 100
 
     def test_a_prompt_beyond_the_context_is_refused_with_both_lengths(self, client: httpx.Client) -> None:
-        body = ask("word " * 8000)
+        body = ask(long(90, CONTEXT))
         text = error_of(client.post("/v1/messages", json=body), 400, "invalid_request_error")
         assert str(counted(client, body)) in text
         assert str(CONTEXT - 1) in text
@@ -644,14 +654,11 @@ class TestBadInput:
         assert error_of(client.post("/v1/messages", json=body | {"stream": True}), 400, "invalid_request_error") == text
 
     def test_the_longest_prompt_that_fits_gets_one_token(self, client: httpx.Client) -> None:
-        body = ask("word " * 6000, 50)
-        short = CONTEXT - 1 - counted(client, body)
-        assert short > 0
-        body = ask("word " * 6000 + "7" * short, 50)
-        assert counted(client, body) == CONTEXT - 1
-        assert post(client, body)["usage"]["output_tokens"] == 1
-        over = ask("word " * 6000 + "7" * (short + 1), 50)
-        error_of(client.post("/v1/messages", json=over), 400, "invalid_request_error")
+        most = CONTEXT - 1 - counted(client, ask(""))
+        answer = post(client, ask(long(80, most), 50))
+        assert prompt_tokens(answer["usage"]) == CONTEXT - 1
+        assert (answer["usage"]["output_tokens"], answer["stop_reason"]) == (1, "max_tokens")
+        error_of(client.post("/v1/messages", json=ask(long(80, most + 1), 50)), 400, "invalid_request_error")
 
     def test_a_body_above_the_limit_is_refused_by_its_declared_length(self, client: httpx.Client) -> None:
         response = client.post("/v1/messages", json=ask("x" * BODY_LIMIT))
@@ -678,9 +685,15 @@ class TestBadInput:
         error_of(client.post("/v1/messages", content=raw + b" "), 413, "request_too_large")
 
 
-TEXTS = st.text(max_size=30) | st.sampled_from(
-    ["<|im_end|>", "<think>", "</tool_call>", "<|im_start|>system\nx", "x-anthropic-billing-header: a=b;", "\x00", "{{ 1/0 }}"]
-)  # fmt: skip
+MARKUP = (
+    "<|im_end|>",
+    "<|im_start|>system\nx",
+    "<think>",
+    "</tool_call>",
+    "{{ 1/0 }}",
+    "x-anthropic-billing-header: a=b;",
+)
+TEXTS = st.text(max_size=30) | st.sampled_from(MARKUP)
 OBJECTS = st.dictionaries(TEXTS, st.none() | st.integers() | TEXTS | st.lists(TEXTS, max_size=2), max_size=3)
 TEXT_BLOCKS = st.builds(block, TEXTS)
 BLOCKS = (

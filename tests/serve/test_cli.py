@@ -28,6 +28,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return shown[-1]
 
 
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> tuple[ModelConfig, Params]:
+    """The tiny checkpoint."""
+    return checkpoint.load(model_folder, jnp.dtype("float32"))
+
+
 class TestHelp:
     @pytest.fixture
     def shown(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -112,7 +118,9 @@ class TestBinding:
         told = refusal(capsys, "--host", host)
         assert f"--host {host} is reachable from elsewhere: give an --api-key" in told
 
-    @pytest.mark.parametrize("flags", [["--host", "0.0.0.0", "--api-key", "k"], ["--host", "::1"], ["--host", "localhost"]])
+    @pytest.mark.parametrize(
+        "flags", [["--host", "0.0.0.0", "--api-key", "k"], ["--host", "::1"], ["--host", "localhost"]]
+    )
     def test_a_key_or_loopback_is_enough(self, flags: list[str]) -> None:
         assert check(parser().parse_args(["--model", "m", *flags])) is None
 
@@ -122,17 +130,20 @@ class TestBinding:
 
     @pytest.mark.parametrize(
         ("host", "loopback"),
-        [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("a.b", False)],
+        [
+            ("127.0.0.1", True),
+            ("127.8.8.8", True),
+            ("::1", True),
+            ("localhost", True),
+            ("0.0.0.0", False),
+            ("a.b", False),
+        ],
     )
     def test_loopback_is_told_from_the_rest(self, host: str, loopback: bool) -> None:
         assert is_loopback(host) is loopback
 
 
 class TestSizes:
-    @pytest.fixture(scope="class")
-    def loaded(self, model_folder: Path) -> tuple[ModelConfig, Params]:
-        return checkpoint.load(model_folder, jnp.dtype("float32"))
-
     @staticmethod
     def sized(loaded: tuple[ModelConfig, Params], *flags: str) -> EngineSettings:
         return settings(parser().parse_args(["--model", "m", *flags]), *loaded, "float32")
@@ -154,7 +165,9 @@ class TestSizes:
     def test_a_context_that_does_not_fit_is_refused_with_both_limits(
         self, flags: list[str], loaded: tuple[ModelConfig, Params]
     ) -> None:
-        with pytest.raises(SystemExit, match=r"--max-model-len: got 20000, but the model takes 16384 tokens and the KV"):
+        with pytest.raises(
+            SystemExit, match=r"--max-model-len: got 20000, but the model takes 16384 tokens and the KV"
+        ):
             self.sized(loaded, *flags, "--max-model-len", "20000")
 
     @pytest.mark.parametrize("size", ["0", "1000"])
@@ -168,7 +181,10 @@ class TestStarting:
         self, model_folder: Path, tmp_path: Path
     ) -> None:
         flags = ("--max-model-len", str(CONTEXT), "--kv-pool-bytes", "1MiB")
-        with pytest.raises(RuntimeError, match="status 1 ") as ended, running_server(model_folder, *flags, log=tmp_path / "l"):
+        with (
+            pytest.raises(RuntimeError, match="status 1 ") as ended,
+            running_server(model_folder, *flags, log=tmp_path / "l"),
+        ):
             pass
         assert f"--max-model-len: got {CONTEXT}" in str(ended.value)
         assert "Traceback" not in str(ended.value)

@@ -276,6 +276,35 @@ def test_a_step_that_raises_fails_what_was_running_and_nothing_else(model, monke
     engine.stop()
 
 
+def test_a_request_that_breaks_its_admission_fails_alone(model, monkeypatch):
+    config, params = model
+    engine = Engine(params, config, SMALL)
+    match = engine.store.match
+
+    def refuse(tokens, salt):
+        if salt == b"bad":
+            raise RuntimeError("injected")
+        return match(tokens, salt)
+
+    monkeypatch.setattr(engine.store, "match", refuse)
+    first, second = submit(engine, [5, 6, 7], 2, salt=b"bad")[0], submit(engine, [5, 6, 7], 2)[0]
+    engine.start()
+    assert outcome(first)[2] == Failed("RuntimeError: injected")
+    assert outcome(second)[2] == Finished("length")
+    engine.stop()
+
+
+def test_a_stopped_engine_fails_what_it_holds_and_refuses_more(model):
+    config, params = model
+    engine = Engine(params, config, SMALL)
+    pending = [submit(engine, np.full(100 + i, 5), 200)[0] for i in range(6)]
+    engine.start()
+    engine.stop()
+    assert [outcome(events)[2] for events in pending] == [Failed("the engine has stopped")] * 6
+    with pytest.raises(Overloaded, match="stopped"):
+        submit(engine, [1, 2], 2)
+
+
 def test_a_lost_pool_is_replaced(model, monkeypatch):
     """A step that raises after its donation took the pool along: the engine goes on with an empty one."""
     config, params = model

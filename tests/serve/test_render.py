@@ -16,7 +16,15 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from serve.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
-from serve.render import Tokenizer, conversation, load_tokenizer, make_encoder, render, render_text, splits_at_added_tokens
+from serve.render import (
+    Tokenizer,
+    conversation,
+    load_tokenizer,
+    make_encoder,
+    render,
+    render_text,
+    splits_at_added_tokens,
+)
 
 Json = dict[str, Any]
 USER = {"role": "user", "content": "Q"}
@@ -75,7 +83,12 @@ class TestConversation:
     def test_text_between_tool_results_stays_between_them(self) -> None:
         result = {"type": "tool_result", "tool_use_id": "1", "content": "r"}
         turns = conversation(request({"role": "user", "content": [text("a"), result, text("b"), result]}))
-        assert [(t["role"], t["content"]) for t in turns] == [("user", "a"), ("tool", "r"), ("user", "b"), ("tool", "r")]
+        assert [(t["role"], t["content"]) for t in turns] == [
+            ("user", "a"),
+            ("tool", "r"),
+            ("user", "b"),
+            ("tool", "r"),
+        ]
 
     def test_thinking_is_kept_apart_and_its_signature_left_out(self) -> None:
         thought = {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"}
@@ -99,7 +112,9 @@ class TestPrompt:
         off = request(USER, thinking={"type": "disabled"})
         assert render_text(off, tokenizer) == TURN + ANSWER + NO_THOUGHT
 
-    @pytest.mark.parametrize("begun", ["{", "<", "im", "im_end", "|", "a ", "\n", " ", "", "Q", "assistant", "two\nlines\n"])
+    @pytest.mark.parametrize(
+        "begun", ["{", "<", "im", "im_end", "|", "a ", "\n", " ", "", "Q", "assistant", "two\nlines\n"]
+    )
     def test_an_assistants_last_turn_is_left_open_at_its_end(self, begun: str, tokenizer: Tokenizer) -> None:
         prefilled = request(USER, {"role": "assistant", "content": begun})
         assert render_text(prefilled, tokenizer) == TURN + ANSWER + begun
@@ -113,7 +128,10 @@ class TestPrompt:
 
     def test_tools_are_named_with_their_schema(self, tokenizer: Tokenizer) -> None:
         schema = {"type": "object", "properties": {"path": {"type": "string"}}}
-        tools = [{"name": "Read", "description": "Reads.", "input_schema": schema}, {"name": "Bare", "input_schema": {}}]
+        tools = [
+            {"name": "Read", "description": "Reads.", "input_schema": schema},
+            {"name": "Bare", "input_schema": {}},
+        ]
         prompt = render_text(request(USER, tools=tools), tokenizer)
         function = {"name": "Read", "description": "Reads.", "parameters": schema}
         assert json.dumps({"type": "function", "function": function}) in prompt
@@ -134,7 +152,12 @@ class TestPrompt:
         mark = {"cache_control": {"type": "ephemeral"}}
         contents = ["one", "two", "three"]
         variants = [
-            request(*({"role": "user", "content": [text(c, **(mark if i == marked else {}))]} for i, c in enumerate(contents)))
+            request(
+                *(
+                    {"role": "user", "content": [text(c, **(mark if i == marked else {}))]}
+                    for i, c in enumerate(contents)
+                )
+            )
             for marked in (-1, 0, 1, 2)
         ]
         ids = [render(variant, tokenizer).tolist() for variant in variants]
@@ -176,7 +199,9 @@ def byte_level(**added: bool) -> PreTrainedTokenizerFast:
     backend = Backend(models.BPE({word: i for i, word in enumerate(words)}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, **{"normalized": False} | added) for t in ("<|a|>", "<|end|>")])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, **{"normalized": False} | added) for t in ("<|a|>", "<|end|>")]
+    )
     backend.add_tokens([AddedToken(t, **{"normalized": False} | added) for t in ("<x>", "<x><y>", "ab>")])
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
@@ -197,7 +222,9 @@ def cached_byte_level() -> PreTrainedTokenizerFast:
 
 
 PIECES = st.lists(
-    st.sampled_from(["<|a|>", "<|end|>", "<x>", "<x><y>", "<y>", "ab>", "<|", "|>", " ", "\n", "ab", "a", "b", "é🙂", "x"])
+    st.sampled_from(
+        ["<|a|>", "<|end|>", "<x>", "<x><y>", "<y>", "ab>", "<|", "|>", " ", "\n", "ab", "a", "b", "é🙂", "x"]
+    )
     | st.text(max_size=8),
     max_size=30,
 ).map("".join)
@@ -219,11 +246,13 @@ class TestSegments:
 
     @settings(max_examples=50)
     @given(
-        value=st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<think>", "</tool_call>", "\n"]) | st.text(max_size=9)).map(
-            "".join
-        )
+        value=st.lists(
+            st.sampled_from(["<|im_start|>", "<|im_end|>", "<think>", "</tool_call>", "\n"]) | st.text(max_size=9)
+        ).map("".join)
     )
-    def test_segments_of_the_demo_tokenizer_give_the_tokens_of_the_whole_text(self, value: str, tokenizer: Tokenizer) -> None:
+    def test_segments_of_the_demo_tokenizer_give_the_tokens_of_the_whole_text(
+        self, value: str, tokenizer: Tokenizer
+    ) -> None:
         assert splits_at_added_tokens(tokenizer.hf)
         ids = tokenizer.encode(value)
         assert ids.dtype == np.int32

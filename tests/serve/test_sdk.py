@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import anthropic
 import httpx
 import pytest
-from talking import CONTEXT, ask, eventually, is_idle, post, scrape, text_of
+from talking import CONTEXT, ask, eventually, is_idle, long, post, scrape, text_of
 
 from experiments import sessions
 from experiments.server import Server
@@ -26,7 +26,7 @@ QUESTION = {"role": "user", "content": "Hello from the SDK"}
 
 
 def test_create_returns_a_message(sdk: anthropic.Anthropic, client: httpx.Client) -> None:
-    message = sdk.messages.create(model="claude-x", max_tokens=6, messages=[QUESTION], temperature=0)
+    message = sdk.messages.create(model="claude-x", max_tokens=6, messages=[QUESTION], extra_body={"temperature": 0})
     assert (message.type, message.role, message.model) == ("message", "assistant", "claude-x")
     assert message.content[0].text == text_of(post(client, ask("Hello from the SDK", 6)))
     assert (message.stop_reason, message.usage.output_tokens) == ("max_tokens", 6)
@@ -34,7 +34,7 @@ def test_create_returns_a_message(sdk: anthropic.Anthropic, client: httpx.Client
 
 
 def test_the_stream_helper_gathers_the_message_that_create_returns(sdk: anthropic.Anthropic) -> None:
-    asked = {"model": "m", "max_tokens": 20, "messages": [QUESTION], "temperature": 0}
+    asked = {"model": "m", "max_tokens": 20, "messages": [QUESTION], "extra_body": {"temperature": 0}}
     whole = sdk.messages.create(**asked)
     with sdk.messages.stream(**asked) as stream:
         pieces = list(stream.text_stream)
@@ -48,7 +48,9 @@ def test_the_stream_helper_gathers_the_message_that_create_returns(sdk: anthropi
 
 
 def test_raw_events_come_typed_and_in_order(sdk: anthropic.Anthropic) -> None:
-    events = list(sdk.messages.create(model="m", max_tokens=4, messages=[QUESTION], temperature=0, stream=True))
+    events = list(
+        sdk.messages.create(model="m", max_tokens=4, messages=[QUESTION], extra_body={"temperature": 0}, stream=True)
+    )
     kinds = [event.type for event in events]
     assert kinds[:2] == ["message_start", "content_block_start"]
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
@@ -58,7 +60,7 @@ def test_raw_events_come_typed_and_in_order(sdk: anthropic.Anthropic) -> None:
 
 
 def test_stop_sequences_reach_the_caller(sdk: anthropic.Anthropic) -> None:
-    asked = {"model": "m", "max_tokens": 20, "messages": [QUESTION], "temperature": 0}
+    asked = {"model": "m", "max_tokens": 20, "messages": [QUESTION], "extra_body": {"temperature": 0}}
     text = sdk.messages.create(**asked).content[0].text
     stopped = sdk.messages.create(**asked, stop_sequences=[text[5:9]])
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", text[5:9])
@@ -76,7 +78,7 @@ def test_count_tokens_and_the_list_of_models(sdk: anthropic.Anthropic) -> None:
 
 def test_a_beta_request_of_an_agents_shape_is_served(sdk: anthropic.Anthropic) -> None:
     body = sessions.request(Session(scale=0.02), turn=1)
-    del body["stream"]
+    del body["stream"], body["temperature"]  # the helper sets the one and refuses the other
     with sdk.beta.messages.stream(**body | {"max_tokens": 8, "betas": ["context-management-2025-06-27"]}) as stream:
         final = stream.get_final_message()
     assert final.model == "local-model"
@@ -89,7 +91,7 @@ def test_errors_arrive_as_the_sdks_own(sdk: anthropic.Anthropic) -> None:
     assert caught.value.body["error"]["type"] == "invalid_request_error"
     assert caught.value.request_id.startswith("req_")
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
-        sdk.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": "word " * 9000}])
+        sdk.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": long(91, CONTEXT)}])
     with pytest.raises(anthropic.NotFoundError):
         sdk.messages.batches.retrieve("batch")
 
@@ -103,12 +105,16 @@ def test_a_stream_that_is_closed_early_stops_the_engine(sdk: anthropic.Anthropic
 
 
 def test_the_async_client_runs_many_at_once(server: Server, client: httpx.Client) -> None:
-    bodies = [ask(f"Asynchronous {number}", 10) for number in range(8)]
-    alone = [text_of(post(client, body)) for body in bodies]
+    texts = [f"Asynchronous {number}" for number in range(8)]
+    alone = [text_of(post(client, ask(text, 10))) for text in texts]
+
+    async def answer(sdk: anthropic.AsyncAnthropic, text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        message = await sdk.messages.create(model="m", max_tokens=10, messages=messages, extra_body={"temperature": 0})
+        return "".join(block.text for block in message.content)
 
     async def together() -> list[str]:
         async with anthropic.AsyncAnthropic(base_url=server.url, api_key="any", max_retries=0) as sdk:
-            answers = await asyncio.gather(*(sdk.messages.create(**body) for body in bodies))
-        return ["".join(block.text for block in answer.content) for answer in answers]
+            return await asyncio.gather(*(answer(sdk, text) for text in texts))
 
     assert asyncio.run(together()) == alone

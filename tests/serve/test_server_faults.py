@@ -1,14 +1,15 @@
 """Faults that a healthy server does not show: steps that raise, an engine that is stuck, full or gone.
 
-The application runs in this process, over real HTTP; its engine's compiled steps are wrapped where a test needs a fault.
+The application runs in this process, over real HTTP; its engine's compiled steps are wrapped where a fault is needed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,26 @@ import httpx
 import jax.numpy as jnp
 import pytest
 import uvicorn
-from talking import ask, error_of, eventually, is_idle, open_request, post, prompt_tokens, read_until, scrape, stream, text_of
+from talking import (
+    ask,
+    error_of,
+    eventually,
+    is_idle,
+    open_request,
+    post,
+    prompt_tokens,
+    read_until,
+    scrape,
+    stream,
+    text_of,
+)
 
 from model import checkpoint
 from model.params import unstacked
 from serve import app as application
 from serve import engine as engines
 from serve.app import create_app
-from serve.engine import Engine, EngineSettings
+from serve.engine import Engine, EngineSettings, Sampled, generate
 from serve.render import Tokenizer
 
 MakeEngine = Callable[..., Engine]
@@ -87,7 +100,7 @@ class Wrapped:
     def wrap(self, step: Callable) -> Callable:
         def run(*args: Any) -> Any:
             self.entered += 1
-            assert self.gate.wait(60), "nobody opened the gate"
+            assert self.gate.wait(20), "nobody opened the gate"
             sequences = int((args[2].starts[1:] > args[2].starts[:-1]).sum())
             return self.fault(sequences, step, args) if self.fault else step(*args)
 
@@ -143,7 +156,10 @@ class TestAStepThatRaises:
                 return fault(*call)
 
             wrapped.fault = both_decode
-            streamed, whole = pool.submit(stream, client, bodies[0]), pool.submit(client.post, "/v1/messages", json=bodies[1])
+            streamed, whole = (
+                pool.submit(stream, client, bodies[0]),
+                pool.submit(client.post, "/v1/messages", json=bodies[1]),
+            )
             eventually(lambda: not wrapped.gate.is_set(), "both decode")
             waiting = pool.submit(post, client, bodies[2])
             eventually(lambda: bool(engine.inbox.submissions or engine.waiting), "the third waits")
@@ -160,7 +176,9 @@ class TestAStepThatRaises:
             eventually(lambda: is_idle(client), "no page is held")
         engine.store.check()
 
-    def test_what_was_cached_survives_a_step_that_left_the_pool_alone(self, make_engine: MakeEngine, serve: Any) -> None:
+    def test_what_was_cached_survives_a_step_that_left_the_pool_alone(
+        self, make_engine: MakeEngine, serve: Any
+    ) -> None:
         engine = make_engine()
         wrapped = Wrapped(engine)
         with serve(engine) as client:
@@ -173,7 +191,9 @@ class TestAStepThatRaises:
             assert second["usage"]["cache_read_input_tokens"] == prompt_tokens(first["usage"]) - 1
             assert text_of(second) == text_of(first)
 
-    def test_a_pool_that_was_lost_is_made_anew_and_nothing_stale_is_read(self, make_engine: MakeEngine, serve: Any) -> None:
+    def test_a_pool_that_was_lost_is_made_anew_and_nothing_stale_is_read(
+        self, make_engine: MakeEngine, serve: Any
+    ) -> None:
         engine = make_engine()
         wrapped = Wrapped(engine)
         with serve(engine) as client:
@@ -209,7 +229,7 @@ class TestOverload:
                 anthropic.Anthropic(base_url=str(client.base_url), api_key="any", max_retries=0) as sdk,
                 pytest.raises(anthropic.APIStatusError) as caught,
             ):
-                sdk.messages.create(**ask("One too many"))
+                sdk.messages.create(model="m", max_tokens=1, messages=ask("One too many")["messages"])
             assert (caught.value.status_code, caught.value.body["error"]["type"]) == (529, "overloaded_error")
             assert client.post("/v1/messages/count_tokens", json=ask("Hi")).status_code == 200, "all else goes on"
             assert client.get("/health").status_code == 200
@@ -244,15 +264,54 @@ class TestWaiting:
         wrapped = Wrapped(engine)
         with serve(engine) as client:
             wrapped.gate.clear()
-            for streaming in (True, False):
+            for number, streaming in ((1, True), (2, False)):
                 connection = open_request(str(client.base_url), ask("Hi", 3, stream=streaming))
-                eventually(lambda: wrapped.entered > 0 and bool(engine.inbox.submissions or engine.running), "it is there")
-                numbers = engine.numbers
+                eventually(
+                    lambda n=number: engine.numbers == n and wrapped.entered > 0, "it is there, a step under way"
+                )
                 connection.close()
-                eventually(lambda n=numbers: n in engine.inbox.cancellations, "it is cancelled")
+                eventually(lambda n=number: n in engine.inbox.cancellations, "it is cancelled")
             wrapped.gate.set()
             eventually(lambda: is_idle(client), "nothing runs")
             assert engine.counters.requests == 0
+
+
+class TestLeaving:
+    @pytest.mark.parametrize("turns", range(8))
+    def test_a_cancellation_is_not_lost_to_a_token_that_comes_at_the_same_time(self, turns: int) -> None:
+        class OneToken:
+            """An engine that samples one token when told to, and no more."""
+
+            cancelled: int | None = None
+
+            def submit(self, request: Any, emit: Callable) -> int:
+                self.emit = emit
+                return 7
+
+            def cancel(self, number: int) -> None:
+                self.cancelled = number
+
+        async def leave(engine: Any) -> bool:
+            seen = []
+
+            async def listen() -> None:
+                async with aclosing(generate(engine, None, 60)) as events:
+                    async for event in events:
+                        seen.append(event)  # noqa: PERF401
+
+            listening = asyncio.ensure_future(listen())
+            for _ in range(5):
+                await asyncio.sleep(0)
+            engine.emit(Sampled(1))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            listening.cancel()
+            await asyncio.wait({listening}, timeout=1)
+            return listening.cancelled()
+
+        engine = OneToken()
+        assert asyncio.run(leave(engine))
+        assert engine.cancelled == 7
 
 
 class TestTheServersOwnFaults:

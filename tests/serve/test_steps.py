@@ -83,7 +83,15 @@ def test_every_column_has_the_type_that_was_compiled_for() -> None:
     row = Row(np.asarray([1], np.int32), 0, np.asarray([0], np.int32), GREEDY)
     for rows in ([row], [row, row]):
         batch, sampling = pack(rows, Bucket(2, 1), table_pages=3)
-        ints = (batch.tokens, batch.starts, batch.prefix, batch.block_table, batch.rows, sampling.top_k, sampling.positions)
+        ints = (
+            batch.tokens,
+            batch.starts,
+            batch.prefix,
+            batch.block_table,
+            batch.rows,
+            sampling.top_k,
+            sampling.positions,
+        )
         assert {column.dtype for column in ints} == {np.dtype(np.int32)}
         assert sampling.seeds.dtype == np.uint32
         assert {sampling.temperature.dtype, sampling.top_p.dtype} == {np.dtype(np.float32)}
