@@ -6,6 +6,8 @@ from the pool a block of pages at a time, so memory grows with the chunk and nev
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,12 @@ from model.kv import KVPool
 # A batch is packed on the host and read on the device.
 Array = jax.Array | np.ndarray
 
-# Finite, so that a row which sees no key yet gives exp(0) and not exp(nan).
+# Finite, so that no difference of two of them is NaN.
 MASKED = -1e30
+# Keys of the prefix in a block with a mask: half of one, on average, is computed in vain.
+MASKED_BLOCK = 256
+# Queries that attend to their own chunk together: longer runs mask more in vain, shorter ones make smaller matmuls.
+SELF_BLOCK = 256
 
 
 @struct.dataclass
@@ -53,77 +59,138 @@ def locate(batch: Batch, pool: KVPool) -> tuple[jax.Array, jax.Array, jax.Array]
 
 def paged_attention(
     q: jax.Array,  # [tokens, kv_heads, group, head_dim]
+    k: jax.Array,  # [tokens, kv_heads, head_dim]
+    v: jax.Array,  # [tokens, kv_heads, head_dim]
     pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
 ) -> jax.Array:
-    """Causal attention of each new token over its sequence's pages, the token's own included; shaped like `q`.
+    """Causal attention of each new token over its sequence's cached prefix and the new tokens up to itself.
 
-    Query i of a chunk behind a prefix of p tokens sees positions 0 to p + i. The new keys must be in the pool already.
-    Softmax and accumulation are in float32, scores are scaled by head_dim ** -0.5.
+    Query i of a chunk behind a prefix of p tokens sees positions 0 to p + i; the result is shaped like `q`. The new
+    keys and values must be in the pool already. Softmax and accumulation are in float32, scores are scaled by
+    head_dim ** -0.5.
     """
-    return blockwise(q, pool, layer, batch)
+    from model.kernels.dispatch import kernel_for  # late: the kernels build on this module
+
+    if kernel := kernel_for(q, pool, batch):
+        return kernel(q, pool, layer, batch)
+    return blockwise(q, k, v, pool, layer, batch)
 
 
-def blockwise(q: jax.Array, pool: KVPool, layer: jax.Array | int, batch: Batch) -> jax.Array:
-    """The XLA path of `paged_attention`; same arguments, same result."""
+class Softmax(NamedTuple):
+    """An online softmax over the keys seen so far, by row of queries."""
+
+    total: jax.Array  # [seqs, kv_heads, rows, head_dim] float32: values weighted by exp(score - peak)
+    peak: jax.Array  # [seqs, kv_heads, rows] float32: largest score
+    weight: jax.Array  # [seqs, kv_heads, rows] float32: sum of exp(score - peak)
+
+
+def blockwise(
+    q: jax.Array, k: jax.Array, v: jax.Array, pool: KVPool, layer: jax.Array | int, batch: Batch
+) -> jax.Array:
+    """The XLA path of `paged_attention`; same arguments, same result.
+
+    The chunk attends to itself first, from the new keys at hand, then to the pages of its prefix.
+    """
     tokens, kv_heads, group, head_dim = q.shape
     seqs, chunk = batch.prefix.shape[0], batch.max_chunk
-    # Measured on CPU: long chunks want small blocks (scores stay in cache), short ones large blocks (fewer steps).
-    block = min(512 if chunk >= 1024 else 1024, batch.block_table.shape[1] * pool.page_size)
-    pages_per_block = max(1, block // pool.page_size)
-    block = pages_per_block * pool.page_size
-    table = pad_to_multiple(batch.block_table, pages_per_block)
+    # Rows of queries are ordered by position, then head of the group: the queries from any position on are one slice.
+    queries = jnp.einsum("sqkgd->skqgd", by_sequence(q * head_dim**-0.5, batch))
+    queries = queries.reshape(seqs, kv_heads, chunk * group, head_dim)
+    keys, values = (jnp.einsum("sckd->skcd", by_sequence(x.astype(pool.k.dtype), batch)) for x in (k, v))
 
-    queries = by_sequence(q, batch)  # [seqs, chunk, kv_heads, group, head_dim]
-    queries = jnp.einsum("sqkgd->skgqd", queries * head_dim**-0.5).reshape(seqs, kv_heads, group * chunk, head_dim)
-    positions = batch.prefix[:, None] + jnp.arange(chunk, dtype=jnp.int32)  # [seqs, chunk]
-    positions = jnp.tile(positions, (1, group))[:, None, :, None]  # [seqs, 1, group * chunk, 1]
-    lengths = batch.prefix + batch.lengths
-    heads = jnp.arange(kv_heads)[:, None]  # [kv_heads, 1], against pages [seqs, 1, pages_per_block]
+    narrow = -(-MASKED_BLOCK // pool.page_size)  # pages in a block with a mask
+    wide = narrow * max(1, whole_block_size(seqs, chunk) // MASKED_BLOCK)  # pages in a block without
+    table = in_blocks(batch.block_table, wide)
+    heads = jnp.arange(kv_heads)[:, None]  # [kv_heads, 1], against pages [seqs, 1, pages]
 
-    def keys_and_values(b: jax.Array) -> tuple[jax.Array, jax.Array]:  # each [seqs, kv_heads, block, head_dim]
-        ids = jax.lax.dynamic_slice(table, (0, b * pages_per_block), (seqs, pages_per_block))[:, None]
+    def cached(first: jax.Array, pages: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of `pages` pages of every sequence, each [seqs, kv_heads, slots, head_dim]."""
+        ids = jax.lax.dynamic_slice(table, (0, first), (seqs, pages))[:, None]
         # Gathered head by head, so that the tiles land in the order of the matmul and no transpose copies them;
         # without bounds checks, since a block table names pages of the pool.
         tiles = (side.at[layer, ids, heads].get(mode="promise_in_bounds") for side in (pool.k, pool.v))
-        keys, values = (tile.reshape(seqs, kv_heads, block, head_dim) for tile in tiles)
+        keys, values = (tile.reshape(seqs, kv_heads, -1, head_dim) for tile in tiles)
         return keys, values
 
-    def accumulate(state: tuple, scores: jax.Array, values: jax.Array) -> tuple:
-        total, peak, weight = state
-        new_peak = jnp.maximum(peak, scores.max(-1))
-        probs = jnp.exp(scores - new_peak[..., None])
-        decay = jnp.exp(peak - new_peak)
-        update = jnp.einsum("skqc,skcd->skqd", probs.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return total * decay[..., None] + update, new_peak, weight * decay + probs.sum(-1)
+    def whole_block(b: jax.Array, state: Softmax) -> Softmax:
+        keys, values = cached(b * wide, wide)
+        return accumulate(state, score(queries, keys), values)
 
-    def score(keys: jax.Array) -> jax.Array:
-        return jnp.einsum("skqd,skcd->skqc", queries, keys, preferred_element_type=jnp.float32)
+    def masked_block(b: jax.Array, state: Softmax) -> Softmax:
+        keys, values = cached(b * narrow, narrow)
+        slots = b * narrow * pool.page_size + jnp.arange(keys.shape[2])
+        filled = (slots < batch.prefix[:, None])[:, None, :]  # [seqs, 1, slots]
+        scores = jnp.where(filled[:, :, None], score(queries, keys), MASKED)
+        # A slot behind the prefix has probability 0, but 0 x NaN is NaN: what lies there must not reach the product.
+        return accumulate(state, scores, jnp.where(filled[..., None], values, 0))
 
-    def whole_block(b: jax.Array, state: tuple) -> tuple:
-        keys, values = keys_and_values(b)
-        return accumulate(state, score(keys), values)
-
-    def masked_block(b: jax.Array, state: tuple) -> tuple:
-        keys, values = keys_and_values(b)
-        slots = b * block + jnp.arange(block, dtype=jnp.int32)
-        filled = (slots < lengths[:, None])[:, None, :, None]  # [seqs, 1, block, 1]
-        scores = jnp.where(slots <= positions, score(keys), MASKED)
-        # An unfilled slot has probability 0, but 0 x NaN is NaN: what lies there must not reach the product.
-        return accumulate(state, scores, jnp.where(filled, values, 0))
-
-    state = (
-        jnp.zeros((*queries.shape[:-1], head_dim), jnp.float32),
-        jnp.full(queries.shape[:-1], MASKED, jnp.float32),
-        jnp.zeros(queries.shape[:-1], jnp.float32),
-    )
     # Blocks that every sequence sees whole need no mask; empty sequences have no say.
-    whole = jnp.min(jnp.where(batch.lengths > 0, batch.prefix, jnp.max(batch.prefix))) // block
+    longest = jnp.max(batch.prefix)
+    whole = jnp.min(jnp.where(batch.lengths > 0, batch.prefix, longest)) // (wide * pool.page_size)
+    state = attend_to_chunk(queries, keys, values, group)
     state = jax.lax.fori_loop(0, whole, whole_block, state)
-    total, _, weight = jax.lax.fori_loop(whole, (jnp.max(lengths) + block - 1) // block, masked_block, state)
-    result = (total / weight[..., None]).astype(q.dtype).reshape(seqs, kv_heads, group, chunk, head_dim)
-    return by_token(jnp.einsum("skgqd->sqkgd", result), batch, tokens)
+    blocks = (longest + narrow * pool.page_size - 1) // (narrow * pool.page_size)
+    state = jax.lax.fori_loop(whole * (wide // narrow), blocks, masked_block, state)
+    result = (state.total / state.weight[..., None]).astype(q.dtype).reshape(seqs, kv_heads, chunk, group, head_dim)
+    return by_token(jnp.einsum("skqgd->sqkgd", result), batch, tokens)
+
+
+def whole_block_size(seqs: int, chunk: int) -> int:
+    """Keys of the prefix that each sequence attends to at a time where no mask is needed.
+
+    Measured on CPU: scores of long chunks should stay in cache, short chunks and small batches should take few steps.
+    """
+    return 512 if chunk >= 1024 else 1024 if chunk > 1 else max(MASKED_BLOCK, 2048 // seqs)
+
+
+def attend_to_chunk(
+    queries: jax.Array,  # [seqs, kv_heads, chunk * group, head_dim]
+    keys: jax.Array,  # [seqs, kv_heads, chunk, head_dim]
+    values: jax.Array,  # [seqs, kv_heads, chunk, head_dim]
+    group: int,
+) -> Softmax:
+    """Causal attention of a chunk over itself, run by run of its queries.
+
+    Keys that none of a run sees are left out; only the keys of the run itself are masked, since a mask over all of them
+    doubles the time on CPU.
+    """
+    chunk, runs = keys.shape[2], []
+    for start in range(0, chunk, SELF_BLOCK):
+        stop = min(start + SELF_BLOCK, chunk)
+        rows = queries[:, :, start * group : stop * group]
+        seen = np.arange(stop - start) <= np.repeat(np.arange(stop - start), group)[:, None]  # [rows, keys]
+        scores = jnp.where(seen, score(rows, keys[:, :, start:stop]), MASKED)
+        peak = scores.max(-1)
+        probs = jnp.exp(scores - peak[..., None])
+        state = Softmax(weigh(probs, values[:, :, start:stop]), peak, probs.sum(-1))
+        if start:
+            state = accumulate(state, score(rows, keys[:, :, :start]), values[:, :, :start])
+        runs.append(state)
+    return Softmax(*(jnp.concatenate(parts, axis=2) for parts in zip(*runs, strict=True)))
+
+
+def accumulate(state: Softmax, scores: jax.Array, values: jax.Array) -> Softmax:
+    """The softmax with one more block of keys, scored [seqs, kv_heads, rows, keys], and their values."""
+    peak = jnp.maximum(state.peak, scores.max(-1))
+    probs = jnp.exp(scores - peak[..., None])
+    decay = jnp.exp(state.peak - peak)
+    return Softmax(
+        total=state.total * decay[..., None] + weigh(probs, values),
+        peak=peak,
+        weight=state.weight * decay + probs.sum(-1),
+    )
+
+
+def score(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Scores [seqs, kv_heads, rows, keys] in float32."""
+    return jnp.einsum("skqd,skcd->skqc", queries, keys, preferred_element_type=jnp.float32)
+
+
+def weigh(probs: jax.Array, values: jax.Array) -> jax.Array:
+    """Values weighted by probabilities, [seqs, kv_heads, rows, head_dim] in float32."""
+    return jnp.einsum("skqc,skcd->skqd", probs.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
 def reference(q: jax.Array, pool: KVPool, layer: int, batch: Batch) -> jax.Array:
@@ -164,7 +231,9 @@ def by_token(x: jax.Array, batch: Batch, tokens: int) -> jax.Array:
     return x[seq, jnp.clip(rows - batch.starts[seq], 0, chunk - 1)]
 
 
-def pad_to_multiple(table: Array, multiple: int) -> Array:
-    """Widen a block table with page 0 so that its last block is whole; those slots are always masked."""
-    short = -table.shape[1] % multiple
-    return jnp.pad(table, ((0, 0), (0, short))) if short else table
+def in_blocks(table: Array, pages: int) -> Array:
+    """Widen a block table to whole blocks of `pages`, and one more, with page 0; those slots are always masked.
+
+    In a table of one block the slice would not depend on the loop, and XLA would gather it ahead of every loop.
+    """
+    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages + pages)))

@@ -29,7 +29,7 @@ def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> 
         q, k, v = project(layer, x, config)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         pool = kv.write(pool, index, k, v, pages, offsets)
-        attended = paged_attention(q, pool, index, batch)
+        attended = paged_attention(q, k, v, pool, index, batch)
         x = x + linear(attended.reshape(x.shape[0], -1), layer.out.reshape(x.shape[1], -1), layer.out_bias)
         return x + mlp(layer, x, config), pool
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import Batch, paged_attention, reference
+from model.attention import Batch, locate, paged_attention, reference
 from model.kv import KVPool
 
 KV_HEADS, GROUP, HEAD_DIM, LAYERS, PAGE = 2, 3, 16, 2, 16
@@ -43,10 +43,17 @@ def ragged(prefixes, chunks, page_size=PAGE, spare_seqs=0, spare_tokens=0, seed=
     return q, KVPool(k=jnp.asarray(k), v=jnp.asarray(v)), batch
 
 
+def new_keys_and_values(pool, batch, layer):
+    """The new tokens' own keys and values, [tokens, kv_heads, head_dim], as the forward pass has them at hand."""
+    _, pages, offsets = locate(batch, pool)
+    return (side.at[layer, pages, :, offsets].get(mode="fill", fill_value=0) for side in (pool.k, pool.v))
+
+
 def assert_matches_reference(q, pool, batch, layer=1):
     real = int(batch.starts[-1])
     expected = np.asarray(reference(q, pool, layer, batch))[:real]
-    actual = np.asarray(jax.jit(paged_attention)(q, pool, layer, batch))
+    k, v = new_keys_and_values(pool, batch, layer)
+    actual = np.asarray(jax.jit(paged_attention)(q, k, v, pool, layer, batch))
     assert np.isfinite(expected).all()
     np.testing.assert_allclose(actual[:real], expected, atol=2e-5)
 
@@ -78,6 +85,7 @@ def test_random_ragged_batches_match_the_reference(seed):
 def test_memory_grows_with_the_chunk_and_not_with_the_prompt_squared():
     def temporary_bytes(prefix):
         q, pool, batch = ragged([prefix], [256])
-        return jax.jit(paged_attention).lower(q, pool, 0, batch).compile().memory_analysis().temp_size_in_bytes
+        k, v = new_keys_and_values(pool, batch, 0)
+        return jax.jit(paged_attention).lower(q, k, v, pool, 0, batch).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(16_000) <= 1.1 * temporary_bytes(4_000)

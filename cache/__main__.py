@@ -1,0 +1,140 @@
+"""`python -m cache ls|stats|verify|prune --store DIR`: look into a store of pages on disk, check it, make it smaller.
+
+It may run beside the servers that use the store.
+"""
+
+import argparse
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cache.disk import DiskTier
+from cache.environment import FORMAT, StoreError, check_directory, file_bytes
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+UNITS["TIB"] = 1 << 40
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `20GB`, `512 MiB` or `1000`; the units of 1000 and of 1024 are told apart. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError(f"size is {text!r}, expected a number with a unit such as 20GB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def show_bytes(count: int) -> str:
+    """A size with three digits or so: 1.5 MiB."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def show_age(seconds: float) -> str:
+    """A time span in its largest unit: 3 min ago."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def open_store(directory: str, repair: bool) -> DiskTier:
+    """The tier of a directory that has one. Raises StoreError if it has none, or is not to be opened."""
+    if "://" in directory:
+        raise StoreError(f"--store is {directory}, expected a directory: list a bucket with its own tools")
+    check_directory(Path(directory))
+    path = Path(directory) / FORMAT
+    if not file_bytes(path):
+        raise StoreError(f"{directory}: found no {FORMAT}/data.mdb, expected a store: check the path")
+    tier = DiskTier(directory, file_bytes(path), repair=repair)
+    if tier.store.opened is None:
+        raise StoreError(f"{directory}: the store cannot be opened, see the warning above")
+    return tier
+
+
+def list_pages(tier: DiskTier, console: Console, limit: int) -> None:
+    """Print the most recently used pages."""
+    entries = sorted(tier.entries(), key=lambda entry: -entry.last_used)
+    table = Table("key", "size", "last used", box=None)
+    for entry in entries[:limit]:
+        table.add_row(entry.key.hex()[:16], show_bytes(entry.size), show_age(time.time() - entry.last_used))
+    console.print(table)
+    if len(entries) > limit:
+        console.print(f"... and {len(entries) - limit} more: --limit shows them")
+
+
+def print_stats(tier: DiskTier, console: Console) -> None:
+    """Print totals."""
+    stats, entries = tier.stats(), tier.entries()
+    sizes = sum(entry.size for entry in entries)
+    table = Table(box=None, show_header=False)
+    table.add_row("pages", str(stats.pages))
+    table.add_row("payload", show_bytes(sizes))
+    table.add_row("occupied", show_bytes(stats.bytes))
+    table.add_row("file", show_bytes(file_bytes(tier.store.path)))
+    if entries:
+        table.add_row("oldest use", show_age(time.time() - min(entry.last_used for entry in entries)))
+        table.add_row("newest use", show_age(time.time() - max(entry.last_used for entry in entries)))
+    console.print(table)
+
+
+def verify(tier: DiskTier, console: Console, fix: bool) -> int:
+    """Read every page; returns how many are damaged, or 1 for a tree that was."""
+    bad = tier.store.errors  # the damaged tree that opening the store deleted
+    total = tier.stats().pages
+    for sound in track(tier.check(remove=fix), "reading pages", total=total, console=console, transient=True):
+        bad += not sound
+    what = "" if not bad else "removed" if fix else "run again with --fix to remove them"
+    console.print(f"{total} pages read, {bad} damaged", f"({what})" if what else "")
+    return bad
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 1 if damage was found, 2 if the store cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m cache", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("ls", "list pages, the most recently used first"),
+        ("stats", "totals"),
+        ("verify", "read every page and check it; exit status 1 if any is damaged"),
+        ("prune", "evict the least recently used pages"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--store", required=True, metavar="DIR")
+        if name == "ls":
+            command.add_argument("--limit", type=int, default=50, help="rows to show (default 50)")
+        if name == "verify":
+            command.add_argument("--fix", action="store_true", help="remove what is damaged")
+        if name == "prune":
+            command.add_argument("--store-bytes", required=True, help="size to keep, such as 20GB or 512MiB")
+    args = parser.parse_args(arguments)
+    console = Console()
+    try:
+        tier = open_store(args.store, repair=args.command == "verify" and args.fix)
+        with contextlib.closing(tier):
+            if args.command == "ls":
+                list_pages(tier, console, args.limit)
+            elif args.command == "stats":
+                print_stats(tier, console)
+            elif args.command == "prune":
+                console.print(f"{tier.prune(parse_bytes(args.store_bytes))} pages evicted")
+            elif verify(tier, console, args.fix):
+                return 1
+    except (StoreError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

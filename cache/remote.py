@@ -1,0 +1,121 @@
+"""The remote tier: pages shared between machines, in any TensorStore KvStore (`file://`, `s3://`, `gs://`, or a spec).
+
+An object is seal (length and XXH3-64) and payload under `tokenzero-pages-v1/<2 hex digits>/<key in hex>`. There is no
+budget and no eviction here: machines cannot agree on what was used last, a lifecycle rule of the bucket can.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tensorstore as ts
+
+from cache.environment import FORMAT, RETRY_SECONDS
+from cache.tiers import SEAL, Item, Payload, TierStats, seal
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class RemoteTier:
+    """Pages behind a URL, or behind a TensorStore KvStore spec, which an S3 server of one's own needs (path with `/`).
+
+    A page that is written is visible to all when put_many returns. After a failure or an answer slower than
+    `timeout_seconds` the tier is left alone for RETRY_SECONDS, so that a dead network delays one request, not all.
+    Raises ValueError if TensorStore does not understand the URL.
+    """
+
+    def __init__(self, url: str | dict[str, Any], timeout_seconds: float = 10.0, in_flight: int = 32) -> None:
+        self.name = "remote"
+        self.budget_bytes = 0
+        self.url = url
+        self.timeout_seconds = timeout_seconds
+        self.in_flight = in_flight
+        # TensorStore joins a path and a key without a separator.
+        folder = url + "/" if isinstance(url, str) and not url.endswith("/") else url
+        self.store = ts.KvStore.open(folder).result(timeout=timeout_seconds)
+        self.counts: Counter[str] = Counter()
+        self.lock = threading.Lock()  # of counts
+        self.retry_at = 0.0  # nothing is tried before
+        self.failing = False
+
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """See Tier. One small read a key, many at once: tens of milliseconds over a network."""
+        results = self._each(keys, lambda key: self.store.read(name_of(key), byte_range=slice(0, SEAL.size)))
+        return [result is not None and result.state == "value" for result in results]
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
+        """See Tier. An object that its seal does not fit is a miss, counted and removed; last use is not recorded."""
+        results = self._each(keys, lambda key: self.store.read(name_of(key)))
+        return [self._opened(key, result) for key, result in zip(keys, results, strict=True)]
+
+    def put_many(self, items: Sequence[Item]) -> None:
+        """See Tier. Objects that are there are not written again."""
+        there = self.contains_many([key for key, _ in items])
+        new = [item for item, found in zip(items, there, strict=True) if not found]
+        results = self._each(new, lambda item: self.store.write(name_of(item[0]), seal(*item) + item[1]))
+        written = [memoryview(p).nbytes for (_, p), result in zip(new, results, strict=True) if result is not None]
+        self._count(bytes_written=sum(written), dropped=len(new) - len(written))
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """See Tier."""
+        self._each(keys, lambda key: self.store.write(name_of(key), None))
+
+    def sync(self) -> None:
+        """Nothing: TensorStore writes through."""
+
+    def stats(self) -> TierStats:
+        """Counters; pages and bytes are 0, since counting a bucket takes a listing of it."""
+        return TierStats(self.name, 0, 0, self.budget_bytes, **self.counts)
+
+    def close(self) -> None:
+        """Nothing: TensorStore keeps its connections by itself."""
+
+    def _each(self, things: Sequence[T], start: Callable[[T], Any]) -> list[Any]:
+        """The result of a TensorStore operation for each thing, `in_flight` at once; None where it failed."""
+        results: list[Any] = []
+        for at in range(0, len(things), self.in_flight):
+            if time.monotonic() < self.retry_at:
+                break
+            futures = [start(thing) for thing in things[at : at + self.in_flight]]
+            results += [self._result(future) for future in futures]
+        return results + [None] * (len(things) - len(results))
+
+    def _result(self, future: Any) -> Any:
+        # Once one of them timed out, the others are not waited for.
+        wait = self.timeout_seconds if time.monotonic() >= self.retry_at else 0.0
+        try:
+            result = future.result(timeout=wait)
+        except (ValueError, OSError, TimeoutError, RuntimeError) as error:
+            self._count(errors=1)
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+            if not self.failing:
+                log.warning("%s fails, going on without: %s", self.url, str(error) or "no answer in time")
+            self.failing = True
+            return None
+        self.failing = self.failing and time.monotonic() < self.retry_at
+        return result
+
+    def _opened(self, key: bytes, result: Any) -> Payload | None:
+        if result is None or result.state != "value":
+            self._count(misses=1)
+            return None
+        payload = memoryview(result.value)[SEAL.size :]
+        if seal(key, payload) != result.value[: SEAL.size]:
+            self._count(misses=1, corrupt=1)
+            self.delete([key])
+            return None
+        self._count(hits=1, bytes_read=payload.nbytes)
+        return payload
+
+    def _count(self, **counts: int) -> None:
+        with self.lock:
+            self.counts.update(counts)
+
+
+def name_of(key: bytes) -> str:
+    """The object's name, spread over 256 folders: one folder of a million files is slow to list."""
+    return f"{FORMAT}/{key.hex()[:2]}/{key.hex()}"

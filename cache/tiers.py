@@ -1,0 +1,217 @@
+"""The tiers below the device pool: one small protocol, the host memory tier, and reads over several tiers at once.
+
+A tier maps 32-byte page keys (cache.keys) to opaque payloads. It never raises for what a disk or a network does: what
+it cannot read is a miss, what it cannot write is dropped, and both are counted.
+"""
+
+import struct
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Protocol
+
+import xxhash
+
+Payload = bytes | bytearray | memoryview  # a memoryview must be contiguous; nobody may change it once handed over
+Item = tuple[bytes, Payload]  # page key, payload
+
+# How many keys a prefix search asks a tier for at once: it stops at the first miss, so that a cold prompt costs little.
+SEARCH_STEP = 128
+SEAL = struct.Struct("<QQ")  # payload length in bytes, XXH3-64 of key and payload
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """What a tier holds now, and counters since it was opened by this process."""
+
+    name: str
+    pages: int
+    bytes: int  # occupied, the tier's own overhead included
+    budget_bytes: int  # 0: no limit
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    evicted: int = 0
+    corrupt: int = 0  # records that failed their checksum: each was a miss, and was removed
+    dropped: int = 0  # pages that could not be written
+    errors: int = 0  # failed operations of the disk or the network
+
+
+class Tier(Protocol):
+    """A place for pages. All methods may be called from any thread, and none raises for what lies below."""
+
+    name: str
+    budget_bytes: int
+
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which keys are there. Does not count as a use."""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
+        """The payloads, None for a miss. A use, the first key the most recent one: so a chain loses its tail first."""
+
+    def put_many(self, items: Sequence[Item]) -> None:
+        """Store pages, evicting the least recently used to stay in the budget. A key that is there is only touched."""
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Forget the keys, where they are there."""
+
+    def sync(self) -> None:
+        """Make what was put so far survive a power cut, as far as the tier can."""
+
+    def stats(self) -> TierStats:
+        """Contents and counters."""
+
+    def close(self) -> None:
+        """Let go of files and threads; the tier is not used after this."""
+
+
+def seal(key: bytes, payload: Payload) -> bytes:
+    """Length and checksum of a page record: SEAL.size bytes. It covers the key, so that no page passes as another."""
+    digest = xxhash.xxh3_64(key)
+    digest.update(payload)
+    return SEAL.pack(memoryview(payload).nbytes, digest.intdigest())
+
+
+class HostTier:
+    """Pages in host memory: least recently used out first, under a budget in bytes of payload."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.name = "host"
+        self.budget_bytes = budget_bytes
+        self.pages: OrderedDict[bytes, Payload] = OrderedDict()  # least recently used first
+        self.bytes = 0
+        self.counts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """See Tier."""
+        with self.lock:
+            return [key in self.pages for key in keys]
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
+        """See Tier."""
+        with self.lock:
+            found = [self.pages.get(key) for key in keys]
+            for key in reversed(keys):
+                if key in self.pages:
+                    self.pages.move_to_end(key)
+            hits = [memoryview(payload).nbytes for payload in found if payload is not None]
+            self.counts.update(hits=len(hits), misses=len(keys) - len(hits), bytes_read=sum(hits))
+        return found
+
+    def put_many(self, items: Sequence[Item]) -> None:
+        """See Tier. A page larger than the whole budget is dropped."""
+        with self.lock:
+            for key, payload in reversed(items):
+                size = memoryview(payload).nbytes
+                if size > self.budget_bytes:
+                    self.counts["dropped"] += 1
+                elif key in self.pages:
+                    self.pages.move_to_end(key)
+                else:
+                    self._evict(self.budget_bytes - size)
+                    self.pages[key] = payload
+                    self.bytes += size
+                    self.counts["bytes_written"] += size
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """See Tier."""
+        with self.lock:
+            for key in keys:
+                payload = self.pages.pop(key, None)
+                self.bytes -= memoryview(payload).nbytes if payload is not None else 0
+
+    def sync(self) -> None:
+        """Nothing: memory does not outlive the process."""
+
+    def stats(self) -> TierStats:
+        """See Tier."""
+        return TierStats(self.name, len(self.pages), self.bytes, self.budget_bytes, **self.counts)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.delete(list(self.pages))
+
+    def _evict(self, budget_bytes: int) -> None:
+        while self.bytes > budget_bytes:
+            _, payload = self.pages.popitem(last=False)
+            self.bytes -= memoryview(payload).nbytes
+            self.counts["evicted"] += 1
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Payloads that a fetch found, in the order of its keys."""
+
+    payloads: list[Payload | None]
+    sources: list[str | None]  # the tier that each came from
+    seconds: dict[str, float] = field(default_factory=dict)  # spent in each tier that was asked
+
+
+class TieredPages:
+    """Reads over several tiers, the fastest first. What a lower tier gave is kept in the first one too."""
+
+    def __init__(self, tiers: Sequence[Tier]) -> None:
+        self.tiers = tuple(tiers)
+        # One thread: a second would only compete for the same disk, and a restore wants its first pages first.
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="restore")
+
+    def locate_prefix(self, keys: Sequence[bytes]) -> list[str]:
+        """The name of the first tier that has each leading key, up to the first key that no tier has.
+
+        Its length is the number of pages that a restore can bring back. Nothing is read, and nothing counts as used.
+        """
+        return list(chain.from_iterable(self._locate_steps(keys)))
+
+    def fetch(self, keys: Sequence[bytes]) -> "Future[Fetched]":
+        """Read pages in the background; a page that has meanwhile gone, or is corrupt, is None in the result."""
+        return self.reader.submit(self.read, list(keys))
+
+    def read(self, keys: Sequence[bytes]) -> Fetched:
+        """As fetch, in the calling thread."""
+        payloads: list[Payload | None] = [None] * len(keys)
+        sources: list[str | None] = [None] * len(keys)
+        seconds: dict[str, float] = {}
+        for tier in self.tiers:
+            missing = [i for i, payload in enumerate(payloads) if payload is None]
+            if not missing:
+                break
+            start = time.perf_counter()
+            for i, payload in zip(missing, tier.get_many([keys[i] for i in missing]), strict=True):
+                if payload is not None:
+                    payloads[i], sources[i] = payload, tier.name
+            seconds[tier.name] = time.perf_counter() - start
+        top = self.tiers[0]
+        below = [
+            (k, p) for k, p, source in zip(keys, payloads, sources, strict=True) if p is not None and source != top.name
+        ]
+        top.put_many(below)
+        return Fetched(payloads, sources, seconds)
+
+    def stats(self) -> list[TierStats]:
+        """The stats of each tier, the fastest first."""
+        return [tier.stats() for tier in self.tiers]
+
+    def close(self) -> None:
+        """Finish the fetch that is running, drop those that wait, and close all tiers."""
+        self.reader.shutdown(cancel_futures=True)
+        for tier in self.tiers:
+            tier.close()
+
+    def _locate_steps(self, keys: Sequence[bytes]) -> Iterator[list[str]]:
+        for start in range(0, len(keys), SEARCH_STEP):
+            step = keys[start : start + SEARCH_STEP]
+            names: list[str | None] = [None] * len(step)
+            for tier in self.tiers:
+                missing = [i for i, name in enumerate(names) if name is None]
+                for i, there in zip(missing, tier.contains_many([step[i] for i in missing]), strict=True):
+                    names[i] = tier.name if there else None
+            found = names.index(None) if None in names else len(names)
+            yield [name for name in names[:found] if name is not None]
+            if found < len(step):
+                return

@@ -1,0 +1,357 @@
+"""Measure the kernels, the forward pass and the engine on this machine's GPU, against what the same GPU can do at best.
+
+Run `python -m experiments.gpu_bench`: under nine minutes, nothing to download. Results and a picture go to
+`experiments/results/gpu/` after every section, so that a run that is cut short keeps what it has. `--smoke` runs the
+same code at tiny sizes on the CPU and XLA's path, for `.cache/gpu_smoke`; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# Before JAX takes most of the memory for itself: torch wants some.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from experiments import gpu_rivals
+from experiments.gpu_model import arms, forward_passes
+from model.attention import Batch, blockwise, locate, reference
+from model.config import ModelConfig, RopeConfig
+from model.kernels.dispatch import kernel_for
+from model.kv import KVPool
+
+Json = dict[str, Any]
+RESULTS = Path(__file__).parent / "results" / "gpu"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured."""
+
+    model: ModelConfig
+    dtype: str = "bfloat16"
+    page: int = 64
+    prompts: tuple[int, ...] = (4096, 16_384, 53_248)
+    prefix_shares: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 0.99)
+    decode_batches: tuple[int, ...] = (1, 8, 64)
+    context: int = 53_248
+    warm: int = 128  # new tokens of a warm request
+    matmul: int = 8192
+    copy_bytes: int = 4 * 2**30
+    engine_chunk: int = 8192
+    checks: tuple[tuple[int, ...], ...] = ((1,) * 6, (3, 1, 2, 3, 1, 3), (64, 1, 7, 133, 3, 30))  # chunks
+    budget_s: float = 520.0  # no section starts after this
+
+
+LLAMA_8B = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 131_072, 1e-5, RopeConfig(theta=500_000.0))
+TINY = ModelConfig("llama", 256, 64, 96, 2, 4, 2, 64, 4096, 1e-5, RopeConfig())
+FULL = Sizes(LLAMA_8B)
+SMOKE = Sizes(  # in f32: XLA's bf16 is slow on CPUs
+    TINY, "float32", 16, (64,), (0, 0.5), (2,), 256, 16, 128, 2**20, engine_chunk=64, checks=((1, 1), (9, 3))
+)
+
+
+def seconds(function: Callable, *arguments: Any, budget: float = 0.5) -> float:
+    """Seconds of one call: the mean of as many as fit the budget, up to 100 and back to back, after two to warm up."""
+    jax.block_until_ready(function(*arguments))
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    repeats = max(3, min(100, int(budget / (time.perf_counter() - start))))
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = function(*arguments)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / repeats
+
+
+def ceilings(sizes: Sizes) -> Json:
+    """What this device reaches in one large matmul and one large copy: FLOP/s, and bytes read and written a second."""
+    n = sizes.matmul
+    a, b = (jax.random.normal(key, (n, n), jnp.dtype(sizes.dtype)) for key in jax.random.split(jax.random.key(0)))
+    source = jnp.zeros(sizes.copy_bytes // 4, jnp.uint32)
+    # An addition, because a bare copy would be optimised away.
+    copy = seconds(jax.jit(lambda x: x + 1), source)
+    return {"flops": 2 * n**3 / seconds(jax.jit(jnp.matmul), a, b), "bytes_per_s": 2 * sizes.copy_bytes / copy}
+
+
+def paged(
+    sizes: Sizes, prefixes: Sequence[int], chunks: Sequence[int], layers: int = 1
+) -> tuple[jax.Array, KVPool, jax.Array, Batch]:
+    """Random arguments of `paged_attention`; the pages of the sequences lie in shuffled order."""
+    config, dtype = sizes.model, jnp.dtype(sizes.dtype)
+    width = max(-(-(p + c) // sizes.page) for p, c in zip(prefixes, chunks, strict=True))
+    pages = np.random.default_rng(0).permutation(len(chunks) * width).astype(np.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (layers, len(pages), config.num_kv_heads, sizes.page, config.head_dim)
+    pool = KVPool(k=jax.random.normal(keys[0], shape, dtype), v=jax.random.normal(keys[1], shape, dtype))
+    q = jax.random.normal(keys[2], (sum(chunks), config.num_kv_heads, config.group, config.head_dim), dtype)
+    batch = Batch(
+        tokens=jnp.zeros(sum(chunks), jnp.int32),
+        starts=jnp.asarray(np.cumsum([0, *chunks]), jnp.int32),
+        prefix=jnp.asarray(prefixes, jnp.int32),
+        block_table=jnp.asarray(pages.reshape(-1, width)),
+        rows=jnp.zeros(1, jnp.int32),
+        max_chunk=max(chunks),
+    )
+    return q, pool, jnp.int32(layers - 1), batch
+
+
+def poisoned(pool: KVPool, batch: Batch) -> KVPool:
+    """The pool with NaN in every slot that no query of the batch may see."""
+    seen = np.zeros((pool.num_pages, pool.page_size), bool)
+    for pages, length in zip(np.asarray(batch.block_table), np.asarray(batch.prefix + batch.lengths), strict=True):
+        slots = np.arange(len(pages) * pool.page_size).reshape(len(pages), -1)
+        seen[pages] = slots < length
+    return jax.tree.map(lambda side: jnp.where(seen[None, :, None, :, None], side, jnp.nan), pool)
+
+
+def attention(q: jax.Array, pool: KVPool, batch: Batch) -> tuple[Callable, str]:
+    """The attention that this machine uses for such a batch, compiled, and its name."""
+    chosen = kernel_for(q, pool, batch)
+    return (jax.jit(chosen), chosen.__name__) if chosen else (jax.jit(by_xla), blockwise.__name__)
+
+
+def by_xla(q: jax.Array, pool: KVPool, layer: jax.Array, batch: Batch) -> jax.Array:
+    """XLA's path, which wants the new keys and values beside the pool that holds them."""
+    _, pages, offsets = locate(batch, pool)
+    k, v = (side[layer, pages, :, offsets] for side in (pool.k, pool.v))
+    return blockwise(q, k, v, pool, layer, batch)
+
+
+def correctness(sizes: Sizes) -> Json:
+    """The largest difference from the float32 reference over ragged batches with NaN around them; raises if large."""
+    page, found, cpu = sizes.page, {}, jax.devices("cpu")[0]
+    prefixes = (20 * page, 0, page + 1, 1, page, page - 1)
+    for chunks in sizes.checks:
+        q, pool, layer, batch = paged(sizes, prefixes[: len(chunks)], chunks, layers=2)
+        pool = poisoned(pool, batch)
+        function, name = attention(q, pool, batch)
+        actual = np.asarray(function(q, pool, layer, batch).astype(jnp.float32))
+        with jax.default_device(cpu):  # the reference is many small steps
+            wide = jax.tree.map(lambda x: jax.device_put(x, cpu).astype(jnp.float32), (q, pool))
+            expected = np.asarray(reference(*wide, 1, jax.device_put(batch, cpu)))
+        found[f"{name}, chunks of {min(chunks)} to {max(chunks)}"] = error = float(np.abs(actual - expected).max())
+        # Two roundings to bf16 of values of about one; a wrong mask or page is off by far more, NaN by everything.
+        if not error < 0.02:
+            raise AssertionError(f"{name} is off by {error} at chunks {chunks} behind {prefixes}")
+    return {"largest_errors": found}
+
+
+def prefill(sizes: Sizes) -> Iterator[Json]:
+    """FLOP/s of attention over a prompt, of which a share is cached, beside the rivals'."""
+    config = sizes.model
+    shape = (config.num_heads, config.num_kv_heads, config.head_dim)
+    for length in sizes.prompts:
+        for share in sizes.prefix_shares:
+            prefix = int(length * share) // sizes.page * sizes.page
+            chunk = length - prefix
+            q, pool, layer, batch = paged(sizes, [prefix], [chunk])
+            function, name = attention(q, pool, batch)
+            # Each query multiplies with the keys that it sees, and their values, once.
+            flop = 4 * config.num_heads * config.head_dim * (chunk * prefix + chunk * (chunk + 1) / 2)
+            taken = seconds(function, q, pool, layer, batch)
+            row = {"length": length, "prefix": prefix, "kernel": name, "seconds": taken, "flops": flop / taken}
+            del q, pool, batch
+            row["torch"] = gpu_rivals.torch_attention(chunk, length, 1, *shape)
+            if prefix == 0:
+                row["jax"] = gpu_rivals.jax_attention(length, *shape, seconds)
+            for rival, key in (("torch", "best"), ("jax", "seconds")):
+                if key in row.get(rival, {}):
+                    row[rival]["flops"] = flop / row[rival][key]
+            yield row
+
+
+def decode(sizes: Sizes) -> Iterator[Json]:
+    """Bytes of keys and values that attention reads a second, one new token per sequence, beside torch's."""
+    config = sizes.model
+    for seqs in sizes.decode_batches:
+        q, pool, layer, batch = paged(sizes, [sizes.context - 1] * seqs, [1] * seqs)
+        function, name = attention(q, pool, batch)
+        taken = seconds(function, q, pool, layer, batch)
+        read = pool.k.nbytes + pool.v.nbytes
+        row = {"batch": seqs, "context": sizes.context, "kernel": name, "seconds": taken, "bytes_per_s": read / taken}
+        del q, pool, batch
+        row["torch"] = gpu_rivals.torch_attention(
+            1, sizes.context, seqs, config.num_heads, config.num_kv_heads, config.head_dim
+        )
+        if "best" in row["torch"]:
+            row["torch"]["bytes_per_s"] = read / row["torch"]["best"]
+        yield row
+
+
+SECTIONS: dict[str, Callable[[Sizes], Any]] = {
+    "correctness": correctness,
+    "ceilings": ceilings,
+    "prefill": prefill,
+    "decode": decode,
+    "forward": forward_passes,
+    "arms": arms,
+}
+
+
+def provenance(sizes: Sizes, smoke: bool) -> Json:
+    """Where, when and with what this was measured."""
+
+    def git(*arguments: str) -> str | None:
+        found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    device = jax.devices()[0]
+    return {
+        "smoke": smoke,
+        "device": device.device_kind,
+        "compute_capability": getattr(device, "compute_capability", None),
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in ("jax", "jaxlib", "torch", "numpy")},
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": len((git("status", "--porcelain") or "").splitlines()),
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "dtype": sizes.dtype,
+    }
+
+
+def run(sizes: Sizes, smoke: bool, folder: Path, console: Console, only: tuple[str, ...] = ()) -> Json:
+    """Run the sections in order, writing the result after each; one that fails is recorded and does not end the run.
+
+    A wrong result does end it: figures of a kernel that computes something else are worth nothing.
+    """
+    start = time.perf_counter()
+    result: Json = {"provenance": provenance(sizes, smoke)}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        for name in only or SECTIONS:
+            task = progress.add_task(name, total=1)
+            if time.perf_counter() - start > sizes.budget_s:
+                result[name] = {"skipped": f"{sizes.budget_s:.0f} s were over"}
+            else:
+                result[name] = section(name, sizes, lambda text, task=task: progress.update(task, description=text))
+            add_shares(result[name], result.get("ceilings", {}))
+            progress.update(task, completed=1)
+            result["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
+            save(result, folder)
+    return result
+
+
+def section(name: str, sizes: Sizes, report: Callable[[str], None]) -> Any:
+    """One section's result; `report` gets a line after each of its measurements."""
+    try:
+        found = SECTIONS[name](sizes)
+        if isinstance(found, dict):
+            return found
+        rows: list[Json] = []
+        for row in found:
+            rows.append(row)
+            report(f"{name}: {summary(row)}")
+        return rows
+    except AssertionError:
+        raise
+    except Exception as error:  # such as a GPU with too little memory for the next section
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def add_shares(rows: Any, limits: Json) -> None:
+    """Add to each measurement, ours and the rivals', its share of the ceilings: `mfu` and `of_copy_bandwidth`."""
+    for row in rows if isinstance(rows, list) else []:
+        for measured in (row, row.get("torch", {}), row.get("jax", {})):
+            for key, share in (("flops", "mfu"), ("bytes_per_s", "of_copy_bandwidth")):
+                if key in measured and key in limits:
+                    measured[share] = measured[key] / limits[key]
+
+
+def summary(row: Json) -> str:
+    """A measurement in a few words."""
+    words = [f"{key} {value}" for key, value in row.items() if isinstance(value, int | str)]
+    words += [f"{row['seconds'] * 1e3:.2f} ms"] if "seconds" in row else []
+    words += [f"{row['flops'] / 1e12:.0f} TFLOP/s"] if "flops" in row else []
+    words += [f"{row['bytes_per_s'] / 1e9:.0f} GB/s"] if "bytes_per_s" in row else []
+    return ", ".join(words)
+
+
+def save(result: Json, folder: Path) -> None:
+    """Write the numbers, and the picture once there are some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu_bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if all(isinstance(result.get(name), list) for name in ("prefill", "decode")):
+        draw(result, folder / "gpu_bench.png")
+
+
+def draw(result: Json, path: Path) -> None:
+    """Prefill and decode beside the rivals and under the ceilings of the same run; and the arms, where measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained", width_ratios=(4, 2, 1))
+    limits = result.get("ceilings", {})
+    panels = (
+        ("prefill", "flops", "flops", 1e12, "TFLOP/s", lambda row: f"{row['length']:,}\n{row['prefix']:,} cached"),
+        ("decode", "bytes_per_s", "bytes_per_s", 1e9, "GB/s", lambda row: f"batch {row['batch']}"),
+    )
+    for ax, (name, key, limit, unit, label, tick) in zip(axes[:2], panels, strict=True):
+        rows = result[name]
+        at = np.arange(len(rows))
+        series = {"tokenzero, paged": [row[key] / unit for row in rows]}
+        for rival in ("torch", "jax"):
+            values = [row.get(rival, {}).get(key, np.nan) / unit for row in rows]
+            series |= {} if np.isnan(values).all() else {f"{rival}, contiguous": values}
+        for i, (who, values) in enumerate(series.items()):
+            ax.bar(at + (i - (len(series) - 1) / 2) * 0.28, values, 0.26, label=who)
+        if limit in limits:
+            ax.axhline(limits[limit] / unit, color="black", linestyle="--", linewidth=1, label="measured ceiling")
+        ax.set_xticks(at, [tick(row) for row in rows], fontsize=6)
+        ax.set_ylabel(label)
+        ax.set_title(f"attention, {name}")
+        ax.legend(fontsize=7)
+    rows = result["arms"] if isinstance(result.get("arms"), list) else []
+    axes[2].bar([row["arm"] for row in rows], [row["seconds"] * 1e3 for row in rows])
+    axes[2].set_ylabel("ms to the first token")
+    axes[2].set_title(f"{rows[0]['prompt']:,}-token prompt" if rows else "arms: not measured")
+    where = result["provenance"]
+    figure.suptitle(f"{where['device']}, {where['dtype']}, jax {where['versions']['jax']}, {where['when'][:10]}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.gpu_bench", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; on a CPU too")
+    parser.add_argument("--only", nargs="+", default=(), choices=list(SECTIONS), help="run these sections")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: results/gpu beside this file)")
+    args = parser.parse_args(argv)
+    console = Console()
+    if not args.smoke and jax.default_backend() != "gpu":
+        parser.error(f"there is no GPU, JAX found {jax.default_backend()}: use --smoke to try the script")
+    sizes = SMOKE if args.smoke else FULL
+    if args.smoke and jax.default_backend() == "gpu":
+        sizes = replace(sizes, dtype="bfloat16", page=64)
+    folder = args.out or (Path(".cache/gpu_smoke") if args.smoke else RESULTS)
+    run(sizes, args.smoke, folder, console, tuple(args.only))
+    console.print(f"results: {folder / 'gpu_bench.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What differs between JAX 0.10.2 and 0.11 in Mosaic GPU, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+plgpu: Any = mosaic_gpu  # its names and signatures depend on the version
+JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+# The interpreter of 0.10 does not know layout_cast, and its parameters are private.
+CAN_INTERPRET = JAX_VERSION >= (0, 11)
+
+
+def transposed(ref: Any) -> Any:
+    """A view of a 2D shared-memory ref with its axes swapped."""
+    return ref.transpose((1, 0)) if JAX_VERSION >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """All of a shared-memory ref in registers of the given layout; the ref need not be swizzled."""
+    if JAX_VERSION >= (0, 11):
+        return plgpu.load(ref, layout=layout, optimized=False)
+    return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def generic_read(ref: Any) -> jax.Array:
+    """What the interpreter reads where the GPU has wgmma, fenced as TMA expects of reads that are not wgmma's."""
+    value = ref[...]
+    plgpu.commit_smem()
+    return value
+
+
+def queries_by_keys(q: Any, k: Any, issued: Callable[[], None], interpreted: bool) -> jax.Array:
+    """Scores [rows, keys] in float32 of two shared-memory refs; `issued` is called once the wgmma is on its way."""
+    if interpreted:
+        scores = jnp.dot(q[...], generic_read(k).T, preferred_element_type=jnp.float32)
+        issued()
+        return scores
+
+    def product(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, q, transposed(k))
+        issued()
+        return accumulator[...]
+
+    return pl.run_scoped(product, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
+
+
+def plus_probs_by_values(total: jax.Array, probs: jax.Array, v: Any, interpreted: bool) -> jax.Array:
+    """`total` + `probs` @ `v`, with the probabilities in registers and the values in shared memory; awaited."""
+    if interpreted:
+        return total + jnp.dot(probs, generic_read(v), preferred_element_type=jnp.float32)
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, probs, v))(plgpu.ACC.init(total))
+
+
+def interpreter(detect_races: bool = False) -> Any:
+    """The value of `interpret` that simulates a kernel's threads and barriers on the CPU; only if CAN_INTERPRET."""
+    return plgpu.InterpretGPUParams(detect_races=detect_races)
+
+
+def hopper() -> contextlib.AbstractContextManager:
+    """A context in which kernels lower for an H200 on a machine that has none."""
+    if JAX_VERSION < (0, 11):
+        return contextlib.nullcontext()
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def races_found() -> bool:
+    """Whether the interpreter's last kernel had a data race."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return gpu_callbacks.get_races().races_found

@@ -1,0 +1,77 @@
+"""Which kernel computes a batch, if any: what the kernels take, in one table, and the device they need.
+
+The wrappers refuse by the same table, so that a caller who skips the dispatcher hears the same reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+
+from model.attention import Batch
+from model.kv import KVPool
+
+log = logging.getLogger("tokenzero.kernels")
+
+SUPPORTED: dict[str, tuple[object, ...]] = {
+    "head_dim": (64, 128),
+    "page_size": (16, 32, 64, 128),  # whole pages make up a stage of the ring
+    "dtype": ("bfloat16",),
+}
+QUERY_ROWS = 64  # of one wgmma tile: it holds all query heads of a KV head
+
+
+def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Array] | None:
+    """The kernel to call with (q, pool, layer, batch) on this machine, or None where XLA is to do it.
+
+    A Hopper GPU that has to do without a kernel is worth one line in the log for each reason.
+    """
+    if not on_hopper():
+        return None
+    reason = why_not(q, pool)
+    if reason is not None:
+        warn_once(reason)
+        return None
+    # Late, because these bring Mosaic along.
+    from model.kernels.paged_decode import paged_decode
+    from model.kernels.paged_prefill import paged_prefill
+
+    return paged_decode if batch.max_chunk * q.shape[2] <= QUERY_ROWS else paged_prefill
+
+
+@functools.cache
+def on_hopper() -> bool:
+    """Whether the device is an sm90 GPU: `wgmma` exists nowhere else."""
+    device = jax.devices()[0]
+    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+
+
+@functools.cache
+def warn_once(reason: str) -> None:
+    """Say that XLA computes attention, and why."""
+    log.warning("attention runs on XLA's blockwise path, not on the GPU kernels: %s", reason)
+
+
+def why_not(q: jax.Array, pool: KVPool) -> str | None:
+    """Why the kernels cannot compute this, with what they can; None if they can."""
+    found: list[tuple[str, str, object]] = [
+        ("head_dim", "head_dim", q.shape[-1]),
+        ("page_size", "page_size", pool.page_size),
+        *[("dtype", f"dtype of {name}", array.dtype.name) for name, array in (("q", q), ("k", pool.k), ("v", pool.v))],
+    ]
+    for kind, name, value in found:
+        if value not in SUPPORTED[kind]:
+            return f"{name} is {value}, supported are {', '.join(map(str, SUPPORTED[kind]))}"
+    if q.shape[2] > QUERY_ROWS:
+        return f"a KV head has {q.shape[2]} query heads, supported are up to {QUERY_ROWS}"
+    return None
+
+
+def refuse_unsupported(q: jax.Array, pool: KVPool) -> None:
+    """Raise ValueError with what the kernels take, if this is not it."""
+    reason = why_not(q, pool)
+    if reason is not None:
+        raise ValueError(reason)

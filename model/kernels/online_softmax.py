@@ -1,0 +1,70 @@
+"""The running softmax of FlashAttention (Dao et al., 2022, algorithm 1) in registers, and the merging of its parts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from model.attention import MASKED
+
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+class State(NamedTuple):
+    """What has been seen so far by each query row."""
+
+    total: Any  # [rows, head_dim] float32: values weighted by exp2(score - peak)
+    peak: Any  # [rows] float32: the largest score, times scale and log2(e)
+    weight: Any  # [rows] float32: the sum of the weights
+
+
+def nothing_seen(rows: int, head_dim: int) -> State:
+    """The state before the first key. Its peak is finite, so that hidden scores, which are -inf, weigh nothing."""
+    return State(
+        plgpu.layout_cast(jnp.zeros((rows, head_dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), PER_ROW),
+        plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), PER_ROW),
+    )
+
+
+def weigh(scores: jax.Array, state: State, head_dim: int) -> tuple[State, jax.Array]:
+    """Fold a block of scores [rows, keys] into the state, all but its values; returns the weights [rows, keys] in bf16.
+
+    Powers of two with the scale folded in, so that a weight costs one multiply-add and one exponential.
+    """
+    scale = head_dim**-0.5 * math.log2(math.e)
+    peak = jnp.maximum(state.peak, scores.max(axis=1) * scale)
+    decay = jnp.exp2(state.peak - peak)
+    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(peak, scores.shape, [0]))
+    total = state.total * lax.broadcast_in_dim(decay, state.total.shape, [0])
+    weight = state.weight * decay + weights.sum(axis=1)
+    return State(total, peak, weight), weights.astype(jnp.bfloat16)
+
+
+def normalised(state: State) -> jax.Array:
+    """The attention output [rows, head_dim] in bf16; zero for rows that saw no key."""
+    weight = jnp.maximum(state.weight, jnp.finfo(jnp.float32).tiny)
+    return (state.total / lax.broadcast_in_dim(weight, state.total.shape, [0])).astype(jnp.bfloat16)
+
+
+def merge(totals: jax.Array, peaks: jax.Array, weights: jax.Array) -> jax.Array:
+    """One output [..., head_dim] from the states of several parts of the keys [parts, ..., head_dim], in float32.
+
+    A part that saw nothing has the peak MASKED and so no share. Rows that saw nothing in any part give zero.
+    """
+    share = jnp.exp2(peaks - peaks.max(axis=0))
+    weight = jnp.maximum((share * weights).sum(axis=0), jnp.finfo(jnp.float32).tiny)
+    return (share[..., None] * totals).sum(axis=0) / weight[..., None]
+
+
+def parts_for(thread_blocks: int, key_blocks: int, waves: int = 1, multiprocessors: int = 132) -> int:
+    """How many parts to split the keys into: as many as fill the chip, none with less than four blocks of keys.
+
+    `thread_blocks` is the size of the grid without parts, `key_blocks` how many blocks the longest sequence may have.
+    """
+    return max(1, min(waves * multiprocessors // thread_blocks, key_blocks // 4))

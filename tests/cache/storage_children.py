@@ -1,0 +1,169 @@
+"""Pages for the storage tests, and the programs that they run in processes of their own."""
+
+import hashlib
+import os
+import random
+import resource
+import struct
+import sys
+import time
+from pathlib import Path
+
+from cache import environment
+from cache.disk import DiskTier
+from cache.environment import FORMAT
+
+PAGE = 4096
+
+
+def key_of(i: int) -> bytes:
+    return hashlib.blake2b(i.to_bytes(8, "little"), digest_size=32).digest()
+
+
+def page_of(i: int, size: int = 20_000) -> bytes:
+    return random.Random(i).randbytes(size + i % 7 * 1000)
+
+
+def keys(numbers) -> list[bytes]:
+    return [key_of(i) for i in numbers]
+
+
+def items(numbers) -> list[tuple[bytes, bytes]]:
+    return [(key_of(i), page_of(i)) for i in numbers]
+
+
+def right(tier, numbers) -> list[bool]:
+    """Which of the pages are there. Asserts that none of them is another's or torn."""
+    found = tier.get_many(keys(numbers))
+    assert all(got is None or got == page_of(i) for i, got in zip(numbers, found, strict=True)), "a WRONG page"
+    return [got is not None for got in found]
+
+
+def write_forever(directory: str, budget: str, start: str) -> None:
+    """Put three pages at a time and print the number of the last one that is acknowledged."""
+    tier = DiskTier(directory, int(budget), touch_seconds=0)
+    number = int(start)
+    while True:
+        tier.put_many(items(range(number, number + 3)))
+        number += 3
+        os.write(1, f"{number - 1}\n".encode())
+
+
+def share(directory: str, budget: str, seconds: str, seed: str) -> None:
+    """Read, write, delete and prune at random beside others; fails on a wrong page, or if it never found one."""
+    tier = DiskTier(directory, int(budget), touch_seconds=0)
+    rng = random.Random(int(seed))
+    end, hits = time.monotonic() + float(seconds), 0
+    while time.monotonic() < end:
+        start = rng.randrange(300)
+        tier.put_many(items(range(start, start + rng.randrange(1, 6))))
+        hits += sum(right(tier, [rng.randrange(300) for _ in range(5)]))
+        if rng.random() < 0.02:
+            tier.prune(int(budget) // 2)
+        if rng.random() < 0.05:
+            tier.delete([key_of(rng.randrange(300))])
+        if rng.random() < 0.1:
+            tier.sync()
+    stats = tier.stats()
+    assert hits > 0, "never found a page"
+    assert not stats.errors, stats
+    assert not stats.corrupt, stats
+    assert not stats.dropped, stats
+
+
+def fill_up(directory: str, limit: str) -> None:
+    """Write under a limit to the size of files, which fails as a full disk does; what is stored stays right."""
+    tier = DiskTier(directory, 1 << 30)
+    tier.put_many(items(range(10)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    for i in range(10, 500, 5):
+        tier.put_many(items(range(i, i + 5)))
+    assert any(right(tier, range(500)))
+    stats = tier.stats()
+    assert stats.evicted > 0, "no room was made"
+    tier.close()
+
+
+def as_nobody(directory: str) -> None:
+    """Use a store without any right to it."""
+    os.setuid(65534)
+    tier = DiskTier(directory, 4_000_000)
+    assert right(tier, range(3)) == [False] * 3
+    tier.put_many(items([5]))
+    assert tier.stats().dropped == 1
+    tier.close()
+
+
+def tree_pages(data: bytes) -> list[int]:
+    """Numbers of the pages that hold no payload: LMDB 0.9 has flags at byte 10, an overflow page's count at byte 12."""
+    found, number = [], 0
+    while number < len(data) // PAGE:
+        (flags,) = struct.unpack_from("<H", data, number * PAGE + 10)
+        (count,) = struct.unpack_from("<I", data, number * PAGE + 12)
+        if flags & 4:
+            number += max(1, count)
+        else:
+            found.append(number)
+            number += 1
+    return found
+
+
+def flip_bit(path: Path, place: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def place_in(data: bytes, rng: random.Random) -> int:
+    """A place to damage: half of the time not in a payload, though nearly all bytes are."""
+    if rng.random() < 0.5:
+        return rng.randrange(len(data))
+    return rng.choice(tree_pages(data)) * PAGE + rng.randrange(rng.choice([64, PAGE]))
+
+
+def flip(directory: str, first_seed: str, count: str) -> None:
+    """Flip a bit somewhere in a store's files, open and use it, and repair the files: over and over."""
+    path = Path(directory) / FORMAT
+    data, lock = (path / "data.mdb").read_bytes(), (path / "lock.mdb").read_bytes()
+    damaged_trees = corrupt = 0
+    for seed in range(int(first_seed), int(first_seed) + int(count)):
+        rng = random.Random(seed)
+        (path / "data.mdb").write_bytes(data)
+        (path / "lock.mdb").write_bytes(lock)
+        if seed % 20:
+            flip_bit(path / "data.mdb", place_in(data, rng), rng.randrange(8))
+        else:
+            flip_bit(path / "lock.mdb", rng.randrange(len(lock)), rng.randrange(8))
+        tier = DiskTier(directory, 4_000_000, touch_seconds=0)
+        right(tier, range(100))
+        tier.put_many(items(range(100, 200)))  # evicts
+        right(tier, range(200))
+        damaged_trees += tier.store.errors
+        corrupt += tier.stats().corrupt
+        tier.close()
+    print(damaged_trees, corrupt)
+
+
+def flip_live(directory: str, first_seed: str, count: str) -> None:
+    """Flip bits in the payloads of a store that is in use. In the tree they could end the process: LMDB has asserts."""
+    environment.RETRY_SECONDS = 0.0
+    path = Path(directory) / FORMAT
+    tier = DiskTier(directory, 2_000_000, touch_seconds=0)
+    for seed in range(int(first_seed), int(first_seed) + int(count)):
+        rng = random.Random(seed)
+        tier.put_many(items(rng.sample(range(150), 10)))
+        data = (path / "data.mdb").read_bytes()
+        tree = set(tree_pages(data))
+        place = rng.choice([at for at in range(rng.randrange(PAGE), len(data), PAGE) if at // PAGE not in tree])
+        flip_bit(path / "data.mdb", place, rng.randrange(8))
+        right(tier, rng.sample(range(150), 30))
+        tier.delete([key_of(rng.randrange(150))])
+        tier.stats()
+    print(tier.stats().errors, tier.stats().corrupt)
+    tier.close()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

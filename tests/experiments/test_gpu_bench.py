@@ -1,0 +1,71 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import gpu_bench
+from experiments.gpu_bench import SMOKE, add_shares, main, paged, poisoned, run
+from experiments.gpu_rivals import jax_attention, torch_attention
+
+
+def test_the_smoke_run_writes_numbers_with_their_provenance(tmp_path):
+    main(["--smoke", "--only", "correctness", "ceilings", "decode", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "gpu_bench.json").read_text())
+    where = result["provenance"]
+    assert where["smoke"]
+    assert {"device", "versions", "commit", "when", "dtype"} <= where.keys()
+    assert max(result["correctness"]["largest_errors"].values()) < 1e-4
+    (row,) = result["decode"]
+    assert row["kernel"] == "blockwise"
+    assert row["of_copy_bandwidth"] == pytest.approx(row["bytes_per_s"] / result["ceilings"]["bytes_per_s"])
+    assert row["torch"].keys() <= {"missing", "best", "flash", "cudnn", "bytes_per_s", "of_copy_bandwidth"}
+
+
+def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path):
+    result = {
+        "provenance": {"device": "test", "dtype": "bfloat16", "versions": {"jax": "0"}, "when": "2026-01-01T00:00"},
+        "ceilings": {"flops": 8e14, "bytes_per_s": 4e12},
+        "prefill": [{"length": 4096, "prefix": 0, "flops": 5e14, "torch": {"flops": 4e14}, "jax": {"refused": "x"}}],
+        "decode": [{"batch": 1, "bytes_per_s": 3e12, "torch": {"missing": "x"}}],
+        "arms": {"failed": "out of memory"},
+    }
+    gpu_bench.save(result, tmp_path)
+    assert (tmp_path / "gpu_bench.png").stat().st_size > 1000
+
+
+def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
+    def fail(sizes):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu_bench, "SECTIONS", {"first": fail, "second": lambda sizes: {"fine": 1}})
+    result = run(SMOKE, True, tmp_path, Console(quiet=True))
+    assert result["first"] == {"failed": "RuntimeError: out of memory"}
+    assert result["second"] == {"fine": 1}
+
+
+def test_a_wrong_result_ends_the_run(tmp_path, monkeypatch):
+    def wrong(q, pool, layer, batch):
+        return jnp.zeros_like(q)
+
+    monkeypatch.setattr(gpu_bench, "by_xla", wrong)
+    with pytest.raises(AssertionError, match="blockwise is off by"):
+        run(SMOKE, True, tmp_path, Console(quiet=True), ("correctness",))
+
+
+def test_poison_covers_what_no_query_sees():
+    _, pool, _, batch = paged(SMOKE, [5, 40], [3, 1])
+    marked = np.isnan(np.asarray(poisoned(pool, batch).k)).any((0, 2, 4))
+    assert (~marked).sum() == 8 + 41
+
+
+def test_shares_are_of_the_ceilings_of_the_run():
+    rows = [{"flops": 4.0, "torch": {"flops": 2.0}}]
+    add_shares(rows, {"flops": 8.0})
+    assert rows == [{"flops": 4.0, "mfu": 0.5, "torch": {"flops": 2.0, "mfu": 0.25}}]
+
+
+def test_rivals_without_a_gpu_say_so():
+    assert "missing" in torch_attention(1, 8, 1, 4, 2, 64)
+    assert "refused" in jax_attention(128, 4, 2, 64, lambda function, *arrays: function(*arrays))

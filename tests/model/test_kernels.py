@@ -1,0 +1,217 @@
+"""The GPU kernels as far as a machine without a GPU can check them: numerics, races, lowering and the tile plan."""
+
+import dataclasses
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.kernels_aot import MODEL, forward_with, pool_sized, variants
+from model.attention import Batch, reference
+from model.kernels import compat, dispatch, online_softmax, paged_decode, paged_prefill
+from model.kv import KVPool
+
+LAYERS, PAGE = 2, 64
+
+interpreted = pytest.mark.skipif(
+    not compat.CAN_INTERPRET,
+    reason=f"the interpreter of jax {jax.__version__} does not know layout_cast; that of 0.11 does",
+)
+
+
+def ragged(prefixes, chunks, *, kv_heads=1, group=4, head_dim=64, page=PAGE, spare_seqs=0, spare_tokens=0, seed=0):
+    """Random queries, pool and batch in bf16; every slot that no query may see holds NaN."""
+    rng = np.random.default_rng(seed)
+    lengths = [p + c for p, c in zip(prefixes, chunks, strict=True)]
+    counts = [-(-length // page) for length in lengths]
+    shuffled = rng.permutation(sum(counts) + 5)
+    shape = (LAYERS, len(shuffled), kv_heads, page, head_dim)
+    k, v = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+    table = np.full((len(chunks) + spare_seqs, max(counts) + 1), shuffled[-1], np.int32)
+    ends = np.cumsum(counts)
+    for s, (length, count, end) in enumerate(zip(lengths, counts, ends, strict=True)):
+        table[s, :count] = shuffled[end - count : end]
+        for i, number in enumerate(table[s, :count]):
+            filled = min(page, length - i * page)
+            for side in (k, v):
+                side[:, number, :, :filled] = rng.normal(size=(LAYERS, kv_heads, filled, head_dim))
+    starts = np.full(len(table) + 1, sum(chunks), np.int32)
+    starts[: len(chunks) + 1] = np.concatenate([[0], np.cumsum(chunks)])
+    tokens = sum(chunks) + spare_tokens
+    batch = Batch(
+        tokens=jnp.zeros(tokens, jnp.int32),
+        starts=jnp.asarray(starts),
+        prefix=jnp.asarray([*prefixes, *[0] * spare_seqs], jnp.int32),
+        block_table=jnp.asarray(table),
+        rows=jnp.zeros(1, jnp.int32),
+        max_chunk=max(chunks),
+    )
+    q = jnp.asarray(rng.normal(size=(tokens, kv_heads, group, head_dim)), jnp.bfloat16)
+    return q, KVPool(k=jnp.asarray(k, jnp.bfloat16), v=jnp.asarray(v, jnp.bfloat16)), batch
+
+
+def assert_matches_reference(kernel, q, pool, batch, **options):
+    actual = kernel(q, pool, 1, batch, interpret=compat.interpreter(detect_races=True), **options)
+    real = int(batch.starts[-1])
+    wide = dataclasses.replace(pool, k=pool.k.astype(jnp.float32), v=pool.v.astype(jnp.float32))
+    expected = np.asarray(reference(q.astype(jnp.float32), wide, 1, batch))[:real]
+    actual = np.asarray(actual.astype(jnp.float32))
+    # Weights and the result are rounded to bf16, 8 bits each: half a part in 256 of values of size 1, twice.
+    np.testing.assert_allclose(actual[:real], expected, atol=1e-2)
+    assert not actual[real:].any()
+    assert not compat.races_found()
+
+
+@interpreted
+@pytest.mark.parametrize(("group", "page", "head_dim"), [(1, 32, 64), (3, 16, 64), (4, 64, 128), (7, 128, 64)])
+def test_prefill_of_a_ragged_batch_matches_the_reference(group, page, head_dim):
+    prefixes, chunks = [0, 1, page - 1, page, page + 1, 300], [5, 1, 33, 1, 30, 17]
+    batch = ragged(prefixes, chunks, group=group, page=page, head_dim=head_dim, spare_seqs=1, spare_tokens=7)
+    assert_matches_reference(paged_prefill.paged_prefill, *batch)
+
+
+@interpreted
+def test_prefill_of_a_long_chunk_matches_the_reference():
+    assert_matches_reference(paged_prefill.paged_prefill, *ragged([PAGE + 1], [1024], group=1))
+
+
+@interpreted
+@pytest.mark.parametrize("stages", [2, 3])
+def test_prefill_with_split_keys_matches_the_reference(stages):
+    tuning = paged_prefill.Tuning(stages=stages)
+    batch = ragged([1500, 0, 62], [3, 70, 4], kv_heads=2, spare_seqs=1, spare_tokens=3)
+    assert_matches_reference(paged_prefill.paged_prefill, *batch, tuning=tuning)
+
+
+@interpreted
+@pytest.mark.parametrize(("group", "page", "head_dim"), [(1, 16, 64), (4, 64, 128), (7, 128, 64), (64, 32, 64)])
+def test_decode_matches_the_reference(group, page, head_dim):
+    prefixes = [0, 1, page - 1, page, page + 1, 4 * max(page, 64) + 50]
+    batch = ragged(prefixes, [1] * 6, group=group, page=page, head_dim=head_dim, spare_seqs=1, spare_tokens=1)
+    assert_matches_reference(paged_decode.paged_decode, *batch)
+
+
+@interpreted
+@pytest.mark.parametrize("prefix", [700, 60])
+def test_decode_of_a_few_tokens_each_matches_the_reference(prefix):
+    batch = ragged([prefix, 0, 62, 64], [3, 1, 3, 2], group=5, kv_heads=2, spare_seqs=1, spare_tokens=6)
+    assert_matches_reference(paged_decode.paged_decode, *batch)
+
+
+@pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.name)
+def test_every_variant_lowers_for_cuda(variant):
+    with compat.hopper():
+        lowered = jax.jit(variant.function).trace(*variant.arguments()).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+FORWARD = [v for v in variants() if (v.head_dim, v.group, v.page_size) == (128, 4, 64)]
+
+
+@pytest.mark.parametrize("variant", FORWARD, ids=lambda variant: variant.name)
+def test_the_forward_pass_hands_the_kernel_the_whole_pool(variant):
+    with compat.hopper():
+        traced, pool = forward_with(variant, MODEL)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    size = "x".join(map(str, pool.k.shape[1:]))
+    makers = re.findall(rf"= \"?stablehlo\.(\w+).*-> tensor<(?:\d+x)?{size}xbf16>", text)
+    # What makes an array of that size is the scatter of the new keys and values, which is in place; nothing slices.
+    assert not makers, makers
+    assert not re.search(rf"stablehlo\.(dynamic_)?slice.*tensor<(\d+x)?{size}xbf16>", text)
+
+
+def test_copies_of_the_pool_are_found_in_a_compiled_program():
+    _, pool, _, _ = FORWARD[0].arguments()
+    size = ",".join(map(str, pool.k.shape[1:]))
+    kept = f"%a = bf16[2,{size}]{{4,3,2,1,0}} scatter(%b, %c)\n%p = bf16[2,{size}]{{4,3,2,1,0}} parameter(0)"
+    assert not pool_sized(kept, pool)
+    assert len(pool_sized(f"{kept}\n  %s = bf16[1,{size}]{{4,3,2,1,0}} dynamic-slice(%p, %i)", pool)) == 1
+    assert len(pool_sized(f"{kept}\n  %s = bf16[2,{size}]{{4,3,2,1,0}} copy(%p)", pool)) == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_tiles_cover_every_token_once_and_see_its_keys(seed):
+    rng = np.random.default_rng(seed)
+    chunks = rng.integers(0, 50, 5)
+    prefix = rng.integers(0, 1000, 5)
+    tokens, tile = 256, (seed % 2) * 20 + 7
+    starts = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int32)
+    batch = Batch(None, jnp.asarray(starts), jnp.asarray(prefix, jnp.int32), None, None, 0)
+    needed = -(-tokens // tile) + len(chunks)
+    plan = np.asarray(jax.jit(paged_prefill.plan, static_argnums=(1, 2, 3))(batch, tokens, tile, needed))
+    covered = np.zeros(tokens, int)
+    rows = np.full(tokens, -1)
+    for number, (seq, first, end, position, keys) in enumerate(plan):
+        last = min(first + tile, end)
+        covered[first:last] += 1
+        rows[first:last] = number * tile + np.arange(last - first)
+        if first < starts[-1]:
+            assert starts[seq] <= first < last <= end == starts[seq + 1]
+            assert position == prefix[seq] + first - starts[seq]
+            assert keys == position + last - first
+        else:
+            assert keys == 0
+    assert (covered == 1).all()
+    found = jax.jit(paged_prefill.tile_rows, static_argnums=(1, 2))(batch, tokens, tile)
+    np.testing.assert_array_equal(found, rows)
+
+
+def test_merged_parts_equal_the_whole_softmax():
+    rng = np.random.default_rng(0)
+    scores, values = rng.normal(size=(4, 5, 30)) * 5, rng.normal(size=(4, 30, 8))
+    peaks = scores.max(-1)
+    exponentials = np.exp2(scores - peaks[..., None])
+    totals = exponentials @ values
+    empty = np.zeros_like(totals[:1]), np.full_like(peaks[:1], online_softmax.MASKED), np.zeros_like(peaks[:1])
+    states = (totals, peaks, exponentials.sum(-1))
+    merged = online_softmax.merge(*(jnp.concatenate(pair) for pair in zip(states, empty, strict=True)))
+    probs = np.exp2(scores - peaks.max(0)[:, None])
+    expected = np.einsum("prc,pcd->rd", probs, values) / probs.sum((0, 2))[:, None]
+    np.testing.assert_allclose(merged, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 80}, "head_dim is 80, supported are 64, 128"),
+        ({"page": 8}, "page_size is 8, supported are 16, 32, 64, 128"),
+        ({"group": 65}, "a KV head has 65 query heads, supported are up to 64"),
+    ],
+)
+@pytest.mark.parametrize("kernel", [paged_prefill.paged_prefill, paged_decode.paged_decode])
+def test_unsupported_shapes_are_refused_with_the_supported_list(kernel, change, message):
+    q, pool, batch = ragged([3], [1], **change)
+    with pytest.raises(ValueError, match=message):
+        kernel(q, pool, 0, batch)
+
+
+def test_other_dtypes_are_refused():
+    q, pool, batch = ragged([3], [1])
+    with pytest.raises(ValueError, match="dtype of q is float32, supported are bfloat16"):
+        paged_prefill.paged_prefill(q.astype(jnp.float32), pool, 0, batch)
+
+
+def test_decode_refuses_chunks_that_do_not_fit_a_tile():
+    q, pool, batch = ragged([3], [20])
+    with pytest.raises(ValueError, match="paged_decode takes 16 in groups of 4"):
+        paged_decode.paged_decode(q, pool, 0, batch)
+
+
+def test_hopper_gets_a_kernel_by_chunk_and_one_warning_where_there_is_none(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    dispatch.warn_once.cache_clear()
+    q, pool, batch = ragged([3], [17])
+    assert dispatch.kernel_for(q, pool, batch) is paged_prefill.paged_prefill
+    assert dispatch.kernel_for(q, pool, dataclasses.replace(batch, max_chunk=16)) is paged_decode.paged_decode
+    with caplog.at_level(logging.WARNING, "tokenzero.kernels"):
+        for _ in range(2):
+            assert dispatch.kernel_for(q.astype(jnp.float32), pool, batch) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_machine_without_hopper_gets_no_kernel():
+    assert dispatch.kernel_for(*ragged([3], [1])) is None
