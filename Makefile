@@ -9,7 +9,7 @@ BIN := .venv/bin
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test lint clean
+.PHONY: help install demo serve test test-slow kernels-aot gpu-bench lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,13 +25,25 @@ serve: .venv/.installed $(MODEL)/config.json ## serve the demo model on PORT
 test: .venv/.installed-test ## run the tests
 	$(BIN)/python -m pytest
 
+test-slow: .venv/.installed-test ## run the tests that take over a minute each
+	$(BIN)/python -m pytest -m slow
+
+kernels-aot: ## compile the GPU kernels for an H200 without one, and check spills and shared memory
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/pip install --quiet jax==0.10.2 absl-py flax rich
+	.venv-aot/bin/pip install --quiet --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc nvidia-nvvm
+	.venv-aot/bin/python -m experiments.kernels_aot
+
+gpu-bench: .venv/.installed ## measure the kernels and an 8B-shaped model on this machine's GPU
+	$(BIN)/python -m experiments.gpu_bench
+
 lint: .venv/.installed-test ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## remove what the other targets made, but for results
-	rm -rf .venv .cache
+	rm -rf .venv .venv-aot .cache
 
 $(MODEL)/config.json: | .venv/.installed
 	$(BIN)/python -m experiments.demo_model $(MODEL)
