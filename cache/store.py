@@ -1,6 +1,7 @@
 """PrefixStore: match, extend, insert, release; the one face of the cache that the engine uses.
 
-Not thread-safe: only the engine's thread calls it. It says which device page to copy where, and copies nothing itself.
+Not thread-safe: only the engine's thread calls it, but for `stats`, which anybody may read at the price of a torn
+figure. It says which device page to copy where and never touches the device.
 
 A request calls match(prompt[:-1]), extend(lease, len(prompt)), insert after every chunk whose KV is computed, extend as
 it decodes, insert at the end, release. The rule behind it all: **only the lease that allocated a page writes it**, and

@@ -1,7 +1,7 @@
 """The forward pass: llama, mistral, qwen2 and qwen3 are one decoder with optional parts.
 
 `forward` is a pure function over a ragged batch and the paged KV pool; prefill chunks and decode tokens are the same to
-it. Compilation and donation happen at the edge, in `serve/engine.py`.
+it. Compilation and donation happen at the edge, in `serve/steps.py`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
@@ -16,6 +17,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import jax
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -84,7 +86,7 @@ class Serving:
     stop_ids: frozenset[int]
     rules: frozenset[str]
     metrics: ServerMetrics
-    reported: set[str] = field(default_factory=set)  # unparsed preambles that were logged already
+    reported: set[str] = field(default_factory=set)  # shapes of unparsed preambles that were logged already
 
 
 @dataclass(frozen=True)
@@ -228,10 +230,13 @@ async def post_messages(request: Request) -> Response:
 async def post_count_tokens(request: Request) -> Response:
     """`POST /v1/messages/count_tokens`: the length of the rendered prompt."""
     serving: Serving = request.app.state.serving
-    message = decode_count_tokens(await request.body())
-    normalized = normalize(message, rules_of(request, serving)).request
-    tokens = await run_in_threadpool(render, normalized, serving.tokenizer)
-    return Response(encode(TokenCount(len(tokens))), media_type="application/json")
+    body, rules = await request.body(), rules_of(request, serving)
+
+    def count() -> int:
+        normalized = normalize(decode_count_tokens(body), rules).request
+        return len(render(normalized, serving.tokenizer))
+
+    return Response(encode(TokenCount(await run_in_threadpool(count))), media_type="application/json")
 
 
 async def get_models(request: Request) -> Response:
@@ -250,9 +255,11 @@ async def get_models(request: Request) -> Response:
 
 
 async def get_health(request: Request) -> Response:
-    """`GET /health`: 200 while the engine's thread lives."""
-    alive = request.app.state.serving.engine.thread.is_alive()
-    return JSONResponse({"status": "ok" if alive else "engine stopped"}, status_code=200 if alive else 503)
+    """`GET /health`: 200 while the engine's thread lives, and what it computes on."""
+    engine: eng.Engine = request.app.state.serving.engine
+    alive = engine.thread.is_alive()
+    about = {"dtype": engine.settings.dtype, "device": jax.devices()[0].device_kind} if alive else {}
+    return JSONResponse({"status": "ok" if alive else "engine stopped"} | about, 200 if alive else 503)
 
 
 async def get_metrics(request: Request) -> Response:
@@ -281,8 +288,9 @@ def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str]) -
     normalized = normalize(message, rules)
     for odd in normalized.unparsed:
         serving.metrics.unparsed.inc()
-        if odd.text not in serving.reported and len(serving.reported) < 1000:
-            serving.reported.add(odd.text)
+        shape = re.sub(r"=[^;\s]*", "=", odd.text)[:80]  # values may be fresh in every request
+        if shape not in serving.reported and len(serving.reported) < 1000:
+            serving.reported.add(shape)
             log.warning("%s begins like a billing header but does not parse, and stays: %.120r", odd.where, odd.text)
     for applied in normalized.applied:
         serving.metrics.normalized.labels(applied.rule).inc()

@@ -222,6 +222,7 @@ class Engine:
         try:
             while self.receive():
                 try:
+                    self.drop_cancelled()
                     self.step()
                 except Exception as error:
                     log.exception("a step failed: %d running requests end with an error", len(self.running))
@@ -240,13 +241,17 @@ class Engine:
             while not (inbox.stopping or inbox.submissions or inbox.cancellations or self.waiting or self.running):
                 inbox.changed.wait()
             submissions, inbox.submissions = inbox.submissions, deque()
-            cancelled, inbox.cancellations = inbox.cancellations, set()
         self.waiting.extend(submissions)
+        return not inbox.stopping
+
+    def drop_cancelled(self) -> None:
+        """Retire what was cancelled since the last step."""
+        with self.inbox.changed:
+            cancelled, self.inbox.cancellations = self.inbox.cancellations, set()
         if cancelled:
             self.waiting = deque(s for s in self.waiting if s.number not in cancelled)
             for sequence in [s for s in self.running if s.number in cancelled]:
                 self.retire(sequence)
-        return not inbox.stopping
 
     def step(self) -> None:
         """Admit, then one prefill chunk of one sequence, then one token for every sequence that decodes."""
@@ -275,7 +280,7 @@ class Engine:
                 self.retire(sequence)
                 self.waiting.appendleft(sequence)
                 return
-            if not sequence.sampled:
+            if not sequence.started:  # one that was preempted has computed some of what it matches now
                 sequence.started, sequence.reused = time.perf_counter(), sequence.computed
 
     def prefill(self, sequence: Sequence, mixed: bool) -> None:
@@ -397,7 +402,7 @@ class Engine:
                 self.store.release(sequence.lease)
                 sequence.lease = None
             sequence.emit(Failed(message))
-        if self.pool.k.is_deleted() or self.pool.v.is_deleted():
+        if not usable(self.pool):
             self.pool = self.fresh_pool()
             self.store = PrefixStore(self.settings.num_pages, self.settings.page_size, self.fingerprint)
 
@@ -405,6 +410,15 @@ class Engine:
         """An empty device pool of the configured size."""
         settings = self.settings
         return empty_pool(self.config, settings.num_pages, settings.page_size, jax.numpy.dtype(settings.dtype))
+
+
+def usable(pool: KVPool) -> bool:
+    """Whether the pool outlived the last step: neither donated and lost, nor the result of a step that failed."""
+    try:
+        jax.block_until_ready(pool)
+    except RuntimeError:
+        return False
+    return True
 
 
 async def generate(

@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache, cached
 
 from serve.messages import (
     Block,
@@ -30,7 +31,7 @@ from serve.messages import (
     ToolUseBlock,
 )
 
-SEGMENTS_REMEMBERED = 8192
+SEGMENT_BYTES = 128 * 2**20  # of segments that are remembered, text and ids, about
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def make_encoder(hf: Any) -> Callable[[str], np.ndarray]:
     added = {str(token): index for index, token in hf.added_tokens_decoder.items()}
     # Longest first, as the tokenizer itself prefers them.
     cut = re.compile("(" + "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)) + ")")
-    remembered = lru_cache(maxsize=SEGMENTS_REMEMBERED)(whole)
+    # Bounded by size and not by number, since it is the clients who choose how long a segment is.
+    memory: LRUCache[Any, np.ndarray] = LRUCache(maxsize=SEGMENT_BYTES, getsizeof=lambda ids: 2 * ids.nbytes)
+    remembered = cached(memory, lock=Lock())(whole)
 
     def encode(text: str) -> np.ndarray:
         pieces = [p for p in cut.split(text) if p]

@@ -187,9 +187,10 @@ class TestOtherRoutes:
         assert listed["has_more"] is False
         assert listed["data"][0] | {"type": "model", "max_input_tokens": CONTEXT} == listed["data"][0]
 
-    def test_health_is_ok(self, client: httpx.Client) -> None:
+    def test_health_is_ok_and_names_dtype_and_device(self, client: httpx.Client) -> None:
         response = client.get("/health")
-        assert (response.status_code, response.json()) == (200, {"status": "ok"})
+        assert response.status_code == 200
+        assert response.json() == {"status": "ok", "dtype": "float32", "device": "cpu"}
 
     @pytest.mark.parametrize("path", ["/", "/api/hello"])
     def test_probes_are_answered(self, path: str, client: httpx.Client) -> None:

@@ -354,4 +354,4 @@ class TestTheServersOwnFaults:
             wrapped.gate.set()
             stopping.result(30)
             for response in (first.result(), second.result()):
-                assert "shutting down" in error_of(response, 500, "api_error")
+                assert "engine has stopped" in error_of(response, 500, "api_error")
