@@ -74,6 +74,20 @@ class DiskTier:
 
         return self.store.attempt("read", look, [False] * len(keys))
 
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """See Tier."""
+        first = self._stamps(len(keys))
+
+        def look(dbs: Databases) -> list[bool]:
+            with dbs.env.begin() as txn:
+                entries = [txn.get(key, db=dbs.entries) for key in keys]
+            for i, (key, entry) in enumerate(zip(keys, entries, strict=True)):
+                if entry is not None:
+                    self._touch(key, entry, first - i)
+            return [entry is not None for entry in entries]
+
+        return self.store.attempt("read", look, [True] * len(keys))
+
     def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
         """See Tier. A record that its seal does not fit is a miss, counted and removed."""
         first = self._stamps(len(keys))

@@ -23,19 +23,35 @@ def root_key(fingerprint: bytes, page_size: int, salt: bytes) -> bytes:
 
 
 def page_keys(root: bytes, tokens: np.ndarray, page_size: int) -> list[bytes]:
-    """The keys of all full pages of `tokens` ([tokens] int32), in order; a partial last page has no key.
+    """The keys of all full pages of `tokens` ([tokens] int32), in order; for a partly filled last page see `tail_key`.
 
-    `root` comes from `root_key` with the same page size. A page's key covers every token before it, through its parent.
+    `root` comes from `root_key` with the same page size, or is the key of the page before `tokens`. A page's key covers
+    every token before it, through its parent.
     """
     if len(root) != KEY_BYTES:
         raise ValueError(f"root key has {len(root)} bytes, expected {KEY_BYTES}: make it with root_key()")
     page_bytes = 4 * page_size
-    data = memoryview(np.asarray(tokens).astype("<i4").tobytes())
+    data = token_bytes(tokens)
     keys, parent = [], root
     for at in range(0, len(data) - page_bytes + 1, page_bytes):
-        # Both parts have a fixed length under one root, so that joining them is unambiguous.
-        page = hashlib.blake2b(parent, digest_size=KEY_BYTES, person=b"tokenzero page")
-        page.update(data[at : at + page_bytes])
-        parent = page.digest()
+        parent = chained(parent, data[at : at + page_bytes])
         keys.append(parent)
     return keys
+
+
+def tail_key(parent: bytes, tokens: np.ndarray) -> bytes:
+    """The key of a page of which only `tokens` ([tokens] int32, fewer than a page) are filled, behind page `parent`."""
+    return chained(parent, token_bytes(tokens))
+
+
+def chained(parent: bytes, data: memoryview) -> bytes:
+    """The key of the page with token bytes `data` behind `parent`."""
+    # The parent's length is fixed, so that joining the two is unambiguous.
+    page = hashlib.blake2b(parent, digest_size=KEY_BYTES, person=b"tokenzero page")
+    page.update(data)
+    return page.digest()
+
+
+def token_bytes(tokens: np.ndarray) -> memoryview:
+    """Tokens as they are hashed: 4 bytes each, little-endian."""
+    return memoryview(np.asarray(tokens).astype("<i4").tobytes())

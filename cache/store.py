@@ -79,6 +79,10 @@ class PrefixStore:
         self.tokens_looked_up += len(tokens)
         return self._enter(Lease(next(self.numbers), pages, reused, reused, salt))
 
+    def peek(self, tokens: np.ndarray, salt: bytes = b"") -> int:
+        """How many of `tokens` ([tokens] int32) are cached, as `match` finds them, without a lease: they may go."""
+        return self.index.match(np.asarray(tokens, np.int32), salt)[1]
+
     def extend(self, lease: Lease, length: int) -> tuple[Lease, list[PageCopy]]:
         """Make room for `length` tokens in total, evicting cached pages as needed.
 

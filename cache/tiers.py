@@ -8,18 +8,18 @@ import struct
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import xxhash
 
 Payload = bytes | bytearray | memoryview  # a memoryview must be contiguous; nobody may change it once handed over
 Item = tuple[bytes, Payload]  # page key, payload
+T = TypeVar("T")
 
-# How many keys a prefix search asks a tier for at once: it stops at the first miss, so that a cold prompt costs little.
+# How many keys a search asks a tier for at once: it ends where nothing more is found, so a cold prompt costs little.
 SEARCH_STEP = 128
 SEAL = struct.Struct("<QQ")  # payload length in bytes, XXH3-64 of key and payload
 
@@ -50,6 +50,9 @@ class Tier(Protocol):
 
     def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
         """Which keys are there. Does not count as a use."""
+
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """As contains_many, but a use: of pages that were found further up. True where the tier cannot tell."""
 
     def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
         """The payloads, None for a miss. A use, the first key the most recent one: so a chain loses its tail first."""
@@ -93,13 +96,17 @@ class HostTier:
         with self.lock:
             return [key in self.pages for key in keys]
 
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """See Tier."""
+        with self.lock:
+            self._use(keys)
+            return [key in self.pages for key in keys]
+
     def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
         """See Tier."""
         with self.lock:
             found = [self.pages.get(key) for key in keys]
-            for key in reversed(keys):
-                if key in self.pages:
-                    self.pages.move_to_end(key)
+            self._use(keys)
             hits = [memoryview(payload).nbytes for payload in found if payload is not None]
             self.counts.update(hits=len(hits), misses=len(keys) - len(hits), bytes_read=sum(hits))
         return found
@@ -137,6 +144,11 @@ class HostTier:
         """Forget everything."""
         self.delete(list(self.pages))
 
+    def _use(self, keys: Sequence[bytes]) -> None:
+        for key in reversed(keys):
+            if key in self.pages:
+                self.pages.move_to_end(key)
+
     def _evict(self, budget_bytes: int) -> None:
         while self.bytes > budget_bytes:
             _, payload = self.pages.popitem(last=False)
@@ -161,19 +173,29 @@ class TieredPages:
         # One thread: a second would only compete for the same disk, and a restore wants its first pages first.
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="restore")
 
-    def locate_prefix(self, keys: Sequence[bytes]) -> list[str]:
-        """The name of the first tier that has each leading key, up to the first key that no tier has.
+    def locate(self, keys: Sequence[bytes]) -> list[str | None]:
+        """The first tier that has each key of a chain, None for a miss; nothing is read, and nothing counts as used.
 
-        Its length is the number of pages that a restore can bring back. Nothing is read, and nothing counts as used.
+        It looks no further than SEARCH_STEP keys without a hit: what comes behind is None too.
         """
-        return list(chain.from_iterable(self._locate_steps(keys)))
+        names: list[str | None] = []
+        for start in range(0, len(keys), SEARCH_STEP):
+            step = self._locate(keys[start : start + SEARCH_STEP])
+            names += step
+            if not any(step):
+                break
+        return names + [None] * (len(keys) - len(names))
 
-    def fetch(self, keys: Sequence[bytes]) -> "Future[Fetched]":
-        """Read pages in the background; a page that has meanwhile gone, or is corrupt, is None in the result."""
-        return self.reader.submit(self.read, list(keys))
+    def touch(self, keys: Sequence[bytes]) -> list[bool]:
+        """Record a use of pages that are on the device anyway; returns which of them the lowest tier still has."""
+        return [tier.touch_many(keys) for tier in self.tiers][-1]
+
+    def fetch(self, keys: Sequence[bytes], then: Callable[[Fetched], T]) -> "Future[T]":
+        """Read pages in the background, as `read`, and hand what was found to `then` on the same thread."""
+        return self.reader.submit(lambda: then(self.read(keys)))
 
     def read(self, keys: Sequence[bytes]) -> Fetched:
-        """As fetch, in the calling thread."""
+        """Read pages; one that has meanwhile gone, or is corrupt, is None in the result."""
         payloads: list[Payload | None] = [None] * len(keys)
         sources: list[str | None] = [None] * len(keys)
         seconds: dict[str, float] = {}
@@ -203,15 +225,10 @@ class TieredPages:
         for tier in self.tiers:
             tier.close()
 
-    def _locate_steps(self, keys: Sequence[bytes]) -> Iterator[list[str]]:
-        for start in range(0, len(keys), SEARCH_STEP):
-            step = keys[start : start + SEARCH_STEP]
-            names: list[str | None] = [None] * len(step)
-            for tier in self.tiers:
-                missing = [i for i, name in enumerate(names) if name is None]
-                for i, there in zip(missing, tier.contains_many([step[i] for i in missing]), strict=True):
-                    names[i] = tier.name if there else None
-            found = names.index(None) if None in names else len(names)
-            yield [name for name in names[:found] if name is not None]
-            if found < len(step):
-                return
+    def _locate(self, keys: Sequence[bytes]) -> list[str | None]:
+        names: list[str | None] = [None] * len(keys)
+        for tier in self.tiers:
+            missing = [i for i, name in enumerate(names) if name is None]
+            for i, there in zip(missing, tier.contains_many([keys[i] for i in missing]), strict=True):
+                names[i] = tier.name if there else None
+        return names

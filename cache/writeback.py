@@ -47,13 +47,21 @@ class WriteBack:
     def submit(self, keys: Sequence[bytes], size: int, load: Callable[[], Sequence[Payload]]) -> bool:
         """Queue pages of `size` bytes in all; returns False, at once, if they had to be dropped."""
         with self.changed:
-            if self.closing or self.queued_bytes + size > self.queue_bytes:
+            if not self.has_room(size):
                 self.dropped += len(keys)
                 return False
             self.queued.append(Batch(keys, size, load))
             self.queued_bytes += size
             self.changed.notify_all()
             return True
+
+    def has_room(self, size: int) -> bool:
+        """Whether `submit` would take `size` bytes now; an empty queue takes a batch of any size."""
+        return not self.closing and (not self.queued_bytes or self.queued_bytes + size <= self.queue_bytes)
+
+    def drop(self, pages: int) -> None:
+        """Count pages that were never submitted because there was no room for too long."""
+        self.dropped += pages
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until nothing is queued and everything is written and synced; False if that took over `timeout` s."""

@@ -60,6 +60,24 @@ def write(
     )
 
 
+def gather_pages(
+    pool: KVPool,
+    pages: jax.Array,  # [count] int32
+) -> jax.Array:
+    """A copy of whole pages, [count, k and v, layers, kv_heads, page_size, head_dim]: each page one run of bytes."""
+    return jnp.moveaxis(jnp.stack([pool.k[:, pages], pool.v[:, pages]]), 2, 0)
+
+
+def scatter_pages(
+    pool: KVPool,
+    pages: jax.Array,  # [count] int32
+    data: jax.Array,  # [count, k and v, layers, kv_heads, page_size, head_dim]
+) -> KVPool:
+    """Write whole pages that `gather_pages` copied to any place in the pool; an out-of-range page is dropped."""
+    k, v = jnp.moveaxis(data, 0, 2)  # [layers, count, kv_heads, page_size, head_dim]
+    return KVPool(k=pool.k.at[:, pages].set(k, mode="drop"), v=pool.v.at[:, pages].set(v, mode="drop"))
+
+
 def copy_pages(
     pool: KVPool,
     sources: jax.Array,  # [copies] int32

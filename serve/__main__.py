@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import jax
 
+    from cache.persistence import Tiers
     from model.config import ModelConfig
     from model.params import Params
     from serve.engine import EngineSettings
@@ -22,6 +23,7 @@ UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB"
 # On a GPU: what stays free for activations and the compiler's scratch beside weights and pool.
 DEVICE_MARGIN_BYTES = 3 * 2**30
 CPU_POOL_BYTES = 2**30
+HOST_BYTES = 4 * 10**9
 
 
 def parse_bytes(text: str) -> int:
@@ -81,6 +83,32 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="default: what the device has, less weights and a margin; 1GiB on CPU",
     )
+    store = cli.add_argument_group("store")
+    store.add_argument(
+        "--store",
+        metavar="DIR_OR_URL",
+        help="keep pages over restarts in a directory, which servers may share, or at s3://, gs://, file:// (default: none)",
+    )
+    store.add_argument(
+        "--store-bytes",
+        type=parse_bytes,
+        default="20GB",
+        metavar="SIZE",
+        help="budget of a directory (default: %(default)s)",
+    )
+    store.add_argument(
+        "--host-bytes",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="pages kept in host memory (default: 4GB beside a GPU, but a quarter of memory at most; none on CPU)",
+    )
+    store.add_argument(
+        "--flush-seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="a computed page is stored this soon; what a killed server may lose (default: %(default)s)",
+    )
     numbers = (
         ("--page-size", 64, "TOKENS", "tokens in a KV page"),
         ("--max-batch", 16, "N", "requests that run at the same time"),
@@ -99,6 +127,8 @@ def check(args: argparse.Namespace) -> str | None:
     for name in ("page_size", "max_batch", "max_waiting", "prefill_chunk"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
+    if not 0 <= args.flush_seconds < float("inf"):
+        return f"--flush-seconds: expected 0 or more, got {args.flush_seconds}"
     if not 0 <= args.port < 2**16:
         return f"--port: expected 0 to 65535, got {args.port}"
     if args.max_model_len is not None and args.max_model_len < 2:
@@ -122,6 +152,19 @@ def pool_bytes(device: jax.Device, weights: int) -> int:
     import psutil
 
     return min(CPU_POOL_BYTES, psutil.virtual_memory().available // 2)
+
+
+def open_tiers(args: argparse.Namespace, on_cpu: bool) -> Tiers | None:
+    """The tiers below the device that the flags ask for; None for none. Raises StoreError and ValueError, see Tiers."""
+    import psutil
+
+    from cache.persistence import Tiers
+
+    spare = 0 if on_cpu else min(HOST_BYTES, psutil.virtual_memory().total // 4)
+    host_bytes = spare if args.host_bytes is None else args.host_bytes
+    if not args.store and not host_bytes:
+        return None
+    return Tiers(args.store, args.store_bytes, host_bytes, args.flush_seconds)
 
 
 def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtype: str) -> EngineSettings:
@@ -185,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+    from cache.environment import StoreError
     from model import checkpoint
     from model.params import unstacked
     from serve.app import create_app
@@ -214,9 +258,10 @@ def main(argv: list[str] | None = None) -> None:
                 config,
                 sizes,
                 fingerprint,
+                open_tiers(args, on_cpu),
                 on_progress=lambda done, total: progress.update(compiling, completed=done, total=total),
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StoreError) as error:
         sys.exit(f"tokenzero: {error}")
     console.print(
         f"{args.model}: {dtype} on {jax.devices()[0].device_kind}, "

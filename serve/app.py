@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import jax
+from msgspec.structs import replace
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -332,9 +333,10 @@ async def answer(
                 case eng.Failed(problem):
                     yield Error(ErrorDetail("api_error", problem))
                     return
-                case eng.Started(prompt_tokens, reused):
+                case eng.Started(prompt_tokens, reused) as started:
                     # The last prompt token runs through the model for its logits; its KV is stored with the others.
-                    usage = Usage(0, prompt_tokens - reused, reused)
+                    by_tier = {"device": reused - sum(started.restored.values()), **started.restored}
+                    usage = Usage(0, prompt_tokens - reused, reused, 0, by_tier)
                     yield MessageStart(Answer(id=new_id("msg"), model=message.model, usage=usage))
                     yield ContentBlockStart(0, TextBlock(""))
                 case eng.Sampled(token):
@@ -354,7 +356,7 @@ async def answer(
                 reason = "stop_sequence"
                 break
     yield ContentBlockStop(0)
-    final = Usage(usage.input_tokens, usage.cache_creation_input_tokens, usage.cache_read_input_tokens, sampled)
+    final = replace(usage, output_tokens=sampled)
     yield MessageDelta(Stop(reason, stop), final)
     yield MessageStop()
 

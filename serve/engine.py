@@ -14,18 +14,28 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import jax
 import numpy as np
 
+from cache.persistence import Tiers
 from cache.pool import PoolExhausted
-from cache.store import Lease, PrefixStore
+from cache.store import PrefixStore
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
-from serve.steps import GREEDY, Row, SamplingParams, compile_steps, fit, ladder, pack
+from serve.cost import cost_model
+from serve.paging import Pager
+from serve.sequence import Event, Failed, Finished, GenerationRequest, Sampled, Sequence, Started, Waiting
+from serve.steps import GREEDY, Row, compile_steps, fit, ladder, pack
 
 log = logging.getLogger("tokenzero.engine")
+
+# Of the waiting requests, those whose pages are read ahead.
+RESTORED_WHILE_WAITING = 2
+# The longest nap while all that runs waits for the tiers.
+IDLE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,81 +53,8 @@ class EngineSettings:
     dtype: str = "float32"
 
 
-@dataclass(frozen=True, eq=False)
-class GenerationRequest:
-    """What to generate, in tokens."""
-
-    tokens: np.ndarray  # [tokens] int32
-    max_tokens: int
-    stop_ids: frozenset[int] = frozenset()
-    sampling: SamplingParams = GREEDY
-    salt: bytes = b""
-
-
-@dataclass(frozen=True)
-class Started:
-    """The prompt is computed; sent just before the first token."""
-
-    prompt_tokens: int
-    reused_tokens: int
-    queued_s: float  # from submission to the first step
-    prefill_s: float  # from the first step to the first token
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One more token."""
-
-    token: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last event of a request that ended well: reason is `stop` (a stop id was sampled) or `length`."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The last event of a request that the engine could not finish."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Nothing has happened for a while, and the request is still alive."""
-
-
-Event = Waiting | Started | Sampled | Finished | Failed
-
-
 class Overloaded(Exception):
     """The engine takes no more requests: its queue is full, or it has stopped."""
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request on its way through the engine; touched by the engine's thread only."""
-
-    number: int
-    request: GenerationRequest
-    emit: Callable[[Event], object]
-    tokens: np.ndarray  # [prompt + max_tokens] int32
-    length: int  # tokens known: the prompt and what was sampled
-    submitted: float
-    started: float = 0.0
-    lease: Lease | None = None
-    computed: int = 0  # tokens whose keys and values are in the lease's pages
-    reused: int = 0  # of these, the ones that somebody else had computed
-    turn: int = 0  # number of the step that last prefilled it
-    sampled: int = 0
-
-    @property
-    def pending(self) -> int:
-        """Tokens to run through the model before the next one can be sampled."""
-        return self.length - self.computed
 
 
 @dataclass
@@ -141,6 +78,7 @@ class Inbox:
     changed: threading.Condition = field(default_factory=threading.Condition)
     submissions: deque[Sequence] = field(default_factory=deque)
     cancellations: set[int] = field(default_factory=set)
+    woken: bool = False  # something that the engine waits for has arrived
     stopping: bool = False
 
 
@@ -153,6 +91,7 @@ class Engine:
         config: ModelConfig,
         settings: EngineSettings,
         fingerprint: bytes = b"",
+        tiers: Tiers | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         room = (settings.num_pages - 1) * settings.page_size
@@ -166,8 +105,10 @@ class Engine:
         self.store = PrefixStore(settings.num_pages, settings.page_size, fingerprint)
         self.buckets = ladder(settings.max_batch, settings.prefill_chunk)
         self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
+        self.pager = Pager(tiers, self.pool, fingerprint, cost_model(config), self.wake) if tiers else None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.idle = False  # the last step found nothing to do, because all wait for the tiers
         self.counters = Counters()
         self.inbox = Inbox()
         self.numbers = 0
@@ -180,11 +121,19 @@ class Engine:
         self.thread.start()
 
     def stop(self) -> None:
-        """Finish the step under way, fail what is still running, and end the thread."""
+        """Finish the step under way, fail what is still running, end the thread, and write what the tiers lack."""
         with self.inbox.changed:
             self.inbox.stopping = True
             self.inbox.changed.notify()
         self.thread.join()
+        if self.pager:
+            self.pager.tiers.close()
+
+    def wake(self) -> None:
+        """Tell the engine's thread that something it may be waiting for has arrived."""
+        with self.inbox.changed:
+            self.inbox.woken = True
+            self.inbox.changed.notify()
 
     def submit(self, request: GenerationRequest, emit: Callable[[Event], object]) -> int:
         """Queue a request; `emit` is called on the engine's thread with each of its events. Returns its number.
@@ -220,6 +169,8 @@ class Engine:
     def loop(self) -> None:
         """Step until stopped; a step that raises fails the requests that were running and no others."""
         try:
+            if self.pager:
+                self.time_prefill()
             while self.receive():
                 try:
                     self.drop_cancelled()
@@ -231,16 +182,25 @@ class Engine:
             with self.inbox.changed:
                 self.inbox.stopping = True
                 late, self.inbox.submissions = self.inbox.submissions, deque()
-            for sequence in [*self.running, *self.waiting, *late]:
+            ended = [*self.running, *self.waiting, *late]
+            for sequence in ended:
+                if sequence.lease is not None:
+                    self.retire(sequence)
                 sequence.emit(Failed("the engine has stopped"))
+            if self.pager:
+                self.pager.drain(self.pool, self.store)
 
     def receive(self) -> bool:
         """Take what other threads sent, waiting for it when there is nothing to do. False once stopped."""
         inbox = self.inbox
+        unfinished = bool(self.waiting or self.running or (self.pager and self.pager.parked))
         with inbox.changed:
-            while not (inbox.stopping or inbox.submissions or inbox.cancellations or self.waiting or self.running):
-                inbox.changed.wait()
-            submissions, inbox.submissions = inbox.submissions, deque()
+            if not unfinished or self.idle:
+                inbox.changed.wait_for(
+                    lambda: inbox.stopping or inbox.submissions or inbox.cancellations or inbox.woken,
+                    IDLE_SECONDS if unfinished else None,
+                )
+            submissions, inbox.submissions, inbox.woken = inbox.submissions, deque(), False
         self.waiting.extend(submissions)
         return not inbox.stopping
 
@@ -256,8 +216,10 @@ class Engine:
     def step(self) -> None:
         """Admit, then one prefill chunk of one sequence, then one token for every sequence that decodes."""
         self.admit()
+        restored = self.restore_pages()
         decoding = [s for s in self.running if s.pending == 1]
-        prefilling = [s for s in self.running if s.pending > 1]
+        prefilling = [s for s in self.running if s.pending > 1 and not (self.pager and self.pager.blocked(s))]
+        self.idle = not (decoding or prefilling or restored)
         if prefilling:
             # In turns, so that a short prompt never waits for all of a long one.
             self.prefill(min(prefilling, key=lambda s: (s.turn, s.number)), bool(decoding))
@@ -276,12 +238,52 @@ class Engine:
             room = (stats.pages_free + stats.pages_cached) * self.settings.page_size
             promised = sum(max(0, s.length - s.lease.length) for s in others if s.lease)
             sequence.computed = sequence.lease.reused
+            sequence.sealed = sequence.computed // self.settings.page_size
             if others and sequence.pending + promised > room:
                 self.retire(sequence)
                 self.waiting.appendleft(sequence)
                 return
             if not sequence.started:  # one that was preempted has computed some of what it matches now
                 sequence.started, sequence.reused = time.perf_counter(), sequence.computed
+
+    def restore_pages(self) -> bool:
+        """Copy in what the tiers have brought, and read ahead, for those next in line too. Whether anything came."""
+        if self.pager is None:
+            return False
+        for sequence in islice(self.waiting, RESTORED_WHILE_WAITING):
+            if sequence.restore is None:
+                # Looked up, not leased: it may be long until its turn, and others need the pages.
+                self.pager.begin(sequence, self.store.peek(sequence.known, sequence.request.salt))
+            self.pager.read_ahead(sequence)
+        came = False
+        for sequence in list(self.running):
+            if sequence.lease is None:
+                continue
+            if sequence.restore is None or sequence.computed < sequence.restore.held:
+                self.pager.begin(sequence, sequence.computed)
+            self.pager.read_ahead(sequence)
+            if (loaded := self.pager.ready(sequence)) is None:
+                continue
+            came = True
+            if self.make_room(sequence, max(loaded.stop, sequence.computed)):
+                self.pool = self.pager.copy_in(sequence, loaded, self.pool)
+                self.publish(sequence)
+        self.pager.save_parked(self.pool, self.store)
+        return came
+
+    def time_prefill(self) -> None:
+        """Time one chunk before the first request, so that the first restore is decided on a measurement."""
+        assert self.pager is not None
+        bucket = max(self.buckets, key=lambda b: b.chunk)
+        # It writes to pages that nobody holds.
+        pages = np.arange(min(self.settings.num_pages, -(-bucket.chunk // self.settings.page_size)), dtype=np.int32)
+        count = min(bucket.chunk, len(pages) * self.settings.page_size)
+        batch, sampling = pack([Row(np.zeros(count, np.int32), 0, pages, GREEDY)], bucket, self.steps.table_pages)
+        for _ in range(2):  # the first run may still be loading code
+            start = time.perf_counter()
+            sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling)
+            np.asarray(sampled)
+        self.pager.cost = self.pager.cost.prefilled(0, count, time.perf_counter() - start)
 
     def prefill(self, sequence: Sequence, mixed: bool) -> None:
         """Run the next chunk of one sequence's pending tokens."""
@@ -291,7 +293,12 @@ class Engine:
             return
         longest = self.settings.prefill_chunk
         count = min(sequence.pending, longest, self.settings.mixed_chunk if mixed else longest)
+        if self.pager:
+            count = min(count, self.pager.until_restore(sequence) or count)
+        before, start = sequence.computed, time.perf_counter()
         self.run([sequence], [count])
+        if self.pager and sequence.computed > before:
+            self.pager.cost = self.pager.cost.prefilled(before, sequence.computed, time.perf_counter() - start)
 
     def adopt(self, sequence: Sequence) -> None:
         """Take over what another request has computed of the same prompt since this one last looked."""
@@ -304,6 +311,7 @@ class Engine:
         if not sequence.sampled:
             sequence.reused += lease.reused - sequence.computed
         sequence.lease, sequence.computed = lease, lease.reused
+        sequence.sealed = max(sequence.sealed, sequence.computed // self.settings.page_size)
 
     def decode(self, sequences: list[Sequence]) -> None:
         """Run the one pending token of each sequence, all in one batch."""
@@ -329,6 +337,8 @@ class Engine:
             if count > 1:
                 self.counters.prefilled_tokens += count
                 self.publish(sequence)
+            if self.pager:
+                self.pager.save(sequence, self.pool)
             if sequence.pending == 0:
                 self.take(sequence, int(token))
 
@@ -341,6 +351,8 @@ class Engine:
             try:
                 sequence.lease, copies = self.store.extend(sequence.lease, length)
             except PoolExhausted:
+                if self.pager and self.pager.drop_parked(self.store):
+                    continue
                 self.preempt(max(self.running, key=lambda s: s.number))
                 continue
             for copy in copies:
@@ -368,8 +380,11 @@ class Engine:
         # A lease that only matched holds nothing of its own to publish.
         if sequence.computed > sequence.lease.reused:
             self.publish(sequence)
-        self.store.release(sequence.lease)
-        sequence.lease = None
+        if self.pager:
+            self.pager.retire(sequence, self.pool, self.store)
+        else:
+            self.store.release(sequence.lease)
+        sequence.lease, sequence.restore = None, None
         self.running.remove(sequence)
 
     def take(self, sequence: Sequence, token: int) -> None:
@@ -380,7 +395,13 @@ class Engine:
             self.counters.prompt_tokens += prompt
             self.counters.reused_tokens += sequence.reused
             sequence.emit(
-                Started(prompt, sequence.reused, sequence.started - sequence.submitted, now - sequence.started)
+                Started(
+                    prompt,
+                    sequence.reused,
+                    sequence.started - sequence.submitted,
+                    now - sequence.started,
+                    dict(sequence.restored),
+                )
             )
         sequence.tokens[sequence.length] = token
         sequence.length += 1
@@ -405,6 +426,8 @@ class Engine:
         if not usable(self.pool):
             self.pool = self.fresh_pool()
             self.store = PrefixStore(self.settings.num_pages, self.settings.page_size, self.fingerprint)
+            if self.pager:
+                self.pager.parked.clear()
 
     def fresh_pool(self) -> KVPool:
         """An empty device pool of the configured size."""

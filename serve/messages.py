@@ -262,6 +262,8 @@ class Usage(Struct, frozen=True):
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
     output_tokens: int = 0
+    # Not the API's: where the tokens that were read came from, `device` or a tier's name.
+    cache_read_by_tier: dict[str, int] = {}
 
 
 class Message(Struct, frozen=True, kw_only=True):

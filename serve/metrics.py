@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from serve.engine import Engine
+from serve.paging import Pager
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 60)
 
@@ -45,6 +46,45 @@ class EngineCollector(Collector):
         ):
             pages.add_metric([state], value)
         yield pages
+        if self.engine.pager:
+            yield from tier_metrics(self.engine.pager)
+
+
+def tier_metrics(pager: Pager) -> Iterator[Metric]:
+    """What the tiers below the device hold and did, and what the engine took from them."""
+    stats = pager.tiers.pages.stats()
+    for name, text in (("pages", "Pages in a tier"), ("bytes", "Bytes that a tier occupies")):
+        gauge = GaugeMetricFamily(f"tokenzero_tier_{name}", text, labels=["tier"])
+        for tier in stats:
+            gauge.add_metric([tier.name], getattr(tier, name))
+        yield gauge
+    for name, text in (
+        ("hits", "Pages found on reading"),
+        ("misses", "Pages not found on reading"),
+        ("bytes_read", "Payload read"),
+        ("bytes_written", "Payload written"),
+        ("evicted", "Pages evicted to stay in the budget"),
+        ("corrupt", "Pages removed because their checksum was wrong"),
+        ("dropped", "Pages that could not be written"),
+        ("errors", "Failed operations of the disk or the network"),
+    ):
+        counter = CounterMetricFamily(f"tokenzero_tier_{name}", text, labels=["tier"])
+        for tier in stats:
+            counter.add_metric([tier.name], getattr(tier, name))
+        yield counter
+    restored = CounterMetricFamily("tokenzero_restored_tokens", "Tokens copied in from a tier", labels=["tier"])
+    latency = SummaryMetricFamily("tokenzero_restore_seconds", "Reading one slice of pages", labels=["tier"])
+    for tier in stats:
+        restored.add_metric([tier.name], pager.restored_tokens[tier.name])
+        latency.add_metric([tier.name], pager.reads[tier.name], pager.read_seconds[tier.name])
+    yield restored
+    yield latency
+    writer = pager.tiers.writer
+    yield CounterMetricFamily("tokenzero_unsaved_pages", "Pages that the writer was too slow for", value=writer.dropped)
+    yield CounterMetricFamily(
+        "tokenzero_recomputed_pages", "Stored pages that were sooner computed than read", value=pager.recomputed_pages
+    )
+    yield GaugeMetricFamily("tokenzero_write_queue_bytes", "Payload waiting to be written", value=writer.queued_bytes)
 
 
 class ServerMetrics:

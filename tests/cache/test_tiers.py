@@ -57,23 +57,34 @@ def test_a_page_larger_than_host_memory_is_dropped_and_evicts_nothing():
     assert tier.stats().dropped == 1
 
 
-def test_a_prefix_is_found_across_tiers_and_ends_at_the_first_hole(tmp_path):
+def test_each_page_of_a_chain_is_located_in_its_fastest_tier_and_holes_are_none(tmp_path):
     host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
     pages = TieredPages([host, disk])
     host.put_many(items([0, 1, 4]))
     disk.put_many(items([1, 2, 3, 6]))
-    assert pages.locate_prefix(keys(range(8))) == ["host", "host", "disk", "disk", "host"]
-    assert pages.locate_prefix(keys([9, 0])) == []
-    assert pages.locate_prefix([]) == []
+    assert pages.locate(keys(range(8))) == ["host", "host", "disk", "disk", "host", None, "disk", None]
+    assert pages.locate([]) == []
     pages.close()
 
 
-def test_a_prefix_may_be_longer_than_one_search_step():
+def test_a_search_goes_on_as_long_as_its_last_step_found_anything():
     host = HostTier(MIB)
-    host.put_many([(key_of(i), b"x") for i in range(3 * SEARCH_STEP)])
     pages = TieredPages([host])
-    assert len(pages.locate_prefix(keys(range(4 * SEARCH_STEP)))) == 3 * SEARCH_STEP
+    host.put_many([(key_of(i), b"x") for i in [*range(SEARCH_STEP + 1), 4 * SEARCH_STEP]])
+    located = pages.locate(keys(range(5 * SEARCH_STEP)))
+    assert located == ["host"] * (SEARCH_STEP + 1) + [None] * (4 * SEARCH_STEP - 1)
     pages.close()
+
+
+def test_a_touched_page_outlives_pages_that_were_used_before_it(tmp_path):
+    for tier in (HostTier(100_000), DiskTier(tmp_path, 3 * MIB, touch_seconds=0.0)):
+        size = 10_000 if tier.name == "host" else 300_000
+        tier.put_many([(key_of(i), bytes(size)) for i in range(8)])
+        assert tier.touch_many(keys([6, 7, 99])) == [True, True, False]
+        tier.put_many([(key_of(i), bytes(size)) for i in range(10, 16)])
+        assert tier.contains_many(keys([6, 7])) == [True, True]
+        assert not all(tier.contains_many(keys(range(6))))
+        tier.close()
 
 
 def test_a_fetch_takes_each_page_from_its_fastest_tier_and_keeps_it_in_memory(tmp_path):
@@ -81,11 +92,11 @@ def test_a_fetch_takes_each_page_from_its_fastest_tier_and_keeps_it_in_memory(tm
     pages = TieredPages([host, disk])
     host.put_many(items([0]))
     disk.put_many(items([0, 1, 2]))
-    fetched = pages.fetch(keys([0, 1, 2, 3])).result(10)
+    fetched = pages.fetch(keys([0, 1, 2, 3]), lambda found: found).result(10)
     assert fetched.payloads == [page_of(0), page_of(1), page_of(2), None]
     assert fetched.sources == ["host", "disk", "disk", None]
     assert set(fetched.seconds) == {"host", "disk"}
-    assert pages.fetch(keys([2, 1])).result(10).sources == ["host", "host"]
+    assert pages.fetch(keys([2, 1]), lambda found: found.sources).result(10) == ["host", "host"]
     assert [stats.name for stats in pages.stats()] == ["host", "disk"]
     pages.close()
 

@@ -8,10 +8,14 @@ from pathlib import Path
 import httpx
 import pytest
 from hypothesis import settings
+from small_engine import VOCAB
 from talking import FLAGS, MODEL, eventually, is_idle
 
 from experiments.demo_model import write_demo_model
 from experiments.server import Server, running_server
+from model import checkpoint
+from model.config import ModelConfig
+from model.params import Params, unstacked
 from serve.render import Tokenizer, load_tokenizer
 
 # The machine may be busy: how long an example takes says nothing.
@@ -55,3 +59,18 @@ def client(server: Server, server_log: Path) -> Iterator[httpx.Client]:
         eventually(lambda: is_idle(client), "nothing runs or waits, and no page is held")
     logged = server_log.read_bytes()[before:].decode()
     assert "Traceback" not in logged, logged[-3000:]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Params]:
+    """A tiny qwen3 written by transformers: (config, params)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes, **heads)).save_pretrained(folder)
+    config, params = checkpoint.load(folder, "float32")
+    return config, unstacked(params)

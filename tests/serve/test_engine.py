@@ -1,40 +1,16 @@
 """Reuse is exact: greedy output with the prefix store equals greedy output without it, whatever else is going on."""
 
-import queue
 import threading
 
 import hypothesis.strategies as st
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from small_engine import PAGE, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
 
-from model import checkpoint
-from model.attention import Batch
-from model.decoder import forward
-from model.kv import empty_pool
-from model.params import unstacked
-from serve.engine import Engine, EngineSettings, Failed, Finished, GenerationRequest, Overloaded, Sampled, Started
+from serve.engine import Engine, EngineSettings, Overloaded
+from serve.sequence import Failed, Finished, GenerationRequest, Sampled
 from serve.steps import SamplingParams
-
-VOCAB, PAGE = 128, 8
-SMALL = EngineSettings(num_pages=96, max_model_len=320, page_size=PAGE, max_batch=4, prefill_chunk=32, mixed_chunk=16)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny qwen3 written by transformers: (config, params)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("qwen3")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes, **heads)).save_pretrained(folder)
-    config, params = checkpoint.load(folder, "float32")
-    return config, unstacked(params)
 
 
 @pytest.fixture(scope="module")
@@ -44,67 +20,6 @@ def engine(model):
     running.start()
     yield running
     running.stop()
-
-
-one_shot = jax.jit(forward, static_argnames="config")
-
-
-def submit(engine, tokens, max_tokens=8, **options):
-    """A queue on which the request's events arrive, and the request's number."""
-    events = queue.Queue()
-    request = GenerationRequest(np.asarray(tokens, np.int32), max_tokens, **options)
-    return events, engine.submit(request, events.put)
-
-
-def outcome(events):
-    """(tokens, Started, last event) of a request, once it has ended."""
-    tokens, started = [], None
-    while True:
-        event = events.get(timeout=60)
-        if isinstance(event, Started):
-            started = event
-        elif isinstance(event, Sampled):
-            tokens.append(event.token)
-        else:
-            return tokens, started, event
-
-
-def generate(engine, tokens, max_tokens=8, **options):
-    return outcome(submit(engine, tokens, max_tokens, **options)[0])
-
-
-def logits_of(model, tokens):
-    """Logits [vocab] behind `tokens`, computed in one shot with no store and no engine."""
-    config, params = model
-    size, pages = SMALL.max_model_len, SMALL.max_model_len // PAGE
-    batch = Batch(
-        tokens=np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens))),
-        starts=np.asarray([0, len(tokens)], np.int32),
-        prefix=np.zeros(1, np.int32),
-        block_table=np.arange(pages, dtype=np.int32)[None],
-        rows=np.asarray([len(tokens) - 1], np.int32),
-        max_chunk=size,
-    )
-    return np.asarray(one_shot(params, batch, empty_pool(config, pages, PAGE, jnp.float32), config)[0])[0]
-
-
-def reference(model, tokens, count, known):
-    """Greedy output with the cache off, remembered by prompt."""
-    key = tuple(tokens)
-    output = known.setdefault(key, [])
-    while len(output) < count:
-        output.append(int(np.argmax(logits_of(model, [*tokens, *output]))))
-    return output[:count]
-
-
-def assert_same_or_tied(model, prompt, actual, expected, flips):
-    """Equal token for token, or first different where the two best logits lie within 1e-4 of their scale."""
-    if actual == expected:
-        return
-    at = next(i for i, pair in enumerate(zip(actual, expected, strict=True)) if pair[0] != pair[1])
-    logits = logits_of(model, [*prompt, *expected[:at]])
-    assert logits[expected[at]] - logits[actual[at]] <= 1e-4 * np.abs(logits).max(), f"token {at} differs"
-    flips.append((len(prompt), at))
 
 
 def family(rng, count, shared=90):

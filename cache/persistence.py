@@ -1,0 +1,101 @@
+"""What lies below the device pool, as an engine needs it: pages to look up and read ahead, and pages to write behind.
+
+Pages are named by their content (cache.keys); a page that a sequence left partly filled has a key of its own.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.disk import DiskTier
+from cache.keys import tail_key
+from cache.remote import RemoteTier
+from cache.tiers import HostTier, Tier, TieredPages
+from cache.writeback import WriteBack
+
+
+@dataclass(frozen=True)
+class StoredPage:
+    """A page of a sequence that a tier has."""
+
+    index: int  # in the sequence
+    key: bytes
+    tokens: int  # filled, from the page's start on
+    tier: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the tiers know of a sequence of which the device holds the first pages."""
+
+    pages: list[StoredPage]  # behind those, in order; there may be holes
+    missing: list[int]  # of those, the ones that the lowest tier has lost
+
+
+class Tiers:
+    """Host memory, and a disk or a remote store; opened together, closed together.
+
+    `store` is a directory or a URL that TensorStore knows (`s3://`, `gs://`, `file://`), None for memory alone. Raises
+    StoreError if the directory belongs to another program or version, ValueError if the URL is not understood.
+    """
+
+    def __init__(
+        self,
+        store: str | None,
+        store_bytes: int,
+        host_bytes: int,
+        flush_seconds: float = 1.0,
+        queue_bytes: int = 1 << 30,  # of pages that wait to be written
+    ) -> None:
+        tiers: list[Tier] = [HostTier(host_bytes)] if host_bytes or not store else []
+        if store:
+            tiers.append(RemoteTier(store) if "://" in store else DiskTier(Path(store), store_bytes))
+        self.pages = TieredPages(tiers)
+        self.writer = WriteBack(tiers, flush_seconds, queue_bytes)
+        # Lookups do not wait behind the pages that are read for another request.
+        self.searcher = ThreadPoolExecutor(1, thread_name_prefix="look-up")
+
+    def look(
+        self,
+        root: bytes,
+        keys: Sequence[bytes],
+        tokens: np.ndarray,  # [tokens] int32
+        held: int,
+        page_size: int,
+    ) -> "Future[Found]":
+        """Search the pages of `tokens`, whose full pages have `keys`, behind the first `held`, which count as used."""
+        return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size)
+
+    def close(self) -> None:
+        """Write what is queued, then close all tiers."""
+        self.searcher.shutdown(cancel_futures=True)
+        self.writer.close()
+        self.pages.close()
+
+
+def look(
+    pages: TieredPages,
+    root: bytes,
+    keys: Sequence[bytes],
+    tokens: np.ndarray,  # [tokens] int32
+    held: int,
+    page_size: int,
+) -> Found:
+    """See Tiers.look; in the calling thread."""
+    there = pages.touch(keys[:held]) if held else []
+    names = pages.locate(keys[held:])
+    found = [StoredPage(i, keys[i], page_size, name) for i, name in enumerate(names, held) if name is not None]
+    first_missing = held + (names.index(None) if None in names else len(names))
+    start = first_missing * page_size
+    # A sequence that ended in this page left it partly filled: the longest such page that the tokens run through.
+    parent = keys[first_missing - 1] if first_missing else root
+    lengths = range(min(page_size - 1, len(tokens) - start), 0, -1)
+    tails = [tail_key(parent, tokens[start : start + length]) for length in lengths]
+    for length, key, name in zip(lengths, tails, pages.locate(tails), strict=True):
+        if name is not None:
+            found.append(StoredPage(first_missing, key, length, name))
+            break
+    return Found(sorted(found, key=lambda page: page.index), [i for i, known in enumerate(there) if not known])

@@ -1,0 +1,352 @@
+"""Pages on their way between the device pool and the tiers below it.
+
+`Pager` belongs to the engine's thread. Other threads only ever see copies of pages that the device made between two
+steps, never the pool, whose buffers end with each donation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cache.keys import page_keys, root_key, tail_key
+from cache.persistence import Found, StoredPage, Tiers
+from cache.store import Lease, PrefixStore
+from cache.tiers import Fetched
+from model.kv import KVPool, gather_pages, scatter_pages
+from serve.cost import CostModel
+
+if TYPE_CHECKING:
+    from serve.sequence import Sequence
+
+# Pages that one compiled copy moves; the largest is also the unit of a restore.
+BATCHES = (16, 4, 1)
+# Slices that are read before they are needed.
+READ_AHEAD = 4
+# A sequence waits to hear what the tiers have before it is computed, but not for long, and not if it is soon computed.
+PATIENCE_SECONDS = 0.5
+LOOK_UP_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Compiled copies by count of pages: `gather[n](pool, pages)` and `scatter[n](pool, pages, data)`."""
+
+    gather: Mapping[int, Callable]
+    scatter: Mapping[int, Callable]
+    page_shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return int(np.prod(self.page_shape)) * self.dtype.itemsize
+
+
+def compile_moves(pool: KVPool) -> Moves:
+    """Compile the copies for a pool of this shape. A scatter donates the pool: use the one it hands back."""
+    layers, _, *tile = pool.k.shape
+    shape = (2, layers, *tile)
+    gather, scatter = {}, {}
+    for count in BATCHES:
+        pages = jax.ShapeDtypeStruct((count,), jnp.int32)
+        data = jax.ShapeDtypeStruct((count, *shape), pool.k.dtype)
+        gather[count] = jax.jit(gather_pages).lower(pool, pages).compile()
+        scatter[count] = jax.jit(scatter_pages, donate_argnums=0).lower(pool, pages, data).compile()
+    return Moves(gather, scatter, shape, np.dtype(pool.k.dtype))
+
+
+def batches(count: int) -> list[int]:
+    """`count` pages as compiled counts, the largest first."""
+    sizes = []
+    for size in BATCHES:
+        sizes += [size] * (count // size)
+        count %= size
+    return sizes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Consecutive pages that were read, in arrays that the device can copy in."""
+
+    first: int  # index of the first page in its sequence
+    stop: int  # tokens that are computed once the last page is in its place
+    tiers: list[str]  # where each page came from
+    arrays: list[jax.Array]  # of [batch, *page_shape]
+    fetched: Fetched
+
+
+@dataclass(eq=False)
+class Slice:
+    """Consecutive stored pages that are read together."""
+
+    pages: list[StoredPage]
+    loading: Future[Loaded] | None = None
+
+    @property
+    def first(self) -> int:
+        """Index of the first page."""
+        return self.pages[0].index
+
+
+@dataclass(eq=False)
+class Restore:
+    """What a sequence takes from the tiers: looked up and read ahead while it waits, copied in when its turn comes."""
+
+    looking: Future[Found]
+    held: int  # tokens that the device held then: only what comes behind was looked up
+    since: float  # seconds, monotonic
+    slices: deque[Slice] | None = None  # None until the lookup is done
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """Pages of a sequence that has ended, held by its lease until the writer takes them."""
+
+    lease: Lease
+    pages: list[tuple[bytes, int]]  # key, device page
+
+
+class Pager:
+    """Saves sealed pages to the tiers and brings stored ones back, for one engine."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        pool: KVPool,
+        fingerprint: bytes,
+        cost: CostModel,
+        wake: Callable[[], None],
+    ) -> None:
+        self.tiers, self.fingerprint, self.cost, self.wake = tiers, fingerprint, cost, wake
+        self.page_size = pool.page_size
+        self.moves = compile_moves(pool)
+        self.parked: deque[Unsaved] = deque()
+        self.restored_tokens: Counter[str] = Counter()  # by tier
+        self.read_seconds: defaultdict[str, float] = defaultdict(float)  # by tier
+        self.reads: Counter[str] = Counter()  # by tier
+        self.recomputed_pages = 0  # that a tier had, but the model computes sooner
+
+    # Coming back.
+
+    def begin(self, sequence: Sequence, held: int) -> None:
+        """Ask the tiers for a sequence of which the device holds the first `held` tokens."""
+        known, page_size = sequence.known, self.page_size
+        root = root_key(self.fingerprint, page_size, sequence.request.salt)
+        self.name(sequence, len(known) // page_size)
+        keys = sequence.keys[: len(known) // page_size]
+        looking = self.tiers.look(root, keys, known.copy(), held // page_size, page_size)
+        sequence.restore = Restore(looking, held, time.monotonic())
+        looking.add_done_callback(lambda _: self.wake())
+
+    def read_ahead(self, sequence: Sequence) -> None:
+        """Plan the restore once the lookup is done, forget what is computed by now, and read the next few slices."""
+        restore = sequence.restore
+        if restore is None or not restore.looking.done():
+            return
+        if restore.slices is None:
+            found = restore.looking.result()
+            sequence.unsaved.extend(found.missing)
+            restore.slices = self.plan(found.pages)
+        while restore.slices and end_of(restore.slices[0], self.page_size) <= sequence.computed:
+            restore.slices.popleft()
+        for piece in list(restore.slices)[:READ_AHEAD]:
+            if piece.loading is None:
+                keys = [page.key for page in piece.pages]
+                piece.loading = self.tiers.pages.fetch(keys, partial(self.load, piece.pages))
+                piece.loading.add_done_callback(lambda _: self.wake())
+
+    def plan(self, pages: list[StoredPage]) -> deque[Slice]:
+        """The pages that come sooner from their tier than from the model, in slices of consecutive ones."""
+        size, page_bytes = self.page_size, self.moves.page_bytes
+        worth = [
+            page
+            for page in pages
+            if self.cost.worth_restoring(page.tier, page.index * size, page.index * size + page.tokens, page_bytes)
+        ]
+        self.recomputed_pages += len(pages) - len(worth)
+        slices: deque[Slice] = deque()
+        for _, run in groupby(enumerate(worth), key=lambda item: item[1].index - item[0]):
+            run_pages = [page for _, page in run]
+            slices.extend(Slice(run_pages[at : at + BATCHES[0]]) for at in range(0, len(run_pages), BATCHES[0]))
+        return slices
+
+    def load(self, pages: list[StoredPage], fetched: Fetched) -> Loaded:
+        """Move what was read towards the device, up to the first page that is gone. On the reader's thread."""
+        sound = [p is not None and memoryview(p).nbytes == self.moves.page_bytes for p in fetched.payloads]
+        count = sound.index(False) if False in sound else len(sound)
+        arrays, at = [], 0
+        for batch in batches(count):
+            data = np.stack(
+                [
+                    np.frombuffer(payload, self.moves.dtype).reshape(self.moves.page_shape)
+                    for payload in fetched.payloads[at : at + batch]
+                    if payload is not None
+                ]
+            )
+            arrays.append(jax.device_put(data))
+            at += batch
+        last = pages[count - 1]
+        stop = last.index * self.page_size + last.tokens if count else 0
+        names = [name for name in fetched.sources[:count] if name is not None]
+        return Loaded(pages[0].index, stop, names, arrays, fetched)
+
+    def blocked(self, sequence: Sequence) -> bool:
+        """Whether a sequence's next page is on its way from a tier, or may be."""
+        restore = sequence.restore
+        if restore is None:
+            return False
+        if restore.slices is None:
+            quick = self.cost.prefill_s(sequence.computed, sequence.length) < LOOK_UP_SECONDS
+            return not quick and time.monotonic() - restore.since < PATIENCE_SECONDS
+        return self.until_restore(sequence) == 0
+
+    def until_restore(self, sequence: Sequence) -> int:
+        """Tokens to compute before the next stored page follows; a large number if none does."""
+        slices = sequence.restore.slices if sequence.restore else None
+        if not slices:
+            return 1 << 30
+        assert sequence.lease is not None
+        first = slices[0].first * self.page_size
+        # A page that the sequence itself has begun to fill is others' to read by now: it is not written again.
+        own = sequence.computed % self.page_size and sequence.computed > sequence.lease.reused
+        begun = sequence.computed // self.page_size * self.page_size
+        if own and first <= begun:
+            return begun + self.page_size - sequence.computed
+        return max(0, first - sequence.computed)
+
+    def ready(self, sequence: Sequence) -> Loaded | None:
+        """The pages to copy in now, if they have been read."""
+        if not self.blocked(sequence) or sequence.restore is None or not sequence.restore.slices:
+            return None
+        loading = sequence.restore.slices[0].loading
+        return loading.result() if loading is not None and loading.done() else None
+
+    def copy_in(self, sequence: Sequence, loaded: Loaded, pool: KVPool) -> KVPool:
+        """Copy pages into the sequence's lease, which has room for them; returns the pool to go on with."""
+        assert sequence.lease is not None
+        assert sequence.restore is not None
+        assert sequence.restore.slices is not None
+        sequence.restore.slices.popleft()
+        for tier, seconds in loaded.fetched.seconds.items():
+            size = self.moves.page_bytes * loaded.fetched.sources.count(tier)
+            if size:
+                self.cost = self.cost.was_read(tier, size, seconds)
+                self.read_seconds[tier] += seconds
+                self.reads[tier] += 1
+        before, at = sequence.computed, loaded.first
+        # Pages that are full by now are not this lease's to write: they go to a page out of range.
+        pages = sequence.lease.pages.astype(np.int32)
+        pages[: before // self.page_size] = pool.num_pages
+        for array in loaded.arrays:
+            pool = self.moves.scatter[len(array)](pool, pages[at : at + len(array)], array)
+            at += len(array)
+        for index, tier in enumerate(loaded.tiers, loaded.first):
+            start, stop = max(before, index * self.page_size), min(loaded.stop, (index + 1) * self.page_size)
+            self.restored_tokens[tier] += max(0, stop - start)
+            if not sequence.sampled:
+                sequence.restored[tier] += max(0, stop - start)
+        if loaded.stop > before:
+            if not sequence.sampled:
+                sequence.reused += loaded.stop - before
+            sequence.computed = loaded.stop
+            sequence.sealed = max(sequence.sealed, sequence.computed // self.page_size)
+        return pool
+
+    # Going down.
+
+    def name(self, sequence: Sequence, count: int) -> None:
+        """Make sure that the keys of a sequence's first `count` pages are known."""
+        have, size = len(sequence.keys), self.page_size
+        if have < count:
+            parent = sequence.keys[-1] if have else root_key(self.fingerprint, size, sequence.request.salt)
+            sequence.keys += page_keys(parent, sequence.tokens[have * size : count * size], size)
+
+    def save(self, sequence: Sequence, pool: KVPool) -> None:
+        """Queue the pages that a running sequence has filled, as far as the writer's queue has room."""
+        assert sequence.lease is not None
+        full = sequence.computed // self.page_size
+        sequence.unsaved.extend(range(sequence.sealed, full))
+        sequence.sealed = max(sequence.sealed, full)
+        self.name(sequence, full)
+        ready = [i for i in sequence.unsaved if i < full]
+        taken = self.submit([(sequence.keys[i], int(sequence.lease.pages[i])) for i in ready], pool)
+        queued = set(ready[:taken])
+        sequence.unsaved = deque(i for i in sequence.unsaved if i not in queued)
+
+    def retire(self, sequence: Sequence, pool: KVPool, store: PrefixStore) -> None:
+        """Queue what a sequence that ends has not saved, its partly filled page too, and end its lease when all is."""
+        lease = sequence.lease
+        assert lease is not None
+        self.save(sequence, pool)
+        full, size = sequence.computed // self.page_size, self.page_size
+        pages = [(sequence.keys[i], int(lease.pages[i])) for i in sequence.unsaved if i < full]
+        sequence.unsaved.clear()
+        rest = sequence.tokens[full * size : sequence.computed]
+        if len(rest) and sequence.computed > sequence.reused:
+            parent = sequence.keys[full - 1] if full else root_key(self.fingerprint, size, sequence.request.salt)
+            pages.append((tail_key(parent, rest), int(lease.pages[full])))
+        self.parked.append(Unsaved(lease, pages))
+        self.save_parked(pool, store)
+
+    def save_parked(self, pool: KVPool, store: PrefixStore) -> None:
+        """Queue pages of sequences that have ended, and end the leases of those that are done."""
+        while self.parked:
+            lease, pages = self.parked[0].lease, self.parked[0].pages
+            rest = pages[self.submit(pages, pool) :]
+            if rest:
+                self.parked[0] = Unsaved(lease, rest)
+                return
+            self.parked.popleft()
+            store.release(lease)
+
+    def drain(self, pool: KVPool, store: PrefixStore) -> None:
+        """Wait until the writer has taken all pages of sequences that have ended."""
+        self.save_parked(pool, store)
+        while self.parked and self.tiers.writer.flush():
+            self.save_parked(pool, store)
+
+    def drop_parked(self, store: PrefixStore) -> bool:
+        """Give up the oldest pages that the writer was too slow for; False if there are none."""
+        if not self.parked:
+            return False
+        unsaved = self.parked.popleft()
+        self.tiers.writer.drop(len(unsaved.pages))
+        store.release(unsaved.lease)
+        return True
+
+    def submit(self, pages: list[tuple[bytes, int]], pool: KVPool) -> int:
+        """Copy pages and queue the copies, the first ones first; returns how many the writer took."""
+        taken = 0
+        for count in batches(len(pages)):
+            if not self.tiers.writer.has_room(count * self.moves.page_bytes):
+                break
+            chosen = pages[taken : taken + count]
+            copy = self.moves.gather[count](pool, np.asarray([page for _, page in chosen], np.int32))
+            self.tiers.writer.submit(
+                [key for key, _ in chosen],
+                count * self.moves.page_bytes,
+                partial(payloads, copy),
+            )
+            taken += count
+        return taken
+
+
+def payloads(copy: jax.Array) -> list[bytes]:
+    """Copied pages, [count, *page_shape], as bytes; waits for the device."""
+    return [page.tobytes() for page in np.asarray(copy)]
+
+
+def end_of(piece: Slice, page_size: int) -> int:
+    """Tokens that are computed once a slice is in its place."""
+    return piece.pages[-1].index * page_size + piece.pages[-1].tokens

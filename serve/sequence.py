@@ -1,0 +1,97 @@
+"""What the engine is asked for, what it answers, and the state of a request on its way through it."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cache.store import Lease
+from serve.paging import Restore
+from serve.steps import GREEDY, SamplingParams
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """What to generate, in tokens."""
+
+    tokens: np.ndarray  # [tokens] int32
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = GREEDY
+    salt: bytes = b""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt is computed; sent just before the first token."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    queued_s: float  # from submission to the first step
+    prefill_s: float  # from the first step to the first token
+    restored: Mapping[str, int] = field(default_factory=dict)  # of the reused tokens, those that came from a tier, by its name
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One more token."""
+
+    token: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request that ended well: reason is `stop` (a stop id was sampled) or `length`."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of a request that the engine could not finish."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing has happened for a while, and the request is still alive."""
+
+
+Event = Waiting | Started | Sampled | Finished | Failed
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine; touched by the engine's thread only."""
+
+    number: int
+    request: GenerationRequest
+    emit: Callable[[Event], object]
+    tokens: np.ndarray  # [prompt + max_tokens] int32
+    length: int  # tokens known: the prompt and what was sampled
+    submitted: float
+    started: float = 0.0
+    lease: Lease | None = None
+    computed: int = 0  # tokens whose keys and values are in the lease's pages
+    reused: int = 0  # of these, the ones that somebody else had computed
+    restored: Counter[str] = field(default_factory=Counter)  # of these, the ones that came from a tier, by its name
+    turn: int = 0  # number of the step that last prefilled it
+    sampled: int = 0
+    keys: list[bytes] = field(default_factory=list)  # of its full pages, as far as they are known
+    restore: Restore | None = None
+    sealed: int = 0  # full pages that were looked at for saving
+    unsaved: deque[int] = field(default_factory=deque)  # of these, the ones that still have to go to the tiers
+
+    @property
+    def pending(self) -> int:
+        """Tokens to run through the model before the next one can be sampled."""
+        return self.length - self.computed
+
+    @property
+    def known(self) -> np.ndarray:
+        """The tokens that a cache may already have, [tokens] int32: all but the last, which runs for its logits."""
+        return self.tokens[: self.length - 1]

@@ -1,0 +1,239 @@
+"""Pages go down to the tiers and come back exactly: over restarts, evictions, holes, tails and preemptions."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from small_engine import PAGE, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
+
+from cache.persistence import Tiers
+from serve.cost import CostModel
+from serve.engine import Engine
+from serve.sequence import Finished
+
+MIB = 1 << 20
+KNOWN: dict = {}
+
+
+def tiers_of(folder, host=0, **options):
+    return Tiers(str(folder) if folder else None, 64 * MIB, host, **({"flush_seconds": 0.05} | options))
+
+
+class Running:
+    """An engine with tiers, as a context."""
+
+    def __init__(self, model, tiers, settings=SMALL, always=True):
+        config, params = model
+        self.engine = Engine(params, config, settings, b"fingerprint", tiers)
+        if always:  # such a small model computes faster than any disk reads: restore all the same
+            self.engine.pager.cost = Always(1.0, 1.0)
+        self.tiers = tiers
+
+    def __enter__(self):
+        self.engine.start()
+        return self.engine
+
+    def __exit__(self, *_):
+        self.engine.stop()
+        self.engine.store.check()
+        assert not self.engine.store.live
+        assert not self.engine.pager.parked
+
+
+class Always(CostModel):
+    """Restores whatever is there, and is not corrected by measurements."""
+
+    def worth_restoring(self, tier, start, stop, size):
+        return True
+
+    def prefilled(self, start, stop, seconds):
+        return self
+
+    def was_read(self, tier, size, seconds):
+        return self
+
+
+def prompt(seed, length=200):
+    return np.random.default_rng(seed).integers(3, VOCAB, length).astype(np.int32)
+
+
+def test_a_restarted_engine_answers_the_same_and_computes_only_the_last_token(model, tmp_path):
+    tokens = prompt(0)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        first, started, _ = generate(engine, tokens, 20)
+        assert started.reused_tokens == 0
+    with Running(model, tiers_of(tmp_path)) as engine:
+        again, started, end = generate(engine, tokens, 20)
+        assert end == Finished("length")
+        assert started.reused_tokens == started.restored["disk"] == (len(tokens) - 1) // PAGE * PAGE
+        assert engine.counters.prefilled_tokens == len(tokens) - started.reused_tokens
+        # The turn that follows finds the last page as the first turn left it, not quite full.
+        _, started, _ = generate(engine, np.concatenate([tokens, again, prompt(1, 5)]), 2)
+        assert started.reused_tokens == len(tokens) + 19
+    assert_same_or_tied(model, tokens, again, reference(model, tokens, 20, KNOWN), [])
+    assert again == first
+    with Running(model, tiers_of(tmp_path)) as engine:
+        _, started, _ = generate(engine, np.concatenate([tokens, first, prompt(2, 5)]), 2)
+        assert started.restored["disk"] == started.reused_tokens == len(tokens) + 19
+
+
+def test_what_was_evicted_from_the_device_comes_back_from_host_memory(model):
+    prompts = [prompt(seed, 280) for seed in range(6)]  # 6 x 35 pages of a pool of 96
+    flips = []
+    with Running(model, tiers_of(None, host=64 * MIB)) as engine:
+        for _ in range(2):
+            for tokens in prompts:
+                output, started, _ = generate(engine, tokens, 6)
+                assert_same_or_tied(model, tokens, output, reference(model, tokens, 6, KNOWN), flips)
+        assert started.restored["host"] > 200
+        assert engine.store.stats().pages_evicted > 100
+        assert engine.pager.tiers.writer.dropped == 0
+
+
+def test_a_hole_is_computed_and_what_lies_behind_it_is_restored(model, tmp_path):
+    tokens = prompt(3, 300)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        generate(engine, tokens, 4)
+        keys = engine.store.keys(tokens)
+    tiers = tiers_of(tmp_path)
+    tiers.pages.tiers[0].delete([keys[4], keys[5], keys[20]])
+    with Running(model, tiers) as engine:
+        output, started, _ = generate(engine, tokens, 4)
+        assert started.restored["disk"] == (len(keys) - 3) * PAGE
+        assert engine.counters.prefilled_tokens + 1 >= 3 * PAGE + len(tokens) % PAGE
+    assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
+
+
+def test_a_page_that_vanishes_between_lookup_and_reading_is_computed(model, tmp_path):
+    tokens = prompt(4, 250)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        generate(engine, tokens, 4)
+        keys = engine.store.keys(tokens)
+    tiers = tiers_of(tmp_path)
+    (disk,) = tiers.pages.tiers
+    read = disk.get_many
+    disk.get_many = lambda wanted: [None if key == keys[7] else page for key, page in zip(wanted, read(wanted), strict=True)]
+    with Running(model, tiers) as engine:
+        output, started, _ = generate(engine, tokens, 4)
+        assert started.restored["disk"] == (15 + 7) * PAGE  # the first slice up to the page, and the second
+    assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
+
+
+def test_pages_of_one_prompt_come_from_several_tiers(model, tmp_path):
+    tokens = prompt(5, 300)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        generate(engine, tokens, 4)
+        keys = engine.store.keys(tokens)
+    tiers = tiers_of(tmp_path, host=64 * MIB)
+    host, disk = tiers.pages.tiers
+    host.put_many(list(zip(keys[3:9], disk.get_many(keys[3:9]), strict=True)))
+    with Running(model, tiers) as engine:
+        output, started, _ = generate(engine, tokens, 4)
+        assert started.restored == {"host": 6 * PAGE, "disk": (len(keys) - 6) * PAGE}
+    assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
+
+
+def test_requests_that_restore_share_and_preempt_give_the_same_answers(model, tmp_path):
+    rng = np.random.default_rng(6)
+    trunk = prompt(7, 120)
+    prompts = [np.concatenate([trunk[: rng.integers(40, 120)], prompt(100 + i, 60)]) for i in range(12)]
+    flips = []
+    for _ in range(3):
+        with Running(model, tiers_of(tmp_path, host=MIB)) as engine:
+            waiting = [(tokens, submit(engine, tokens, 24)[0]) for tokens in rng.permutation(np.array(prompts, object))]
+            for tokens, events in waiting:
+                output, _, end = outcome(events)
+                assert end == Finished("length")
+                assert_same_or_tied(model, tokens, output, reference(model, tokens, 24, KNOWN), flips)
+    assert len(flips) <= 1
+
+
+def test_salted_requests_do_not_find_each_others_pages(model, tmp_path):
+    tokens = prompt(8)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        generate(engine, tokens, 2, salt=b"a")
+    with Running(model, tiers_of(tmp_path)) as engine:
+        assert generate(engine, tokens, 2, salt=b"b")[1].reused_tokens == 0
+        assert generate(engine, tokens, 2, salt=b"a")[1].reused_tokens > 0
+
+
+def test_another_models_pages_are_never_found(model, tmp_path):
+    tokens = prompt(9)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        generate(engine, tokens, 2)
+    config, params = model
+    engine = Engine(params, config, SMALL, b"another fingerprint", tiers_of(tmp_path))
+    engine.start()
+    assert generate(engine, tokens, 2)[1].reused_tokens == 0
+    engine.stop()
+
+
+def test_a_page_that_the_disk_lost_while_the_device_has_it_is_written_again(model, tmp_path):
+    tokens = prompt(10)
+    tiers = tiers_of(tmp_path)
+    with Running(model, tiers) as engine:
+        generate(engine, tokens, 2)
+        tiers.writer.flush()
+        keys = engine.store.keys(tokens)
+        tiers.pages.tiers[0].delete(keys[:5])
+        generate(engine, tokens, 20)
+        tiers.writer.flush()
+        assert all(tiers.pages.tiers[0].contains_many(keys[:-1]))
+
+
+def test_a_computed_page_is_stored_within_the_time_promised_while_its_request_still_runs(model, tmp_path):
+    tiers = tiers_of(tmp_path, flush_seconds=0.5)
+    with Running(model, tiers) as engine:
+        events, number = submit(engine, prompt(11, 40), 270)
+        while type(events.get(timeout=60)).__name__ != "Started":
+            pass
+        time.sleep(1.0)
+        assert tiers.pages.tiers[0].stats().pages >= 5
+        engine.cancel(number)
+
+
+def test_pages_that_the_writer_is_too_slow_for_stay_in_the_pool_until_they_are_written(model, tmp_path):
+    tiers = tiers_of(tmp_path, queue_bytes=1)
+    go = threading.Event()
+    (disk,) = tiers.pages.tiers
+    put = disk.put_many
+    disk.put_many = lambda items: (go.wait(60), put(items))
+    with Running(model, tiers) as engine:
+        tokens = prompt(12)
+        generate(engine, tokens, 2)
+        assert engine.pager.parked
+        # A full pool gives them up rather than refusing a request.
+        for seed in range(20, 24):
+            assert generate(engine, prompt(seed, 280), 4)[2] == Finished("length")
+        assert tiers.writer.dropped > 0
+        go.set()
+
+
+def test_a_page_that_is_sooner_computed_than_read_is_computed(model, tmp_path):
+    tokens = prompt(13)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        generate(engine, tokens, 2)
+    tiers = tiers_of(tmp_path)
+    running = Running(model, tiers, always=False)
+    cost = CostModel(1.0, 0.0).prefilled(0, 1_000_000, 1.0).was_read("disk", 1, 1.0)  # a microsecond, a byte a second
+    running.engine.pager.cost = cost
+    running.engine.time_prefill = lambda: None
+    with running as engine:
+        assert generate(engine, tokens, 2)[1].restored == {}
+        assert engine.pager.recomputed_pages == (len(tokens) - 1) // PAGE
+
+
+@pytest.mark.parametrize("fault", ["write", "read"])
+def test_a_failing_disk_costs_hits_and_no_answers(model, tmp_path, fault):
+    tokens = prompt(14)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        generate(engine, tokens, 2)
+    tiers = tiers_of(tmp_path)
+    (disk,) = tiers.pages.tiers
+    attempt = disk.store.attempt
+    disk.store.attempt = lambda kind, action, other: other if kind == fault else attempt(kind, action, other)
+    with Running(model, tiers) as engine:
+        output, started, _ = generate(engine, tokens, 4)
+        assert (started.reused_tokens > 0) == (fault == "write")
+    assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
