@@ -19,7 +19,7 @@ class Sampling:
     top_p: Array  # [rows] float32 in (0, 1]; 1 keeps every token
     seeds: Array  # [rows] uint32
     positions: Array  # [rows] int32: index of the sampled token in its sequence
-    allowed: Array | None = None  # [rows, vocab] bool; None allows every token
+    mask: Array | None = None  # [rows, ceil(vocab / 32)] uint32: bit t of word w allows token 32w + t; None allows all
 
 
 def sample(
@@ -30,12 +30,11 @@ def sample(
 
     Top-k and top-p (Holtzman et al., 2020) apply to the distribution after temperature; ties at the threshold stay in.
     """
-    if sampling.allowed is not None:
-        logits = jnp.where(sampling.allowed, logits, -jnp.inf)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = jnp.argmax(masked(logits, sampling.mask), axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+        # Masked anew, as the first time melts into the argmax: kept for both, the masked logits would be a copy.
+        scaled = masked(logits, sampling.mask) / jnp.maximum(sampling.temperature, 1e-6)[:, None]
         kept = jnp.where(scaled >= threshold(scaled, sampling.top_k, sampling.top_p), scaled, -jnp.inf)
         drawn = jax.vmap(lambda seed, position, row: jax.random.categorical(row_key(seed, position), row))(
             sampling.seeds, sampling.positions, kept
@@ -44,6 +43,18 @@ def sample(
 
     # The sort behind top-k and top-p costs more than a small model's layer: a greedy batch skips it.
     return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+
+
+def masked(
+    logits: jax.Array,  # [rows, vocab] float32
+    mask: Array | None,  # [rows, ceil(vocab / 32)] uint32
+) -> jax.Array:
+    """The logits, minus infinity where the mask has no bit; its bits beyond the vocabulary mean nothing."""
+    if mask is None:
+        return logits
+    rows, vocab = logits.shape
+    bits = (jnp.asarray(mask)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return jnp.where(bits.reshape(rows, -1)[:, :vocab] == 1, logits, -jnp.inf)
 
 
 def threshold(

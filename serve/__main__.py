@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     store.add_argument(
         "--store",
         metavar="DIR_OR_URL",
-        help="keep pages over restarts in a directory, which servers may share, or at s3://, gs://, file:// (default: none)",
+        help="keep pages over restarts: in a directory, which servers may share, or at an s3://, gs:// or file:// URL",
     )
     store.add_argument(
         "--store-bytes",

@@ -113,6 +113,8 @@ class Engine:
         self.inbox = Inbox()
         self.numbers = 0
         self.thread = threading.Thread(target=self.loop, name="tokenzero-engine", daemon=True)
+        if self.pager:
+            self.time_prefill()
 
     # Called from any thread.
 
@@ -169,8 +171,6 @@ class Engine:
     def loop(self) -> None:
         """Step until stopped; a step that raises fails the requests that were running and no others."""
         try:
-            if self.pager:
-                self.time_prefill()
             while self.receive():
                 try:
                     self.drop_cancelled()

@@ -1,35 +1,41 @@
-"""Canonical request -> token ids: the checkpoint's own chat template, then tokenisation segment by segment.
+"""Canonical request -> token ids: the checkpoint's own chat template around the answers, and the answers as sampled.
 
-A prompt is cut at its special tokens and every piece between them is tokenised once and remembered, so a request that
-extends an earlier one tokenises only what is new. Nothing here changes a request; that is `normalize`'s business.
+An answer of the model never goes through the template: a mark stands in its place, and where the mark comes out go the
+ids that were sampled, or else the answer's text in the model's own format, tokenised by itself. So a turn's tokens are
+the same wherever it stands, and each request extends the one before it and what was sampled for it. Text from outside
+never becomes a control token. Pieces between special tokens are tokenised once and remembered. Nothing here changes a
+request; that is `normalize`'s business.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import msgspec
 import numpy as np
 from cachetools import LRUCache, cached
 
+from serve.formats import Format, write_turn
 from serve.messages import (
     Block,
     CountTokensRequest,
-    DocumentBlock,
-    InputMessage,
     InvalidRequest,
-    ResultBlock,
-    TextBlock,
-    ThinkingBlock,
-    ToolReferenceBlock,
-    ToolResultBlock,
     ToolUseBlock,
 )
+from serve.replay import Sampled
+from serve.template import Opening, Refused, Template, apply, fold, marker_turn, study
+from serve.turns import Turn, blocks, conversation, is_prefilled, joined, tool_definitions
+
+log = logging.getLogger("tokenzero.render")
 
 SEGMENT_BYTES = 128 * 2**20  # of segments that are remembered, text and ids, about
 
@@ -40,10 +46,15 @@ class Tokenizer:
 
     hf: Any
     encode: Callable[[str], np.ndarray]  # text -> [tokens] int32, special tokens recognised, none added
+    follow: Callable[[str], np.ndarray]  # the same for text that has something in front
+    template: Template
 
 
-def load_tokenizer(folder: str) -> Tokenizer:
-    """Read the tokenizer of a checkpoint; raises ValueError if it is not a fast one or has no chat template."""
+def load_tokenizer(folder: str, format_name: str | None = None) -> Tokenizer:
+    """Read the tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `formats.choose`).
+
+    Raises ValueError if it is not a fast one, has no chat template or the format is unknown.
+    """
     from transformers import AutoTokenizer
 
     if not Path(folder, "tokenizer.json").is_file():
@@ -57,7 +68,13 @@ def load_tokenizer(folder: str) -> Tokenizer:
         raise ValueError(
             f"{folder}: the tokenizer has no chat_template, which chat requests are rendered with: add one"
         )
-    return Tokenizer(hf, make_encoder(hf))
+    return make_tokenizer(hf, format_name)
+
+
+def make_tokenizer(hf: Any, format_name: str | None = None) -> Tokenizer:
+    """Study a fast Hugging Face tokenizer and its chat template."""
+    encode = make_encoder(hf)
+    return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name))
 
 
 def make_encoder(hf: Any) -> Callable[[str], np.ndarray]:
@@ -83,6 +100,20 @@ def make_encoder(hf: Any) -> Callable[[str], np.ndarray]:
     return encode
 
 
+def make_follower(hf: Any, encode: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """`follow` for a tokenizer: where the start of a text gets a blank, a special token in front keeps it away."""
+    anchors = [(str(t), i) for i, t in hf.added_tokens_decoder.items() if t.special and not (t.rstrip or t.single_word)]
+    if splits_at_added_tokens(hf) or not anchors:
+        return encode
+    token, index = anchors[0]
+
+    def follow(text: str) -> np.ndarray:
+        ids = encode(token + text)
+        return ids[1:] if len(ids) and ids[0] == index else encode(text)
+
+    return follow
+
+
 def splits_at_added_tokens(hf: Any) -> bool:
     """Whether tokenising the pieces between added tokens is the same as tokenising the whole text.
 
@@ -97,110 +128,232 @@ def splits_at_added_tokens(hf: Any) -> bool:
     return not any(name in parts for name in ('"Metaspace"', '"Prepend"', '"Strip"', '"add_prefix_space": true'))
 
 
-def render(request: CountTokensRequest, tokenizer: Tokenizer) -> np.ndarray:
-    """The prompt's token ids, [tokens] int32. Raises InvalidRequest if the chat template refuses the conversation."""
-    return tokenizer.encode(render_text(request, tokenizer))
+Recalled = Sequence[Sampled | None]  # what was sampled for each answer in a request, None where it is not known
+Piece = str | np.ndarray  # text to be tokenised by itself, or the ids themselves
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered request. The turn that answers it is recorded as Sampled(opening, begun and then what is sampled)."""
+
+    pieces: tuple[Piece, ...]
+    tokens: np.ndarray  # [tokens] int32, of all pieces
+    # What the prompt ends with that the history of a conversation would not hold, such as `<think>\n`. None if that is
+    # not known, because the template itself wrote the begun answer: then there is nothing to record.
+    opening: str | None
+    begun: np.ndarray  # [tokens] int32, the last tokens: an answer that the client has begun
+
+
+def render(
+    request: CountTokensRequest,
+    tokenizer: Tokenizer,
+    recalled: Recalled | None = None,
+    template_history: bool = False,
+) -> np.ndarray:
+    """The prompt's token ids, [tokens] int32: see `prompt`."""
+    return prompt(request, tokenizer, recalled, template_history).tokens
 
 
 def render_text(request: CountTokensRequest, tokenizer: Tokenizer) -> str:
-    """The prompt as text, special tokens included."""
-    from jinja2.exceptions import TemplateError
+    """The prompt as text, special tokens included, nothing recalled."""
+    return "".join(piece for piece in prompt(request, tokenizer).pieces if isinstance(piece, str))
 
-    messages, prefilled = conversation(request), is_prefilled(request)
-    thinking = request.thinking is not None and request.thinking.type != "disabled"
+
+def prompt(
+    request: CountTokensRequest,
+    tokenizer: Tokenizer,
+    recalled: Recalled | None = None,
+    template_history: bool = False,
+) -> Prompt:
+    """Render a request with the answers that are recalled, one item for each (see `ReplayLog.recall`).
+
+    `template_history` leaves the answers in the history to the chat template's own logic. The same happens, and is
+    logged, where the template cannot be made to take marks in their place. Raises InvalidRequest if it refuses the
+    conversation altogether.
+    """
     try:
-        return tokenizer.hf.apply_chat_template(
-            messages,
-            tools=tool_definitions(request),
-            add_generation_prompt=not prefilled,
-            continue_final_message=prefilled,
-            enable_thinking=thinking,
-            tokenize=False,
-        )
-    # RecursionError: JSON that is nested too deeply for the template's `tojson`.
-    except (TemplateError, ValueError, TypeError, RecursionError) as error:
+        conversed = Conversation.of(request, tokenizer.template)
+        template_history = template_history or not conversed.writable(tokenizer.template.format)
+        if not template_history:
+            try:
+                return around_answers(conversed, tokenizer, recalled or [None] * len(conversed.answers))
+            except Refused as error:
+                own = by_template(conversed, tokenizer)
+                say_once(f"the chat template renders whole conversations, nothing sampled is replayed: {error!s:.200}")
+                return own
+        return by_template(conversed, tokenizer)
+    # RecursionError: JSON that nests too deeply.
+    except (Refused, RecursionError) as error:
         raise InvalidRequest(f"messages: the model's chat template refuses this conversation: {error}") from error
 
 
-def is_prefilled(request: CountTokensRequest) -> bool:
-    """Whether the last message is the start of the assistant's answer, to be continued."""
-    last = request.messages[-1]
-    return last.role == "assistant" and not any(isinstance(b, ToolUseBlock) for b in blocks(last))
+@lru_cache(100)
+def say_once(warning: str) -> None:
+    """Log a warning unless it was logged before."""
+    log.warning(warning)
 
 
-def tool_definitions(request: CountTokensRequest) -> list[dict] | None:
-    """The tools in the form that chat templates take; None where there are none."""
-    if not request.tools:
-        return None
-    return [
-        {
-            "type": "function",
-            "function": {"name": t.name, "description": t.description or "", "parameters": t.input_schema},
-        }
-        for t in request.tools
-    ]
+@dataclass(frozen=True)
+class Conversation:
+    """A request as its chat template takes it. Every string in it is guarded: see `guard`."""
+
+    mark: str  # random letters and digits: no text of the request holds them
+    turns: list[Turn]
+    answers: list[tuple[Block, ...]]  # the blocks of the turns of role assistant, as the client sent them
+    tools: list[dict] | None
+    thinking: bool
+    prefilled: bool
+
+    @staticmethod
+    def of(request: CountTokensRequest, template: Template) -> Conversation:
+        """Take a request apart."""
+        mark = secrets.token_hex(12)
+        return Conversation(
+            mark,
+            guard(fold(conversation(request), template), template.controls, mark),
+            [blocks(message) for message in joined(request.messages) if message.role == "assistant"],
+            guard(tool_definitions(request), template.controls, mark),
+            request.thinking is not None and request.thinking.type != "disabled",
+            is_prefilled(request),
+        )
+
+    def writable(self, format: Format) -> bool:
+        """Whether a format can write all answers; one that knows no calls would lose them."""
+        return format.call is not None or not any(isinstance(b, ToolUseBlock) for a in self.answers for b in a)
+
+    def role_ahead(self, index: int) -> str:
+        """The role of the turn in front of a turn."""
+        return str(self.turns[index - 1]["role"]) if index else "user"
 
 
-def conversation(request: CountTokensRequest) -> list[dict]:
-    """The request as a chat template's messages: the system text first, tool results as turns of role `tool`."""
-    system = request.system if isinstance(request.system, str) else join(request.system or ())
-    head = [{"role": "system", "content": system}] if system else []
-    return head + [turn for message in request.messages for turn in turns(message)]
+def guard(value: Any, controls: re.Pattern[str] | None, mark: str) -> Any:
+    """JSON with `mark` behind the first character of each control token in its strings.
+
+    The marks come out of the template with the text, which is cut at them before it is tokenised: half a control token
+    is ordinary text.
+    """
+    if controls is None:
+        return value
+    if isinstance(value, str):
+        return guard_text(value, controls, mark) if controls.search(value) else value
+    if isinstance(value, dict):
+        return {guard(key, controls, mark): guard(item, controls, mark) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [guard(item, controls, mark) for item in value]
+    return value
 
 
-def turns(message: InputMessage) -> list[dict]:
-    """One message of the API as one or more of a chat template."""
-    if message.role == "assistant":
-        return [assistant_turn(message)]
-    result: list[dict] = []
-    texts: list[Block] = []
-    for block in blocks(message):
-        if isinstance(block, ToolResultBlock):
-            if texts:
-                result.append({"role": message.role, "content": join(texts)})
-                texts = []
-            result.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result_text(block)})
+def guard_text(text: str, controls: re.Pattern[str], mark: str) -> str:
+    """`guard` for a text. What follows a cut may hold a shorter control token."""
+    return controls.sub(lambda m: m[0][0] + mark + guard_text(m[0][1:], controls, mark), text)
+
+
+def by_template(conversed: Conversation, tokenizer: Tokenizer) -> Prompt:
+    """The prompt as the chat template writes all of it; raises Refused."""
+    c = conversed
+    how = {"answer": not c.prefilled, "prefill": c.prefilled, "thinking": c.thinking}
+    text = apply(tokenizer.hf, c.turns, c.tools, **how)
+    opening = tokenizer.template.opening(c.role_ahead(len(c.turns)), c.thinking).answer
+    return tokenized([text], c.mark, tokenizer, None if c.prefilled else opening)
+
+
+def around_answers(conversed: Conversation, tokenizer: Tokenizer, recalled: Recalled) -> Prompt:
+    """The prompt with the template around the answers and the answers as sampled or written; raises Refused."""
+    c, template = conversed, tokenizer.template
+    at = [i for i, turn in enumerate(c.turns) if turn["role"] == "assistant"]
+    # A mark of an answer is the mark of the conversation, too, and its number.
+    as_call = [template.as_call and c.turns[i + 1 : i + 2] and c.turns[i + 1]["role"] == "tool" for i in at]
+    turns = list(c.turns)
+    for n, i in enumerate(at):
+        turns[i] = marker_turn(f"{c.mark}x{n}x", bool(as_call[n]))
+    text = whole_text(tokenizer, turns, at[0] if at else None, c)
+    texts = re.split(f"{c.mark}x(\\d+)x", text)
+    if texts[1::2] != [str(n) for n in range(len(at))]:
+        raise Refused(f"expected {len(at)} answers in their order, found {', '.join(texts[1::2]) or 'none'}")
+    texts = texts[::2]
+
+    pieces: list[Piece] = []
+    for n, (i, answer, sampled) in enumerate(zip(at, c.answers, recalled, strict=True)):
+        opening, ahead = template.opening(c.role_ahead(i), c.thinking), texts[n]
+        begun = c.prefilled and n == len(at) - 1
+        written = opening.begun if begun else opening.call if as_call[n] else opening.past
+        header = without_end(ahead, opening.header, written)
+        if sampled is not None:
+            pieces += [header + sampled.opening, sampled.tokens]
         else:
-            texts.append(block)
-    if texts or not result:
-        result.append({"role": message.role, "content": join(texts)})
-    return result
+            said = write_turn(template.format, [guard_block(b, template, c.mark) for b in answer])
+            # A call that was never there has a header of its own, unless it begins like all answers.
+            kept = opening.past if as_call[n] and written.startswith(opening.past) else written * (not as_call[n])
+            thinking = template.opening(c.role_ahead(i), True)
+            pieces += [header + kept, said] if begun else thought_through(header, kept, said, thinking, template.format)
+        if as_call[n]:
+            texts[n + 1] = without_start(texts[n + 1], template.after_call)
+        if begun:
+            return tokenized(pieces, c.mark, tokenizer, sampled.opening if sampled else written, begun=True)
+    opening = template.opening(c.role_ahead(len(c.turns)), c.thinking)
+    return tokenized([*pieces, texts[-1]], c.mark, tokenizer, opening.answer)
 
 
-def assistant_turn(message: InputMessage) -> dict:
-    """An assistant message: text, reasoning and tool calls."""
-    turn: dict[str, Any] = {"role": "assistant", "content": join(blocks(message))}
-    thoughts = "\n\n".join(b.thinking for b in blocks(message) if isinstance(b, ThinkingBlock))
-    calls = [
-        {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}
-        for b in blocks(message)
-        if isinstance(b, ToolUseBlock)
+def thought_through(header: str, kept: str, text: str, thinking: Opening, format: Format) -> list[Piece]:
+    """A header, what follows it and a written answer; one that begins with thinking begins as prompts for thinking do.
+
+    What follows may open and close thinking at once, for answers that have none.
+    """
+    if format.think and text.startswith(format.think[0]):
+        if (header + thinking.answer).endswith(format.think[0]):
+            return [header + thinking.answer, text.removeprefix(format.think[0])]
+        if format.think[1].strip() in kept:
+            return [header, text]
+    return [header + kept, text]
+
+
+def whole_text(tokenizer: Tokenizer, turns: Sequence[Turn], first: int | None, c: Conversation) -> str:
+    """The template's text for a conversation whose first answer is the turn `first`.
+
+    Where the template would move tools and system text on to the last question, they stay at the first: the turns ahead
+    of the first answer are rendered by themselves, the rest behind a question that is cut off.
+    """
+    how = {"answer": not c.prefilled, "thinking": c.thinking}
+    if first is None or not tokenizer.template.moves:
+        return apply(tokenizer.hf, turns, c.tools, **how)
+    head = apply(tokenizer.hf, turns[:first], c.tools, thinking=c.thinking)
+    lead = [{"role": "user", "content": "?"}]
+    rest = apply(tokenizer.hf, [*lead, *turns[first:]], None, **how)
+    return head + without_start(rest, apply(tokenizer.hf, lead, thinking=c.thinking))
+
+
+def without_end(ahead: str, header: str, written: str) -> str:
+    """The text ahead of an answer up to its header, behind which `written` must stand, as it did in `study`."""
+    if not ahead.endswith(header + written):
+        raise Refused(f"expected {header + written!r} ahead of an answer, found {ahead[-len(header + written) :]!r}")
+    return ahead.removesuffix(written)
+
+
+def without_start(text: str, start: str) -> str:
+    """The text without its start, which must be there."""
+    if not text.startswith(start):
+        raise Refused(f"expected {start!r} around an answer, found {text[: len(start)]!r}")
+    return text.removeprefix(start)
+
+
+def guard_block(block: Block, template: Template, mark: str) -> Block:
+    """`guard` for what the model wrote of a block."""
+    fields = {"text", "thinking", "name", "input"}.intersection(block.__struct_fields__)
+    guarded = {name: guard(getattr(block, name), template.controls, mark) for name in fields}
+    return msgspec.structs.replace(block, **guarded)
+
+
+def tokenized(
+    pieces: Sequence[Piece], mark: str, tokenizer: Tokenizer, opening: str | None, begun: bool = False
+) -> Prompt:
+    """The prompt of pieces that still hold marks; the last piece is an answer that was begun, if so."""
+    cut: list[Piece] = []
+    for piece in pieces:
+        last = len(cut)
+        cut += [piece] if isinstance(piece, np.ndarray) else piece.split(mark)
+    ids = [
+        piece if isinstance(piece, np.ndarray) else (tokenizer.follow if n else tokenizer.encode)(piece)
+        for n, piece in enumerate(cut)
     ]
-    return turn | ({"reasoning_content": thoughts} if thoughts else {}) | ({"tool_calls": calls} if calls else {})
-
-
-def blocks(message: InputMessage) -> tuple[Block, ...]:
-    """A message's content as blocks; a plain string is one text block, so both forms render alike."""
-    return (TextBlock(message.content),) if isinstance(message.content, str) else message.content
-
-
-def result_text(block: ToolResultBlock) -> str:
-    """What a tool returned, as text; an error is marked as one."""
-    text = block.content if isinstance(block.content, str) else join(block.content or ())
-    return f"Error: {text}" if block.is_error and not text.startswith("Error") else text
-
-
-def join(content: tuple[Block | ResultBlock, ...] | list[Block]) -> str:
-    """The texts among the blocks, separated by blank lines."""
-    return "\n\n".join(text for block in content if (text := block_text(block)))
-
-
-def block_text(block: Block | ResultBlock) -> str:
-    """What a block adds to the visible text of its turn."""
-    if isinstance(block, TextBlock):
-        return block.text
-    if isinstance(block, DocumentBlock):
-        return "\n".join(part for part in (block.title, block.context, block.source.data) if part)
-    if isinstance(block, ToolReferenceBlock):
-        return block.tool_name
-    return ""
+    nothing = np.zeros(0, np.int32)
+    return Prompt(tuple(cut), np.concatenate(ids), opening, np.concatenate([nothing, *(ids[last:] if begun else ())]))

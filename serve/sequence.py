@@ -32,7 +32,7 @@ class Started:
     reused_tokens: int
     queued_s: float  # from submission to the first step
     prefill_s: float  # from the first step to the first token
-    restored: Mapping[str, int] = field(default_factory=dict)  # of the reused tokens, those that came from a tier, by its name
+    restored: Mapping[str, int] = field(default_factory=dict)  # of these, what came from a tier, by its name
 
 
 @dataclass(frozen=True)

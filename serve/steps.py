@@ -7,7 +7,7 @@ compiled before the first request, so that no request pays for a compilation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -21,6 +21,7 @@ from model.kv import KVPool, copy_pages
 from model.params import Params
 from model.sampling import Sampling, sample
 
+EVERY_TOKEN = 0xFFFFFFFF  # a word of a mask that allows all its tokens
 PREFILL_CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
 
 
@@ -53,11 +54,15 @@ class Row:
     prefix: int  # tokens that are in the pool already
     pages: np.ndarray  # [pages] int32
     sampling: SamplingParams
+    mask: np.ndarray | None = None  # [ceil(vocab / 32)] uint32: bit t of word w allows token 32w + t; None allows all
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Compiled functions by shape: `run[bucket](params, pool, batch, sampling)` and `copy(pool, sources, targets)`."""
+    """Compiled functions by shape: `run[bucket](params, pool, batch, sampling)` and `copy(pool, sources, targets)`.
+
+    A sampling without a mask runs with one that allows every token and stays on the device.
+    """
 
     run: Mapping[Bucket, Callable]
     copy: Callable
@@ -107,8 +112,21 @@ def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, 
         top_p=column([row.sampling.top_p for row in rows], np.float32),
         seeds=column([row.sampling.seed for row in rows], np.uint32),
         positions=column([row.prefix + len(row.tokens) for row in rows], np.int32),
+        mask=pack_masks([row.mask for row in rows], bucket.seqs),
     )
     return batch, sampling
+
+
+def pack_masks(masks: Sequence[np.ndarray | None], seqs: int) -> np.ndarray | None:
+    """The rows' masks as one array, [seqs, words] uint32, all ones where a row has none; None if no row has one."""
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    packed = np.full((seqs, len(given[0])), EVERY_TOKEN, np.uint32)
+    for i, mask in enumerate(masks):
+        if mask is not None:
+            packed[i] = mask
+    return packed
 
 
 def step(
@@ -117,6 +135,14 @@ def step(
     """One pass of the model and one sampled token for every sequence, [seqs] int32."""
     logits, pool = forward(params, batch, pool, config)
     return sample(logits, sampling), pool
+
+
+def run_masked(
+    compiled: Callable, unmasked: jax.Array, params: Params, pool: KVPool, batch: Batch, sampling: Sampling
+) -> tuple[jax.Array, KVPool]:
+    """Call a compiled step, which always takes a mask: `unmasked` where the batch brings none."""
+    masked = sampling if sampling.mask is not None else replace(sampling, mask=unmasked)
+    return compiled(params, pool, batch, masked)
 
 
 def compile_steps(
@@ -130,11 +156,15 @@ def compile_steps(
     """Compile every shape of the ladder. Each call donates the pool: use the one it hands back."""
     table_pages = -(-max_model_len // pool.page_size)
     jitted = jax.jit(partial(step, config=config), donate_argnums=1)
+    words = -(-config.vocab_size // 32)
+    unmasked = {seqs: jnp.full((seqs, words), EVERY_TOKEN, jnp.uint32) for seqs in {b.seqs for b in buckets}}
     run = {}
     for done, bucket in enumerate(buckets):
         on_progress(done, len(buckets))
         blank = Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())
-        run[bucket] = jitted.lower(params, pool, *pack([blank], bucket, table_pages)).compile()
+        batch, sampling = pack([blank], bucket, table_pages)
+        compiled = jitted.lower(params, pool, batch, replace(sampling, mask=unmasked[bucket.seqs])).compile()
+        run[bucket] = partial(run_masked, compiled, unmasked[bucket.seqs])
     on_progress(len(buckets), len(buckets))
     page = jax.ShapeDtypeStruct((1,), jnp.int32)
     copy = jax.jit(copy_pages, donate_argnums=0).lower(pool, page, page).compile()

@@ -1,17 +1,18 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from model.sampling import Sampling, sample
 
 
-def sampling(rows, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0, allowed=None):
+def sampling(rows, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0, mask=None):
     return Sampling(
         temperature=jnp.full(rows, temperature, jnp.float32),
         top_k=jnp.full(rows, top_k, jnp.int32),
         top_p=jnp.full(rows, top_p, jnp.float32),
         seeds=jnp.asarray(np.broadcast_to(seed, rows), jnp.uint32),
         positions=jnp.asarray(np.broadcast_to(position, rows), jnp.int32),
-        allowed=allowed,
+        mask=mask,
     )
 
 
@@ -60,9 +61,47 @@ def test_greedy_and_sampled_rows_share_a_batch():
     assert set(tokens[1::2]) == {0, 1, 2}
 
 
+def packed(allowed):
+    """Booleans [rows, vocab] as the mask that the device takes, with every bit beyond the vocabulary set."""
+    spare = -allowed.shape[1] % 32
+    bits = np.pad(allowed, ((0, 0), (0, spare)), constant_values=True)
+    return np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+
+
 def test_a_mask_forbids_tokens_greedy_and_sampled():
-    allowed = jnp.asarray([[False, True, True, False]])
+    allowed = packed(np.asarray([[False, True, True, False]]))
     logits = jnp.asarray([[9.0, 1.0, 2.0, 9.0]])
-    assert sample(logits, sampling(1, temperature=0.0, allowed=allowed)).tolist() == [2]
-    many = sampling(200, position=np.arange(200), allowed=jnp.tile(allowed, (200, 1)))
+    assert sample(logits, sampling(1, temperature=0.0, mask=allowed)).tolist() == [2]
+    many = sampling(200, position=np.arange(200), mask=np.tile(allowed, (200, 1)))
     assert set(np.asarray(sample(jnp.tile(logits, (200, 1)), many))) == {1, 2}
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 100])
+def test_a_masked_row_is_sampled_as_if_the_other_tokens_were_not_there(vocab):
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(size=(40, vocab)).astype(np.float32)
+    allowed = rng.random((40, vocab)) < 0.3
+    allowed[np.arange(40), rng.integers(0, vocab, 40)] = True
+    gone = jnp.where(allowed, logits, -jnp.inf)
+    for options in ({"temperature": 0.0}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}):
+        options = {"seed": np.arange(40), **options}
+        tokens = sample(jnp.asarray(logits), sampling(40, mask=packed(allowed), **options))
+        assert allowed[np.arange(40), tokens].all()
+        assert tokens.tolist() == sample(gone, sampling(40, **options)).tolist()
+
+
+def test_top_k_and_top_p_count_allowed_tokens_only():
+    row = np.asarray([[9.0, 8.0, 2.0, 1.0, 0.0]], np.float32)
+    mask = packed(np.asarray([[False, False, True, True, True]]))
+    logits, mask = jnp.tile(jnp.asarray(row), (300, 1)), np.tile(mask, (300, 1))
+    for options in ({"top_k": 2}, {"top_p": 0.9}):
+        assert set(np.asarray(sample(logits, sampling(300, position=np.arange(300), mask=mask, **options)))) == {2, 3}
+
+
+def test_a_mask_of_ones_changes_nothing():
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(50, 70)), jnp.float32)
+    ones = np.full((50, 3), 0xFFFFFFFF, np.uint32)
+    for temperature in (0.0, 1.0):
+        options = {"temperature": temperature, "seed": np.arange(50), "top_p": 0.8}
+        with_mask, without = sampling(50, mask=ones, **options), sampling(50, **options)
+        assert sample(logits, with_mask).tolist() == sample(logits, without).tolist()

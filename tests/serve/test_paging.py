@@ -113,7 +113,9 @@ def test_a_page_that_vanishes_between_lookup_and_reading_is_computed(model, tmp_
     tiers = tiers_of(tmp_path)
     (disk,) = tiers.pages.tiers
     read = disk.get_many
-    disk.get_many = lambda wanted: [None if key == keys[7] else page for key, page in zip(wanted, read(wanted), strict=True)]
+    disk.get_many = lambda wanted: [
+        None if key == keys[7] else page for key, page in zip(wanted, read(wanted), strict=True)
+    ]
     with Running(model, tiers) as engine:
         output, started, _ = generate(engine, tokens, 4)
         assert started.restored["disk"] == (15 + 7) * PAGE  # the first slice up to the page, and the second
@@ -218,7 +220,6 @@ def test_a_page_that_is_sooner_computed_than_read_is_computed(model, tmp_path):
     running = Running(model, tiers, always=False)
     cost = CostModel(1.0, 0.0).prefilled(0, 1_000_000, 1.0).was_read("disk", 1, 1.0)  # a microsecond, a byte a second
     running.engine.pager.cost = cost
-    running.engine.time_prefill = lambda: None
     with running as engine:
         assert generate(engine, tokens, 2)[1].restored == {}
         assert engine.pager.recomputed_pages == (len(tokens) - 1) // PAGE

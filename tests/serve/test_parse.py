@@ -107,10 +107,10 @@ def test_endless_broken_bytes_are_sent_and_cost_no_more_than_others(token: str) 
 
         get_added_tokens_decoder, id_to_token = backend().get_added_tokens_decoder, backend().id_to_token
 
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             nonlocal longest
             longest = max(longest, len(ids))
-            return backend().decode(ids)
+            return backend().decode(ids, skip_special_tokens=skip_special_tokens)
 
     ids = [backend().token_to_id(token)] * 500
     stream = TextStream(Watched())

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import FAMILIES, Family, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -18,13 +19,17 @@ from transformers import PreTrainedTokenizerFast
 from serve.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
 from serve.render import (
     Tokenizer,
-    conversation,
     load_tokenizer,
     make_encoder,
+    make_tokenizer,
+    prompt,
     render,
     render_text,
+    say_once,
     splits_at_added_tokens,
 )
+from serve.replay import Sampled
+from serve.turns import conversation, tool_definitions
 
 Json = dict[str, Any]
 USER = {"role": "user", "content": "Q"}
@@ -319,3 +324,305 @@ class TestLoading:
     def test_encode_can_be_replaced(self, tokenizer: Tokenizer) -> None:
         fixed = replace(tokenizer, encode=lambda value: np.asarray([len(value)], np.int32))
         assert render(request(USER), fixed).tolist() == [len(render_text(request(USER), tokenizer))]
+
+
+TOOLS = [{"name": "Read", "description": "Reads.", "input_schema": {"type": "object", "properties": {}}}]
+RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_01Ab23456", "content": "one\ntwo"}]}
+CALL = {"type": "tool_use", "id": "toolu_01Ab23456", "name": "Read", "input": {"path": "/é", "n": [1, 2.5, None]}}
+
+
+def says(*content: Any) -> Json:
+    return {"role": "assistant", "content": list(content)}
+
+
+def think(value: str) -> Json:
+    return {"type": "thinking", "thinking": value, "signature": ""}
+
+
+def by_template(asked: CountTokensRequest, tokenizer: Tokenizer) -> str:
+    """What the chat template itself makes of a request, its ids of calls shortened where the family wants that."""
+    turns = conversation(asked)
+    if tokenizer.template.short_ids:
+        turns = json.loads(json.dumps(turns).replace("toolu_01Ab23456", "01Ab23456"))
+    return tokenizer.hf.apply_chat_template(
+        turns,
+        tools=tool_definitions(asked),
+        add_generation_prompt=True,
+        enable_thinking=asked.thinking is not None,
+        tokenize=False,
+    )
+
+
+def family(name: str) -> Tokenizer:
+    return tokenizer_of(next(f for f in FAMILIES if f.name == name))
+
+
+# Conversations whose rendering differs from the template's on purpose: the part that differs, theirs and ours.
+DIFFERENCES = {
+    "thinking of earlier turns is kept": (
+        "qwen3",
+        request(USER, says(think("Hm."), text("A")), USER),
+        "assistant\nA<|im_end|>",
+        "assistant\n<think>\nHm.\n</think>\n\nA<|im_end|>",
+    ),
+    "thinking of earlier turns is kept where the template looks for its end in the text": (
+        "deepseek-r1",
+        request(USER, says(think("Hm."), text("A")), USER),
+        "<｜Assistant｜>A<",
+        "<｜Assistant｜><think>\nHm.\n</think>\n\nA<",
+    ),
+    "an answer's outer blanks are kept": (
+        "llama3.1",
+        request(USER, says(text("A \n")), USER),
+        "\n\nA<|eot_id|>",
+        "\n\nA \n<|eot_id|>",
+    ),
+    "words beside a call are kept": (
+        "mistral-v3",
+        request(USER, says(text("Look."), CALL), RESULT),
+        "[/INST][TOOL_CALLS] [{",
+        "[/INST]Look.[TOOL_CALLS] [{",
+    ),
+    "words beside a call are kept, and the call marked as one": (
+        "llama3.1",
+        request(USER, says(text("Look."), CALL), RESULT),
+        'assistant<|end_header_id|>\n\n{"name": "Read"',
+        'assistant<|end_header_id|>\n\nLook.<|python_tag|>{"name": "Read"',
+    ),
+    "system text stays at the first question": (
+        "mistral-v3",
+        request(USER, says(text("A")), {"role": "user", "content": "Q2"}, system="S"),
+        "<s>[INST] Q[/INST] A</s>[INST] S\n\nQ2[/INST]",
+        "<s>[INST] S\n\nQ[/INST] A</s>[INST] Q2[/INST]",
+    ),
+    "a system message stays in its place": (
+        "deepseek-r1",
+        request(USER, {"role": "system", "content": "R"}, says(text("A")), USER, system="S"),
+        "S\n\nR<｜User｜>Q<",
+        "S<｜User｜>Q<｜User｜><system-reminder>\nR\n</system-reminder><",
+    ),
+}
+# What a template refuses, and what stands in the prompt instead.
+REFUSED = {
+    "two calls in one turn": (
+        "llama3.1",
+        request(USER, says(CALL, CALL | {"id": "toolu_2"}), RESULT),
+        '"n": [1, 2.5, null]}}; {"name": "Read"',
+    ),
+    "a system message": (
+        "mistral-v3",
+        request(USER, {"role": "system", "content": "R"}, says(text("A")), USER),
+        "[INST] Q\n\n<system-reminder>\nR\n</system-reminder>[/INST] A</s>",
+    ),
+    "words of the user behind a result": (
+        "mistral-v3",
+        request(USER, says(CALL), {"role": "user", "content": [*RESULT["content"], text("Go on.")]}),
+        '{"content": "one\\ntwo\\n\\nGo on.", "call_id": "01Ab23456"}',
+    ),
+    "words of the user ahead of a result": (
+        "mistral-v3",
+        request(USER, says(CALL), {"role": "user", "content": [text("Wait."), *RESULT["content"]]}),
+        '{"content": "Wait.\\n\\none\\ntwo", "call_id": "01Ab23456"}',
+    ),
+    "two questions in a row": ("mistral-v3", request(USER, USER), "[INST] Q\n\nQ[/INST]"),
+}
+
+
+class TestFamilies:
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+    @pytest.mark.parametrize("thinking", [False, True])
+    def test_ordinary_conversations_are_the_templates_own(self, family: Family, thinking: bool) -> None:
+        fields: Json = {"thinking": {"type": "adaptive"}} if thinking else {}
+        tokenizer = tokenizer_of(family)
+        conversations = [
+            request(USER, **fields),
+            request(USER, says(text("A\nB")), USER, **fields),
+            request(USER, system="S", tools=TOOLS, **fields),
+            request(USER, says(CALL), RESULT, tools=TOOLS, **fields),
+            request(USER, says(CALL), RESULT, says(text("Done.")), USER, **fields),
+        ]
+        for asked in conversations:
+            own = by_template(asked, tokenizer)
+            assert render_text(asked, tokenizer) == own
+            assert render(asked, tokenizer).tolist() == tokenizer.encode(own).tolist()
+
+    @pytest.mark.parametrize("case", DIFFERENCES)
+    def test_a_deliberate_difference(self, case: str) -> None:
+        name, asked, theirs, ours = DIFFERENCES[case]
+        own, rendered = by_template(asked, family(name)), render_text(asked, family(name))
+        assert own.count(theirs) == rendered.count(ours) == 1
+        assert rendered == own.replace(theirs, ours)
+        history = prompt(asked, family(name), template_history=True)
+        if "system" not in case:
+            assert history.pieces == (own,)
+
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_what_a_template_refuses(self, case: str) -> None:
+        name, asked, ours = REFUSED[case]
+        with pytest.raises(Exception, match=r"one call|alternate|only user"):
+            by_template(asked, family(name))
+        assert ours in render_text(asked, family(name))
+
+    @pytest.mark.parametrize(
+        ("form", "written"),
+        [
+            ("{{ m.content | upper }}", "A"),  # the mark is lost
+            ("{% if loop.index == 4 %}<think></think>{% endif %}{{ m.content }}", "<think></think>a"),
+        ],
+    )
+    def test_a_template_that_cannot_be_taken_apart_renders_by_itself(
+        self, form: str, written: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        say_once.cache_clear()
+        loud = make_tokenizer(byte_level_with("{% for m in messages %}{{ m.role }}: " + form + "<|end|>{% endfor %}"))
+        asked = request(USER, says(text("a")), USER, says(text("a")), USER)
+        rendered = prompt(asked, loud, [Sampled("", np.asarray([1], np.int32))] * 2)
+        assert rendered.pieces == (by_template(asked, loud),)
+        assert f"assistant: {written}<|end|>" in rendered.pieces[0]
+        assert "nothing sampled is replayed" in caplog.text
+
+    def test_an_answer_that_the_template_continues_is_not_to_be_recorded(self, tokenizer: Tokenizer) -> None:
+        begun = request(USER, says(text("Yes, ")))
+        made = prompt(begun, tokenizer, template_history=True)
+        assert (made.opening, len(made.begun)) == (None, 0)
+        assert made.pieces == (TURN + ANSWER + "Yes, ",)
+        marked = prompt(begun, tokenizer)
+        assert "".join(map(str, marked.pieces)) == TURN + ANSWER + "Yes, "
+        assert (marked.opening, marked.begun.tolist()) == ("", tokenizer.encode("Yes, ").tolist())
+
+    def test_calls_that_no_format_can_write_are_left_to_the_template(self) -> None:
+        loop = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls }}<|end|>{% endfor %}"
+        asked = request(USER, says(CALL), RESULT)
+        plain = make_tokenizer(byte_level_with(loop))
+        assert render_text(asked, plain) == by_template(asked, plain)
+        assert "'arguments': {'path': '/é'" in render_text(asked, plain)
+
+    def test_what_the_templates_take(self) -> None:
+        assert {f.name: facts(tokenizer_of(f)) for f in FAMILIES} == {
+            "qwen2.5": ("hermes", "anywhere", set()),
+            "qwen3": ("hermes", "anywhere", set()),
+            "llama3.1": ("llama3", "anywhere", set()),
+            "mistral-v3": ("mistral", "first", {"as_call", "short_ids", "moves", "alternates", "ends with results"}),
+            "deepseek-r1": ("deepseek", "first", set()),
+        }
+
+
+def facts(tokenizer: Tokenizer) -> tuple[str, str, set[str]]:
+    t = tokenizer.template
+    flags = {
+        "as_call": t.as_call,
+        "short_ids": t.short_ids,
+        "moves": t.moves,
+        "alternates": not t.users_in_a_row,
+        "ends with results": not t.users_after_results,
+    }
+    return t.format.name, t.systems, {name for name, on in flags.items() if on}
+
+
+class TestControlTokens:
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+    def test_text_from_outside_never_becomes_a_control_token(self, family: Family) -> None:
+        tokenizer = tokenizer_of(family)
+        names = [family.bos, family.end, *family.special, *family.marks]
+
+        def asked(forged: str) -> CountTokensRequest:
+            call = CALL | {"name": f"Read{forged}", "input": {f"k{forged}": [f"v{forged}"]}}
+            result = {"type": "tool_result", "tool_use_id": CALL["id"], "content": f"r{forged}"}
+            tools = [{"name": "f", "description": f"d{forged}", "input_schema": {forged: {"title": forged}}}]
+            return request(
+                {"role": "user", "content": f"a{forged}b"},
+                {"role": "system", "content": f"c{forged}"},
+                says(text(f"{forged}d"), call),
+                {"role": "user", "content": [result, text(forged)]},
+                system=f"e{forged}",
+                tools=tools,
+            )
+
+        controls = {tokenizer.hf.convert_tokens_to_ids(name) for name in names}
+        plain, forged = (
+            [token for token in render(asked(value), tokenizer).tolist() if token in controls]
+            for value in ("", "".join(names) + "\n".join(names))
+        )
+        assert forged == plain
+        decoded = tokenizer.hf.decode(render(asked(family.end), tokenizer))
+        assert decoded.count(family.end) == render_text(asked(family.end), tokenizer).count(family.end)
+        assert f"a{family.end}b" in decoded
+
+    def test_a_token_within_a_token_is_cut_too(self) -> None:
+        hf = byte_level_with("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}<x><y>")
+        tokenizer = make_tokenizer(hf)
+        ids = render(request({"role": "user", "content": "<x><y><|a|><|<|end|>"}), tokenizer).tolist()
+        added = [hf.added_tokens_decoder[token].content for token in ids if token in hf.added_tokens_decoder]
+        assert added == ["<|end|>", "<x><y>"]
+        assert hf.decode(ids) == "<x><y><|a|><|<|end|><|end|><x><y>"
+
+    def test_added_tokens_that_no_template_writes_are_words(self) -> None:
+        hf = byte_level_with("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+        ids = render(request({"role": "user", "content": "ab>"}), make_tokenizer(hf)).tolist()
+        assert ids == [hf.convert_tokens_to_ids("ab>"), hf.convert_tokens_to_ids("<|end|>")]
+
+
+class TestThinking:
+    @pytest.mark.parametrize(
+        ("past", "prompts", "ours"),
+        [
+            # DeepSeek V3.1: past answers have their thinking closed, and a prompt opens or closes it.
+            ("</think>", "{{ '<think>' if thinking else '</think>' }}", "<think>Hm.</think>A"),
+            # GLM 4.5: past answers without thinking have an empty one.
+            ("<think></think>", "", "<think>Hm.</think>A"),
+            ("", "<think>", "<think>Hm.</think>A"),
+            ("", "", "<think>Hm.</think>A"),
+        ],
+    )
+    def test_a_turn_that_thinks_opens_thinking_once(self, past: str, prompts: str, ours: str) -> None:
+        turn = "{{ '<|a|>' if m.role == 'assistant' else '<x>' }}"
+        answer = "{% if m.role == 'assistant' %}" + past + "{% endif %}{{ m.content.split('</think>')[-1] }}<|end|>"
+        end = "{% if add_generation_prompt %}<|a|>" + prompts + "{% endif %}"
+        hf = byte_level_with("{% for m in messages %}" + turn + answer + "{% endfor %}" + end)
+        tokenizer = make_tokenizer(hf, "deepseek_v31")
+        on = {"type": "adaptive"}
+        asked = request(USER, says(think("Hm."), text("A")), USER, thinking=on)
+        first = prompt(request(USER, thinking=on), tokenizer).tokens
+        rendered = prompt(asked, tokenizer)
+        assert render_text(asked, tokenizer).startswith(f"<x>Q<|end|><|a|>{ours}<|end|><x>Q<|end|><|a|>")
+        assert rendered.tokens[: len(first)].tolist() == first.tolist()
+        plain = render_text(request(USER, says(text("A")), USER, thinking=on), tokenizer)
+        assert plain.startswith(f"<x>Q<|end|><|a|>{past}A<|end|>")
+
+
+class TestPieces:
+    def test_a_sentencepiece_tokenizer_puts_no_blank_where_text_is_cut(self) -> None:
+        hf = metaspace()
+        hf.chat_template = (
+            "{% for m in messages %}<|a|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+        )
+        tokenizer = make_tokenizer(hf)
+        asked = request({"role": "user", "content": "a<|a|>b"}, says(text("cd ef")), {"role": "user", "content": "g h"})
+        ids = render(asked, tokenizer).tolist()
+        (mark,) = whole(hf, "<|a|>")
+        assert hf.convert_ids_to_tokens(ids) == [
+            "<|a|>",
+            *"a<|a|>b",
+            "<|a|>",
+            *"cd▁ef",
+            "<|a|>",
+            *"g▁h",
+            "<|a|>",
+        ]
+        assert ids.count(mark) == 4
+
+    def test_what_was_sampled_stands_where_the_answer_stood(self, tokenizer: Tokenizer) -> None:
+        ids = np.asarray([300, 301, 302], np.int32)
+        made = prompt(request(USER, says(text("A")), USER), tokenizer, [Sampled("<think>\n", ids)])
+        front, middle, end = made.pieces
+        assert front == TURN + ANSWER + "<think>\n"
+        assert middle is ids
+        assert end == "<|im_end|>\n" + TURN + ANSWER + NO_THOUGHT
+        assert made.opening == NO_THOUGHT
+
+
+def byte_level_with(template: str) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with a chat template."""
+    hf = byte_level()
+    hf.chat_template = template
+    return hf

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.steps import GREEDY, PREFILL_CHUNKS, Bucket, Row, SamplingParams, fit, ladder, pack
+from model.config import ModelConfig, RopeConfig
+from model.kv import empty_pool
+from model.params import Layer, Params
+from serve.steps import GREEDY, PREFILL_CHUNKS, Bucket, Row, SamplingParams, Steps, compile_steps, fit, ladder, pack
 
 BATCHES, CHUNKS = st.integers(1, 200), st.integers(1, 3000)
 
@@ -39,6 +45,7 @@ def test_the_ladder_of_the_defaults() -> None:
     assert [b.chunk for b in buckets if b.chunk > 1] == list(PREFILL_CHUNKS)
 
 
+MASKS = st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4).map(lambda words: np.asarray(words, np.uint32))
 ROWS = st.builds(
     Row,
     tokens=st.lists(st.integers(0, 1000), min_size=1, max_size=6).map(lambda ids: np.asarray(ids, np.int32)),
@@ -51,6 +58,7 @@ ROWS = st.builds(
         top_p=st.floats(0, 1, width=32),
         seed=st.integers(0, 2**32 - 1),
     ),
+    mask=st.none() | MASKS,
 )
 
 
@@ -73,6 +81,15 @@ def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(rows: list[
         assert sampling.positions[i] == row.prefix + len(row.tokens)
         drawn = (sampling.temperature[i], sampling.top_k[i], sampling.top_p[i], sampling.seeds[i])
         assert drawn == (row.sampling.temperature, row.sampling.top_k, row.sampling.top_p, row.sampling.seed)
+    if all(row.mask is None for row in rows):
+        assert sampling.mask is None
+    else:
+        assert sampling.mask.shape == (seqs, 4)
+        assert sampling.mask.dtype == np.uint32
+        for i, row in enumerate(rows):
+            assert np.array_equal(sampling.mask[i], np.full(4, 2**32 - 1, np.uint32) if row.mask is None else row.mask)
+        # An empty mask leaves nothing to sample, so the sequences that are not there have a full one.
+        assert np.all(sampling.mask[len(rows) :] == 2**32 - 1)
     # The sequences that are not there own no token, and what they would sample is greedy, hence cheap.
     assert np.all(batch.starts[len(rows) :] == sum(len(row.tokens) for row in rows))
     assert not batch.tokens[batch.starts[-1] :].any()
@@ -95,3 +112,50 @@ def test_every_column_has_the_type_that_was_compiled_for() -> None:
         assert {column.dtype for column in ints} == {np.dtype(np.int32)}
         assert sampling.seeds.dtype == np.uint32
         assert {sampling.temperature.dtype, sampling.top_p.dtype} == {np.dtype(np.float32)}
+
+
+SMALL = ModelConfig("qwen3", 100, 16, 16, 1, 2, 1, 8, 64, 1e-6, RopeConfig(), qk_norm=True, tie_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Params, Steps]:
+    """A small model with random weights, and its compiled steps."""
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    c = SMALL
+    layer = Layer(
+        attn_norm=weight(c.embed_size),
+        qkv=weight(c.num_kv_heads, c.group + 2, c.head_dim, c.embed_size),
+        out=weight(c.embed_size, c.num_kv_heads, c.group, c.head_dim),
+        mlp_norm=weight(c.embed_size),
+        gate_up=weight(2, c.ffn_size, c.embed_size),
+        down=weight(c.embed_size, c.ffn_size),
+        q_norm=weight(c.head_dim),
+        k_norm=weight(c.head_dim),
+    )
+    params = Params(weight(c.vocab_size, c.embed_size), (layer,), weight(c.embed_size))
+    return params, compile_steps(params, empty_pool(c, 4, 8, jnp.float32), c, [Bucket(3, 1)], 16)
+
+
+def test_a_compiled_step_obeys_the_masks_of_the_rows_that_have_one(small: tuple[Params, Steps]) -> None:
+    params, steps = small
+
+    def sampled(*masks: np.ndarray | None) -> list[int]:
+        rows = [Row(np.asarray([7], np.int32), 0, np.asarray([i], np.int32), GREEDY, m) for i, m in enumerate(masks)]
+        batch, sampling = pack(rows, Bucket(3, 1), steps.table_pages)
+        pool = empty_pool(SMALL, 4, 8, jnp.float32)
+        return steps.run[Bucket(3, 1)](params, pool, batch, sampling)[0].tolist()[: len(masks)]
+
+    def only(*tokens: int) -> np.ndarray:
+        bits = np.isin(np.arange(128), tokens)
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    (best, same) = sampled(None, None)
+    assert best == same
+    assert best not in (3, 64, 99)
+    assert sampled(only(3), None, only(99)) == [3, best, 99]
+    assert sampled(None, only(64, best)) == [best, best]
+    assert sampled(only(64), only(64)) == [64, 64]

@@ -1,0 +1,318 @@
+"""Tool calls of open models, read as they arrive: one function a format, which waits where the text ends so far.
+
+The functions are generators: they yield None for "more text, please" and each call as soon as it is complete, and raise
+Malformed for what is none. Each character is read once. The forms are those that `formats` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from serve.messages import new_id
+
+SPACE = " \t\r\n"  # beside a mark it belongs to the mark, not to the blocks
+CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL_BEGIN, SEP, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A complete tool call; `arguments` is `input` as compact JSON. The id is a fresh one, as models repeat theirs."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+    arguments: str
+
+
+class Malformed(Exception):
+    """What began like a call is none."""
+
+
+class Source:
+    """The text of a call as it arrives, from its first mark on, and how far it is read."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+        self.settled = 0  # what stands before belongs to calls that are complete
+        self.ended = False  # nothing more will come
+
+
+T = TypeVar("T")
+Tools = Mapping[str, dict[str, Any]]  # input schemas by name
+Reading = Generator[None, None, T]  # yields where it needs more text than there is yet
+Calls = Generator[Call | None, None, None]  # yields complete calls as well
+Reader = Callable[[Source, Tools], Calls]
+
+
+def make_call(name: object, input: object) -> Call:
+    """A call; raises Malformed unless it has a name and an object of arguments that the wire can carry."""
+    if not (isinstance(name, str) and name and isinstance(input, dict)):
+        raise Malformed
+    try:
+        return Call(new_id("toolu"), name, input, msgspec.json.encode(input).decode())
+    # Halves of surrogate pairs, integers beyond 64 bits, endless nesting.
+    except (ValueError, OverflowError, RecursionError):
+        raise Malformed from None
+
+
+# Each reading function goes on where the source stands, and waits where the source ends.
+BLANK = re.compile(f"[{SPACE}]*")
+NAME = re.compile(r"""[^\s<>\[\]{}()"',;]*""")
+KEY = re.compile(r"[^<>\n]*")
+PLAIN = re.compile(r'[^"\\]*')  # within a string of JSON
+BETWEEN = re.compile(r"[\s:,0-9+\-.eEtrufalsn]*")  # the strings and brackets of JSON
+
+
+def more(source: Source) -> Reading[None]:
+    """Wait for more text; raises Malformed if there is none to come."""
+    if source.ended:
+        raise Malformed
+    yield
+
+
+def take(source: Source, pattern: re.Pattern[str]) -> Reading[str]:
+    """Read what a pattern such as `[a-z]*` matches, which may be nothing."""
+    start = source.at
+    while True:
+        found = pattern.match(source.text, source.at)
+        assert found
+        source.at = found.end()
+        if source.at < len(source.text) or source.ended:
+            return source.text[start : source.at]
+        yield
+
+
+def word(source: Source, pattern: re.Pattern[str] = NAME) -> Reading[str]:
+    """Read a name; raises Malformed if none is there."""
+    name = yield from take(source, pattern)
+    if not name:
+        raise Malformed
+    return name
+
+
+def skip(source: Source, mark: str) -> Reading[bool]:
+    """Read a mark; false, and nothing is read, if something else is there."""
+    while not source.text.startswith(mark, source.at):
+        if source.ended or not mark.startswith(source.text[source.at : source.at + len(mark)]):
+            return False
+        yield
+    source.at += len(mark)
+    return True
+
+
+def expect(source: Source, mark: str) -> Reading[None]:
+    """Read a mark; raises Malformed if something else is there."""
+    if not (yield from skip(source, mark)):
+        raise Malformed
+
+
+def close(source: Source, *marks: str) -> Reading[None]:
+    """Read the marks behind a complete call, as far as they are there: a model may forget them, or be cut off."""
+    for mark in marks:
+        yield from take(source, BLANK)
+        found = yield from skip(source, mark)
+        if not found and source.ended and mark.startswith(source.text[source.at :]):
+            source.at = len(source.text)
+    yield from take(source, BLANK)
+    source.settled = source.at
+
+
+def find(source: Source, mark: str) -> Reading[int]:
+    """Read up to a mark and over it; where the mark stood."""
+    while (at := source.text.find(mark, source.at)) < 0:
+        source.at = max(source.at, len(source.text) - len(mark) + 1)
+        yield from more(source)
+    source.at = at + len(mark)
+    return at
+
+
+def read_object(source: Source) -> Reading[dict[str, Any]]:
+    """Read a JSON object: its end is found by brackets and strings, each character once, and then it is decoded."""
+    start, closing = source.at, ["}"]
+    yield from expect(source, "{")
+    while closing:
+        yield from take(source, BETWEEN)
+        sign = yield from one(source)
+        if sign == '"':
+            yield from read_string(source)
+        elif sign in "{[":
+            closing.append("}" if sign == "{" else "]")
+        elif sign != closing.pop():
+            raise Malformed
+    try:
+        # Not strict: models write line breaks into strings as they are.
+        return json.loads(source.text[start : source.at], strict=False)
+    except (ValueError, RecursionError):
+        raise Malformed from None
+
+
+def read_string(source: Source) -> Reading[None]:
+    """Read a string of JSON behind its opening quote."""
+    while True:
+        yield from take(source, PLAIN)
+        if (yield from one(source)) == '"':
+            return
+        yield from one(source)  # a backslash, and what it escapes
+
+
+def one(source: Source) -> Reading[str]:
+    """Read one character."""
+    while source.at == len(source.text):
+        yield from more(source)
+    source.at += 1
+    return source.text[source.at - 1]
+
+
+def read_json_call(source: Source) -> Calls:
+    """Read `{"name": ..., "arguments": {...}}`; Llama's models say parameters."""
+    value = yield from read_object(source)
+    yield make_call(value.get("name"), value.get("arguments", value.get("parameters")))
+
+
+def read_hermes(source: Source, tools: Tools) -> Calls:
+    """One call; complete with its object."""
+    yield from expect(source, "<tool_call>")
+    yield from take(source, BLANK)
+    yield from read_json_call(source)
+    yield from close(source, "</tool_call>")
+
+
+def read_xml(source: Source, tools: Tools) -> Calls:
+    """One call, whose outer tag models forget at times; complete with `</function>`."""
+    yield from skip(source, "<tool_call>")
+    yield from take(source, BLANK)
+    yield from expect(source, "<function=")
+    name = yield from word(source)
+    yield from expect(source, ">")
+    schema, given = tools.get(name, {}), {}
+    yield from take(source, BLANK)
+    while not (yield from skip(source, "</function>")):
+        yield from expect(source, "<parameter=")
+        key = yield from word(source, KEY)
+        yield from expect(source, ">")
+        given[key] = typed((yield from read_value(source)), schema.get("properties", {}).get(key), schema)
+        yield from take(source, BLANK)
+    yield make_call(name, given)
+    yield from close(source, "</tool_call>")
+
+
+def read_value(source: Source) -> Reading[str]:
+    """A value up to the closing tag that another parameter or the call's end follows; text may hold other such tags."""
+    start = source.at
+    while True:
+        end = yield from find(source, "</parameter>")
+        behind = source.at
+        yield from take(source, BLANK)
+        closed = (yield from skip(source, "<parameter=")) or (yield from skip(source, "</function>"))
+        source.at = behind
+        if closed:
+            return source.text[start:end].removeprefix("\n").removesuffix("\n")
+
+
+KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
+PYTHON = {"True": "true", "False": "false", "None": "null"}  # as templates print them, and models after them
+
+
+def typed(text: str, schema: object, root: Mapping[str, Any]) -> Any:
+    """A parameter's text as the JSON value that its schema asks for; as it is where the schema asks for a string."""
+    types = types_of(schema, root)
+    try:
+        value = json.loads(PYTHON.get(text, text)) if types - {"string"} else text
+    except (ValueError, RecursionError):
+        return text
+    kind = KINDS.get(type(value), "object")
+    fits = kind in types or (kind == "integer" and "number" in types)
+    return value if fits and kind != "string" else text
+
+
+def types_of(schema: object, root: Mapping[str, Any], depth: int = 8, seen: set[str] | None = None) -> set[str]:
+    """The JSON types that a schema names, in itself, its alternatives or behind a reference; empty if it names none.
+
+    A reference is followed once: alternatives may refer to each other.
+    """
+    if not isinstance(schema, dict) or not depth:
+        return set()
+    seen = set() if seen is None else seen
+    own = schema.get("type")
+    types = {own} if isinstance(own, str) else {kind for kind in listed(own) if isinstance(kind, str)}
+    types |= {KINDS.get(type(value), "object") for value in listed(schema.get("enum"))}
+    inner = [s for key in ("anyOf", "oneOf", "allOf") for s in listed(schema.get(key))]
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
+        seen.add(reference)
+        inner.append(resolve(root, reference))
+    return types.union(*(types_of(s, root, depth - 1, seen) for s in inner))
+
+
+def listed(value: object) -> list[Any]:
+    """A list as it is; nothing for anything else, since schemas are the client's."""
+    return value if isinstance(value, list) else []
+
+
+def resolve(root: Mapping[str, Any], reference: str) -> object:
+    """The part of a schema at a path such as `#/$defs/Point`; None if it is not there."""
+    part: Any = root
+    for key in reference.split("/")[1:]:
+        part = part.get(key) if isinstance(part, dict) else None
+    return part
+
+
+def read_llama(source: Source, tools: Tools) -> Calls:
+    """Calls with semicolons between them; each is complete with its object."""
+    yield from skip(source, "<|python_tag|>")
+    yield from take(source, BLANK)
+    yield from read_json_call(source)
+    yield from take(source, BLANK)
+    while (yield from skip(source, ";")):
+        yield from take(source, BLANK)
+        yield from read_json_call(source)
+        yield from take(source, BLANK)
+
+
+def read_mistral(source: Source, tools: Tools) -> Calls:
+    """Either form; a call is complete with its object."""
+    yield from expect(source, "[TOOL_CALLS]")
+    yield from take(source, BLANK)
+    if (yield from skip(source, "[")):
+        another = True
+        while another:
+            yield from take(source, BLANK)
+            yield from read_json_call(source)
+            yield from take(source, BLANK)
+            another = yield from skip(source, ",")
+        yield from close(source, "]")
+        return
+    name = yield from word(source)
+    if (yield from skip(source, "[CALL_ID]")):
+        yield from word(source)
+    yield from skip(source, "[ARGS]")
+    yield from take(source, BLANK)
+    yield make_call(name, (yield from read_object(source)))
+
+
+def read_deepseek(source: Source, tools: Tools) -> Calls:
+    """Calls of either form; each is complete with its object."""
+    yield from skip(source, CALLS_BEGIN)
+    yield from take(source, BLANK)
+    yield from expect(source, CALL_BEGIN)
+    another = True
+    while another:
+        name = yield from word(source)
+        yield from expect(source, SEP)
+        yield from take(source, BLANK)
+        if not source.text.startswith("{", source.at):
+            name = yield from word(source)
+            yield from take(source, BLANK)
+            yield from skip(source, "```json")
+            yield from take(source, BLANK)
+        yield make_call(name, (yield from read_object(source)))
+        yield from close(source, "```", CALL_END)
+        another = yield from skip(source, CALL_BEGIN)
+    yield from close(source, CALLS_END)
