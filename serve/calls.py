@@ -56,10 +56,14 @@ def make_call(name: object, input: object) -> Call:
     if not (isinstance(name, str) and name and isinstance(input, dict)):
         raise Malformed
     try:
-        return Call(new_id("toolu"), name, input, msgspec.json.encode(input).decode())
-    # Halves of surrogate pairs, integers beyond 64 bits, endless nesting.
+        arguments = msgspec.json.encode(input)
+        carried = msgspec.json.decode(arguments) == input  # infinity and NaN become null
+    # Halves of surrogate pairs, endless nesting.
     except (ValueError, OverflowError, RecursionError):
         raise Malformed from None
+    if not carried:
+        raise Malformed
+    return Call(new_id("toolu"), name, input, arguments.decode())
 
 
 # Each reading function goes on where the source stands, and waits where the source ends.
@@ -197,7 +201,7 @@ def read_xml(source: Source, tools: Tools) -> Calls:
         yield from expect(source, "<parameter=")
         key = yield from word(source, KEY)
         yield from expect(source, ">")
-        given[key] = typed((yield from read_value(source)), schema.get("properties", {}).get(key), schema)
+        given[key] = typed((yield from read_value(source)), member(schema.get("properties"), key), schema)
         yield from take(source, BLANK)
     yield make_call(name, given)
     yield from close(source, "</tool_call>")
@@ -224,7 +228,7 @@ def typed(text: str, schema: object, root: Mapping[str, Any]) -> Any:
     """A parameter's text as the JSON value that its schema asks for; as it is where the schema asks for a string."""
     types = types_of(schema, root)
     try:
-        value = json.loads(PYTHON.get(text, text)) if types - {"string"} else text
+        value = msgspec.json.decode(PYTHON.get(text, text)) if types - {"string"} else text
     except (ValueError, RecursionError):
         return text
     kind = KINDS.get(type(value), "object")
@@ -258,10 +262,15 @@ def listed(value: object) -> list[Any]:
 
 def resolve(root: Mapping[str, Any], reference: str) -> object:
     """The part of a schema at a path such as `#/$defs/Point`; None if it is not there."""
-    part: Any = root
+    part: object = root
     for key in reference.split("/")[1:]:
-        part = part.get(key) if isinstance(part, dict) else None
+        part = member(part, key)
     return part
+
+
+def member(value: object, key: str) -> Any:
+    """A member of a JSON object; None if it is not there, or the value no object."""
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def read_llama(source: Source, tools: Tools) -> Calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 from families import FAMILIES, tokenizer_of
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.calls import Call, types_of
-from serve.formats import BY_NAME, choose, opening_thinking, write_turn
+from serve.formats import BY_NAME, SPACE, choose, opening_thinking, write_turn
 from serve.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.parse import AnswerStream, Stopped, Text, Thinking, ThinkingEnd
 
@@ -46,9 +48,33 @@ def read(name, text, cuts=(), stops=(), tools=TOOLS):
     """The answer's blocks, in the parser's words, deltas merged."""
     stream = AnswerStream(backend(), BY_NAME[name], stops, tools)
     bounds = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
-    pieces = [p for a, b in pairwise(bounds) for p in stream.read(text[a:b])]
+    return merge([*(p for a, b in pairwise(bounds) for p in stream.read(text[a:b])), *stream.finish()])
+
+
+@cache
+def spelling(name, marks):
+    """A tokenizer with one token a byte; a format's marks are special tokens, ordinary ones, or none at all."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    if marks != "spelled":
+        added = [AddedToken(m, special=marks == "special", normalized=False) for m in BY_NAME[name].marks]
+        tokenizer.add_tokens(added)
+    return tokenizer
+
+
+def sample(name, text, marks, tools=TOOLS, thinking=False):
+    """The same as `read`, of the text's tokens."""
+    stream = AnswerStream(spelling(name, marks), BY_NAME[name], (), tools, thinking)
+    ids = spelling(name, marks).encode(text).ids
+    return merge([*(piece for token in ids for piece in stream.feed(token)), *stream.finish()])
+
+
+def merge(pieces):
     merged: list = []
-    for piece in [*pieces, *stream.finish()]:
+    for piece in pieces:
         if isinstance(piece, Text | Thinking) and merged and type(merged[-1]) is type(piece):
             merged[-1] = type(piece)(merged[-1].text + piece.text)
         else:
@@ -123,3 +149,103 @@ def test_the_types_of_hostile_schemas_are_found_without_delay():
     assert types_of({"$ref": "#/$defs/t0"}, {"$defs": alternatives}) == set()
     assert types_of({"enum": 5, "anyOf": "x", "type": 3}, {}) == set()
     assert types_of({"enum": ["a", 1]}, {}) == {"string", "integer"}
+    assert types_of({"$ref": "#/properties/a/b"}, {"properties": [1]}) == set()
+
+
+XML = "<tool_call>\n<function=Read>\n<parameter=x>\n{}\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize("properties", [None, [1], "x", {"x": None}, {"x": {"type": "string"}}])
+def test_a_parameter_whose_schema_says_nothing_usable_is_text(properties):
+    assert read("qwen3_coder", XML.format("5"), tools={"Read": {"properties": properties}}) == [("Read", {"x": "5"})]
+
+
+@pytest.mark.parametrize(
+    ("text", "type", "value"),
+    [
+        ("5", "integer", 5),
+        ("1.0", "number", 1.0),
+        ("True", "boolean", True),
+        ("None", ["string", "null"], None),
+        ("five", "integer", "five"),
+        ('{"a": [1]}', "object", {"a": [1]}),
+        ("NaN", "number", "NaN"),
+        ("1e999", "number", "1e999"),
+    ],
+)
+def test_a_parameter_is_what_its_schema_says_and_else_text(text, type, value):
+    (call,) = read("qwen3_coder", XML.format(text), tools={"Read": {"properties": {"x": {"type": type}}}})
+    assert repr(call) == repr(("Read", {"x": value})), "1 and 1.0 and true are not the same"
+
+
+@pytest.mark.parametrize("value", ["1e999", '"\\ud83d"', "[" * 5000 + "]" * 5000, "1" * 5000])
+def test_a_call_whose_arguments_the_wire_cannot_carry_is_text(value):
+    text = f'<tool_call>{{"name": "Read", "arguments": {{"a": {value}}}}}</tool_call>'
+    assert read("hermes", text) == [Text(text)]
+
+
+def test_arguments_are_the_input_as_json():
+    stream = AnswerStream(backend(), BY_NAME["hermes"], (), TOOLS)
+    (call,) = stream.read('<tool_call>\n{"name": "Read", "arguments": {"b": 1.0,  "a": "\\u00e9"}}')
+    assert call.arguments == '{"b":1.0,"a":"é"}'
+    assert json.loads(call.arguments) == call.input
+
+
+# Texts with what JSON is made of and with beginnings of marks, but without whole marks; whitespace is never outermost.
+WORDS = st.text(st.sampled_from('ab {}"\\\né🙂;<[,]'), max_size=12).map(lambda text: f"a{text.rstrip(SPACE)}")
+STRINGS = st.text(st.characters(codec="utf-8"), max_size=6)
+NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+PLAIN = st.none() | st.booleans() | NUMBERS | STRINGS
+VALUES = st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(STRINGS, v, max_size=3), max_leaves=5)
+
+
+@st.composite
+def turns(draw, name):
+    """Blocks that a format can write, and that can be told apart when they are read."""
+    kinds = draw(st.lists(st.sampled_from([TextBlock, ThinkingBlock, ToolUseBlock]), max_size=5))
+    kept = [k for i, k in enumerate(kinds) if k is not TextBlock or i == 0 or kinds[i - 1] is not TextBlock]
+    # XML has a type only where the schema has one: other values are tested above.
+    texts = st.dictionaries(st.just("path"), STRINGS)
+    values = texts if name == "qwen3_coder" else st.dictionaries(STRINGS, VALUES, max_size=3)
+    calls = values.map(lambda input: ToolUseBlock("a" * 9, "Read", input))
+    return [draw(calls) if kind is ToolUseBlock else kind(draw(WORDS)) for kind in kept]
+
+
+@given(st.sampled_from(CALLING), st.sampled_from(["special", "ordinary", "spelled"]), st.data())
+def test_what_is_written_is_read_back_from_any_tokens(name, marks, data):
+    blocks = data.draw(turns(name))
+    expected: list = []
+    for block in blocks:
+        match block:
+            case TextBlock(text):
+                expected.append(Text(text))
+            case ThinkingBlock(text):
+                expected += [Thinking(text), ThinkingEnd()]
+            case _:
+                expected.append(("Read", block.input))
+    assert sample(name, write_turn(BY_NAME[name], blocks), marks) == expected
+
+
+@given(st.sampled_from(CALLING), st.lists(st.sampled_from(SOUP), max_size=14), st.booleans())
+def test_no_word_is_lost_and_marks_are_the_same_as_one_token_or_many(name, parts, thinking):
+    numbered = [f"w{i}." if part == "word" else part for i, part in enumerate(parts)]
+    answer = sample(name, "".join(numbered), "special", thinking=thinking)
+    assert answer == sample(name, "".join(numbered), "spelled", thinking=thinking)
+    told = "".join(map(repr, answer))
+    assert all(told.count(word) == 1 for word in numbered if word.startswith("w"))
+
+
+def test_a_special_token_that_is_no_mark_vanishes_and_a_mark_without_tools_is_text():
+    assert sample("mistral", "a<|end|>b[TOOL_CALLS]", "special", tools={}) == [Text("ab[TOOL_CALLS]")]
+
+
+def test_an_answer_that_begins_within_thinking_leaves_it_at_the_closing_mark():
+    answer = sample("deepseek", "\nso\n</think>\n\nYes", "special", thinking=True)
+    assert answer == [Thinking("so"), ThinkingEnd(), Text("Yes")]
+    assert sample("deepseek", "\n\n</think>\n\nYes", "special", thinking=True) == [Text("Yes")]
+
+
+def test_of_two_calls_the_first_stands_when_the_second_is_broken():
+    first, broken = write_turn(BY_NAME["deepseek"], [ToolUseBlock("a" * 9, "now", {})]), "<｜tool▁call▁begin｜>broken"
+    text = first.removesuffix("<｜tool▁calls▁end｜>") + "\n" + broken
+    assert read("deepseek", text) == [("now", {}), Text(broken)]
