@@ -339,7 +339,7 @@ def test_a_request_with_broken_bytes_is_read_or_refused(at: int, junk: bytes, cu
     decodes_or_is_refused(body[:at] + junk + body[at + cut :])
 
 
-USAGE = wire.Usage(input_tokens=3, cache_creation_input_tokens=5, cache_read_input_tokens=7, output_tokens=11)
+USAGE = wire.Usage(3, 5, cache_read_input_tokens=7, output_tokens=11, cache_read_by_tier={"device": 4, "disk": 3})
 ANSWER = wire.Message(
     id=wire.new_id("msg"),
     model="local-model",
@@ -392,6 +392,7 @@ def test_a_message_has_the_fields_of_the_api_in_its_order() -> None:
         "cache_creation_input_tokens": 5,
         "cache_read_input_tokens": 7,
         "output_tokens": 11,
+        "cache_read_by_tier": {"device": 4, "disk": 3},
     }
 
 
