@@ -30,6 +30,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import engine as eng
+from serve.formats import NONE
 from serve.messages import (
     ERROR_TYPES,
     ContentBlockDelta,
@@ -60,7 +61,7 @@ from serve.messages import (
 from serve.messages import Message as Answer
 from serve.metrics import ServerMetrics
 from serve.normalize import RULES, normalize
-from serve.parse import TextStream
+from serve.parse import AnswerStream, Piece, Stopped, Text
 from serve.render import Tokenizer, render
 from serve.steps import SamplingParams
 
@@ -320,13 +321,13 @@ async def answer(
 
     `message_start` comes with the first token, when the counts of its usage are known.
     """
-    text = TextStream(serving.tokenizer.hf.backend_tokenizer, message.stop_sequences or ())
+    text = AnswerStream(serving.tokenizer.hf.backend_tokenizer, NONE, message.stop_sequences or ())
     usage, sent, sampled = Usage(0), False, 0
     reason: StopReason = "end_turn"
     stop: str | None = None
     async with aclosing(eng.generate(serving.engine, generation, PING_SECONDS)) as events:
         async for event in events:
-            piece = ""
+            pieces: list[Piece] = []
             match event:
                 case eng.Waiting():
                     yield Ping()
@@ -341,19 +342,21 @@ async def answer(
                     yield ContentBlockStart(0, TextBlock(""))
                 case eng.Sampled(token):
                     sampled += 1
-                    fed = text.feed(token)
-                    piece, stop = fed.text, fed.stop
+                    pieces = text.feed(token)
                 case eng.Finished(why):
                     sampled += why == "stop"
                     reason = "end_turn" if why == "stop" else "max_tokens"
-                    piece = text.finish()
-            if piece:
-                if not sent:
-                    serving.metrics.ttft.observe(time.perf_counter() - received)
-                    sent = True
-                yield ContentBlockDelta(0, TextDelta(piece))
+                    pieces = text.finish()
+            for piece in pieces:
+                match piece:
+                    case Text(more):
+                        if not sent:
+                            serving.metrics.ttft.observe(time.perf_counter() - received)
+                            sent = True
+                        yield ContentBlockDelta(0, TextDelta(more))
+                    case Stopped(sequence):
+                        reason, stop = "stop_sequence", sequence
             if stop is not None:
-                reason = "stop_sequence"
                 break
     yield ContentBlockStop(0)
     final = replace(usage, output_tokens=sampled)

@@ -308,10 +308,8 @@ class Engine:
             self.store.release(lease)
             return
         self.store.release(sequence.lease)
-        if not sequence.sampled:
-            sequence.reused += lease.reused - sequence.computed
-        sequence.lease, sequence.computed = lease, lease.reused
-        sequence.sealed = max(sequence.sealed, sequence.computed // self.settings.page_size)
+        sequence.lease = lease
+        sequence.take_over(lease.reused, self.settings.page_size)
 
     def decode(self, sequences: list[Sequence]) -> None:
         """Run the one pending token of each sequence, all in one batch."""

@@ -53,25 +53,22 @@ class EngineCollector(Collector):
 def tier_metrics(pager: Pager) -> Iterator[Metric]:
     """What the tiers below the device hold and did, and what the engine took from them."""
     stats = pager.tiers.pages.stats()
-    for name, text in (("pages", "Pages in a tier"), ("bytes", "Bytes that a tier occupies")):
-        gauge = GaugeMetricFamily(f"tokenzero_tier_{name}", text, labels=["tier"])
-        for tier in stats:
-            gauge.add_metric([tier.name], getattr(tier, name))
-        yield gauge
-    for name, text in (
-        ("hits", "Pages found on reading"),
-        ("misses", "Pages not found on reading"),
-        ("bytes_read", "Payload read"),
-        ("bytes_written", "Payload written"),
-        ("evicted", "Pages evicted to stay in the budget"),
-        ("corrupt", "Pages removed because their checksum was wrong"),
-        ("dropped", "Pages that could not be written"),
-        ("errors", "Failed operations of the disk or the network"),
+    for family, name, text in (
+        (GaugeMetricFamily, "pages", "Pages in a tier"),
+        (GaugeMetricFamily, "bytes", "Bytes that a tier occupies"),
+        (CounterMetricFamily, "hits", "Pages found on reading"),
+        (CounterMetricFamily, "misses", "Pages not found on reading"),
+        (CounterMetricFamily, "bytes_read", "Payload read"),
+        (CounterMetricFamily, "bytes_written", "Payload written"),
+        (CounterMetricFamily, "evicted", "Pages evicted to stay in the budget"),
+        (CounterMetricFamily, "corrupt", "Pages removed because their checksum was wrong"),
+        (CounterMetricFamily, "dropped", "Pages that could not be written"),
+        (CounterMetricFamily, "errors", "Failed operations of the disk or the network"),
     ):
-        counter = CounterMetricFamily(f"tokenzero_tier_{name}", text, labels=["tier"])
+        metric = family(f"tokenzero_tier_{name}", text, labels=["tier"])
         for tier in stats:
-            counter.add_metric([tier.name], getattr(tier, name))
-        yield counter
+            metric.add_metric([tier.name], getattr(tier, name))
+        yield metric
     restored = CounterMetricFamily("tokenzero_restored_tokens", "Tokens copied in from a tier", labels=["tier"])
     latency = SummaryMetricFamily("tokenzero_restore_seconds", "Reading one slice of pages", labels=["tier"])
     for tier in stats:

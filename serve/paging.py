@@ -81,7 +81,6 @@ class Loaded:
 
     first: int  # index of the first page in its sequence
     stop: int  # tokens that are computed once the last page is in its place
-    tiers: list[str]  # where each page came from
     arrays: list[jax.Array]  # of [batch, *page_shape]
     fetched: Fetched
 
@@ -142,10 +141,9 @@ class Pager:
     def begin(self, sequence: Sequence, held: int) -> None:
         """Ask the tiers for a sequence of which the device holds the first `held` tokens."""
         known, page_size = sequence.known, self.page_size
-        root = root_key(self.fingerprint, page_size, sequence.request.salt)
         self.name(sequence, len(known) // page_size)
         keys = sequence.keys[: len(known) // page_size]
-        looking = self.tiers.look(root, keys, known.copy(), held // page_size, page_size)
+        looking = self.tiers.look(self.parent(sequence, 0), keys, known.copy(), held // page_size, page_size)
         sequence.restore = Restore(looking, held, time.monotonic())
         looking.add_done_callback(lambda _: self.wake())
 
@@ -198,8 +196,7 @@ class Pager:
             at += batch
         last = pages[count - 1]
         stop = last.index * self.page_size + last.tokens if count else 0
-        names = [name for name in fetched.sources[:count] if name is not None]
-        return Loaded(pages[0].index, stop, names, arrays, fetched)
+        return Loaded(pages[0].index, stop, arrays, fetched)
 
     def blocked(self, sequence: Sequence) -> bool:
         """Whether a sequence's next page is on its way from a tier, or may be."""
@@ -251,16 +248,16 @@ class Pager:
         for array in loaded.arrays:
             pool = self.moves.scatter[len(array)](pool, pages[at : at + len(array)], array)
             at += len(array)
-        for index, tier in enumerate(loaded.tiers, loaded.first):
+        restored: Counter[str] = Counter()
+        for index, source in zip(range(loaded.first, at), loaded.fetched.sources, strict=False):
+            assert source is not None
             start, stop = max(before, index * self.page_size), min(loaded.stop, (index + 1) * self.page_size)
-            self.restored_tokens[tier] += max(0, stop - start)
-            if not sequence.sampled:
-                sequence.restored[tier] += max(0, stop - start)
+            restored[source] += max(0, stop - start)
+        self.restored_tokens.update(restored)
+        if not sequence.sampled:
+            sequence.restored.update(restored)
         if loaded.stop > before:
-            if not sequence.sampled:
-                sequence.reused += loaded.stop - before
-            sequence.computed = loaded.stop
-            sequence.sealed = max(sequence.sealed, sequence.computed // self.page_size)
+            sequence.take_over(loaded.stop, self.page_size)
         return pool
 
     # Going down.
@@ -269,33 +266,40 @@ class Pager:
         """Make sure that the keys of a sequence's first `count` pages are known."""
         have, size = len(sequence.keys), self.page_size
         if have < count:
-            parent = sequence.keys[-1] if have else root_key(self.fingerprint, size, sequence.request.salt)
-            sequence.keys += page_keys(parent, sequence.tokens[have * size : count * size], size)
+            sequence.keys += page_keys(self.parent(sequence, have), sequence.tokens[have * size : count * size], size)
 
-    def save(self, sequence: Sequence, pool: KVPool) -> None:
-        """Queue the pages that a running sequence has filled, as far as the writer's queue has room."""
-        assert sequence.lease is not None
+    def parent(self, sequence: Sequence, index: int) -> bytes:
+        """The key that stands in front of page `index` of a sequence, whose earlier pages have their names."""
+        if index:
+            return sequence.keys[index - 1]
+        return root_key(self.fingerprint, self.page_size, sequence.request.salt)
+
+    def seal(self, sequence: Sequence) -> list[int]:
+        """Name the pages that a sequence has filled; the indices of those that still have to go to the tiers."""
         full = sequence.computed // self.page_size
         sequence.unsaved.extend(range(sequence.sealed, full))
         sequence.sealed = max(sequence.sealed, full)
         self.name(sequence, full)
-        ready = [i for i in sequence.unsaved if i < full]
+        return [i for i in sequence.unsaved if i < full]
+
+    def save(self, sequence: Sequence, pool: KVPool) -> None:
+        """Queue the pages that a running sequence has filled, as far as the writer's queue has room."""
+        assert sequence.lease is not None
+        ready = self.seal(sequence)
         taken = self.submit([(sequence.keys[i], int(sequence.lease.pages[i])) for i in ready], pool)
         queued = set(ready[:taken])
-        sequence.unsaved = deque(i for i in sequence.unsaved if i not in queued)
+        sequence.unsaved = [i for i in sequence.unsaved if i not in queued]
 
     def retire(self, sequence: Sequence, pool: KVPool, store: PrefixStore) -> None:
         """Queue what a sequence that ends has not saved, its partly filled page too, and end its lease when all is."""
         lease = sequence.lease
         assert lease is not None
-        self.save(sequence, pool)
-        full, size = sequence.computed // self.page_size, self.page_size
-        pages = [(sequence.keys[i], int(lease.pages[i])) for i in sequence.unsaved if i < full]
+        pages = [(sequence.keys[i], int(lease.pages[i])) for i in self.seal(sequence)]
         sequence.unsaved.clear()
-        rest = sequence.tokens[full * size : sequence.computed]
+        full = sequence.computed // self.page_size
+        rest = sequence.tokens[full * self.page_size : sequence.computed]
         if len(rest) and sequence.computed > sequence.reused:
-            parent = sequence.keys[full - 1] if full else root_key(self.fingerprint, size, sequence.request.salt)
-            pages.append((tail_key(parent, rest), int(lease.pages[full])))
+            pages.append((tail_key(self.parent(sequence, full), rest), int(lease.pages[full])))
         self.parked.append(Unsaved(lease, pages))
         self.save_parked(pool, store)
 

@@ -51,14 +51,6 @@ class Stopped:
 Piece = Text | Thinking | ThinkingEnd | Call | Stopped
 
 
-@dataclass(frozen=True)
-class TextPiece:
-    """What one token added: text that is safe to send, and the stop sequence that it completed, if any."""
-
-    text: str
-    stop: str | None = None
-
-
 class CharacterStream:
     """Tokens to whole characters; half a character is held back. Each token costs the same, whatever came before."""
 
@@ -85,31 +77,6 @@ class CharacterStream:
             self.settled = len(self.ids)
             self.taken = len(self.backend.decode(self.ids, skip_special_tokens=False)) - held
         return new
-
-
-class TextStream:
-    """One answer's text as it grows; holds back half a character, and the start of a stop sequence."""
-
-    def __init__(self, backend: Any, stop_sequences: Sequence[str] = ()) -> None:
-        self.stops = tuple(stop_sequences)
-        self.characters = CharacterStream(backend)
-        self.held = ""
-
-    def feed(self, token: int) -> TextPiece:
-        """Take the next token; after a stop sequence nothing more may be fed."""
-        text = self.held + self.characters.feed(token)
-        if found := first_stop(text, self.stops):
-            at, stop = found
-            self.held = ""
-            return TextPiece(text[:at], stop)
-        keep = max((overlap(text, stop) for stop in self.stops), default=0)
-        self.held = text[len(text) - keep :]
-        return TextPiece(text[: len(text) - keep])
-
-    def finish(self) -> str:
-        """What was held back and turned out to be plain text."""
-        text, self.held = self.held, ""
-        return text
 
 
 class AnswerStream:

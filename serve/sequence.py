@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -84,12 +84,19 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)  # of its full pages, as far as they are known
     restore: Restore | None = None
     sealed: int = 0  # full pages that were looked at for saving
-    unsaved: deque[int] = field(default_factory=deque)  # of these, the ones that still have to go to the tiers
+    unsaved: list[int] = field(default_factory=list)  # of these, the ones that still have to go to the tiers
 
     @property
     def pending(self) -> int:
         """Tokens to run through the model before the next one can be sampled."""
         return self.length - self.computed
+
+    def take_over(self, length: int, page_size: int) -> None:
+        """Count the first `length` tokens as computed by somebody else, whose business it is to save their pages."""
+        if not self.sampled:
+            self.reused += length - self.computed
+        self.computed = length
+        self.sealed = max(self.sealed, length // page_size)
 
     @property
     def known(self) -> np.ndarray:

@@ -58,6 +58,13 @@ def prompt(seed, length=200):
     return np.random.default_rng(seed).integers(3, VOCAB, length).astype(np.int32)
 
 
+def stored(model, folder, tokens):
+    """Let an engine compute a prompt and store its pages; the keys of the full ones."""
+    with Running(model, tiers_of(folder)) as engine:
+        generate(engine, tokens, 4)
+        return engine.store.keys(tokens)
+
+
 def test_a_restarted_engine_answers_the_same_and_computes_only_the_last_token(model, tmp_path):
     tokens = prompt(0)
     with Running(model, tiers_of(tmp_path)) as engine:
@@ -93,9 +100,7 @@ def test_what_was_evicted_from_the_device_comes_back_from_host_memory(model):
 
 def test_a_hole_is_computed_and_what_lies_behind_it_is_restored(model, tmp_path):
     tokens = prompt(3, 300)
-    with Running(model, tiers_of(tmp_path)) as engine:
-        generate(engine, tokens, 4)
-        keys = engine.store.keys(tokens)
+    keys = stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
     tiers.pages.tiers[0].delete([keys[4], keys[5], keys[20]])
     with Running(model, tiers) as engine:
@@ -107,9 +112,7 @@ def test_a_hole_is_computed_and_what_lies_behind_it_is_restored(model, tmp_path)
 
 def test_a_page_that_vanishes_between_lookup_and_reading_is_computed(model, tmp_path):
     tokens = prompt(4, 250)
-    with Running(model, tiers_of(tmp_path)) as engine:
-        generate(engine, tokens, 4)
-        keys = engine.store.keys(tokens)
+    keys = stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
     (disk,) = tiers.pages.tiers
     read = disk.get_many
@@ -124,9 +127,7 @@ def test_a_page_that_vanishes_between_lookup_and_reading_is_computed(model, tmp_
 
 def test_pages_of_one_prompt_come_from_several_tiers(model, tmp_path):
     tokens = prompt(5, 300)
-    with Running(model, tiers_of(tmp_path)) as engine:
-        generate(engine, tokens, 4)
-        keys = engine.store.keys(tokens)
+    keys = stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path, host=64 * MIB)
     host, disk = tiers.pages.tiers
     host.put_many(list(zip(keys[3:9], disk.get_many(keys[3:9]), strict=True)))
@@ -162,8 +163,7 @@ def test_salted_requests_do_not_find_each_others_pages(model, tmp_path):
 
 def test_another_models_pages_are_never_found(model, tmp_path):
     tokens = prompt(9)
-    with Running(model, tiers_of(tmp_path)) as engine:
-        generate(engine, tokens, 2)
+    stored(model, tmp_path, tokens)
     config, params = model
     engine = Engine(params, config, SMALL, b"another fingerprint", tiers_of(tmp_path))
     engine.start()
@@ -214,8 +214,7 @@ def test_pages_that_the_writer_is_too_slow_for_stay_in_the_pool_until_they_are_w
 
 def test_a_page_that_is_sooner_computed_than_read_is_computed(model, tmp_path):
     tokens = prompt(13)
-    with Running(model, tiers_of(tmp_path)) as engine:
-        generate(engine, tokens, 2)
+    stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
     running = Running(model, tiers, always=False)
     cost = CostModel(1.0, 0.0).prefilled(0, 1_000_000, 1.0).was_read("disk", 1, 1.0)  # a microsecond, a byte a second
@@ -228,8 +227,7 @@ def test_a_page_that_is_sooner_computed_than_read_is_computed(model, tmp_path):
 @pytest.mark.parametrize("fault", ["write", "read"])
 def test_a_failing_disk_costs_hits_and_no_answers(model, tmp_path, fault):
     tokens = prompt(14)
-    with Running(model, tiers_of(tmp_path)) as engine:
-        generate(engine, tokens, 2)
+    stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
     (disk,) = tiers.pages.tiers
     attempt = disk.store.attempt

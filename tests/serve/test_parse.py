@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from serve.parse import TextStream, overlap
+from serve.formats import NONE
+from serve.parse import AnswerStream, Piece, Stopped, Text, overlap
 
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "a"), ("Ã", "©"), ("ð", "Ł"), ("Ġ", "Ã"), ("©", "Ã")]
 
@@ -29,13 +30,19 @@ def backend() -> Tokenizer:
 
 def run(ids: list[int], stops: list[str] = ()) -> tuple[list[str], str | None]:
     """The pieces sent for these tokens, the last one what `finish` gave, and the stop sequence found."""
-    stream, pieces = TextStream(backend(), stops), []
+    stream, pieces = AnswerStream(backend(), NONE, stops), []
     for token in ids:
-        piece = stream.feed(token)
-        pieces.append(piece.text)
-        if piece.stop is not None:
-            return pieces, piece.stop
-    return [*pieces, stream.finish()], None
+        text, stop = said(stream.feed(token))
+        pieces.append(text)
+        if stop is not None:
+            return pieces, stop
+    return [*pieces, said(stream.finish())[0]], None
+
+
+def said(pieces: list[Piece]) -> tuple[str, str | None]:
+    """The text of some pieces, and the stop sequence that ended them."""
+    stops = [piece.sequence for piece in pieces if isinstance(piece, Stopped)]
+    return "".join(piece.text for piece in pieces if isinstance(piece, Text)), stops[0] if stops else None
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -113,15 +120,15 @@ def test_endless_broken_bytes_are_sent_and_cost_no_more_than_others(token: str) 
             return backend().decode(ids, skip_special_tokens=skip_special_tokens)
 
     ids = [backend().token_to_id(token)] * 500
-    stream = TextStream(Watched())
-    pieces = [stream.feed(index).text for index in ids]
+    stream = AnswerStream(Watched(), NONE)
+    pieces = [said(stream.feed(index))[0] for index in ids]
     text = "".join(pieces)
     assert set(text) == {"\ufffd"}
     assert 490 < len(text) <= 500
     assert not ["" for at in range(480) if not "".join(pieces[at : at + 10])], "nothing is held back for long"
     assert longest < 20
     # And what follows is read as ever.
-    rest = [stream.feed(backend().token_to_id(letter)).text for letter in ("a", "Ã", "©")]
+    rest = [said(stream.feed(backend().token_to_id(letter)))[0] for letter in ("a", "Ã", "©")]
     assert "".join(rest).lstrip("\ufffd") == "aé"
 
 
@@ -140,9 +147,9 @@ def test_bytes_of_a_sentencepiece_vocabulary_join_to_characters() -> None:
     for text in ("a a", "🙂🙂é a €", "é" * 20):
         tokens = [c if c == "a" else "▁" if c == " " else [f"<0x{b:02X}>" for b in c.encode()] for c in text]
         flat = [token for group in tokens for token in ([group] if isinstance(group, str) else group)]
-        stream = TextStream(tokenizer)
+        stream = AnswerStream(tokenizer, NONE)
         # As an answer begins: the blank before the first word belongs to the vocabulary, not to the text.
-        pieces = [stream.feed(tokenizer.token_to_id(token)).text for token in ["▁", *flat]]
+        pieces = [said(stream.feed(tokenizer.token_to_id(token)))[0] for token in ["▁", *flat]]
         assert "".join(pieces) == text
 
 
@@ -172,16 +179,16 @@ def test_the_answer_ends_before_the_first_stop_sequence(text: str, stops: list[s
 
 @given(text=WORDS, stops=st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=3))
 def test_nothing_is_held_back_that_cannot_become_a_stop_sequence(text: str, stops: list[str]) -> None:
-    stream, sent = TextStream(backend(), stops), ""
+    stream, sent = AnswerStream(backend(), NONE, stops), ""
     for token in backend().encode(text).ids:
-        piece = stream.feed(token)
-        sent += piece.text
-        if piece.stop is not None:
+        more, stopped = said(stream.feed(token))
+        sent += more
+        if stopped is not None:
             return
-        known = sent + stream.held
+        known = sent + stream.unread
         longest = max((n for stop in stops for n in range(len(stop)) if known.endswith(stop[:n])), default=0)
-        assert len(stream.held) == longest
-    assert sent + stream.finish() == text
+        assert len(stream.unread) == longest
+    assert sent + said(stream.finish())[0] == text
 
 
 def test_a_stop_sequence_over_several_tokens_is_found() -> None:
