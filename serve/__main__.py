@@ -9,7 +9,9 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from serve.formats import BY_NAME
 
 if TYPE_CHECKING:
     import jax
@@ -74,6 +76,25 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="remove the x-anthropic-billing-header line that starts an agent's system text (default: on)",
+    )
+
+    prompt.add_argument(
+        "--template-history",
+        action="store_true",
+        help="leave earlier answers to the chat template, which may drop thinking (default: they stay as sampled)",
+    )
+
+    answers = cli.add_argument_group("answers")
+    answers.add_argument(
+        "--tool-parser",
+        choices=sorted(BY_NAME),
+        metavar="NAME",
+        help=f"how the model writes thinking and calls: {', '.join(sorted(BY_NAME))} (default: by its chat template)",
+    )
+    answers.add_argument(
+        "--enable-streaming-tool-dispatch",
+        action="store_true",
+        help="tell each complete tool call as an event tool_call_dispatch as well",
     )
 
     engine = cli.add_argument_group("engine")
@@ -167,6 +188,18 @@ def open_tiers(args: argparse.Namespace, on_cpu: bool) -> Tiers | None:
     return Tiers(args.store, args.store_bytes, host_bytes, args.flush_seconds)
 
 
+def store_folder(store: str | None) -> Path | None:
+    """The directory of `--store`; none for a URL, as what was sampled stays on the machine."""
+    return Path(store) if store and "://" not in store else None
+
+
+def stop_ids(declared: tuple[int, ...], tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: those the model declares, the tokenizer's own, and Llama's end of a call."""
+    calls = [id for id, token in tokenizer.added_tokens_decoder.items() if str(token) == "<|eom_id|>"]
+    own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return frozenset([*declared, *own, *calls])
+
+
 def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtype: str) -> EngineSettings:
     """The engine's sizes: as many pages as fit, and a context no longer than they hold."""
     import jax
@@ -234,6 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     from serve.app import create_app
     from serve.engine import Engine
     from serve.render import load_tokenizer
+    from serve.serving import make_serving
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
@@ -243,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
         with Progress(*columns, console=console) as progress:
             loading = progress.add_task("loading weights", total=None)
             folder = checkpoint.resolve(args.model)
-            tokenizer = load_tokenizer(str(folder))
+            tokenizer = load_tokenizer(str(folder), args.tool_parser)
             config, params = checkpoint.load(
                 folder,
                 jax.numpy.dtype(dtype),
@@ -261,15 +295,24 @@ def main(argv: list[str] | None = None) -> None:
                 open_tiers(args, on_cpu),
                 on_progress=lambda done, total: progress.update(compiling, completed=done, total=total),
             )
+            # After the tiers: they take a folder for another program's that holds something else already.
+            serving = make_serving(
+                engine,
+                tokenizer,
+                args.model_name or Path(args.model).name,
+                stop_ids(config.eos_token_ids, tokenizer.hf),
+                rules=("strip-preamble",) if args.strip_anthropic_preamble else (),
+                store=store_folder(args.store),
+                template_history=args.template_history,
+                dispatch=args.enable_streaming_tool_dispatch,
+            )
     except (ValueError, OSError, StoreError) as error:
         sys.exit(f"tokenzero: {error}")
     console.print(
         f"{args.model}: {dtype} on {jax.devices()[0].device_kind}, "
         f"{sizes.num_pages} pages of {sizes.page_size} tokens, context {sizes.max_model_len}"
     )
-    name = args.model_name or Path(args.model).name
-    rules = ("strip-preamble",) if args.strip_anthropic_preamble else ()
-    app = create_app(engine, tokenizer, name, config.eos_token_ids, rules, args.api_key, args.max_body_bytes)
+    app = create_app(serving, args.api_key, args.max_body_bytes)
     uvicorn.run(app, host=args.host, port=args.port, log_level="info", access_log=False, timeout_graceful_shutdown=10)
 
 

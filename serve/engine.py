@@ -318,19 +318,17 @@ class Engine:
     def run(self, sequences: list[Sequence], counts: list[int]) -> None:
         """Run the next `counts[i]` pending tokens of each sequence through the model and take what was sampled."""
         chosen = [(s, n) for s, n in zip(sequences, counts, strict=True) if self.make_room(s, s.computed + n)]
-        chosen = [(s, n) for s, n in chosen if s.lease is not None]  # a later one may have preempted an earlier one
-        if not chosen:
+        # A later one may have preempted an earlier one.
+        found = [(s, self.row(s, n)) for s, n in chosen if s.lease is not None]
+        rows = [(s, row) for s, row in found if row is not None]
+        if not rows:
             return
-        rows = [
-            Row(s.tokens[s.computed : s.computed + n], s.computed, s.lease.pages, s.request.sampling)
-            for s, n in chosen
-            if s.lease is not None
-        ]
-        bucket = fit(self.buckets, len(rows), max(n for _, n in chosen))
-        batch, sampling = pack(rows, bucket, self.steps.table_pages)
+        bucket = fit(self.buckets, len(rows), max(len(row.tokens) for _, row in rows))
+        batch, sampling = pack([row for _, row in rows], bucket, self.steps.table_pages)
         sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling)
         tokens = np.asarray(sampled)
-        for (sequence, count), token in zip(chosen, tokens, strict=False):
+        for (sequence, row), token in zip(rows, tokens, strict=False):
+            count = len(row.tokens)
             sequence.computed += count
             if count > 1:
                 self.counters.prefilled_tokens += count
@@ -339,6 +337,19 @@ class Engine:
                 self.pager.save(sequence, self.pool)
             if sequence.pending == 0:
                 self.take(sequence, int(token))
+
+    def row(self, sequence: Sequence, count: int) -> Row | None:
+        """A sequence's share of a step; None if its constraint cannot go on, which ends it."""
+        constraint, mask = sequence.request.constraint, None
+        if constraint and count == sequence.pending:
+            try:
+                mask = constraint.mask()
+            except Exception as error:
+                self.fail(sequence, error)
+                return None
+        assert sequence.lease is not None
+        new = sequence.tokens[sequence.computed : sequence.computed + count]
+        return Row(new, sequence.computed, sequence.lease.pages, sequence.request.sampling, mask)
 
     def make_room(self, sequence: Sequence, length: int) -> bool:
         """Extend a sequence's lease to `length` tokens, preempting the youngest sequences where the pool is full.
@@ -387,6 +398,12 @@ class Engine:
 
     def take(self, sequence: Sequence, token: int) -> None:
         """Append a sampled token, tell the client, and retire the sequence if it was the last one."""
+        if sequence.request.constraint:
+            try:
+                sequence.request.constraint.accept(token)
+            except Exception as error:
+                self.fail(sequence, error)
+                return
         if sequence.sampled == 0:
             now, prompt = time.perf_counter(), sequence.length
             self.counters.requests += 1
@@ -411,6 +428,13 @@ class Engine:
         if stopped or sequence.length == len(sequence.tokens):
             self.retire(sequence)
             sequence.emit(Finished("stop" if stopped else "length"))
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """End one request whose constraint cannot go on."""
+        log.warning("request %d ends with an error: %s: %s", sequence.number, type(error).__name__, error)
+        self.retire(sequence)
+        self.counters.failures += 1
+        sequence.emit(Failed(f"{type(error).__name__}: {error}"))
 
     def recover(self, message: str) -> None:
         """After a step that raised: fail what was running, and start from an empty pool if the step took it along."""

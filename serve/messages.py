@@ -118,6 +118,7 @@ class Thinking(Struct, frozen=True):
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: PositiveInt | None = None
+    display: str | None = None  # `omitted`: the client wants the signatures only
 
     def __post_init__(self) -> None:
         """Refuse manual thinking without its budget."""
@@ -357,6 +358,29 @@ class MessageStop(Struct, frozen=True, tag="message_stop"):
     """Last event."""
 
 
+class FunctionCall(Struct, frozen=True):
+    """A call in OpenAI's form: its name and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class DispatchedCall(Struct, frozen=True):
+    """A tool call that is complete, as `index` among the answer's calls."""
+
+    index: int
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class ToolCallDispatch(Struct, frozen=True, tag="tool_call_dispatch"):
+    """Not the API's: a call may be run now, though the answer goes on. The form is that of NVIDIA Dynamo."""
+
+    tool_call: DispatchedCall
+    choice_index: int = 0
+
+
 class ErrorDetail(Struct, frozen=True):
     """One of ERROR_TYPES, and a sentence for people."""
 
@@ -371,7 +395,7 @@ class Error(Struct, frozen=True, tag="error"):
 
 
 BlockEvent = ContentBlockStart | ContentBlockDelta | ContentBlockStop
-Event = MessageStart | BlockEvent | MessageDelta | MessageStop | Ping | Error
+Event = MessageStart | BlockEvent | ToolCallDispatch | MessageDelta | MessageStop | Ping | Error
 
 ERROR_TYPES = {
     400: "invalid_request_error",

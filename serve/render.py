@@ -33,7 +33,7 @@ from serve.messages import (
 )
 from serve.replay import Sampled
 from serve.template import Opening, Refused, Template, apply, fold, marker_turn, study
-from serve.turns import Turn, blocks, conversation, is_prefilled, joined, tool_definitions
+from serve.turns import Turn, answers, conversation, is_prefilled, tool_definitions
 
 log = logging.getLogger("tokenzero.render")
 
@@ -211,7 +211,7 @@ class Conversation:
         return Conversation(
             mark,
             guard(fold(conversation(request), template), template.controls, mark),
-            [blocks(message) for message in joined(request.messages) if message.role == "assistant"],
+            answers(request.messages),
             guard(tool_definitions(request), template.controls, mark),
             request.thinking is not None and request.thinking.type != "disabled",
             is_prefilled(request),

@@ -223,11 +223,21 @@ def signing_key(directory: Path | None) -> bytes:
 
 
 def sign(key: bytes, tokens: np.ndarray | Sequence[int]) -> str:
-    """The signature of a thinking block: HMAC-SHA256 over its turn's sampled ids, in base64."""
+    """The signature of a thinking block: how many ids its turn had when it ended, and HMAC-SHA256 over them, in base64.
+
+    `tokens` are these ids, begun ones included.
+    """
     mac = hmac.new(key, np.asarray(tokens, "<i4").tobytes(), hashlib.sha256)
-    return base64.b64encode(mac.digest()).decode()
+    return base64.b64encode(LENGTH.pack(len(tokens)) + mac.digest()).decode()
 
 
 def verify(key: bytes, tokens: np.ndarray | Sequence[int], signature: str) -> bool:
-    """Whether `sign` made this signature. One that it did not make is no error: the block is plain thinking text."""
-    return hmac.compare_digest(sign(key, tokens).encode(), signature.encode(errors="replace"))
+    """Whether `sign` made this signature for a block of the turn with these ids.
+
+    One that it did not make is no error: the block is plain thinking text.
+    """
+    try:
+        (count,) = LENGTH.unpack_from(base64.b64decode(signature.encode(), validate=True))
+    except (ValueError, struct.error):
+        return False
+    return hmac.compare_digest(sign(key, tokens[:count]).encode(), signature.encode())

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from cache.store import Lease
 from serve.paging import Restore
 from serve.steps import GREEDY, SamplingParams
+
+
+class Constraint(Protocol):
+    """Which tokens an answer may go on with. It belongs to one request and is asked on the engine's thread only.
+
+    Whatever either method raises ends that request and no other.
+    """
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next, as `Row.mask` wants them; asking twice changes nothing."""
+
+    def accept(self, token: int) -> None:
+        """Take the token that was sampled, stop ids included."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +36,7 @@ class GenerationRequest:
     stop_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = GREEDY
     salt: bytes = b""
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)

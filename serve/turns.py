@@ -38,6 +38,11 @@ def joined(messages: Sequence[InputMessage]) -> list[InputMessage]:
     return result
 
 
+def answers(messages: Sequence[InputMessage]) -> list[tuple[Block, ...]]:
+    """The blocks of each of the assistant's turns."""
+    return [blocks(message) for message in joined(messages) if message.role == "assistant"]
+
+
 def tool_definitions(request: CountTokensRequest) -> list[dict] | None:
     """The tools in the form that chat templates take; None where there are none."""
     if not request.tools:

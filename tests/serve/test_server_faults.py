@@ -35,11 +35,12 @@ from talking import (
 
 from model import checkpoint
 from model.params import unstacked
-from serve import app as application
 from serve import engine as engines
+from serve import serving as messages_api
 from serve.app import create_app
 from serve.engine import Engine, EngineSettings, Sampled, generate
 from serve.render import Tokenizer
+from serve.serving import make_serving
 
 MakeEngine = Callable[..., Engine]
 SIZES = {"num_pages": 64, "max_model_len": 512, "page_size": 16, "max_batch": 2, "prefill_chunk": 16, "mixed_chunk": 16}
@@ -68,7 +69,7 @@ def serve(tokenizer: Tokenizer) -> Callable[..., Any]:
     @contextmanager
     def serving(engine: Engine) -> Iterator[httpx.Client]:
         stop_ids = {tokenizer.hf.convert_tokens_to_ids("<|im_end|>")}
-        app = create_app(engine, tokenizer, "in-process", stop_ids)
+        app = create_app(make_serving(engine, tokenizer, "in-process", stop_ids))
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -244,7 +245,7 @@ class TestWaiting:
     def test_pings_keep_a_stream_alive_until_its_first_token(
         self, make_engine: MakeEngine, serve: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(application, "PING_SECONDS", 0.02)
+        monkeypatch.setattr(messages_api, "PING_SECONDS", 0.02)
         engine = make_engine()
         wrapped = Wrapped(engine)
         with serve(engine) as client:
@@ -259,7 +260,7 @@ class TestWaiting:
     def test_a_client_that_leaves_before_the_first_token_is_noticed_at_once(
         self, make_engine: MakeEngine, serve: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(application, "PING_SECONDS", 3600.0)
+        monkeypatch.setattr(messages_api, "PING_SECONDS", 3600.0)
         engine = make_engine()
         wrapped = Wrapped(engine)
         with serve(engine) as client:
@@ -323,7 +324,7 @@ class TestTheServersOwnFaults:
 
         with serve(make_engine()) as client:
             with monkeypatch.context() as patch:
-                patch.setattr(application, "render", broken)
+                patch.setattr(messages_api, "prompt", broken)
                 for path in ("/v1/messages", "/v1/messages/count_tokens"):
                     text = error_of(client.post(path, json=ask("Hi")), 500, "api_error")
                     assert "a fault of the test" in text

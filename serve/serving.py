@@ -1,0 +1,335 @@
+"""A request of the Messages API made ready for the engine, and what the engine samples made an answer.
+
+What a request means is decided in `messages`, `normalize`, `render` and `constrain`; what an answer says, in `parse`
+and `blocks`. Here one is led to the other. No HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from starlette.concurrency import run_in_threadpool
+
+from serve import engine as eng
+from serve.blocks import BlockStream, shown
+from serve.constrain import constraint_of, make_constrainer
+from serve.formats import opening_thinking
+from serve.messages import (
+    ContentBlockDelta,
+    ContentBlockStart,
+    ContentBlockStop,
+    CountTokensRequest,
+    DispatchedCall,
+    Error,
+    ErrorDetail,
+    Event,
+    FunctionCall,
+    InputJsonDelta,
+    InvalidRequest,
+    Message,
+    MessageDelta,
+    MessagesRequest,
+    MessageStart,
+    MessageStop,
+    OutputBlock,
+    Ping,
+    SignatureDelta,
+    Stop,
+    StopReason,
+    TextBlock,
+    TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
+    ToolCallDispatch,
+    ToolUseBlock,
+    Usage,
+    new_id,
+)
+from serve.metrics import ServerMetrics
+from serve.normalize import Normalized, normalize
+from serve.parse import AnswerStream, Call, Stopped
+from serve.render import Prompt, Recalled, Tokenizer, prompt
+from serve.replay import ReplayLog, Sampled, sign, signing_key, verify
+from serve.sequence import Constraint
+from serve.steps import SamplingParams
+from serve.turns import answers
+
+log = logging.getLogger("tokenzero.serving")
+
+PING_SECONDS = 5.0
+
+# The constraint of a request's answer; the flag says that the prompt ends inside thinking.
+Constrain = Callable[[MessagesRequest, bool], Constraint | None]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Everything that a request needs on its way."""
+
+    engine: eng.Engine
+    tokenizer: Tokenizer
+    model_name: str
+    stop_ids: frozenset[int]
+    rules: frozenset[str]  # of the normaliser, for requests that name none
+    replay: ReplayLog
+    signing_key: bytes
+    constrain: Constrain
+    metrics: ServerMetrics
+    template_history: bool = False  # answers in the history are the chat template's business, nothing is replayed
+    dispatch: bool = False  # tell each tool call as an event of its own
+    reported: set[str] = field(default_factory=set)  # shapes of unparsed preambles that were logged already
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready for the engine."""
+
+    message: MessagesRequest
+    prompt: Prompt
+    generation: eng.GenerationRequest
+    scope: bytes  # whose sampled turns it shares
+    applied: tuple[str, ...]  # the rules that changed it, in order, with their places
+    thinking: bool  # the prompt ends inside thinking
+    clamped: bool  # the context has less room than `max_tokens`
+
+
+def make_serving(
+    engine: eng.Engine,
+    tokenizer: Tokenizer,
+    model_name: str,
+    stop_ids: Collection[int],
+    *,
+    rules: Collection[str] = ("strip-preamble",),
+    store: Path | None = None,
+    constrain: Constrain | None = None,
+    template_history: bool = False,
+    dispatch: bool = False,
+) -> Serving:
+    """Open what a server needs beside its engine: the log of sampled turns below `store`, the key that signs, masks.
+
+    `constrain` takes the place of what requests demand of their answers. Raises StoreError and OSError for a store that
+    cannot be used, ValueError for a tokenizer that constrained decoding cannot read.
+    """
+    if constrain is None:
+        constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size)
+
+        def constrain(request: MessagesRequest, thinking_opened: bool) -> Constraint | None:
+            return constraint_of(request, constrainer, tokenizer.template.format, thinking_opened)
+
+    return Serving(
+        engine=engine,
+        tokenizer=tokenizer,
+        model_name=model_name,
+        stop_ids=frozenset(stop_ids),
+        rules=frozenset(rules),
+        replay=ReplayLog(store),
+        signing_key=signing_key(store),
+        constrain=constrain,
+        metrics=ServerMetrics(engine),
+        template_history=template_history,
+        dispatch=dispatch,
+    )
+
+
+def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str], salt: bytes = b"") -> Prepared:
+    """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
+    normalized = normalize(message, rules)
+    report(serving, normalized)
+    scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
+    rendered = rendered_prompt(serving, normalized.request, scope)
+    limit = serving.engine.settings.max_model_len
+    room = limit - len(rendered.tokens)
+    if room < 1:
+        raise InvalidRequest(
+            f"messages: prompt is too long: {len(rendered.tokens)} tokens, expected at most {limit - 1}"
+        )
+    thinking = opening_thinking(serving.tokenizer.template.format, rendered.opening or "")
+    generation = eng.GenerationRequest(
+        tokens=rendered.tokens,
+        max_tokens=min(message.max_tokens, room),
+        stop_ids=serving.stop_ids,
+        sampling=SamplingParams(
+            temperature=1.0 if message.temperature is None else message.temperature,
+            top_k=message.top_k or 0,
+            top_p=1.0 if message.top_p is None else message.top_p,
+            seed=secrets.randbits(32),
+        ),
+        salt=salt,
+        constraint=serving.constrain(normalized.request, thinking),
+    )
+    applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
+    return Prepared(normalized.request, rendered, generation, scope, applied, thinking, room < message.max_tokens)
+
+
+def count_tokens(serving: Serving, request: CountTokensRequest, rules: frozenset[str], salt: bytes = b"") -> int:
+    """The length of the prompt that the request would have."""
+    scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
+    return len(rendered_prompt(serving, normalize(request, rules).request, scope).tokens)
+
+
+def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes) -> Prompt:
+    """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
+    recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
+    return prompt(request, serving.tokenizer, recalled, serving.template_history)
+
+
+def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Recalled:
+    """What was recalled, but for answers whose thinking somebody else has signed: these are text like any other.
+
+    Clients that keep no signatures send empty ones, which prove nothing and harm nothing.
+    """
+
+    def ours(sampled: Sampled, block: Any) -> bool:
+        signature = block.signature if isinstance(block, ThinkingBlock) else ""
+        return not signature or verify(key, sampled.tokens, signature)
+
+    return [
+        sampled if sampled and all(ours(sampled, block) for block in answer) else None
+        for sampled, answer in zip(recalled, answers(request.messages), strict=True)
+    ]
+
+
+def report(serving: Serving, normalized: Normalized) -> None:
+    """Count what the rules did, and log once what they could not read."""
+    for odd in normalized.unparsed:
+        serving.metrics.unparsed.inc()
+        shape = re.sub(r"=[^;\s]*", "=", odd.text)[:80]  # values may be fresh in every request
+        if shape not in serving.reported and len(serving.reported) < 1000:
+            serving.reported.add(shape)
+            log.warning("%s begins like a billing header but does not parse, and stays: %.120r", odd.where, odd.text)
+    for applied in normalized.applied:
+        serving.metrics.normalized.labels(applied.rule).inc()
+
+
+async def answer(serving: Serving, prepared: Prepared, received: float) -> AsyncGenerator[Event, None]:
+    """The answer as the API's events, in their order: pings while the prompt is computed, then the message.
+
+    `message_start` comes with the first token, when the counts of its usage are known. `received` is when the request's
+    last byte came, as `time.perf_counter` tells it.
+    """
+    message = prepared.message
+    choice = message.tool_choice
+    offered = () if choice and choice.type == "none" else message.tools or ()
+    one_call = choice is not None and choice.disable_parallel_tool_use
+    pieces = AnswerStream(
+        serving.tokenizer.hf.backend_tokenizer,
+        serving.tokenizer.template.format,
+        message.stop_sequences or (),
+        {tool.name: tool.input_schema for tool in offered},
+        prepared.thinking,
+    )
+    ids = prepared.prompt.begun.tolist()
+    content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
+    usage, told, sampled = Usage(0), False, 0
+    reason: StopReason = "end_turn"
+    stop: str | None = None
+    async with aclosing(eng.generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
+        async for event in events:
+            new = []
+            match event:
+                case eng.Waiting():
+                    yield Ping()
+                case eng.Failed(problem):
+                    yield Error(ErrorDetail("api_error", problem))
+                    return
+                case eng.Started(prompt_tokens, reused) as started:
+                    # The last prompt token runs through the model for its logits; its KV is stored with the others.
+                    by_tier = {"device": reused - sum(started.restored.values()), **started.restored}
+                    usage = Usage(0, prompt_tokens - reused, reused, 0, by_tier)
+                    yield MessageStart(Message(id=new_id("msg"), model=message.model, usage=usage))
+                case eng.Sampled(token):
+                    sampled += 1
+                    ids.append(token)
+                    new = pieces.feed(token)
+                case eng.Finished(why):
+                    sampled += why == "stop"
+                    if why != "stop":
+                        reason = "model_context_window_exceeded" if prepared.clamped else "max_tokens"
+                    new = pieces.finish()
+            for piece in new:
+                if isinstance(piece, Stopped):
+                    reason, stop = "stop_sequence", piece.sequence
+                for block_event in content.add(piece):
+                    if not told and isinstance(block_event, ContentBlockDelta):
+                        serving.metrics.ttft.observe(time.perf_counter() - received)
+                        told = True
+                    yield block_event
+                if isinstance(piece, Call) and serving.dispatch:
+                    yield dispatched(piece, content.calls - 1)
+                if content.calls and one_call:
+                    break
+            if stop is not None or (content.calls and one_call):
+                break
+    for block_event in content.close():
+        yield block_event
+    if content.calls and reason == "end_turn":
+        reason = "tool_use"
+    # What a stop sequence cut off was sampled, but is no part of the answer.
+    if stop is None and prepared.prompt.opening is not None and not serving.template_history:
+        turn = Sampled(prepared.prompt.opening, np.asarray(ids, np.int32))
+        await run_in_threadpool(serving.replay.put, prepared.scope, message.messages, content.blocks, turn)
+    yield MessageDelta(Stop(reason, stop), msgspec.structs.replace(usage, output_tokens=sampled))
+    yield MessageStop()
+
+
+def dispatched(call: Call, index: int) -> ToolCallDispatch:
+    """A call that may be run now."""
+    return ToolCallDispatch(DispatchedCall(index, call.id, FunctionCall(call.name, call.arguments)))
+
+
+async def collect(first: Event, rest: AsyncGenerator[Event, None]) -> Message | Error:
+    """The whole answer as one message, or the error that ended it."""
+    start: Message | None = None
+    content: list[OutputBlock] = []
+    parts: list[str] = []
+    signature = ""
+    async with aclosing(rest):
+        events = [first]
+        while events:
+            match event := events.pop():
+                case Error():
+                    return event
+                case MessageStart(begun):
+                    start = begun
+                case ContentBlockStart(_, block):
+                    content.append(block)
+                    parts, signature = [], ""
+                case ContentBlockDelta(_, SignatureDelta(made)):
+                    signature = made
+                case ContentBlockDelta(_, TextDelta(more) | ThinkingDelta(more) | InputJsonDelta(more)):
+                    parts.append(more)
+                case ContentBlockStop():
+                    content[-1] = filled(content[-1], "".join(parts), signature)
+                case MessageDelta(ended, usage):
+                    assert start is not None
+                    return msgspec.structs.replace(
+                        start,
+                        content=tuple(content),
+                        stop_reason=ended.stop_reason,
+                        stop_sequence=ended.stop_sequence,
+                        usage=usage,
+                    )
+            events.append(await anext(rest))
+    raise AssertionError("an answer ends with message_delta or error")
+
+
+def filled(block: OutputBlock, text: str, signature: str) -> OutputBlock:
+    """An empty block with what its deltas brought."""
+    match block:
+        case TextBlock():
+            return TextBlock(text)
+        case ThinkingBlock():
+            return ThinkingBlock(text, signature)
+        case ToolUseBlock(id, name):
+            return ToolUseBlock(id, name, msgspec.json.decode(text))
