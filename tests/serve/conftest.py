@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -62,15 +62,30 @@ def client(server: Server, server_log: Path) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Params]:
-    """A tiny qwen3 written by transformers: (config, params)."""
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[ModelConfig, Params]]:
+    """`tiny_model(vocab)`: a tiny qwen3 written by transformers, (config, params)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("qwen3")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes, **heads)).save_pretrained(folder)
-    config, params = checkpoint.load(folder, "float32")
-    return config, unstacked(params)
+    def make(vocab: int) -> tuple[ModelConfig, Params]:
+        folder = tmp_path_factory.mktemp("qwen3")
+        torch.manual_seed(0)
+        sizes = {
+            "vocab_size": vocab,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+        }
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes, **heads)).save_pretrained(folder)
+        config, params = checkpoint.load(folder, "float32")
+        return config, unstacked(params)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model: Callable[[int], tuple[ModelConfig, Params]]) -> tuple[ModelConfig, Params]:
+    """The model of the engine's tests."""
+    return tiny_model(VOCAB)

@@ -35,6 +35,11 @@ def ask(text: str, max_tokens: int = 8, **more: Any) -> Json:
     return {"model": "any", "max_tokens": max_tokens, "temperature": 0, "messages": [message]} | more
 
 
+def text_block(text: str) -> Json:
+    """A block of text."""
+    return {"type": "text", "text": text}
+
+
 def long(number: int, tokens: int = 11_000) -> str:
     """Text of `tokens` tokens, as each digit is one; two of different numbers below 100 share at most a digit."""
     return f"{number:02}" + "7" * (tokens - 2)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from talking import (
     BILLING,
     BODY_LIMIT,
@@ -30,6 +28,7 @@ from talking import (
     read_until,
     scrape,
     stream,
+    text_block,
     text_of,
 )
 
@@ -43,11 +42,7 @@ IDENTITY = "You are a careful agent that answers in one line. " * 6
 
 def with_header(number: int, **more: Any) -> Json:
     """A request whose system text starts with a billing header of its own."""
-    return ask("What now?", system=[{"type": "text", "text": BILLING.format(number)}, block(IDENTITY)], **more)
-
-
-def block(text: str) -> Json:
-    return {"type": "text", "text": text}
+    return ask("What now?", system=[{"type": "text", "text": BILLING.format(number)}, text_block(IDENTITY)], **more)
 
 
 def counted(client: httpx.Client, body: Json, **headers: str) -> int:
@@ -81,7 +76,7 @@ class TestAnswers:
             "type": "message",
             "role": "assistant",
             "model": "claude-made-up-4",
-            "content": [block(text_of(answer))],
+            "content": [text_block(text_of(answer))],
             "stop_reason": "max_tokens",
             "stop_sequence": None,
             "usage": usage,
@@ -108,7 +103,7 @@ class TestAnswers:
         assert streamed.one("content_block_start") == {
             "type": "content_block_start",
             "index": 0,
-            "content_block": block(""),
+            "content_block": text_block(""),
         }
         assert streamed.one("content_block_stop") == {"type": "content_block_stop", "index": 0}
         assert {e["index"] for e in streamed.events if e["type"] == "content_block_delta"} == {0}
@@ -127,7 +122,7 @@ class TestAnswers:
 
     def test_a_string_system_and_a_block_system_are_the_same_prompt(self, client: httpx.Client) -> None:
         first = post(client, ask("Hi", system=IDENTITY))
-        marked = block(IDENTITY) | {"cache_control": {"type": "ephemeral"}}
+        marked = text_block(IDENTITY) | {"cache_control": {"type": "ephemeral"}}
         second = post(client, ask("Hi", system=[marked]))
         assert second["usage"]["cache_read_input_tokens"] == prompt_tokens(first["usage"]) - 1
         assert text_of(first) == text_of(second)
@@ -176,7 +171,7 @@ class TestOtherRoutes:
         assert counted(client, body) == counted(client, ask("Hi"))
 
     def test_count_tokens_leaves_the_header_out_unless_stripping_is_off(self, client: httpx.Client) -> None:
-        plain = ask("What now?", system=[block(IDENTITY)])
+        plain = ask("What now?", system=[text_block(IDENTITY)])
         assert counted(client, with_header(1)) == counted(client, plain)
         kept = counted(client, with_header(1), **{"x-tokenzero-normalize": "none"})
         assert kept > counted(client, plain) + 10
@@ -326,7 +321,7 @@ class TestUsage:
         third = post(strict_client, with_header(0x22222), **on)["usage"]
         fourth = post(strict_client, with_header(0x88888), **on)["usage"]
         assert fourth["cache_read_input_tokens"] == prompt_tokens(third) - 1
-        plain = ask("What now?", system=[block(IDENTITY)])
+        plain = ask("What now?", system=[text_block(IDENTITY)])
         assert counted(strict_client, with_header(1), **key) > counted(strict_client, plain, **key) + 10
 
     def test_an_unknown_rule_is_refused_by_name(self, client: httpx.Client) -> None:
@@ -683,100 +678,3 @@ class TestBadInput:
         assert len(raw) == BODY_LIMIT
         assert client.post("/v1/messages", content=raw).status_code == 200
         error_of(client.post("/v1/messages", content=raw + b" "), 413, "request_too_large")
-
-
-MARKUP = (
-    "<|im_end|>",
-    "<|im_start|>system\nx",
-    "<think>",
-    "</tool_call>",
-    "{{ 1/0 }}",
-    "x-anthropic-billing-header: a=b;",
-)
-TEXTS = st.text(max_size=30) | st.sampled_from(MARKUP)
-OBJECTS = st.dictionaries(TEXTS, st.none() | st.integers() | TEXTS | st.lists(TEXTS, max_size=2), max_size=3)
-TEXT_BLOCKS = st.builds(block, TEXTS)
-BLOCKS = (
-    TEXT_BLOCKS
-    | st.fixed_dictionaries({"type": st.just("thinking"), "thinking": TEXTS}, optional={"signature": TEXTS})
-    | st.fixed_dictionaries({"type": st.just("tool_use"), "id": TEXTS, "name": TEXTS, "input": OBJECTS})
-    | st.fixed_dictionaries(
-        {"type": st.just("tool_result"), "tool_use_id": TEXTS},
-        optional={"content": TEXTS | st.lists(TEXT_BLOCKS, max_size=2), "is_error": st.booleans()},
-    )
-)
-MESSAGES = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXTS | st.lists(BLOCKS, max_size=3)}
-)
-BODIES = st.fixed_dictionaries(
-    {"model": TEXTS, "max_tokens": st.integers(1, 3), "messages": st.lists(MESSAGES, min_size=1, max_size=4)},
-    optional={
-        "system": TEXTS | st.lists(TEXT_BLOCKS, max_size=2),
-        "tools": st.lists(st.fixed_dictionaries({"name": TEXTS, "input_schema": OBJECTS}), max_size=2),
-        "stop_sequences": st.lists(TEXTS, max_size=2),
-        "temperature": st.floats(0, 2),
-        "top_p": st.floats(0, 1),
-        "top_k": st.integers(0, 2**31 - 1),
-        "thinking": st.sampled_from([{"type": "adaptive"}, {"type": "enabled", "budget_tokens": 1024}]),
-    },
-)
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2),
-    max_leaves=4,
-)
-
-
-@st.composite
-def broken_bodies(draw: Callable) -> Json:
-    """A body of the schema in which one value, at any depth, is replaced by something else or dropped."""
-    body = json.loads(json.dumps(draw(BODIES)))
-    places: list[tuple[Any, Any]] = []
-
-    def walk(value: Any) -> None:
-        for key in value if isinstance(value, dict) else range(len(value)):
-            places.append((value, key))
-            if isinstance(value[key], dict | list):
-                walk(value[key])
-
-    walk(body)
-    holder, key = draw(st.sampled_from(places))
-    if draw(st.booleans()) and isinstance(holder, dict):
-        del holder[key]
-    else:
-        holder[key] = draw(JUNK)
-    return body
-
-
-class TestAnyRequest:
-    LIMITS = settings(
-        max_examples=75,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
-
-    @LIMITS
-    @given(body=BODIES, streaming=st.booleans())
-    def test_whatever_the_schema_allows_is_served_or_refused_as_the_clients_fault(
-        self, client: httpx.Client, body: Json, streaming: bool
-    ) -> None:
-        self.check(client, body | {"stream": streaming})
-
-    @LIMITS
-    @given(body=broken_bodies())
-    def test_whatever_breaks_the_schema_is_served_or_refused_as_the_clients_fault(
-        self, client: httpx.Client, body: Json
-    ) -> None:
-        self.check(client, body)
-
-    @staticmethod
-    def check(client: httpx.Client, body: Json) -> None:
-        response = client.post("/v1/messages", content=json.dumps(body))
-        if response.status_code != 200:
-            error_of(response, 400, "invalid_request_error")
-        elif body.get("stream"):
-            assert response.text.rstrip().endswith('data: {"type":"message_stop"}'), response.text[-300:]
-        else:
-            assert response.json()["stop_reason"] in ("end_turn", "max_tokens", "stop_sequence")
-        assert is_idle(client), "no page is left behind"

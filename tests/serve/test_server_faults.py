@@ -18,7 +18,7 @@ import anthropic
 import httpx
 import jax.numpy as jnp
 import pytest
-import uvicorn
+from scripted import listening, steps_compiled_once
 from talking import (
     ask,
     error_of,
@@ -35,9 +35,7 @@ from talking import (
 
 from model import checkpoint
 from model.params import unstacked
-from serve import engine as engines
 from serve import serving as messages_api
-from serve.app import create_app
 from serve.engine import Engine, EngineSettings, Sampled, generate
 from serve.render import Tokenizer
 from serve.serving import make_serving
@@ -50,15 +48,8 @@ SIZES = {"num_pages": 64, "max_model_len": 512, "page_size": 16, "max_batch": 2,
 def make_engine(model_folder: Path) -> Iterator[MakeEngine]:
     """Engines that are not started yet; all of one shape share their compiled steps."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
-    params, compile_steps, compiled = unstacked(params), engines.compile_steps, {}
-
-    def remembered(params: Any, pool: Any, config: Any, buckets: Any, *rest: Any) -> Any:
-        if buckets not in compiled:
-            compiled[buckets] = compile_steps(params, pool, config, buckets, *rest)
-        return compiled[buckets]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "compile_steps", remembered)
+    params = unstacked(params)
+    with steps_compiled_once():
         yield lambda **sizes: Engine(params, config, EngineSettings(**SIZES | sizes))
 
 
@@ -69,19 +60,11 @@ def serve(tokenizer: Tokenizer) -> Callable[..., Any]:
     @contextmanager
     def serving(engine: Engine) -> Iterator[httpx.Client]:
         stop_ids = {tokenizer.hf.convert_tokens_to_ids("<|im_end|>")}
-        app = create_app(make_serving(engine, tokenizer, "in-process", stop_ids))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        eventually(lambda: server.started, "the server listens")
-        port = server.servers[0].sockets[0].getsockname()[1]
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-                yield client
-        finally:
-            server.should_exit = True
-            thread.join(30)
-        assert not thread.is_alive(), "the server ended when it was told to"
+        with (
+            listening(make_serving(engine, tokenizer, "in-process", stop_ids)) as url,
+            httpx.Client(base_url=url, timeout=30) as client,
+        ):
+            yield client
 
     return serving
 
