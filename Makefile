@@ -9,10 +9,10 @@ BIN := .venv/bin
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test test-slow kernels-aot gpu-bench lint clean
+.PHONY: help install demo serve test test-slow test-clients kernels-aot gpu-bench lint clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 install: .venv/.installed ## make .venv and install tokenzero into it, for the GPU if there is one
 
@@ -27,6 +27,9 @@ test: .venv/.installed-test ## run the tests
 
 test-slow: .venv/.installed-test ## run the tests that take over a minute each
 	$(BIN)/python -m pytest -m slow
+
+test-clients: .venv/.installed-test ## run Claude Code itself on the server; fetches 650 MB from npm, once
+	$(BIN)/python -m pytest -m clients tests/clients
 
 kernels-aot: ## compile the GPU kernels for an H200 without one, and check spills and shared memory
 	$(PYTHON) -m venv .venv-aot

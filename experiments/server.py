@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +48,17 @@ class Timing:
 
 
 @contextmanager
-def running_server(model: str | Path, *flags: str, log: Path | None = None) -> Iterator[Server]:
-    """`python -m serve` on a free port, ready when entered, ended when left.
+def running_server(
+    model: str | Path, *flags: str, log: Path | None = None, program: Sequence[str] = ("-m", "serve")
+) -> Iterator[Server]:
+    """`python -m serve`, or a program with its flags, on a free port: ready when entered, ended when left.
 
     Raises RuntimeError with the end of its log if it stops before it is ready.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "serve", "--model", str(model), "--port", str(port), *flags]
+    command = [sys.executable, *program, "--model", str(model), "--port", str(port), *flags]
     with open(log, "w") if log else open("/dev/null", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     server = Server(f"http://127.0.0.1:{port}", process)

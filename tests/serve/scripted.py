@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 import uvicorn
+from forcing import Script
 from talking import eventually
 
 from model.config import ModelConfig
@@ -25,25 +25,6 @@ from serve.serving import Constrain, Serving, make_serving
 SIZES = EngineSettings(
     num_pages=1200, max_model_len=18_000, page_size=16, max_batch=2, prefill_chunk=64, mixed_chunk=64
 )
-
-
-class Script:
-    """A constraint that allows exactly these tokens, one after the other."""
-
-    def __init__(self, tokens: list[int], vocab: int) -> None:
-        self.tokens, self.words, self.at = tokens, -(-vocab // 32), 0
-
-    def mask(self) -> np.ndarray:
-        """The bit of the next token."""
-        mask = np.zeros(self.words, np.uint32)
-        token = self.tokens[self.at]
-        mask[token // 32] = 1 << token % 32
-        return mask
-
-    def accept(self, token: int) -> None:
-        """Go on to the one after it."""
-        assert token == self.tokens[self.at]
-        self.at += 1
 
 
 @contextmanager
