@@ -37,8 +37,8 @@ from serve.messages import (
     encode,
     encode_event,
 )
-from serve.normalize import RULES
-from serve.serving import Serving, answer, collect, prepare
+from serve.normalize import parse_rules
+from serve.serving import Serving, answer, collect, prepare, unrendered
 
 log = logging.getLogger("tokenzero.app")
 
@@ -158,9 +158,12 @@ def rules_of(request: Request, serving: Serving) -> frozenset[str]:
     header = request.headers.get(RULES_HEADER)
     if header is None:
         return serving.rules
-    names = frozenset(name.strip() for name in header.split(",")) - {"", "none"}
-    if unknown := sorted(names - set(RULES)):
-        raise InvalidRequest(f"{RULES_HEADER}: expected some of {', '.join(RULES)} or none, got {', '.join(unknown)}")
+    try:
+        names = parse_rules(header)
+    except ValueError as error:
+        raise InvalidRequest(f"{RULES_HEADER}: {error}") from error
+    if problem := unrendered(serving.tokenizer, names):
+        raise InvalidRequest(f"{RULES_HEADER}: {problem}")
     return names
 
 

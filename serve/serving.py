@@ -57,7 +57,7 @@ from serve.messages import (
     new_id,
 )
 from serve.metrics import ServerMetrics
-from serve.normalize import Normalized, normalize
+from serve.normalize import DEFAULT_RULES, Normalized, normalize
 from serve.parse import AnswerStream, Call, Stopped
 from serve.render import Prompt, Recalled, Tokenizer, prompt
 from serve.replay import ReplayLog, Sampled, sign, signing_key, verify
@@ -110,7 +110,7 @@ def make_serving(
     model_name: str,
     stop_ids: Collection[int],
     *,
-    rules: Collection[str] = ("strip-preamble",),
+    rules: Collection[str] = DEFAULT_RULES,
     store: Path | None = None,
     constrain: Constrain | None = None,
     template_history: bool = False,
@@ -119,8 +119,11 @@ def make_serving(
     """Open what a server needs beside its engine: the log of sampled turns below `store`, the key that signs, masks.
 
     `constrain` takes the place of what requests demand of their answers. Raises StoreError and OSError for a store that
-    cannot be used, ValueError for a tokenizer that constrained decoding cannot read.
+    cannot be used, ValueError for a tokenizer that constrained decoding cannot read and for a rule that its template
+    does not allow.
     """
+    if problem := unrendered(tokenizer, rules):
+        raise ValueError(f"--normalize {problem}")
     if constrain is None:
         constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size)
 
@@ -142,12 +145,19 @@ def make_serving(
     )
 
 
+def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:
+    """Which of the rules the chat template does not allow, and why; None for none."""
+    if "tools-first" in rules and not tokenizer.template.tools_can_lead:
+        return "tools-first: the chat template does not write the tools right behind the system text: leave it out"
+    return None
+
+
 def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str], salt: bytes = b"") -> Prepared:
     """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
     normalized = normalize(message, rules)
     report(serving, normalized)
     scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
-    rendered = rendered_prompt(serving, normalized.request, scope)
+    rendered = rendered_prompt(serving, normalized.request, scope, rules)
     limit = serving.engine.settings.max_model_len
     room = limit - len(rendered.tokens)
     if room < 1:
@@ -175,13 +185,13 @@ def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str], s
 def count_tokens(serving: Serving, request: CountTokensRequest, rules: frozenset[str], salt: bytes = b"") -> int:
     """The length of the prompt that the request would have."""
     scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
-    return len(rendered_prompt(serving, normalize(request, rules).request, scope).tokens)
+    return len(rendered_prompt(serving, normalize(request, rules).request, scope, rules).tokens)
 
 
-def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes) -> Prompt:
+def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes, rules: frozenset[str]) -> Prompt:
     """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
     recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
-    return prompt(request, serving.tokenizer, recalled, serving.template_history)
+    return prompt(request, serving.tokenizer, recalled, serving.template_history, "tools-first" in rules)
 
 
 def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Recalled:
