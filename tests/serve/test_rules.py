@@ -21,7 +21,7 @@ from serve.normalize import DEFAULT_RULES, RULES, Applied, cut_volatile, fold_re
 from serve.render import prompt, render_text
 
 USER = InputMessage("user", "Hello")
-GIT = "gitStatus: This is the git status at the start.\nCurrent branch: main\n\nStatus:\nM a.py\n\nRecent commits:\nab1 Fix"
+GIT = "gitStatus: at the start.\nCurrent branch: main\n\nStatus:\nM a.py\n\nRecent commits:\nab1 Fix"
 BY_NAME = {family.name: family for family in FAMILIES}
 
 
