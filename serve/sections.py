@@ -1,4 +1,4 @@
-"""Which part of a request each token of its prompt comes from, such as `system[2]`, `tools[7] Bash`, `messages[3] user`.
+"""Which part of a request a token of its prompt comes from, such as `system[2]`, `tools[7] Bash`, `messages[3] user`.
 
 The parts are looked for in the rendered bytes, in their order, by the words that they begin with: so no chat template
 need be known. What a template writes between two parts counts to the first of them, and what it writes ahead of all is
@@ -128,7 +128,7 @@ class Sections:
 
 
 def find(request: CountTokensRequest, text: bytes) -> list[tuple[int, str]]:
-    """Where the sections of a request start in its rendered text, and their names; those that are not found are none."""
+    """Where the sections of a request start in its rendered text, and their names; what is not found is none."""
     marks: list[tuple[int, str]] = []
     cursor = 0
     for name, part in system_parts(request):
