@@ -1,4 +1,4 @@
-"""`python -m serve --model DIR`: load a checkpoint, compile, and serve it."""
+"""`python -m serve --model DIR`: load a checkpoint, compile, and serve it; `explain` compares two requests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     cli = argparse.ArgumentParser(
         prog="python -m serve",
-        usage="%(prog)s --model DIR_OR_ID [options]",
+        usage="%(prog)s --model DIR_OR_ID [options], or %(prog)s explain A.json B.json",
         description="Serve a Hugging Face checkpoint over the Anthropic Messages API, with every prefix cached.",
     )
     model = cli.add_argument_group("model")
@@ -83,6 +83,12 @@ def parser() -> argparse.ArgumentParser:
         action=Normalize,
         metavar="RULES",
         help="rules for prompts, comma-separated, or none; list explains them (default: strip-preamble)",
+    )
+    prompt.add_argument(
+        "--trace-text",
+        choices=["on", "off"],
+        default="on",
+        help="off: what is told of a prompt that missed the cache shows none of its words (default: %(default)s)",
     )
     prompt.add_argument(
         "--template-history",
@@ -285,9 +291,15 @@ def set_up_jax() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, load, compile, serve until interrupted."""
+    """Parse, load, compile, serve until interrupted; or explain."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["explain"]:
+        from serve.diagnose import main as explain
+
+        explain(given[1:])
+        return
     cli = parser()
-    args = cli.parse_args(argv)
+    args = cli.parse_args(given)
     args.api_key = args.api_key or os.environ.get("TOKENZERO_API_KEY")
     if problem := check(args):
         cli.error(problem)
@@ -345,6 +357,7 @@ def main(argv: list[str] | None = None) -> None:
                 store=store_folder(args.store),
                 template_history=args.template_history,
                 dispatch=args.enable_streaming_tool_dispatch,
+                trace_text=args.trace_text == "on",
             )
     except (ValueError, OSError, StoreError) as error:
         sys.exit(f"tokenzero: {error}")

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import jax
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -67,6 +68,8 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
         routes=[
             Route("/v1/messages", post_messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", post_count_tokens, methods=["POST"]),
+            Route("/v1/requests", get_requests, methods=["GET"]),
+            Route("/v1/requests/{id}", get_request, methods=["GET"]),
             Route("/v1/models", get_models, methods=["GET"]),
             Route("/health", get_health, methods=["GET"]),
             Route("/metrics", get_metrics, methods=["GET"]),
@@ -93,7 +96,8 @@ async def post_messages(request: Request) -> Response:
     body, received = await request.body(), time.perf_counter()
     wanted = rules_of(request, serving)
     message = await run_in_threadpool(decode_request, body)
-    prepared = await run_in_threadpool(prepare, serving, message, wanted, salt_of(request))
+    client = request.headers.get("user-agent", "")
+    prepared = await run_in_threadpool(prepare, serving, message, wanted, salt_of(request), client)
     events = answer(serving, prepared, received)
     headers = {"x-tokenzero-normalized": ", ".join(prepared.applied[:RULES_TOLD])} if prepared.applied else {}
     # The first event is asked for here: a request that the engine refuses is answered by a status, not by a stream.
@@ -133,6 +137,25 @@ async def get_models(request: Request) -> Response:
     return JSONResponse(
         {"data": [model], "has_more": False, "first_id": serving.model_name, "last_id": serving.model_name}
     )
+
+
+async def get_requests(request: Request) -> Response:
+    """`GET /v1/requests`: what the latest requests found in the cache and why not more, and what is volatile."""
+    serving: Serving = request.app.state.serving
+    body = {"data": serving.divergences.latest(), "volatile": serving.volatility.latest()}
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def get_request(request: Request) -> Response:
+    """`GET /v1/requests/{id}`: one of them by its message's id, and where in its prompt each section lies."""
+    serving: Serving = request.app.state.serving
+    found = await run_in_threadpool(serving.divergences.find, request.path_params["id"])
+    if found is None:
+        return error_response(404, f"no request of the latest is known as {request.path_params['id']!r:.80}")
+    report, ranges = found
+    sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]
+    body = msgspec.to_builtins(report) | {"sections": sections if ranges else None}
+    return Response(msgspec.json.encode(body), media_type="application/json")
 
 
 async def get_health(request: Request) -> Response:

@@ -50,6 +50,8 @@ class Gate:
                 message["headers"].append((b"request-id", f"req_{secrets.token_hex(12)}".encode()))
                 # Unknown paths share one label: a client must not be able to grow the metrics.
                 path = scope["path"] if scope.get("endpoint") else "other"
+                for name, value in scope.get("path_params", {}).items():
+                    path = path.removesuffix(value) + f"{{{name}}}"
                 self.metrics.responses.labels(path, message["status"]).inc()
             await send(message)
 
