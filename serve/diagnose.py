@@ -164,8 +164,16 @@ def show(console: Any, title: str, outcomes: dict[str, Outcome]) -> None:
         share = found.position / found.length if found.length else 1.0
         bar = ("█" * round(share * BAR)).ljust(BAR, "░")
         where = [found.section, found.cause, *(repr(text)[1:-1][:24] for text in (found.there, found.here))]
-        cells = where if found.cause else ["", "goes on" if found.position < found.length else "identical", "", ""]
-        table.add_row(name, f"{found.position:,}", f"{found.length:,}", f"{share:.1%}", bar, *map(escape, cells))
+        matches = ["", "goes on" if found.position < found.length else "identical", "", ""]
+        cells = [escape(cell or "") for cell in (where if found.cause else matches)]
+        table.add_row(
+            name,
+            f"{found.position:,}",
+            f"{found.length:,}",
+            f"{share:.1%}",
+            bar,
+            *(escape(cell or "") for cell in cells),
+        )
     console.print(table)
     for cause in dict.fromkeys(found.cause for found in outcomes.values() if found.cause):
         console.print(f"{cause}: {CAUSES[cause]}")

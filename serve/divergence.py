@@ -54,11 +54,12 @@ CAUSES = {
     "first sight": "nobody has said this before",
     "too short": "the prompt is shorter than a page",
     "evicted": "it was cached, and had to make room",
+    "forgotten": "the nearest sequence is cached, and no longer remembered by this report",
     "model changed": "the nearest sequence is another model's",
     "salt": "the nearest sequence has another cache salt",
 }
-# Nothing that was computed before is computed again.
-UNAVOIDABLE = ("first sight", "too short")
+# Nothing that was computed before is computed again, as far as is known.
+UNAVOIDABLE = ("first sight", "too short", "forgotten")
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,8 +212,10 @@ def report(
         recomputed_tokens=len(tokens) - reused,
         position=len(tokens),
     )
-    if reused >= limit or (goes_on and further <= shared):
-        return msgspec.structs.replace(made, position=limit + 1 if reused >= limit else shared)
+    if reused >= limit:
+        return made
+    if goes_on and further <= shared:
+        return msgspec.structs.replace(made, position=shared)
     if stranger and further > max(shared, reused):
         foreign = "model changed" if stranger.model != new.model else "salt"
         old, at, held = stranger, reused, min(further, limit)
@@ -220,12 +223,13 @@ def report(
     elif old and reused < min(shared, limit) - 1:
         at, held = reused, min(shared, limit)
         found = Difference(sections_of(new, vocabulary).at(at), "evicted", "", "")
-    elif old:
-        at, held = max(shared, reused), min(len(old.tokens), limit)
+    elif old and reused <= shared:
+        at, held = shared, min(len(old.tokens), limit)
         found = difference(new, old, at, vocabulary)
     else:
-        at, held = reused, reused
-        found = Difference(sections_of(new, vocabulary).at(at), "first sight", shown(new, at, vocabulary), "")
+        old, at, held = None, reused, reused
+        cause = "forgotten" if reused else "first sight"
+        found = Difference(sections_of(new, vocabulary).at(at), cause, shown(new, at, vocabulary), "")
     cause = "too short" if len(tokens) <= page_size else found.cause
     lost = 0 if cause in UNAVOIDABLE else max(0, held - reused)
     seconds = prefill_s(reused, reused + lost)

@@ -152,7 +152,9 @@ class TestCauses:
             "history edited",
             "first sight",
         }
-        assert parametrized | {"too short", "evicted", "model changed", "salt", "settings changed"} == set(CAUSES)
+        assert parametrized | {"too short", "evicted", "forgotten", "model changed", "salt", "settings changed"} == set(
+            CAUSES
+        )
 
     def test_evicted(self) -> None:
         server = Server()
@@ -221,7 +223,7 @@ class TestCauses:
 
     def test_a_store_that_knows_more_than_the_report_remembers(self) -> None:
         report = Server().ask(body("A" * 200), reused=40)
-        assert (report.cause, report.position, report.lost_tokens) == ("first sight", 40, 0)
+        assert (report.cause, report.position, report.lost_tokens) == ("forgotten", 40, 0)
 
 
 class TestReport:
