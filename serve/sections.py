@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ from serve.render import Piece
 from serve.turns import block_text, blocks, result_text
 
 PROBE = 64  # characters that a part is recognised by
+WINDOW = 2**18  # bytes behind one message in which the next one begins
+MISSES = 32  # parts in a row that are not found: what follows them is not looked for
 # What chat templates write of a tool ahead of its name, in the form of `turns.tool_definitions`.
 _BEFORE_NAME = re.compile(rb'\{\s*+"type":\s*+"function",\s*+"function":\s*+\{\s*+\Z')
 LOOK_BACK = 100  # bytes that this takes, at most
@@ -51,7 +53,7 @@ def vocabulary_of(hf: Any) -> Vocabulary:
     table, last = np.fromiter(map(len, values), np.int64, len(values)), len(values) - 1
     return Vocabulary(
         lambda tokens: np.take(table, tokens, mode="clip"),
-        lambda tokens: b"".join([values[min(token, last)] for token in tokens.tolist()]),
+        lambda tokens: b"".join([values[token] for token in np.minimum(tokens, last).tolist()]),
     )
 
 
@@ -130,37 +132,54 @@ class Sections:
 def find(request: CountTokensRequest, text: bytes) -> list[tuple[int, str]]:
     """Where the sections of a request start in its rendered text, and their names; what is not found is none."""
     marks: list[tuple[int, str]] = []
-    cursor = 0
-    for name, part in system_parts(request):
-        if (at := look(text, part, cursor)) >= 0:
-            marks.append((at, name))
-            cursor = at + len(part.encode("utf-8", "replace"))
-    after, cursor = cursor, 0
-    for i, tool in enumerate(request.tools or ()):
-        quoted = json.dumps(tool.name, ensure_ascii=False).encode()
-        found = (text.find(form + quoted, cursor) for form in (b'"name": ', b'"name":'))
-        if (at := next((at for at in found if at >= 0), -1)) >= 0:
-            before = _BEFORE_NAME.search(text, max(cursor, at - LOOK_BACK), at)
-            marks.append((before.start() if before else at, f"tools[{i}] {tool.name}"))
-            cursor = at + len(quoted)
-    cursor = max(cursor, after)
-    for name, block in message_parts(request):
-        # A call is known by its tool: its JSON is as the model wrote it.
-        part = block.name if isinstance(block, ToolUseBlock) else said(block)
-        if (at := look(text, part, cursor)) >= 0:
-            marks.append((at, name))
-            cursor = at + len(part.encode("utf-8", "replace"))
+    system_end = walk(text, system_parts(request), forms_of_text, 0, len(text), marks)
+    tools = ((f"tools[{i}] {tool.name}", tool.name) for i, tool in enumerate(request.tools or ()))
+    tools_end = walk(text, tools, forms_of_name, 0, len(text), marks)
+    # A call is known by its tool: its JSON is as the model wrote it.
+    parts = ((n, block.name if isinstance(block, ToolUseBlock) else said(block)) for n, block in message_parts(request))
+    walk(text, parts, forms_of_text, max(system_end, tools_end), WINDOW, marks)
     return sorted(marks)
 
 
-def look(text: bytes, part: str, start: int) -> int:
-    """Where a part begins in the text, as it is or as a JSON string; -1 if it does not."""
-    probe = part.strip()[:PROBE]
-    if not probe:
-        return -1
-    at = text.find(probe.encode("utf-8", "replace"), start)
-    escaped = json.dumps(probe, ensure_ascii=False)[1:-1]
-    return at if at >= 0 or escaped == probe else text.find(escaped.encode("utf-8", "replace"), start)
+def walk(
+    text: bytes,
+    parts: Iterable[tuple[str, str]],
+    forms: Callable[[str], Iterator[bytes]],
+    start: int,
+    window: int,
+    marks: list[tuple[int, str]],
+) -> int:
+    """Mark where parts, given by name and text, begin one behind the other; returns where the next one may.
+
+    `forms` says how a part's start may be written. Each is looked for in the next `window` bytes.
+    """
+    misses = 0
+    for name, part in parts:
+        if not part:
+            continue
+        at = next((at for form in forms(part) if (at := text.find(form, start, start + window)) >= 0), -1)
+        misses = 0 if at >= 0 else misses + 1
+        if misses == MISSES:
+            break
+        if at >= 0:
+            before = _BEFORE_NAME.search(text, max(start, at - LOOK_BACK), at) if name.startswith("tools") else None
+            marks.append((before.start() if before else at, name))
+            start = at + len(part)
+    return start
+
+
+def forms_of_text(part: str) -> Iterator[bytes]:
+    """The start of a text as it may be rendered: as it is, or as a JSON string."""
+    if probe := part.strip()[:PROBE]:
+        yield probe.encode("utf-8", "replace")
+        yield json.dumps(probe, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+
+
+def forms_of_name(name: str) -> Iterator[bytes]:
+    """A tool's name as its definition may be rendered."""
+    quoted = json.dumps(name, ensure_ascii=False).encode("utf-8", "replace")
+    yield b'"name": ' + quoted
+    yield b'"name":' + quoted
 
 
 def system_parts(request: CountTokensRequest) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from serve.formats import opening_thinking
 from serve.messages import CountTokensRequest, decode_count_tokens
 from serve.render import Prompt, Tokenizer, prompt
 from serve.replay import Sampled
-from serve.sections import CHARACTERS, Sections, sentencepiece_bytes, vocabulary_of
+from serve.sections import CHARACTERS, MISSES, Sections, find, sentencepiece_bytes, vocabulary_of
 
 Json = dict[str, Any]
 
@@ -112,3 +112,17 @@ def test_ids_that_the_tokenizer_does_not_know_are_no_text(tokenizer: Tokenizer) 
 
 def test_words_with_blanks_in_front_and_single_bytes_are_spelled_out() -> None:
     assert [sentencepiece_bytes(token) for token in ("▁the", "<0x0A>", "é")] == [b" the", b"\n", "é".encode()]
+
+
+def test_parts_that_a_template_leaves_out_have_no_section() -> None:
+    thinking = [{"type": "thinking", "thinking": f"Hidden thought {n}"} for n in range(MISSES - 1)]
+    said = [{"role": "assistant", "content": [*thinking, {"type": "text", "text": "Shown."}]}]
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi there"}, *said]}
+    request = decode_count_tokens(json.dumps(body).encode())
+    assert find(request, b"<user>Hi there<assistant>Shown.") == [(6, "messages[0] user"), (25, "messages[1] assistant")]
+
+
+def test_it_does_not_look_forever_for_what_is_not_there() -> None:
+    said = [{"role": "user", "content": f"Never rendered {n}"} for n in range(100_000)]
+    request = decode_count_tokens(json.dumps({"model": "m", "messages": said}).encode())
+    assert find(request, b"x" * 1_000_000) == []
