@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from cache.index import common_prefix
-from serve.divergence import CAUSES, Seen, difference
+from serve.divergence import CAUSES, Seen, difference, sections_of
 from serve.messages import Block, CountTokensRequest, InvalidRequest, ToolUseBlock, decode_count_tokens
 from serve.normalize import DEFAULT_RULES, RULES, normalize, parse_rules
 from serve.render import Prompt, load_tokenizer, prompt
@@ -65,7 +65,7 @@ def compare(
     opening = len(was.prompt.opening.encode()) if was.prompt.opening else 0
     if shared == length or shared >= len(was.tokens) - (opening if extends(after, before) else 0):
         return Outcome(shared, length)
-    found = difference(now, was, shared, vocabulary)
+    found = difference(now, was, shared, sections_of(now, vocabulary))
     return Outcome(shared, length, found.section, found.cause, found.here, found.there)
 
 

@@ -172,7 +172,7 @@ class Divergences:
             return None
         cause = "evicted"
         if reused >= min(shared, len(new.prompt.tokens) - 1) - 1:
-            cause = difference(new, previous, shared, self.vocabulary).cause
+            cause = difference(new, previous, shared, sections_of(new, self.vocabulary)).cause
         return Diagnostics(miss_reason(cause, missed))
 
 
@@ -216,20 +216,21 @@ def report(
         return made
     if goes_on and further <= shared:
         return msgspec.structs.replace(made, position=shared)
-    if stranger and further > max(shared, reused):
+    sections = sections_of(new, vocabulary)
+    if stranger and further > max(shared, reused) and sections.at(further - 1) != "template":
         foreign = "model changed" if stranger.model != new.model else "salt"
         old, at, held = stranger, reused, min(further, limit)
-        found = Difference(sections_of(new, vocabulary).at(at), foreign, "", "")
-    elif old and reused < min(shared, limit) - 1:
+        found = Difference(sections.at(at), foreign, shown(new, at, vocabulary), "")
+    elif old and reused < min(shared, limit) - 1 and sections.at(shared - 1) != "template":
         at, held = reused, min(shared, limit)
-        found = Difference(sections_of(new, vocabulary).at(at), "evicted", "", "")
+        found = Difference(sections.at(at), "evicted", shown(new, at, vocabulary), "")
     elif old and reused <= shared:
         at, held = shared, min(len(old.tokens), limit)
-        found = difference(new, old, at, vocabulary)
+        found = difference(new, old, at, sections)
     else:
         old, at, held = None, reused, reused
         cause = "forgotten" if reused else "first sight"
-        found = Difference(sections_of(new, vocabulary).at(at), cause, shown(new, at, vocabulary), "")
+        found = Difference(sections.at(at), cause, shown(new, at, vocabulary), "")
     cause = "too short" if len(tokens) <= page_size else found.cause
     lost = 0 if cause in UNAVOIDABLE else max(0, held - reused)
     seconds = prefill_s(reused, reused + lost)
@@ -256,12 +257,11 @@ def shown(seen: Seen, at: int, vocabulary: Vocabulary) -> str:
     return vocabulary.text(seen.tokens[at : at + SHOWN])
 
 
-def difference(new: Seen, old: Seen, at: int, vocabulary: Vocabulary) -> Difference:
-    """Why a prompt and a sequence that share `at` tokens share no more; one may be the other's start."""
-    here, there = (vocabulary.data(seen.tokens[at : at + SHOWN]) for seen in (new, old))
+def difference(new: Seen, old: Seen, at: int, sections: Sections) -> Difference:
+    """Why a prompt, which has these sections, and a sequence that share `at` tokens share no more."""
+    here, there = (sections.vocabulary.data(seen.tokens[at : at + SHOWN]) for seen in (new, old))
     # Tokens may begin alike and differ in their last byte.
     into = common_prefix(np.frombuffer(here, np.uint8), np.frombuffer(there, np.uint8))
-    sections = sections_of(new, vocabulary)
     section, cause = why(new, old, sections.at(at, into))
     begins = not sections.marks or at == 0 or sections.at(at, into - 1) == "template"
     if begins and cause in ("system changed", "tools changed", "tools reordered"):

@@ -222,6 +222,8 @@ def normalize(request: R, rules: Collection[str]) -> Normalized[R]:
             if any(new is not old for new, old in zip(arranged, tools, strict=True)):
                 notes.append(Applied(name, "tools", ""))
                 tools = arranged
+    if "tools-first" in rules and tools and system:
+        notes.append(Applied("tools-first", "tools", ""))  # by `render`
     applied = tuple(note for note in notes if isinstance(note, Applied))
     unparsed = tuple(note for note in notes if isinstance(note, Unparsed))
     if applied:

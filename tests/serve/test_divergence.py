@@ -171,6 +171,11 @@ class TestCauses:
         assert report.lost_tokens == report.prompt_tokens - 1
         assert server.ask(body(), salt=b"a").cause is None
 
+    def test_another_salt_that_has_nothing_of_it_is_no_cause(self) -> None:
+        server = Server()
+        server.ask(body(system="You are."), salt=b"a")
+        assert server.ask(body(system="Once there was."), salt=b"b").cause == "first sight"
+
     def test_another_model(self) -> None:
         server = Server()
         server.ask(body(), model="a")

@@ -168,3 +168,18 @@ class TestTraceText:
         client, _ = discreet
         for path in ("/v1/requests", "/v1/requests/msg_x"):
             error_of(client.get(path, headers={"x-api-key": "wrong"}), 401, "authentication_error")
+
+
+class TestRulesOfARequest:
+    def test_a_request_may_have_its_tools_first(self, client: httpx.Client) -> None:
+        headers = {"x-tokenzero-normalize": "tools-first"}
+        body = with_header(1, "Tools first?", tools=[TOOL])
+        response = client.post("/v1/messages", json=body, headers=headers)
+        assert response.headers["x-tokenzero-normalized"] == "tools-first tools"
+        sections = [s["section"] for s in about(client, response.json())["sections"]]
+        assert sections == ["template", "tools[0] Read", "system[0]", "system[1]", "messages[0] user"]
+        assert post(client, body, **headers)["usage"]["cache_creation_input_tokens"] == 1
+
+    def test_an_unknown_rule_is_refused(self, client: httpx.Client) -> None:
+        response = client.post("/v1/messages", json=ask("Hi"), headers={"x-tokenzero-normalize": "strip-all"})
+        assert "got strip-all" in error_of(response, 400, "invalid_request_error")

@@ -19,6 +19,7 @@ from serve.messages import (
 )
 from serve.normalize import DEFAULT_RULES, RULES, Applied, cut_volatile, fold_reminders, normalize, parse_rules
 from serve.render import prompt, render_text
+from serve.serving import unrendered
 
 USER = InputMessage("user", "Hello")
 GIT = "gitStatus: at the start.\nCurrent branch: main\n\nStatus:\nM a.py\n\nRecent commits:\nab1 Fix"
@@ -151,8 +152,15 @@ class TestToolsFirst:
     def test_a_template_that_writes_them_elsewhere_is_not_asked_to(self) -> None:
         tokenizer = tokenizer_of(BY_NAME["llama3.1"])
         assert not tokenizer.template.tools_can_lead
+        assert "leave it out" in (unrendered(tokenizer, {"tools-first", "sort-tools"}) or "")
+        assert unrendered(tokenizer, {"sort-tools"}) is None
         with pytest.raises(InvalidRequest, match="expected the tools right behind the system text"):
             prompt(self.REQUEST, tokenizer, tools_first=True)
+
+    def test_it_is_told_where_there_is_something_to_move(self) -> None:
+        assert [note.rule for note in normalize(self.REQUEST, {"tools-first"}).applied] == ["tools-first"]
+        for same in (request("You are."), request(tools=(tool("Read"),))):
+            assert normalize(same, {"tools-first"}).request is same
 
     def test_without_tools_or_system_text_nothing_changes(self) -> None:
         tokenizer = tokenizer_of(BY_NAME["qwen2.5"])
