@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     cli = argparse.ArgumentParser(
         prog="python -m serve",
-        usage="%(prog)s --model DIR_OR_ID [options], or %(prog)s explain A.json B.json",
+        usage="%(prog)s --model DIR_OR_ID [options]",
+        epilog="%(prog)s explain A.json B.json says where two captured requests diverge, and why.",
         description="Serve a Hugging Face checkpoint over the Anthropic Messages API, with every prefix cached.",
     )
     model = cli.add_argument_group("model")
