@@ -38,7 +38,7 @@ from serve.messages import (
     encode_event,
 )
 from serve.normalize import RULES
-from serve.serving import Serving, answer, collect, prepare
+from serve.serving import Caller, Serving, answer, collect, prepare
 
 log = logging.getLogger("tokenzero.app")
 
@@ -91,9 +91,9 @@ async def post_messages(request: Request) -> Response:
     """`POST /v1/messages`: generate an answer, as JSON or as a stream of events."""
     serving: Serving = request.app.state.serving
     body, received = await request.body(), time.perf_counter()
-    wanted = rules_of(request, serving)
+    caller = caller_of(request, serving)
     message = await run_in_threadpool(decode_request, body)
-    prepared = await run_in_threadpool(prepare, serving, message, wanted, salt_of(request))
+    prepared = await run_in_threadpool(prepare, serving, message, caller)
     events = answer(serving, prepared, received)
     headers = {"x-tokenzero-normalized": ", ".join(prepared.applied[:RULES_TOLD])} if prepared.applied else {}
     # The first event is asked for here: a request that the engine refuses is answered by a status, not by a stream.
@@ -115,8 +115,8 @@ async def post_messages(request: Request) -> Response:
 async def post_count_tokens(request: Request) -> Response:
     """`POST /v1/messages/count_tokens`: the length of the rendered prompt."""
     serving: Serving = request.app.state.serving
-    body, rules, salt = await request.body(), rules_of(request, serving), salt_of(request)
-    count = await run_in_threadpool(lambda: messages_api.count_tokens(serving, decode_count_tokens(body), rules, salt))
+    body, caller = await request.body(), caller_of(request, serving)
+    count = await run_in_threadpool(lambda: messages_api.count_tokens(serving, decode_count_tokens(body), caller))
     return Response(encode(TokenCount(count)), media_type="application/json")
 
 
@@ -153,6 +153,13 @@ async def get_hello(request: Request) -> Response:
     return JSONResponse({"name": "tokenzero"})
 
 
+def caller_of(request: Request, serving: Serving) -> Caller:
+    """What the request's headers say."""
+    headers = request.headers
+    key = headers.get("x-api-key") or headers.get("authorization") or ""
+    return Caller(rules_of(request, serving), headers.get(SALT_HEADER, "").encode(), key.encode())
+
+
 def rules_of(request: Request, serving: Serving) -> frozenset[str]:
     """The normaliser's rules for this request: the server's, or those its header names."""
     header = request.headers.get(RULES_HEADER)
@@ -162,11 +169,6 @@ def rules_of(request: Request, serving: Serving) -> frozenset[str]:
     if unknown := sorted(names - set(RULES)):
         raise InvalidRequest(f"{RULES_HEADER}: expected some of {', '.join(RULES)} or none, got {', '.join(unknown)}")
     return names
-
-
-def salt_of(request: Request) -> bytes:
-    """The request's cache salt, empty where it names none."""
-    return request.headers.get(SALT_HEADER, "").encode()
 
 
 async def stream(first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:

@@ -92,6 +92,15 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Caller:
+    """What a request says outside of its body: who asks, and how the prompt is to be made."""
+
+    rules: frozenset[str]  # of the normaliser
+    salt: bytes = b""  # requests with different salts share no page and no sampled turn
+    key: bytes = b""  # callers with different keys share no sampled turn
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A request that is ready for the engine."""
 
@@ -142,11 +151,11 @@ def make_serving(
     )
 
 
-def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str], salt: bytes = b"") -> Prepared:
+def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepared:
     """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
-    normalized = normalize(message, rules)
+    normalized = normalize(message, caller.rules)
     report(serving, normalized)
-    scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
+    scope = scope_of(serving, caller)
     rendered = rendered_prompt(serving, normalized.request, scope)
     limit = serving.engine.settings.max_model_len
     room = limit - len(rendered.tokens)
@@ -165,17 +174,22 @@ def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str], s
             top_p=1.0 if message.top_p is None else message.top_p,
             seed=secrets.randbits(32),
         ),
-        salt=salt,
+        salt=caller.salt,
         constraint=serving.constrain(normalized.request, thinking),
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(normalized.request, rendered, generation, scope, applied, thinking, room < message.max_tokens)
 
 
-def count_tokens(serving: Serving, request: CountTokensRequest, rules: frozenset[str], salt: bytes = b"") -> int:
+def count_tokens(serving: Serving, request: CountTokensRequest, caller: Caller) -> int:
     """The length of the prompt that the request would have."""
-    scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
-    return len(rendered_prompt(serving, normalize(request, rules).request, scope).tokens)
+    return len(rendered_prompt(serving, normalize(request, caller.rules).request, scope_of(serving, caller)).tokens)
+
+
+def scope_of(serving: Serving, caller: Caller) -> bytes:
+    """What separates those who may share sampled turns."""
+    parts = (serving.engine.fingerprint, caller.salt, caller.key)
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes) -> Prompt:

@@ -172,9 +172,8 @@ class TestThinking:
         odd = [id for character in "Yes, the file." for id in TOKENIZER.encode(character).tolist()]
         with talk("", "") as sdk:
             body = ASKED | {"thinking": THINKING}
-            scope = sdk.serving
             coming = iter([[*TOKENIZER.encode("<think>\nFirst.\n</think>\n\n").tolist(), *odd], odd])
-            object.__setattr__(scope, "constrain", saying(TOKENIZER, VOCAB, lambda request, opened: next(coming)))
+            force(sdk, saying(TOKENIZER, VOCAB, lambda request, opened: next(coming)))
             first = sdk.messages.create(**body)
             thought, text = (block.to_dict() for block in first.content)
             if signature is None:
@@ -183,7 +182,7 @@ class TestThinking:
                 thought |= {"signature": signature}
             messages = [QUESTION, {"role": "assistant", "content": [thought, text]}, QUESTION]
             sdk.messages.create(**body | {"messages": messages})
-            tokens = scope.engine.asked[-1].tokens.tolist()
+            tokens = sdk.serving.engine.asked[-1].tokens.tolist()
         joined = ",".join(map(str, tokens))
         assert (",".join(map(str, odd)) in joined) == replayed
 
@@ -259,10 +258,10 @@ class TestConstraintErrors:
 
         with talk() as sdk:
             constrain = sdk.serving.constrain
-            object.__setattr__(sdk.serving, "constrain", lambda request, opened: Broken())
+            force(sdk, lambda request, opened: Broken())
             with pytest.raises(anthropic.InternalServerError, match="a fault of the test"):
                 sdk.messages.create(**ASKED)
-            object.__setattr__(sdk.serving, "constrain", constrain)
+            force(sdk, constrain)
             assert sdk.messages.create(**ASKED | {"max_tokens": 3}).usage.output_tokens == 3
 
 
@@ -303,3 +302,22 @@ class TestHistory:
             assert sdk.messages.create(**ASKED, extra_headers=mine).usage.cache_read_input_tokens > 0
             assert sdk.messages.create(**ASKED, extra_headers=other).usage.cache_read_input_tokens == 0
             assert sdk.messages.create(**ASKED).usage.cache_read_input_tokens == 0
+
+    def test_callers_with_different_keys_share_pages_and_no_sampled_turns(self, talk: Any) -> None:
+        odd = [id for character in "Yes, the file." for id in TOKENIZER.encode(character).tolist()]
+        with talk("") as sdk:
+            coming = iter([odd, odd, odd])
+            force(sdk, saying(TOKENIZER, VOCAB, lambda request, opened: next(coming)))
+            first = sdk.messages.create(**ASKED)
+            answered = {"role": "assistant", "content": first.content[0].text}
+            second = ASKED | {"messages": [QUESTION, answered, QUESTION]}
+            for key, replayed in (("any", True), ("other", False)):
+                usage = sdk.with_options(api_key=key).messages.create(**second).usage
+                tokens = ",".join(map(str, sdk.serving.engine.asked[-1].tokens.tolist()))
+                assert (",".join(map(str, odd)) in tokens) == replayed
+                assert usage.cache_read_input_tokens > 0
+
+
+def force(sdk: Any, constrain: Any) -> None:
+    """Give the server another constraint."""
+    object.__setattr__(sdk.serving, "constrain", constrain)
