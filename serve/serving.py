@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from serve import engine as eng
 from serve.blocks import BlockStream, shown
 from serve.constrain import constraint_of, make_constrainer
-from serve.formats import opening_thinking
+from serve.formats import of_json, opening_thinking
 from serve.messages import (
     ContentBlockDelta,
     ContentBlockStart,
@@ -236,9 +236,10 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
     choice = message.tool_choice
     offered = () if choice and choice.type == "none" else message.tools or ()
     one_call = choice is not None and choice.disable_parallel_tool_use
+    form, config = serving.tokenizer.template.format, message.output_config
     pieces = AnswerStream(
         serving.tokenizer.hf.backend_tokenizer,
-        serving.tokenizer.template.format,
+        of_json(form) if config and config.format else form,
         message.stop_sequences or (),
         {tool.name: tool.input_schema for tool in offered},
         prepared.thinking,

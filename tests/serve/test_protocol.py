@@ -245,6 +245,16 @@ class TestConstraints:
         assert answer.stop_reason == "end_turn"
 
 
+def test_marks_inside_of_a_json_answer_are_text(talk: Any) -> None:
+    value = {"title": f"How to write <think> and {CALL}"}
+    schema = {"type": "object", "properties": {"title": {"type": "string"}}}
+    config = {"format": {"type": "json_schema", "schema": schema}}
+    with talk(json.dumps(value)) as sdk:
+        answer = sdk.messages.create(**ASKED, tools=[READ], output_config=config)
+    assert json.loads(answer.content[0].text) == value
+    assert (len(answer.content), answer.stop_reason) == (1, "end_turn")
+
+
 class TestConstraintErrors:
     def test_a_schema_that_is_none_is_the_clients_fault(self, talk: Any) -> None:
         config = {"format": {"type": "json_schema", "schema": {"type": "sring"}}}
