@@ -57,21 +57,26 @@ Calls = Generator[Call | None, None, None]  # yields complete calls as well
 Reader = Callable[[Source, Tools], Calls]
 
 
-def make_call(name: object, input: object) -> Call:
-    """A call; raises Malformed unless it has a name and an object of arguments."""
+def make_call(name: object, input: object, id: object = None) -> Call:
+    """A call; raises Malformed unless it has a name and an object of arguments.
+
+    Its id ends with the model's own, if that is of Mistral's kind: templates that take short ids make them of the end.
+    """
     if not (isinstance(name, str) and name and isinstance(input, dict)):
         raise Malformed
     try:
         arguments = msgspec.json.encode(input).decode()
     except RecursionError:
         raise Malformed from None
-    return Call(new_id("toolu"), name, input, arguments)
+    own = id if isinstance(id, str) and SHORT_ID.fullmatch(id) else ""
+    return Call(new_id("toolu") + own, name, input, arguments)
 
 
 # Each reading function goes on where the source stands, and waits where the source ends.
 BLANK = re.compile(f"[{SPACE}]*")
 NAME = re.compile(r"""[^\s<>\[\]{}()"',;]*""")
 KEY = re.compile(r"[^<>\n]*")
+SHORT_ID = re.compile("[A-Za-z0-9]{9}")
 PLAIN = re.compile(r'[^"\\]*')  # within a string of JSON
 BETWEEN = re.compile(r"[\s:,0-9+\-.eEtrufalsn]*")  # the strings and brackets of JSON
 CALL_KEYS = ('"name"', '"arguments"', '"parameters"', '"type"', '"id"', '"function"')  # a call begins with one
@@ -198,7 +203,7 @@ def read_json_call(source: Source) -> Calls:
         raise Malformed
     source.at = start
     value = yield from read_object(source)
-    yield make_call(value.get("name"), value.get("arguments", value.get("parameters")))
+    yield make_call(value.get("name"), value.get("arguments", value.get("parameters")), value.get("id"))
 
 
 def read_hermes(source: Source, tools: Tools) -> Calls:
@@ -265,12 +270,12 @@ def read_mistral(source: Source, tools: Tools) -> Calls:
             another = yield from skip(source, ",")
         yield from close(source, "]")
         return
-    name = yield from word(source)
+    name, id = (yield from word(source)), None
     if (yield from skip(source, "[CALL_ID]")):
-        yield from word(source)
+        id = yield from word(source)
     yield from skip(source, "[ARGS]")
     yield from take(source, BLANK)
-    yield make_call(name, (yield from read_object(source)))
+    yield make_call(name, (yield from read_object(source)), id)
 
 
 def read_deepseek(source: Source, tools: Tools) -> Calls:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.calls import Call
-from serve.formats import BY_NAME, SPACE, choose, of_json, opening_thinking, write_turn
+from serve.formats import BY_NAME, SPACE, choose, mistral_id, of_json, opening_thinking, write_turn
 from serve.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.parse import AnswerStream, Stopped, Text, Thinking, ThinkingEnd
 from serve.schemas import types_of
@@ -186,6 +186,19 @@ def test_json_may_hold_any_mark_and_thinking_or_calls_come_ahead_of_it(name):
             assert read(name, thought, json=True, tools=tools) == [Thinking("so"), ThinkingEnd(), Text(text)]
     calls = write_turn(format, [call, call])
     assert read(name, calls, json=True) == [("Read", call.input)] * 2
+
+
+def test_a_calls_id_ends_with_mistrals_own_so_that_the_results_name_it():
+    call = '{"name": "now", "arguments": {}, "id": "%s"}'
+    for name, text, own in (
+        ("mistral", f"[TOOL_CALLS] [{call % 'aB3dE6gH9'}]", "aB3dE6gH9"),
+        ("mistral_args", "[TOOL_CALLS]now[CALL_ID]aB3dE6gH9[ARGS]{}", "aB3dE6gH9"),
+        ("mistral", f"[TOOL_CALLS] [{call % 'not nine'}]", None),
+    ):
+        ((kind, made),) = [(type(b), b.id) for b in read(name, text)]
+        assert kind is Call
+        assert mistral_id(made) == (own or made[-9:])
+        assert len(made) == len("toolu_") + 24 + 9 * bool(own)
 
 
 def test_a_call_inside_thinking_is_thinking_and_a_stop_sequence_inside_a_call_is_not_one():
