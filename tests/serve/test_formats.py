@@ -189,16 +189,15 @@ def test_json_may_hold_any_mark_and_thinking_or_calls_come_ahead_of_it(name):
 
 
 def test_a_calls_id_ends_with_mistrals_own_so_that_the_results_name_it():
-    call = '{"name": "now", "arguments": {}, "id": "%s"}'
+    written = '[TOOL_CALLS] [{"name": "now", "arguments": {}, "id": "%s"}]'
     for name, text, own in (
-        ("mistral", f"[TOOL_CALLS] [{call % 'aB3dE6gH9'}]", "aB3dE6gH9"),
+        ("mistral", written % "aB3dE6gH9", "aB3dE6gH9"),
         ("mistral_args", "[TOOL_CALLS]now[CALL_ID]aB3dE6gH9[ARGS]{}", "aB3dE6gH9"),
-        ("mistral", f"[TOOL_CALLS] [{call % 'not nine'}]", None),
+        ("mistral", written % "not nine", None),
     ):
-        ((kind, made),) = [(type(b), b.id) for b in read(name, text)]
-        assert kind is Call
-        assert mistral_id(made) == (own or made[-9:])
-        assert len(made) == len("toolu_") + 24 + 9 * bool(own)
+        (call,) = AnswerStream(backend(), BY_NAME[name], (), TOOLS).read(text)
+        assert mistral_id(call.id) == (own or call.id[-9:])
+        assert len(call.id) == len("toolu_") + 24 + 9 * bool(own)
 
 
 def test_a_call_inside_thinking_is_thinking_and_a_stop_sequence_inside_a_call_is_not_one():
