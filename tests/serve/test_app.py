@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import pytest
 from talking import (
@@ -545,6 +546,13 @@ class TestKeys:
         self, headers: dict[str, str], path: str, strict_client: httpx.Client
     ) -> None:
         error_of(strict_client.post(path, json=ask("Hi"), headers=headers), 401, "authentication_error")
+
+    def test_the_sdk_raises_its_authentication_error(self, strict_client: httpx.Client) -> None:
+        with (
+            anthropic.Anthropic(base_url=str(strict_client.base_url), api_key="wrong", max_retries=0) as sdk,
+            pytest.raises(anthropic.AuthenticationError),
+        ):
+            sdk.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": "Hi"}])
 
     @pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
     def test_what_tells_about_others_is_closed_too(self, path: str, strict_client: httpx.Client) -> None:
