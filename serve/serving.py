@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
     )
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
-    usage, told, sampled = Usage(0), False, 0
+    usage, told, sampled, silent_since = Usage(0), False, 0, time.perf_counter()
     reason: StopReason = "end_turn"
     stop: str | None = None
     async with aclosing(eng.generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
@@ -254,7 +255,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
             new = []
             match event:
                 case eng.Waiting():
-                    yield Ping()
+                    silent_since = -inf
                 case eng.Failed(problem):
                     yield Error(ErrorDetail("api_error", problem))
                     return
@@ -280,12 +281,17 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                         serving.metrics.ttft.observe(time.perf_counter() - received)
                         told = True
                     yield block_event
+                    silent_since = time.perf_counter()
                 if isinstance(piece, Call) and serving.dispatch:
                     yield dispatched(piece, content.calls - 1)
                 if content.calls and one_call:
                     break
             if stop is not None or (content.calls and one_call):
                 break
+            # Thinking that is not shown and a call that is not complete may take long, too.
+            if time.perf_counter() - silent_since > PING_SECONDS:
+                yield Ping()
+                silent_since = time.perf_counter()
     for block_event in content.close():
         yield block_event
     if content.calls and reason == "end_turn":

@@ -16,6 +16,7 @@ from scripted import listening, saying, serving_over, steps_compiled_once
 
 from model.config import ModelConfig
 from model.params import Params
+from serve import serving as messages_api
 from serve.messages import MessagesRequest
 from serve.replay import verify
 
@@ -147,6 +148,12 @@ class TestThinking:
         with talk(self.WRITTEN) as sdk:
             answer = sdk.messages.create(**ASKED)
         assert [block.to_dict() for block in answer.content] == [{"type": "text", "text": "Yes."}]
+
+    def test_pings_bridge_what_is_not_shown(self, talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        with talk(self.WRITTEN) as sdk:
+            monkeypatch.setattr(messages_api, "PING_SECONDS", 0.0)
+            names = [name for name, _ in raw_events(sdk, ASKED)]
+        assert "ping" in names[names.index("message_start") : names.index("content_block_start")]
 
     def test_thinking_may_be_signed_and_not_shown(self, talk: Any) -> None:
         with talk(self.WRITTEN) as sdk:
