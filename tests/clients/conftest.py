@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -67,7 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_demo_model(model, config=MODEL)
     here = Path(__file__).parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(here.parent))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here.parent), str(here.parent.parent)]))
         with running_server(model, *FLAGS, log=log, program=(str(here / "scripted_server.py"),)) as server:
             yield server
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
