@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 import secrets
 import time
@@ -16,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from serve import engine as eng
 from serve.blocks import BlockStream, shown
 from serve.constrain import constraint_of, make_constrainer
 from serve.divergence import Divergences, Seen
-from serve.formats import opening_thinking
+from serve.formats import of_json, opening_thinking
 from serve.messages import (
     ContentBlockDelta,
     ContentBlockStart,
@@ -102,11 +102,21 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Caller:
+    """What a request says outside of its body: who asks, and how the prompt is to be made."""
+
+    rules: frozenset[str]  # of the normaliser
+    salt: bytes = b""  # requests with different salts share no page and no sampled turn
+    key: bytes = b""  # callers with different keys share no sampled turn
+    agent: str = ""  # the client's name, as its user agent has it
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A request that is ready for the engine."""
 
     id: str  # of the message that answers it
-    client: str  # user agent
+    agent: str  # the client's name
     message: MessagesRequest
     prompt: Prompt
     generation: eng.GenerationRequest
@@ -165,7 +175,7 @@ def make_serving(
 
 def prefill_s(engine: eng.Engine, start: int, stop: int) -> float:
     """Seconds that computing tokens [start, stop) takes, by what was measured; infinite if nothing was."""
-    return engine.pager.cost.prefill_s(start, stop) if engine.pager else math.inf
+    return engine.pager.cost.prefill_s(start, stop) if engine.pager else inf
 
 
 def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:
@@ -175,14 +185,12 @@ def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:
     return None
 
 
-def prepare(
-    serving: Serving, message: MessagesRequest, rules: frozenset[str], salt: bytes = b"", client: str = ""
-) -> Prepared:
+def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepared:
     """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
-    normalized = normalize(message, rules)
+    normalized = normalize(message, caller.rules)
     report(serving, normalized)
-    scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
-    rendered = rendered_prompt(serving, normalized.request, scope, rules)
+    scope = scope_of(serving, caller)
+    rendered = rendered_prompt(serving, normalized.request, scope, caller.rules)
     limit = serving.engine.settings.max_model_len
     room = limit - len(rendered.tokens)
     if room < 1:
@@ -200,13 +208,13 @@ def prepare(
             top_p=1.0 if message.top_p is None else message.top_p,
             seed=secrets.randbits(32),
         ),
-        salt=salt,
+        salt=caller.salt,
         constraint=serving.constrain(normalized.request, thinking),
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(
         new_id("msg"),
-        client,
+        caller.agent,
         normalized.request,
         rendered,
         generation,
@@ -217,10 +225,16 @@ def prepare(
     )
 
 
-def count_tokens(serving: Serving, request: CountTokensRequest, rules: frozenset[str], salt: bytes = b"") -> int:
+def count_tokens(serving: Serving, request: CountTokensRequest, caller: Caller) -> int:
     """The length of the prompt that the request would have."""
-    scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
-    return len(rendered_prompt(serving, normalize(request, rules).request, scope, rules).tokens)
+    normalized = normalize(request, caller.rules).request
+    return len(rendered_prompt(serving, normalized, scope_of(serving, caller), caller.rules).tokens)
+
+
+def scope_of(serving: Serving, caller: Caller) -> bytes:
+    """What separates those who may share sampled turns."""
+    parts = (serving.engine.fingerprint, caller.salt, caller.key)
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes, rules: frozenset[str]) -> Prompt:
@@ -267,16 +281,17 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
     choice = message.tool_choice
     offered = () if choice and choice.type == "none" else message.tools or ()
     one_call = choice is not None and choice.disable_parallel_tool_use
+    form, config = serving.tokenizer.template.format, message.output_config
     pieces = AnswerStream(
         serving.tokenizer.hf.backend_tokenizer,
-        serving.tokenizer.template.format,
+        of_json(form) if config and config.format else form,
         message.stop_sequences or (),
         {tool.name: tool.input_schema for tool in offered},
         prepared.thinking,
     )
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
-    usage, told, sampled = Usage(0), False, 0
+    usage, told, sampled, silent_since = Usage(0), False, 0, time.perf_counter()
     reason: StopReason = "end_turn"
     stop: str | None = None
     async with aclosing(eng.generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
@@ -284,7 +299,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
             new = []
             match event:
                 case eng.Waiting():
-                    yield Ping()
+                    silent_since = -inf
                 case eng.Failed(problem):
                     yield Error(ErrorDetail("api_error", problem))
                     return
@@ -313,12 +328,17 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                         serving.metrics.ttft.observe(time.perf_counter() - received)
                         told = True
                     yield block_event
+                    silent_since = time.perf_counter()
                 if isinstance(piece, Call) and serving.dispatch:
                     yield dispatched(piece, content.calls - 1)
                 if content.calls and one_call:
                     break
             if stop is not None or (content.calls and one_call):
                 break
+            # Thinking that is not shown and a call that is not complete may take long, too.
+            if time.perf_counter() - silent_since > PING_SECONDS:
+                yield Ping()
+                silent_since = time.perf_counter()
     for block_event in content.close():
         yield block_event
     if content.calls and reason == "end_turn":
@@ -345,7 +365,7 @@ def trace(serving: Serving, prepared: Prepared, by_tier: dict[str, int]) -> Diag
         if made.cause:
             serving.metrics.divergences.labels(made.cause).inc()
             serving.metrics.lost.labels(made.cause).inc(made.lost_tokens)
-        serving.metrics.volatile.inc(len(serving.volatility.observe(prepared.client, request)))
+        serving.metrics.volatile.inc(len(serving.volatility.observe(prepared.agent, request)))
     except Exception:  # a report is not worth an answer
         log.exception("no report on %s", prepared.id)
     return diagnostics
