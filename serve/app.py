@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import msgspec
@@ -26,6 +26,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve import serving as messages_api
+from serve.assets import ASSET_HEADERS, ASSETS, PAGE
+from serve.divergence import CAUSES, Report
 from serve.engine import Overloaded
 from serve.gate import Gate, TooLarge, error_response
 from serve.messages import (
@@ -83,7 +85,8 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
             Route("/health", get_health, methods=["GET"]),
             Route("/metrics", get_metrics, methods=["GET"]),
             Route("/api/hello", get_hello, methods=["GET"]),
-            Route("/", get_hello, methods=["GET"]),
+            Route("/", get_root, methods=["GET"]),
+            *(Route(path, partial(get_asset, path), methods=["GET"]) for path in ASSETS),
         ],
         middleware=[Middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, metrics=serving.metrics)],
         exception_handlers={
@@ -186,10 +189,16 @@ def described(name: str, context: int) -> dict[str, str | int]:
 
 
 async def get_requests(request: Request) -> Response:
-    """`GET /v1/requests`: what the latest requests found in the cache and why not more, and what is volatile."""
+    """`GET /v1/requests`: what the latest requests found in the cache, why not more, how they went; volatile parts."""
     serving: Serving = request.app.state.serving
-    body = {"data": serving.divergences.latest(), "volatile": serving.volatility.latest()}
+    data = [told(serving, report) for report in serving.divergences.latest()]
+    body = {"data": data, "volatile": serving.volatility.latest(), "causes": CAUSES}
     return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def told(serving: Serving, report: Report) -> dict[str, Any]:
+    """What is told of a request: the report on its prompt, and its outcome."""
+    return msgspec.to_builtins(report) | msgspec.to_builtins(serving.outcomes.of(report.id))
 
 
 async def get_request(request: Request) -> Response:
@@ -202,7 +211,7 @@ async def get_request(request: Request) -> Response:
         )
     report, ranges = found
     sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]
-    body = msgspec.to_builtins(report) | {"sections": sections if ranges else None}
+    body = told(serving, report) | {"sections": sections if ranges else None}
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
@@ -217,6 +226,19 @@ async def get_health(request: Request) -> Response:
 async def get_metrics(request: Request) -> Response:
     """`GET /metrics`: Prometheus text."""
     return Response(generate_latest(request.app.state.serving.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def get_root(request: Request) -> Response:
+    """`GET /`: the dashboard for browsers, and for other clients what `/api/hello` has."""
+    if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
+        return await get_asset(PAGE, request)
+    return await get_hello(request)
+
+
+async def get_asset(path: str, request: Request) -> Response:
+    """A file of the dashboard; browsers are to load nothing from elsewhere."""
+    asset = ASSETS[path]
+    return Response(asset.content, media_type=asset.media_type, headers=ASSET_HEADERS)
 
 
 async def get_hello(request: Request) -> Response:

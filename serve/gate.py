@@ -9,13 +9,14 @@ import secrets
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.assets import ASSETS
 from serve.messages import ERROR_TYPES, Error, ErrorDetail, encode
 from serve.metrics import ServerMetrics
 from serve.openai.errors import error_body, is_openai, status_of
 
 log = logging.getLogger("tokenzero.app")
 
-OPEN_PATHS = ("/", "/health", "/api/hello")
+OPEN_PATHS = ("/", "/health", "/api/hello", *ASSETS)  # the dashboard asks for the key itself
 
 
 class TooLarge(Exception):

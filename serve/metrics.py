@@ -100,6 +100,15 @@ class ServerMetrics:
             "tokenzero_responses", "Answers by path and status", ["path", "status"], registry=self.registry
         )
         self.normalized = Counter("tokenzero_normalized", "Texts that a rule changed", ["rule"], registry=self.registry)
+        self.saved_tokens = Counter(
+            "tokenzero_rule_saved_tokens", "Tokens reused thanks to this rule alone", ["rule"], registry=self.registry
+        )
+        self.saved_seconds = Counter(
+            "tokenzero_rule_saved_seconds",
+            "What computing these tokens would have taken, by the cost model",
+            ["rule"],
+            registry=self.registry,
+        )
         self.divergences = Counter(
             "tokenzero_divergences",
             "Requests that reused less than the nearest sequence held, or had none, by cause",

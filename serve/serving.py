@@ -6,6 +6,7 @@ and `blocks`. Here one is led to the other. No HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import re
@@ -15,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,11 @@ from serve.messages import (
 )
 from serve.metrics import ServerMetrics
 from serve.normalize import DEFAULT_RULES, Normalized, normalize
+from serve.outcomes import Outcomes, followed
 from serve.parse import AnswerStream, Call, Stopped
 from serve.render import Prompt, Recalled, Tokenizer, prompt
 from serve.replay import ReplayLog, Sampled, sign, signing_key, verify
+from serve.savings import Savings
 from serve.sections import vocabulary_of
 from serve.sequence import Constraint
 from serve.steps import SamplingParams
@@ -96,6 +99,8 @@ class Serving:
     metrics: ServerMetrics
     divergences: Divergences
     volatility: Volatility
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    savings: Savings = field(default_factory=Savings)
     template_history: bool = False  # answers in the history are the chat template's business, nothing is replayed
     dispatch: bool = False  # tell each tool call as an event of its own
     reported: set[str] = field(default_factory=set)  # shapes of unparsed preambles that were logged already
@@ -116,8 +121,9 @@ class Prepared:
     """A request that is ready for the engine."""
 
     id: str  # of the message that answers it
-    agent: str  # the client's name
-    message: MessagesRequest
+    caller: Caller
+    original: MessagesRequest  # as it came
+    message: MessagesRequest  # as the rules left it
     prompt: Prompt
     generation: eng.GenerationRequest
     scope: bytes  # whose sampled turns it shares
@@ -214,7 +220,8 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(
         new_id("msg"),
-        caller.agent,
+        caller,
+        message,
         normalized.request,
         rendered,
         generation,
@@ -271,12 +278,25 @@ def report(serving: Serving, normalized: Normalized) -> None:
         serving.metrics.normalized.labels(applied.rule).inc()
 
 
-async def answer(serving: Serving, prepared: Prepared, received: float) -> AsyncGenerator[Event, None]:
+def answer(serving: Serving, prepared: Prepared, received: float) -> AsyncGenerator[Event, None]:
     """The answer as the API's events, in their order: pings while the prompt is computed, then the message.
 
-    `message_start` comes with the first token, when the counts of its usage are known. `received` is when the request's
-    last byte came, as `time.perf_counter` tells it.
+    `received` is when the request's last byte came, as `time.perf_counter` tells it.
     """
+    return followed(
+        generated(serving, prepared),
+        prepared.id,
+        received,
+        serving.outcomes,
+        first=serving.metrics.ttft.observe,
+        done=lambda usage: asyncio.get_running_loop().run_in_executor(
+            None, note_savings, serving, prepared, usage.cache_read_input_tokens
+        ),
+    )
+
+
+async def generated(serving: Serving, prepared: Prepared) -> AsyncGenerator[Event, None]:
+    """The events of an answer; `message_start` comes with the first token, when the counts of its usage are known."""
     message = prepared.message
     choice = message.tool_choice
     offered = () if choice and choice.type == "none" else message.tools or ()
@@ -291,7 +311,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
     )
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
-    usage, told, sampled, silent_since = Usage(0), False, 0, time.perf_counter()
+    usage, sampled, silent_since = Usage(0), 0, time.perf_counter()
     reason: StopReason = "end_turn"
     stop: str | None = None
     async with aclosing(eng.generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
@@ -324,9 +344,6 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                 if isinstance(piece, Stopped):
                     reason, stop = "stop_sequence", piece.sequence
                 for block_event in content.add(piece):
-                    if not told and isinstance(block_event, ContentBlockDelta):
-                        serving.metrics.ttft.observe(time.perf_counter() - received)
-                        told = True
                     yield block_event
                     silent_since = time.perf_counter()
                 if isinstance(piece, Call) and serving.dispatch:
@@ -365,10 +382,25 @@ def trace(serving: Serving, prepared: Prepared, by_tier: dict[str, int]) -> Diag
         if made.cause:
             serving.metrics.divergences.labels(made.cause).inc()
             serving.metrics.lost.labels(made.cause).inc(made.lost_tokens)
-        serving.metrics.volatile.inc(len(serving.volatility.observe(prepared.agent, request)))
+        serving.metrics.volatile.inc(len(serving.volatility.observe(prepared.caller.agent, request)))
     except Exception:  # a report is not worth an answer
         log.exception("no report on %s", prepared.id)
     return diagnostics
+
+
+def note_savings(serving: Serving, prepared: Prepared, reused: int) -> None:
+    """Count what each rule saved a request."""
+    caller, length = prepared.caller, len(prepared.prompt.tokens)
+    try:
+        saved = serving.savings.observe(prepared.original, caller.rules, reused, length, caller.salt)
+    except Exception:  # nor is this
+        log.exception("nothing is known of what the rules saved %s", prepared.id)
+        return
+    serving.outcomes.note(prepared.id, saved_tokens=saved)
+    for rule, tokens in saved.items():
+        seconds = prefill_s(serving.engine, reused - tokens, reused)
+        serving.metrics.saved_tokens.labels(rule).inc(tokens)
+        serving.metrics.saved_seconds.labels(rule).inc(seconds if isfinite(seconds) else 0)
 
 
 def dispatched(call: Call, index: int) -> ToolCallDispatch:

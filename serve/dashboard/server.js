@@ -1,0 +1,39 @@
+// What the page asks the server that it came from. The key is kept in this module's memory, nowhere else.
+
+const TIMEOUT_MS = 5000;
+let key = "";
+
+export class KeyNeeded extends Error {}
+
+export function setKey(value) {
+  key = value;
+}
+
+export const hasKey = () => key !== "";
+
+async function get(path) {
+  const headers = key ? { "x-api-key": key } : {};
+  const response = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
+  if (response.status === 401) throw new KeyNeeded();
+  if (!response.ok) throw new Error(`${path} answered ${response.status}`);
+  return response;
+}
+
+// {data, volatile, causes, metrics}
+export async function poll() {
+  const [requests, metrics] = await Promise.all([get("/v1/requests"), get("/metrics")]);
+  return { ...(await requests.json()), metrics: parseMetrics(await metrics.text()) };
+}
+
+// Prometheus text -> name -> [{labels, value}]
+function parseMetrics(text) {
+  const metrics = new Map();
+  for (const line of text.split("\n")) {
+    const [, name, labels, value] = line.match(/^([a-z_]\w*)(?:\{(.*)\})? (\S+)$/i) ?? [];
+    if (!name) continue;
+    const pairs = [...(labels ?? "").matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)].map(([, k, v]) => [k, v]);
+    if (!metrics.has(name)) metrics.set(name, []);
+    metrics.get(name).push({ labels: Object.fromEntries(pairs), value: Number(value) });
+  }
+  return metrics;
+}

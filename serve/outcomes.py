@@ -1,0 +1,75 @@
+"""How the latest requests went: what is told of them beside the report on their prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from threading import Lock
+from types import MappingProxyType
+from typing import Any, Literal
+
+import msgspec
+from cachetools import LRUCache
+from msgspec import Struct
+
+from serve.messages import ContentBlockDelta, Event, MessageDelta, Usage
+
+REMEMBERED = 1024
+
+
+class Outcome(Struct, frozen=True, omit_defaults=True):
+    """What became of one request."""
+
+    state: Literal["running", "done", "broken off"] = "running"
+    ttft_ms: float | None = None  # None until there is a first content_block_delta
+    generated_tokens: int = 0  # known when it is done
+    saved_tokens: Mapping[str, int] = MappingProxyType({})  # reused thanks to each rule alone
+
+
+class Outcomes:
+    """The latest outcomes by the ids of their messages. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self.known: LRUCache[str, Outcome] = LRUCache(REMEMBERED)
+        self.lock = Lock()
+
+    def note(self, id: str, **fields: Any) -> None:
+        """Set fields of a request's outcome."""
+        with self.lock:
+            self.known[id] = msgspec.structs.replace(self.known.get(id) or Outcome(), **fields)
+
+    def of(self, id: str) -> Outcome:
+        """What is known of a request."""
+        with self.lock:
+            return self.known.get(id) or Outcome()
+
+
+async def followed(
+    events: AsyncGenerator[Event, None],
+    id: str,
+    received: float,
+    outcomes: Outcomes,
+    first: Callable[[float], object],
+    done: Callable[[Usage], object],
+) -> AsyncGenerator[Event, None]:
+    """The same events, with their outcome noted.
+
+    `received` is when the request's last byte came, as `time.perf_counter` tells it; `first` is told the TTFT in
+    seconds; `done` is told the usage when the answer is complete.
+    """
+    waiting, state = True, "broken off"
+    async with aclosing(events):
+        try:
+            async for event in events:
+                if waiting and isinstance(event, ContentBlockDelta):
+                    waiting, ttft = False, time.perf_counter() - received
+                    first(ttft)
+                    outcomes.note(id, ttft_ms=1000 * ttft)
+                if isinstance(event, MessageDelta):
+                    state = "done"
+                    outcomes.note(id, state=state, generated_tokens=event.usage.output_tokens)
+                    done(event.usage)
+                yield event
+        finally:
+            outcomes.note(id, state=state)

@@ -1,0 +1,80 @@
+"""What each rule saves: tokens that a request reused, and would not have without that rule.
+
+For each rule a shadow of the prefix cache is kept, of the prompts as they would be without that rule and with all
+others: hash chains over their text, no tokens and no KV. The text is that of `explain`: system texts, tools, messages
+(with the rule tools-first: tools, system texts, messages), which is the order of most chat templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from threading import Lock
+
+import xxhash
+
+from serve.diagnose import characters
+from serve.messages import CountTokensRequest
+from serve.normalize import normalize
+
+CHUNK = 256  # bytes that a link of a chain stands for
+REMEMBERED = 2**18  # links
+
+
+class Savings:
+    """Takes request after request. Any thread may use it."""
+
+    def __init__(self) -> None:
+        # (rule left out, link), the latest last; "" for the prompts as they are.
+        self.links: dict[tuple[str, int], None] = {}
+        self.lock = Lock()
+
+    def observe(
+        self, request: CountTokensRequest, rules: Collection[str], reused: int, length: int, salt: bytes = b""
+    ) -> dict[str, int]:
+        """Tokens that each rule alone saved, where it saved any, of `reused` ones of a prompt of `length` tokens.
+
+        `request` is as it came, before the rules.
+        """
+        if not rules:
+            return {}
+        normalized = normalize(request, rules)
+        applied = {applied.rule for applied in normalized.applied}
+        text = text_of(normalized.request, rules)
+        chains = {"": chain(text, salt)}
+        for rule in rules:
+            others = set(rules) - {rule}
+            plain = rule in applied and text_of(normalize(request, others).request, others)
+            chains[rule] = chain(plain, salt) if plain else chains[""]
+        tokens_per_link = CHUNK * length / max(1, len(text))
+        with self.lock:
+            held = {rule: round(self.held(rule, links) * tokens_per_link) for rule, links in chains.items()}
+            for rule, links in chains.items():
+                self.remember(rule, links)
+        most = min(reused, held[""])
+        return {rule: most - held[rule] for rule in rules if held[rule] < most}
+
+    def held(self, rule: str, links: list[int]) -> int:
+        """How many links from the first on are known."""
+        return next((i for i, link in enumerate(links) if (rule, link) not in self.links), len(links))
+
+    def remember(self, rule: str, links: list[int]) -> None:
+        """Keep these links, and drop the oldest ones."""
+        for link in links:
+            self.links.pop((rule, link), None)
+            self.links[rule, link] = None
+        while len(self.links) > REMEMBERED:
+            del self.links[next(iter(self.links))]
+
+
+def text_of(request: CountTokensRequest, rules: Collection[str]) -> bytes:
+    """A request's prompt as text."""
+    return "".join(map(str, characters(request, "tools-first" in rules).pieces)).encode("utf-8", "replace")
+
+
+def chain(text: bytes, salt: bytes) -> list[int]:
+    """A hash for each whole chunk of a text, of all text up to its end."""
+    link, links = xxhash.xxh3_64_intdigest(salt), []
+    for start in range(0, len(text) - CHUNK + 1, CHUNK):
+        link = xxhash.xxh3_64_intdigest(text[start : start + CHUNK], link)
+        links.append(link)
+    return links
