@@ -7,20 +7,20 @@ that `make test-clients` has fetched, or `--chromium PATH`.
 from __future__ import annotations
 
 import argparse
-import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 from rich.progress import track
 
 from experiments.demo_model import write_demo_model
 from experiments.server import measure, running_server
-from experiments.sessions import Session, requests
-from experiments.synthetic import Json
+from experiments.sessions import Session, request, session_header, with_header
+from experiments.synthetic import Json, prose
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -30,9 +30,8 @@ PICTURE = Path(__file__).parent / "results" / "dashboard.png"
 # One process and no GPU: what a headless Chromium needs in a container.
 ARGUMENTS = ("--no-sandbox", "--no-zygote", "--headless=shell", "--disable-gpu")
 # The pool holds two of the three sessions, so that host memory is read, too.
-FLAGS = ("--kv-pool-bytes", "96MiB", "--host-bytes", "1GB", "--max-batch", "4", "--max-model-len", "40000")
-KEEP = {"x-tokenzero-normalize": "none"}
-TURNS = 8
+FLAGS = ("--kv-pool-bytes", "64MiB", "--host-bytes", "1GB", "--max-batch", "4", "--max-model-len", "30000")
+TURNS = 10
 
 
 @contextmanager
@@ -48,29 +47,53 @@ def chromium(program: Path) -> Iterator[Browser]:
             browser.close()
 
 
-def traffic() -> Iterator[tuple[Json, dict[str, str]]]:
-    """Bodies and headers: sessions in turn, one whose header is kept, and now and then a client that errs."""
-    steady, second, kept = (
-        requests(Session(seed, f"/home/dev/{name}", scale=0.3, kin="", thinking=False))
-        for seed, name in enumerate(("compiler", "website", "driver"))
-    )
-    for turn in range(TURNS):
-        body = next(steady)
-        yield body, {"user-agent": "steady/1.0"}
-        yield next(second), {"user-agent": "second/1.0"}
-        yield next(kept), {"user-agent": "kept/1.0"} | KEEP
-        if turn == TURNS // 2:
-            yield body | {"tools": body["tools"][::-1]}, {"user-agent": "shuffling/1.0"}
-        if turn == TURNS - 3:
-            yield edited(body), {"user-agent": "steady/1.0"}
+@dataclass
+class Agent:
+    """A session that grows by what the server answers, with a fresh header in front of each request."""
+
+    session: Session
+    headers: dict[str, str]
+    body: Json
+    sent: int = 0
+
+    def ask(self, client: httpx.Client, url: str, change: Callable[[Json], Json] = lambda body: body) -> None:
+        """Send the next request, changed for once, and take in the answer and a next question."""
+        self.sent += 1
+        body = with_header(change(self.body), session_header(self.session, self.sent))
+        answer = measure(client, url, body, self.headers)
+        question = f"{self.sent}: {prose(self.session.rng('question', self.sent), 5_000)}"
+        turns = [{"role": "assistant", "content": answer.text}, {"role": "user", "content": question}]
+        self.body = self.body | {"messages": [*self.body["messages"], *turns]}
 
 
-def edited(body: Json) -> Json:
-    """The request with its first answer shortened, as compaction does."""
+def agent(seed: int, name: str, **headers: str) -> Agent:
+    """An agent at the start of its session; `name` is its folder's and its client's."""
+    session = Session(seed, f"/home/dev/{name}", scale=0.3, thinking=False)
+    body = request(session, header=False) | {"max_tokens": 64, "temperature": 0}
+    return Agent(session, {"user-agent": f"{name}/1.0"} | headers, body)
+
+
+def talk(client: httpx.Client, url: str) -> None:
+    """Three agents take turns; the header of one is kept, another shuffles its tools once and edits its history once."""
+    steady, erring = agent(0, "compiler"), agent(1, "website")
+    kept = agent(2, "driver", **{"x-tokenzero-normalize": "none"})
+    for turn in track(range(TURNS), description="agents talk"):
+        steady.ask(client, url)
+        erring.ask(client, url, {4: shuffled, 8: shortened}.get(turn, lambda body: body))
+        kept.ask(client, url)
+
+
+def shuffled(body: Json) -> Json:
+    """The request with its tools in another order."""
+    return body | {"tools": [*body["tools"][5:], *body["tools"][:5]]}
+
+
+def shortened(body: Json) -> Json:
+    """The request with its second question cut short."""
     messages = list(body["messages"])
-    at = next(i for i, message in enumerate(messages) if message["role"] == "user" and i > 2)
-    messages[at] = {"role": "user", "content": "[older results were removed]"}
-    return body | {"messages": [*messages[: at - 1], {"role": "assistant", "content": "Done."}, *messages[at:]]}
+    at = [i for i, message in enumerate(messages) if message["role"] == "user"][2]
+    messages[at] = {"role": "user", "content": messages[at]["content"][:500]}
+    return body | {"messages": messages}
 
 
 def look(page: Page, url: str, picture: Path) -> None:
@@ -96,9 +119,7 @@ def main() -> None:
         model = args.model or Path(scratch, "model")
         write_demo_model(model)
         with running_server(model, *FLAGS, log=Path(scratch, "log")) as server, httpx.Client(timeout=300) as client:
-            for body, headers in track(list(itertools.islice(traffic(), None)), description="asking"):
-                limits: dict[str, Any] = {"max_tokens": 48, "temperature": 0, "thinking": {"type": "disabled"}}
-                measure(client, server.url, body | limits, headers)
+            talk(client, server.url)
             with chromium(args.chromium) as browser:
                 scheme = "dark" if args.dark else "light"
                 page = browser.new_page(

@@ -4,7 +4,8 @@ import { clock, count, duration, make, percent, reuse, short, verdict } from "./
 import { hideTip, showTip } from "./strips.js";
 
 const HEIGHT = 220;
-const MARGIN = { left: 58, right: 14, top: 12, bottom: 34 };
+const MARGIN = { left: 50, right: 14, top: 12, bottom: 36 };
+const INSET = 10; // of the first and last point from the ends of the grid
 const WINDOW = 20; // requests that the hit rate is taken over
 const REACH = 24; // pixels within which a point is pointed at
 
@@ -34,6 +35,8 @@ function frame(host, { x, y, xTicks, yTicks, xText, yText, xTitle, label }) {
 }
 
 const scale = (from, to, low, high) => (value) => low + ((high - low) * (value - from)) / (to - from || 1);
+
+const ends = (host) => [MARGIN.left + INSET, host.clientWidth - MARGIN.right - INSET];
 
 // Shapes differ as colours do.
 function point(request, cx, cy) {
@@ -83,7 +86,7 @@ export function drawTtft(host, requests) {
   const [low, high] = log ? [10 ** Math.floor(Math.log10(least)), 10 ** Math.ceil(Math.log10(most))] : [0, 0];
   const decades = log ? Array.from({ length: Math.round(Math.log10(high / low)) + 1 }, (_, i) => low * 10 ** i) : [];
   const yTicks = log ? decades : ticks(most, 4);
-  const x = scale(0, xTicks.at(-1), MARGIN.left, host.clientWidth - MARGIN.right);
+  const x = scale(0, xTicks.at(-1), ...ends(host));
   const bend = log ? Math.log10 : (value) => value;
   const linear = scale(bend(yTicks[0]), bend(yTicks.at(-1)), HEIGHT - MARGIN.bottom, MARGIN.top);
   const y = (ms) => linear(bend(ms));
@@ -93,7 +96,7 @@ export function drawTtft(host, requests) {
     xTicks,
     yTicks,
     xText: short,
-    yText: duration,
+    yText: (ms) => (most < 1000 ? `${ms} ms` : `${ms / 1000} s`),
     xTitle: `mismatch position, tokens${log ? " (time on a logarithmic scale)" : ""}`,
     label: `Time to first token of ${count(measured.length)} requests against their mismatch positions, from ${duration(least)} to ${duration(most)}`,
   });
@@ -105,7 +108,7 @@ export function drawHits(host, requests) {
   if (!requests.length) return nothing(host, "No request has been answered yet.");
   const ordered = requests.toReversed();
   const [first, last] = [ordered[0].time, ordered.at(-1).time];
-  const x = scale(first, last === first ? first + 1 : last, MARGIN.left, host.clientWidth - MARGIN.right);
+  const x = scale(first, last === first ? first + 1 : last, ...ends(host));
   const y = scale(0, 1, HEIGHT - MARGIN.bottom, MARGIN.top);
   const rates = ordered.map((request, i) => {
     const latest = ordered.slice(Math.max(0, i + 1 - WINDOW), i + 1);
