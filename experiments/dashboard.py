@@ -25,7 +25,7 @@ from experiments.synthetic import Json, prose
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = Path.home() / ".cache" / "tokenzero" / "clients" / "chromium" / "chromium"
+CHROMIUM = Path.home() / ".cache" / "tokenzero" / "clients" / "chromium" / "147.0.0" / "chromium"
 PICTURE = Path(__file__).parent / "results" / "dashboard.png"
 # One process and no GPU: what a headless Chromium needs in a container.
 ARGUMENTS = ("--no-sandbox", "--no-zygote", "--headless=shell", "--disable-gpu")
@@ -74,7 +74,7 @@ def agent(seed: int, name: str, **headers: str) -> Agent:
 
 
 def talk(client: httpx.Client, url: str) -> None:
-    """Three agents take turns; the header of one is kept, another shuffles its tools once and edits its history once."""
+    """Three agents take turns: one keeps its header, one shuffles its tools once and edits its history once."""
     steady, erring = agent(0, "compiler"), agent(1, "website")
     kept = agent(2, "driver", **{"x-tokenzero-normalize": "none"})
     for turn in track(range(TURNS), description="agents talk"):

@@ -27,7 +27,7 @@ function frame(host, { x, y, xTicks, yTicks, xText, yText, xTitle, label }) {
     );
   }
   for (const [i, value] of xTicks.entries()) {
-    const anchor = i === xTicks.length - 1 ? "end" : i === 0 ? "start" : "middle";
+    const anchor = i === 0 ? "start" : i === xTicks.length - 1 ? "end" : "middle";
     svg.append(make("svg:text", { class: "tick", x: x(value), y: bottom + 16, "text-anchor": anchor }, xText(value)));
   }
   svg.append(make("svg:text", { class: "title", x: (left + right) / 2, y: HEIGHT - 3, "text-anchor": "middle" }, xTitle));

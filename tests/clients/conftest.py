@@ -1,4 +1,4 @@
-"""Releases of Claude Code and Codex, fetched once from npm, and a server whose answers are scripted."""
+"""Releases of Claude Code, Codex and Chromium, fetched once from npm, and a server whose answers are scripted."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.dashboard import CHROMIUM
 from experiments.demo_model import DemoConfig, write_demo_model
 from experiments.server import Server, running_server
 
@@ -39,6 +40,21 @@ def codex(request: pytest.FixtureRequest) -> Path:
     folder = RELEASES / "codex" / request.param
     release = f"{request.param}-linux-x64"
     return fetched("@openai/codex", release, folder) / "vendor/x86_64-unknown-linux-musl/bin/codex"
+
+
+@pytest.fixture(scope="session")
+def chromium_program() -> Path:
+    """A Chromium for machines without a screen."""
+    folder = fetched("@sparticuz/chromium", CHROMIUM.parent.name, CHROMIUM.parent)
+    if not CHROMIUM.is_file():
+        packed, scratch = folder / "bin" / "chromium.br", CHROMIUM.with_suffix(".part")
+        # Node, which comes with npm, reads Brotli.
+        unpack = "const fs = require('fs'), [from, to] = process.argv.slice(1);"
+        unpack += "fs.writeFileSync(to, require('zlib').brotliDecompressSync(fs.readFileSync(from)))"
+        subprocess.run(["node", "-e", unpack, packed, scratch], check=True, timeout=120)
+        scratch.chmod(0o755)
+        scratch.rename(CHROMIUM)
+    return CHROMIUM
 
 
 def fetched(package: str, release: str, folder: Path) -> Path:
