@@ -30,7 +30,7 @@ PICTURE = Path(__file__).parent / "results" / "dashboard.png"
 # One process and no GPU: what a headless Chromium needs in a container.
 ARGUMENTS = ("--no-sandbox", "--no-zygote", "--headless=shell", "--disable-gpu")
 # The pool holds two of the three sessions, so that host memory is read, too.
-FLAGS = ("--kv-pool-bytes", "64MiB", "--host-bytes", "1GB", "--max-batch", "4", "--max-model-len", "30000")
+FLAGS = ("--kv-pool-bytes", "80MiB", "--host-bytes", "1GB", "--max-batch", "4", "--max-model-len", "30000")
 TURNS = 10
 
 
@@ -79,7 +79,7 @@ def talk(client: httpx.Client, url: str) -> None:
     kept = agent(2, "driver", **{"x-tokenzero-normalize": "none"})
     for turn in track(range(TURNS), description="agents talk"):
         steady.ask(client, url)
-        erring.ask(client, url, {4: shuffled, 8: shortened}.get(turn, lambda body: body))
+        erring.ask(client, url, {3: shuffled, 5: shortened}.get(turn, lambda body: body))
         kept.ask(client, url)
 
 
@@ -97,11 +97,11 @@ def shortened(body: Json) -> Json:
 
 
 def look(page: Page, url: str, picture: Path) -> None:
-    """Open the dashboard, point at a request that lost tokens, and write what is seen."""
+    """Open the dashboard, point at a request whose header broke its prefix, and write what is seen."""
     page.goto(url)
-    row = page.locator(".row[data-verdict=lost]").first
-    row.wait_for()
-    row.hover()
+    rows = page.locator(".row", has_text="preamble")
+    rows.first.wait_for()
+    rows.nth(2).hover()
     page.screenshot(path=str(picture), full_page=True)
 
 

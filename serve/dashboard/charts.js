@@ -96,7 +96,7 @@ export function drawTtft(host, requests) {
     xTicks,
     yTicks,
     xText: short,
-    yText: (ms) => (most < 1000 ? `${ms} ms` : `${ms / 1000} s`),
+    yText: (ms) => (ms && yTicks.at(-1) < 1000 ? `${ms} ms` : `${ms / 1000} s`),
     xTitle: `mismatch position, tokens${log ? " (time on a logarithmic scale)" : ""}`,
     label: `Time to first token of ${count(measured.length)} requests against their mismatch positions, from ${duration(least)} to ${duration(most)}`,
   });
