@@ -123,7 +123,7 @@ def main() -> None:
             with chromium(args.chromium) as browser:
                 scheme = "dark" if args.dark else "light"
                 page = browser.new_page(
-                    viewport={"width": 1360, "height": 1000}, device_scale_factor=1.5, color_scheme=scheme
+                    viewport={"width": 1360, "height": 1340}, device_scale_factor=1.5, color_scheme=scheme
                 )
                 look(page, server.url, args.out)
 

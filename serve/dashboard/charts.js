@@ -82,7 +82,7 @@ export function drawTtft(host, requests) {
   const xTicks = ticks(Math.max(...measured.map(({ position }) => position), 1), 5);
   const times = measured.map(({ ttft_ms }) => ttft_ms);
   const [least, most] = [Math.min(...times), Math.max(...times)];
-  const log = most > 30 * least;
+  const log = most > 20 * least;
   const [low, high] = log ? [10 ** Math.floor(Math.log10(least)), 10 ** Math.ceil(Math.log10(most))] : [0, 0];
   const decades = log ? Array.from({ length: Math.round(Math.log10(high / low)) + 1 }, (_, i) => low * 10 ** i) : [];
   const yTicks = log ? decades : ticks(most, 4);

@@ -26,10 +26,10 @@ export function make(name, attributes = {}, ...children) {
 
 export const TIERS = ["device", "host", "disk", "remote"];
 export const KINDS = {
-  device: "reused from the device",
-  host: "from host memory",
-  disk: "from disk",
-  remote: "from the object store",
+  device: "reused: device",
+  host: "host",
+  disk: "disk",
+  remote: "remote",
   lost: "recomputed",
   fresh: "new",
   generated: "generated",

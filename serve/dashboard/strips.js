@@ -6,6 +6,7 @@ const list = document.getElementById("requests");
 const tip = document.getElementById("tip");
 const rows = new Map(); // id -> {row, drawn}
 let shown = null; // id of the request that the tip is about
+let pointed = null; // the point of a chart that it belongs to; null for the request's row
 let known = { requests: [], causes: {} };
 
 export function drawLegend(tiers) {
@@ -39,7 +40,8 @@ export function drawStrips(requests, causes, stretch) {
   });
   if (focused && rows.has(focused)) rows.get(focused).row.focus({ preventScroll: true });
   tabTo(rows.get(focused)?.row ?? list.querySelector(".row[tabindex='0']") ?? list.querySelector(".row"));
-  if (shown) showTip(shown);
+  if (pointed && !pointed.isConnected) hideTip();
+  else if (shown) showTip(shown, pointed);
 }
 
 function newRow(id) {
@@ -107,25 +109,26 @@ list.addEventListener("pointerover", (event) => showTip(event.target.closest(".r
 list.addEventListener("pointerleave", hideTip);
 list.addEventListener("click", (event) => event.target.closest(".row")?.focus());
 addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
-addEventListener("scroll", () => shown && place(rows.get(shown)?.row), { passive: true });
+addEventListener("scroll", () => shown && place(pointed ?? rows.get(shown)?.row), { passive: true, capture: true });
 
 export function hideTip() {
   if (shown) rows.get(shown)?.row.classList.remove("shown");
-  shown = null;
+  shown = pointed = null;
   tip.hidden = true;
 }
 
-// Below `anchor`, or the request's row.
-export function showTip(id, anchor) {
+// Beside `point`, or the request's row.
+export function showTip(id, point = null) {
   const request = known.requests.find((request) => request.id === id);
   if (!request) return hideTip();
   if (shown !== id) hideTip();
   shown = id;
+  pointed = point;
   const row = rows.get(id)?.row;
   row?.classList.add("shown");
   tip.replaceChildren(...about(request, known.causes));
   tip.hidden = false;
-  place(anchor ?? row);
+  place(point ?? row);
 }
 
 function place(anchor) {
