@@ -43,8 +43,8 @@ class Savings:
         chains = {"": chain(text, salt)}
         for rule in rules:
             others = set(rules) - {rule}
-            plain = rule in applied and text_of(normalize(request, others).request, others)
-            chains[rule] = chain(plain, salt) if plain else chains[""]
+            changed = rule in applied
+            chains[rule] = chain(text_of(normalize(request, others).request, others), salt) if changed else chains[""]
         tokens_per_link = CHUNK * length / max(1, len(text))
         with self.lock:
             held = {rule: round(self.held(rule, links) * tokens_per_link) for rule, links in chains.items()}

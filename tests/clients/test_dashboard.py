@@ -168,8 +168,10 @@ def test_words_of_a_prompt_are_text_and_never_markup(server: Server, page: Page)
     expect(page.locator("#tip q b, #tip img")).to_have_count(0)
 
 
-def test_the_key_is_asked_for_and_forgotten_with_the_page(serve: Callable[..., Server], page: Page) -> None:
-    server = serve("--api-key", KEY)
+def test_a_key_is_asked_for_and_forgotten_with_the_page_and_hidden_text_stays_hidden(
+    serve: Callable[..., Server], page: Page
+) -> None:
+    server = serve("--api-key", KEY, "--trace-text", "off")
     page.goto(server.url)
     expect(page.locator("#ask")).to_be_visible()
     for key in ("wrong", KEY):
@@ -179,7 +181,8 @@ def test_the_key_is_asked_for_and_forgotten_with_the_page(serve: Callable[..., S
             expect(page.locator("#ask-text")).to_have_text("The server did not take that key.")
     expect(page.locator("#empty")).to_contain_text("Waiting for the first request")
     send(server, 1, "locked", **{"x-api-key": KEY})
-    expect(page.locator(".row")).to_have_count(1)
+    page.locator(".row").hover()
+    expect(page.locator("#tip")).to_contain_text("texts are hidden: --trace-text off")
     kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
     assert KEY not in kept
     page.reload()
