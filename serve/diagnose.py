@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
         for older, newer, old, new in requests:
             outcomes = {name: compare(old, new, rules, render, vocabulary) for name, rules in named.items()}
             show(Console(), f"{older.name} -> {newer.name}, in {unit}", outcomes)
-    except (ValueError, InvalidRequest) as error:
+    except (ValueError, InvalidRequest, RecursionError) as error:
         sys.exit(f"explain: {error}")
 
 

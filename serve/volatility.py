@@ -51,7 +51,7 @@ class Client:
     requests: int = 0
     segments: dict[Place, str] = field(default_factory=dict)
     streaks: dict[Place, int] = field(default_factory=dict)
-    values: dict[Place, list[int]] = field(default_factory=dict)  # hashes
+    values: dict[Place, list[int]] = field(default_factory=dict)  # hashes, of places in the last request
     reported: set[Place] = field(default_factory=set)
 
 
@@ -116,6 +116,7 @@ def follow(client: Client, segments: dict[Place, str]) -> list[tuple[Place, str,
                 client.reported.add(place)
                 noticed.append((place, old[place], segments[place]))
     client.streaks = fresh
+    client.values = {place: seen for place, seen in client.values.items() if place in segments}
     return noticed
 
 

@@ -50,14 +50,15 @@ def cases(tokens: int, tokenizer: Tokenizer) -> dict[str, list[Json]]:
         "preamble": [sessions.with_header(asked, f"{sessions.HEADER} cch={n:05x};") for n in numbers],
         "system changed": [asked | {"system": [*blocks, sessions.text_block(f"Folder {n:04}")]} for n in numbers],
         "tools changed": [asked | {"tools": [*tools, tools[0] | {"name": f"Tool{n:02}"}]} for n in numbers],
-        "tools reordered": [asked | {"tools": [*tools[:5], *shuffled(tools[5:], n)]} for n in numbers],
+        "tools reordered": [asked | {"tools": reordered(tools, n)} for n in numbers],
         "first sight": [sessions.with_question(stable, n) for n in numbers],
     }
 
 
-def shuffled(tools: list[Json], seed: int) -> list[Json]:
-    """The tools in an order of the seed's own."""
-    return random.Random(seed).sample(tools, len(tools))
+def reordered(tools: list[Json], number: int) -> list[Json]:
+    """The tools in an order of the number's own, as far as there are so many; in the last, another one is the first."""
+    first, *rest = tools
+    return [*rest, first] if number == REMEMBERED else [first, *random.Random(number).sample(rest, len(rest))]
 
 
 def seen(id: str, body: Json, tokenizer: Tokenizer) -> Seen:
