@@ -50,8 +50,8 @@ class Gate:
                 answered = True
                 id = f"req_{secrets.token_hex(12)}".encode()
                 message["headers"] += [(b"request-id", id), (b"x-request-id", id)]
-                # Unknown paths share one label: a client must not be able to grow the metrics.
-                path = scope["path"] if scope.get("endpoint") else "other"
+                # Paths that clients make up share one label: they must not be able to grow the metrics.
+                path = scope["path"] if scope.get("endpoint") and not scope["path_params"] else "other"
                 self.metrics.responses.labels(path, message["status"]).inc()
             await send(message)
 
