@@ -201,10 +201,10 @@ def of_json(format: Format) -> Format:
     return replace(format, within=False)
 
 
-def opening_thinking(format: Format, generation_prompt_tail: str) -> bool:
-    """Whether a prompt ends inside thinking that it has just opened, so that the answer begins with thinking."""
+def within_thinking(format: Format, written: str) -> bool:
+    """Whether an answer of which this is written already goes on inside thinking."""
     marks = format.think_marks
-    return marks is not None and generation_prompt_tail.rstrip(SPACE).endswith(marks[0])
+    return marks is not None and written.rfind(marks[0]) > written.rfind(marks[1])
 
 
 def write_turn(format: Format, blocks: Iterable[Block]) -> str:

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from cachetools import LRUCache, cached
 
-from serve.formats import Format, write_turn
+from serve.formats import Format, within_thinking, write_turn
 from serve.messages import (
     Block,
     CountTokensRequest,
@@ -142,6 +142,7 @@ class Prompt:
     # not known, because the template itself wrote the begun answer: then there is nothing to record.
     opening: str | None
     begun: np.ndarray  # [tokens] int32, the last tokens: an answer that the client has begun
+    thinking: bool  # the model goes on inside thinking
 
 
 def render(
@@ -355,5 +356,9 @@ def tokenized(
         piece if isinstance(piece, np.ndarray) else (tokenizer.follow if n else tokenizer.encode)(piece)
         for n, piece in enumerate(cut)
     ]
-    nothing = np.zeros(0, np.int32)
-    return Prompt(tuple(cut), np.concatenate(ids), opening, np.concatenate([nothing, *(ids[last:] if begun else ())]))
+    answer = np.concatenate([np.zeros(0, np.int32), *(ids[last:] if begun else ())])
+    written = opening or ""
+    if isinstance(cut[-1], np.ndarray):  # marks that were sampled are marks, those that the client wrote are text
+        written += tokenizer.hf.backend_tokenizer.decode(answer, skip_special_tokens=False)
+    thinking = within_thinking(tokenizer.template.format, written)
+    return Prompt(tuple(cut), np.concatenate(ids), opening, answer, thinking)

@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from serve import engine as eng
 from serve.blocks import BlockStream, shown
 from serve.constrain import constraint_of, make_constrainer
-from serve.formats import of_json, opening_thinking
+from serve.formats import of_json
 from serve.messages import (
     ContentBlockDelta,
     ContentBlockStart,
@@ -110,7 +110,6 @@ class Prepared:
     generation: eng.GenerationRequest
     scope: bytes  # whose sampled turns it shares
     applied: tuple[str, ...]  # the rules that changed it, in order, with their places
-    thinking: bool  # the prompt ends inside thinking
     clamped: bool  # the context has less room than `max_tokens`
 
 
@@ -164,7 +163,6 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
         raise InvalidRequest(
             f"messages: prompt is too long: {len(rendered.tokens)} tokens, expected at most {limit - 1}"
         )
-    thinking = opening_thinking(serving.tokenizer.template.format, rendered.opening or "")
     generation = eng.GenerationRequest(
         tokens=rendered.tokens,
         max_tokens=min(message.max_tokens, room),
@@ -176,10 +174,10 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
             seed=secrets.randbits(32),
         ),
         salt=caller.salt,
-        constraint=serving.constrain(normalized.request, thinking),
+        constraint=serving.constrain(normalized.request, rendered.thinking),
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
-    return Prepared(normalized.request, rendered, generation, scope, applied, thinking, room < message.max_tokens)
+    return Prepared(normalized.request, rendered, generation, scope, applied, room < message.max_tokens)
 
 
 def count_tokens(serving: Serving, request: CountTokensRequest, caller: Caller) -> int:
@@ -243,7 +241,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
         of_json(form) if config and config.format else form,
         message.stop_sequences or (),
         {tool.name: tool.input_schema for tool in offered},
-        prepared.thinking,
+        prepared.prompt.thinking,
     )
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))

@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.params import Params
 from serve import serving as messages_api
 from serve.messages import MessagesRequest
+from serve.render import Tokenizer
 from serve.replay import verify
 
 Json = dict[str, Any]
@@ -53,14 +54,14 @@ def talk(small: Model) -> Callable[..., Any]:
     """`with talk(text, ...) as sdk`: a server that answers with these texts in turn; as it likes if there are none."""
 
     @contextmanager
-    def talking(*texts: str, **options: Any) -> Iterator[anthropic.Anthropic]:
+    def talking(*texts: str, tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Iterator[anthropic.Anthropic]:
         coming = iter(texts)
 
         def answer(request: MessagesRequest, thinking_opened: bool) -> list[int]:
-            return TOKENIZER.encode(next(coming)).tolist()
+            return tokenizer.encode(next(coming)).tolist()
 
-        constrain = saying(TOKENIZER, VOCAB, answer) if texts else None
-        _, serving = serving_over(small, TOKENIZER, constrain, **options)
+        constrain = saying(tokenizer, VOCAB, answer) if texts else None
+        _, serving = serving_over(small, tokenizer, constrain, **options)
         with listening(serving) as url, anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as sdk:
             sdk.serving = serving  # type: ignore[attr-defined]
             yield sdk
@@ -192,6 +193,32 @@ class TestThinking:
             tokens = sdk.serving.engine.asked[-1].tokens.tolist()
         joined = ",".join(map(str, tokens))
         assert (",".join(map(str, odd)) in joined) == replayed
+
+
+class TestContinued:
+    """An answer that was cut off and comes back to be continued."""
+
+    @staticmethod
+    def continued(sdk: anthropic.Anthropic, max_tokens: int) -> list[list[tuple]]:
+        """What came of an answer up to `max_tokens`, and what its continuation brought: (type, text) of each block."""
+        body = ASKED | {"thinking": THINKING}
+        cut = sdk.messages.create(**body | {"max_tokens": max_tokens})
+        assert cut.stop_reason == "max_tokens"
+        begun = {"role": "assistant", "content": [block.to_dict() for block in cut.content]}
+        more = sdk.messages.create(**body | {"messages": [QUESTION, begun]})
+        return [[(b.type, getattr(b, b.type)) for b in answer.content] for answer in (cut, more)]
+
+    @pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
+    def test_it_goes_on_where_it_was_cut(self, talk: Any, name: str) -> None:
+        opened = "" if name == "deepseek-r1" else "<think>\n"  # its prompts open thinking themselves
+        start, thought, said = f"{opened}Let", " me see.\n</think>\n\nIt is", " text."
+        tokenizer = tokenizer_of(next(family for family in FAMILIES if family.name == name))
+        with talk(start + thought, thought.strip(), tokenizer=tokenizer) as sdk:
+            came, more = self.continued(sdk, len(tokenizer.encode(start)))
+        assert (came, more) == ([("thinking", "Let")], [("thinking", "me see."), ("text", "It is")])
+        with talk(start + thought + said, said, tokenizer=tokenizer) as sdk:
+            came, more = self.continued(sdk, len(tokenizer.encode(start + thought)))
+        assert (came, more) == ([("thinking", "Let me see."), ("text", "It is")], [("text", " text.")])
 
 
 class TestDispatch:
