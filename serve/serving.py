@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from serve import engine as eng
 from serve.blocks import BlockStream, shown
 from serve.constrain import constraint_of, make_constrainer
-from serve.formats import of_json
+from serve.formats import behind_call, of_json
 from serve.messages import (
     ContentBlockDelta,
     ContentBlockStart,
@@ -280,10 +280,14 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                         told = True
                     yield block_event
                     silent_since = time.perf_counter()
-                if isinstance(piece, Call) and serving.dispatch:
-                    yield dispatched(piece, content.calls - 1)
-                if content.calls and one_call:
-                    break
+                if isinstance(piece, Call):
+                    if serving.dispatch:
+                        yield dispatched(piece, content.calls - 1)
+                    if one_call:
+                        # The model does not get to close it: the history has it closed all the same.
+                        closing = behind_call(form, piece).removeprefix(pieces.source.text[pieces.sent :])
+                        ids += serving.tokenizer.follow(closing).tolist()
+                        break
             if stop is not None or (content.calls and one_call):
                 break
             # Thinking that is not shown and a call that is not complete may take long, too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from families import FAMILIES, tokenizer_of
+from families import FAMILIES, Family, tokenizer_of
 from scripted import listening, saying, serving_over, steps_compiled_once
 
 from model.config import ModelConfig
 from model.params import Params
 from serve import serving as messages_api
-from serve.messages import MessagesRequest
+from serve.formats import write_turn
+from serve.messages import MessagesRequest, ToolUseBlock
 from serve.render import Tokenizer
 from serve.replay import verify
 
@@ -40,6 +42,7 @@ READ = {
 CALL = '<tool_call>\n{"name": "Read", "arguments": {"path": "a.py"}}\n</tool_call>'
 ASKED = {"model": "any", "max_tokens": 400, "messages": [QUESTION]}
 THINKING = {"type": "adaptive"}
+ONE_CALL = {"type": "auto", "disable_parallel_tool_use": True}
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +133,28 @@ class TestBlocks:
             assert (answer.content[0].text, answer.stop_reason) == (CALL, "end_turn")
 
     def test_where_calls_may_not_be_parallel_the_first_ends_the_answer(self, talk: Any) -> None:
-        choice = {"type": "auto", "disable_parallel_tool_use": True}
-        with talk(f"{CALL}\n{CALL}", "Done.") as sdk:
-            answer = sdk.messages.create(**ASKED | {"tools": [READ], "tool_choice": choice})
+        with talk(f"{CALL}\n{CALL}") as sdk:
+            answer = sdk.messages.create(**ASKED | {"tools": [READ], "tool_choice": ONE_CALL})
             assert ([block.type for block in answer.content], answer.stop_reason) == (["tool_use"], "tool_use")
+
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+    def test_a_call_that_ends_the_answer_is_closed_in_the_history(self, talk: Any, family: Family) -> None:
+        tokenizer = tokenizer_of(family)
+        call = ToolUseBlock("toolu_1", "Read", {"path": "a.py"})
+        written = [write_turn(tokenizer.template.format, [call] * n) for n in (1, 2)]
+        opened = "</think>\n\n" if family.name == "deepseek-r1" else ""
+        with talk(opened + written[1], opened + "Yes.", tokenizer=tokenizer) as sdk:
+            body = ASKED | {"tools": [READ], "tool_choice": ONE_CALL}
+            (called,) = sdk.messages.create(**body).content
+            first = sdk.serving.engine.asked[-1].tokens
+            result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": called.id, "content": "x"}]}
+            said = {"role": "assistant", "content": [called.to_dict()]}
+            sdk.messages.create(**body | {"messages": [QUESTION, said, result]})
+            second = sdk.serving.engine.asked[-1].tokens
+        assert second[: len(first)].tolist() == first.tolist()
+        history = tokenizer.hf.decode(second[len(first) :])
+        once = re.escape(written[0]).replace("000toolu1", "[A-Za-z0-9]{9}")  # the id that Mistral's models write
+        assert re.match(f"{opened}{once}{re.escape(family.end)}", history), history
 
     def test_an_answer_cut_in_a_call_gives_back_its_text(self, talk: Any) -> None:
         with talk(CALL) as sdk:
