@@ -284,6 +284,15 @@ class TestConstraints:
         assert isinstance(call.input["path"], str)
         assert set(call.input) <= {"path", "limit"}
 
+    def test_a_prompt_that_opens_thinking_does_not_keep_a_call_from_coming(self, talk: Any, temperature: int) -> None:
+        tokenizer = tokenizer_of(next(family for family in FAMILIES if family.name == "deepseek-r1"))
+        choice = {"type": "any", "disable_parallel_tool_use": True}
+        with talk(tokenizer=tokenizer) as sdk:
+            answer = sdk.messages.create(
+                **ASKED, tools=[READ], tool_choice=choice, extra_body={"temperature": temperature}
+            )
+        assert ([block.type for block in answer.content], answer.stop_reason) == (["tool_use"], "tool_use")
+
     def test_an_answer_obeys_its_schema(self, talk: Any, temperature: int) -> None:
         schema = {
             "type": "object",
