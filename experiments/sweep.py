@@ -233,9 +233,9 @@ def now() -> str:
 def table(found: Sequence[Cell]) -> Table:
     """The medians, as printed."""
     grid = Table(box=SIMPLE_HEAD)
-    grid.add_column("arm")
-    for column in ("position", "prompt tokens", "cached", "TTFT, ms", "95% interval", "repeats"):
-        grid.add_column(column, justify="right")
+    grid.add_column("arm", no_wrap=True)
+    for column in ("position", "prompt", "cached", "TTFT, ms", "95% interval", "repeats"):
+        grid.add_column(column, justify="right", no_wrap=True)
     for cell in found:
         interval = f"{cell.low_ms:,.1f} - {cell.high_ms:,.1f}"
         counts = (f"{cell.prompt_tokens:,}", f"{cell.cached_tokens:,}", f"{cell.ttft_ms:,.1f}")

@@ -25,7 +25,6 @@ from experiments.server import NoText, measure, running_server, timed_events
 
 # A model that ends its turn at once has no text to time, so it may say a few words.
 OUTPUT_TOKENS = 8
-PROBES = (100, 400)  # tokens, at four characters each, of the prompts that text is measured with
 EVERYWHERE = frozenset({"stable", "varying", "stripped", "tools-first", "relocated"})
 ARMS = {
     "in-process": EVERYWHERE | {"restarted", "evicted"},
@@ -193,6 +192,7 @@ class Endpoint:
     url: str
     model: str
     seed: int
+    longest: int  # tokens of the longest prompt
     key: str = ""
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=600))
     chars_per_token: float = 0.0
@@ -200,13 +200,14 @@ class Endpoint:
     def calibrate(self) -> None:
         """Learn how long a text of so many tokens is, from two prompts; what the template adds falls out."""
         self.chars_per_token = 4.0
-        counts = [
+        sizes = max(1, self.longest // 8), max(2, self.longest // 2)
+        short, long = (
             self.ask([Piece("base", size, fresh=False), Piece("question", 16, place="user")], f"probe {size}")
-            for size in PROBES
-        ]
-        if counts[1].prompt_tokens <= counts[0].prompt_tokens:
+            for size in sizes
+        )
+        if long.prompt_tokens <= short.prompt_tokens:
             raise TargetError(f"{self.url} reports no usage, by which prompts could be sized")
-        self.chars_per_token = 4.0 * (PROBES[1] - PROBES[0]) / (counts[1].prompt_tokens - counts[0].prompt_tokens)
+        self.chars_per_token = 4.0 * (sizes[1] - sizes[0]) / (long.prompt_tokens - short.prompt_tokens)
 
     def ask(self, pieces: Sequence[Piece], nonce: str) -> Answer:
         """See Target: the time is that to the first piece of an answer's text or thinking."""
@@ -291,7 +292,7 @@ class OwnServer(Endpoint):
         from model.config import ModelConfig
         from model.kv import bytes_per_token
 
-        super().__init__("messages", "", model, seed)
+        super().__init__("messages", "", model, seed, sizes.longest)
         shape = ModelConfig.from_hf(msgspec.json.decode((Path(model) / "config.json").read_bytes()))
         page = sizes.page_size * bytes_per_token(shape, np.dtype(np.float32))
         store = ("--store", str(folder / "store")) if sizes.stored else ()
@@ -340,7 +341,7 @@ def open_target(model: str, config: TargetConfig, sizes: Sizes, folder: Path, se
     if config.kind == "server":
         return OwnServer(model, config, sizes, folder, seed)
     key = os.environ.get(config.key_variable, "") if config.key_variable else ""
-    endpoint = Endpoint(config.kind, config.url.rstrip("/"), model, seed, key)
+    endpoint = Endpoint(config.kind, config.url.rstrip("/"), model, seed, sizes.longest, key)
     endpoint.calibrate()
     return endpoint
 
