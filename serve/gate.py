@@ -50,8 +50,10 @@ class Gate:
                 answered = True
                 id = f"req_{secrets.token_hex(12)}".encode()
                 message["headers"] += [(b"request-id", id), (b"x-request-id", id)]
-                # Paths that clients make up share one label: they must not be able to grow the metrics.
-                path = scope["path"] if scope.get("endpoint") and not scope["path_params"] else "other"
+                # Unknown paths share one label: a client must not be able to grow the metrics.
+                path = scope["path"] if scope.get("endpoint") else "other"
+                for name, value in scope.get("path_params", {}).items():
+                    path = path.removesuffix(value) + f"{{{name}}}"
                 self.metrics.responses.labels(path, message["status"]).inc()
             await send(message)
 

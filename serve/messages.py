@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from serve.explain import explain
 
@@ -162,6 +162,12 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
             raise ValueError(f"tool_choice.name: expected the name of one of tools, got {choice.name!r:.80}")
 
 
+class DiagnosticsRequest(Struct, frozen=True):
+    """Asks why the cache missed what it had of an earlier message; null for the first of a conversation."""
+
+    previous_message_id: str | None = None
+
+
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     """Body of `POST /v1/messages`: a prompt and how to continue it."""
 
@@ -173,6 +179,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    diagnostics: DiagnosticsRequest | UnsetType | None = UNSET
 
 
 class InvalidRequest(Exception):
@@ -237,6 +244,47 @@ class Usage(Struct, frozen=True):
     cache_read_by_tier: dict[str, int] = {}
 
 
+class ModelChanged(Struct, frozen=True, tag="model_changed"):
+    """The earlier request was another model's."""
+
+    cache_missed_input_tokens: int
+
+
+class SystemChanged(Struct, frozen=True, tag="system_changed"):
+    """The system text differs from the earlier request's."""
+
+    cache_missed_input_tokens: int
+
+
+class ToolsChanged(Struct, frozen=True, tag="tools_changed"):
+    """The tools differ, or their order does."""
+
+    cache_missed_input_tokens: int
+
+
+class MessagesChanged(Struct, frozen=True, tag="messages_changed"):
+    """An earlier message differs: more than an append."""
+
+    cache_missed_input_tokens: int
+
+
+class PreviousMessageNotFound(Struct, frozen=True, tag="previous_message_not_found"):
+    """Nothing is remembered of the earlier message."""
+
+
+class Unavailable(Struct, frozen=True, tag="unavailable"):
+    """The parts are the same, and yet it missed."""
+
+
+CacheMissReason = ModelChanged | SystemChanged | ToolsChanged | MessagesChanged | PreviousMessageNotFound | Unavailable
+
+
+class Diagnostics(Struct, frozen=True):
+    """Why the cache missed what it had of the earlier message."""
+
+    cache_miss_reason: CacheMissReason
+
+
 class Message(Struct, frozen=True, kw_only=True):
     """The answer. `model` must echo the request's name: clients drop their thinking history when it differs."""
 
@@ -248,6 +296,7 @@ class Message(Struct, frozen=True, kw_only=True):
     stop_reason: StopReason | None = None
     stop_sequence: str | None = None
     usage: Usage
+    diagnostics: Diagnostics | UnsetType | None = UNSET  # only where the request asks for it
 
 
 class TokenCount(Struct, frozen=True):
