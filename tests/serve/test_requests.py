@@ -45,8 +45,8 @@ def discreet(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 class TestRoutes:
     def test_the_header_that_broke_the_prefix_is_named(self, client: httpx.Client, server_log: Path) -> None:
-        before = scrape(client)
         post(client, with_header(0x11111), **KEEP)
+        before = scrape(client)
         answer = post(client, with_header(0x22222), **KEEP)
         report = about(client, answer)
         assert (report["cause"], report["section"]) == ("preamble", "system[0]")
