@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -164,17 +163,15 @@ def make_serving(
         constrain=constrain,
         metrics=ServerMetrics(engine),
         divergences=Divergences(
-            vocabulary_of(tokenizer.hf), engine.settings.page_size, partial(prefill_s, engine), trace_text
+            vocabulary_of(tokenizer.hf),
+            engine.settings.page_size,
+            lambda start, stop: engine.cost.prefill_s(start, stop),  # the engine's cost model grows as it measures
+            trace_text,
         ),
         volatility=Volatility(trace_text),
         template_history=template_history,
         dispatch=dispatch,
     )
-
-
-def prefill_s(engine: eng.Engine, start: int, stop: int) -> float:
-    """Seconds that computing tokens [start, stop) takes, by what was measured; infinite if nothing was."""
-    return engine.pager.cost.prefill_s(start, stop) if engine.pager else inf
 
 
 def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:
