@@ -307,6 +307,7 @@ def answer_stream(serving: Serving, prepared: Prepared) -> AnswerStream:
         message.stop_sequences or (),
         {tool.name: tool.input_schema for tool in offered},
         prepared.prompt.thinking,
+        prepared.prompt.begun.tolist(),
     )
 
 
