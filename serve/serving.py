@@ -275,7 +275,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                         yield dispatched(piece, content.calls - 1)
                     if one_call:
                         # The model does not get to close it: the history has it closed all the same.
-                        closing = behind_call(pieces.format, piece).removeprefix(pieces.source.text[pieces.sent :])
+                        closing = behind_call(pieces.format).removeprefix(pieces.source.text[pieces.sent :])
                         ids += serving.tokenizer.follow(closing).tolist()
                         break
             if stop is not None or (content.calls and one_call):
