@@ -39,7 +39,7 @@ from serve.messages import (
 )
 from serve.replay import Sampled
 from serve.template import Opening, Refused, Template, apply, fold, marker_turn, study, tools_ahead
-from serve.turns import Turn, answers, conversation, is_prefilled, tool_definitions
+from serve.turns import Turn, answers, conversation, is_prefilled, tool_definitions, wants_thinking
 
 log = logging.getLogger("tokenzero.render")
 
@@ -258,7 +258,7 @@ class Conversation:
             guard(fold(conversation(request), template), template.controls, mark),
             answers(request.messages),
             guard(tool_definitions(request), template.controls, mark),
-            request.thinking is not None and request.thinking.type != "disabled",
+            wants_thinking(request),
             is_prefilled(request),
             tools_first,
         )

@@ -271,18 +271,8 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
     `message_start` comes with the first token, when the counts of its usage are known. `received` is when the request's
     last byte came, as `time.perf_counter` tells it.
     """
-    message = prepared.message
-    choice = message.tool_choice
-    offered = () if choice and choice.type == "none" else message.tools or ()
-    one_call = choice is not None and choice.disable_parallel_tool_use
-    form, config = serving.tokenizer.template.format, message.output_config
-    pieces = AnswerStream(
-        serving.tokenizer.hf.backend_tokenizer,
-        of_json(form) if config and config.format else form,
-        message.stop_sequences or (),
-        {tool.name: tool.input_schema for tool in offered},
-        prepared.prompt.thinking,
-    )
+    message, pieces = prepared.message, answer_stream(serving, prepared)
+    one_call = message.tool_choice is not None and message.tool_choice.disable_parallel_tool_use
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
     usage, told, sampled, silent_since = Usage(0), False, 0, time.perf_counter()
@@ -328,7 +318,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                         yield dispatched(piece, content.calls - 1)
                     if one_call:
                         # The model does not get to close it: the history has it closed all the same.
-                        closing = behind_call(form, piece).removeprefix(pieces.source.text[pieces.sent :])
+                        closing = behind_call(pieces.format).removeprefix(pieces.source.text[pieces.sent :])
                         ids += serving.tokenizer.follow(closing).tolist()
                         break
             if stop is not None or (content.calls and one_call):
@@ -367,6 +357,21 @@ def trace(serving: Serving, prepared: Prepared, by_tier: dict[str, int]) -> Diag
     except Exception:  # a report is not worth an answer
         log.exception("no report on %s", prepared.id)
     return diagnostics
+
+
+def answer_stream(serving: Serving, prepared: Prepared) -> AnswerStream:
+    """What reads the answer to a request."""
+    message, form = prepared.message, serving.tokenizer.template.format
+    choice, config = message.tool_choice, message.output_config
+    offered = () if choice and choice.type == "none" else message.tools or ()
+    return AnswerStream(
+        serving.tokenizer.hf.backend_tokenizer,
+        of_json(form) if config and config.format else form,
+        message.stop_sequences or (),
+        {tool.name: tool.input_schema for tool in offered},
+        prepared.prompt.thinking,
+        prepared.prompt.begun.tolist(),
+    )
 
 
 def dispatched(call: Call, index: int) -> ToolCallDispatch:
