@@ -56,8 +56,8 @@ def write(
     """Scatter one layer's new keys and values to their slots; tokens with an out-of-range page are dropped.
 
     There is no kernel for this, because on a GPU there is next to nothing to gain: XLA rotates the keys inside of the
-    scatter (`experiments.kernels_aot` sees to it), straight from the projection into the page. Bytes moved for one token
-    in one layer of the shape of Llama 3.1 8B, in bf16, as compiled:
+    scatter (`experiments.kernels_aot` sees to it), straight from the projection into the page. Bytes moved for one
+    token in one layer of the shape of Llama 3.1 8B, in bf16, as compiled:
 
         projection in and out          8,192 + 12,288
         keys and values into pages     4,096 +  4,096   (8,192 + 8,192 if attention's keys were rotated first)
