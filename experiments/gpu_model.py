@@ -16,27 +16,23 @@ from model.attention import Batch
 from model.config import ModelConfig
 from model.decoder import forward
 from model.kv import KVPool, bytes_per_token, empty_pool
-from model.params import Layer, Params
-from serve.engine import Engine, EngineSettings, Failed, Finished, GenerationRequest, Sampled, Started
+from model.params import Layer, Params, unstacked
 
 if TYPE_CHECKING:
     from experiments.gpu_bench import Sizes
+    from serve.engine import Engine
 
 Json = dict[str, Any]
 LINE_TOKENS = 24  # of the line in front of an agent's prompt that differs from request to request
 
 
 def random_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
-    """Random weights made on the device, one layer of one matrix at a time; norms are one."""
+    """Random weights made on the device, which takes no memory but theirs; norms are one."""
     embed, ffn, layers = config.embed_size, config.ffn_size, config.num_layers
     keys = iter(jax.random.split(jax.random.key(0), 6))
 
     def matrix(*shape: int, fan_in: int) -> jax.Array:
-        @jax.jit
-        def draw(keys: jax.Array) -> jax.Array:
-            return jax.lax.map(lambda key: jax.random.normal(key, shape[1:], dtype) * fan_in**-0.5, keys)
-
-        return draw(jax.random.split(next(keys), shape[0]))
+        return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * fan_in**-0.5)(next(keys))
 
     ones = partial(jnp.ones, dtype=dtype)
     heads = (config.num_kv_heads, config.group, config.head_dim)
@@ -53,38 +49,42 @@ def random_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
 
 
 def forward_passes(sizes: Sizes) -> Iterator[Json]:
-    """Seconds of the whole model over a cold prompt, a short warm one and one decoded token, with their arithmetic."""
+    """Seconds of the whole model over a cold prompt, a short warm one and one decoded token, with their arithmetic.
+
+    With separate layers, in line; the short passes again with stacked ones, scanned, which read each weight three times
+    as XLA copies its slice, and compile in a fraction of the time.
+    """
     config, dtype = sizes.model, jnp.dtype(sizes.dtype)
-    params = random_params(config, dtype)
+    stacked = random_params(config, dtype)
     width = -(-(sizes.context + sizes.warm) // sizes.page)
     pool = empty_pool(config, width, sizes.page, dtype)
     step = jax.jit(partial(forward, config=config), donate_argnums=2)
-    weights = sum(leaf.size for leaf in jax.tree.leaves(params.layers))
-    for name, prefix, chunk in (
-        ("cold", 0, sizes.context),
-        ("warm", sizes.context, sizes.warm),
-        ("decode", sizes.context, 1),
-    ):
-        batch = Batch(
-            tokens=jax.random.randint(jax.random.key(1), (chunk,), 0, config.vocab_size),
-            starts=jnp.asarray([0, chunk], jnp.int32),
-            prefix=jnp.asarray([prefix], jnp.int32),
-            block_table=jnp.asarray(np.random.default_rng(0).permutation(width)[None].astype(np.int32)),
-            rows=jnp.asarray([chunk - 1], jnp.int32),
-            max_chunk=chunk,
-        )
-        taken, pool = donated_seconds(lambda pool, batch=batch: step(params, batch, pool), pool)
-        seen = chunk * prefix + chunk * (chunk + 1) / 2
-        flop = 2 * weights * chunk + 4 * config.num_layers * config.num_heads * config.head_dim * seen
-        read = weights * dtype.itemsize + (prefix + chunk) * bytes_per_token(config, dtype)
-        yield {
-            "pass": name,
-            "tokens": chunk,
-            "prefix": prefix,
-            "seconds": taken,
-            "flops": flop / taken,
-            "bytes_per_s": read / taken,
-        }
+    weights = sum(leaf.size for leaf in jax.tree.leaves(stacked.layers))
+    cold, warm, token = ("cold", 0, sizes.context), ("warm", sizes.context, sizes.warm), ("decode", sizes.context, 1)
+    arrangements = (("separate", unstacked(stacked), (cold, warm, token)), ("stacked", stacked, (warm, token)))
+    for layers, params, passes in arrangements:
+        for name, prefix, chunk in passes:
+            batch = Batch(
+                tokens=jax.random.randint(jax.random.key(1), (chunk,), 0, config.vocab_size),
+                starts=jnp.asarray([0, chunk], jnp.int32),
+                prefix=jnp.asarray([prefix], jnp.int32),
+                block_table=jnp.asarray(np.random.default_rng(0).permutation(width)[None].astype(np.int32)),
+                rows=jnp.asarray([chunk - 1], jnp.int32),
+                max_chunk=chunk,
+            )
+            taken, pool = donated_seconds(partial(step, params, batch), pool)
+            seen = chunk * prefix + chunk * (chunk + 1) / 2
+            flop = 2 * weights * chunk + 4 * config.num_layers * config.num_heads * config.head_dim * seen
+            read = weights * dtype.itemsize + (prefix + chunk) * bytes_per_token(config, dtype)
+            yield {
+                "pass": name,
+                "layers": layers,
+                "tokens": chunk,
+                "prefix": prefix,
+                "seconds": taken,
+                "flops": flop / taken,
+                "bytes_per_s": read / taken,
+            }
 
 
 def donated_seconds(call: Callable[[KVPool], tuple[Any, KVPool]], pool: KVPool) -> tuple[float, KVPool]:
@@ -104,6 +104,9 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
     Stable: the line in front is the same each time. Varying: it differs. Stripped: there is none. The first request of
     an arm fills the cache and is not counted.
     """
+    # Late: the engine's packages are more than a machine needs for the other figures.
+    from serve.engine import Engine, EngineSettings
+
     rng = np.random.default_rng(0)
     draw = partial(rng.integers, 0, sizes.model.vocab_size, dtype=np.int32)
     pages = 3 * -(-(sizes.context + sizes.page) // sizes.page)
@@ -141,6 +144,8 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
 
 def first_token(engine: Engine, prompt: np.ndarray) -> Json:
     """Submit a prompt for two greedy tokens and wait for the first; raises RuntimeError where the engine fails."""
+    from serve.engine import Failed, Finished, GenerationRequest, Sampled, Started
+
     events: queue.Queue = queue.Queue()
     found: Json = {}
     start = time.perf_counter()

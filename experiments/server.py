@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ import httpx
 import psutil
 
 START_SECONDS = 300
+
+
+class NoText(RuntimeError):
+    """The answer has no text, so no first token to time: the model ended its turn at once."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Timing:
     cached_tokens: int
     output_tokens: int
     text: str
+    usage: dict[str, Any] = field(default_factory=dict)  # as the endpoint reported it
 
 
 @contextmanager
@@ -89,12 +94,14 @@ def wait_until_ready(server: Server, log: Path | None) -> None:
     raise RuntimeError(f"the server was not ready after {START_SECONDS} s")
 
 
-def measure(client: httpx.Client, url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Timing:
-    """Send one streaming request and time it.
+def timed_events(
+    client: httpx.Client, url: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """POST a body and yield the answer's server-sent events, each with the ms since the request's last byte.
 
-    Raises RuntimeError if the answer is an error or has no text, so no `content_block_delta` to time.
+    Raises RuntimeError if the answer is an error.
     """
-    payload = json.dumps(body | {"stream": True}).encode()
+    payload = json.dumps(body).encode()
     sent = 0.0
 
     def content() -> Iterator[bytes]:
@@ -103,34 +110,41 @@ def measure(client: httpx.Client, url: str, body: dict[str, Any], headers: dict[
         sent = time.perf_counter()
 
     sizes = {"content-length": str(len(payload)), "content-type": "application/json"}
-    first, usage, parts = None, {}, []
-    with client.stream("POST", f"{url}/v1/messages", content=content(), headers=sizes | (headers or {})) as response:
+    with client.stream("POST", url, content=content(), headers=sizes | (headers or {})) as response:
         if response.status_code != 200:
             raise RuntimeError(f"{response.status_code}: {response.read().decode()[:500]}")
         for line in response.iter_lines():
-            if not line.startswith("data: "):
-                continue
-            event = json.loads(line[6:])
-            if event["type"] == "content_block_delta":
-                first = first or time.perf_counter()
-                parts.append(event["delta"].get("text", ""))
-            elif event["type"] == "message_start":
-                usage = event["message"]["usage"]
-            elif event["type"] == "message_delta":
-                usage = usage | event["usage"]
-            elif event["type"] == "error":
-                raise RuntimeError(event["error"]["message"])
-    done = time.perf_counter()
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield (time.perf_counter() - sent) * 1e3, json.loads(line[6:])
+
+
+def measure(client: httpx.Client, url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Timing:
+    """Send one streaming request to a Messages endpoint and time it.
+
+    Raises RuntimeError if the answer is an error, NoText if it has no `content_block_delta` to time.
+    """
+    first, usage, parts, at = None, {}, [], 0.0
+    for at, event in timed_events(client, f"{url}/v1/messages", body | {"stream": True}, headers):
+        if event["type"] == "content_block_delta":
+            first = first or at
+            parts.append(event["delta"].get("text", ""))
+        elif event["type"] == "message_start":
+            usage = event["message"]["usage"]
+        elif event["type"] == "message_delta":
+            usage = usage | event["usage"]
+        elif event["type"] == "error":
+            raise RuntimeError(event["error"]["message"])
     if first is None:
-        raise RuntimeError("the answer has no text: the model ended its turn at once")
-    counts = (usage["input_tokens"], usage["cache_creation_input_tokens"], usage["cache_read_input_tokens"])
+        raise NoText("the answer has no text: the model ended its turn at once")
+    counts = [usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
     return Timing(
-        ttft_ms=(first - sent) * 1e3,
-        total_ms=(done - sent) * 1e3,
+        ttft_ms=first,
+        total_ms=at,
         prompt_tokens=sum(counts),
         cached_tokens=counts[2],
-        output_tokens=usage["output_tokens"],
+        output_tokens=usage.get("output_tokens", 0),
         text="".join(parts),
+        usage=usage,
     )
 
 

@@ -31,7 +31,7 @@ from serve.schemas import (
     typed,
     types_of,
 )
-from serve.turns import is_prefilled
+from serve.turns import is_prefilled, wants_thinking
 
 # JSON as chat templates and `formats` write it: no free whitespace, which a model may never stop writing.
 STRICT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -102,8 +102,7 @@ def grammar_of(
     bodies = [answer(wanted.schema)] if wanted and not forced else []
     if tools and format.call and (choice is None or choice.type != "none"):
         bodies.append(tool_calls(format, tools, not (choice and choice.disable_parallel_tool_use), marks))
-    thinks = request.thinking is not None and request.thinking.type != "disabled"
-    return assemble(bodies, thinking(format, thinking_opened, thinks, marks))
+    return assemble(bodies, thinking(format, thinking_opened, wants_thinking(request), marks))
 
 
 def assemble(bodies: Sequence[Body], thinking: str) -> Grammar:
@@ -123,10 +122,13 @@ def answer(schema: dict[str, Any]) -> Body:
 def thinking(format: Format, opened: bool, thinks: bool, marks: Mapping[str, int]) -> str:
     """The rules of what may come ahead of a body: thinking that the prompt has opened, or that the model may open.
 
-    It ends with its first closing mark. Text never holds a token that is a mark, as such tokens must be asked for.
+    It ends with its first closing mark, and at once where the request wants none: a model may never end it by itself.
+    Text never holds a token that is a mark, as such tokens must be asked for.
     """
     if not format.think or not format.think_marks or not (opened or thinks):
         return 'thinking: ""\n'
+    if not thinks:
+        return f"thinking: {literal(format, format.think[1], marks)}\n"
     close = format.think_marks[1]
     lead, _, tail = format.think[1].partition(close)
     text = f"({ANY} & ~({ANY} {quoted(close)} {ANY}))"

@@ -1,14 +1,21 @@
 """What a prompt's tokens cost to compute and to read back, in seconds: the grounds for restore-or-recompute.
 
-FLOPs follow from the model's shape; how many a second, and how many bytes a second each tier reads, are measured as
-the server runs. The newest measurements count most.
+The cost model is TTFT(n, p) = fixed + linear (n - p) + attention (n^2 - p^2)/2 + match p + restore r for a prompt of n
+tokens, p of them cached and r of these read back from a tier. Its constants come from a sweep (`fit`), as a file that
+the server loads. Without one, FLOPs follow from the model's shape, and how many a second is measured as the server
+runs; how many bytes a second each tier reads always is. The newest measurements count most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
 
 from model.config import ModelConfig
 
@@ -16,6 +23,8 @@ from model.config import ModelConfig
 MEMORY = 0.9
 # Bytes a second, until a tier was read for the first time: a memory copy, a disk, a network.
 EXPECTED_BYTES_PER_S = {"host": 5e9, "disk": 1e9, "remote": 1e8}
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e6)]
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,110 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Constants:
+    """The cost model's constants, in seconds, of one model on one machine."""
+
+    fixed: Seconds  # a request
+    linear: Seconds  # a computed token
+    attention: Seconds  # a pair of a computed token and a token before it
+    match: Seconds = 0.0  # a cached token
+    restore: Seconds = 0.0  # a cached token that was read back from a tier
+
+    def compute_s(self, start: int, stop: int) -> float:
+        """Seconds to compute tokens [start, stop) of a prompt: the price of a mismatch at `start`."""
+        return self.linear * (stop - start) + self.attention * (stop**2 - start**2) / 2
+
+    def ttft_s(self, prompt: int, cached: int, restored: int = 0) -> float:
+        """Seconds to the first token behind `prompt` tokens, `cached` of them cached and `restored` of these read."""
+        return self.fixed + self.compute_s(cached, prompt) + self.match * cached + self.restore * restored
+
+    def crossover(self, restore_s: float) -> float:
+        """The position from which on reading a token back, `restore_s` seconds each, beats computing it.
+
+        0 where it always does, infinite where it never does.
+        """
+        if restore_s <= self.linear:
+            return 0.0
+        return (restore_s - self.linear) / self.attention if self.attention else float("inf")
+
+
+TERMS = tuple(Constants.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The measured TTFT of a prompt, of which some tokens were cached, and some of these restored."""
+
+    prompt: int
+    cached: int
+    restored: int
+    seconds: float
+
+    def terms(self) -> tuple[float, ...]:
+        """What each of TERMS is multiplied with."""
+        n, p = self.prompt, self.cached
+        return (1.0, n - p, (n**2 - p**2) / 2, p, self.restored)
+
+
+def fit(samples: Sequence[Sample]) -> Constants:
+    """The constants with the least squared relative error: a millisecond counts for more in a short request.
+
+    Nothing costs less than nothing: a term that comes out negative is left out and the others are fitted again.
+    Raises ValueError where the samples do not tell prompt length and position apart.
+    """
+    terms = np.array([s.terms() for s in samples]) / np.array([[s.seconds] for s in samples])  # [samples, terms]
+    used = [i for i in range(len(TERMS)) if terms[:, i].any()]
+    while True:
+        scale = np.linalg.norm(terms[:, used], axis=0)
+        found, _, rank, _ = np.linalg.lstsq(terms[:, used] / scale, np.ones(len(samples)), rcond=None)
+        if rank < len(used):
+            raise ValueError(
+                f"the cost model needs samples of more lengths and positions: {len(samples)} samples settle {rank} "
+                f"of its {len(used)} constants"
+            )
+        if found.min() >= 0:
+            values = {TERMS[i]: float(value) for i, value in zip(used, found / scale, strict=True)}
+            return Constants(**dict.fromkeys(TERMS, 0.0) | values)
+        del used[int(found.argmin())]
+
+
+def intervals(samples: Sequence[Sample], seed: int = 0, rounds: int = 1000) -> dict[str, tuple[float, float]]:
+    """A 95% interval for each constant: fits of as many samples, drawn with replacement (the pairs bootstrap)."""
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(rounds):
+        chosen = [samples[i] for i in rng.integers(0, len(samples), len(samples))]
+        try:
+            drawn.append(astuple(fit(chosen)))
+        except ValueError:  # a draw of few different samples
+            continue
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return {term: (float(a), float(b)) for term, a, b in zip(TERMS, low, high, strict=True)}
+
+
+def held_out(samples: Sequence[Sample], seed: int = 0, folds: int = 5) -> np.ndarray:
+    """Predicted seconds, [samples]: each sample by a fit of the other folds, which has not seen it."""
+    order = np.random.default_rng(seed).permutation(len(samples))
+    predicted = np.zeros(len(samples))
+    for fold in range(folds):
+        hidden = set(order[fold::folds].tolist())
+        constants = fit([s for i, s in enumerate(samples) if i not in hidden])
+        for i in hidden:
+            predicted[i] = constants.ttft_s(samples[i].prompt, samples[i].cached, samples[i].restored)
+    return predicted
+
+
+def accuracy(measured: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Median and largest relative error, and R^2: the share of the variance that the prediction explains."""
+    errors = np.abs(predicted - measured) / measured
+    explained = 1 - np.sum((predicted - measured) ** 2) / np.sum((measured - measured.mean()) ** 2)
+    return {
+        "median_relative_error": float(np.median(errors)),
+        "largest_relative_error": float(errors.max()),
+        "r_squared": float(explained),
+    }
+
+
+@dataclass(frozen=True)
 class CostModel:
     """Seconds of prefill and of reading pages back. Immutable: a measurement makes a new one."""
 
@@ -43,13 +156,16 @@ class CostModel:
     attention_flops: float  # a pair of query and key token, over all layers
     prefill: Rate = Rate()  # FLOPs
     reads: Mapping[str, Rate] = field(default_factory=lambda: MappingProxyType({}))  # bytes, by tier
+    constants: Constants | None = None  # from a sweep; they take the place of the rate of prefill
 
     def flops(self, start: int, stop: int) -> float:
         """FLOPs to prefill tokens [start, stop) behind `start` others: causal attention sees a triangle and a block."""
         return self.linear_flops * (stop - start) + self.attention_flops * (stop**2 - start**2) / 2
 
     def prefill_s(self, start: int, stop: int) -> float:
-        """Seconds to compute tokens [start, stop); infinite as long as no prefill was measured."""
+        """Seconds to compute tokens [start, stop); infinite as long as neither a sweep nor a prefill was measured."""
+        if self.constants:
+            return self.constants.compute_s(start, stop)
         rate = self.prefill.per_second
         return self.flops(start, stop) / rate if rate else float("inf")
 
@@ -72,8 +188,8 @@ class CostModel:
         return replace(self, reads=MappingProxyType({**self.reads, tier: rate}))
 
 
-def cost_model(config: ModelConfig) -> CostModel:
-    """The FLOPs of a decoder of this shape, two for each multiply-add, nothing measured yet.
+def cost_model(config: ModelConfig, constants: Constants | None = None) -> CostModel:
+    """The FLOPs of a decoder of this shape, two for each multiply-add, and what a sweep measured, if one did.
 
     Matrices: q, k, v, o and the gated feed-forward's three; the embedding is a lookup and the head runs once a step.
     Attention: a query-key product and a value sum of head_dim for each query head.
@@ -83,4 +199,42 @@ def cost_model(config: ModelConfig) -> CostModel:
     return CostModel(
         linear_flops=2.0 * config.num_layers * weights,
         attention_flops=4.0 * config.num_layers * config.num_heads * config.head_dim,
+        constants=constants,
     )
+
+
+class CostFile(msgspec.Struct, frozen=True):
+    """What the server reads of a cost model's file; fits keep more in it, for people."""
+
+    constants: Constants
+    linear_flops: float | None  # the model's, to know it by; None: of an endpoint whose model nobody knows
+    attention_flops: float | None
+
+
+def file_contents(constants: Constants, config: ModelConfig | None, **about: Any) -> dict[str, Any]:
+    """A cost model's file as JSON values; `config` is the measured model's, and `about` what else to keep."""
+    model = cost_model(config) if config else None
+    return {
+        "constants": asdict(constants),
+        "linear_flops": model and model.linear_flops,
+        "attention_flops": model and model.attention_flops,
+        **about,
+    }
+
+
+def load_constants(path: str | Path, config: ModelConfig) -> Constants:
+    """The constants in a cost model's file, for a server of this model.
+
+    Raises OSError for a file that cannot be read, ValueError for one that is no cost model, or another model's.
+    """
+    try:
+        found = msgspec.json.decode(Path(path).read_bytes(), type=CostFile)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{path} is no cost model: {error}; write one with `python -m experiments.fit`") from None
+    model = cost_model(config)
+    if (found.linear_flops, found.attention_flops) != (model.linear_flops, model.attention_flops):
+        raise ValueError(
+            f"{path} was fitted to a model of {found.linear_flops} FLOP a token and {found.attention_flops} a pair, "
+            f"expected {model.linear_flops} and {model.attention_flops}: fit one to this model"
+        )
+    return found.constants

@@ -87,7 +87,7 @@ def characters(request: CountTokensRequest, tools_first: bool) -> Prompt:
     frame = [*tools, *system] if tools_first else [*system, *tools]
     text = "\n\n".join([*frame, *(written(block) for _, block in message_parts(request))])
     tokens = np.frombuffer(text.encode("utf-32-le", "replace"), np.int32)
-    return Prompt((text,), tokens, (len(tokens),), None, np.zeros(0, np.int32))
+    return Prompt((text,), tokens, (len(tokens),), None, np.zeros(0, np.int32), False)
 
 
 def written(block: Block) -> str:

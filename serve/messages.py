@@ -5,6 +5,7 @@ here knows tokens, templates or HTTP, and nothing here changes a request. Format
 """
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
@@ -115,7 +116,7 @@ class ToolChoice(Struct, frozen=True):
 
 
 class Thinking(Struct, frozen=True):
-    """Whether the model thinks first: for at most `budget_tokens` (enabled), as it sees fit (adaptive), or not."""
+    """Whether the model thinks first: yes (enabled), as it sees fit (adaptive), or not. Nothing enforces the budget."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: PositiveInt | None = None
@@ -190,26 +191,27 @@ class InvalidRequest(Exception):
 
 def decode_request(body: bytes) -> MessagesRequest:
     """Read the body of `POST /v1/messages`; raise InvalidRequest if it is not one."""
-    return _decode(_MESSAGES, body)
+    return decode(_MESSAGES, body, _CHOICES)
 
 
 def decode_count_tokens(body: bytes) -> CountTokensRequest:
     """Read the body of `POST /v1/messages/count_tokens`; raise InvalidRequest if it is not one."""
-    return _decode(_COUNT_TOKENS, body)
+    return decode(_COUNT_TOKENS, body, _CHOICES)
 
 
 _MESSAGES = msgspec.json.Decoder(MessagesRequest)
 _COUNT_TOKENS = msgspec.json.Decoder(CountTokensRequest)
 
-R = TypeVar("R", bound=CountTokensRequest)
+R = TypeVar("R")
 
 
-def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
+def decode(decoder: msgspec.json.Decoder[R], body: bytes, choices: Mapping[str, str]) -> R:
+    """Read a body by its schema; raise InvalidRequest if it is not one. `choices` are as `explain` takes them."""
     try:
         return decoder.decode(body)
     # ValueError is malformed JSON, bad UTF-8 or a broken schema; RecursionError is JSON nested too deeply.
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(explain(error, body, _CHOICES)) from None
+        raise InvalidRequest(explain(error, body, choices)) from None
 
 
 def _tags(union: Any) -> str:
@@ -399,7 +401,7 @@ class ToolCallDispatch(Struct, frozen=True, tag="tool_call_dispatch"):
 
 
 class ErrorDetail(Struct, frozen=True):
-    """One of ERROR_TYPES, and a sentence for people."""
+    """One of ERROR_TYPES' values, and a sentence for people."""
 
     type: str
     message: str
@@ -440,8 +442,3 @@ def encode(answer: Message | TokenCount | Error) -> bytes:
 def encode_event(event: Event) -> bytes:
     """One server-sent event: its name, its JSON on one line and an empty line."""
     return f"event: {event.__struct_config__.tag}\ndata: ".encode() + msgspec.json.encode(event) + b"\n\n"
-
-
-def error_body(type: str, message: str) -> bytes:
-    """The JSON body of an error; `type` is one of ERROR_TYPES' values."""
-    return encode(Error(ErrorDetail(type, message)))

@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from serve import engine as eng
 from serve.blocks import BlockStream, shown
 from serve.constrain import constraint_of, make_constrainer
 from serve.divergence import Divergences, Seen
-from serve.formats import of_json, opening_thinking
+from serve.formats import behind_call, of_json
 from serve.messages import (
     ContentBlockDelta,
     ContentBlockStart,
@@ -128,7 +127,6 @@ class Prepared:
     generation: eng.GenerationRequest
     scope: bytes  # whose sampled turns it shares
     applied: tuple[str, ...]  # the rules that changed it, in order, with their places
-    thinking: bool  # the prompt ends inside thinking
     clamped: bool  # the context has less room than `max_tokens`
 
 
@@ -171,17 +169,15 @@ def make_serving(
         constrain=constrain,
         metrics=ServerMetrics(engine),
         divergences=Divergences(
-            vocabulary_of(tokenizer.hf), engine.settings.page_size, partial(prefill_s, engine), trace_text
+            vocabulary_of(tokenizer.hf),
+            engine.settings.page_size,
+            lambda start, stop: engine.cost.prefill_s(start, stop),  # the engine's cost model grows as it measures
+            trace_text,
         ),
         volatility=Volatility(trace_text),
         template_history=template_history,
         dispatch=dispatch,
     )
-
-
-def prefill_s(engine: eng.Engine, start: int, stop: int) -> float:
-    """Seconds that computing tokens [start, stop) takes, by what was measured; infinite if nothing was."""
-    return engine.pager.cost.prefill_s(start, stop) if engine.pager else inf
 
 
 def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:
@@ -203,7 +199,6 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
         raise InvalidRequest(
             f"messages: prompt is too long: {len(rendered.tokens)} tokens, expected at most {limit - 1}"
         )
-    thinking = opening_thinking(serving.tokenizer.template.format, rendered.opening or "")
     generation = eng.GenerationRequest(
         tokens=rendered.tokens,
         max_tokens=min(message.max_tokens, room),
@@ -215,7 +210,7 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
             seed=secrets.randbits(32),
         ),
         salt=caller.salt,
-        constraint=serving.constrain(normalized.request, thinking),
+        constraint=serving.constrain(normalized.request, rendered.thinking),
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(
@@ -227,7 +222,6 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
         generation,
         scope,
         applied,
-        thinking,
         room < message.max_tokens,
     )
 
@@ -297,18 +291,8 @@ def answer(serving: Serving, prepared: Prepared, received: float) -> AsyncGenera
 
 async def generated(serving: Serving, prepared: Prepared) -> AsyncGenerator[Event, None]:
     """The events of an answer; `message_start` comes with the first token, when the counts of its usage are known."""
-    message = prepared.message
-    choice = message.tool_choice
-    offered = () if choice and choice.type == "none" else message.tools or ()
-    one_call = choice is not None and choice.disable_parallel_tool_use
-    form, config = serving.tokenizer.template.format, message.output_config
-    pieces = AnswerStream(
-        serving.tokenizer.hf.backend_tokenizer,
-        of_json(form) if config and config.format else form,
-        message.stop_sequences or (),
-        {tool.name: tool.input_schema for tool in offered},
-        prepared.thinking,
-    )
+    message, pieces = prepared.message, answer_stream(serving, prepared)
+    one_call = message.tool_choice is not None and message.tool_choice.disable_parallel_tool_use
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
     usage, sampled, silent_since = Usage(0), 0, time.perf_counter()
@@ -346,10 +330,14 @@ async def generated(serving: Serving, prepared: Prepared) -> AsyncGenerator[Even
                 for block_event in content.add(piece):
                     yield block_event
                     silent_since = time.perf_counter()
-                if isinstance(piece, Call) and serving.dispatch:
-                    yield dispatched(piece, content.calls - 1)
-                if content.calls and one_call:
-                    break
+                if isinstance(piece, Call):
+                    if serving.dispatch:
+                        yield dispatched(piece, content.calls - 1)
+                    if one_call:
+                        # The model does not get to close it: the history has it closed all the same.
+                        closing = behind_call(pieces.format).removeprefix(pieces.source.text[pieces.sent :])
+                        ids += serving.tokenizer.follow(closing).tolist()
+                        break
             if stop is not None or (content.calls and one_call):
                 break
             # Thinking that is not shown and a call that is not complete may take long, too.
@@ -398,9 +386,24 @@ def note_savings(serving: Serving, prepared: Prepared, reused: int) -> None:
         return
     serving.outcomes.note(prepared.id, saved_tokens=saved)
     for rule, tokens in saved.items():
-        seconds = prefill_s(serving.engine, reused - tokens, reused)
+        seconds = serving.engine.cost.prefill_s(reused - tokens, reused)
         serving.metrics.saved_tokens.labels(rule).inc(tokens)
         serving.metrics.saved_seconds.labels(rule).inc(seconds if isfinite(seconds) else 0)
+
+
+def answer_stream(serving: Serving, prepared: Prepared) -> AnswerStream:
+    """What reads the answer to a request."""
+    message, form = prepared.message, serving.tokenizer.template.format
+    choice, config = message.tool_choice, message.output_config
+    offered = () if choice and choice.type == "none" else message.tools or ()
+    return AnswerStream(
+        serving.tokenizer.hf.backend_tokenizer,
+        of_json(form) if config and config.format else form,
+        message.stop_sequences or (),
+        {tool.name: tool.input_schema for tool in offered},
+        prepared.prompt.thinking,
+        prepared.prompt.begun.tolist(),
+    )
 
 
 def dispatched(call: Call, index: int) -> ToolCallDispatch:

@@ -254,7 +254,7 @@ def fold_run(run: Sequence[Turn], template: Template, first: bool) -> list[Turn]
             content = text if heads else f"<system-reminder>\n{text}\n</system-reminder>"
             turns.append({"role": "user", "content": content})
     if not template.users_after_results and any(turn["role"] == "tool" for turn in turns):
-        turns = into_results(turns)
+        turns = into_results(join_users(turns))
     if not template.users_in_a_row:
         turns = join_users(turns)
     return turns
@@ -263,11 +263,9 @@ def fold_run(run: Sequence[Turn], template: Template, first: bool) -> list[Turn]
 def join_users(run: Sequence[Turn]) -> list[Turn]:
     """Neighbouring user turns as one."""
     turns: list[Turn] = []
-    for turn in run:
-        if turns and turn["role"] == turns[-1]["role"] == "user":
-            turns[-1] = {"role": "user", "content": f"{turns[-1]['content']}\n\n{turn['content']}"}
-        else:
-            turns.append(turn)
+    for users, group in groupby(run, lambda turn: turn["role"] == "user"):
+        same = list(group)
+        turns += [{"role": "user", "content": "\n\n".join(turn["content"] for turn in same)}] if users else same
     return turns
 
 
@@ -285,7 +283,8 @@ def into_results(run: Sequence[Turn]) -> list[Turn]:
             waiting.append(turn["content"])
         else:
             turns.append(turn)
-    return turns
+    # Behind a system turn, which stands between them and the results.
+    return turns + [{"role": "user", "content": text} for text in waiting]
 
 
 def shorten(turn: Turn) -> Turn:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.calls import Call
-from serve.formats import BY_NAME, SPACE, choose, mistral_id, of_json, opening_thinking, write_turn
+from serve.formats import BY_NAME, SPACE, behind_call, choose, mistral_id, of_json, within_thinking, write_turn
 from serve.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.parse import AnswerStream, Stopped, Text, Thinking, ThinkingEnd
 from serve.schemas import types_of
@@ -200,6 +200,18 @@ def test_a_calls_id_ends_with_mistrals_own_so_that_the_results_name_it():
         assert len(call.id) == len("toolu_") + 24 + 9 * bool(own)
 
 
+def test_what_stands_behind_a_call_is_known_for_every_format():
+    assert {name: behind_call(format) for name, format in BY_NAME.items() if format.call} == {
+        "qwen3_coder": "\n</tool_call>",
+        "hermes": "\n</tool_call>",
+        "mistral": "]",
+        "mistral_args": "",
+        "deepseek": "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "deepseek_v31": "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "llama3": "",
+    }
+
+
 def test_a_call_inside_thinking_is_thinking_and_a_stop_sequence_inside_a_call_is_not_one():
     inner = '<tool_call>\n{"name": "Read", "arguments": {"path": "STOP"}}\n</tool_call>'
     assert read("hermes", f"<think>\n{inner}\n</think>\n\nSo.") == [Thinking(inner), ThinkingEnd(), Text("So.")]
@@ -219,8 +231,13 @@ def test_a_format_is_chosen_by_name_or_by_the_marks_of_the_template():
     assert choose("<tool_call>", "mistral").name == "mistral"
     with pytest.raises(ValueError, match="hermes"):
         choose("", "unknown")
-    assert opening_thinking(BY_NAME["hermes"], "<|im_start|>assistant\n<think>\n")
-    assert not opening_thinking(BY_NAME["hermes"], "<think>\n\n</think>\n\n")
+    for written, inside in (
+        ("", False),
+        ("<think>\n", True),
+        ("<think>\n\n</think>\n\n", False),
+        ("<think>\nHm", True),
+    ):
+        assert within_thinking(BY_NAME["hermes"], written) == inside
 
 
 def test_the_types_of_hostile_schemas_are_found_without_delay():

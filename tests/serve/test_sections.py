@@ -14,7 +14,6 @@ from families import FAMILIES, Family, tokenizer_of
 
 from experiments import sessions
 from experiments.sessions import Session
-from serve.formats import opening_thinking
 from serve.messages import CountTokensRequest, decode_count_tokens
 from serve.render import Prompt, Tokenizer, prompt
 from serve.replay import Sampled
@@ -44,7 +43,7 @@ def test_the_parts_of_a_conversation_are_found_in_every_family(family: Family) -
         request = sent(messages, family.thinks, turn)
         made = prompt(request, tokenizer, recalled)
         answer = answer_of(turn, rng, family.thinks)
-        opened = opening_thinking(tokenizer.template.format, made.opening or "")
+        opened = made.thinking
         if tokenizer.template.format.call is None:
             answer = tuple(block for block in answer if block.__struct_config__.tag != "tool_use")
         recalled.append(Sampled(made.opening or "", generated(answer, opened, tokenizer)) if turn % 2 else None)
