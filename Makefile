@@ -28,7 +28,7 @@ test: .venv/.installed-test ## run the tests
 test-slow: .venv/.installed-test ## run the tests that take over a minute each
 	$(BIN)/python -m pytest -m slow
 
-test-clients: .venv/.installed-test ## run Claude Code itself on the server; fetches 650 MB from npm, once
+test-clients: .venv/.installed-test ## run Claude Code and Codex on the server; fetches 900 MB from npm, once
 	$(BIN)/python -m pytest -m clients tests/clients
 
 kernels-aot: ## compile the GPU kernels for an H200 without one, and check spills and shared memory

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
 import jax
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -31,6 +32,8 @@ from serve.messages import (
     ErrorDetail,
     Event,
     InvalidRequest,
+    Message,
+    MessagesRequest,
     TokenCount,
     decode_count_tokens,
     decode_request,
@@ -38,7 +41,10 @@ from serve.messages import (
     encode_event,
 )
 from serve.normalize import RULES
-from serve.serving import Serving, answer, collect, prepare
+from serve.openai import read_chat, read_responses
+from serve.openai.errors import is_openai
+from serve.openai.models import model_body, models_body
+from serve.serving import Caller, Serving, answer, collect, prepare
 
 log = logging.getLogger("tokenzero.app")
 
@@ -65,9 +71,12 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
 
     app = Starlette(
         routes=[
-            Route("/v1/messages", post_messages, methods=["POST"]),
+            Route("/v1/messages", partial(post_answer, read_messages), methods=["POST"]),
+            Route("/v1/chat/completions", partial(post_answer, read_chat), methods=["POST"]),
+            Route("/v1/responses", partial(post_answer, read_responses), methods=["POST"]),
             Route("/v1/messages/count_tokens", post_count_tokens, methods=["POST"]),
             Route("/v1/models", get_models, methods=["GET"]),
+            Route("/v1/models/{id:path}", get_model, methods=["GET"]),
             Route("/health", get_health, methods=["GET"]),
             Route("/metrics", get_metrics, methods=["GET"]),
             Route("/api/hello", get_hello, methods=["GET"]),
@@ -75,9 +84,9 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
         ],
         middleware=[Middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, metrics=serving.metrics)],
         exception_handlers={
-            InvalidRequest: lambda request, error: error_response(400, str(error)),
-            TooLarge: lambda request, error: error_response(413, str(error)),
-            Overloaded: lambda request, error: error_response(529, str(error), {"retry-after": "1"}),
+            InvalidRequest: lambda request, error: error_response(request.scope, 400, str(error)),
+            TooLarge: lambda request, error: error_response(request.scope, 413, str(error)),
+            Overloaded: lambda request, error: error_response(request.scope, 529, str(error), {"retry-after": "1"}),
             ClientDisconnect: lambda request, error: Response(status_code=499),
             HTTPException: on_http_error,
         },
@@ -87,13 +96,35 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
     return app
 
 
-async def post_messages(request: Request) -> Response:
-    """`POST /v1/messages`: generate an answer, as JSON or as a stream of events."""
+class Writer(Protocol):
+    """Writes one answer in the form of its API: event by event, or whole."""
+
+    def event(self, event: Event) -> bytes:
+        """What an event adds to a stream."""
+
+    def whole(self, message: Message) -> bytes:
+        """The body of a whole answer."""
+
+
+class MessagesWriter:
+    """Writes answers as they are."""
+
+    event = staticmethod(encode_event)
+    whole = staticmethod(encode)
+
+
+def read_messages(body: bytes) -> tuple[MessagesRequest, Writer]:
+    """What a body of `POST /v1/messages` asks for, and what writes the answer."""
+    return decode_request(body), MessagesWriter()
+
+
+async def post_answer(read: Callable[[bytes], tuple[MessagesRequest, Writer]], request: Request) -> Response:
+    """Generate the answer to a body that `read` reads, as JSON or as a stream of events."""
     serving: Serving = request.app.state.serving
     body, received = await request.body(), time.perf_counter()
-    wanted = rules_of(request, serving)
-    message = await run_in_threadpool(decode_request, body)
-    prepared = await run_in_threadpool(prepare, serving, message, wanted, salt_of(request))
+    caller = caller_of(request, serving)
+    message, writer = await run_in_threadpool(read, body)
+    prepared = await run_in_threadpool(prepare, serving, message, caller)
     events = answer(serving, prepared, received)
     headers = {"x-tokenzero-normalized": ", ".join(prepared.applied[:RULES_TOLD])} if prepared.applied else {}
     # The first event is asked for here: a request that the engine refuses is answered by a status, not by a stream.
@@ -102,37 +133,53 @@ async def post_messages(request: Request) -> Response:
         return Response(status_code=499)
     if message.stream and not isinstance(first, Error):
         return StreamingResponse(
-            stream(first, events), media_type="text/event-stream", headers=headers | {"cache-control": "no-cache"}
+            stream(writer, first, events),
+            media_type="text/event-stream",
+            headers=headers | {"cache-control": "no-cache"},
         )
     result = await unless_gone(request, collect(first, events))
     if result is None:
         return Response(status_code=499)
     if isinstance(result, Error):
-        return error_response(500, result.error.message)
-    return Response(encode(result), media_type="application/json", headers=headers)
+        return error_response(request.scope, 500, result.error.message)
+    return Response(writer.whole(result), media_type="application/json", headers=headers)
 
 
 async def post_count_tokens(request: Request) -> Response:
     """`POST /v1/messages/count_tokens`: the length of the rendered prompt."""
     serving: Serving = request.app.state.serving
-    body, rules, salt = await request.body(), rules_of(request, serving), salt_of(request)
-    count = await run_in_threadpool(lambda: messages_api.count_tokens(serving, decode_count_tokens(body), rules, salt))
+    body, caller = await request.body(), caller_of(request, serving)
+    count = await run_in_threadpool(lambda: messages_api.count_tokens(serving, decode_count_tokens(body), caller))
     return Response(encode(TokenCount(count)), media_type="application/json")
 
 
 async def get_models(request: Request) -> Response:
     """`GET /v1/models`: the one model; requests may call it by any name."""
     serving: Serving = request.app.state.serving
-    model = {
+    name, context = serving.model_name, serving.engine.settings.max_model_len
+    if is_openai(request.url.path, dict(request.scope["headers"])):
+        return Response(models_body(name, context), media_type="application/json")
+    return JSONResponse({"data": [described(name, context)], "has_more": False, "first_id": name, "last_id": name})
+
+
+async def get_model(request: Request) -> Response:
+    """`GET /v1/models/{id}`: the one model, by the name that it is asked for."""
+    name, context = request.path_params["id"], request.app.state.serving.engine.settings.max_model_len
+    if is_openai(request.url.path, dict(request.scope["headers"])):
+        return Response(model_body(name, context), media_type="application/json")
+    return JSONResponse(described(name, context))
+
+
+def described(name: str, context: int) -> dict[str, str | int]:
+    """The model in the Messages API's form; prompt and answer share `context` tokens."""
+    return {
         "type": "model",
-        "id": serving.model_name,
-        "display_name": serving.model_name,
+        "id": name,
+        "display_name": name,
         "created_at": "1970-01-01T00:00:00Z",
-        "max_input_tokens": serving.engine.settings.max_model_len,
+        "max_input_tokens": context,
+        "max_tokens": context - 1,
     }
-    return JSONResponse(
-        {"data": [model], "has_more": False, "first_id": serving.model_name, "last_id": serving.model_name}
-    )
 
 
 async def get_health(request: Request) -> Response:
@@ -153,6 +200,13 @@ async def get_hello(request: Request) -> Response:
     return JSONResponse({"name": "tokenzero"})
 
 
+def caller_of(request: Request, serving: Serving) -> Caller:
+    """What the request's headers say."""
+    headers = request.headers
+    key = headers.get("x-api-key") or headers.get("authorization") or ""
+    return Caller(rules_of(request, serving), headers.get(SALT_HEADER, "").encode(), key.encode())
+
+
 def rules_of(request: Request, serving: Serving) -> frozenset[str]:
     """The normaliser's rules for this request: the server's, or those its header names."""
     header = request.headers.get(RULES_HEADER)
@@ -164,20 +218,15 @@ def rules_of(request: Request, serving: Serving) -> frozenset[str]:
     return names
 
 
-def salt_of(request: Request) -> bytes:
-    """The request's cache salt, empty where it names none."""
-    return request.headers.get(SALT_HEADER, "").encode()
-
-
-async def stream(first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
+async def stream(writer: Writer, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
     """Server-sent events; whatever breaks midway ends the stream with an `error` event."""
     try:
-        yield encode_event(first)
+        yield writer.event(first)
         async for event in rest:
-            yield encode_event(event)
+            yield writer.event(event)
     except Exception as error:
         log.exception("a stream broke")
-        yield encode_event(Error(ErrorDetail("api_error", f"{type(error).__name__}: {error}")))
+        yield writer.event(Error(ErrorDetail("api_error", f"{type(error).__name__}: {error}")))
     finally:
         await rest.aclose()
 
@@ -204,4 +253,5 @@ def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = f"{request.method} {request.url.path}"
     texts = {404: f"no such route: {path}", 405: f"method not allowed: {path}"}
-    return error_response(error.status_code, texts.get(error.status_code, error.detail), dict(error.headers or {}))
+    text = texts.get(error.status_code, error.detail)
+    return error_response(request.scope, error.status_code, text, dict(error.headers or {}))

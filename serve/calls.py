@@ -6,7 +6,6 @@ Malformed for what is none. Each character is read once. The forms are those tha
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from serve.messages import new_id
+from serve.schemas import decode_json, member, typed, types_of
 
 SPACE = " \t\r\n"  # beside a mark it belongs to the mark, not to the blocks
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -36,12 +36,18 @@ class Malformed(Exception):
 
 
 class Source:
-    """The text of a call as it arrives, from its first mark on, and how far it is read."""
+    """The text of an answer as it arrives, and how far calls are read in it."""
 
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+    def __init__(self) -> None:
+        self.text, self.at = "", 0
         self.settled = 0  # what stands before belongs to calls that are complete
         self.ended = False  # nothing more will come
+
+    def add(self, more: str) -> None:
+        """Append text. With no other reference to it the interpreter does so in place; else each copies all."""
+        text, self.text = self.text, ""
+        text += more
+        self.text = text
 
 
 T = TypeVar("T")
@@ -51,27 +57,30 @@ Calls = Generator[Call | None, None, None]  # yields complete calls as well
 Reader = Callable[[Source, Tools], Calls]
 
 
-def make_call(name: object, input: object) -> Call:
-    """A call; raises Malformed unless it has a name and an object of arguments that the wire can carry."""
+def make_call(name: object, input: object, id: object = None) -> Call:
+    """A call; raises Malformed unless it has a name and an object of arguments.
+
+    Its id ends with the model's own, if that is of Mistral's kind: templates that take short ids make them of the end.
+    """
     if not (isinstance(name, str) and name and isinstance(input, dict)):
         raise Malformed
     try:
-        arguments = msgspec.json.encode(input)
-        carried = msgspec.json.decode(arguments) == input  # infinity and NaN become null
-    # Halves of surrogate pairs, endless nesting.
-    except (ValueError, OverflowError, RecursionError):
+        arguments = msgspec.json.encode(input).decode()
+    except RecursionError:
         raise Malformed from None
-    if not carried:
-        raise Malformed
-    return Call(new_id("toolu"), name, input, arguments.decode())
+    own = id if isinstance(id, str) and SHORT_ID.fullmatch(id) else ""
+    return Call(new_id("toolu") + own, name, input, arguments)
 
 
 # Each reading function goes on where the source stands, and waits where the source ends.
 BLANK = re.compile(f"[{SPACE}]*")
 NAME = re.compile(r"""[^\s<>\[\]{}()"',;]*""")
 KEY = re.compile(r"[^<>\n]*")
+SHORT_ID = re.compile("[A-Za-z0-9]{9}")
 PLAIN = re.compile(r'[^"\\]*')  # within a string of JSON
 BETWEEN = re.compile(r"[\s:,0-9+\-.eEtrufalsn]*")  # the strings and brackets of JSON
+CALL_KEYS = ('"name"', '"arguments"', '"parameters"', '"type"', '"id"', '"function"')  # a call begins with one
+XML_NEXT = ("<parameter=", "</function>", "</tool_call>")  # behind a value; models forget the second at times
 
 
 def more(source: Source) -> Reading[None]:
@@ -81,13 +90,17 @@ def more(source: Source) -> Reading[None]:
     yield
 
 
+def end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where that ends which a pattern such as `[a-z]*` matches."""
+    found = pattern.match(text, at)
+    return found.end() if found else at
+
+
 def take(source: Source, pattern: re.Pattern[str]) -> Reading[str]:
     """Read what a pattern such as `[a-z]*` matches, which may be nothing."""
     start = source.at
     while True:
-        found = pattern.match(source.text, source.at)
-        assert found
-        source.at = found.end()
+        source.at = end_of(pattern, source.text, source.at)
         if source.at < len(source.text) or source.ended:
             return source.text[start : source.at]
         yield
@@ -109,6 +122,14 @@ def skip(source: Source, mark: str) -> Reading[bool]:
         yield
     source.at += len(mark)
     return True
+
+
+def skip_any(source: Source, *marks: str) -> Reading[str]:
+    """Read one of several marks and tell which; empty, and nothing is read, if something else is there."""
+    for mark in marks:
+        if (yield from skip(source, mark)):
+            return mark
+    return ""
 
 
 def expect(source: Source, mark: str) -> Reading[None]:
@@ -151,9 +172,8 @@ def read_object(source: Source) -> Reading[dict[str, Any]]:
         elif sign != closing.pop():
             raise Malformed
     try:
-        # Not strict: models write line breaks into strings as they are.
-        return json.loads(source.text[start : source.at], strict=False)
-    except (ValueError, RecursionError):
+        return decode_json(source.text[start : source.at])
+    except ValueError:
         raise Malformed from None
 
 
@@ -175,9 +195,15 @@ def one(source: Source) -> Reading[str]:
 
 
 def read_json_call(source: Source) -> Calls:
-    """Read `{"name": ..., "arguments": {...}}`; Llama's models say parameters."""
+    """Read `{"name": ..., "arguments": {...}}`; Llama's models say parameters. Other JSON is known by its first key."""
+    start = source.at
+    yield from expect(source, "{")
+    yield from take(source, BLANK)
+    if not (yield from skip_any(source, *CALL_KEYS)):
+        raise Malformed
+    source.at = start
     value = yield from read_object(source)
-    yield make_call(value.get("name"), value.get("arguments", value.get("parameters")))
+    yield make_call(value.get("name"), value.get("arguments", value.get("parameters")), value.get("id"))
 
 
 def read_hermes(source: Source, tools: Tools) -> Calls:
@@ -189,7 +215,7 @@ def read_hermes(source: Source, tools: Tools) -> Calls:
 
 
 def read_xml(source: Source, tools: Tools) -> Calls:
-    """One call, whose outer tag models forget at times; complete with `</function>`."""
+    """One call, whose outer tag models forget at times; complete with `</function>`, or the outer tag in its place."""
     yield from skip(source, "<tool_call>")
     yield from take(source, BLANK)
     yield from expect(source, "<function=")
@@ -197,80 +223,26 @@ def read_xml(source: Source, tools: Tools) -> Calls:
     yield from expect(source, ">")
     schema, given = tools.get(name, {}), {}
     yield from take(source, BLANK)
-    while not (yield from skip(source, "</function>")):
-        yield from expect(source, "<parameter=")
+    follows = yield from skip_any(source, *XML_NEXT)
+    while follows == "<parameter=":
         key = yield from word(source, KEY)
         yield from expect(source, ">")
-        given[key] = typed((yield from read_value(source)), member(schema.get("properties"), key), schema)
-        yield from take(source, BLANK)
+        text, follows = yield from read_value(source)
+        given[key] = typed(text, types_of(member(schema.get("properties"), key), schema))
+    if not follows:
+        raise Malformed
     yield make_call(name, given)
-    yield from close(source, "</tool_call>")
+    yield from close(source, *(["</tool_call>"] if follows == "</function>" else []))
 
 
-def read_value(source: Source) -> Reading[str]:
-    """A value up to the closing tag that another parameter or the call's end follows; text may hold other such tags."""
+def read_value(source: Source) -> Reading[tuple[str, str]]:
+    """A value and what follows its closing tag: another parameter or the call's end, else the text holds the tag."""
     start = source.at
     while True:
         end = yield from find(source, "</parameter>")
-        behind = source.at
         yield from take(source, BLANK)
-        closed = (yield from skip(source, "<parameter=")) or (yield from skip(source, "</function>"))
-        source.at = behind
-        if closed:
-            return source.text[start:end].removeprefix("\n").removesuffix("\n")
-
-
-KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
-PYTHON = {"True": "true", "False": "false", "None": "null"}  # as templates print them, and models after them
-
-
-def typed(text: str, schema: object, root: Mapping[str, Any]) -> Any:
-    """A parameter's text as the JSON value that its schema asks for; as it is where the schema asks for a string."""
-    types = types_of(schema, root)
-    try:
-        value = msgspec.json.decode(PYTHON.get(text, text)) if types - {"string"} else text
-    except (ValueError, RecursionError):
-        return text
-    kind = KINDS.get(type(value), "object")
-    fits = kind in types or (kind == "integer" and "number" in types)
-    return value if fits and kind != "string" else text
-
-
-def types_of(schema: object, root: Mapping[str, Any], depth: int = 8, seen: set[str] | None = None) -> set[str]:
-    """The JSON types that a schema names, in itself, its alternatives or behind a reference; empty if it names none.
-
-    A reference is followed once: alternatives may refer to each other.
-    """
-    if not isinstance(schema, dict) or not depth:
-        return set()
-    seen = set() if seen is None else seen
-    own = schema.get("type")
-    types = {own} if isinstance(own, str) else {kind for kind in listed(own) if isinstance(kind, str)}
-    types |= {KINDS.get(type(value), "object") for value in listed(schema.get("enum"))}
-    inner = [s for key in ("anyOf", "oneOf", "allOf") for s in listed(schema.get(key))]
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
-        seen.add(reference)
-        inner.append(resolve(root, reference))
-    return types.union(*(types_of(s, root, depth - 1, seen) for s in inner))
-
-
-def listed(value: object) -> list[Any]:
-    """A list as it is; nothing for anything else, since schemas are the client's."""
-    return value if isinstance(value, list) else []
-
-
-def resolve(root: Mapping[str, Any], reference: str) -> object:
-    """The part of a schema at a path such as `#/$defs/Point`; None if it is not there."""
-    part: object = root
-    for key in reference.split("/")[1:]:
-        part = member(part, key)
-    return part
-
-
-def member(value: object, key: str) -> Any:
-    """A member of a JSON object; None if it is not there, or the value no object."""
-    return value.get(key) if isinstance(value, dict) else None
+        if follows := (yield from skip_any(source, *XML_NEXT)):
+            return source.text[start:end].removeprefix("\n").removesuffix("\n"), follows
 
 
 def read_llama(source: Source, tools: Tools) -> Calls:
@@ -298,12 +270,12 @@ def read_mistral(source: Source, tools: Tools) -> Calls:
             another = yield from skip(source, ",")
         yield from close(source, "]")
         return
-    name = yield from word(source)
+    name, id = (yield from word(source)), None
     if (yield from skip(source, "[CALL_ID]")):
-        yield from word(source)
+        id = yield from word(source)
     yield from skip(source, "[ARGS]")
     yield from take(source, BLANK)
-    yield make_call(name, (yield from read_object(source)))
+    yield make_call(name, (yield from read_object(source)), id)
 
 
 def read_deepseek(source: Source, tools: Tools) -> Calls:

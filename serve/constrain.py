@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from itertools import islice
-from math import lcm
 from threading import Lock
 from typing import Any
 
@@ -21,22 +18,28 @@ import numpy as np
 from cachetools import LRUCache, cached
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
-from serve.calls import KEY, NAME, resolve, typed, types_of
+from serve.calls import KEY, NAME
 from serve.formats import Format, to_json, xml_call
 from serve.messages import InvalidRequest, MessagesRequest, Tool, ToolUseBlock
+from serve.schemas import (
+    alternatives,
+    bounded,
+    listed_values,
+    own_types,
+    schema_text,
+    tool_schema,
+    typed,
+    types_of,
+)
 from serve.turns import is_prefilled
 
 # JSON as chat templates and `formats` write it: no free whitespace, which a model may never stop writing.
 STRICT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Whoever gave a tool checks its arguments anyway: what llguidance does not know of its schema is left out.
 LENIENT = STRICT | {"lenient": True}
-SCHEMA_CHARS, GRAMMAR_CHARS = 2**18, 2**20  # of one schema, and of all together
-# Where a schema sets no bound: what 64 bits and a double hold, so that no number overflows where it is read.
-INTEGERS, NUMBERS = 2**63 - 1024, 10**15
-MULTIPLES = 100_000  # states that llguidance may spend on multipleOf
-ALTERNATIVES = 10_000  # of all values of one call in tags; references can make many out of few
+GRAMMAR_CHARS = 2**20  # of all schemas together
 COMPILED = 256  # grammars that are remembered
-REHEARSED = 4  # tokens after which a schema that has no finite text, or too many choices, has shown it
+REHEARSED = 4  # choices after which a schema that has no finite text, or too many choices, has shown it
 REASON_CHARS = 300
 PROBE = "Zq7Zq7Zq7"  # stands in a call for what varies; as long as the ids that Mistral's models write
 ANY = "/(?s:.*)/"
@@ -178,77 +181,6 @@ def quoted(text: str) -> str:
     return json.dumps(text)
 
 
-# Schemas.
-
-
-def tool_schema(schema: dict[str, Any], field: str) -> dict[str, Any]:
-    """The schema of a tool's arguments, which are an object even where it does not say so."""
-    if schema.get("type", "object") != "object":
-        raise InvalidRequest(f"{field}.type: expected 'object', got {schema['type']!r:.80}")
-    return schema | {"type": "object"}
-
-
-def schema_text(schema: dict[str, Any], options: Mapping[str, Any], field: str) -> str:
-    """A schema as llguidance takes it, its options included. Raises InvalidRequest for one that is too large."""
-    try:
-        text = json.dumps(bounded(schema) | {"x-guidance": options}, allow_nan=False)
-        many = lcm(*multiples(schema))
-    # Nested too deeply, or shaped so little like a schema that it cannot be walked through.
-    except (RecursionError, ValueError, TypeError, ArithmeticError) as error:
-        raise InvalidRequest(f"{field}: expected a JSON schema, got one that cannot be read: {error}") from None
-    if len(text) > SCHEMA_CHARS:
-        raise InvalidRequest(f"{field}: expected at most {SCHEMA_CHARS} characters, got {len(text)}")
-    if many > MULTIPLES:
-        raise InvalidRequest(f"{field}: expected multipleOf with a common multiple of at most {MULTIPLES}, got {many}")
-    return text
-
-
-# The keywords that hold a schema, a list of them, and a mapping to them.
-ONE, MANY = ("items", "additionalProperties"), ("anyOf", "oneOf", "allOf", "prefixItems")
-NAMED = ("properties", "patternProperties", "$defs", "definitions")
-
-
-def bounded(schema: Any) -> Any:
-    """The schema with bounds for the numbers that have none."""
-    if not isinstance(schema, dict):
-        return schema
-    result = dict(schema)
-    for key, inner in schema.items():
-        if key in ONE:
-            result[key] = bounded(inner)
-        elif key in MANY and isinstance(inner, list):
-            result[key] = [bounded(part) for part in inner]
-        elif key in NAMED and isinstance(inner, dict):
-            result[key] = {name: bounded(part) for name, part in inner.items()}
-    types = schema.get("type")
-    types = set(types if isinstance(types, list) else [types])
-    if types & {"integer", "number"}:
-        limit = NUMBERS if "number" in types else INTEGERS
-        low, high = given(schema, "minimum", "exclusiveMinimum"), given(schema, "maximum", "exclusiveMaximum")
-        if not low and all(bound > -limit for bound in high):
-            result["minimum"] = -limit
-        if not high and all(bound < limit for bound in low):
-            result["maximum"] = limit
-    return result
-
-
-def given(schema: dict[str, Any], *keys: str) -> list[float]:
-    """The numbers under these keys."""
-    values = [schema.get(key) for key in keys]
-    return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-
-
-def multiples(schema: Any) -> list[int]:
-    """Every multipleOf in a schema as the whole number that it is without its decimal point."""
-    if isinstance(schema, list):
-        return [found for part in schema for found in multiples(part)]
-    if not isinstance(schema, dict):
-        return []
-    own = [Decimal(str(value)) for value in given(schema, "multipleOf") if value > 0]
-    whole = [int(value.scaleb(max(0, -int(value.as_tuple().exponent)))) for value in own]
-    return whole + multiples(list(schema.values()))
-
-
 # Arguments in tags.
 
 
@@ -259,10 +191,7 @@ def tagged_arguments(schema: dict[str, Any], name: str, field: str) -> tuple[str
         open = {key: None for key in required if key not in properties}
         if open and schema.get("additionalProperties") is False:
             raise InvalidRequest(f"{field}.required: expected names of properties, got {next(iter(open))!r:.80}")
-        many = (part for value in properties.values() for part in alternatives(value, schema))
-        if next(islice(many, ALTERNATIVES, None), None) is not None:
-            raise InvalidRequest(f"{field}: expected at most {ALTERNATIVES} alternatives, got more")
-        parameters, rules = [], []
+        parameters, rules, chars = [], [], 0
         for i, (key, value) in enumerate((properties | open).items()):
             if not key or not KEY.fullmatch(key) or value is False:
                 if key in required:
@@ -272,20 +201,12 @@ def tagged_arguments(schema: dict[str, Any], name: str, field: str) -> tuple[str
             parameter = f"{quoted(f'<parameter={key}>' + chr(10))} {expression}"
             parameters.append(parameter if key in required else f"({parameter})?")
             rules.append(rule)
+            # Each parameter brings all that it refers to: few definitions can make much.
+            if (chars := chars + len(parameter) + len(rule)) > GRAMMAR_CHARS:
+                raise InvalidRequest(f"{field}: expected parameters of at most {GRAMMAR_CHARS} characters, got {chars}")
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidRequest(f"{field}: expected a JSON schema, got one that cannot be read: {error}") from None
     return " ".join(parameters), "".join(rules)
-
-
-def alternatives(schema: Any, root: dict[str, Any], depth: int = 8) -> Iterator[Any]:
-    """The schemas that `types_of` looks into, one by one."""
-    if isinstance(schema, dict) and depth:
-        yield schema
-        inner = [part for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key, [])]
-        if isinstance(reference := schema.get("$ref"), str):
-            inner.append(resolve(root, reference))
-        for part in inner:
-            yield from alternatives(part, root, depth - 1)
 
 
 def tagged_value(schema: Any, root: dict[str, Any], name: str) -> tuple[str, str]:
@@ -298,29 +219,25 @@ def tagged_value(schema: Any, root: dict[str, Any], name: str) -> tuple[str, str
         options.append(f"%json {text} {quoted(XML_END)}")
     if "string" in types or not types:
         free = f"{FREE} & {NO_JSON}" if others else FREE
-        texts = " | ".join(text_of(schema, root)) or "/[^\\s\\S]/"
+        parts = list(alternatives(schema, root)) or [{}]
+        texts = " | ".join(text for part in parts for text in texts_of(part, types)) or "/[^\\s\\S]/"
         options.append(name)
         rules = f"{name}[lazy]: {name.upper()}\n{name.upper()}: (({texts}) & {free}) {quoted(XML_END)}\n"
     return f"({' | '.join(options)})", rules
 
 
-def text_of(schema: Any, root: dict[str, Any], depth: int = 8) -> list[str]:
-    """The texts that a schema allows, as alternatives in Lark: listed, or by length and pattern."""
-    if not isinstance(schema, dict) or not depth:
-        return [ANY]
-    if isinstance(reference := schema.get("$ref"), str):
-        return text_of(resolve(root, reference), root, depth - 1)
-    listed = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
-    if listed is not None:
-        return [quoted(value) for value in listed if isinstance(value, str) and typed(value, schema, root) == value]
-    for key in ("anyOf", "oneOf"):
-        if key in schema:
-            choices = [(choice, types_of(choice, root)) for choice in schema[key]]
-            texts = [choice for choice, types in choices if "string" in types or not types]
-            return [text for choice in texts for text in text_of(choice, root, depth - 1)]
-    length = f"{schema.get('minLength', 0)},{schema.get('maxLength', '')}"
+def texts_of(part: dict[str, Any], types: set[str]) -> list[str]:
+    """The texts that one alternative of a schema allows, in Lark: those it lists, or by length and pattern.
+
+    None if it has alternatives itself. A text that is read as another of the schema's types is none.
+    """
+    if (values := listed_values(part)) is not None:
+        return [quoted(value) for value in values if isinstance(value, str) and typed(value, types) == value]
+    if part.keys() & {"$ref", "anyOf", "oneOf", "allOf"} or "string" not in (own_types(part) or {"string"}):
+        return []
+    length = f"{part.get('minLength', 0)},{part.get('maxLength', '')}"
     text = ANY if length == "0," else f"/(?s:.{{{length}}})/"
-    return [f"({text} & {searched(schema['pattern'])})" if "pattern" in schema else text]
+    return [f"({text} & {searched(part['pattern'])})" if "pattern" in part else text]
 
 
 def searched(pattern: str) -> str:
@@ -395,7 +312,8 @@ def compile_grammar(text: str, tokenizer: LLTokenizer) -> LLMatcher:
         allowed = np.flatnonzero(np.unpackbits(trial.mask().view(np.uint8), bitorder="little"))
         if trial.finished:
             break
-        trial.accept(int(allowed[0]))
+        for token in trial.matcher.compute_ff_tokens() or [int(allowed[0])]:
+            trial.accept(token)
     return matcher
 
 

@@ -38,6 +38,7 @@ class Format:
     read: Reader | None = None  # a call, or all that belong together, from the opening mark on
     openers: tuple[str, ...] = ()  # the marks that may begin a call
     bare: bool = False  # a call may also begin without one, by a `{` where a block begins
+    within: bool = True  # marks count within text too, not only where a block begins
     inner: tuple[str, ...] = ()  # further marks, within calls and behind them
     before: str = ""  # written ahead of the first of consecutive calls,
     between: str = "\n"  # between two of them,
@@ -193,6 +194,11 @@ def choose(chat_template: str, name: str | None = None) -> Format:
         raise ValueError(f"tool parser: expected one of {', '.join(BY_NAME)}, got {name!r}")
     found = BY_NAME[name] if name else next(f for f in FORMATS if all(hint in chat_template for hint in f.hints))
     return replace(found, think=("[THINK]", "[/THINK]")) if found.think and "[THINK]" in chat_template else found
+
+
+def of_json(format: Format) -> Format:
+    """The format of answers that are JSON, or calls in its place: strings of JSON may hold any mark."""
+    return replace(format, within=False)
 
 
 def opening_thinking(format: Format, generation_prompt_tail: str) -> bool:

@@ -1,4 +1,4 @@
-"""What stands in front of every route: the key, the size of the body, and errors in the Messages API's form."""
+"""What stands in front of every route: the key, the size of the body, and errors in the form of the route's API."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.messages import ERROR_TYPES, Error, ErrorDetail, encode
 from serve.metrics import ServerMetrics
+from serve.openai.errors import error_body, is_openai, status_of
 
 log = logging.getLogger("tokenzero.app")
 
@@ -47,7 +48,8 @@ class Gate:
             nonlocal answered
             if message["type"] == "http.response.start":
                 answered = True
-                message["headers"].append((b"request-id", f"req_{secrets.token_hex(12)}".encode()))
+                id = f"req_{secrets.token_hex(12)}".encode()
+                message["headers"] += [(b"request-id", id), (b"x-request-id", id)]
                 # Unknown paths share one label: a client must not be able to grow the metrics.
                 path = scope["path"] if scope.get("endpoint") else "other"
                 self.metrics.responses.labels(path, message["status"]).inc()
@@ -56,9 +58,9 @@ class Gate:
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
             text = f"request body: expected at most {self.limit} bytes, got {int(declared)}"
-            await error_response(413, text)(scope, receive, labelled)
+            await error_response(scope, 413, text)(scope, receive, labelled)
         elif self.key and scope["path"] not in OPEN_PATHS and not self.admits(headers):
-            await error_response(401, "invalid x-api-key")(scope, receive, labelled)
+            await error_response(scope, 401, "invalid x-api-key")(scope, receive, labelled)
         else:
             try:
                 await self.app(scope, limited, labelled)
@@ -66,7 +68,7 @@ class Gate:
                 if answered:
                     raise
                 log.exception("%s %s failed", scope["method"], scope["path"])
-                await error_response(500, f"{type(error).__name__}: {error}")(scope, receive, labelled)
+                await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, labelled)
 
     def admits(self, headers: dict[bytes, bytes]) -> bool:
         """Whether x-api-key or a Bearer token equals the key, compared in constant time; clients may send both."""
@@ -77,7 +79,10 @@ class Gate:
         return hmac.compare_digest(headers.get(b"x-api-key", b""), key) | hmac.compare_digest(bearer, key)
 
 
-def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """An error in the Messages API's form."""
+def error_response(scope: Scope, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """An error in the form of the API that the request is for."""
+    path = scope["path"]
+    if is_openai(path, dict(scope["headers"])):
+        return Response(error_body(status, message, path), status_of(status), headers, media_type="application/json")
     body = encode(Error(ErrorDetail(ERROR_TYPES.get(status, "invalid_request_error"), message)))
     return Response(body, status, headers, media_type="application/json")

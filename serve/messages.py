@@ -4,12 +4,13 @@ The structs are the schema: what they do not name is ignored, what they name is 
 here knows tokens, templates or HTTP, and nothing here changes a request. Formats: https://docs.claude.com/en/api/messages.
 """
 
-import re
 import secrets
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta, Struct
+
+from serve.explain import explain
 
 Role = Literal["user", "assistant", "system"]
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal", "model_context_window_exceeded"]
@@ -201,40 +202,7 @@ def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
         return decoder.decode(body)
     # ValueError is malformed JSON, bad UTF-8 or a broken schema; RecursionError is JSON nested too deeply.
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(_explain(error, body)) from None
-
-
-def _explain(error: Exception, body: bytes) -> str:
-    """Turn msgspec's "Expected `int` >= 1 - at `$.max_tokens`" into "max_tokens: expected int >= 1, got 0"."""
-    if not isinstance(error, msgspec.ValidationError):
-        return f"body: expected a JSON object in UTF-8: {error}"
-    problem, located, path = str(error).rpartition(" - at `$")
-    problem, field = (problem, path.strip("`.")) if located else (path, "")
-    if problem.startswith("Object missing required field"):
-        missing = problem.split("`")[1]
-        return f"{field}.{missing}: field required".lstrip(".")
-    if field == "messages" and "length" in problem:
-        return "messages: at least one message is required"
-    if problem.startswith("Expected"):
-        expected = problem.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
-    elif problem.startswith("Invalid"):
-        expected = _CHOICES.get(re.sub(r"\[\d+\]", "", field), "a known value")
-    else:
-        return f"{field}: {problem}".removeprefix(": ")
-    return f"{field or 'body'}: expected {expected}, got {_found(body, field)}"
-
-
-def _found(body: bytes, field: str) -> str:
-    """The start of the JSON value at a path such as `messages[0].role`, which msgspec does not tell."""
-    try:
-        value = msgspec.json.decode(body)
-        for key, index in re.findall(r"(\w+)|\[(\d+)\]", field):
-            value = value[key] if key else value[int(index)]
-        text = msgspec.json.encode(value).decode()
-    # The rest of the body may be malformed, nest too deeply, or hold the same key again with another value.
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return "an unreadable value"
-    return text if len(text) <= 80 else f"{text[:80]}..."
+        raise InvalidRequest(explain(error, body, _CHOICES)) from None
 
 
 def _tags(union: Any) -> str:

@@ -11,15 +11,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.calls import SPACE, Call, Calls, Malformed, Source
+from serve.calls import BLANK, SPACE, Call, Calls, Malformed, Source, end_of
 from serve.formats import Format
 
-HALF = "\ufffd"  # what a character decodes to whose bytes are not all there
+HALF = "\ufffd"  # what a character decodes to whose bytes are not all there,
+SPELLED = (HALF, "ï¿½", "<0xEF><0xBF><0xBD>")  # and how vocabularies spell the character itself
 # After as many tokens that do not end a character, bytes are taken for broken: one character has at most four.
 PATIENCE = 8
 # Blanks that are held back at most because a mark may follow, to which they would belong.
 BLANKS = 256
-BARE, BRACE = re.compile(f"[{SPACE}]{{0,{BLANKS}}}(?={{)"), re.compile("{")
+# What was read as a call and is none is read again from each mark in it, as often at most.
+RETRIES = 8
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class CharacterStream:
         self.ids.append(token)
         text = self.backend.decode(self.ids, skip_special_tokens=False)
         held = len(text) - len(text.rstrip(HALF))
+        if held and "".join(map(self.backend.id_to_token, self.ids)).endswith(SPELLED):
+            held = 0
         if len(self.ids) - self.settled >= PATIENCE:
             held = min(held, 1)
         new = text[self.taken : len(text) - held]
@@ -79,15 +83,39 @@ class CharacterStream:
         return new
 
 
+class Marks:
+    """The marks that count in a block: some anywhere, others only where it begins."""
+
+    def __init__(self, anywhere: Sequence[str], leading: Sequence[str]) -> None:
+        self.anywhere, self.leading = [list(filter(None, marks)) for marks in (anywhere, leading)]
+        either, first = ["|".join(map(re.escape, marks)) or "(?!)" for marks in (self.anywhere, self.leading)]
+        self.next, self.first = re.compile(f"({either})"), re.compile(f"[{SPACE}]{{0,{BLANKS}}}({first})")
+
+    def find(self, text: str, start: int, fresh: bool) -> re.Match[str] | None:
+        """The first mark, its group 1; `fresh` says that a block begins at `start`."""
+        return (self.first.match(text, start) if fresh else None) or self.next.search(text, start)
+
+    def partial(self, text: str, fresh: bool) -> int:
+        """How many characters, the last ones, may begin a mark."""
+        whole = text.lstrip(SPACE)
+        leads = fresh and any(mark.startswith(whole) for mark in self.leading)
+        return max([len(whole) if leads else 0, *(overlap(text, mark) for mark in self.anywhere)])
+
+    def possible(self, fresh: bool) -> bool:
+        """Whether a mark may still come."""
+        return bool(self.anywhere or (fresh and self.leading))
+
+
 class AnswerStream:
     """One answer's pieces as its tokens come.
 
     Whitespace beside a mark or a call belongs to it and is dropped; any other is kept, the last of an answer too.
-    Thinking without content gives nothing. With `tools` (input schemas by name; none offered: what looks like a call is
-    text), a call comes as one piece once its arguments are complete, whether a tool of its name was offered or not: the
-    client answers what is wrong with it. What begins like a call and is none is text, marks included, and is read on
-    behind its first mark. Stop sequences are looked for in text alone. With `thinking` the prompt has opened a block of
-    thinking already.
+    Thinking without content gives nothing; its opening mark, written again, is dropped. With `tools` (input schemas by
+    name; none offered: what looks like a call is text), a call comes as one piece once its arguments are complete,
+    whether a tool of its name was offered or not: the client answers what is wrong with it. What begins like a call and
+    is none is text, marks included, and is read on behind its first mark. Stop sequences are looked for in text alone.
+    With `thinking` the prompt has opened a block of thinking already. An answer that is bound to be JSON has the format
+    `of_json`: marks within it are text.
     """
 
     def __init__(
@@ -100,20 +128,22 @@ class AnswerStream:
     ) -> None:
         self.characters = CharacterStream(backend, format.marks)
         self.format, self.stops, self.tools = format, tuple(stop_sequences), tools or {}
-        self.think, self.unthink = format.think_marks or ("", "")
-        openers = format.openers if self.tools else ()
-        self.marks = tuple(mark for mark in (self.think, *openers) if mark)
-        self.mark = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
-        self.bare = format.bare and bool(self.tools)
+        think, unthink = format.think_marks or ("", "")
+        marks = (think, *(format.openers if self.tools else ()))
+        bare = ("{",) if format.bare and self.tools else ()
+        self.text_marks = Marks(*(marks, bare) if format.within else ((), (*marks, *bare)))
+        self.thinking_marks = Marks((unthink,), (think,))
+        self.switch = (think, unthink)
         self.thinking = thinking
-        self.stopped = self.ended = False
-        self.unread = ""  # characters that were not sent yet, outside of calls
-        self.plain = 0  # as many of them are known to begin no mark
+        self.stopped = False
+        self.source = Source()  # the text of the answer
+        self.sent = 0  # characters of it that were sent, or dropped
+        self.plain = 0  # no mark begins ahead of here
         self.behind_mark = thinking  # the block follows a mark, which owns the whitespace between
         self.begun = False  # something of the block was sent
-        self.source: Source | None = None  # the text of a call that is not complete,
-        self.reader: Calls | None = None  # who reads it,
-        self.opener = self.ahead = ""  # its first mark, and the text in front of it that was not sent
+        self.reader: Calls | None = None  # who reads the call that is not complete,
+        self.opened = 0  # and where its first mark stands
+        self.failed = self.retries = 0  # how far calls were read that were none, and how often up to there
         self.pieces: list[Piece] = []
 
     def feed(self, token: int) -> list[Piece]:
@@ -122,89 +152,86 @@ class AnswerStream:
 
     def finish(self) -> list[Piece]:
         """What was held back, at the end of the answer."""
-        self.ended = True
+        self.source.ended = True
         return self.read("")
 
     def read(self, characters: str) -> list[Piece]:
         """The pieces that more characters complete."""
-        self.unread += characters
-        while not self.stopped and (
-            self.read_call(self.source, self.reader) if self.source and self.reader else self.read_block()
-        ):
+        self.source.add(characters)
+        while not self.stopped and (self.read_call(self.reader) if self.reader else self.read_block()):
             pass
         pieces, self.pieces = self.pieces, []
         return pieces
 
     def read_block(self) -> bool:
         """Read text or thinking up to the next mark; whether there is one, with more to read behind it."""
+        whole = self.source.text
         if self.behind_mark:
-            self.unread = self.unread.lstrip(SPACE)
-            self.behind_mark = not self.unread
-        found, stops = self.next_mark(), () if self.thinking else self.stops
-        text = self.unread[: found.start() if found else len(self.unread) - self.partial_mark()]
+            self.sent = end_of(BLANK, whole, self.sent)
+            self.behind_mark = self.sent == len(whole)
+        marks = self.thinking_marks if self.thinking else self.text_marks
+        start = max(self.sent, self.plain)
+        fresh = not self.begun and start == self.sent
+        found = marks.find(whole, start, fresh)
+        text = whole[self.sent : found.start(1) if found else len(whole)]
+        if not (found or self.source.ended):
+            text = text[: len(text) - marks.partial(whole[start:], fresh)]
+        stops = () if self.thinking else self.stops
         if stop := first_stop(text, stops):
             self.send(text[: stop[0]])
             self.pieces.append(Stopped(stop[1]))
             self.stopped = True
             return False
-        held = max([blanks(text) if self.marks or self.thinking else 0, *(overlap(text, stop) for stop in stops)])
+        held = max([blanks(text) if marks.possible(fresh) else 0, *(overlap(text, stop) for stop in stops)])
         if not found:
-            sent = len(text) - (0 if self.ended else held)
-            self.send(text[:sent])
-            self.unread, self.plain = self.unread[sent:], max(0, self.plain - sent)
+            text = text[: len(text) - (0 if self.source.ended else held)]
+            self.send(text)
+            self.sent += len(text)
             return False
-        self.unread, self.plain = self.unread[found.end() :], 0
-        if found.group() == (self.unthink if self.thinking else self.think):
+        if found[1] in self.switch:
             self.send(text[: len(text) - blanks(text)])
-            self.turn_over()
+            self.sent = found.end(1)
+            self.switch_to(found[1] == self.switch[0])
         else:
             self.send(text[: len(text) - held])
-            self.open_call(found.group(), text[len(text) - held :])
+            self.sent += len(text) - held
+            self.open_call(found)
         return True
 
-    def next_mark(self) -> re.Match[str] | None:
-        """The first mark among the unread characters: the end of thinking, its beginning, or a call's."""
-        if self.thinking:
-            return re.compile(re.escape(self.unthink)).search(self.unread)
-        if self.bare and not self.begun and not self.plain and (brace := BARE.match(self.unread)):
-            return BRACE.match(self.unread, brace.end())
-        return self.mark.search(self.unread, self.plain)
-
-    def partial_mark(self) -> int:
-        """How many of the unread characters, the last ones, may begin a mark."""
-        if self.ended:
-            return 0
-        marks = (self.unthink,) if self.thinking else self.marks
-        return max((overlap(self.unread[self.plain :], mark) for mark in marks), default=0)
-
-    def turn_over(self) -> None:
-        """Begin or end thinking."""
-        if self.thinking and self.begun:
+    def switch_to(self, thinking: bool) -> None:
+        """Begin or end thinking; beginning it again changes nothing."""
+        if self.begun and self.thinking:
             self.pieces.append(ThinkingEnd())
-        self.thinking, self.behind_mark, self.begun = not self.thinking, True, False
+        self.thinking, self.behind_mark, self.begun = thinking, True, False
 
-    def open_call(self, opener: str, ahead: str) -> None:
-        """Begin a call; what stands ahead of it is text as well if it is none."""
+    def open_call(self, mark: re.Match[str]) -> None:
+        """Begin a call; what was not sent ahead of it is text as well if it is none."""
         assert self.format.read
-        self.source, self.opener, self.ahead = Source(opener), opener, ahead
+        self.opened, self.plain = mark.span(1)
+        self.source.at = self.source.settled = self.opened
         self.reader = self.format.read(self.source, self.tools)
 
-    def read_call(self, source: Source, reader: Calls) -> bool:
+    def read_call(self, reader: Calls) -> bool:
         """Read calls that belong together; whether they have ended, or are none, with more to read behind them."""
-        source.text, source.ended, self.unread = source.text + self.unread, self.ended, ""
+        source = self.source
         try:
             for call in reader:
                 if call is None:
                     return False
-                self.send(self.ahead[: len(self.ahead) - blanks(self.ahead)])
+                ahead = source.text[self.sent : self.opened]
+                self.send(ahead[: len(ahead) - blanks(ahead)])
                 self.pieces.append(call)
-                self.ahead, source.settled = "", source.at
+                self.sent = self.opened = source.settled = source.at
                 self.behind_mark, self.begun = True, False
-            self.unread = source.text[source.at :]
+            self.sent = source.at
         except Malformed:
-            self.unread = self.ahead + source.text[source.settled :]
-            self.plain = 0 if source.settled else len(self.ahead) + len(self.opener)
-        self.source = self.reader = None
+            if source.settled >= self.plain:
+                self.sent = source.settled
+            self.retries = self.retries + 1 if self.opened < self.failed else 0
+            self.failed = max(self.failed, source.at)
+            if self.retries == RETRIES:
+                self.plain = self.failed
+        self.reader = None
         return True
 
     def send(self, text: str) -> None:

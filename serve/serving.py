@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from serve import engine as eng
 from serve.blocks import BlockStream, shown
 from serve.constrain import constraint_of, make_constrainer
-from serve.formats import opening_thinking
+from serve.formats import of_json, opening_thinking
 from serve.messages import (
     ContentBlockDelta,
     ContentBlockStart,
@@ -92,6 +93,15 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Caller:
+    """What a request says outside of its body: who asks, and how the prompt is to be made."""
+
+    rules: frozenset[str]  # of the normaliser
+    salt: bytes = b""  # requests with different salts share no page and no sampled turn
+    key: bytes = b""  # callers with different keys share no sampled turn
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A request that is ready for the engine."""
 
@@ -142,11 +152,11 @@ def make_serving(
     )
 
 
-def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str], salt: bytes = b"") -> Prepared:
+def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepared:
     """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
-    normalized = normalize(message, rules)
+    normalized = normalize(message, caller.rules)
     report(serving, normalized)
-    scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
+    scope = scope_of(serving, caller)
     rendered = rendered_prompt(serving, normalized.request, scope)
     limit = serving.engine.settings.max_model_len
     room = limit - len(rendered.tokens)
@@ -165,17 +175,22 @@ def prepare(serving: Serving, message: MessagesRequest, rules: frozenset[str], s
             top_p=1.0 if message.top_p is None else message.top_p,
             seed=secrets.randbits(32),
         ),
-        salt=salt,
+        salt=caller.salt,
         constraint=serving.constrain(normalized.request, thinking),
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(normalized.request, rendered, generation, scope, applied, thinking, room < message.max_tokens)
 
 
-def count_tokens(serving: Serving, request: CountTokensRequest, rules: frozenset[str], salt: bytes = b"") -> int:
+def count_tokens(serving: Serving, request: CountTokensRequest, caller: Caller) -> int:
     """The length of the prompt that the request would have."""
-    scope = hashlib.sha256(serving.engine.fingerprint + salt).digest()
-    return len(rendered_prompt(serving, normalize(request, rules).request, scope).tokens)
+    return len(rendered_prompt(serving, normalize(request, caller.rules).request, scope_of(serving, caller)).tokens)
+
+
+def scope_of(serving: Serving, caller: Caller) -> bytes:
+    """What separates those who may share sampled turns."""
+    parts = (serving.engine.fingerprint, caller.salt, caller.key)
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes) -> Prompt:
@@ -222,16 +237,17 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
     choice = message.tool_choice
     offered = () if choice and choice.type == "none" else message.tools or ()
     one_call = choice is not None and choice.disable_parallel_tool_use
+    form, config = serving.tokenizer.template.format, message.output_config
     pieces = AnswerStream(
         serving.tokenizer.hf.backend_tokenizer,
-        serving.tokenizer.template.format,
+        of_json(form) if config and config.format else form,
         message.stop_sequences or (),
         {tool.name: tool.input_schema for tool in offered},
         prepared.thinking,
     )
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
-    usage, told, sampled = Usage(0), False, 0
+    usage, told, sampled, silent_since = Usage(0), False, 0, time.perf_counter()
     reason: StopReason = "end_turn"
     stop: str | None = None
     async with aclosing(eng.generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
@@ -239,7 +255,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
             new = []
             match event:
                 case eng.Waiting():
-                    yield Ping()
+                    silent_since = -inf
                 case eng.Failed(problem):
                     yield Error(ErrorDetail("api_error", problem))
                     return
@@ -265,12 +281,17 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                         serving.metrics.ttft.observe(time.perf_counter() - received)
                         told = True
                     yield block_event
+                    silent_since = time.perf_counter()
                 if isinstance(piece, Call) and serving.dispatch:
                     yield dispatched(piece, content.calls - 1)
                 if content.calls and one_call:
                     break
             if stop is not None or (content.calls and one_call):
                 break
+            # Thinking that is not shown and a call that is not complete may take long, too.
+            if time.perf_counter() - silent_since > PING_SECONDS:
+                yield Ping()
+                silent_since = time.perf_counter()
     for block_event in content.close():
         yield block_event
     if content.calls and reason == "end_turn":

@@ -1,7 +1,8 @@
-"""Releases of Claude Code, fetched once from npm, and a server whose answers are scripted."""
+"""Releases of Claude Code and Codex, fetched once from npm, and a server whose answers are scripted."""
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -16,8 +17,7 @@ import pytest
 from experiments.demo_model import DemoConfig, write_demo_model
 from experiments.server import Server, running_server
 
-PACKAGE = "@anthropic-ai/claude-code-linux-x64"  # the native program, hundreds of MB
-RELEASES = Path.home() / ".cache" / "tokenzero" / "clients" / "claude-code"
+RELEASES = Path.home() / ".cache" / "tokenzero" / "clients"  # hundreds of MB each
 OFFLINE = re.compile("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|EHOSTUNREACH|ETIMEDOUT")
 
 # As small as it gets, as the clients' prompts take tens of thousands of tokens.
@@ -28,35 +28,47 @@ FLAGS = ("--kv-pool-bytes", "128MiB", "--max-batch", "4", "--enable-streaming-to
 
 @pytest.fixture(scope="session")
 def claude_code(request: pytest.FixtureRequest) -> Path:
-    """The program of the release that is the parameter; fetched once, and skips where it cannot be."""
+    """The program of the release that is the parameter."""
+    folder = RELEASES / "claude-code" / request.param
+    return fetched("@anthropic-ai/claude-code-linux-x64", request.param, folder) / "claude"
+
+
+@pytest.fixture(scope="session")
+def codex(request: pytest.FixtureRequest) -> Path:
+    """The program of the release that is the parameter."""
+    folder = RELEASES / "codex" / request.param
+    release = f"{request.param}-linux-x64"
+    return fetched("@openai/codex", release, folder) / "vendor/x86_64-unknown-linux-musl/bin/codex"
+
+
+def fetched(package: str, release: str, folder: Path) -> Path:
+    """The folder, filled with a release from npm unless it is there; skips where that cannot be had."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip(f"Claude Code is run on Linux on x86_64 only, not on {sys.platform} on {platform.machine()}")
-    release = request.param
-    folder = RELEASES / release
+        pytest.skip(f"{package} is run on Linux on x86_64 only, not on {sys.platform} on {platform.machine()}")
     if not folder.is_dir():
         if not shutil.which("npm"):
-            pytest.skip("npm is not installed, which Claude Code is fetched with")
-        RELEASES.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=RELEASES) as scratch:
+            pytest.skip(f"npm is not installed, which {package} is fetched with")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             # Moved to its place when it is complete.
             command = ["npm", "install", "--ignore-scripts", "--fetch-retries=0", "--no-audit", "--prefix", scratch]
-            npm = subprocess.run([*command, f"{PACKAGE}@{release}"], capture_output=True, text=True)
+            npm = subprocess.run([*command, f"{package}@{release}"], capture_output=True, text=True)
             if npm.returncode and OFFLINE.search(npm.stderr):
-                pytest.skip(f"npm cannot be reached, which Claude Code {release} is fetched from: {npm.stderr:.300}")
+                pytest.skip(f"npm cannot be reached, which {package}@{release} is fetched from: {npm.stderr:.300}")
             assert npm.returncode == 0, npm.stderr
-            Path(scratch, "node_modules", PACKAGE).rename(folder)
-    return folder / "claude"
+            Path(scratch, "node_modules", package).rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real server process that says what SCRIPT says, and logs no traceback."""
+    """A real server process that says what the scripts say, and logs no traceback."""
     folder = tmp_path_factory.mktemp("clients")
     model, log = folder / "model", folder / "server.log"
     write_demo_model(model, config=MODEL)
     here = Path(__file__).parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(here.parent))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here.parent), str(here.parent.parent)]))
         with running_server(model, *FLAGS, log=log, program=(str(here / "scripted_server.py"),)) as server:
             yield server
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]

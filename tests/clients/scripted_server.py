@@ -36,17 +36,33 @@ SCRIPT = {
     ),
     "Thank you.": ("<think>\nShort and polite.\n</think>\n\nYou are welcome.",),
 }
+# The same for Codex.
+CODEX_SCRIPT = {
+    "Write the number into number.txt.": (
+        "<think>\nThe number is known, the file is missing.\n</think>\n\nI write it.\n"
+        '<tool_call>\n{"name": "exec_command", "arguments": {"cmd":  "echo \\u0034\\u0032 > number.txt", '
+        '"tty": false}}\n</tool_call>',
+        "<think>\nNo news is good news.\n</think>\n\nThe number is in number.txt.",
+    ),
+    "Read it back, and count its lines as well.": (
+        '<tool_call>\n{"name": "exec_command", "arguments": {"cmd": "cat number.txt"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "exec_command", "arguments": {"cmd": "wc -l number.txt"}}\n</tool_call>',
+        "It says «42», on a line of its own – naïve, but so it is.",
+    ),
+    "Thanks.": ("<think>\nShort and polite.\n</think>\n\nYou are welcome.",),
+}
+SCRIPTS = SCRIPT | CODEX_SCRIPT
 # For requests that clients make on their own account, such as for a title.
 ASIDE = '{"title": "The answer"}'
 
 
 def answer_to(request: MessagesRequest) -> str:
-    """What to say: chosen by the last prompt of SCRIPT in the request, and by how many answers follow it."""
+    """What to say: chosen by the last scripted prompt in the request, and by how many answers follow it."""
     answers = 0
     for message in reversed(joined(request.messages)):
         texts = [block.text for block in blocks(message) if isinstance(block, TextBlock)]
-        if prompt := next((text for text in texts if text in SCRIPT), None):
-            return SCRIPT[prompt][answers]
+        if prompt := next((text for text in texts if text in SCRIPTS), None):
+            return SCRIPTS[prompt][answers]
         answers += message.role == "assistant"
     return ASIDE
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import pytest
 from talking import (
@@ -177,7 +178,7 @@ class TestOtherRoutes:
         assert kept > counted(client, plain) + 10
 
     def test_models_names_the_one_model(self, client: httpx.Client) -> None:
-        listed = client.get("/v1/models").json()
+        listed = client.get("/v1/models", headers={"anthropic-version": "2023-06-01"}).json()
         assert [m["id"] for m in listed["data"]] == ["tiny-model"] == [listed["first_id"]] == [listed["last_id"]]
         assert listed["has_more"] is False
         assert listed["data"][0] | {"type": "model", "max_input_tokens": CONTEXT} == listed["data"][0]
@@ -197,7 +198,7 @@ class TestOtherRoutes:
     def test_an_unknown_route_is_a_not_found_error_that_names_it(self, path: str, client: httpx.Client) -> None:
         assert path in error_of(client.post(path, json=ask("Hi")), 404, "not_found_error")
 
-    @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/messages"), ("PUT", "/v1/models"), ("POST", "/health")])
+    @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/messages"), ("PUT", "/metrics"), ("POST", "/health")])
     def test_a_wrong_method_is_refused_in_the_apis_form(self, method: str, path: str, client: httpx.Client) -> None:
         response = client.request(method, path)
         assert f"{method} {path}" in error_of(response, 405, "invalid_request_error")
@@ -546,9 +547,16 @@ class TestKeys:
     ) -> None:
         error_of(strict_client.post(path, json=ask("Hi"), headers=headers), 401, "authentication_error")
 
+    def test_the_sdk_raises_its_authentication_error(self, strict_client: httpx.Client) -> None:
+        with (
+            anthropic.Anthropic(base_url=str(strict_client.base_url), api_key="wrong", max_retries=0) as sdk,
+            pytest.raises(anthropic.AuthenticationError),
+        ):
+            sdk.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": "Hi"}])
+
     @pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
     def test_what_tells_about_others_is_closed_too(self, path: str, strict_client: httpx.Client) -> None:
-        error_of(strict_client.get(path), 401, "authentication_error")
+        error_of(strict_client.get(path, headers={"anthropic-version": "2023-06-01"}), 401, "authentication_error")
 
     @pytest.mark.parametrize("path", ["/", "/api/hello", "/health"])
     def test_probes_need_no_key(self, path: str, strict_client: httpx.Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -13,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from serve.calls import Call, types_of
-from serve.formats import BY_NAME, SPACE, choose, opening_thinking, write_turn
+from serve.calls import Call
+from serve.formats import BY_NAME, SPACE, choose, mistral_id, of_json, opening_thinking, write_turn
 from serve.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.parse import AnswerStream, Stopped, Text, Thinking, ThinkingEnd
+from serve.schemas import types_of
 
 TOOLS: dict[str, dict[str, Any]] = {
     "Read": {"type": "object", "properties": {"path": {"type": "string"}, "limit": {"type": "integer"}}},
@@ -36,6 +38,7 @@ SOUP = (
     "🦀",
 )
 SOUP += ("<function=Read>", "</function>", "[TOOL_CALLS]", "<|python_tag|>", "```json", " ", "\n", "word", "<", "STOP")
+PARTS = ("<parameter=path>", "</parameter>", "Read[ARGS]{}", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", " " * 300, "ST")
 
 
 @cache
@@ -44,9 +47,10 @@ def backend():
     return tokenizer_of(next(f for f in FAMILIES if f.name == "qwen3")).hf.backend_tokenizer
 
 
-def read(name, text, cuts=(), stops=(), tools=TOOLS):
+def read(name, text, cuts=(), stops=(), tools=TOOLS, thinking=False, json=False):
     """The answer's blocks, in the parser's words, deltas merged."""
-    stream = AnswerStream(backend(), BY_NAME[name], stops, tools)
+    format = of_json(BY_NAME[name]) if json else BY_NAME[name]
+    stream = AnswerStream(backend(), format, stops, tools, thinking)
     bounds = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
     return merge([*(p for a, b in pairwise(bounds) for p in stream.read(text[a:b])), *stream.finish()])
 
@@ -103,10 +107,47 @@ def test_text_before_a_call_stays_text_and_without_tools_all_of_it_is(name):
     assert "".join(p.text for p in read(name, text, tools={})) == text
 
 
-@given(st.sampled_from(sorted(BY_NAME)), st.lists(st.sampled_from(SOUP), max_size=14), st.lists(st.integers(0, 400)))
-def test_any_cut_of_any_text_gives_the_same_answer(name, parts, cuts):
+@given(
+    st.sampled_from(sorted(BY_NAME)),
+    st.lists(st.sampled_from(SOUP + PARTS), max_size=14),
+    st.lists(st.integers(0, 4000)),
+    st.fixed_dictionaries({"thinking": st.booleans(), "json": st.booleans(), "tools": st.sampled_from([TOOLS, {}])}),
+)
+def test_any_cut_of_any_text_gives_the_same_answer(name, parts, cuts, how):
     text = "".join(parts)
-    assert read(name, text, cuts, ["STOP"]) == read(name, text, (), ["STOP"])
+    whole = read(name, text, (), ["STOP"], **how)
+    assert read(name, text, cuts, ["STOP"], **how) == whole
+    assert read(name, text, range(len(text)), ["STOP"], **how) == whole
+
+
+@given(
+    st.lists(st.sampled_from(("<", "<tool", "</tool_call", "<tool_call", "<thi", "é", "word", " ", "\n")), max_size=9)
+)
+def test_text_is_sent_as_soon_as_it_cannot_belong_to_a_mark(parts):
+    stream, text, sent = AnswerStream(backend(), BY_NAME["hermes"], (), TOOLS), "".join(parts), 0
+    for at, letter in enumerate(text):
+        sent += sum(len(piece.text) for piece in stream.read(letter))
+        held = text[sent : at + 1].lstrip(SPACE)
+        assert any(mark.startswith(held) for mark in ("<tool_call>", "<think>"))
+
+
+def test_json_that_is_no_call_is_sent_as_it_comes():
+    stream = AnswerStream(backend(), BY_NAME["llama3"], (), TOOLS)
+    assert merge(stream.read('{"title": "The')) == [Text('{"title": "The')]
+
+
+UNCLOSED = "<tool_call>\n<function=Read>\n<parameter=path>\n"
+
+
+@pytest.mark.parametrize(
+    ("part", "end"), [(UNCLOSED, ""), (f"{UNCLOSED}</parameter>x", ""), (UNCLOSED, "</parameter><parameter=<")]
+)
+def test_calls_that_never_end_cost_no_more_the_more_there_are(part, end):
+    stream, text = AnswerStream(backend(), BY_NAME["qwen3_coder"], (), TOOLS), part * (800_000 // len(part)) + end
+    before = time.process_time()
+    pieces = [*stream.read(text), *stream.finish()]
+    assert time.process_time() - before < 5, "reading each anew to the end takes minutes"
+    assert merge(pieces) == [Text(text)]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +160,44 @@ def test_a_malformed_call_is_text_with_its_marks(bad):
 
 def test_a_call_whose_closing_mark_is_missing_at_the_end_is_a_call():
     assert read("hermes", '<tool_call>\n{"name": "now", "arguments": {}}') == [("now", {})]
+
+
+@pytest.mark.parametrize("inner", ["", "<parameter=path>\nx\n</parameter>\n"])
+def test_a_call_in_tags_may_end_with_its_outer_tag(inner):
+    call = ("Read", {"path": "x"} if inner else {})
+    assert read("qwen3_coder", f"<tool_call>\n<function=Read>\n{inner}</tool_call>\nSo.") == [call, Text("So.")]
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "deepseek"])
+def test_thinking_that_the_model_opens_again_is_opened_once(name):
+    answer = "<think>\nA <think> B\n</think>\n\nYes"
+    assert read(name, answer, thinking=True) == [Thinking("A <think> B"), ThinkingEnd(), Text("Yes")]
+    assert read(name, f"\n<think>{answer}") == [Thinking("A <think> B"), ThinkingEnd(), Text("Yes")]
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_json_may_hold_any_mark_and_thinking_or_calls_come_ahead_of_it(name):
+    format, call = BY_NAME[name], ToolUseBlock("a" * 9, "Read", {"path": "x"})
+    text = json.dumps({"marks": [" ".join(format.marks), write_turn(format, [call])]}, ensure_ascii=False)
+    for tools in ({}, TOOLS):
+        assert read(name, text, json=True, tools=tools) == [Text(text)]
+        if format.think:
+            thought = write_turn(format, [ThinkingBlock("so"), TextBlock(text)])
+            assert read(name, thought, json=True, tools=tools) == [Thinking("so"), ThinkingEnd(), Text(text)]
+    calls = write_turn(format, [call, call])
+    assert read(name, calls, json=True) == [("Read", call.input)] * 2
+
+
+def test_a_calls_id_ends_with_mistrals_own_so_that_the_results_name_it():
+    written = '[TOOL_CALLS] [{"name": "now", "arguments": {}, "id": "%s"}]'
+    for name, text, own in (
+        ("mistral", written % "aB3dE6gH9", "aB3dE6gH9"),
+        ("mistral_args", "[TOOL_CALLS]now[CALL_ID]aB3dE6gH9[ARGS]{}", "aB3dE6gH9"),
+        ("mistral", written % "not nine", None),
+    ):
+        (call,) = AnswerStream(backend(), BY_NAME[name], (), TOOLS).read(text)
+        assert mistral_id(call.id) == (own or call.id[-9:])
+        assert len(call.id) == len("toolu_") + 24 + 9 * bool(own)
 
 
 def test_a_call_inside_thinking_is_thinking_and_a_stop_sequence_inside_a_call_is_not_one():
@@ -149,6 +228,7 @@ def test_the_types_of_hostile_schemas_are_found_without_delay():
     assert types_of({"$ref": "#/$defs/t0"}, {"$defs": alternatives}) == set()
     assert types_of({"enum": 5, "anyOf": "x", "type": 3}, {}) == set()
     assert types_of({"enum": ["a", 1]}, {}) == {"string", "integer"}
+    assert types_of({"anyOf": [{"const": 5}, {"const": None}]}, {}) == {"integer", "null"}
     assert types_of({"$ref": "#/properties/a/b"}, {"properties": [1]}) == set()
 
 
@@ -165,6 +245,9 @@ def test_a_parameter_whose_schema_says_nothing_usable_is_text(properties):
     [
         ("5", "integer", 5),
         ("1.0", "number", 1.0),
+        ("1.0", "integer", 1),
+        ("1.5", "integer", "1.5"),
+        ('{"a": "b\nc"}', "object", {"a": "b\nc"}),
         ("True", "boolean", True),
         ("None", ["string", "null"], None),
         ("five", "integer", "five"),

@@ -111,7 +111,7 @@ def test_a_request_of_an_agent_is_read_whole() -> None:
         wire.Tool("Bare", {}, None, "custom"),
     )
     assert request.tool_choice == wire.ToolChoice("tool", "Read", True)
-    assert request.thinking == wire.Thinking("enabled", 2048)
+    assert request.thinking == wire.Thinking("enabled", 2048, "omitted")
     assert request.output_config == wire.OutputConfig("high", wire.JsonSchemaFormat({"type": "object"}))
     assert (request.stream, request.temperature, request.top_k, request.stop_sequences) == (True, 1.0, 40, ("END",))
 

@@ -67,13 +67,13 @@ def test_the_pieces_of_any_text_join_to_the_text(text: str) -> None:
     assert stop is None
 
 
-@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=30))
+@given(text=st.text(st.characters(codec="utf-8") | st.sampled_from("\ufffdé🙂"), max_size=30))
 def test_a_character_of_several_tokens_is_never_sent_in_part(text: str) -> None:
-    # One token a byte: the worst split there is.
+    # One token a byte: the worst split there is. What looks like half a character may be the model's own.
     ids = [backend().token_to_id(letter) for letter in byte_letters(text)]
-    pieces, _ = run(ids)
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(run(ids)[0]) == text
+    half = backend().token_to_id("ð")
+    assert "".join(run([*ids, half])[0]) == text
 
 
 def byte_letters(text: str) -> str:
@@ -144,13 +144,13 @@ def test_bytes_of_a_sentencepiece_vocabulary_join_to_characters() -> None:
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
-    for text in ("a a", "🙂🙂é a €", "é" * 20):
+    for text in ("a a", "🙂🙂é a €", "é" * 20, "a \ufffd"):
         tokens = [c if c == "a" else "▁" if c == " " else [f"<0x{b:02X}>" for b in c.encode()] for c in text]
         flat = [token for group in tokens for token in ([group] if isinstance(group, str) else group)]
         stream = AnswerStream(tokenizer, NONE)
         # As an answer begins: the blank before the first word belongs to the vocabulary, not to the text.
-        pieces = [said(stream.feed(tokenizer.token_to_id(token)))[0] for token in ["▁", *flat]]
-        assert "".join(pieces) == text
+        pieces = [piece for token in ["▁", *flat] for piece in stream.feed(tokenizer.token_to_id(token))]
+        assert said(pieces + stream.finish())[0] == text
 
 
 def test_tokens_that_the_tokenizer_does_not_know_add_nothing() -> None:
@@ -168,13 +168,7 @@ def test_the_answer_ends_before_the_first_stop_sequence(text: str, stops: list[s
     by_byte = data.draw(st.booleans(), label="one token a byte")
     ids = [backend().token_to_id(c) for c in byte_letters(text)] if by_byte else backend().encode(text).ids
     pieces, stop = run(ids, stops)
-    expected, found = cut(text, stops)
-    # Of several stop sequences within one token, the one that begins first is as right as the one that ends first.
-    if by_byte or len(stops) <= 1:
-        assert ("".join(pieces), stop) == (expected, found)
-    assert (stop is None) == (found is None)
-    assert stop is None or text.startswith("".join(pieces) + stop)
-    assert stop is not None or "".join(pieces) == text
+    assert ("".join(pieces), stop) == cut(text, stops)
 
 
 @given(text=WORDS, stops=st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=3))
@@ -185,9 +179,9 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_sequence(text: str, stop
         sent += more
         if stopped is not None:
             return
-        known = sent + stream.unread
+        known = stream.source.text
         longest = max((n for stop in stops for n in range(len(stop)) if known.endswith(stop[:n])), default=0)
-        assert len(stream.unread) == longest
+        assert len(known) - len(sent) == longest
     assert sent + said(stream.finish())[0] == text
 
 

@@ -16,6 +16,7 @@ from scripted import listening, saying, serving_over, steps_compiled_once
 
 from model.config import ModelConfig
 from model.params import Params
+from serve import serving as messages_api
 from serve.messages import MessagesRequest
 from serve.replay import verify
 
@@ -148,6 +149,12 @@ class TestThinking:
             answer = sdk.messages.create(**ASKED)
         assert [block.to_dict() for block in answer.content] == [{"type": "text", "text": "Yes."}]
 
+    def test_pings_bridge_what_is_not_shown(self, talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        with talk(self.WRITTEN) as sdk:
+            monkeypatch.setattr(messages_api, "PING_SECONDS", 0.0)
+            names = [name for name, _ in raw_events(sdk, ASKED)]
+        assert "ping" in names[names.index("message_start") : names.index("content_block_start")]
+
     def test_thinking_may_be_signed_and_not_shown(self, talk: Any) -> None:
         with talk(self.WRITTEN) as sdk:
             answer = sdk.messages.create(**ASKED, thinking=THINKING | {"display": "omitted"})
@@ -172,9 +179,8 @@ class TestThinking:
         odd = [id for character in "Yes, the file." for id in TOKENIZER.encode(character).tolist()]
         with talk("", "") as sdk:
             body = ASKED | {"thinking": THINKING}
-            scope = sdk.serving
             coming = iter([[*TOKENIZER.encode("<think>\nFirst.\n</think>\n\n").tolist(), *odd], odd])
-            object.__setattr__(scope, "constrain", saying(TOKENIZER, VOCAB, lambda request, opened: next(coming)))
+            force(sdk, saying(TOKENIZER, VOCAB, lambda request, opened: next(coming)))
             first = sdk.messages.create(**body)
             thought, text = (block.to_dict() for block in first.content)
             if signature is None:
@@ -183,7 +189,7 @@ class TestThinking:
                 thought |= {"signature": signature}
             messages = [QUESTION, {"role": "assistant", "content": [thought, text]}, QUESTION]
             sdk.messages.create(**body | {"messages": messages})
-            tokens = scope.engine.asked[-1].tokens.tolist()
+            tokens = sdk.serving.engine.asked[-1].tokens.tolist()
         joined = ",".join(map(str, tokens))
         assert (",".join(map(str, odd)) in joined) == replayed
 
@@ -246,6 +252,16 @@ class TestConstraints:
         assert answer.stop_reason == "end_turn"
 
 
+def test_marks_inside_of_a_json_answer_are_text(talk: Any) -> None:
+    value = {"title": f"How to write <think> and {CALL}"}
+    schema = {"type": "object", "properties": {"title": {"type": "string"}}}
+    config = {"format": {"type": "json_schema", "schema": schema}}
+    with talk(json.dumps(value)) as sdk:
+        answer = sdk.messages.create(**ASKED, tools=[READ], output_config=config)
+    assert json.loads(answer.content[0].text) == value
+    assert (len(answer.content), answer.stop_reason) == (1, "end_turn")
+
+
 class TestConstraintErrors:
     def test_a_schema_that_is_none_is_the_clients_fault(self, talk: Any) -> None:
         config = {"format": {"type": "json_schema", "schema": {"type": "sring"}}}
@@ -259,10 +275,10 @@ class TestConstraintErrors:
 
         with talk() as sdk:
             constrain = sdk.serving.constrain
-            object.__setattr__(sdk.serving, "constrain", lambda request, opened: Broken())
+            force(sdk, lambda request, opened: Broken())
             with pytest.raises(anthropic.InternalServerError, match="a fault of the test"):
                 sdk.messages.create(**ASKED)
-            object.__setattr__(sdk.serving, "constrain", constrain)
+            force(sdk, constrain)
             assert sdk.messages.create(**ASKED | {"max_tokens": 3}).usage.output_tokens == 3
 
 
@@ -303,3 +319,22 @@ class TestHistory:
             assert sdk.messages.create(**ASKED, extra_headers=mine).usage.cache_read_input_tokens > 0
             assert sdk.messages.create(**ASKED, extra_headers=other).usage.cache_read_input_tokens == 0
             assert sdk.messages.create(**ASKED).usage.cache_read_input_tokens == 0
+
+    def test_callers_with_different_keys_share_pages_and_no_sampled_turns(self, talk: Any) -> None:
+        odd = [id for character in "Yes, the file." for id in TOKENIZER.encode(character).tolist()]
+        with talk("") as sdk:
+            coming = iter([odd, odd, odd])
+            force(sdk, saying(TOKENIZER, VOCAB, lambda request, opened: next(coming)))
+            first = sdk.messages.create(**ASKED)
+            answered = {"role": "assistant", "content": first.content[0].text}
+            second = ASKED | {"messages": [QUESTION, answered, QUESTION]}
+            for key, replayed in (("any", True), ("other", False)):
+                usage = sdk.with_options(api_key=key).messages.create(**second).usage
+                tokens = ",".join(map(str, sdk.serving.engine.asked[-1].tokens.tolist()))
+                assert (",".join(map(str, odd)) in tokens) == replayed
+                assert usage.cache_read_input_tokens > 0
+
+
+def force(sdk: Any, constrain: Any) -> None:
+    """Give the server another constraint."""
+    object.__setattr__(sdk.serving, "constrain", constrain)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import anthropic
 import httpx
 import pytest
-from talking import CONTEXT, ask, eventually, is_idle, long, post, scrape, text_of
+from talking import BODY_LIMIT, CONTEXT, ask, eventually, is_idle, long, post, scrape, text_of
 
 from experiments import sessions
 from experiments.server import Server
@@ -85,6 +86,80 @@ def test_a_beta_request_of_an_agents_shape_is_served(sdk: anthropic.Anthropic) -
     assert final.usage.output_tokens <= 8
 
 
+MARKED = {"cache_control": {"type": "ephemeral"}}
+READ = {"name": "Read", "description": "Reads a file.", "input_schema": {"type": "object", "properties": {}}}
+CALLED = [
+    {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"},
+    {"type": "redacted_thinking", "data": "AAAA"},
+    {"type": "text", "text": "I look."},
+    {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"path": "a.py", "n": 1.0}},
+    {"type": "tool_use", "id": "toolu_2", "name": "Read", "input": {}},
+]
+RESULTS = [
+    {"type": "tool_result", "tool_use_id": "toolu_1", "content": "nothing", "is_error": True},
+    {
+        "type": "tool_result",
+        "tool_use_id": "toolu_2",
+        "content": [{"type": "text", "text": "a line"}, {"type": "tool_reference", "tool_name": "Edit"}],
+    },
+    {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "A page."}, "title": "Notes"},
+    {"type": "text", "text": "Go on."} | MARKED,
+]
+EVERY_FIELD = {
+    "system": [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Work in /tmp."} | MARKED],
+    "messages": [
+        QUESTION,
+        {"role": "system", "content": "Environment: none."},
+        {"role": "assistant", "content": CALLED},
+        {"role": "user", "content": RESULTS},
+        {"role": "system", "content": [{"type": "text", "text": "<total_tokens>10 left</total_tokens>"}]},
+    ],
+    "tools": [READ | MARKED, READ | {"name": "Edit", "type": "custom"}],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    "thinking": {"type": "enabled", "budget_tokens": 2048, "display": "summarized"},
+    "output_config": {"effort": "low"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "stop_sequences": ["never in it", "STOP"],
+    "metadata": {"user_id": "user_1"},
+    "service_tier": "auto",
+}
+
+
+def test_every_field_is_taken_streaming_and_not(sdk: anthropic.Anthropic) -> None:
+    asked = {"model": "claude-x", "max_tokens": 12, **EVERY_FIELD, "extra_body": {"temperature": 0}}
+    asked |= {"extra_body": {"temperature": 0, "top_k": 40, "top_p": 0.9}}
+    whole = sdk.beta.messages.create(**asked)
+    with sdk.beta.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    assert [block.model_dump(exclude={"signature"}) for block in whole.content] == [
+        block.model_dump(exclude={"signature"}) for block in streamed.content
+    ]
+    assert (whole.stop_reason, whole.usage.output_tokens) == (streamed.stop_reason, streamed.usage.output_tokens)
+    counted = {name: EVERY_FIELD[name] for name in ("system", "messages", "tools", "tool_choice", "thinking")}
+    assert sdk.beta.messages.count_tokens(model="claude-x", **counted).input_tokens == (
+        whole.usage.cache_read_input_tokens + whole.usage.cache_creation_input_tokens
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("tools", [{"type": "web_search_20250305", "name": "web_search"}], "web_search_20250305"),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "x"}}]}],
+            "image",
+        ),
+        ("tool_choice", {"type": "tool", "name": "Write"}, "Write"),
+        ("thinking", {"type": "enabled"}, "budget_tokens"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(sdk: anthropic.Anthropic, field: str, value: Any, named: str) -> None:
+    asked = {"model": "m", "max_tokens": 1, "messages": [QUESTION], "tools": [READ]} | {field: value}
+    with pytest.raises(anthropic.BadRequestError, match=f"^.*{field}.*{named}"):
+        sdk.messages.create(**asked)
+
+
 def test_errors_arrive_as_the_sdks_own(sdk: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match="max_tokens: expected int >= 1, got 0") as caught:
         sdk.messages.create(model="m", max_tokens=0, messages=[QUESTION])
@@ -94,6 +169,8 @@ def test_errors_arrive_as_the_sdks_own(sdk: anthropic.Anthropic) -> None:
         sdk.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": long(91, CONTEXT)}])
     with pytest.raises(anthropic.NotFoundError):
         sdk.messages.batches.retrieve("batch")
+    with pytest.raises(anthropic.RequestTooLargeError):
+        sdk.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": "x" * BODY_LIMIT}])
 
 
 def test_a_stream_that_is_closed_early_stops_the_engine(sdk: anthropic.Anthropic, client: httpx.Client) -> None:
