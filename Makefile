@@ -1,5 +1,8 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
+PYTHON312 ?= python3.12
+# What kernels-aot compiles with; 0.11.2 wants PYTHON=python3.12.
+JAX ?= 0.10.2
 TOKENS ?= 52000
 MODEL ?= .cache/demo-model
 PORT ?= 8000
@@ -9,10 +12,10 @@ BIN := .venv/bin
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test test-slow test-clients notebooks kernels-aot gpu-bench lint clean
+.PHONY: help install demo serve test test-slow test-clients notebooks kernels-interpreted kernels-aot gpu-bench lint clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 21
 
 install: .venv/.installed ## make .venv and install tokenzero into it, for the GPU if there is one
 
@@ -34,11 +37,17 @@ test-clients: .venv/.installed-test ## run Claude Code and Codex on the server; 
 notebooks: .venv/.installed-notebooks ## run all notebooks anew, and what they measure that is not measured yet
 	$(BIN)/jupytext --to ipynb --execute --run-path . notebooks/*.py
 
+kernels-interpreted: ## run the GPU kernels in the interpreter, for numbers and races; wants JAX 0.11, so Python 3.12
+	$(PYTHON312) -m venv .venv-312
+	.venv-312/bin/pip install --quiet --disable-pip-version-check jax==0.11.2 absl-py flax rich pytest pytest-timeout
+	.venv-312/bin/python -m pytest --noconftest tests/model/test_kernels.py
+
 kernels-aot: ## compile the GPU kernels for an H200 without one, and check spills and shared memory
-	$(PYTHON) -m venv .venv-aot
-	.venv-aot/bin/pip install --quiet jax==0.10.2 absl-py flax rich
-	.venv-aot/bin/pip install --quiet --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc nvidia-nvvm
-	.venv-aot/bin/python -m experiments.kernels_aot
+	$(PYTHON) -m venv .venv-aot-$(JAX)
+	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check jax==$(JAX) absl-py flax rich
+	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX) nvidia-cuda-nvcc nvidia-nvvm
+	.venv-aot-$(JAX)/bin/python -m experiments.kernels_aot
 
 gpu-bench: .venv/.installed ## measure the kernels and an 8B-shaped model on this machine's GPU
 	$(BIN)/python -m experiments.gpu_bench
@@ -49,7 +58,7 @@ lint: .venv/.installed-test ## check style and types
 	$(BIN)/mypy
 
 clean: ## remove what the other targets made, but for results
-	rm -rf .venv .venv-aot .cache
+	rm -rf .venv .venv-312 .venv-aot-* .cache
 
 $(MODEL)/config.json: | .venv/.installed
 	$(BIN)/python -m experiments.demo_model $(MODEL)

@@ -138,11 +138,12 @@ def prices_table(fitted: dict[str, Any]) -> Table:
 def crossover_table(constants: Constants, bytes_per_token: int) -> Table:
     """From which position on a token comes sooner from a tier than from the model, by the tier's speed."""
     grid = Table(box=SIMPLE_HEAD, caption=f"{bytes_per_token:,} bytes of KV a token")
-    for column in ("tier reads, GB/s", "restore beats recompute from position"):
+    for column in ("a tier that reads, MB/s", "beats recompute from position"):
         grid.add_column(column, justify="right")
-    for speed in (0.1, 0.5, 1, 2, 5, 10, 50):
-        at = constants.crossover(bytes_per_token / speed / 1e9)
-        grid.add_row(f"{speed:g}", "never" if at == float("inf") else f"{at:,.0f}")
+    always = bytes_per_token / constants.linear if constants.linear else 1e9
+    for speed in (always / 16, always / 8, always / 4, always / 2, always):
+        at = constants.crossover(bytes_per_token / speed)
+        grid.add_row(f"{speed / 1e6:,.0f}", "never" if at == float("inf") else f"{at:,.0f}")
     return grid
 
 

@@ -1,7 +1,7 @@
 """Measure the kernels, the forward pass and the engine on this machine's GPU, against what the same GPU can do at best.
 
 Run `python -m experiments.gpu_bench`: under nine minutes, nothing to download. Results and a picture go to
-`experiments/results/gpu/` after every section, so that a run that is cut short keeps what it has. `--smoke` runs the
+`experiments/results/gpu/` after every figure, so that a run that is cut short keeps what it has. `--smoke` runs the
 same code at tiny sizes on the CPU and XLA's path, for `.cache/gpu_smoke`; its numbers mean nothing.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +56,10 @@ class Sizes:
     warm: int = 128  # new tokens of a warm request
     matmul: int = 8192
     copy_bytes: int = 4 * 2**30
-    engine_chunk: int = 8192
+    engine_chunk: int = 4096
     checks: tuple[tuple[int, ...], ...] = ((1,) * 6, (3, 1, 2, 3, 1, 3), (64, 1, 7, 133, 3, 30))  # chunks
-    budget_s: float = 520.0  # no section starts after this
+    figure_s: float = 240.0  # the longest that one figure may take, its compilation included
+    budget_s: float = 520.0  # of the whole run: what is under way then is ended
 
 
 LLAMA_8B = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 131_072, 1e-5, RopeConfig(theta=500_000.0))
@@ -80,14 +83,14 @@ def seconds(function: Callable, *arguments: Any, budget: float = 0.5) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def ceilings(sizes: Sizes) -> Json:
+def ceilings(sizes: Sizes) -> Iterator[Json]:
     """What this device reaches in one large matmul and one large copy: FLOP/s, and bytes read and written a second."""
     n = sizes.matmul
     a, b = (jax.random.normal(key, (n, n), jnp.dtype(sizes.dtype)) for key in jax.random.split(jax.random.key(0)))
     source = jnp.zeros(sizes.copy_bytes // 4, jnp.uint32)
     # An addition, because a bare copy would be optimised away.
     copy = seconds(jax.jit(lambda x: x + 1), source)
-    return {"flops": 2 * n**3 / seconds(jax.jit(jnp.matmul), a, b), "bytes_per_s": 2 * sizes.copy_bytes / copy}
+    yield {"flops": 2 * n**3 / seconds(jax.jit(jnp.matmul), a, b), "bytes_per_s": 2 * sizes.copy_bytes / copy}
 
 
 def paged(
@@ -134,9 +137,9 @@ def by_xla(q: jax.Array, pool: KVPool, layer: jax.Array, batch: Batch) -> jax.Ar
     return blockwise(q, k, v, pool, layer, batch)
 
 
-def correctness(sizes: Sizes) -> Json:
+def correctness(sizes: Sizes) -> Iterator[Json]:
     """The largest difference from the float32 reference over ragged batches with NaN around them; raises if large."""
-    page, found, cpu = sizes.page, {}, jax.devices("cpu")[0]
+    page, cpu = sizes.page, jax.devices("cpu")[0]
     prefixes = (20 * page, 0, page + 1, 1, page, page - 1)
     for chunks in sizes.checks:
         q, pool, layer, batch = paged(sizes, prefixes[: len(chunks)], chunks, layers=2)
@@ -146,11 +149,11 @@ def correctness(sizes: Sizes) -> Json:
         with jax.default_device(cpu):  # the reference is many small steps
             wide = jax.tree.map(lambda x: jax.device_put(x, cpu).astype(jnp.float32), (q, pool))
             expected = np.asarray(reference(*wide, 1, jax.device_put(batch, cpu)))
-        found[f"{name}, chunks of {min(chunks)} to {max(chunks)}"] = error = float(np.abs(actual - expected).max())
+        error = float(np.abs(actual - expected).max())
         # Two roundings to bf16 of values of about one; a wrong mask or page is off by far more, NaN by everything.
         if not error < 0.02:
             raise AssertionError(f"{name} is off by {error} at chunks {chunks} behind {prefixes}")
-    return {"largest_errors": found}
+        yield {"kernel": name, "smallest_chunk": min(chunks), "largest_chunk": max(chunks), "largest_error": error}
 
 
 def prefill(sizes: Sizes) -> Iterator[Json]:
@@ -195,7 +198,7 @@ def decode(sizes: Sizes) -> Iterator[Json]:
         yield row
 
 
-SECTIONS: dict[str, Callable[[Sizes], Any]] = {
+SECTIONS: dict[str, Callable[[Sizes], Iterator[Json]]] = {
     "correctness": correctness,
     "ceilings": ceilings,
     "prefill": prefill,
@@ -233,9 +236,9 @@ def provenance(sizes: Sizes, smoke: bool) -> Json:
 
 
 def run(sizes: Sizes, smoke: bool, folder: Path, console: Console, only: tuple[str, ...] = ()) -> Json:
-    """Run the sections in order, writing the result after each; one that fails is recorded and does not end the run.
+    """Run the sections in order, writing the result after each figure; a failure is recorded and does not end the run.
 
-    A wrong result does end it: figures of a kernel that computes something else are worth nothing.
+    A wrong result does end it, by AssertionError: figures of a kernel that computes something else are worth nothing.
     """
     start = time.perf_counter()
     result: Json = {"provenance": provenance(sizes, smoke)}
@@ -243,46 +246,67 @@ def run(sizes: Sizes, smoke: bool, folder: Path, console: Console, only: tuple[s
     with Progress(*columns, console=console) as progress:
         for name in only or SECTIONS:
             task = progress.add_task(name, total=1)
-            if time.perf_counter() - start > sizes.budget_s:
-                result[name] = {"skipped": f"{sizes.budget_s:.0f} s were over"}
-            else:
-                result[name] = section(name, sizes, lambda text, task=task: progress.update(task, description=text))
-            add_shares(result[name], result.get("ceilings", {}))
+            rows = result[name] = []
+            for row in section(name, sizes, end=start + sizes.budget_s):
+                if "wrong" in row:
+                    raise AssertionError(row["wrong"])
+                add_shares(row, *result.get("ceilings", [])[:1])
+                rows.append(row)
+                console.print(f"{name}: {summary(row)}")
+                result["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
+                save(result, folder)
             progress.update(task, completed=1)
-            result["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
-            save(result, folder)
+    draw(result, folder / "gpu_bench.png")
     return result
 
 
-def section(name: str, sizes: Sizes, report: Callable[[str], None]) -> Any:
-    """One section's result; `report` gets a line after each of its measurements."""
+def section(name: str, sizes: Sizes, end: float) -> Iterator[Json]:
+    """A section's figures as they come, until the clock says `end`; the last one may be a reason for there being none.
+
+    It has a process of its own: a kernel that faults takes its process's hold on the GPU along, one that hangs can be
+    ended, and no section has to do with memory that another has left in pieces.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(name, sizes, sender), daemon=True)
+    process.start()
+    sender.close()  # the process holds the only one: the pipe ends with it
     try:
-        found = SECTIONS[name](sizes)
-        if isinstance(found, dict):
-            return found
-        rows: list[Json] = []
-        for row in found:
-            rows.append(row)
-            report(f"{name}: {summary(row)}")
-        return rows
-    except AssertionError:
-        raise
-    except Exception as error:  # such as a GPU with too little memory for the next section
-        return {"failed": f"{type(error).__name__}: {error}"}
+        while receiver.poll(max(0.0, min(sizes.figure_s, end - time.perf_counter()))):
+            yield receiver.recv()
+        yield {"failed": f"no figure in {sizes.figure_s:g} s, or all {sizes.budget_s:g} s were over"}
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            yield {"failed": f"the process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
-def add_shares(rows: Any, limits: Json) -> None:
-    """Add to each measurement, ours and the rivals', its share of the ceilings: `mfu` and `of_copy_bandwidth`."""
-    for row in rows if isinstance(rows, list) else []:
-        for measured in (row, row.get("torch", {}), row.get("jax", {})):
-            for key, share in (("flops", "mfu"), ("bytes_per_s", "of_copy_bandwidth")):
-                if key in measured and key in limits:
-                    measured[share] = measured[key] / limits[key]
+def measure(name: str, sizes: Sizes, sender: Connection) -> None:
+    """The work of a section's process: send each figure, and what went wrong."""
+    try:
+        for row in SECTIONS[name](sizes):
+            sender.send(row)
+    except AssertionError as error:
+        sender.send({"wrong": str(error)})
+    except Exception as error:  # such as a GPU with too little memory
+        sender.send({"failed": f"{type(error).__name__}: {error}"})
+
+
+def add_shares(row: Json, limits: Json | None = None) -> None:
+    """Add to a measurement, ours and the rivals', its share of the ceilings: `mfu` and `of_copy_bandwidth`."""
+    for measured in (row, row.get("torch", {}), row.get("jax", {})):
+        for key, share in (("flops", "mfu"), ("bytes_per_s", "of_copy_bandwidth")):
+            if limits and key in measured and key in limits:
+                measured[share] = measured[key] / limits[key]
 
 
 def summary(row: Json) -> str:
     """A measurement in a few words."""
     words = [f"{key} {value}" for key, value in row.items() if isinstance(value, int | str)]
+    words += [f"largest error {row['largest_error']:.1e}"] if "largest_error" in row else []
     words += [f"{row['seconds'] * 1e3:.2f} ms"] if "seconds" in row else []
     words += [f"{row['flops'] / 1e12:.0f} TFLOP/s"] if "flops" in row else []
     words += [f"{row['bytes_per_s'] / 1e9:.0f} GB/s"] if "bytes_per_s" in row else []
@@ -290,28 +314,26 @@ def summary(row: Json) -> str:
 
 
 def save(result: Json, folder: Path) -> None:
-    """Write the numbers, and the picture once there are some."""
+    """Write the numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "gpu_bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if all(isinstance(result.get(name), list) for name in ("prefill", "decode")):
-        draw(result, folder / "gpu_bench.png")
 
 
 def draw(result: Json, path: Path) -> None:
-    """Prefill and decode beside the rivals and under the ceilings of the same run; and the arms, where measured."""
+    """Prefill and decode beside the rivals and under the ceilings of the same run, and the arms: what was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained", width_ratios=(4, 2, 1))
-    limits = result.get("ceilings", {})
+    limits = next(iter(result.get("ceilings", [])), {})
     panels = (
         ("prefill", "flops", "flops", 1e12, "TFLOP/s", lambda row: f"{row['length']:,}\n{row['prefix']:,} cached"),
         ("decode", "bytes_per_s", "bytes_per_s", 1e9, "GB/s", lambda row: f"batch {row['batch']}"),
     )
     for ax, (name, key, limit, unit, label, tick) in zip(axes[:2], panels, strict=True):
-        rows = result[name]
+        rows = [row for row in result.get(name, []) if key in row]
         at = np.arange(len(rows))
         series = {"tokenzero, paged": [row[key] / unit for row in rows]}
         for rival in ("torch", "jax"):
@@ -325,7 +347,7 @@ def draw(result: Json, path: Path) -> None:
         ax.set_ylabel(label)
         ax.set_title(f"attention, {name}")
         ax.legend(fontsize=7)
-    rows = result["arms"] if isinstance(result.get("arms"), list) else []
+    rows = [row for row in result.get("arms", []) if "arm" in row]
     axes[2].bar([row["arm"] for row in rows], [row["seconds"] * 1e3 for row in rows])
     axes[2].set_ylabel("ms to the first token")
     axes[2].set_title(f"{rows[0]['prompt']:,}-token prompt" if rows else "arms: not measured")

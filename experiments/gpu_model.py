@@ -17,26 +17,22 @@ from model.config import ModelConfig
 from model.decoder import forward
 from model.kv import KVPool, bytes_per_token, empty_pool
 from model.params import Layer, Params
-from serve.engine import Engine, EngineSettings, Failed, Finished, GenerationRequest, Sampled, Started
 
 if TYPE_CHECKING:
     from experiments.gpu_bench import Sizes
+    from serve.engine import Engine
 
 Json = dict[str, Any]
 LINE_TOKENS = 24  # of the line in front of an agent's prompt that differs from request to request
 
 
 def random_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
-    """Random weights made on the device, one layer of one matrix at a time; norms are one."""
+    """Random weights made on the device, which takes no memory but theirs; norms are one."""
     embed, ffn, layers = config.embed_size, config.ffn_size, config.num_layers
     keys = iter(jax.random.split(jax.random.key(0), 6))
 
     def matrix(*shape: int, fan_in: int) -> jax.Array:
-        @jax.jit
-        def draw(keys: jax.Array) -> jax.Array:
-            return jax.lax.map(lambda key: jax.random.normal(key, shape[1:], dtype) * fan_in**-0.5, keys)
-
-        return draw(jax.random.split(next(keys), shape[0]))
+        return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * fan_in**-0.5)(next(keys))
 
     ones = partial(jnp.ones, dtype=dtype)
     heads = (config.num_kv_heads, config.group, config.head_dim)
@@ -104,6 +100,9 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
     Stable: the line in front is the same each time. Varying: it differs. Stripped: there is none. The first request of
     an arm fills the cache and is not counted.
     """
+    # Late: the engine's packages are more than a machine needs for the other figures.
+    from serve.engine import Engine, EngineSettings
+
     rng = np.random.default_rng(0)
     draw = partial(rng.integers, 0, sizes.model.vocab_size, dtype=np.int32)
     pages = 3 * -(-(sizes.context + sizes.page) // sizes.page)
@@ -141,6 +140,8 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
 
 def first_token(engine: Engine, prompt: np.ndarray) -> Json:
     """Submit a prompt for two greedy tokens and wait for the first; raises RuntimeError where the engine fails."""
+    from serve.engine import Failed, Finished, GenerationRequest, Sampled, Started
+
     events: queue.Queue = queue.Queue()
     found: Json = {}
     start = time.perf_counter()

@@ -64,18 +64,19 @@ class Variant:
     page_size: int
     seqs: int
     chunk: int
+    tuning: Any = None  # what the kernel takes by itself
 
     @property
     def name(self) -> str:
         """What the tables and the tests call it."""
         shape = f"d{self.head_dim}-group{self.group}-page{self.page_size}"
-        return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}"
+        return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}{'-overlap' if self.tuning else ''}"
 
     @property
     def function(self) -> Callable:
         """The kernel's wrapper."""
         wrappers = {"paged_prefill": paged_prefill.paged_prefill, "paged_decode": paged_decode.paged_decode}
-        return wrappers[self.kernel]
+        return partial(wrappers[self.kernel], tuning=self.tuning)
 
     def arguments(self, sharding: Any = None, kv_heads: int = 8, context: int = 53_248) -> tuple[Any, ...]:
         """Shapes to trace `function` with, for a pool of two layers."""
@@ -95,12 +96,23 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Both kernels, with the keys whole and split, at each head size and page size, usual groups and tuned shapes."""
+    """Both kernels, with the keys whole and split, at each head size and page size, usual groups and tuned shapes.
+
+    And prefill as it may be tuned: with its softmax beside its own matmuls.
+    """
     shapes = {(d, group, 64) for d in SUPPORTED["head_dim"] for group in (1, 4, 7, 8)}
     shapes |= {(d, 4, page) for d in SUPPORTED["head_dim"] for page in SUPPORTED["page_size"]}
     shapes |= {*paged_prefill.TUNED, *paged_decode.TUNED}
-    batches = (("paged_prefill", 1, 4096), ("paged_prefill", 1, 128), ("paged_decode", 64, 1), ("paged_decode", 1, 1))
-    return [Variant(kernel, *shape, seqs, chunk) for shape in sorted(shapes) for kernel, seqs, chunk in batches]
+    prefills = (("paged_prefill", 1, 4096), ("paged_prefill", 1, 128))
+    decodes = (("paged_decode", 64, 1), ("paged_decode", 1, 1))
+    return [
+        *(Variant(kernel, *shape, *batch) for shape in sorted(shapes) for kernel, *batch in (*prefills, *decodes)),
+        *(
+            Variant(kernel, head_dim, 4, 64, *batch, tuning)
+            for head_dim, tuning in paged_prefill.OVERLAPPING.items()
+            for kernel, *batch in prefills
+        ),
+    ]
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     wgmma: int  # instructions
+    serialised: bool  # whether the assembler says that each wgmma waits for the one before
 
     def faults(self) -> list[str]:
         """What must not be."""
@@ -121,6 +134,8 @@ class Compiled:
             found.append(f"{self.shared_bytes} bytes of shared memory, expected up to {SHARED_MEMORY_LIMIT}")
         if not self.wgmma:
             found.append("there is no wgmma")
+        if self.serialised:
+            found.append("wgmma instructions are serialised")
         return found
 
 
@@ -135,6 +150,7 @@ def read_dump(folder: Path) -> Compiled:
         spilled_bytes=sum(map(int, numbers(r"(\d+) bytes spill"))),
         shared_bytes=max(shared, default=0),
         wgmma=text["ptx"].count("wgmma.mma_async"),
+        serialised="serialized" in text["ptxas"],
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, told apart by the colour-blind, but for its yellow, which white paper swallows.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+ARM_COLOURS = dict(
+    zip(("stable", "varying", "stripped", "restarted", "relocated", "tools-first", "evicted"), COLOURS, strict=True)
+)
 WIDTH, HEIGHT, DPI = 8, 4.6, 160
 
 
@@ -62,7 +66,7 @@ def draw_position(found: Sequence[Cell], constants: Constants | None, path: Path
     """TTFT over the mismatch position: medians with their intervals, the model's curves, lengths named on the lines."""
     figure, axes = subplots()
     longest = max(cell.prompt_tokens for cell in found)
-    for colour, (_, row) in zip(cycled(COLOURS), by_length(found), strict=False):
+    for colour, (_, row) in zip(cycle(COLOURS), by_length(found), strict=False):
         at = np.array([cell.cached_tokens for cell in row])
         times = np.array([cell.ttft_ms for cell in row])
         spread = np.abs([[c.low_ms for c in row], [c.high_ms for c in row]] - times)
@@ -71,39 +75,28 @@ def draw_position(found: Sequence[Cell], constants: Constants | None, path: Path
         axes.errorbar(at, times, spread, fmt="o", markersize=4.5, linewidth=1, linestyle=line, color=colour)
         if constants:
             curve = np.linspace(0, max(at), 200)
-            fitted = [constants.ttft_s(prompt, position) * 1e3 for position in curve]
-            axes.plot(curve, fitted, color=colour, linewidth=1.6, alpha=0.8)
+            model_ms = [constants.ttft_s(prompt, position) * 1e3 for position in curve]
+            axes.plot(curve, model_ms, color=colour, linewidth=1.6, alpha=0.8)
         axes.annotate(
-            f" {tokens_label(prompt)} tokens",
-            (at[-1], times[-1]),
-            xytext=(5, 0),
+            tokens_label(prompt),
+            (at[0], max(times[0], constants.ttft_s(prompt, at[0]) * 1e3) if constants else times[0]),
+            xytext=(-8, 0),
             textcoords="offset points",
+            ha="right",
             va="center",
             color=colour,
         )
     axes.set_yscale("log")
-    axes.set_xlim(-0.02 * longest, longest * 1.16)
+    axes.set_xlim(-0.07 * longest, longest * 1.02)
     axes.yaxis.set_major_formatter(time_label)
-    axes.xaxis.set_major_locator(steps(longest))
+    step = 2 ** max(0, int(np.log2(longest / 5)))
+    axes.set_xticks(range(0, longest + 1, step))
     axes.xaxis.set_major_formatter(tokens_label)
     axes.set_xlabel("mismatch position: tokens in front of the first that differs")
     axes.set_ylabel("time to first token (log scale)")
-    curve = "lines: the fitted cost model" if constants else "medians"
-    axes.set_title(f"What a prompt pays for the position at which it stops matching ({curve})", fontsize=10, loc="left")
+    fitted = ", with the fitted cost model" if constants else ""
+    axes.set_title(f"TTFT over the mismatch position, by prompt length in tokens{fitted}", fontsize=10, loc="left")
     save(figure, path)
-
-
-def steps(longest: int) -> Any:
-    """Ticks at a power of two's multiples, six to twelve of them."""
-    from matplotlib.ticker import MultipleLocator
-
-    return MultipleLocator(2 ** max(0, int(np.log2(longest / 6))))
-
-
-def cycled(colours: Sequence[str]) -> Any:
-    """The colours, over and over."""
-    while True:
-        yield from colours
 
 
 def draw_predicted(found: Sequence[Cell], fitted: dict[str, Any], path: Path) -> None:
@@ -113,7 +106,7 @@ def draw_predicted(found: Sequence[Cell], fitted: dict[str, Any], path: Path) ->
     ends = np.array([min(measured.min(), predicted.min()) / 1.5, max(measured.max(), predicted.max()) * 1.5])
     axes.fill_between(ends, ends * 0.95, ends * 1.05, color="0.85", linewidth=0)
     axes.plot(ends, ends, color="0.5", linewidth=1)
-    for colour, (length, _) in zip(cycled(COLOURS), by_length(found), strict=False):
+    for colour, (length, _) in zip(cycle(COLOURS), by_length(found), strict=False):
         chosen = np.array([cell.point.prompt_tokens == length for cell in found])
         axes.scatter(measured[chosen], predicted[chosen], s=22, color=colour, linewidths=0, label=tokens_label(length))
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
@@ -121,15 +114,7 @@ def draw_predicted(found: Sequence[Cell], fitted: dict[str, Any], path: Path) ->
     axes.yaxis.set_major_formatter(time_label)
     axes.set_xlabel("measured time to first token (log scale)")
     axes.set_ylabel("predicted, by a fit of other points (log scale)")
-    axes.annotate(
-        "predicted = measured, ±5%",
-        (ends[1], ends[1]),
-        xytext=(-14, -46),
-        textcoords="offset points",
-        ha="right",
-        color="0.35",
-        fontsize=9,
-    )
+    axes.annotate("grey: within 5%", (0.97, 0.04), xycoords="axes fraction", ha="right", color="0.35", fontsize=9)
     axes.legend(title="prompt tokens", frameon=False, loc="upper left", fontsize=9)
     axes.set_title(accuracy_line(fitted), fontsize=9, loc="left")
     save(figure, path)
@@ -142,11 +127,12 @@ def draw_arms(found: Sequence[Cell], path: Path) -> None:
     by_arm = {arm: min((c for c in row if c.point.arm == arm), key=lambda c: c.cached_tokens) for arm in arms(row)}
     shown = sorted(by_arm.values(), key=lambda cell: cell.ttft_ms)
     figure, axes = subplots(0.9 + 0.5 * len(shown))
-    for height, (colour, cell) in enumerate(zip(cycled(COLOURS), shown, strict=False)):
+    for height, cell in enumerate(shown):
+        colour = ARM_COLOURS.get(cell.point.arm, "0.35")
         axes.plot([cell.low_ms, cell.high_ms], [height, height], color=colour, linewidth=5, alpha=0.35)
         axes.plot(cell.ttft_ms, height, "o", color=colour, markersize=8)
         axes.annotate(
-            f"{cell.ttft_ms:,.0f} ms, {cell.cached_tokens / cell.prompt_tokens:.0%} cached",
+            f"{cell.ttft_ms:,.0f} ms, {cell.cached_tokens / cell.prompt_tokens:.1%} cached",
             (cell.high_ms, height),
             xytext=(9, 0),
             textcoords="offset points",
@@ -155,7 +141,7 @@ def draw_arms(found: Sequence[Cell], path: Path) -> None:
         )
     axes.set_yticks(range(len(shown)), [f"{c.point.arm} {c.point.place and f'at {c.point.place}'}" for c in shown])
     axes.set_xscale("log")
-    axes.set_xlim(min(c.low_ms for c in shown) / 1.5, max(c.high_ms for c in shown) * 4)
+    axes.set_xlim(min(c.low_ms for c in shown) / 1.5, max(c.high_ms for c in shown) * 8)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(time_label)
     axes.set_xlabel("time to first token (log scale): median and 95% interval")

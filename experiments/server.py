@@ -23,6 +23,10 @@ import psutil
 START_SECONDS = 300
 
 
+class NoText(RuntimeError):
+    """The answer has no text, so no first token to time: the model ended its turn at once."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server: where it listens and the process it is."""
@@ -117,7 +121,7 @@ def timed_events(
 def measure(client: httpx.Client, url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Timing:
     """Send one streaming request to a Messages endpoint and time it.
 
-    Raises RuntimeError if the answer is an error or has no text, so no `content_block_delta` to time.
+    Raises RuntimeError if the answer is an error, NoText if it has no `content_block_delta` to time.
     """
     first, usage, parts, at = None, {}, [], 0.0
     for at, event in timed_events(client, f"{url}/v1/messages", body | {"stream": True}, headers):
@@ -131,7 +135,7 @@ def measure(client: httpx.Client, url: str, body: dict[str, Any], headers: dict[
         elif event["type"] == "error":
             raise RuntimeError(event["error"]["message"])
     if first is None:
-        raise RuntimeError("the answer has no text: the model ended its turn at once")
+        raise NoText("the answer has no text: the model ended its turn at once")
     counts = [usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
     return Timing(
         ttft_ms=first,

@@ -30,7 +30,7 @@ from rich.table import Table
 from experiments.layout import PLACED, Arm, Piece, Point, expected_cached, layout, shared
 from experiments.provenance import provenance
 from experiments.runs import Cell, Measurement, Run, RunError, cells, summary
-from experiments.targets import ARMS, STORED, Answer, Sizes, Target, TargetConfig, TargetError, open_target
+from experiments.targets import ARMS, STORED, Answer, Sizes, Target, TargetConfig, TargetError, open_target, prepare
 
 RESULTS = Path("experiments/results/sweeps")
 # A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text.
@@ -156,7 +156,7 @@ def measure_point(target: Target, point: Point, tools_tokens: int, nonce: str) -
         fresh = f"{nonce} {attempt}"
         try:
             if prefix := shared(pieces):
-                target.ask([*prefix, Piece("question", 1, place="user")], f"{fresh} first")
+                prepare(target, [*prefix, Piece("question", 1, place="user")], f"{fresh} first")
             if point.arm == "restarted":
                 target.restart()
             elif point.arm == "evicted":
@@ -233,9 +233,9 @@ def now() -> str:
 def table(found: Sequence[Cell]) -> Table:
     """The medians, as printed."""
     grid = Table(box=SIMPLE_HEAD)
-    grid.add_column("arm")
-    for column in ("position", "prompt tokens", "cached", "TTFT, ms", "95% interval", "repeats"):
-        grid.add_column(column, justify="right")
+    grid.add_column("arm", no_wrap=True)
+    for column in ("position", "prompt", "cached", "TTFT, ms", "95% interval", "repeats"):
+        grid.add_column(column, justify="right", no_wrap=True)
     for cell in found:
         interval = f"{cell.low_ms:,.1f} - {cell.high_ms:,.1f}"
         counts = (f"{cell.prompt_tokens:,}", f"{cell.cached_tokens:,}", f"{cell.ttft_ms:,.1f}")

@@ -11,6 +11,7 @@ import queue
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +21,7 @@ import msgspec
 import numpy as np
 
 from experiments.layout import Piece, messages, tokens_of
-from experiments.server import measure, running_server, timed_events
+from experiments.server import NoText, measure, running_server, timed_events
 
 # A model that ends its turn at once has no text to time, so it may say a few words.
 OUTPUT_TOKENS = 8
@@ -51,6 +52,10 @@ class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class TargetError(Exception):
     """The target does not answer, or not as its API says."""
+
+
+class EmptyAnswer(TargetError):
+    """The model ended its turn at once, which leaves no first token to time."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,8 @@ class Sizes:
 
     @property
     def pages(self) -> int:
-        """Of the device pool: two longest requests, so that the shared prompt stays while another one runs."""
-        return 2 * (-(-self.context // self.page_size) + 1)
+        """Of the device pool: the shared prompt and others beside it; few where an arm has to push it out."""
+        return (2 if self.stored else 4) * (-(-self.context // self.page_size) + 1)
 
 
 class InProcess:
@@ -167,8 +172,8 @@ class InProcess:
         self.start()
 
     def evict(self, nonce: str) -> None:
-        """See Target: the pool holds two of the longest prompts."""
-        ask_fillers(self, self.sizes, 3, nonce)
+        """See Target."""
+        ask_fillers(self, self.sizes, self.sizes.pages, nonce)
 
     def close(self) -> None:
         """See Target."""
@@ -187,6 +192,7 @@ class Endpoint:
     url: str
     model: str
     seed: int
+    longest: int  # tokens of the longest prompt
     key: str = ""
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=600))
     chars_per_token: float = 0.0
@@ -194,13 +200,14 @@ class Endpoint:
     def calibrate(self) -> None:
         """Learn how long a text of so many tokens is, from two prompts; what the template adds falls out."""
         self.chars_per_token = 4.0
-        counts = [
+        sizes = max(1, self.longest // 8), max(2, self.longest // 2)
+        short, long = (
             self.ask([Piece("base", size, fresh=False), Piece("question", 16, place="user")], f"probe {size}")
-            for size in (250, 750)
-        ]
-        if counts[1].prompt_tokens <= counts[0].prompt_tokens:
+            for size in sizes
+        )
+        if long.prompt_tokens <= short.prompt_tokens:
             raise TargetError(f"{self.url} reports no usage, by which prompts could be sized")
-        self.chars_per_token = 4.0 * 500 / (counts[1].prompt_tokens - counts[0].prompt_tokens)
+        self.chars_per_token = 4.0 * (sizes[1] - sizes[0]) / (long.prompt_tokens - short.prompt_tokens)
 
     def ask(self, pieces: Sequence[Piece], nonce: str) -> Answer:
         """See Target: the time is that to the first piece of an answer's text or thinking."""
@@ -209,6 +216,8 @@ class Endpoint:
         headers = {"x-api-key": self.key, "authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             return (ask_messages if self.kind == "messages" else ask_openai)(self.client, self.url, body, chat, headers)
+        except NoText as error:
+            raise EmptyAnswer(f"{self.url}: {error}") from error
         except (httpx.HTTPError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise TargetError(f"{self.url}: {type(error).__name__}: {error}") from error
 
@@ -260,7 +269,8 @@ def ask_openai(
 ) -> Answer:
     """Ask a chat completions endpoint."""
     payload = body | {"messages": chat, "stream": True, "stream_options": {"include_usage": True}}
-    first, usage = None, {}
+    first: float | None = None
+    usage: dict[str, Any] = {}
     for at, event in timed_events(client, f"{url}/v1/chat/completions", payload, headers):
         if "error" in event:
             raise RuntimeError(str(event["error"]))
@@ -270,7 +280,7 @@ def ask_openai(
                 first = first or at
         usage = event.get("usage") or usage
     if first is None:
-        raise RuntimeError("the answer has no text: the model ended its turn at once")
+        raise NoText("the answer has no text: the model ended its turn at once")
     details = usage.get("prompt_tokens_details") or {}
     return Answer(first, usage["prompt_tokens"], details.get("cached_tokens"))
 
@@ -282,9 +292,8 @@ class OwnServer(Endpoint):
         from model.config import ModelConfig
         from model.kv import bytes_per_token
 
-        super().__init__("messages", "", model, seed)
+        super().__init__("messages", "", model, seed, sizes.longest)
         shape = ModelConfig.from_hf(msgspec.json.decode((Path(model) / "config.json").read_bytes()))
-        # In float32: on a GPU the pool holds twice the pages, and four of the longest prompts.
         page = sizes.page_size * bytes_per_token(shape, np.dtype(np.float32))
         store = ("--store", str(folder / "store")) if sizes.stored else ()
         self.flags = (
@@ -314,8 +323,8 @@ class OwnServer(Endpoint):
         self.start()
 
     def evict(self, nonce: str) -> None:
-        """See Target."""
-        ask_fillers(self, self.sizes, 5, nonce)
+        """See Target; on a GPU, pages in bfloat16 are half as large."""
+        ask_fillers(self, self.sizes, 2 * self.sizes.pages, nonce)
 
     def close(self) -> None:
         """See Target; the client makes new connections if it is used again."""
@@ -332,12 +341,18 @@ def open_target(model: str, config: TargetConfig, sizes: Sizes, folder: Path, se
     if config.kind == "server":
         return OwnServer(model, config, sizes, folder, seed)
     key = os.environ.get(config.key_variable, "") if config.key_variable else ""
-    endpoint = Endpoint(config.kind, config.url.rstrip("/"), model, seed, key)
+    endpoint = Endpoint(config.kind, config.url.rstrip("/"), model, seed, sizes.longest, key)
     endpoint.calibrate()
     return endpoint
 
 
-def ask_fillers(target: Target, sizes: Sizes, count: int, nonce: str) -> None:
-    """Ask for `count` other prompts of the longest size, which take the place of what is on the device."""
-    for number in range(count):
-        target.ask([Piece("question", sizes.longest, place="user")], f"{nonce} filler {number}")
+def prepare(target: Target, pieces: Sequence[Piece], nonce: str) -> None:
+    """Ask for what the answer leaves in the cache, be it empty."""
+    with suppress(EmptyAnswer):
+        target.ask(pieces, nonce)
+
+
+def ask_fillers(target: Target, sizes: Sizes, pages: int, nonce: str) -> None:
+    """Ask for other prompts of the longest size, as many as fill a pool of `pages`, and one more."""
+    for number in range(pages * sizes.page_size // sizes.longest + 1):
+        prepare(target, [Piece("question", sizes.longest, place="user")], f"{nonce} filler {number}")

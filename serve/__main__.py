@@ -1,4 +1,4 @@
-"""`python -m serve --model DIR`: load a checkpoint, compile, and serve it."""
+"""`python -m serve --model DIR`: load a checkpoint, compile, and serve it; `explain` compares two requests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.formats import BY_NAME
+from serve.normalize import DEFAULT_RULES, RULES, parse_rules
 
 if TYPE_CHECKING:
     import jax
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(
         prog="python -m serve",
         usage="%(prog)s --model DIR_OR_ID [options]",
+        epilog="%(prog)s explain A.json B.json says where two captured requests diverge, and why.",
         description="Serve a Hugging Face checkpoint over the Anthropic Messages API, with every prefix cached.",
     )
     model = cli.add_argument_group("model")
@@ -77,7 +79,18 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="remove the x-anthropic-billing-header line that starts an agent's system text (default: on)",
     )
-
+    prompt.add_argument(
+        "--normalize",
+        action=Normalize,
+        metavar="RULES",
+        help="rules for prompts, comma-separated, or none; list explains them (default: strip-preamble)",
+    )
+    prompt.add_argument(
+        "--trace-text",
+        choices=["on", "off"],
+        default="on",
+        help="off: what is told of a prompt that missed the cache shows none of its words (default: %(default)s)",
+    )
     prompt.add_argument(
         "--template-history",
         action="store_true",
@@ -148,6 +161,10 @@ def check(args: argparse.Namespace) -> str | None:
     for name in ("page_size", "max_batch", "max_waiting", "prefill_chunk"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
+    try:
+        rules_of(args)
+    except ValueError as error:
+        return f"--normalize: {error}"
     if not 0 <= args.flush_seconds < float("inf"):
         return f"--flush-seconds: expected 0 or more, got {args.flush_seconds}"
     if not 0 <= args.port < 2**16:
@@ -186,6 +203,36 @@ def open_tiers(args: argparse.Namespace, on_cpu: bool) -> Tiers | None:
     if not args.store and not host_bytes:
         return None
     return Tiers(args.store, args.store_bytes, host_bytes, args.flush_seconds)
+
+
+def rules_of(args: argparse.Namespace) -> frozenset[str]:
+    """The normaliser's rules; raises ValueError for an unknown one."""
+    rules = DEFAULT_RULES if args.normalize is None else parse_rules(args.normalize)
+    return rules if args.strip_anthropic_preamble else rules - {"strip-preamble"}
+
+
+class Normalize(argparse.Action):
+    """Keeps the rules; `list` prints what there is and exits."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: Any = None
+    ) -> None:
+        """Take the flag's value."""
+        if value == "list":
+            print_rules()
+            parser.exit()
+        args.normalize = value
+
+
+def print_rules() -> None:
+    """Print what `--normalize` takes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rule", "default", "what it does", "what the model reads")
+    for name, rule in RULES.items():
+        table.add_row(name, "on" if name in DEFAULT_RULES else "off", rule.description, rule.reads)
+    Console().print(table)
 
 
 def store_folder(store: str | None) -> Path | None:
@@ -245,9 +292,15 @@ def set_up_jax() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, load, compile, serve until interrupted."""
+    """Parse, load, compile, serve until interrupted; or explain."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["explain"]:
+        from serve.diagnose import main as explain
+
+        explain(given[1:])
+        return
     cli = parser()
-    args = cli.parse_args(argv)
+    args = cli.parse_args(given)
     args.api_key = args.api_key or os.environ.get("TOKENZERO_API_KEY")
     if problem := check(args):
         cli.error(problem)
@@ -301,10 +354,11 @@ def main(argv: list[str] | None = None) -> None:
                 tokenizer,
                 args.model_name or Path(args.model).name,
                 stop_ids(config.eos_token_ids, tokenizer.hf),
-                rules=("strip-preamble",) if args.strip_anthropic_preamble else (),
+                rules=rules_of(args),
                 store=store_folder(args.store),
                 template_history=args.template_history,
                 dispatch=args.enable_streaming_tool_dispatch,
+                trace_text=args.trace_text == "on",
             )
     except (ValueError, OSError, StoreError) as error:
         sys.exit(f"tokenzero: {error}")

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 import jax
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -40,11 +41,11 @@ from serve.messages import (
     encode,
     encode_event,
 )
-from serve.normalize import RULES
+from serve.normalize import parse_rules
 from serve.openai import read_chat, read_responses
 from serve.openai.errors import is_openai
 from serve.openai.models import model_body, models_body
-from serve.serving import Caller, Serving, answer, collect, prepare
+from serve.serving import Caller, Serving, answer, collect, prepare, unrendered
 
 log = logging.getLogger("tokenzero.app")
 
@@ -75,6 +76,8 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
             Route("/v1/chat/completions", partial(post_answer, read_chat), methods=["POST"]),
             Route("/v1/responses", partial(post_answer, read_responses), methods=["POST"]),
             Route("/v1/messages/count_tokens", post_count_tokens, methods=["POST"]),
+            Route("/v1/requests", get_requests, methods=["GET"]),
+            Route("/v1/requests/{id}", get_request, methods=["GET"]),
             Route("/v1/models", get_models, methods=["GET"]),
             Route("/v1/models/{id:path}", get_model, methods=["GET"]),
             Route("/health", get_health, methods=["GET"]),
@@ -182,6 +185,27 @@ def described(name: str, context: int) -> dict[str, str | int]:
     }
 
 
+async def get_requests(request: Request) -> Response:
+    """`GET /v1/requests`: what the latest requests found in the cache and why not more, and what is volatile."""
+    serving: Serving = request.app.state.serving
+    body = {"data": serving.divergences.latest(), "volatile": serving.volatility.latest()}
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def get_request(request: Request) -> Response:
+    """`GET /v1/requests/{id}`: one of them by its message's id, and where in its prompt each section lies."""
+    serving: Serving = request.app.state.serving
+    found = await run_in_threadpool(serving.divergences.find, request.path_params["id"])
+    if found is None:
+        return error_response(
+            request.scope, 404, f"no request of the latest is known as {request.path_params['id']!r:.80}"
+        )
+    report, ranges = found
+    sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]
+    body = msgspec.to_builtins(report) | {"sections": sections if ranges else None}
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
 async def get_health(request: Request) -> Response:
     """`GET /health`: 200 while the engine's thread lives, and what it computes on."""
     engine = request.app.state.serving.engine
@@ -204,7 +228,8 @@ def caller_of(request: Request, serving: Serving) -> Caller:
     """What the request's headers say."""
     headers = request.headers
     key = headers.get("x-api-key") or headers.get("authorization") or ""
-    return Caller(rules_of(request, serving), headers.get(SALT_HEADER, "").encode(), key.encode())
+    salt, agent = headers.get(SALT_HEADER, ""), headers.get("user-agent", "")
+    return Caller(rules_of(request, serving), salt.encode(), key.encode(), agent)
 
 
 def rules_of(request: Request, serving: Serving) -> frozenset[str]:
@@ -212,9 +237,12 @@ def rules_of(request: Request, serving: Serving) -> frozenset[str]:
     header = request.headers.get(RULES_HEADER)
     if header is None:
         return serving.rules
-    names = frozenset(name.strip() for name in header.split(",")) - {"", "none"}
-    if unknown := sorted(names - set(RULES)):
-        raise InvalidRequest(f"{RULES_HEADER}: expected some of {', '.join(RULES)} or none, got {', '.join(unknown)}")
+    try:
+        names = parse_rules(header)
+    except ValueError as error:
+        raise InvalidRequest(f"{RULES_HEADER}: {error}") from error
+    if problem := unrendered(serving.tokenizer, names):
+        raise InvalidRequest(f"{RULES_HEADER}: {problem}")
     return names
 
 

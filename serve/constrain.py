@@ -123,10 +123,13 @@ def answer(schema: dict[str, Any]) -> Body:
 def thinking(format: Format, opened: bool, thinks: bool, marks: Mapping[str, int]) -> str:
     """The rules of what may come ahead of a body: thinking that the prompt has opened, or that the model may open.
 
-    It ends with its first closing mark. Text never holds a token that is a mark, as such tokens must be asked for.
+    It ends with its first closing mark, and at once where the request wants none: a model may never end it by itself.
+    Text never holds a token that is a mark, as such tokens must be asked for.
     """
     if not format.think or not format.think_marks or not (opened or thinks):
         return 'thinking: ""\n'
+    if not thinks:
+        return f"thinking: {literal(format, format.think[1], marks)}\n"
     close = format.think_marks[1]
     lead, _, tail = format.think[1].partition(close)
     text = f"({ANY} & ~({ANY} {quoted(close)} {ANY}))"

@@ -107,13 +107,9 @@ def fit(samples: Sequence[Sample]) -> Constants:
                 f"of its {len(used)} constants"
             )
         if found.min() >= 0:
-            return Constants(**dict.fromkeys(TERMS, 0.0) | dict(zip_terms(used, found / scale)))
+            values = {TERMS[i]: float(value) for i, value in zip(used, found / scale, strict=True)}
+            return Constants(**dict.fromkeys(TERMS, 0.0) | values)
         del used[int(found.argmin())]
-
-
-def zip_terms(used: Sequence[int], values: np.ndarray) -> list[tuple[str, float]]:
-    """The terms at indices `used` with their values."""
-    return [(TERMS[i], float(value)) for i, value in zip(used, values, strict=True)]
 
 
 def intervals(samples: Sequence[Sample], seed: int = 0, rounds: int = 1000) -> dict[str, tuple[float, float]]:

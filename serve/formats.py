@@ -18,7 +18,9 @@ from serve.calls import (
     CALLS_END,
     SEP,
     SPACE,
+    Call,
     Reader,
+    Source,
     read_deepseek,
     read_hermes,
     read_llama,
@@ -201,10 +203,10 @@ def of_json(format: Format) -> Format:
     return replace(format, within=False)
 
 
-def opening_thinking(format: Format, generation_prompt_tail: str) -> bool:
-    """Whether a prompt ends inside thinking that it has just opened, so that the answer begins with thinking."""
+def within_thinking(format: Format, written: str) -> bool:
+    """Whether an answer of which this is written already goes on inside thinking."""
     marks = format.think_marks
-    return marks is not None and generation_prompt_tail.rstrip(SPACE).endswith(marks[0])
+    return marks is not None and written.rfind(marks[0]) > written.rfind(marks[1])
 
 
 def write_turn(format: Format, blocks: Iterable[Block]) -> str:
@@ -229,6 +231,15 @@ def write_turn(format: Format, blocks: Iterable[Block]) -> str:
             first, last = not isinstance(before, ToolUseBlock), not isinstance(after, ToolUseBlock)
             parts += [format.before * first, format.call(block), format.after * last]
     return "".join(parts)
+
+
+def behind_call(format: Format, call: Call) -> str:
+    """What a format writes between a call that is complete, the only one or the last, and the end of the turn."""
+    assert format.read
+    source = Source()
+    source.add(write_turn(format, [ToolUseBlock(call.id, call.name, call.input)]))
+    next(filter(None, format.read(source, {})))
+    return source.text[source.at :]
 
 
 def written(format: Format, block: Block) -> bool:

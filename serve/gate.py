@@ -52,6 +52,8 @@ class Gate:
                 message["headers"] += [(b"request-id", id), (b"x-request-id", id)]
                 # Unknown paths share one label: a client must not be able to grow the metrics.
                 path = scope["path"] if scope.get("endpoint") else "other"
+                for name, value in scope.get("path_params", {}).items():
+                    path = path.removesuffix(value) + f"{{{name}}}"
                 self.metrics.responses.labels(path, message["status"]).inc()
             await send(message)
 

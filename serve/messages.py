@@ -5,10 +5,11 @@ here knows tokens, templates or HTTP, and nothing here changes a request. Format
 """
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from serve.explain import explain
 
@@ -161,6 +162,12 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
             raise ValueError(f"tool_choice.name: expected the name of one of tools, got {choice.name!r:.80}")
 
 
+class DiagnosticsRequest(Struct, frozen=True):
+    """Asks why the cache missed what it had of an earlier message; null for the first of a conversation."""
+
+    previous_message_id: str | None = None
+
+
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     """Body of `POST /v1/messages`: a prompt and how to continue it."""
 
@@ -172,6 +179,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    diagnostics: DiagnosticsRequest | UnsetType | None = UNSET
 
 
 class InvalidRequest(Exception):
@@ -183,26 +191,27 @@ class InvalidRequest(Exception):
 
 def decode_request(body: bytes) -> MessagesRequest:
     """Read the body of `POST /v1/messages`; raise InvalidRequest if it is not one."""
-    return _decode(_MESSAGES, body)
+    return decode(_MESSAGES, body, _CHOICES)
 
 
 def decode_count_tokens(body: bytes) -> CountTokensRequest:
     """Read the body of `POST /v1/messages/count_tokens`; raise InvalidRequest if it is not one."""
-    return _decode(_COUNT_TOKENS, body)
+    return decode(_COUNT_TOKENS, body, _CHOICES)
 
 
 _MESSAGES = msgspec.json.Decoder(MessagesRequest)
 _COUNT_TOKENS = msgspec.json.Decoder(CountTokensRequest)
 
-R = TypeVar("R", bound=CountTokensRequest)
+R = TypeVar("R")
 
 
-def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
+def decode(decoder: msgspec.json.Decoder[R], body: bytes, choices: Mapping[str, str]) -> R:
+    """Read a body by its schema; raise InvalidRequest if it is not one. `choices` are as `explain` takes them."""
     try:
         return decoder.decode(body)
     # ValueError is malformed JSON, bad UTF-8 or a broken schema; RecursionError is JSON nested too deeply.
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(explain(error, body, _CHOICES)) from None
+        raise InvalidRequest(explain(error, body, choices)) from None
 
 
 def _tags(union: Any) -> str:
@@ -235,6 +244,47 @@ class Usage(Struct, frozen=True):
     cache_read_by_tier: dict[str, int] = {}
 
 
+class ModelChanged(Struct, frozen=True, tag="model_changed"):
+    """The earlier request was another model's."""
+
+    cache_missed_input_tokens: int
+
+
+class SystemChanged(Struct, frozen=True, tag="system_changed"):
+    """The system text differs from the earlier request's."""
+
+    cache_missed_input_tokens: int
+
+
+class ToolsChanged(Struct, frozen=True, tag="tools_changed"):
+    """The tools differ, or their order does."""
+
+    cache_missed_input_tokens: int
+
+
+class MessagesChanged(Struct, frozen=True, tag="messages_changed"):
+    """An earlier message differs: more than an append."""
+
+    cache_missed_input_tokens: int
+
+
+class PreviousMessageNotFound(Struct, frozen=True, tag="previous_message_not_found"):
+    """Nothing is remembered of the earlier message."""
+
+
+class Unavailable(Struct, frozen=True, tag="unavailable"):
+    """The parts are the same, and yet it missed."""
+
+
+CacheMissReason = ModelChanged | SystemChanged | ToolsChanged | MessagesChanged | PreviousMessageNotFound | Unavailable
+
+
+class Diagnostics(Struct, frozen=True):
+    """Why the cache missed what it had of the earlier message."""
+
+    cache_miss_reason: CacheMissReason
+
+
 class Message(Struct, frozen=True, kw_only=True):
     """The answer. `model` must echo the request's name: clients drop their thinking history when it differs."""
 
@@ -246,6 +296,7 @@ class Message(Struct, frozen=True, kw_only=True):
     stop_reason: StopReason | None = None
     stop_sequence: str | None = None
     usage: Usage
+    diagnostics: Diagnostics | UnsetType | None = UNSET  # only where the request asks for it
 
 
 class TokenCount(Struct, frozen=True):
@@ -350,7 +401,7 @@ class ToolCallDispatch(Struct, frozen=True, tag="tool_call_dispatch"):
 
 
 class ErrorDetail(Struct, frozen=True):
-    """One of ERROR_TYPES, and a sentence for people."""
+    """One of ERROR_TYPES' values, and a sentence for people."""
 
     type: str
     message: str
@@ -391,8 +442,3 @@ def encode(answer: Message | TokenCount | Error) -> bytes:
 def encode_event(event: Event) -> bytes:
     """One server-sent event: its name, its JSON on one line and an empty line."""
     return f"event: {event.__struct_config__.tag}\ndata: ".encode() + msgspec.json.encode(event) + b"\n\n"
-
-
-def error_body(type: str, message: str) -> bytes:
-    """The JSON body of an error; `type` is one of ERROR_TYPES' values."""
-    return encode(Error(ErrorDetail(type, message)))

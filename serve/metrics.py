@@ -100,6 +100,23 @@ class ServerMetrics:
             "tokenzero_responses", "Answers by path and status", ["path", "status"], registry=self.registry
         )
         self.normalized = Counter("tokenzero_normalized", "Texts that a rule changed", ["rule"], registry=self.registry)
+        self.divergences = Counter(
+            "tokenzero_divergences",
+            "Requests that reused less than the nearest sequence held, or had none, by cause",
+            ["cause"],
+            registry=self.registry,
+        )
+        self.lost = Counter(
+            "tokenzero_lost_tokens",
+            "Tokens computed that the nearest sequence held behind the mismatch, by cause",
+            ["cause"],
+            registry=self.registry,
+        )
+        self.volatile = Counter(
+            "tokenzero_volatile_segments",
+            "Parts of prompts found to change in every request of a client",
+            registry=self.registry,
+        )
         self.unparsed = Counter(
             "tokenzero_unparsed_preambles",
             "System texts that begin like the billing header and do not parse as one",

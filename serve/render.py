@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from cachetools import LRUCache, cached
 
-from serve.formats import Format, write_turn
+from serve.formats import Format, within_thinking, write_turn
 from serve.messages import (
     Block,
     CountTokensRequest,
@@ -32,7 +32,7 @@ from serve.messages import (
     ToolUseBlock,
 )
 from serve.replay import Sampled
-from serve.template import Opening, Refused, Template, apply, fold, marker_turn, study
+from serve.template import Opening, Refused, Template, apply, fold, marker_turn, study, tools_ahead
 from serve.turns import Turn, answers, conversation, is_prefilled, tool_definitions
 
 log = logging.getLogger("tokenzero.render")
@@ -138,10 +138,12 @@ class Prompt:
 
     pieces: tuple[Piece, ...]
     tokens: np.ndarray  # [tokens] int32, of all pieces
+    counts: tuple[int, ...]  # tokens of each piece
     # What the prompt ends with that the history of a conversation would not hold, such as `<think>\n`. None if that is
     # not known, because the template itself wrote the begun answer: then there is nothing to record.
     opening: str | None
     begun: np.ndarray  # [tokens] int32, the last tokens: an answer that the client has begun
+    thinking: bool  # the model goes on inside thinking
 
 
 def render(
@@ -149,9 +151,10 @@ def render(
     tokenizer: Tokenizer,
     recalled: Recalled | None = None,
     template_history: bool = False,
+    tools_first: bool = False,
 ) -> np.ndarray:
     """The prompt's token ids, [tokens] int32: see `prompt`."""
-    return prompt(request, tokenizer, recalled, template_history).tokens
+    return prompt(request, tokenizer, recalled, template_history, tools_first).tokens
 
 
 def render_text(request: CountTokensRequest, tokenizer: Tokenizer) -> str:
@@ -164,15 +167,16 @@ def prompt(
     tokenizer: Tokenizer,
     recalled: Recalled | None = None,
     template_history: bool = False,
+    tools_first: bool = False,
 ) -> Prompt:
     """Render a request with the answers that are recalled, one item for each (see `ReplayLog.recall`).
 
     `template_history` leaves the answers in the history to the chat template's own logic. The same happens, and is
-    logged, where the template cannot be made to take marks in their place. Raises InvalidRequest if it refuses the
-    conversation altogether.
+    logged, where the template cannot be made to take marks in their place. `tools_first` renders tools ahead of the
+    system text. Raises InvalidRequest if the template refuses the conversation, or cannot render it so.
     """
     try:
-        conversed = Conversation.of(request, tokenizer.template)
+        conversed = Conversation.of(request, tokenizer.template, tools_first)
         template_history = template_history or not conversed.writable(tokenizer.template.format)
         if not template_history:
             try:
@@ -203,9 +207,10 @@ class Conversation:
     tools: list[dict] | None
     thinking: bool
     prefilled: bool
+    tools_first: bool = False
 
     @staticmethod
-    def of(request: CountTokensRequest, template: Template) -> Conversation:
+    def of(request: CountTokensRequest, template: Template, tools_first: bool = False) -> Conversation:
         """Take a request apart."""
         mark = secrets.token_hex(12)
         return Conversation(
@@ -215,6 +220,7 @@ class Conversation:
             guard(tool_definitions(request), template.controls, mark),
             request.thinking is not None and request.thinking.type != "disabled",
             is_prefilled(request),
+            tools_first,
         )
 
     def writable(self, format: Format) -> bool:
@@ -252,7 +258,7 @@ def by_template(conversed: Conversation, tokenizer: Tokenizer) -> Prompt:
     """The prompt as the chat template writes all of it; raises Refused."""
     c = conversed
     how = {"answer": not c.prefilled, "prefill": c.prefilled, "thinking": c.thinking}
-    text = apply(tokenizer.hf, c.turns, c.tools, **how)
+    text = framed(tokenizer, c.turns, c, **how)
     opening = tokenizer.template.opening(c.role_ahead(len(c.turns)), c.thinking).answer
     return tokenized([text], c.mark, tokenizer, None if c.prefilled else opening)
 
@@ -315,11 +321,21 @@ def whole_text(tokenizer: Tokenizer, turns: Sequence[Turn], first: int | None, c
     """
     how = {"answer": not c.prefilled, "thinking": c.thinking}
     if first is None or not tokenizer.template.moves:
-        return apply(tokenizer.hf, turns, c.tools, **how)
-    head = apply(tokenizer.hf, turns[:first], c.tools, thinking=c.thinking)
+        return framed(tokenizer, turns, c, **how)
+    head = framed(tokenizer, turns[:first], c, thinking=c.thinking)
     lead = [{"role": "user", "content": "?"}]
     rest = apply(tokenizer.hf, [*lead, *turns[first:]], None, **how)
     return head + without_start(rest, apply(tokenizer.hf, lead, thinking=c.thinking))
+
+
+def framed(tokenizer: Tokenizer, turns: Sequence[Turn], c: Conversation, **how: bool) -> str:
+    """The template's text for turns from the first on, its tools ahead of the system text where that is wanted."""
+    if not c.tools_first or not c.tools or turns[0]["role"] != "system":
+        return apply(tokenizer.hf, turns, c.tools, **how)
+    place = f"{c.mark}-system"
+    text = apply(tokenizer.hf, [turns[0] | {"content": place}, *turns[1:]], c.tools, **how)
+    head, _, rest = tools_ahead(tokenizer.hf, text, place, c.tools).rpartition(place)
+    return head + turns[0]["content"] + rest
 
 
 def without_end(ahead: str, header: str, written: str) -> str:
@@ -355,5 +371,9 @@ def tokenized(
         piece if isinstance(piece, np.ndarray) else (tokenizer.follow if n else tokenizer.encode)(piece)
         for n, piece in enumerate(cut)
     ]
-    nothing = np.zeros(0, np.int32)
-    return Prompt(tuple(cut), np.concatenate(ids), opening, np.concatenate([nothing, *(ids[last:] if begun else ())]))
+    answer = np.concatenate([np.zeros(0, np.int32), *(ids[last:] if begun else ())])
+    written = opening or ""
+    if isinstance(cut[-1], np.ndarray):  # marks that were sampled are marks, those that the client wrote are text
+        written += tokenizer.hf.backend_tokenizer.decode(answer, skip_special_tokens=False)
+    thinking = within_thinking(tokenizer.template.format, written)
+    return Prompt(tuple(cut), np.concatenate(ids), tuple(map(len, ids)), opening, answer, thinking)

@@ -14,23 +14,28 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 from starlette.concurrency import run_in_threadpool
 
 from serve import engine as eng
 from serve.blocks import BlockStream, shown
 from serve.constrain import constraint_of, make_constrainer
-from serve.formats import of_json, opening_thinking
+from serve.divergence import Divergences, Seen
+from serve.formats import behind_call, of_json
 from serve.messages import (
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
     CountTokensRequest,
+    Diagnostics,
+    DiagnosticsRequest,
     DispatchedCall,
     Error,
     ErrorDetail,
@@ -58,13 +63,15 @@ from serve.messages import (
     new_id,
 )
 from serve.metrics import ServerMetrics
-from serve.normalize import Normalized, normalize
+from serve.normalize import DEFAULT_RULES, Normalized, normalize
 from serve.parse import AnswerStream, Call, Stopped
 from serve.render import Prompt, Recalled, Tokenizer, prompt
 from serve.replay import ReplayLog, Sampled, sign, signing_key, verify
+from serve.sections import vocabulary_of
 from serve.sequence import Constraint
 from serve.steps import SamplingParams
 from serve.turns import answers
+from serve.volatility import Volatility
 
 log = logging.getLogger("tokenzero.serving")
 
@@ -87,6 +94,8 @@ class Serving:
     signing_key: bytes
     constrain: Constrain
     metrics: ServerMetrics
+    divergences: Divergences
+    volatility: Volatility
     template_history: bool = False  # answers in the history are the chat template's business, nothing is replayed
     dispatch: bool = False  # tell each tool call as an event of its own
     reported: set[str] = field(default_factory=set)  # shapes of unparsed preambles that were logged already
@@ -99,18 +108,20 @@ class Caller:
     rules: frozenset[str]  # of the normaliser
     salt: bytes = b""  # requests with different salts share no page and no sampled turn
     key: bytes = b""  # callers with different keys share no sampled turn
+    agent: str = ""  # the client's name, as its user agent has it
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request that is ready for the engine."""
 
+    id: str  # of the message that answers it
+    agent: str  # the client's name
     message: MessagesRequest
     prompt: Prompt
     generation: eng.GenerationRequest
     scope: bytes  # whose sampled turns it shares
     applied: tuple[str, ...]  # the rules that changed it, in order, with their places
-    thinking: bool  # the prompt ends inside thinking
     clamped: bool  # the context has less room than `max_tokens`
 
 
@@ -120,17 +131,22 @@ def make_serving(
     model_name: str,
     stop_ids: Collection[int],
     *,
-    rules: Collection[str] = ("strip-preamble",),
+    rules: Collection[str] = DEFAULT_RULES,
     store: Path | None = None,
     constrain: Constrain | None = None,
     template_history: bool = False,
     dispatch: bool = False,
+    trace_text: bool = True,
 ) -> Serving:
     """Open what a server needs beside its engine: the log of sampled turns below `store`, the key that signs, masks.
 
-    `constrain` takes the place of what requests demand of their answers. Raises StoreError and OSError for a store that
-    cannot be used, ValueError for a tokenizer that constrained decoding cannot read.
+    `constrain` takes the place of what requests demand of their answers; without `trace_text` no report on a prompt
+    shows its words. Raises StoreError and OSError for a store that
+    cannot be used, ValueError for a tokenizer that constrained decoding cannot read and for a rule that its template
+    does not allow.
     """
+    if problem := unrendered(tokenizer, rules):
+        raise ValueError(f"--normalize {problem}")
     if constrain is None:
         constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size)
 
@@ -147,9 +163,25 @@ def make_serving(
         signing_key=signing_key(store),
         constrain=constrain,
         metrics=ServerMetrics(engine),
+        divergences=Divergences(
+            vocabulary_of(tokenizer.hf), engine.settings.page_size, partial(prefill_s, engine), trace_text
+        ),
+        volatility=Volatility(trace_text),
         template_history=template_history,
         dispatch=dispatch,
     )
+
+
+def prefill_s(engine: eng.Engine, start: int, stop: int) -> float:
+    """Seconds that computing tokens [start, stop) takes, by what was measured; infinite if nothing was."""
+    return engine.pager.cost.prefill_s(start, stop) if engine.pager else inf
+
+
+def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:
+    """Which of the rules the chat template does not allow, and why; None for none."""
+    if "tools-first" in rules and not tokenizer.template.tools_can_lead:
+        return "tools-first: the chat template does not write the tools right behind the system text: leave it out"
+    return None
 
 
 def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepared:
@@ -157,14 +189,13 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
     normalized = normalize(message, caller.rules)
     report(serving, normalized)
     scope = scope_of(serving, caller)
-    rendered = rendered_prompt(serving, normalized.request, scope)
+    rendered = rendered_prompt(serving, normalized.request, scope, caller.rules)
     limit = serving.engine.settings.max_model_len
     room = limit - len(rendered.tokens)
     if room < 1:
         raise InvalidRequest(
             f"messages: prompt is too long: {len(rendered.tokens)} tokens, expected at most {limit - 1}"
         )
-    thinking = opening_thinking(serving.tokenizer.template.format, rendered.opening or "")
     generation = eng.GenerationRequest(
         tokens=rendered.tokens,
         max_tokens=min(message.max_tokens, room),
@@ -176,15 +207,25 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
             seed=secrets.randbits(32),
         ),
         salt=caller.salt,
-        constraint=serving.constrain(normalized.request, thinking),
+        constraint=serving.constrain(normalized.request, rendered.thinking),
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
-    return Prepared(normalized.request, rendered, generation, scope, applied, thinking, room < message.max_tokens)
+    return Prepared(
+        new_id("msg"),
+        caller.agent,
+        normalized.request,
+        rendered,
+        generation,
+        scope,
+        applied,
+        room < message.max_tokens,
+    )
 
 
 def count_tokens(serving: Serving, request: CountTokensRequest, caller: Caller) -> int:
     """The length of the prompt that the request would have."""
-    return len(rendered_prompt(serving, normalize(request, caller.rules).request, scope_of(serving, caller)).tokens)
+    normalized = normalize(request, caller.rules).request
+    return len(rendered_prompt(serving, normalized, scope_of(serving, caller), caller.rules).tokens)
 
 
 def scope_of(serving: Serving, caller: Caller) -> bytes:
@@ -193,10 +234,10 @@ def scope_of(serving: Serving, caller: Caller) -> bytes:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
-def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes) -> Prompt:
+def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes, rules: frozenset[str]) -> Prompt:
     """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
     recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
-    return prompt(request, serving.tokenizer, recalled, serving.template_history)
+    return prompt(request, serving.tokenizer, recalled, serving.template_history, "tools-first" in rules)
 
 
 def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Recalled:
@@ -243,7 +284,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
         of_json(form) if config and config.format else form,
         message.stop_sequences or (),
         {tool.name: tool.input_schema for tool in offered},
-        prepared.thinking,
+        prepared.prompt.thinking,
     )
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
@@ -263,7 +304,10 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                     # The last prompt token runs through the model for its logits; its KV is stored with the others.
                     by_tier = {"device": reused - sum(started.restored.values()), **started.restored}
                     usage = Usage(0, prompt_tokens - reused, reused, 0, by_tier)
-                    yield MessageStart(Message(id=new_id("msg"), model=message.model, usage=usage))
+                    diagnostics = await run_in_threadpool(trace, serving, prepared, by_tier)
+                    yield MessageStart(
+                        Message(id=prepared.id, model=message.model, usage=usage, diagnostics=diagnostics)
+                    )
                 case eng.Sampled(token):
                     sampled += 1
                     ids.append(token)
@@ -282,10 +326,14 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                         told = True
                     yield block_event
                     silent_since = time.perf_counter()
-                if isinstance(piece, Call) and serving.dispatch:
-                    yield dispatched(piece, content.calls - 1)
-                if content.calls and one_call:
-                    break
+                if isinstance(piece, Call):
+                    if serving.dispatch:
+                        yield dispatched(piece, content.calls - 1)
+                    if one_call:
+                        # The model does not get to close it: the history has it closed all the same.
+                        closing = behind_call(form, piece).removeprefix(pieces.source.text[pieces.sent :])
+                        ids += serving.tokenizer.follow(closing).tolist()
+                        break
             if stop is not None or (content.calls and one_call):
                 break
             # Thinking that is not shown and a call that is not complete may take long, too.
@@ -296,12 +344,32 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
         yield block_event
     if content.calls and reason == "end_turn":
         reason = "tool_use"
+    serving.divergences.answered(prepared.id, ids[len(prepared.prompt.begun) :])
     # What a stop sequence cut off was sampled, but is no part of the answer.
     if stop is None and prepared.prompt.opening is not None and not serving.template_history:
         turn = Sampled(prepared.prompt.opening, np.asarray(ids, np.int32))
         await run_in_threadpool(serving.replay.put, prepared.scope, message.messages, content.blocks, turn)
     yield MessageDelta(Stop(reason, stop), msgspec.structs.replace(usage, output_tokens=sampled))
     yield MessageStop()
+
+
+def trace(serving: Serving, prepared: Prepared, by_tier: dict[str, int]) -> Diagnostics | UnsetType | None:
+    """Report what a request found in the cache and what kept it from more; answers the request's own question."""
+    request, rendered, salt = prepared.message, prepared.prompt, prepared.generation.salt
+    new = Seen(prepared.id, request, rendered, rendered.tokens, serving.engine.fingerprint.hex(), salt)
+    asked = request.diagnostics
+    diagnostics: Diagnostics | UnsetType | None = UNSET
+    try:
+        if isinstance(asked, DiagnosticsRequest):
+            diagnostics = serving.divergences.diagnose(new, asked.previous_message_id, sum(by_tier.values()))
+        made = serving.divergences.started(new, by_tier, prepared.applied)
+        if made.cause:
+            serving.metrics.divergences.labels(made.cause).inc()
+            serving.metrics.lost.labels(made.cause).inc(made.lost_tokens)
+        serving.metrics.volatile.inc(len(serving.volatility.observe(prepared.agent, request)))
+    except Exception:  # a report is not worth an answer
+        log.exception("no report on %s", prepared.id)
+    return diagnostics
 
 
 def dispatched(call: Call, index: int) -> ToolCallDispatch:

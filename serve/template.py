@@ -62,6 +62,7 @@ class Template:
     users_in_a_row: bool = True
     users_after_results: bool = True
     moves: bool = False  # writes tools or system text at the last question, not at the first
+    tools_can_lead: bool = False  # the tools can be rendered ahead of the system text, see `tools_ahead`
     openings: Mapping[tuple[str, bool], Opening] = field(default_factory=dict)  # by role in front, and thinking
 
     def opening(self, role: str, thinking: bool) -> Opening:
@@ -124,6 +125,7 @@ def study(hf: Any, format_name: str | None = None) -> Template:
         users_in_a_row=takes(hf, USER, LATER, ANSWER, LAST),
         users_after_results=not manners or takes(hf, *loop, LATER, ANSWER, LAST),
         moves=moves(hf, [SYSTEM, USER] if first else [USER]),
+        tools_can_lead=first and tools_can_lead(hf),
         openings={
             (role, thinking): opening(hf, turns, thinking, as_call)
             for role, turns in (("user", [USER]), ("system", [USER, REMINDER]), ("tool", loop))
@@ -155,6 +157,34 @@ def moves(hf: Any, head: Sequence[Turn]) -> bool:
     short, longer = (attempt(hf, turns, [TOOL]) for turns in (head, [*head, ANSWER, LAST]))
     stays = shared(short, longer.partition("word6")[0])
     return any(word not in stays for word in WORD.findall(short))
+
+
+def tools_ahead(hf: Any, text: str, place: str, tools: list[dict]) -> str:
+    """A conversation's text with the tools ahead of the system text, which `place` stands for; raises Refused.
+
+    It is possible where the template writes the tools right behind the system text, in the same turn; nothing changes
+    where they stand ahead of it already.
+    """
+    small = [{"role": "system", "content": place}, USER]
+    head, _, behind = apply(hf, small, tools).partition(place)
+    plain_head, _, plain = apply(hf, small).partition(place)
+    written = behind.removesuffix(plain)
+    if head != plain_head and behind == plain:
+        return text
+    if head != plain_head or not behind.endswith(plain) or not text.startswith(head + place + written):
+        raise Refused("expected the tools right behind the system text, in its turn, found them elsewhere")
+    first = written.lstrip()
+    gap = written[: len(written) - len(first)]
+    return head + first + gap + place + text[len(head + place + written) :]
+
+
+def tools_can_lead(hf: Any) -> bool:
+    """Whether `tools_ahead` works with the tokenizer's chat template, and moves something where it should."""
+    try:
+        text = tools_ahead(hf, apply(hf, [SYSTEM, USER], [TOOL]), "word0", [TOOL])
+    except Refused:
+        return False
+    return [word for word in WORD.findall(text) if word != "word1"] == ["word9", "word0"]
 
 
 def opening(hf: Any, before: Sequence[Turn], thinking: bool, as_call: bool) -> Opening:
@@ -224,7 +254,7 @@ def fold_run(run: Sequence[Turn], template: Template, first: bool) -> list[Turn]
             content = text if heads else f"<system-reminder>\n{text}\n</system-reminder>"
             turns.append({"role": "user", "content": content})
     if not template.users_after_results and any(turn["role"] == "tool" for turn in turns):
-        turns = into_results(turns)
+        turns = into_results(join_users(turns))
     if not template.users_in_a_row:
         turns = join_users(turns)
     return turns
@@ -233,11 +263,9 @@ def fold_run(run: Sequence[Turn], template: Template, first: bool) -> list[Turn]
 def join_users(run: Sequence[Turn]) -> list[Turn]:
     """Neighbouring user turns as one."""
     turns: list[Turn] = []
-    for turn in run:
-        if turns and turn["role"] == turns[-1]["role"] == "user":
-            turns[-1] = {"role": "user", "content": f"{turns[-1]['content']}\n\n{turn['content']}"}
-        else:
-            turns.append(turn)
+    for users, group in groupby(run, lambda turn: turn["role"] == "user"):
+        same = list(group)
+        turns += [{"role": "user", "content": "\n\n".join(turn["content"] for turn in same)}] if users else same
     return turns
 
 
@@ -255,7 +283,8 @@ def into_results(run: Sequence[Turn]) -> list[Turn]:
             waiting.append(turn["content"])
         else:
             turns.append(turn)
-    return turns
+    # Behind a system turn, which stands between them and the results.
+    return turns + [{"role": "user", "content": text} for text in waiting]
 
 
 def shorten(turn: Turn) -> Turn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from serve.messages import (
@@ -30,11 +31,10 @@ def is_prefilled(request: CountTokensRequest) -> bool:
 def joined(messages: Sequence[InputMessage]) -> list[InputMessage]:
     """The messages, with neighbouring ones of the assistant as one: some clients split an answer."""
     result: list[InputMessage] = []
-    for message in messages:
-        if result and message.role == result[-1].role == "assistant":
-            result[-1] = InputMessage("assistant", (*blocks(result[-1]), *blocks(message)))
-        else:
-            result.append(message)
+    for role, group in groupby(messages, lambda message: message.role):
+        run = list(group)
+        split = role == "assistant" and len(run) > 1
+        result += [InputMessage("assistant", tuple(b for message in run for b in blocks(message)))] if split else run
     return result
 
 

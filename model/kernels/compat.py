@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+T = TypeVar("T")
 plgpu: Any = mosaic_gpu  # its names and signatures depend on the version
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 # The interpreter of 0.10 does not know layout_cast, and its parameters are private.
@@ -36,17 +37,16 @@ def generic_read(ref: Any) -> jax.Array:
     return value
 
 
-def queries_by_keys(q: Any, k: Any, issued: Callable[[], None], interpreted: bool) -> jax.Array:
-    """Scores [rows, keys] in float32 of two shared-memory refs; `issued` is called once the wgmma is on its way."""
+def queries_by_keys(q: Any, k: Any, meanwhile: Callable[[], T], interpreted: bool) -> tuple[jax.Array, T]:
+    """Scores [rows, keys] in float32 of two shared-memory refs, and what `meanwhile` did once the wgmma was issued."""
     if interpreted:
         scores = jnp.dot(q[...], generic_read(k).T, preferred_element_type=jnp.float32)
-        issued()
-        return scores
+        return scores, meanwhile()
 
-    def product(accumulator: Any) -> jax.Array:
+    def product(accumulator: Any) -> tuple[jax.Array, T]:
         plgpu.wgmma(accumulator, q, transposed(k))
-        issued()
-        return accumulator[...]
+        done = meanwhile()
+        return accumulator[...], done
 
     return pl.run_scoped(product, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 

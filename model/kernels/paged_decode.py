@@ -120,7 +120,7 @@ def attend(
             i = start + turn * COMPUTE + warpgroup
             slot = lax.rem(i - start, jnp.int32(tuning.stages))
             plgpu.barrier_wait(pages.k_full.at[slot])
-            scores = compat.queries_by_keys(q_tile, pages.k.at[slot], lambda: None, launch.interpreted)
+            scores, _ = compat.queries_by_keys(q_tile, pages.k.at[slot], lambda: None, launch.interpreted)
             plgpu.barrier_arrive(pages.k_free.at[slot])
             if masked:
                 scores = mask(scores, launch.group, position - i * tuning.block_kv)

@@ -1,12 +1,14 @@
 """Attention of prompt chunks over the paged pool: FlashAttention-3 (Shah et al., 2024) behind page tables.
 
-A thread block is one tile of query rows, one KV head and one part of the keys. One warpgroup loads pages, two compute
-and take turns: while one is at its softmax, the other has the tensor cores. A warpgroup's rows are the query heads of
-the group times consecutive tokens, so that any group fills them and shares what is loaded.
+A thread block is one tile of query rows, one KV head and one part of the keys. One warpgroup loads pages, two compute.
+The tensor cores are kept busy during a softmax in one of FlashAttention-3's two ways: the two warpgroups take turns, or
+each computes the scores of its next block beside the softmax of this one. A warpgroup's rows are the query heads of the
+group times consecutive tokens, so that any group fills them and shares what is loaded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +34,8 @@ class Tuning:
     block_q: int = 64  # query rows of each compute warpgroup
     block_kv: int = 128  # keys of a stage
     stages: int = 2
+    # A warpgroup's softmax runs beside its own next scores, not beside the other warpgroup's matmuls.
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the kernel cannot run with."""
@@ -41,6 +45,8 @@ class Tuning:
 
 
 DEFAULT = {64: Tuning(stages=4), 128: Tuning(stages=2)}  # by head_dim
+# What DEFAULT has to beat on a GPU, by head_dim: twice the scores in registers, which at 128 leave room for 64 keys.
+OVERLAPPING = {64: Tuning(stages=4, overlap=True), 128: Tuning(block_kv=64, stages=4, overlap=True)}
 # (head_dim, group, page_size) to what `python -m experiments.kernels_tune` found best on a GPU: nothing yet.
 TUNED: dict[tuple[int, int, int], Tuning] = {}
 
@@ -99,42 +105,92 @@ def attend(
         token = first + warpgroup * launch.rows
         load_queries(launch, q.at[:, kv_head], token, q_tile.at[warpgroup], o_tile.at[warpgroup], q_full.at[warpgroup])
 
+        head_dim = q_tile.shape[-1]
+
         def take_turns() -> None:
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        def step(masked: bool, i: jax.Array, state: State) -> State:
-            slot = lax.rem(i - start, jnp.int32(tuning.stages))
+        def slot_of(i: jax.Array) -> jax.Array:
+            return lax.rem(i - start, jnp.int32(tuning.stages))
+
+        def score(i: jax.Array, meanwhile: Callable) -> tuple[jax.Array, Any]:
+            """The scores of a block, and what was done while they were computed."""
+            slot = slot_of(i)
             plgpu.barrier_wait(pages.k_full.at[slot])
-            if masked:
-                plgpu.barrier_wait(pages.v_full.at[slot])
-
-                # Enough for both: the second warpgroup reads these values only once the first has handed on its turn.
-                @pl.when((warpgroup == 0) & ((i + 1) * tuning.block_kv > keys))
-                def _() -> None:
-                    ring.zero_unseen(pages.v.at[slot], i * tuning.block_kv, keys)
-
-            scores = compat.queries_by_keys(q_tile.at[warpgroup], pages.k.at[slot], take_turns, launch.interpreted)
+            found = compat.queries_by_keys(q_tile.at[warpgroup], pages.k.at[slot], meanwhile, launch.interpreted)
             plgpu.barrier_arrive(pages.k_free.at[slot])
+            return found
+
+        def softmax(masked: bool, i: jax.Array, scores: jax.Array, state: State) -> tuple[State, jax.Array]:
             if masked:
                 scores = mask(scores, launch.rows, position + warpgroup * launch.rows - i * tuning.block_kv)
-            state, weights = weigh(scores, state, q_tile.shape[-1])
-            # The softmax is to be over before the turn is handed on.
-            state, weights = lax.optimization_barrier((state, weights))
-            plgpu.barrier_arrive(turn)
-            if not masked:
-                plgpu.barrier_wait(pages.v_full.at[slot])
-            plgpu.barrier_wait(turn)
+            # The softmax is to stay between what is issued before it and what is awaited behind it.
+            scores, state = lax.optimization_barrier((scores, state))
+            return lax.optimization_barrier(weigh(scores, state, head_dim))
+
+        def zero_unseen_values(i: jax.Array) -> None:
+            """The first warpgroup's work for both: the second may read the values when it has the turn after this."""
+
+            @pl.when((warpgroup == 0) & ((i + 1) * tuning.block_kv > keys))
+            def _() -> None:
+                ring.zero_unseen(pages.v.at[slot_of(i)], i * tuning.block_kv, keys)
+
+        def add_values(i: jax.Array, state: State, weights: jax.Array) -> State:
+            slot = slot_of(i)
             total = compat.plus_probs_by_values(state.total, weights, pages.v.at[slot], launch.interpreted)
             plgpu.barrier_arrive(pages.v_free.at[slot])
             return state._replace(total=total)
 
+        def alternate(masked: bool, i: jax.Array, state: State) -> State:
+            """A block, with the softmax while the other warpgroup has the tensor cores."""
+            if masked:
+                plgpu.barrier_wait(pages.v_full.at[slot_of(i)])
+                zero_unseen_values(i)
+            scores, _ = score(i, take_turns)
+            state, weights = softmax(masked, i, scores, state)
+            plgpu.barrier_arrive(turn)
+            if not masked:
+                plgpu.barrier_wait(pages.v_full.at[slot_of(i)])
+            plgpu.barrier_wait(turn)
+            return add_values(i, state, weights)
+
+        def overlap(masked: bool, i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+            """A block of which the scores are there, with the softmax while those of the next are computed."""
+            state, scores = carry
+            following, (state, weights) = score(i + 1, partial(softmax, masked, i, scores, state))
+            return weigh_values(masked, i, state, weights), following
+
+        def weigh_values(masked: bool, i: jax.Array, state: State, weights: jax.Array) -> State:
+            plgpu.barrier_wait(pages.v_full.at[slot_of(i)])
+            if masked:
+                zero_unseen_values(i)
+                take_turns()
+            return add_values(i, state, weights)
+
         # Blocks that every row sees whole need no mask.
         whole = jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, stop)
-        pl.when(warpgroup == 1)(take_turns)
-        state = lax.fori_loop(start, whole, partial(step, False), nothing_seen(tuning.block_q, q_tile.shape[-1]))
-        state = lax.fori_loop(whole, stop, partial(step, True), state)
-        pl.when(warpgroup == 0)(take_turns)
+
+        def all_alternating(state: State) -> State:
+            pl.when(warpgroup == 1)(take_turns)
+            state = lax.fori_loop(start, whole, partial(alternate, False), state)
+            state = lax.fori_loop(whole, stop, partial(alternate, True), state)
+            pl.when(warpgroup == 0)(take_turns)
+            return state
+
+        def all_overlapping(state: State) -> State:
+            last = stop - 1
+            carry = state, score(start, lambda: None)[0]
+            carry = lax.fori_loop(start, jnp.minimum(whole, last), partial(overlap, False), carry)
+            state, scores = lax.fori_loop(jnp.minimum(whole, last), last, partial(overlap, True), carry)
+            return weigh_values(True, last, *softmax(True, last, scores, state))
+
+        state = nothing_seen(tuning.block_q, head_dim)
+        if tuning.overlap:
+            some = (start < stop).astype(jnp.int32)
+            state = lax.fori_loop(0, some, lambda _, state: all_overlapping(state), state)
+        else:
+            state = all_alternating(state)
 
         if launch.parts == 1:
             o_tile[warpgroup] = normalised(state)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import secrets
 import time
 
-from serve.messages import MessagesRequest
+from serve.messages import MessagesRequest, decode
 from serve.openai import chat_request, responses_request
 from serve.openai.chat_answer import ChatWriter
-from serve.openai.common import decode
 from serve.openai.responses_answer import ResponseWriter
 
 

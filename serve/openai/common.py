@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
-from serve.explain import explain
 from serve.messages import (
     InputMessage,
     InvalidRequest,
@@ -29,7 +28,6 @@ NO_INPUT = {"type": "object", "properties": {}}  # of a function that declares n
 PING = b": ping\n\n"  # a comment, which clients skip
 
 ToolMode = Literal["none", "auto", "required"]
-R = TypeVar("R")
 
 
 class TextFormat(Struct, frozen=True, tag="text"):
@@ -49,15 +47,6 @@ class RefusalPart(Struct, frozen=True, tag="refusal"):
     def text(self) -> str:
         """The refusal."""
         return self.refusal
-
-
-def decode(decoder: msgspec.json.Decoder[R], body: bytes, choices: Mapping[str, str]) -> R:
-    """Read a body by its schema; raises InvalidRequest if it is not one."""
-    try:
-        return decoder.decode(body)
-    # ValueError is malformed JSON, bad UTF-8 or a broken schema; RecursionError is JSON nested too deeply.
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(explain(error, body, choices)) from None
 
 
 def split_system(messages: Sequence[InputMessage]) -> tuple[tuple[TextBlock, ...], tuple[InputMessage, ...]]:

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,33 +19,38 @@ def test_the_smoke_run_writes_numbers_with_their_provenance(tmp_path):
     where = result["provenance"]
     assert where["smoke"]
     assert {"device", "versions", "commit", "when", "dtype"} <= where.keys()
-    assert max(result["correctness"]["largest_errors"].values()) < 1e-4
-    (row,) = result["decode"]
+    assert [row["largest_error"] < 1e-4 for row in result["correctness"]] == [True, True]
+    (limits,), (row,) = result["ceilings"], result["decode"]
     assert row["kernel"] == "blockwise"
-    assert row["of_copy_bandwidth"] == pytest.approx(row["bytes_per_s"] / result["ceilings"]["bytes_per_s"])
+    assert row["of_copy_bandwidth"] == pytest.approx(row["bytes_per_s"] / limits["bytes_per_s"])
     assert row["torch"].keys() <= {"missing", "best", "flash", "cudnn", "bytes_per_s", "of_copy_bandwidth"}
 
 
 def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path):
     result = {
         "provenance": {"device": "test", "dtype": "bfloat16", "versions": {"jax": "0"}, "when": "2026-01-01T00:00"},
-        "ceilings": {"flops": 8e14, "bytes_per_s": 4e12},
+        "ceilings": [{"flops": 8e14, "bytes_per_s": 4e12}],
         "prefill": [{"length": 4096, "prefix": 0, "flops": 5e14, "torch": {"flops": 4e14}, "jax": {"refused": "x"}}],
-        "decode": [{"batch": 1, "bytes_per_s": 3e12, "torch": {"missing": "x"}}],
-        "arms": {"failed": "out of memory"},
+        "decode": [{"batch": 1, "bytes_per_s": 3e12, "torch": {"missing": "x"}}, {"failed": "out of memory"}],
+        "arms": [{"failed": "out of memory"}],
     }
-    gpu_bench.save(result, tmp_path)
-    assert (tmp_path / "gpu_bench.png").stat().st_size > 1000
+    gpu_bench.draw(result, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 1000
 
 
-def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
-    def fail(sizes):
-        raise RuntimeError("out of memory")
+def test_a_failure_keeps_the_figures_before_it_and_the_next_section_runs(tmp_path):
+    broken = replace(SMOKE, decode_batches=(2, 0))
+    result = run(broken, True, tmp_path, Console(quiet=True), ("decode", "ceilings"))
+    measured, failed = result["decode"]
+    assert measured["batch"] == 2
+    assert failed["failed"].startswith("ValueError")
+    assert result["ceilings"][0]["flops"] > 0
+    assert json.loads((tmp_path / "gpu_bench.json").read_text()) == result
 
-    monkeypatch.setattr(gpu_bench, "SECTIONS", {"first": fail, "second": lambda sizes: {"fine": 1}})
-    result = run(SMOKE, True, tmp_path, Console(quiet=True))
-    assert result["first"] == {"failed": "RuntimeError: out of memory"}
-    assert result["second"] == {"fine": 1}
+
+def test_a_section_that_takes_too_long_is_ended(tmp_path):
+    result = run(replace(SMOKE, figure_s=0.01), True, tmp_path, Console(quiet=True), ("ceilings",))
+    assert result["ceilings"] == [{"failed": "no figure in 0.01 s, or all 520 s were over"}]
 
 
 def test_a_wrong_result_ends_the_run(tmp_path, monkeypatch):
@@ -51,7 +59,16 @@ def test_a_wrong_result_ends_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_bench, "by_xla", wrong)
     with pytest.raises(AssertionError, match="blockwise is off by"):
+        list(gpu_bench.correctness(SMOKE))
+    monkeypatch.setattr(gpu_bench, "section", lambda *arguments, **options: iter([{"wrong": "it is off"}]))
+    with pytest.raises(AssertionError, match="it is off"):
         run(SMOKE, True, tmp_path, Console(quiet=True), ("correctness",))
+
+
+def test_it_starts_without_the_packages_of_the_server():
+    code = "import sys, experiments.gpu_bench, experiments.kernels_tune; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"lmdb", "llguidance", "starlette", "transformers", "torch", "serve.engine"} & set(loaded)
 
 
 def test_poison_covers_what_no_query_sees():
@@ -61,9 +78,9 @@ def test_poison_covers_what_no_query_sees():
 
 
 def test_shares_are_of_the_ceilings_of_the_run():
-    rows = [{"flops": 4.0, "torch": {"flops": 2.0}}]
-    add_shares(rows, {"flops": 8.0})
-    assert rows == [{"flops": 4.0, "mfu": 0.5, "torch": {"flops": 2.0, "mfu": 0.25}}]
+    row = {"flops": 4.0, "torch": {"flops": 2.0}}
+    add_shares(row, {"flops": 8.0})
+    assert row == {"flops": 4.0, "mfu": 0.5, "torch": {"flops": 2.0, "mfu": 0.25}}
 
 
 def test_rivals_without_a_gpu_say_so():

@@ -353,11 +353,13 @@ def feed(constraint: Constraint, ids: Sequence[int]) -> None:
     assert constraint.finished
 
 
+THINKING = {"type": "enabled", "budget_tokens": 1024}
+
+
 @pytest.mark.parametrize("opened", [True, False])
 @pytest.mark.parametrize("format", ["hermes", "qwen3_coder", "deepseek", "deepseek_v31"])
 def test_thinking_comes_ahead_of_calls(format: str, opened: bool) -> None:
-    thinking = {"type": "enabled", "budget_tokens": 1024}
-    grammar = demands(format, opened, tools=OFFERED, tool_choice={"type": "any"}, thinking=thinking)
+    grammar = demands(format, opened, tools=OFFERED, tool_choice={"type": "any"}, thinking=THINKING)
     assert grammar
     thought = 0
     for ids in answers(format, grammar, 11, 1.0, ["<think>", "</think>", "Ċ"]):
@@ -368,10 +370,22 @@ def test_thinking_comes_ahead_of_calls(format: str, opened: bool) -> None:
     assert thought
 
 
+@pytest.mark.parametrize("format", ["hermes", "llama3", "deepseek_v31"])
+@pytest.mark.parametrize("fields", [{}, {"thinking": {"type": "disabled"}}])
+def test_thinking_that_nobody_wants_ends_where_the_prompt_has_opened_it(format: str, fields: Json) -> None:
+    hf, form, constrainer, end = setting(format)
+    grammar = demands(format, True, **wanted({"type": "null"}), **fields)
+    assert grammar
+    assert form.think
+    feed(constrainer.start(grammar), [*hf(f"{form.think[1]}null", add_special_tokens=False)["input_ids"], end])
+    with pytest.raises(ConstraintError):
+        feed(constrainer.start(grammar), [*hf(f"Hm{form.think[1]}null", add_special_tokens=False)["input_ids"], end])
+
+
 def test_thinking_that_is_spelled_ends_where_its_mark_is_complete() -> None:
     hf, _, constrainer, end = setting("llama3")
     assert "</think>" not in constrainer.marks
-    grammar = demands("llama3", True, **wanted({"type": "null"}))
+    grammar = demands("llama3", True, **wanted({"type": "null"}), thinking=THINKING)
     assert grammar
     feed(
         constrainer.start(grammar),

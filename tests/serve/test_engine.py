@@ -5,6 +5,7 @@ import threading
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from forcing import Script
 from hypothesis import HealthCheck, given, settings
 from small_engine import PAGE, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
 
@@ -79,6 +80,36 @@ def test_a_full_pool_preempts_and_resumes(model):
     assert engine.store.stats().pages_in_use == 0
     engine.store.check()
     engine.stop()
+
+
+def test_a_constraint_outlives_preemption_and_takes_each_token_once(model):
+    config, params = model
+    cramped = EngineSettings(num_pages=41, max_model_len=320, page_size=PAGE, max_batch=4, prefill_chunk=32)
+    engine = Engine(params, config, cramped)
+    engine.start()
+    rng, pending = np.random.default_rng(10), []
+    for _ in range(4):
+        script = Script(rng.integers(3, VOCAB, 120).tolist(), VOCAB)
+        pending.append((script, submit(engine, rng.integers(3, VOCAB, 70), 120, constraint=script)[0]))
+    for script, events in pending:
+        tokens, _, last = outcome(events)
+        assert (tokens, last) == (script.tokens, Finished("length"))
+        assert script.at == 120
+    assert engine.counters.preemptions > 0
+    assert engine.store.stats().pages_in_use == 0
+    engine.stop()
+
+
+def test_a_constraint_that_allows_nothing_ends_its_request_alone(engine):
+    class Nothing(Script):
+        def mask(self):
+            return np.zeros_like(super().mask())
+
+    free, _ = submit(engine, [5, 6, 7], 40)
+    _, started, last = generate(engine, [5, 6, 8], constraint=Nothing([9], VOCAB))
+    assert (started, last) == (None, Failed("AssertionError: expected token 9, got 0"))
+    assert outcome(free)[2] == Finished("length")
+    assert engine.store.stats().pages_in_use == 0
 
 
 def test_prompt_and_generated_tokens_are_reused_by_the_next_turn(engine):

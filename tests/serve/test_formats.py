@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.calls import Call
-from serve.formats import BY_NAME, SPACE, choose, mistral_id, of_json, opening_thinking, write_turn
+from serve.formats import BY_NAME, SPACE, choose, mistral_id, of_json, within_thinking, write_turn
 from serve.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.parse import AnswerStream, Stopped, Text, Thinking, ThinkingEnd
 from serve.schemas import types_of
@@ -219,8 +219,13 @@ def test_a_format_is_chosen_by_name_or_by_the_marks_of_the_template():
     assert choose("<tool_call>", "mistral").name == "mistral"
     with pytest.raises(ValueError, match="hermes"):
         choose("", "unknown")
-    assert opening_thinking(BY_NAME["hermes"], "<|im_start|>assistant\n<think>\n")
-    assert not opening_thinking(BY_NAME["hermes"], "<think>\n\n</think>\n\n")
+    for written, inside in (
+        ("", False),
+        ("<think>\n", True),
+        ("<think>\n\n</think>\n\n", False),
+        ("<think>\nHm", True),
+    ):
+        assert within_thinking(BY_NAME["hermes"], written) == inside
 
 
 def test_the_types_of_hostile_schemas_are_found_without_delay():

@@ -442,7 +442,7 @@ def test_the_official_client_raises_an_error_event() -> None:
 
 @pytest.mark.parametrize(("status", "kind"), wire.ERROR_TYPES.items())
 def test_the_official_client_reads_our_errors(status: int, kind: str) -> None:
-    body = wire.error_body(kind, "max_tokens: field required")
+    body = wire.encode(wire.Error(wire.ErrorDetail(kind, "max_tokens: field required")))
     assert body == b'{"type":"error","error":{"type":"%b","message":"max_tokens: field required"}}' % kind.encode()
     assert wire.ERROR_STATUS[kind] == status
     with pytest.raises(anthropic.APIStatusError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from families import FAMILIES, tokenizer_of
+from families import FAMILIES, Family, tokenizer_of
 from scripted import listening, saying, serving_over, steps_compiled_once
 
 from model.config import ModelConfig
 from model.params import Params
 from serve import serving as messages_api
-from serve.messages import MessagesRequest
+from serve.formats import write_turn
+from serve.messages import MessagesRequest, ToolUseBlock
+from serve.render import Tokenizer
 from serve.replay import verify
 
 Json = dict[str, Any]
@@ -39,6 +42,7 @@ READ = {
 CALL = '<tool_call>\n{"name": "Read", "arguments": {"path": "a.py"}}\n</tool_call>'
 ASKED = {"model": "any", "max_tokens": 400, "messages": [QUESTION]}
 THINKING = {"type": "adaptive"}
+ONE_CALL = {"type": "auto", "disable_parallel_tool_use": True}
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +57,14 @@ def talk(small: Model) -> Callable[..., Any]:
     """`with talk(text, ...) as sdk`: a server that answers with these texts in turn; as it likes if there are none."""
 
     @contextmanager
-    def talking(*texts: str, **options: Any) -> Iterator[anthropic.Anthropic]:
+    def talking(*texts: str, tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Iterator[anthropic.Anthropic]:
         coming = iter(texts)
 
         def answer(request: MessagesRequest, thinking_opened: bool) -> list[int]:
-            return TOKENIZER.encode(next(coming)).tolist()
+            return tokenizer.encode(next(coming)).tolist()
 
-        constrain = saying(TOKENIZER, VOCAB, answer) if texts else None
-        _, serving = serving_over(small, TOKENIZER, constrain, **options)
+        constrain = saying(tokenizer, VOCAB, answer) if texts else None
+        _, serving = serving_over(small, tokenizer, constrain, **options)
         with listening(serving) as url, anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as sdk:
             sdk.serving = serving  # type: ignore[attr-defined]
             yield sdk
@@ -129,10 +133,28 @@ class TestBlocks:
             assert (answer.content[0].text, answer.stop_reason) == (CALL, "end_turn")
 
     def test_where_calls_may_not_be_parallel_the_first_ends_the_answer(self, talk: Any) -> None:
-        choice = {"type": "auto", "disable_parallel_tool_use": True}
-        with talk(f"{CALL}\n{CALL}", "Done.") as sdk:
-            answer = sdk.messages.create(**ASKED | {"tools": [READ], "tool_choice": choice})
+        with talk(f"{CALL}\n{CALL}") as sdk:
+            answer = sdk.messages.create(**ASKED | {"tools": [READ], "tool_choice": ONE_CALL})
             assert ([block.type for block in answer.content], answer.stop_reason) == (["tool_use"], "tool_use")
+
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+    def test_a_call_that_ends_the_answer_is_closed_in_the_history(self, talk: Any, family: Family) -> None:
+        tokenizer = tokenizer_of(family)
+        call = ToolUseBlock("toolu_1", "Read", {"path": "a.py"})
+        written = [write_turn(tokenizer.template.format, [call] * n) for n in (1, 2)]
+        opened = "</think>\n\n" if family.name == "deepseek-r1" else ""
+        with talk(opened + written[1], opened + "Yes.", tokenizer=tokenizer) as sdk:
+            body = ASKED | {"tools": [READ], "tool_choice": ONE_CALL}
+            (called,) = sdk.messages.create(**body).content
+            first = sdk.serving.engine.asked[-1].tokens
+            result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": called.id, "content": "x"}]}
+            said = {"role": "assistant", "content": [called.to_dict()]}
+            sdk.messages.create(**body | {"messages": [QUESTION, said, result]})
+            second = sdk.serving.engine.asked[-1].tokens
+        assert second[: len(first)].tolist() == first.tolist()
+        history = tokenizer.hf.decode(second[len(first) :])
+        once = re.escape(written[0]).replace("000toolu1", "[A-Za-z0-9]{9}")  # the id that Mistral's models write
+        assert re.match(f"{opened}{once}{re.escape(family.end)}", history), history
 
     def test_an_answer_cut_in_a_call_gives_back_its_text(self, talk: Any) -> None:
         with talk(CALL) as sdk:
@@ -194,6 +216,32 @@ class TestThinking:
         assert (",".join(map(str, odd)) in joined) == replayed
 
 
+class TestContinued:
+    """An answer that was cut off and comes back to be continued."""
+
+    @staticmethod
+    def continued(sdk: anthropic.Anthropic, max_tokens: int) -> list[list[tuple]]:
+        """What came of an answer up to `max_tokens`, and what its continuation brought: (type, text) of each block."""
+        body = ASKED | {"thinking": THINKING}
+        cut = sdk.messages.create(**body | {"max_tokens": max_tokens})
+        assert cut.stop_reason == "max_tokens"
+        begun = {"role": "assistant", "content": [block.to_dict() for block in cut.content]}
+        more = sdk.messages.create(**body | {"messages": [QUESTION, begun]})
+        return [[(b.type, getattr(b, b.type)) for b in answer.content] for answer in (cut, more)]
+
+    @pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
+    def test_it_goes_on_where_it_was_cut(self, talk: Any, name: str) -> None:
+        opened = "" if name == "deepseek-r1" else "<think>\n"  # its prompts open thinking themselves
+        start, thought, said = f"{opened}Let", " me see.\n</think>\n\nIt is", " text."
+        tokenizer = tokenizer_of(next(family for family in FAMILIES if family.name == name))
+        with talk(start + thought, thought.strip(), tokenizer=tokenizer) as sdk:
+            came, more = self.continued(sdk, len(tokenizer.encode(start)))
+        assert (came, more) == ([("thinking", "Let")], [("thinking", "me see."), ("text", "It is")])
+        with talk(start + thought + said, said, tokenizer=tokenizer) as sdk:
+            came, more = self.continued(sdk, len(tokenizer.encode(start + thought)))
+        assert (came, more) == ([("thinking", "Let me see."), ("text", "It is")], [("text", " text.")])
+
+
 class TestDispatch:
     def test_a_complete_call_is_told_at_once_where_that_is_switched_on(self, talk: Any) -> None:
         with talk(f"{CALL}\n{CALL}", "unused", dispatch=True) as sdk:
@@ -235,6 +283,15 @@ class TestConstraints:
         assert (call.name, answer.stop_reason) == ("Read", "tool_use")
         assert isinstance(call.input["path"], str)
         assert set(call.input) <= {"path", "limit"}
+
+    def test_a_prompt_that_opens_thinking_does_not_keep_a_call_from_coming(self, talk: Any, temperature: int) -> None:
+        tokenizer = tokenizer_of(next(family for family in FAMILIES if family.name == "deepseek-r1"))
+        choice = {"type": "any", "disable_parallel_tool_use": True}
+        with talk(tokenizer=tokenizer) as sdk:
+            answer = sdk.messages.create(
+                **ASKED, tools=[READ], tool_choice=choice, extra_body={"temperature": temperature}
+            )
+        assert ([block.type for block in answer.content], answer.stop_reason) == (["tool_use"], "tool_use")
 
     def test_an_answer_obeys_its_schema(self, talk: Any, temperature: int) -> None:
         schema = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from serve.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
+from serve.messages import CountTokensRequest, InputMessage, InvalidRequest, TextBlock, decode_count_tokens
 from serve.render import (
     Tokenizer,
     load_tokenizer,
@@ -29,7 +30,8 @@ from serve.render import (
     splits_at_added_tokens,
 )
 from serve.replay import Sampled
-from serve.turns import conversation, tool_definitions
+from serve.template import into_results, join_users
+from serve.turns import conversation, joined, tool_definitions
 
 Json = dict[str, Any]
 USER = {"role": "user", "content": "Q"}
@@ -101,6 +103,19 @@ class TestConversation:
         content = [thought, secret, text("Yes.")]
         (_, turn, _) = conversation(request(USER, {"role": "assistant", "content": content}, USER))
         assert turn == {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+
+    def test_many_messages_of_one_role_are_joined_in_linear_time(self) -> None:
+        messages = (InputMessage("assistant", "a"),) * 100_000
+        users = [{"role": "user", "content": "u" * 20}] * 100_000
+        before = time.process_time()
+        assert joined((*messages, InputMessage("user", "b"), *messages[:1]))[0].content == (TextBlock("a"),) * 100_000
+        assert join_users(users) == [{"role": "user", "content": "\n\n".join(["u" * 20] * 100_000)}]
+        assert time.process_time() - before < 2, "copying what was joined so far with each takes much longer"
+
+    def test_a_user_behind_results_and_a_system_text_keeps_the_word(self) -> None:
+        tool, system, user = [{"role": role, "content": role} for role in ("tool", "system", "user")]
+        assert into_results([user, tool, user, system]) == [tool | {"content": "user\n\ntool\n\nuser"}, system]
+        assert into_results([tool, system, user]) == [tool, system, user]
 
     def test_documents_and_tool_references_are_text(self) -> None:
         document = {"type": "document", "source": {"type": "text", "data": "D"}, "title": "T", "context": "C"}

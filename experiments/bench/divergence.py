@@ -1,0 +1,112 @@
+"""What a report on a prompt costs: `python -m experiments.bench.divergence`.
+
+A 52K-token prompt is reported on while as many others as the server remembers share all of it but their header, their
+folder, a tool or the last question. The time is that of `Divergences.started`, sections and texts included, and of
+`Volatility.observe`; nothing of it is cached between two reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments import sessions
+from experiments.demo_model import TINY, write_demo_model
+from experiments.sessions import Session
+from experiments.synthetic import Json
+from serve.divergence import REMEMBERED, Divergences, Seen, nearest
+from serve.formats import write_turn
+from serve.messages import decode_count_tokens
+from serve.render import Tokenizer, load_tokenizer, prompt
+from serve.replay import Sampled
+from serve.sections import vocabulary_of
+from serve.turns import answers
+from serve.volatility import Volatility
+
+PAGE = 64
+
+
+def cases(tokens: int, tokenizer: Tokenizer) -> dict[str, list[Json]]:
+    """For each cause, as many bodies as are remembered and one more, each of `tokens` tokens."""
+
+    def count(body: Json) -> int:
+        return len(prompt(decode_count_tokens(json.dumps(body).encode()), tokenizer).tokens)
+
+    numbers = range(REMEMBERED + 1)
+    stable = sessions.stable_request(Session(kin="bench"), tokens, count)
+    asked = sessions.with_question(stable, 0)
+    blocks, tools = asked["system"], asked["tools"]
+    return {
+        "preamble": [sessions.with_header(asked, f"{sessions.HEADER} cch={n:05x};") for n in numbers],
+        "system changed": [asked | {"system": [*blocks, sessions.text_block(f"Folder {n:04}")]} for n in numbers],
+        "tools changed": [asked | {"tools": [*tools, tools[0] | {"name": f"Tool{n:02}"}]} for n in numbers],
+        "tools reordered": [asked | {"tools": reordered(tools, n)} for n in numbers],
+        "first sight": [sessions.with_question(stable, n) for n in numbers],
+    }
+
+
+def reordered(tools: list[Json], number: int) -> list[Json]:
+    """The tools in an order of the number's own, as far as there are so many; in the last, another one is the first."""
+    first, *rest = tools
+    return [*rest, first] if number == REMEMBERED else [first, *random.Random(number).sample(rest, len(rest))]
+
+
+def seen(id: str, body: Json, tokenizer: Tokenizer) -> Seen:
+    """A body as the server holds it, its answers as sampled; nothing of it is shared with another."""
+    request = decode_count_tokens(json.dumps(body).encode())
+    form = tokenizer.template.format
+    recalled = [Sampled("", tokenizer.encode(write_turn(form, answer))) for answer in answers(request.messages)]
+    made = prompt(request, tokenizer, recalled)
+    return Seen(id, request, made, made.tokens, "model")
+
+
+def measure(bodies: list[Json], tokenizer: Tokenizer, repeats: int) -> tuple[str, int, list[float], list[float]]:
+    """Cause, tokens, and milliseconds of each report and of each look for volatile segments."""
+    vocabulary = vocabulary_of(tokenizer.hf)
+    others = [seen(str(number), body, tokenizer) for number, body in enumerate(bodies)]
+    last = others.pop()
+    reused = {"device": nearest(last.tokens, others)[1]}
+    reports, looks = [], []
+    for _ in range(repeats):
+        divergences, volatility = Divergences(vocabulary, PAGE), Volatility()
+        divergences.seen.extend(others)
+        volatility.observe("", others[-1].request)
+        new = replace(last)
+        start = time.perf_counter()
+        report = divergences.started(new, reused)
+        middle = time.perf_counter()
+        volatility.observe("", new.request)
+        looks.append(1000 * (time.perf_counter() - middle))
+        reports.append(1000 * (middle - start))
+    return str(report.cause), report.prompt_tokens, reports, looks
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench.divergence", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=52_000)
+    parser.add_argument("--repeats", type=int, default=50)
+    args = parser.parse_args()
+    table = Table("difference", "cause told", "tokens", "report, ms: median", "max", "volatility, ms: median", "max")
+    with tempfile.TemporaryDirectory() as folder:
+        write_demo_model(Path(folder, "model"), config=TINY)
+        tokenizer = load_tokenizer(str(Path(folder, "model")))
+    for name, bodies in track(cases(args.tokens, tokenizer).items(), description="reporting"):
+        cause, tokens, reports, looks = measure(bodies, tokenizer, args.repeats)
+        times = [f"{f(values):.3f}" for values in (reports, looks) for f in (statistics.median, max)]
+        table.add_row(name, cause, f"{tokens:,}", *times)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Where a client's prompts diverge, and what each rule repairs: `python -m experiments.stability`.
+
+Two requests for each way in which coding agents are known to break their prefix, of the shape and size of real ones and
+of synthetic words. How far the second matches the first is counted in characters of system text, tools and messages in
+that order, as `python -m serve explain` counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments import sessions
+from experiments.sessions import RELEASES, Session
+from experiments.synthetic import Json, text_block
+from serve.diagnose import Outcome, characters, compare
+from serve.messages import decode_count_tokens
+from serve.normalize import DEFAULT_RULES
+from serve.sections import CHARACTERS
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two requests, and the rule beside the default ones that is for what differs between them."""
+
+    old: Json
+    new: Json
+    rule: str | None = None
+
+
+def cases(release: str) -> dict[str, Case]:
+    """The known ways to diverge, as one client release has them."""
+    one = Session(release=release, kin="kin")
+    other, there = replace(one, seed=1), replace(one, folder="/home/dev/another")
+    base, later = sent(one), sent(one, turn=2)
+    loaded = sessions.tools(replace(one, num_tools=len(base["tools"]) + 1, scale=one.scale))[-1]
+    return {
+        "fresh session, same prompt": Case(base, sent(one, number=1)),
+        "same folder, other prompt": Case(base, other_task(sent(one, header_of=other))),
+        "other folder, same prompt": Case(base, sent(there), "tools-first"),
+        "next turn": Case(later, sent(one, turn=3, number=1)),
+        "main agent, then sub-agent": Case(base, sub_agent(one)),
+        "a tool is loaded midway": Case(
+            later, later | {"tools": [*later["tools"][:6], loaded, *later["tools"][6:]]}
+        ),
+        "token countdown": Case(counting(base, 2500), counting(base, 5000), "fold-reminders"),
+        "another day": Case(dated(base, 24), dated(base, 25), "volatile-last"),
+        "keys of schemas": Case(base, base | {"tools": [*map(turned, base["tools"])]}, "sort-schema-keys"),
+        "order of tools": Case(base, base | {"tools": base["tools"][::-1]}, "sort-tools"),
+    }  # fmt: skip
+
+
+def sent(session: Session, turn: int = 0, number: int = 0, header_of: Session | None = None) -> Json:
+    """A body of a session with the header of request `number`."""
+    return sessions.request(session, turn, header=sessions.session_header(header_of or session, number))
+
+
+def other_task(body: Json) -> Json:
+    """The same with another task in its first message."""
+    first, *rest = body["messages"]
+    content = first["content"]
+    blocks = content if isinstance(content, list) else [text_block(content)]
+    blocks = [*blocks[:-1], blocks[-1] | {"text": f"Something else. {blocks[-1]['text']}"}]
+    return body | {"messages": [first | {"content": blocks}, *rest]}
+
+
+def sub_agent(session: Session) -> Json:
+    """A sub-agent's first request: a header, a prompt and fewer tools of its own."""
+    body = sent(replace(session, seed=1, subagent=True))
+    *others, prompt = body["system"]
+    return body | {
+        "system": [*others, prompt | {"text": f"You are a helper. {prompt['text']}"}],
+        "tools": body["tools"][:4],
+    }
+
+
+def counting(body: Json, used: int) -> Json:
+    """The body with a countdown at the head of its last system block."""
+    *others, last = body["system"]
+    return body | {"system": [*others, last | {"text": f"Token usage: {used}/200000\n{last['text']}"}]}
+
+
+def dated(body: Json, day: int) -> Json:
+    """The body with a date at the head of its last system block."""
+    *others, last = body["system"]
+    return body | {"system": [*others, last | {"text": f"Today's date: 2026-11-{day}\n{last['text']}"}]}
+
+
+def turned(tool: Json) -> Json:
+    """The tool with the keys of its schema in another order."""
+    return tool | {"input_schema": dict(reversed(tool["input_schema"].items()))}
+
+
+def outcome(case: Case, rules: frozenset[str]) -> Outcome:
+    """How far a case's second request matches its first under a set of rules."""
+    old, new = (decode_count_tokens(json.dumps(body).encode()) for body in (case.old, case.new))
+    return compare(old, new, rules, characters, CHARACTERS)
+
+
+def told(found: Outcome) -> str:
+    """An outcome in a cell."""
+    if found.cause is None:
+        return "all"
+    return f"{found.position:,} ({found.position / found.length:.1%})\n{found.section}: {found.cause}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.stability", description=__doc__)
+    parser.add_argument("--release", nargs="*", choices=list(RELEASES), default=["2.1.179", "2.1.331"])
+    for release in parser.parse_args().release:
+        table = Table("case", "characters", "as sent", "stripped", "with one rule more", title=release, show_lines=True)
+        for name, case in cases(release).items():
+            kept, stripped = outcome(case, frozenset()), outcome(case, DEFAULT_RULES)
+            more = f"{case.rule}: {told(outcome(case, DEFAULT_RULES | {case.rule}))}" if case.rule else ""
+            table.add_row(name, f"{kept.length:,}", told(kept), told(stripped), more)
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Which parts of a client's prompts change in every request though their neighbours do not.
+
+So a new volatile field is noticed when a client's format drifts, before any rule knows it. Nothing here changes a
+request. A segment is a line of a system text, a line of a reminder in a user's message, or a whole tool; what users,
+tools and the model said is none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from threading import Lock
+
+import msgspec
+from cachetools import LRUCache
+from msgspec import Struct
+
+from serve.messages import CountTokensRequest, TextBlock
+from serve.sections import message_parts, system_parts
+
+log = logging.getLogger("tokenzero.volatility")
+
+REQUESTS = 5  # in a row that a segment differs in before it is reported
+LINES = 3  # neighbours that change together, at most: more is a new text and no field
+VALUES = 64  # of a segment that are remembered: one that comes back is no new one
+CLIENTS = 64
+REPORTED = 256
+SHOWN = 200  # characters of a segment
+
+Place = tuple[str, int]  # a part's name, and the line in it
+
+
+class Volatile(Struct, frozen=True, omit_defaults=True):
+    """A segment that differs in each of a client's requests."""
+
+    client: str  # user agent
+    section: str
+    line: int  # counted from 0, over all texts of that name
+    requests: int  # of this client, when it was noticed
+    before: str | None = None
+    after: str | None = None
+
+
+@dataclass
+class Client:
+    """What is known of one client: its last request, and the places that changed."""
+
+    requests: int = 0
+    segments: dict[Place, str] = field(default_factory=dict)
+    streaks: dict[Place, int] = field(default_factory=dict)
+    values: dict[Place, list[int]] = field(default_factory=dict)  # hashes, of places in the last request
+    reported: set[Place] = field(default_factory=set)
+
+
+class Volatility:
+    """Compares each client's consecutive requests. Any thread may use it."""
+
+    def __init__(self, show_text: bool = True) -> None:
+        self.show_text = show_text
+        self.clients: LRUCache[tuple[str, ...], Client] = LRUCache(CLIENTS)
+        self.found: list[Volatile] = []
+        self.lock = Lock()
+
+    def observe(self, user_agent: str, request: CountTokensRequest) -> list[Volatile]:
+        """Take a client's next request, as the rules left it; returns what is noticed with it for the first time."""
+        key = (user_agent, *(tool.name for tool in request.tools or ()))
+        segments = dict(segments_of(request))
+        with self.lock:
+            client = self.clients.setdefault(key, Client())
+            noticed = [
+                Volatile(
+                    user_agent,
+                    section,
+                    line,
+                    client.requests,
+                    *((before[:SHOWN], after[:SHOWN]) if self.show_text else ()),
+                )
+                for (section, line), before, after in follow(client, segments)
+            ]
+            self.found += noticed
+            del self.found[:-REPORTED]
+        for new in noticed:
+            log.warning("line %d of %s changes in every request of %.80r", new.line, new.section, user_agent)
+        return noticed
+
+    def latest(self) -> list[Volatile]:
+        """All that was noticed, the latest first."""
+        with self.lock:
+            return self.found[::-1]
+
+
+def follow(client: Client, segments: dict[Place, str]) -> list[tuple[Place, str, str]]:
+    """Compare a client's segments with those before: the places that have differed long enough, and their texts."""
+    old, client.segments = client.segments, segments
+    client.requests += 1
+    before, now = (Counter(section for section, _ in places) for places in (old, segments))
+    noticed = []
+    fresh: dict[Place, int] = {}
+    # Lines of a text that has become longer or shorter are other lines.
+    comparable = [place for place in segments if before[place[0]] == now[place[0]]]
+    for changed, run in groupby(comparable, key=lambda place: old[place] != segments[place]):
+        places = list(run)
+        if not changed or len(places) > LINES or len(places) == len(comparable):
+            continue
+        for place in places:
+            value, seen = hash(segments[place]), client.values.setdefault(place, [hash(old[place])])
+            if value in seen:
+                continue
+            seen.append(value)
+            del seen[:-VALUES]
+            fresh[place] = client.streaks.get(place, 0) + 1
+            if fresh[place] == REQUESTS - 1 and place not in client.reported:
+                client.reported.add(place)
+                noticed.append((place, old[place], segments[place]))
+    client.streaks = fresh
+    client.values = {place: seen for place, seen in client.values.items() if place in segments}
+    return noticed
+
+
+def segments_of(request: CountTokensRequest) -> Iterator[tuple[Place, str]]:
+    """The segments of a request, in their order."""
+    count: Counter[str] = Counter()
+
+    def lines_of(section: str, text: str) -> Iterator[tuple[Place, str]]:
+        for line in text.split("\n"):
+            yield (section, count[section]), line
+            count[section] += 1
+
+    for section, text in system_parts(request):
+        yield from lines_of(section, text)
+    for i, tool in enumerate(request.tools or ()):
+        yield (f"tools[{i}] {tool.name}", 0), msgspec.json.encode(tool).decode()
+    for section, block in message_parts(request):
+        if isinstance(block, TextBlock) and (section.endswith("system") or block.text.startswith("<system-reminder>")):
+            yield from lines_of(section, block.text)
