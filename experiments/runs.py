@@ -85,12 +85,13 @@ class Run:
         """The points and repeats that are measured."""
         return {(m.point, m.repeat) for m in self.measured}
 
-    def begin(self, **about: Any) -> None:
-        """Note who measures from here on: see `experiments.provenance`."""
+    def begin(self, **about: Any) -> int:
+        """Note who measures from here on, see `experiments.provenance`; returns the session's number."""
         self.sessions.append(about)
         scratch = self.folder / "run.json.new"
         scratch.write_text(json.dumps({"sessions": self.sessions}, indent=2) + "\n")
         scratch.replace(self.folder / "run.json")
+        return len(self.sessions) - 1
 
     def append(self, measurement: Measurement) -> None:
         """Add a line, and have it on disk before returning."""

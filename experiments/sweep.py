@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Meta, Struct
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments.layout import PLACED, Arm, Piece, Point, expected_cached, layout, shared
@@ -189,40 +189,41 @@ def run_sweep(config: Config, run: Run, console: Console) -> None:
     done = run.done
     due = [(group, [item for item in schedule(config, group) if item not in done]) for group in groups(config)]
     total = sum(work(point, config.tools_tokens) for _, items in due for point, _ in items)
-    # A nonce makes the fresh text of this session new to an endpoint that has seen the run before.
-    nonce = secrets.token_hex(8)
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("starting", total=total)
+        task = progress.add_task("", total=total)
         for group, items in due:
-            if not items:
-                continue
-            progress.update(task, description="starting")
-            with (
-                tempfile.TemporaryDirectory() as scratch,
-                closing(
-                    open_target(group[0].model, config.target, sizes_of(group), Path(scratch), config.seed)
-                ) as target,
-            ):
-                run.begin(
-                    started=now(),
-                    seed=config.seed,
-                    nonce=nonce,
-                    model=group[0].model,
-                    page_size=group[0].page_size,
-                    target=config.target.kind,
-                    **target.about(),
-                    **provenance(),
-                )
-                for number, (point, _) in enumerate(random.Random(nonce).choices(items, k=config.warmups)):
-                    progress.update(task, description="warming up")
-                    measure_point(target, point, config.tools_tokens, f"{nonce} warm {number}")
-                for number, (point, repeat) in enumerate(items):
-                    progress.update(task, description=f"{point.arm} {point.place} of {point.prompt_tokens:,}")
-                    answer = measure_point(target, point, config.tools_tokens, f"{nonce} {len(run.sessions)} {number}")
-                    expected = expected_cached(layout(point, config.tools_tokens))
-                    run.append(Measurement(point, repeat, answer, expected, len(run.sessions) - 1, now()))
-                    progress.advance(task, work(point, config.tools_tokens))
+            if items:
+                measure_group(config, run, group, items, progress, task)
         progress.update(task, description="measured")
+
+
+def measure_group(
+    config: Config,
+    run: Run,
+    group: Sequence[Point],
+    items: Sequence[tuple[Point, int]],
+    progress: Progress,
+    task: TaskID,
+) -> None:
+    """Start the target of a model and page size, warm up, and measure the points and repeats of `items` in order."""
+    model, tools = group[0].model, config.tools_tokens
+    # It makes the fresh text of this session new to an endpoint that has seen the run before.
+    nonce = secrets.token_hex(8)
+    progress.update(task, description="starting")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        closing(open_target(model, config.target, sizes_of(group), Path(scratch), config.seed)) as target,
+    ):
+        about = {"model": model, "page_size": group[0].page_size, "target": config.target.kind, **target.about()}
+        session = run.begin(started=now(), seed=config.seed, nonce=nonce, **about, **provenance())
+        progress.update(task, description="warming up")
+        for number, (point, _) in enumerate(random.Random(nonce).choices(items, k=config.warmups)):
+            measure_point(target, point, tools, f"{nonce} warm {number}")
+        for number, (point, repeat) in enumerate(items):
+            progress.update(task, description=f"{point.arm} {point.place} of {point.prompt_tokens:,}")
+            answer = measure_point(target, point, tools, f"{nonce} {number}")
+            run.append(Measurement(point, repeat, answer, expected_cached(layout(point, tools)), session, now()))
+            progress.advance(task, work(point, tools))
 
 
 def now() -> str:
@@ -234,7 +235,7 @@ def table(found: Sequence[Cell]) -> Table:
     """The medians, as printed."""
     grid = Table(box=SIMPLE_HEAD)
     grid.add_column("arm", no_wrap=True)
-    for column in ("position", "prompt", "cached", "TTFT, ms", "95% interval", "repeats"):
+    for column in ("position", "prompt", "cached", "TTFT, ms", "95% interval", "n"):
         grid.add_column(column, justify="right", no_wrap=True)
     for cell in found:
         interval = f"{cell.low_ms:,.1f} - {cell.high_ms:,.1f}"

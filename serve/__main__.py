@@ -143,6 +143,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="a computed page is stored this soon; what a killed server may lose (default: %(default)s)",
     )
+    store.add_argument(
+        "--cost-model",
+        metavar="FILE",
+        help="what computing costs here, from `python -m experiments.fit` (default: measured while serving)",
+    )
     numbers = (
         ("--page-size", 64, "TOKENS", "tokens in a KV page"),
         ("--max-batch", 16, "N", "requests that run at the same time"),
@@ -318,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     from model import checkpoint
     from model.params import unstacked
     from serve.app import create_app
+    from serve.cost import load_constants
     from serve.engine import Engine
     from serve.render import load_tokenizer
     from serve.serving import make_serving
@@ -339,6 +345,7 @@ def main(argv: list[str] | None = None) -> None:
             fingerprint = checkpoint.fingerprint(config, params)
             params = unstacked(params) if on_cpu else params
             sizes = settings(args, config, params, dtype)
+            costs = load_constants(args.cost_model, config) if args.cost_model else None
             compiling = progress.add_task("compiling steps", total=None)
             engine = Engine(
                 params,
@@ -347,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
                 fingerprint,
                 open_tiers(args, on_cpu),
                 on_progress=lambda done, total: progress.update(compiling, completed=done, total=total),
+                costs=costs,
             )
             # After the tiers: they take a folder for another program's that holds something else already.
             serving = make_serving(

@@ -25,7 +25,7 @@ from cache.store import PrefixStore
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
-from serve.cost import cost_model
+from serve.cost import Constants, cost_model
 from serve.paging import Pager
 from serve.sequence import Event, Failed, Finished, GenerationRequest, Sampled, Sequence, Started, Waiting
 from serve.steps import GREEDY, Row, compile_steps, fit, ladder, pack
@@ -93,6 +93,7 @@ class Engine:
         fingerprint: bytes = b"",
         tiers: Tiers | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        costs: Constants | None = None,
     ) -> None:
         room = (settings.num_pages - 1) * settings.page_size
         if settings.max_model_len > room:
@@ -105,7 +106,7 @@ class Engine:
         self.store = PrefixStore(settings.num_pages, settings.page_size, fingerprint)
         self.buckets = ladder(settings.max_batch, settings.prefill_chunk)
         self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
-        self.pager = Pager(tiers, self.pool, fingerprint, cost_model(config), self.wake) if tiers else None
+        self.pager = Pager(tiers, self.pool, fingerprint, cost_model(config, costs), self.wake) if tiers else None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.idle = False  # the last step found nothing to do, because all wait for the tiers
