@@ -17,6 +17,7 @@
 
 # %%
 import json
+import re
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
@@ -55,10 +56,23 @@ def reshuffled(body: dict) -> dict:
     return body | {"tools": tools}
 
 
+def dated(body: dict) -> dict:
+    """The same request on another day."""
+    return json.loads(re.sub(r"Date: [^\\\"]+", "Date: 2027-01-01", json.dumps(body)))
+
+
+def counted(body: dict, left: int) -> dict:
+    """The same request with a countdown of tokens in its system text, as some clients keep one."""
+    first, *rest = body["system"]
+    return body | {"system": [first, {"type": "text", "text": f"<total_tokens>{left} left</total_tokens>"}, *rest]}
+
+
 CASES: dict[str, Callable[[str], tuple[dict, dict]]] = {
     "next turn": lambda r: (request(session(r), 0), request(session(r), 1)),
     "other prompt": lambda r: (request(session(r), 0), request(session(r, seed=2), 0)),
     "other folder": lambda r: (request(session(r), 0), request(session(r, folder="/srv/other"), 0)),
+    "another day": lambda r: (request(session(r), 0), dated(request(session(r), 0))),
+    "token countdown": lambda r: (counted(request(session(r), 0), 9000), counted(request(session(r), 0), 8000)),
     "tools reordered": lambda r: (request(session(r), 0), reordered(request(session(r), 0))),
     "schema keys reordered": lambda r: (request(session(r), 0), reshuffled(request(session(r), 0))),
 }
@@ -108,7 +122,7 @@ def heat(release: str) -> None:
     shares = outcomes(release)
     names = list(next(iter(shares.values())))
     values = np.array([[100 * shares[case][name] for name in names] for case in shares])
-    _, axes = subplots(3.6, 9)
+    _, axes = subplots(4.4, 9)
     axes.grid(False)
     axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=9)
@@ -123,6 +137,9 @@ heat("2.1.179")
 
 # %%
 heat("2.1.331")
+
+# %%
+heat("2.1.80")
 
 # %% [markdown]
 # Across folders, the folder's name early in the system text is in front of all tools: `tools-first` puts the tools, the
