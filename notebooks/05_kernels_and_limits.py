@@ -21,11 +21,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from experiments.roofline import DEVICES, MODELS, prefill, table
 from IPython.display import Image, display
 
 from experiments.plot import COLOURS, subplots, time_label, tokens_label
 from experiments.reading import console
+from experiments.roofline import DEVICES, MODELS, prefill, table
 
 console.print(table(52_000, 128), width=130)
 
