@@ -12,10 +12,10 @@ BIN := .venv/bin
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test test-slow test-clients kernels-interpreted kernels-aot gpu-bench lint clean
+.PHONY: help install demo serve test test-slow test-clients notebooks kernels-interpreted kernels-aot gpu-bench lint clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 21
 
 install: .venv/.installed ## make .venv and install tokenzero into it, for the GPU if there is one
 
@@ -33,6 +33,9 @@ test-slow: .venv/.installed-test ## run the tests that take over a minute each
 
 test-clients: .venv/.installed-clients ## run Claude Code, Codex and Chromium on the server; fetches 1 GB from npm, once
 	$(BIN)/python -m pytest -m clients tests/clients
+
+notebooks: .venv/.installed-notebooks ## run all notebooks anew, and what they measure that is not measured yet
+	$(BIN)/jupytext --to ipynb --execute --run-path . notebooks/*.py
 
 kernels-interpreted: ## run the GPU kernels in the interpreter, for numbers and races; wants JAX 0.11, so Python 3.12
 	$(PYTHON312) -m venv .venv-312
@@ -74,4 +77,8 @@ $(MODEL)/config.json: | .venv/.installed
 
 .venv/.installed-test: pyproject.toml .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+.venv/.installed-notebooks: pyproject.toml .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
 	@touch $@

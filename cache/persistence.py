@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.disk import DiskTier
 from cache.keys import tail_key
-from cache.remote import RemoteTier
 from cache.tiers import HostTier, Tier, TieredPages
 from cache.writeback import WriteBack
 
@@ -51,8 +49,15 @@ class Tiers:
         queue_bytes: int = 1 << 30,  # of pages that wait to be written
     ) -> None:
         tiers: list[Tier] = [HostTier(host_bytes)] if host_bytes or not store else []
-        if store:
-            tiers.append(RemoteTier(store) if "://" in store else DiskTier(Path(store), store_bytes))
+        # Imported where they are used: a machine that stores nothing need not have their libraries.
+        if store and "://" in store:
+            from cache.remote import RemoteTier
+
+            tiers.append(RemoteTier(store))
+        elif store:
+            from cache.disk import DiskTier
+
+            tiers.append(DiskTier(Path(store), store_bytes))
         self.pages = TieredPages(tiers)
         self.writer = WriteBack(tiers, flush_seconds, queue_bytes)
         # Lookups do not wait behind the pages that are read for another request.

@@ -12,12 +12,9 @@ import datetime
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from experiments import gpu_rivals
 from experiments.gpu_model import arms, forward_passes
+from experiments.provenance import commit, versions
 from model.attention import Batch, blockwise, locate, reference
 from model.config import ModelConfig, RopeConfig
 from model.kernels.dispatch import kernel_for
@@ -208,40 +206,34 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[Json]]] = {
 }
 
 
-def provenance(sizes: Sizes, smoke: bool) -> Json:
+def provenance(sizes: Sizes, smoke: bool, revision: str | None) -> Json:
     """Where, when and with what this was measured."""
-
-    def git(*arguments: str) -> str | None:
-        found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
-        return found.stdout.strip() if found.returncode == 0 else None
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     device = jax.devices()[0]
     return {
         "smoke": smoke,
         "device": device.device_kind,
         "compute_capability": getattr(device, "compute_capability", None),
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in ("jax", "jaxlib", "torch", "numpy")},
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": len((git("status", "--porcelain") or "").splitlines()),
+        "versions": versions(("jax", "jaxlib", "torch", "numpy")),
+        "commit": revision or commit(),
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "dtype": sizes.dtype,
     }
 
 
-def run(sizes: Sizes, smoke: bool, folder: Path, console: Console, only: tuple[str, ...] = ()) -> Json:
+def run(
+    sizes: Sizes,
+    smoke: bool,
+    folder: Path,
+    console: Console,
+    only: tuple[str, ...] = (),
+    revision: str | None = None,
+) -> Json:
     """Run the sections in order, writing the result after each figure; a failure is recorded and does not end the run.
 
     A wrong result does end it, by AssertionError: figures of a kernel that computes something else are worth nothing.
     """
     start = time.perf_counter()
-    result: Json = {"provenance": provenance(sizes, smoke)}
+    result: Json = {"provenance": provenance(sizes, smoke, revision)}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for name in only or SECTIONS:
@@ -363,6 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; on a CPU too")
     parser.add_argument("--only", nargs="+", default=(), choices=list(SECTIONS), help="run these sections")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/gpu beside this file)")
+    parser.add_argument("--commit", help="what is measured, on a machine that has no git or no checkout")
     args = parser.parse_args(argv)
     console = Console()
     if not args.smoke and jax.default_backend() != "gpu":
@@ -371,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.smoke and jax.default_backend() == "gpu":
         sizes = replace(sizes, dtype="bfloat16", page=64)
     folder = args.out or (Path(".cache/gpu_smoke") if args.smoke else RESULTS)
-    run(sizes, args.smoke, folder, console, tuple(args.only))
+    run(sizes, args.smoke, folder, console, tuple(args.only), args.commit)
     console.print(f"results: {folder / 'gpu_bench.json'}")
 
 

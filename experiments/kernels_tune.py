@@ -1,6 +1,6 @@
 """Find the best sizes of the GPU kernels for each shape on this machine's GPU, and write them into their tables.
 
-Run `python -m experiments.kernels_tune` on a Hopper GPU; `--dry-run` prints the tables and leaves the files alone.
+Run `python -m experiments.kernels_tune` on a Hopper GPU; `--dry-run` prints them and leaves the files alone.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def with_table(source: str, table: dict[Shape, Any]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.kernels_tune", description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what is best, write nothing")
+    parser.add_argument("--only", choices=("paged_prefill", "paged_decode"), help="tune this kernel")
     args = parser.parse_args()
     console = Console()
     if jax.default_backend() != "gpu":
@@ -81,13 +82,14 @@ def main() -> None:
         (paged_decode, paged_decode.paged_decode, 53_247, 1),
     )
     for module, kernel, prefix, chunk in kernels:
-        table = dict(module.TUNED)
+        if args.only not in (None, kernel.__name__):
+            continue
+        table, path = dict(module.TUNED), Path(str(module.__file__))
         for shape in track(SHAPES, kernel.__name__, console=console):
             table[shape], taken = best(kernel, module, shape, prefix, chunk)
             console.print(f"{shape}: {table[shape]}, {taken * 1e3:.3f} ms")
-        path = Path(str(module.__file__))
-        if not args.dry_run:
-            path.write_text(with_table(path.read_text(), table))
+            if not args.dry_run:
+                path.write_text(with_table(path.read_text(), table))
 
 
 if __name__ == "__main__":

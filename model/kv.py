@@ -56,11 +56,11 @@ def write(
     """Scatter one layer's new keys and values to their slots; tokens with an out-of-range page are dropped.
 
     There is no kernel for this, because on a GPU there is next to nothing to gain: XLA rotates the keys inside of the
-    scatter (`experiments.kernels_aot` sees to it), straight from the projection into the page. Bytes moved for one
-    token in one layer of the shape of Llama 3.1 8B, in bf16, as compiled:
+    scatter (`experiments.kernels_aot` sees to it), straight from the projection into the page. Bytes moved for a token
+    in one layer of the shape of Llama 3.1 8B, in bf16, as compiled:
 
         projection in and out          8,192 + 12,288
-        keys and values into pages     4,096 +  4,096   (8,192 + 8,192 if attention's keys were rotated first)
+        keys and values into pages     4,096 +  4,096   (6,144 + 6,144 with the keys rotated on their own first)
         the whole layer, but for the cached keys and values that attention reads       331,776
 
     A projection that wrote to the pages itself would save a read of 4,096 bytes, 1.2% of the layer: 7 GB, or 1.5 ms at

@@ -171,6 +171,8 @@ async def get_models(request: Request) -> Response:
 async def get_model(request: Request) -> Response:
     """`GET /v1/models/{id}`: the one model, by the name that it is asked for."""
     name, context = request.path_params["id"], request.app.state.serving.engine.settings.max_model_len
+    if not name:
+        raise HTTPException(404)
     if is_openai(request.url.path, dict(request.scope["headers"])):
         return Response(model_body(name, context), media_type="application/json")
     return JSONResponse(described(name, context))

@@ -182,6 +182,7 @@ class TestOtherRoutes:
         assert [m["id"] for m in listed["data"]] == ["tiny-model"] == [listed["first_id"]] == [listed["last_id"]]
         assert listed["has_more"] is False
         assert listed["data"][0] | {"type": "model", "max_input_tokens": CONTEXT} == listed["data"][0]
+        error_of(client.get("/v1/models/", headers={"anthropic-version": "2023-06-01"}), 404, "not_found_error")
 
     def test_health_is_ok_and_names_dtype_and_device(self, client: httpx.Client) -> None:
         response = client.get("/health")

@@ -1,0 +1,45 @@
+"""What the notebooks share: runs that are measured once and then read, and tables as text."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments import sweep as sweeps
+from experiments.demo_model import write_demo_model
+from experiments.runs import RunError, load
+
+CONFIGS = Path("experiments/configs")
+MODEL = Path(".cache/demo-model")  # the one that the configs name
+# Set by tests: measure as little as shows that everything runs.
+SMOKE = os.environ.get("TOKENZERO_SMOKE") == "1"
+
+# Plain text, so that a notebook's diff can be read.
+console = Console(width=110, force_jupyter=False, color_system=None)
+
+
+def sweep(name: str) -> Path:
+    """The folder of the run of `experiments/configs/NAME.toml`; measured now if it is not complete.
+
+    Raises RunError if it cannot be measured. In a smoke run the folder is a copy, as figures are drawn into it.
+    """
+    config, folder = CONFIGS / f"{name}.toml", sweeps.RESULTS / name
+    write_demo_model(MODEL, console=console)  # its shape is part of every fit
+    wanted = sweeps.read_config(config.read_bytes())
+    measured = load(folder) if (folder / "measurements.jsonl").exists() else []
+    missing = len(sweeps.points(wanted)) * wanted.repeats - len(measured)
+    if missing and (status := sweeps.main([str(config)])):
+        raise RunError(f"python -m experiments.sweep {config} ended with status {status}")
+    return Path(shutil.copytree(folder, scratch() / name)) if SMOKE else folder
+
+
+def scratch() -> Path:
+    """A folder for this process; gone with it."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)

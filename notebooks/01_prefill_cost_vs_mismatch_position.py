@@ -1,0 +1,81 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What a prompt pays for the position at which it stops matching
+#
+# A prefix cache holds the first $p$ of a prompt's $n$ tokens; the others are computed again. This notebook measures the
+# time to first token over $n$ and $p$, fits a cost model to it, and reads from the model what one volatile token costs
+# by where it stands.
+#
+# The measurement is `python -m experiments.sweep experiments/configs/position.toml`: the demo model (5.8M parameters,
+# random weights: speed does not depend on them) in float32 through the real engine, in this process. Points come in a
+# random order, each right after a request that leaves its shared prefix in the cache; medians with 95% bootstrap
+# intervals.
+
+# %%
+from IPython.display import Image, display
+
+from experiments.fit import constants_of, constants_table, crossover_table, fit_run, model_config, prices_table
+from experiments.plot import draw
+from experiments.reading import console, sweep
+from experiments.sweep import table
+from model.kv import bytes_per_token
+
+run = sweep("position")
+fitted, cells = fit_run(run)
+console.print(table(cells))
+
+# %% [markdown]
+# ## The curve
+#
+# Each line is one prompt length. On the left the first token differs and all is computed; on the right nothing does but
+# the question. Points are medians, bars their intervals, lines the fitted model:
+#
+# $$\mathrm{TTFT}(n, p) = \underbrace{a}_{\text{fixed}} + \underbrace{b\,(n - p)}_{\text{matrices}}
+#   + \underbrace{c\,\tfrac{n^2 - p^2}{2}}_{\text{causal attention}} + \underbrace{d\,p}_{\text{matching}}$$
+#
+# The attention term is why the price does not fall in proportion: a token far behind is dearer than one in front, as it
+# looks at all before it.
+
+# %%
+position, predicted = (path for path in draw(run, console) if path.name != "arms.png")
+display(Image(position, width=900))
+
+# %% [markdown]
+# ## Does the model hold?
+#
+# Each point below is predicted by a fit that has not seen it (five folds).
+
+# %%
+console.print(constants_table(fitted))
+display(Image(predicted, width=620))
+
+# %% [markdown]
+# ## The price of one volatile token
+#
+# A header, a date, a counter: whatever changes at position $p$ makes the request pay for everything behind it.
+
+# %%
+console.print(prices_table(fitted))
+
+# %% [markdown]
+# ## When is a page worth reading back?
+#
+# The tiers below the device answer at their own speed. By the fitted model a token at position $p$ costs
+# $b + c\,p$ seconds to compute; a tier that reads $r$ bytes a second brings it in `bytes per token` $/ r$. The deeper
+# in
+# the prompt a page stands, the slower a tier may be and still win. The engine decides this page by page
+# (`serve/cost.py`).
+
+# %%
+config = model_config(cells[0].point.model)
+if config:
+    console.print(crossover_table(constants_of(fitted), bytes_per_token(config, "float32")))

@@ -1,0 +1,133 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Stripping the preamble
+#
+# Claude Code puts a line in front of every prompt, and in some releases the line changes with every request:
+#
+# ```
+# x-anthropic-billing-header: cc_version=2.1.179.471; cc_entrypoint=sdk-cli; cch=5d157;
+# ```
+#
+# NVIDIA measured what that costs: 52K tokens on one B200, 3 rounds of 15 requests an arm, [168 ms to first token with a
+# stable prefix, 912 with a varying line, 169 with it stripped](../README.md#sources). Here are the same arms on our
+# server, over HTTP, with a prompt of 16K tokens (`experiments/configs/preamble.toml`; `make demo` has 52K with fewer
+# repeats, since each costs a CPU 17 seconds).
+
+# %%
+import json
+
+import numpy as np
+from IPython.display import Image, display
+from rich.table import Table
+
+from experiments.plot import draw
+from experiments.reading import MODEL, console, sweep
+from experiments.runs import cells, load
+from experiments.sessions import RELEASES, Session, request
+from experiments.sweep import table
+from serve.messages import decode_request
+from serve.normalize import normalize
+from serve.render import load_tokenizer, render
+
+run = sweep("preamble")
+found = cells(load(run))
+console.print(table(found))
+
+# %%
+PUBLISHED = {"stable": 168, "varying": 912, "stripped": 169}
+longest = max(cell.point.prompt_tokens for cell in found)
+ours = {cell.point.arm: cell.ttft_ms for cell in found if cell.point.prompt_tokens == longest}
+beside = Table("arm", "ours, ms", "over stable", "NVIDIA's, ms", "over stable")
+for arm, published in PUBLISHED.items():
+    beside.add_row(
+        arm,
+        f"{ours[arm]:,.0f}",
+        f"{ours[arm] / ours['stable']:.2f}",
+        str(published),
+        f"{published / PUBLISHED['stable']:.2f}",
+    )
+console.print(beside)
+display(Image(next(path for path in draw(run, console) if path.name == "arms.png"), width=900))
+
+# %% [markdown]
+# The direction is the same, the size is not: what a cold prompt costs over a warm one depends on model and machine, and
+# two CPU cores make arithmetic dear beside everything else.
+#
+# ## The control: a short prompt
+#
+# NVIDIA's first try, with 400 tokens, showed nothing (146, 158 and 139 ms). An effect that grows with the prompt must
+# vanish with it; the ratio below says how far it does here.
+
+# %%
+short = {cell.point.arm: cell for cell in found if cell.point.prompt_tokens < longest}
+control = Table("arm", "tokens", "ms", "95% interval", "over stable")
+for arm, cell in short.items():
+    interval = f"{cell.low_ms:.1f} - {cell.high_ms:.1f}"
+    ratio = f"{cell.ttft_ms / short['stable'].ttft_ms:.2f}"
+    control.add_row(arm, f"{cell.prompt_tokens:,}", f"{cell.ttft_ms:.1f}", interval, ratio)
+console.print(control)
+
+# %% [markdown]
+# ## Reasoning that comes back changed
+#
+# The same mismatch further back: an earlier answer's thinking, about 500 tokens, replayed exactly or mutated. NVIDIA:
+# 167
+# against 322 ms (1.9x) behind a 52K system prompt. All that stands in front is still cached, so the price is that of
+# the thinking and what follows it.
+
+# %%
+console.print(table(cells(load(sweep("thinking")))))
+
+# %% [markdown]
+# ## What is left after the strip, by client release
+#
+# No timing here, only tokens: for two requests of each release, how much of the second one's prompt the first one's
+# covers, with the preamble kept and stripped. *Next turn*: the same session goes on. *Other prompt*: a new session in
+# the
+# same folder. *Other folder*: a new session elsewhere. The requests are synthetic and have the sizes and the order of
+# what each release sends (`experiments/sessions.py`).
+
+# %%
+tokenizer = load_tokenizer(str(MODEL))
+
+
+def tokens(body: dict, rules: frozenset[str]) -> np.ndarray:
+    """The prompt's ids, [tokens] int32."""
+    return render(normalize(decode_request(json.dumps(body).encode()), rules).request, tokenizer)
+
+
+def covered(first: dict, second: dict, rules: frozenset[str]) -> float:
+    """The share of the second prompt that the first one is a prefix of."""
+    a, b = tokens(first, rules), tokens(second, rules)
+    size = min(len(a), len(b))
+    differs = np.flatnonzero(a[:size] != b[:size])
+    return float(differs[0] if len(differs) else size) / len(b)
+
+
+left = Table("release", "case", "kept", "stripped")
+for release in RELEASES:
+    here = Session(seed=1, release=release, kin="one user", folder="/home/dev/project")
+    prompt = Session(seed=2, release=release, kin="one user", folder="/home/dev/project")
+    elsewhere = Session(seed=1, release=release, kin="one user", folder="/srv/other")
+    pairs = {
+        "next turn": (request(here, 0), request(here, 1)),
+        "other prompt": (request(here, 0), request(prompt, 0)),
+        "other folder": (request(here, 0), request(elsewhere, 0)),
+    }
+    for case, (first, second) in pairs.items():
+        kept, stripped = (covered(first, second, frozenset(rules)) for rules in ([], ["strip-preamble"]))
+        left.add_row(release, case, f"{kept:.1%}", f"{stripped:.1%}")
+console.print(left)
+
+# %% [markdown]
+# The strip repairs the turns of a session, and sessions in one folder. What is left is the folder's name early in the
+# system text, in front of all tools: notebook 04 is about that.
