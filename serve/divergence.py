@@ -43,6 +43,7 @@ log = logging.getLogger("tokenzero.divergence")
 REMEMBERED = 32  # requests, with their tokens: about 1 MB each at 50K tokens
 REPORTED = 256  # requests whose reports are kept
 SHOWN = 12  # tokens of either side
+BEGINNING = 64  # characters of a system text
 
 CAUSES = {
     "preamble": "a billing header in front of the system text differs",
@@ -217,11 +218,14 @@ def report(
     if goes_on and further <= shared:
         return msgspec.structs.replace(made, position=shared)
     sections = sections_of(new, vocabulary)
+    # Of what the nearest sequence held: what made room, and what stands behind the difference. The larger is the cause.
+    gone = min(shared, limit) - reused
+    behind = min(len(old.tokens), limit) - shared if old else 0
     if stranger and further > max(shared, reused) and sections.at(further - 1) != "template":
         foreign = "model changed" if stranger.model != new.model else "salt"
         old, at, held = stranger, reused, min(further, limit)
         found = Difference(sections.at(at), foreign, shown(new, at, vocabulary), "")
-    elif old and reused < min(shared, limit) - 1 and sections.at(shared - 1) != "template":
+    elif old and gone > 1 and gone >= behind and sections.at(shared - 1) != "template":
         at, held = reused, min(shared, limit)
         found = Difference(sections.at(at), "evicted", shown(new, at, vocabulary), "")
     elif old and reused <= shared:
@@ -264,9 +268,15 @@ def difference(new: Seen, old: Seen, at: int, sections: Sections) -> Difference:
     into = common_prefix(np.frombuffer(here, np.uint8), np.frombuffer(there, np.uint8))
     section, cause = why(new, old, sections.at(at, into))
     begins = not sections.marks or at == 0 or sections.at(at, into - 1) == "template"
-    if begins and cause in ("system changed", "tools changed", "tools reordered"):
+    strangers = cause == "preamble" and beginning(new.request) != beginning(old.request)
+    if strangers or (begins and cause in ("system changed", "tools changed", "tools reordered")):
         cause = "first sight"
     return Difference(section, cause, here.decode("utf-8", "replace"), there.decode("utf-8", "replace"))
+
+
+def beginning(request: CountTokensRequest) -> str:
+    """What a system text begins with behind its headers: whether two requests are of one agent."""
+    return "".join(strip_preamble(text).kept for _, text in system_parts(request))[:BEGINNING]
 
 
 def why(new: Seen, old: Seen, section: str) -> tuple[str, str]:

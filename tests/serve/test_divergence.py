@@ -163,6 +163,20 @@ class TestCauses:
         assert (report.cause, report.position) == ("evicted", 5)
         assert report.lost_tokens == report.prompt_tokens - 1 - 5
 
+    def test_a_short_head_that_was_evicted_does_not_hide_what_broke_the_rest(self) -> None:
+        server = Server()
+        server.ask(body(system=[text_block(BILLING.format(1)), *SYSTEM]))
+        shared = server.ask(body(system=[text_block(BILLING.format(2)), *SYSTEM])).position
+        report = server.ask(body(system=[text_block(BILLING.format(3)), *SYSTEM]), reused=shared - 5)
+        assert (report.cause, report.position) == ("preamble", shared)
+        assert report.lost_tokens == report.prompt_tokens - 1 - (shared - 5)
+
+    def test_another_agents_header_is_no_cause(self) -> None:
+        server = Server()
+        server.ask(body(system=f"{BILLING.format(1)}\nYou review code."))
+        assert server.ask(body(system=f"{BILLING.format(2)}\nOnce there was.")).cause == "first sight"
+        assert server.ask(body(system=f"{BILLING.format(3)}\nYou review code.")).cause == "preamble"
+
     def test_another_salt(self) -> None:
         server = Server()
         server.ask(body(), salt=b"a")
