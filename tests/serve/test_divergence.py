@@ -171,11 +171,11 @@ class TestCauses:
         assert (report.cause, report.position) == ("preamble", shared)
         assert report.lost_tokens == report.prompt_tokens - 1 - (shared - 5)
 
-    def test_another_agents_header_is_no_cause(self) -> None:
+    @pytest.mark.parametrize(("agent", "cause"), [("Once there was.", "first sight"), ("You review code.", "preamble")])
+    def test_another_agents_header_is_no_cause(self, agent: str, cause: str) -> None:
         server = Server()
         server.ask(body(system=f"{BILLING.format(1)}\nYou review code."))
-        assert server.ask(body(system=f"{BILLING.format(2)}\nOnce there was.")).cause == "first sight"
-        assert server.ask(body(system=f"{BILLING.format(3)}\nYou review code.")).cause == "preamble"
+        assert server.ask(body(system=f"{BILLING.format(2)}\n{agent}")).cause == cause
 
     def test_another_salt(self) -> None:
         server = Server()
