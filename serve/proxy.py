@@ -55,6 +55,7 @@ HOP_BY_HOP = frozenset(
 )
 CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 4.0  # of an idle connection: uvicorn closes it after 5
+SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
 TRACED = 32  # requests that may wait for their report; a further one gets none
 REPORT_HEADER = b"x-tokenzero-report"  # the id under which the proxy reports on a request
 # The routes whose prompts are computed, and what reads them.
@@ -302,7 +303,10 @@ def faults() -> Iterator[None]:
 
 async def relay(answer: httpcore.Response, send: Send) -> None:
     """Hand on an answer piece by piece; one that breaks off ends the client's connection, too."""
-    await send({"type": "http.response.start", "status": answer.status, "headers": end_to_end(answer.headers)})
+    # These have no body, whatever length they tell.
+    without = (b"content-length",) if answer.status in (204, 304) else ()
+    headers = end_to_end(answer.headers, *without)
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     try:
         async for piece in pieces(answer):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -427,6 +431,7 @@ def parser() -> argparse.ArgumentParser:
 
     cli = argparse.ArgumentParser(
         prog="python -m serve proxy",
+        usage="%(prog)s --upstream URL [options]",
         description="Put the rules for prompts and the divergence report in front of any Messages or OpenAI engine.",
     )
     cli.add_argument("--upstream", required=True, metavar="URL", help="the engine, such as http://127.0.0.1:8000")
@@ -510,6 +515,7 @@ def main(argv: Sequence[str]) -> None:
         reports = reports_of(args.model, args.trace_text == "on")
     except ValueError as error:
         sys.exit(f"proxy: {error}")
+    sys.setswitchinterval(SWITCH_SECONDS)
     app = create_proxy(upstream, rules, reports, key)
     uvicorn.run(
         app,

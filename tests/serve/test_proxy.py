@@ -353,6 +353,16 @@ class TestUntouched:
                 assert client.put("/file", content=Slow()).content == b"done"
             thread.join()
 
+    @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified", "404 Not Found", "529 Overloaded"])
+    def test_the_status_is_the_upstreams(self, status: str) -> None:
+        def answering_so(connection: socket.socket, head: bytes, body: bytes) -> None:
+            empty = status[:3] in ("204", "304")
+            connection.sendall(reply(b"" if empty else b"{}", JSON, "x-own: 1", status=status, length=2))
+
+        with engine(answering_so) as url, proxy_of(url) as client:
+            for answer in (client.get("/file"), client.post("/v1/messages", json=ask("Hi")), client.get("/file")):
+                assert (answer.status_code, answer.headers["x-own"]) == (int(status[:3]), "1")
+
     def test_the_upstreams_path_stands_in_front(self) -> None:
         with engine(echo) as url, proxy_of(f"{url}/engines/a/") as client:
             head = bytes.fromhex(client.get("/v1/models").headers["x-head"])
@@ -525,7 +535,9 @@ class TestCommand:
         with pytest.raises(SystemExit) as ended:
             main(flags)
         assert ended.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+        shown = capsys.readouterr().err.strip().splitlines()
+        assert len(shown) == 2, "a line of usage and a line that says what is wrong"
+        return shown[-1]
 
     def test_the_key_is_asked_for(self) -> None:
         with engine(echo) as url, proxy_of(url, api_key="k") as client:
