@@ -53,6 +53,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade expect".split()
 )
+BODILESS = (204, 304)  # statuses of answers without a body, whatever length they tell
 CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 4.0  # of an idle connection: uvicorn closes it after 5
 SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
@@ -235,11 +236,13 @@ class Proxy:
         self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event, send: Send
     ) -> None:
         """Send a request and hand on the answer, or say what is wrong with the engine."""
-        chat = content if isinstance(content, Chat) else None
         try:
             answer = await self.open(request, content, uploaded)
             try:
-                await (relay_chat(chat, answer, send) if chat else relay(answer, send))
+                if isinstance(content, Chat) and answer.status not in BODILESS:
+                    await relay_chat(content, answer, send)
+                else:
+                    await relay(answer, send)
             finally:
                 await answer.aclose()
         except UpstreamFault as fault:
@@ -255,16 +258,19 @@ class Proxy:
         closed it while it was idle, or left bytes on it that belong to no answer.
         """
         chat = content if isinstance(content, Chat) else None
+        untold = [chat] if chat else []
+        if chat:
+            uploaded.set()
 
         async def body() -> AsyncIterator[bytes]:
             if isinstance(content, Chat):
                 yield content.body
-                if not uploaded.is_set():
-                    self.reports.submit(content)
+                while untold:
+                    self.reports.submit(untold.pop())
             else:
                 async for piece in content:
                     yield piece
-            uploaded.set()
+                uploaded.set()
 
         url = httpcore.URL(
             scheme=self.upstream.scheme,
@@ -303,8 +309,7 @@ def faults() -> Iterator[None]:
 
 async def relay(answer: httpcore.Response, send: Send) -> None:
     """Hand on an answer piece by piece; one that breaks off ends the client's connection, too."""
-    # These have no body, whatever length they tell.
-    without = (b"content-length",) if answer.status in (204, 304) else ()
+    without = (b"content-length",) if answer.status in BODILESS else ()
     headers = end_to_end(answer.headers, *without)
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     try:
