@@ -5,7 +5,6 @@ It may run beside the servers that use the store.
 
 import argparse
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -17,27 +16,7 @@ from rich.table import Table
 
 from cache.disk import DiskTier
 from cache.environment import FORMAT, StoreError, check_directory, file_bytes
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-UNITS["TIB"] = 1 << 40
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of `20GB`, `512 MiB` or `1000`; the units of 1000 and of 1024 are told apart. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS:
-        raise ValueError(f"size is {text!r}, expected a number with a unit such as 20GB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def show_bytes(count: int) -> str:
-    """A size with three digits or so: 1.5 MiB."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+from cache.sizes import parse_bytes, show_bytes
 
 
 def show_age(seconds: float) -> str:
@@ -116,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "verify":
             command.add_argument("--fix", action="store_true", help="remove what is damaged")
         if name == "prune":
-            command.add_argument("--store-bytes", required=True, help="size to keep, such as 20GB or 512MiB")
+            keep = "size to keep, such as 20GB or 512MiB"
+            command.add_argument("--store-bytes", required=True, type=parse_bytes, metavar="SIZE", help=keep)
     args = parser.parse_args(arguments)
     console = Console()
     try:
@@ -127,10 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif args.command == "stats":
                 print_stats(tier, console)
             elif args.command == "prune":
-                console.print(f"{tier.prune(parse_bytes(args.store_bytes))} pages evicted")
+                console.print(f"{tier.prune(args.store_bytes)} pages evicted")
             elif verify(tier, console, args.fix):
                 return 1
-    except (StoreError, ValueError) as error:
+    except StoreError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

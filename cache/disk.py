@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
+import numpy as np
 
 from cache.environment import Databases, SharedEnvironment, full
-from cache.tiers import SEAL, Item, Payload, TierStats, seal
+from cache.tiers import SEAL, Item, Payload, TierStats, placed, seal
 
 STAMP = struct.Struct("<Q")  # last use, nanoseconds since 1970
 ENTRY_BYTES = SEAL.size + STAMP.size
@@ -88,10 +89,11 @@ class DiskTier:
 
         return self.store.attempt("read", look, [True] * len(keys))
 
-    def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
+    def get_many(self, keys: Sequence[bytes], into: Sequence[np.ndarray] | None = None) -> list[Payload | None]:
         """See Tier. A record that its seal does not fit is a miss, counted and removed."""
         first = self._stamps(len(keys))
-        return [self._get(key, first - i) for i, key in enumerate(keys)]
+        slots = [None] * len(keys) if into is None else into
+        return [self._get(key, first - i, slot) for i, (key, slot) in enumerate(zip(keys, slots, strict=True))]
 
     def put_many(self, items: Sequence[Item]) -> None:
         """See Tier. Dropped are pages beyond what the whole budget holds, and what the disk has no room for."""
@@ -174,8 +176,8 @@ class DiskTier:
         self.store.attempt("write", lambda dbs: self._evict(dbs, budget_bytes), None)
         return self.counts["evicted"] - before
 
-    def _get(self, key: bytes, stamp: int) -> bytes | None:
-        entry, payload = self._load(key)
+    def _get(self, key: bytes, stamp: int, slot: np.ndarray | None) -> Payload | None:
+        entry, payload = self._load(key, slot)
         if entry is None:
             self._count(misses=1)
             return None
@@ -184,18 +186,23 @@ class DiskTier:
             self._count(misses=1, corrupt=1)
             return None
         assert payload is not None
+        if slot is not None and _size(entry) != slot.nbytes:
+            self._count(misses=1)
+            return None
         self._touch(key, entry, stamp)
-        self._count(hits=1, bytes_read=len(payload))
+        self._count(hits=1, bytes_read=_size(entry))
         return payload
 
-    def _load(self, key: bytes) -> tuple[bytes | None, bytes | None]:
-        """What is stored under the key, entry and payload, unchecked."""
+    def _load(self, key: bytes, slot: np.ndarray | None = None) -> tuple[bytes | None, Payload | None]:
+        """What is stored under the key, entry and payload, unchecked; the payload in `slot` if it fits there."""
 
-        def load(dbs: Databases) -> tuple[bytes | None, bytes | None]:
-            with dbs.env.begin() as txn:
-                return txn.get(key, db=dbs.entries), txn.get(key, db=dbs.pages)
+        def load(dbs: Databases) -> tuple[bytes | None, Payload | None]:
+            # Views of the file, which are good as long as the transaction.
+            with dbs.env.begin(buffers=True) as txn:
+                entry, view = txn.get(key, db=dbs.entries), txn.get(key, db=dbs.pages)
+                return None if entry is None else bytes(entry), None if view is None else _copied(view, slot)
 
-        nothing: tuple[bytes | None, bytes | None] = (None, None)
+        nothing: tuple[bytes | None, Payload | None] = (None, None)
         return self.store.attempt("read", load, nothing)
 
     def _put(self, batch: Sequence[Write]) -> None:
@@ -302,7 +309,13 @@ def _delete(dbs: Databases, txn: "lmdb.Transaction[bytes]", key: bytes) -> None:
     txn.delete(key, db=dbs.pages)
 
 
-def _is_sound(key: bytes, entry: bytes | None, payload: bytes | None) -> bool:
+def _copied(view: memoryview, slot: np.ndarray | None) -> Payload:
+    """The bytes of a view, in the slot if they fit there."""
+    payload = placed(view, slot) if slot is not None else None
+    return bytes(view) if payload is None else payload
+
+
+def _is_sound(key: bytes, entry: bytes | None, payload: Payload | None) -> bool:
     return entry is not None and payload is not None and seal(key, payload) == entry[: SEAL.size]
 
 

@@ -54,13 +54,17 @@ class Databases:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise StoreError unless `directory` is absent, empty, or has a store of this version; changes nothing."""
+    """Raise StoreError unless `directory` is absent, empty, or has a store of this version; changes nothing.
+
+    Stores in folders of their own below it, of this version too, are no other program's.
+    """
     try:
         found = sorted(set(os.listdir(directory)) - {"lost+found"})
     except NotADirectoryError:
         raise StoreError(f"{directory}: found a file, expected a directory: name another directory") from None
     except OSError:
         return  # absent, or unreadable: opening it says so
+    found = [name for name in found if not (directory / name / FORMAT).is_dir()]
     if not found or (directory / FORMAT).is_dir():
         return
     others = [name for name in found if name.startswith(PROGRAM)]

@@ -5,38 +5,38 @@ budget and no eviction here: machines cannot agree on what was used last, a life
 """
 
 import logging
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import tensorstore as ts
 
 from cache.environment import FORMAT, RETRY_SECONDS
-from cache.tiers import SEAL, Item, Payload, TierStats, seal
+from cache.tiers import SEAL, Item, Payload, TierStats, placed, seal
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class RemoteTier:
-    """Pages behind a URL, or behind a TensorStore KvStore spec, which an S3 server of one's own needs (path with `/`).
+    """Pages behind a URL; `s3://` follows AWS_ENDPOINT_URL and AWS_REGION, as Amazon's own tools do.
 
     A page that is written is visible to all when put_many returns. After a failure or an answer slower than
     `timeout_seconds` the tier is left alone for RETRY_SECONDS, so that a dead network delays one request, not all.
     Raises ValueError if TensorStore does not understand the URL.
     """
 
-    def __init__(self, url: str | dict[str, Any], timeout_seconds: float = 10.0, in_flight: int = 32) -> None:
+    def __init__(self, url: str, timeout_seconds: float = 10.0, in_flight: int = 32) -> None:
         self.name = "remote"
         self.budget_bytes = 0
         self.url = url
         self.timeout_seconds = timeout_seconds
         self.in_flight = in_flight
-        # TensorStore joins a path and a key without a separator.
-        folder = url + "/" if isinstance(url, str) and not url.endswith("/") else url
-        self.store = ts.KvStore.open(folder).result(timeout=timeout_seconds)
+        self.store = ts.KvStore.open(place(url)).result(timeout=timeout_seconds)
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()  # of counts
         self.retry_at = 0.0  # nothing is tried before
@@ -51,10 +51,11 @@ class RemoteTier:
         """See Tier. Asks nobody and says yes: uses are not recorded here, and a look would cost a read a key."""
         return [True] * len(keys)
 
-    def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
+    def get_many(self, keys: Sequence[bytes], into: Sequence[np.ndarray] | None = None) -> list[Payload | None]:
         """See Tier. An object that its seal does not fit is a miss, counted and removed; last use is not recorded."""
         results = self._each(keys, lambda key: self.store.read(name_of(key)))
-        return [self._opened(key, result) for key, result in zip(keys, results, strict=True)]
+        slots = [None] * len(keys) if into is None else into
+        return [self._opened(*item) for item in zip(keys, results, slots, strict=True)]
 
     def put_many(self, items: Sequence[Item]) -> None:
         """See Tier. Objects that are there are not written again."""
@@ -103,7 +104,7 @@ class RemoteTier:
         self.failing = self.failing and time.monotonic() < self.retry_at
         return result
 
-    def _opened(self, key: bytes, result: Any) -> Payload | None:
+    def _opened(self, key: bytes, result: Any, slot: np.ndarray | None) -> Payload | None:
         if result is None or result.state != "value":
             self._count(misses=1)
             return None
@@ -112,12 +113,25 @@ class RemoteTier:
             self._count(misses=1, corrupt=1)
             self.delete([key])
             return None
-        self._count(hits=1, bytes_read=payload.nbytes)
-        return payload
+        found = placed(payload, slot)
+        self._count(**({"misses": 1} if found is None else {"hits": 1, "bytes_read": payload.nbytes}))
+        return found
 
     def _count(self, **counts: int) -> None:
         with self.lock:
             self.counts.update(counts)
+
+
+def place(url: str) -> str | dict[str, str]:
+    """What TensorStore opens for a URL; it reads no AWS_ENDPOINT_URL itself, but takes an endpoint in a spec."""
+    # TensorStore joins a path and a key without a separator.
+    folder = url if url.endswith("/") else url + "/"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not endpoint or not folder.startswith("s3://"):
+        return folder
+    bucket, _, path = folder.removeprefix("s3://").partition("/")
+    region = os.environ.get("AWS_REGION", "us-east-1")
+    return {"driver": "s3", "bucket": bucket, "path": path, "endpoint": endpoint, "aws_region": region}
 
 
 def name_of(key: bytes) -> str:

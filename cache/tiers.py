@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+import numpy as np
 import xxhash
 
 Payload = bytes | bytearray | memoryview  # a memoryview must be contiguous; nobody may change it once handed over
@@ -54,8 +55,11 @@ class Tier(Protocol):
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """As contains_many, but a use: of pages that were found further up. True where the tier cannot tell."""
 
-    def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
-        """The payloads, None for a miss. A use, the first key the most recent one: so a chain loses its tail first."""
+    def get_many(self, keys: Sequence[bytes], into: Sequence[np.ndarray] | None = None) -> list[Payload | None]:
+        """The payloads, None for a miss. A use, the first key the most recent one: so a chain loses its tail first.
+
+        `into` has a slot for each key, [bytes] uint8, where its payload goes; one of another size is a miss.
+        """
 
     def put_many(self, items: Sequence[Item]) -> None:
         """Store pages, evicting the least recently used to stay in the budget. A key that is there is only touched."""
@@ -80,6 +84,17 @@ def seal(key: bytes, payload: Payload) -> bytes:
     return SEAL.pack(memoryview(payload).nbytes, digest.intdigest())
 
 
+def placed(payload: Payload, slot: np.ndarray | None) -> Payload | None:
+    """The payload, in its slot ([bytes] uint8) if there is one; None if it is of another size."""
+    if slot is None:
+        return payload
+    if memoryview(payload).nbytes != slot.nbytes:
+        return None
+    # numpy lets other threads run meanwhile.
+    np.copyto(slot, np.frombuffer(payload, np.uint8))
+    return slot.data
+
+
 class HostTier:
     """Pages in host memory: least recently used out first, under a budget in bytes of payload."""
 
@@ -102,14 +117,17 @@ class HostTier:
             self._use(keys)
             return [key in self.pages for key in keys]
 
-    def get_many(self, keys: Sequence[bytes]) -> list[Payload | None]:
+    def get_many(self, keys: Sequence[bytes], into: Sequence[np.ndarray] | None = None) -> list[Payload | None]:
         """See Tier."""
         with self.lock:
             found = [self.pages.get(key) for key in keys]
             self._use(keys)
-            hits = [memoryview(payload).nbytes for payload in found if payload is not None]
+        slots = [None] * len(keys) if into is None else into
+        result = [p if p is None else placed(p, slot) for p, slot in zip(found, slots, strict=True)]
+        hits = [memoryview(payload).nbytes for payload in result if payload is not None]
+        with self.lock:
             self.counts.update(hits=len(hits), misses=len(keys) - len(hits), bytes_read=sum(hits))
-        return found
+        return result
 
     def put_many(self, items: Sequence[Item]) -> None:
         """See Tier. A page larger than the whole budget is dropped."""
@@ -158,10 +176,9 @@ class HostTier:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Payloads that a fetch found, in the order of its keys."""
+    """What a fetch found, in the order of its keys."""
 
-    payloads: list[Payload | None]
-    sources: list[str | None]  # the tier that each came from
+    sources: list[str | None]  # the tier that each page came from, None for a miss
     seconds: dict[str, float] = field(default_factory=dict)  # spent in each tier that was asked
 
 
@@ -190,30 +207,31 @@ class TieredPages:
         """Record a use of pages that are on the device anyway; returns which of them the lowest tier still has."""
         return [tier.touch_many(keys) for tier in self.tiers][-1]
 
-    def fetch(self, keys: Sequence[bytes], then: Callable[[Fetched], T]) -> "Future[T]":
+    def fetch(self, keys: Sequence[bytes], pages: np.ndarray, then: Callable[[Fetched], T]) -> "Future[T]":
         """Read pages in the background, as `read`, and hand what was found to `then` on the same thread."""
-        return self.reader.submit(lambda: then(self.read(keys)))
+        return self.reader.submit(lambda: then(self.read(keys, pages)))
 
-    def read(self, keys: Sequence[bytes]) -> Fetched:
-        """Read pages; one that has meanwhile gone, or is corrupt, is None in the result."""
-        payloads: list[Payload | None] = [None] * len(keys)
+    def read(
+        self,
+        keys: Sequence[bytes],
+        pages: np.ndarray,  # [keys, bytes of a page] uint8
+    ) -> Fetched:
+        """Read each page to its row of `pages`; one that has meanwhile gone, or is corrupt, leaves anything there."""
         sources: list[str | None] = [None] * len(keys)
         seconds: dict[str, float] = {}
         for tier in self.tiers:
-            missing = [i for i, payload in enumerate(payloads) if payload is None]
+            missing = [i for i, source in enumerate(sources) if source is None]
             if not missing:
                 break
             start = time.perf_counter()
-            for i, payload in zip(missing, tier.get_many([keys[i] for i in missing]), strict=True):
-                if payload is not None:
-                    payloads[i], sources[i] = payload, tier.name
+            found = tier.get_many([keys[i] for i in missing], [pages[i] for i in missing])
+            for i, payload in zip(missing, found, strict=True):
+                sources[i] = tier.name if payload is not None else None
             seconds[tier.name] = time.perf_counter() - start
         top = self.tiers[0]
-        below = [
-            (k, p) for k, p, source in zip(keys, payloads, sources, strict=True) if p is not None and source != top.name
-        ]
-        top.put_many(below)
-        return Fetched(payloads, sources, seconds)
+        below = [i for i, source in enumerate(sources) if source not in (None, top.name)]
+        top.put_many([(keys[i], pages[i].tobytes()) for i in below])
+        return Fetched(sources, seconds)
 
     def stats(self) -> list[TierStats]:
         """The stats of each tier, the fastest first."""

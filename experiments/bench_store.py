@@ -1,6 +1,7 @@
 """What the tiers of the page store cost: MB/s of put and get beside a plain file, and the look-up of a long prompt.
 
-Every round writes and reads the same bytes by each way in turn; the table and the JSON hold medians over the rounds.
+Every round writes and reads the same bytes by each way in turn, a batch at a time and into memory that was used before,
+as a restore does; the table and the JSON hold medians over the rounds.
 Run `python -m experiments.bench_store --directory DIR`: DIR must be on the disk in question, and have room.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -68,8 +70,8 @@ def forget(path: Path) -> None:
 
 
 def measure_file(path: Path, pages: Sequence[Item], batch: int) -> dict[str, float]:
-    """The yardstick: one file, written and read in order. As with a tier, `batch` pages are in memory at a time."""
-    size = sum(len(payload) for _, payload in pages)
+    """The yardstick: one file, written and read in order."""
+    size, room = sum(len(payload) for _, payload in pages), room_for(pages, batch)
 
     def write() -> None:
         with path.open("wb") as file:
@@ -78,9 +80,8 @@ def measure_file(path: Path, pages: Sequence[Item], batch: int) -> dict[str, flo
 
     def read() -> None:
         with path.open("rb", buffering=0) as file:
-            for at in range(0, len(pages), batch):
-                held = [file.read(len(payload)) for _, payload in pages[at : at + batch]]
-            assert len(held[-1]) == len(pages[-1][1])
+            for at in range(len(pages)):
+                assert file.readinto(room[at % batch]) == len(room[0])
 
     result = {"put": rate(size, write)}
     with path.open("rb") as file:
@@ -92,34 +93,37 @@ def measure_file(path: Path, pages: Sequence[Item], batch: int) -> dict[str, flo
     return result
 
 
+def room_for(pages: Sequence[Item], batch: int) -> np.ndarray:
+    """Memory for `batch` pages to be read into, [batch, page_bytes] uint8, that has been written to."""
+    return np.ones((batch, len(pages[0][1])), np.uint8)
+
+
+def get_all(tier: Tier, pages: Sequence[Item], room: np.ndarray) -> None:
+    """Get all pages, as many at a time as there is room for."""
+    for at in range(0, len(pages), len(room)):
+        keys = [key for key, _ in pages[at : at + len(room)]]
+        assert None not in tier.get_many(keys, room[: len(keys)])
+
+
 def measure_tier(tier: Tier, pages: Sequence[Item], batch: int) -> dict[str, float]:
     """Put, sync and get all pages, `batch` at a time."""
-    size = sum(len(payload) for _, payload in pages)
+    size, room = sum(len(payload) for _, payload in pages), room_for(pages, batch)
 
     def put() -> None:
         for at in range(0, len(pages), batch):
             tier.put_many(pages[at : at + batch])
 
-    def get() -> None:
-        for at in range(0, len(pages), batch):
-            assert None not in tier.get_many([key for key, _ in pages[at : at + batch]])
-
     result = {"put": rate(size, put)}
     result["put and sync"] = 1 / (1 / result["put"] + 1 / rate(size, tier.sync))
-    result["get"] = rate(size, get)
+    result["get"] = rate(size, lambda: get_all(tier, pages, room))
     return result
 
 
 def measure_cold_disk(directory: Path, budget: int, pages: Sequence[Item], batch: int) -> float:
     """MB/s of reading pages from a store that nothing of is in memory, as after a restart of the machine."""
     forget(directory / FORMAT / "data.mdb")
-    tier = DiskTier(directory, budget)
-
-    def get() -> None:
-        for at in range(0, len(pages), batch):
-            assert None not in tier.get_many([key for key, _ in pages[at : at + batch]])
-
-    result = rate(sum(len(payload) for _, payload in pages), get)
+    tier, room = DiskTier(directory, budget), room_for(pages, batch)
+    result = rate(sum(len(payload) for _, payload in pages), lambda: get_all(tier, pages, room))
     tier.close()
     return result
 

@@ -16,7 +16,7 @@ from model.attention import Batch
 from model.config import ModelConfig
 from model.decoder import forward
 from model.kv import KVPool, bytes_per_token, empty_pool
-from model.params import Layer, Params
+from model.params import Layer, Params, unstacked
 
 if TYPE_CHECKING:
     from experiments.gpu_bench import Sizes
@@ -49,38 +49,42 @@ def random_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
 
 
 def forward_passes(sizes: Sizes) -> Iterator[Json]:
-    """Seconds of the whole model over a cold prompt, a short warm one and one decoded token, with their arithmetic."""
+    """Seconds of the whole model over a cold prompt, a short warm one and one decoded token, with their arithmetic.
+
+    With separate layers, in line; the short passes again with stacked ones, scanned, which read each weight three times
+    as XLA copies its slice, and compile in a fraction of the time.
+    """
     config, dtype = sizes.model, jnp.dtype(sizes.dtype)
-    params = random_params(config, dtype)
+    stacked = random_params(config, dtype)
     width = -(-(sizes.context + sizes.warm) // sizes.page)
     pool = empty_pool(config, width, sizes.page, dtype)
     step = jax.jit(partial(forward, config=config), donate_argnums=2)
-    weights = sum(leaf.size for leaf in jax.tree.leaves(params.layers))
-    for name, prefix, chunk in (
-        ("cold", 0, sizes.context),
-        ("warm", sizes.context, sizes.warm),
-        ("decode", sizes.context, 1),
-    ):
-        batch = Batch(
-            tokens=jax.random.randint(jax.random.key(1), (chunk,), 0, config.vocab_size),
-            starts=jnp.asarray([0, chunk], jnp.int32),
-            prefix=jnp.asarray([prefix], jnp.int32),
-            block_table=jnp.asarray(np.random.default_rng(0).permutation(width)[None].astype(np.int32)),
-            rows=jnp.asarray([chunk - 1], jnp.int32),
-            max_chunk=chunk,
-        )
-        taken, pool = donated_seconds(lambda pool, batch=batch: step(params, batch, pool), pool)
-        seen = chunk * prefix + chunk * (chunk + 1) / 2
-        flop = 2 * weights * chunk + 4 * config.num_layers * config.num_heads * config.head_dim * seen
-        read = weights * dtype.itemsize + (prefix + chunk) * bytes_per_token(config, dtype)
-        yield {
-            "pass": name,
-            "tokens": chunk,
-            "prefix": prefix,
-            "seconds": taken,
-            "flops": flop / taken,
-            "bytes_per_s": read / taken,
-        }
+    weights = sum(leaf.size for leaf in jax.tree.leaves(stacked.layers))
+    cold, warm, token = ("cold", 0, sizes.context), ("warm", sizes.context, sizes.warm), ("decode", sizes.context, 1)
+    arrangements = (("separate", unstacked(stacked), (cold, warm, token)), ("stacked", stacked, (warm, token)))
+    for layers, params, passes in arrangements:
+        for name, prefix, chunk in passes:
+            batch = Batch(
+                tokens=jax.random.randint(jax.random.key(1), (chunk,), 0, config.vocab_size),
+                starts=jnp.asarray([0, chunk], jnp.int32),
+                prefix=jnp.asarray([prefix], jnp.int32),
+                block_table=jnp.asarray(np.random.default_rng(0).permutation(width)[None].astype(np.int32)),
+                rows=jnp.asarray([chunk - 1], jnp.int32),
+                max_chunk=chunk,
+            )
+            taken, pool = donated_seconds(partial(step, params, batch), pool)
+            seen = chunk * prefix + chunk * (chunk + 1) / 2
+            flop = 2 * weights * chunk + 4 * config.num_layers * config.num_heads * config.head_dim * seen
+            read = weights * dtype.itemsize + (prefix + chunk) * bytes_per_token(config, dtype)
+            yield {
+                "pass": name,
+                "layers": layers,
+                "tokens": chunk,
+                "prefix": prefix,
+                "seconds": taken,
+                "flops": flop / taken,
+                "bytes_per_s": read / taken,
+            }
 
 
 def donated_seconds(call: Callable[[KVPool], tuple[Any, KVPool]], pool: KVPool) -> tuple[float, KVPool]:

@@ -1,8 +1,8 @@
 """Compile every variant of the GPU kernels for an H200 that need not be there, and check what comes out.
 
 Run `python -m experiments.kernels_aot` where jax's CUDA plug-in is installed (no GPU, no driver): it fails on register
-spills, on more shared memory than a block may have, on a kernel without wgmma instructions, and on a forward pass that
-copies the pool.
+spills, on more shared memory than a block may have, on a kernel without wgmma instructions or with serialised ones, and
+on a forward pass that copies the pool or writes new keys or values anywhere else.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
-MODEL = ModelConfig("llama", 32_000, 1024, 2048, 4, 32, 8, 128, 131_072, 1e-5, RopeConfig())
+MODEL = ModelConfig("llama", 32_000, 1536, 3072, 4, 32, 8, 128, 131_072, 1e-5, RopeConfig())
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,15 @@ def pool_sized(program: str, pool: KVPool) -> list[str]:
     return [line.strip() for line, opcode in found if opcode not in harmless]
 
 
+def keys_beside_pool(program: str, tokens: int, config: ModelConfig) -> list[str]:
+    """The instructions of a compiled program that write the new tokens' keys or values anywhere but into the pool."""
+    width = f"{config.num_kv_heads},(?:1,)?{config.head_dim}|{config.num_kv_heads * config.head_dim}"
+    made = re.compile(rf"\s*(?:ROOT )?%\S+ = bf16\[{tokens},(?:{width})\]")
+    # Each computation is a paragraph; what is fused stays in registers.
+    computations = (part for part in program.split("\n\n") if not part.lstrip().startswith("%fused_"))
+    return [line.strip() for part in computations for line in part.splitlines() if made.match(line)]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.kernels_aot", description=__doc__)
@@ -245,9 +254,10 @@ def main() -> None:
     console.print(table)
     for variant in (v for v in chosen if (v.head_dim, v.group, v.page_size) == (128, 4, 64)):
         traced, pool = forward_with(variant, MODEL, sharding)
-        copies = pool_sized(traced.lower().compile().as_text(), pool)
-        console.print(f"forward pass with {variant.name}: {len(copies)} copies of the pool")
-        faults += [f"forward pass with {variant.name}: {line}" for line in copies]
+        program = traced.lower().compile().as_text()
+        copies, keys = pool_sized(program, pool), keys_beside_pool(program, variant.seqs * variant.chunk, MODEL)
+        console.print(f"forward pass with {variant.name}: {len(copies)} copies of the pool, {len(keys)} of new keys")
+        faults += [f"forward pass with {variant.name}: {line}" for line in copies + keys]
     sys.exit("\n".join(faults) if faults else None)
 
 

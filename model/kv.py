@@ -53,7 +53,19 @@ def write(
     pages: jax.Array,  # [tokens] int32
     offsets: jax.Array,  # [tokens] int32
 ) -> KVPool:
-    """Scatter one layer's new keys and values to their slots; tokens with an out-of-range page are dropped."""
+    """Scatter one layer's new keys and values to their slots; tokens with an out-of-range page are dropped.
+
+    There is no kernel for this, because on a GPU there is next to nothing to gain: XLA rotates the keys inside of the
+    scatter (`experiments.kernels_aot` sees to it), straight from the projection into the page. Bytes moved for one
+    token in one layer of the shape of Llama 3.1 8B, in bf16, as compiled:
+
+        projection in and out          8,192 + 12,288
+        keys and values into pages     4,096 +  4,096   (8,192 + 8,192 if attention's keys were rotated first)
+        the whole layer, but for the cached keys and values that attention reads       331,776
+
+    A projection that wrote to the pages itself would save a read of 4,096 bytes, 1.2% of the layer: 7 GB, or 1.5 ms at
+    4.8 TB/s, of a cold prompt of 53,248 tokens that has 1.4e15 floating-point operations to do.
+    """
     return KVPool(
         k=pool.k.at[layer, pages, :, offsets].set(k.astype(pool.k.dtype), mode="drop"),
         v=pool.v.at[layer, pages, :, offsets].set(v.astype(pool.v.dtype), mode="drop"),

@@ -6,11 +6,11 @@ import argparse
 import ipaddress
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache.sizes import parse_bytes
 from serve.formats import BY_NAME
 from serve.normalize import DEFAULT_RULES, RULES, parse_rules
 
@@ -22,19 +22,10 @@ if TYPE_CHECKING:
     from model.params import Params
     from serve.engine import EngineSettings
 
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # On a GPU: what stays free for activations and the compiler's scratch beside weights and pool.
 DEVICE_MARGIN_BYTES = 3 * 2**30
 CPU_POOL_BYTES = 2**30
 HOST_BYTES = 4 * 10**9
-
-
-def parse_bytes(text: str) -> int:
-    """`4GB`, `512MiB` or a plain number of bytes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS:
-        raise argparse.ArgumentTypeError(f"expected a size such as 4GB or 512MiB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -342,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         with Progress(*columns, console=console) as progress:
             loading = progress.add_task("loading weights", total=None)
             folder = checkpoint.resolve(args.model)
-            tokenizer = load_tokenizer(str(folder), args.tool_parser)
+            tokenizer = load_tokenizer(str(folder), args.tool_parser, store_folder(args.store))
             config, params = checkpoint.load(
                 folder,
                 jax.numpy.dtype(dtype),
@@ -362,7 +353,6 @@ def main(argv: list[str] | None = None) -> None:
                 on_progress=lambda done, total: progress.update(compiling, completed=done, total=total),
                 costs=costs,
             )
-            # After the tiers: they take a folder for another program's that holds something else already.
             serving = make_serving(
                 engine,
                 tokenizer,

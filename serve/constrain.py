@@ -31,7 +31,7 @@ from serve.schemas import (
     typed,
     types_of,
 )
-from serve.turns import is_prefilled
+from serve.turns import is_prefilled, wants_thinking
 
 # JSON as chat templates and `formats` write it: no free whitespace, which a model may never stop writing.
 STRICT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -102,8 +102,7 @@ def grammar_of(
     bodies = [answer(wanted.schema)] if wanted and not forced else []
     if tools and format.call and (choice is None or choice.type != "none"):
         bodies.append(tool_calls(format, tools, not (choice and choice.disable_parallel_tool_use), marks))
-    thinks = request.thinking is not None and request.thinking.type != "disabled"
-    return assemble(bodies, thinking(format, thinking_opened, thinks, marks))
+    return assemble(bodies, thinking(format, thinking_opened, wants_thinking(request), marks))
 
 
 def assemble(bodies: Sequence[Body], thinking: str) -> Grammar:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from cache.persistence import Tiers
-from cache.pool import PoolExhausted
+from cache.pool import PoolExhausted, slots_for
 from cache.store import PrefixStore
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
@@ -34,6 +34,8 @@ log = logging.getLogger("tokenzero.engine")
 
 # Of the waiting requests, those whose pages are read ahead.
 RESTORED_WHILE_WAITING = 2
+# Tokens in front of the chunks that warm up a step: enough for every branch of the attention over a prefix.
+WARM_UP_PREFIX = 4096
 # The longest nap while all that runs waits for the tiers.
 IDLE_SECONDS = 0.1
 
@@ -106,7 +108,8 @@ class Engine:
         self.store = PrefixStore(settings.num_pages, settings.page_size, fingerprint)
         self.buckets = ladder(settings.max_batch, settings.prefill_chunk)
         self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
-        self.pager = Pager(tiers, self.pool, fingerprint, cost_model(config, costs), self.wake) if tiers else None
+        self.cost = cost_model(config, costs)
+        self.pager = Pager(tiers, self.pool, fingerprint, self.cost, self.wake) if tiers else None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.idle = False  # the last step found nothing to do, because all wait for the tiers
@@ -114,8 +117,7 @@ class Engine:
         self.inbox = Inbox()
         self.numbers = 0
         self.thread = threading.Thread(target=self.loop, name="tokenzero-engine", daemon=True)
-        if self.pager:
-            self.time_prefill()
+        self.warm_up()
 
     # Called from any thread.
 
@@ -272,19 +274,27 @@ class Engine:
         self.pager.save_parked(self.pool, self.store)
         return came
 
-    def time_prefill(self) -> None:
-        """Time one chunk before the first request, so that the first restore is decided on a measurement."""
-        assert self.pager is not None
-        bucket = max(self.buckets, key=lambda b: b.chunk)
-        # It writes to pages that nobody holds.
-        pages = np.arange(min(self.settings.num_pages, -(-bucket.chunk // self.settings.page_size)), dtype=np.int32)
-        count = min(bucket.chunk, len(pages) * self.settings.page_size)
-        batch, sampling = pack([Row(np.zeros(count, np.int32), 0, pages, GREEDY)], bucket, self.steps.table_pages)
-        for _ in range(2):  # the first run may still be loading code
+    def warm_up(self) -> None:
+        """Run every compiled step once, so that no request pays for a first run, and time the largest chunk."""
+        limit = self.settings.max_model_len
+        for bucket in [*self.buckets, self.buckets[-1]]:
+            count = min(bucket.chunk, limit)
+            before = min(WARM_UP_PREFIX, limit - count)
+            # It reads and writes pages that nobody holds.
+            pages = np.arange(slots_for(before + count, self.settings.page_size), dtype=np.int32)
+            row = Row(np.zeros(count, np.int32), before, pages, GREEDY)
+            batch, sampling = pack([row], bucket, self.steps.table_pages)
             start = time.perf_counter()
             sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling)
             np.asarray(sampled)
-        self.pager.cost = self.pager.cost.prefilled(0, count, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+        self.prefilled(before, before + count, seconds)
+
+    def prefilled(self, start: int, stop: int, seconds: float) -> None:
+        """Learn from a chunk of tokens [start, stop) what computing costs here."""
+        self.cost = self.cost.prefilled(start, stop, seconds)
+        if self.pager:
+            self.pager.cost = self.pager.cost.prefilled(start, stop, seconds)
 
     def prefill(self, sequence: Sequence, mixed: bool) -> None:
         """Run the next chunk of one sequence's pending tokens."""
@@ -298,8 +308,8 @@ class Engine:
             count = min(count, self.pager.until_restore(sequence) or count)
         before, start = sequence.computed, time.perf_counter()
         self.run([sequence], [count])
-        if self.pager and sequence.computed > before:
-            self.pager.cost = self.pager.cost.prefilled(before, sequence.computed, time.perf_counter() - start)
+        if sequence.computed > before:
+            self.prefilled(before, sequence.computed, time.perf_counter() - start)
 
     def adopt(self, sequence: Sequence) -> None:
         """Take over what another request has computed of the same prompt since this one last looked."""

@@ -116,7 +116,7 @@ class ToolChoice(Struct, frozen=True):
 
 
 class Thinking(Struct, frozen=True):
-    """Whether the model thinks first: for at most `budget_tokens` (enabled), as it sees fit (adaptive), or not."""
+    """Whether the model thinks first: yes (enabled), as it sees fit (adaptive), or not. Nothing enforces the budget."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: PositiveInt | None = None

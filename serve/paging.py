@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Pages that one compiled copy moves; the largest is also the unit of a restore.
 BATCHES = (16, 4, 1)
+# Bytes: where XLA takes an array over as it is.
+ALIGNMENT = 64
 # Slices that are read before they are needed.
 READ_AHEAD = 4
 # A sequence waits to hear what the tiers have before it is computed, but not for long, and not if it is soon computed.
@@ -73,6 +75,13 @@ def batches(count: int) -> list[int]:
         sizes += [size] * (count // size)
         count %= size
     return sizes
+
+
+def staging(count: int, page_bytes: int) -> np.ndarray:
+    """Room for pages to be read to, [count, page_bytes] uint8; aligned, or a CPU would copy them once more."""
+    room = np.empty(count * page_bytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + count * page_bytes].reshape(count, page_bytes)
 
 
 @dataclass(frozen=True)
@@ -160,8 +169,8 @@ class Pager:
             restore.slices.popleft()
         for piece in list(restore.slices)[:READ_AHEAD]:
             if piece.loading is None:
-                keys = [page.key for page in piece.pages]
-                piece.loading = self.tiers.pages.fetch(keys, partial(self.load, piece.pages))
+                keys, data = [page.key for page in piece.pages], staging(len(piece.pages), self.moves.page_bytes)
+                piece.loading = self.tiers.pages.fetch(keys, data, partial(self.load, piece.pages, data))
                 piece.loading.add_done_callback(lambda _: self.wake())
 
     def plan(self, pages: list[StoredPage]) -> deque[Slice]:
@@ -179,20 +188,18 @@ class Pager:
             slices.extend(Slice(run_pages[at : at + BATCHES[0]]) for at in range(0, len(run_pages), BATCHES[0]))
         return slices
 
-    def load(self, pages: list[StoredPage], fetched: Fetched) -> Loaded:
+    def load(
+        self,
+        pages: list[StoredPage],
+        data: np.ndarray,  # [pages, page_bytes] uint8
+        fetched: Fetched,
+    ) -> Loaded:
         """Move what was read towards the device, up to the first page that is gone. On the reader's thread."""
-        sound = [p is not None and memoryview(p).nbytes == self.moves.page_bytes for p in fetched.payloads]
-        count = sound.index(False) if False in sound else len(sound)
+        count = fetched.sources.index(None) if None in fetched.sources else len(pages)
+        shaped = data.view(self.moves.dtype).reshape(-1, *self.moves.page_shape)
         arrays, at = [], 0
         for batch in batches(count):
-            data = np.stack(
-                [
-                    np.frombuffer(payload, self.moves.dtype).reshape(self.moves.page_shape)
-                    for payload in fetched.payloads[at : at + batch]
-                    if payload is not None
-                ]
-            )
-            arrays.append(jax.device_put(data))
+            arrays.append(jax.device_put(shaped[at : at + batch]))
             at += batch
         last = pages[count - 1]
         stop = last.index * self.page_size + last.tokens if count else 0

@@ -114,8 +114,9 @@ class AnswerStream:
     name; none offered: what looks like a call is text), a call comes as one piece once its arguments are complete,
     whether a tool of its name was offered or not: the client answers what is wrong with it. What begins like a call and
     is none is text, marks included, and is read on behind its first mark. Stop sequences are looked for in text alone.
-    With `thinking` the prompt has opened a block of thinking already. An answer that is bound to be JSON has the format
-    `of_json`: marks within it are text.
+    With `thinking` the prompt has opened a block of thinking already; `begun` are the tokens of an answer that goes on:
+    how the next ones read depends on them. An answer that is bound to be JSON has the format `of_json`: marks within it
+    are text.
     """
 
     def __init__(
@@ -125,8 +126,11 @@ class AnswerStream:
         stop_sequences: Sequence[str] = (),
         tools: Mapping[str, dict[str, Any]] | None = None,
         thinking: bool = False,
+        begun: Sequence[int] = (),
     ) -> None:
         self.characters = CharacterStream(backend, format.marks)
+        for token in begun[-PATIENCE:]:
+            self.characters.feed(token)
         self.format, self.stops, self.tools = format, tuple(stop_sequences), tools or {}
         think, unthink = format.think_marks or ("", "")
         marks = (think, *(format.openers if self.tools else ()))

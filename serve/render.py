@@ -9,11 +9,13 @@ request; that is `normalize`'s business.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +24,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import tokenizers
 from cachetools import LRUCache, cached
 
+from cache.disk import DiskTier
+from cache.environment import check_directory
+from cache.tiers import Tier
 from serve.formats import Format, within_thinking, write_turn
 from serve.messages import (
     Block,
@@ -33,11 +39,14 @@ from serve.messages import (
 )
 from serve.replay import Sampled
 from serve.template import Opening, Refused, Template, apply, fold, marker_turn, study, tools_ahead
-from serve.turns import Turn, answers, conversation, is_prefilled, tool_definitions
+from serve.turns import Turn, answers, conversation, is_prefilled, tool_definitions, wants_thinking
 
 log = logging.getLogger("tokenzero.render")
 
 SEGMENT_BYTES = 128 * 2**20  # of segments that are remembered, text and ids, about
+SEGMENT_FOLDER = "segments"  # below the store directory
+STORED_BYTES = 64 * 2**20  # of ids on disk
+STORED_CHARS = 1000  # shorter segments are sooner tokenised than read
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,12 @@ class Tokenizer:
     template: Template
 
 
-def load_tokenizer(folder: str, format_name: str | None = None) -> Tokenizer:
+def load_tokenizer(folder: str, format_name: str | None = None, store: Path | None = None) -> Tokenizer:
     """Read the tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `formats.choose`).
 
-    Raises ValueError if it is not a fast one, has no chat template or the format is unknown.
+    With a `store` directory, long segments that were tokenised are found there again after a restart. Raises ValueError
+    if the tokenizer is not a fast one, has no chat template or the format is unknown, StoreError for a directory of
+    another program or version.
     """
     from transformers import AutoTokenizer
 
@@ -68,20 +79,25 @@ def load_tokenizer(folder: str, format_name: str | None = None) -> Tokenizer:
         raise ValueError(
             f"{folder}: the tokenizer has no chat_template, which chat requests are rendered with: add one"
         )
-    return make_tokenizer(hf, format_name)
+    if store is None:
+        return make_tokenizer(hf, format_name)
+    check_directory(store)
+    return make_tokenizer(hf, format_name, DiskTier(store / SEGMENT_FOLDER, STORED_BYTES))
 
 
-def make_tokenizer(hf: Any, format_name: str | None = None) -> Tokenizer:
-    """Study a fast Hugging Face tokenizer and its chat template."""
-    encode = make_encoder(hf)
+def make_tokenizer(hf: Any, format_name: str | None = None, segments: Tier | None = None) -> Tokenizer:
+    """Study a fast Hugging Face tokenizer and its chat template; a tier of `segments` keeps the long ones."""
+    encode = make_encoder(hf, segments)
     return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name))
 
 
-def make_encoder(hf: Any) -> Callable[[str], np.ndarray]:
+def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.ndarray]:
     """`encode` for a tokenizer: by remembered segments where that is exact, else over the whole text."""
 
     def whole(text: str) -> np.ndarray:
-        return np.asarray(hf.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        # The fast way, which counts no characters, is there for batches only.
+        (encoding,) = hf.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.asarray(encoding.ids, np.int32)
 
     if not splits_at_added_tokens(hf):
         return whole
@@ -90,7 +106,7 @@ def make_encoder(hf: Any) -> Callable[[str], np.ndarray]:
     cut = re.compile("(" + "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)) + ")")
     # Bounded by size and not by number, since it is the clients who choose how long a segment is.
     memory: LRUCache[Any, np.ndarray] = LRUCache(maxsize=SEGMENT_BYTES, getsizeof=lambda ids: 2 * ids.nbytes)
-    remembered = cached(memory, lock=Lock())(whole)
+    remembered = cached(memory, lock=Lock())(stored(whole, identity(hf), segments) if segments else whole)
 
     def encode(text: str) -> np.ndarray:
         pieces = [p for p in cut.split(text) if p]
@@ -98,6 +114,30 @@ def make_encoder(hf: Any) -> Callable[[str], np.ndarray]:
         return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
     return encode
+
+
+def stored(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) -> Callable[[str], np.ndarray]:
+    """`tokenize`, whose results for long texts are kept in a tier under the tokenizer's identity and the text."""
+    writer = ThreadPoolExecutor(1, "segments")
+
+    def recall(text: str) -> np.ndarray:
+        if len(text) < STORED_CHARS:
+            return tokenize(text)
+        key = hashlib.blake2b(tokenizer + text.encode(), digest_size=32).digest()
+        (record,) = tier.get_many([key])
+        if record is not None:
+            return np.frombuffer(record, "<i4").astype(np.int32)
+        ids = tokenize(text)
+        writer.submit(tier.put_many, [(key, ids.astype("<i4").tobytes())])
+        return ids
+
+    return recall
+
+
+def identity(hf: Any) -> bytes:
+    """What tells a tokenizer from all that might give other ids: 32 bytes."""
+    described = f"{tokenizers.__version__}\n{hf.backend_tokenizer.to_str()}"
+    return hashlib.blake2b(described.encode(), digest_size=32).digest()
 
 
 def make_follower(hf: Any, encode: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
@@ -218,7 +258,7 @@ class Conversation:
             guard(fold(conversation(request), template), template.controls, mark),
             answers(request.messages),
             guard(tool_definitions(request), template.controls, mark),
-            request.thinking is not None and request.thinking.type != "disabled",
+            wants_thinking(request),
             is_prefilled(request),
             tools_first,
         )

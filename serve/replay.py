@@ -56,8 +56,7 @@ class ReplayLog:
     """Answered turns by their content: the latest in memory, all in an LMDB environment below `directory`, if any.
 
     A record that `put` returned for survives a killed process within milliseconds, and a power cut after a few seconds;
-    a damaged one is a miss. Any thread may use it. Open the pages' own tier in `directory` first: it takes a folder
-    that holds something else for another program's. Raises StoreError for such a folder below `directory`.
+    a damaged one is a miss. Any thread may use it. Raises StoreError for a folder that holds something else.
     """
 
     def __init__(

@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -164,17 +163,15 @@ def make_serving(
         constrain=constrain,
         metrics=ServerMetrics(engine),
         divergences=Divergences(
-            vocabulary_of(tokenizer.hf), engine.settings.page_size, partial(prefill_s, engine), trace_text
+            vocabulary_of(tokenizer.hf),
+            engine.settings.page_size,
+            lambda start, stop: engine.cost.prefill_s(start, stop),  # the engine's cost model grows as it measures
+            trace_text,
         ),
         volatility=Volatility(trace_text),
         template_history=template_history,
         dispatch=dispatch,
     )
-
-
-def prefill_s(engine: eng.Engine, start: int, stop: int) -> float:
-    """Seconds that computing tokens [start, stop) takes, by what was measured; infinite if nothing was."""
-    return engine.pager.cost.prefill_s(start, stop) if engine.pager else inf
 
 
 def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:
@@ -279,18 +276,8 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
     `message_start` comes with the first token, when the counts of its usage are known. `received` is when the request's
     last byte came, as `time.perf_counter` tells it.
     """
-    message = prepared.message
-    choice = message.tool_choice
-    offered = () if choice and choice.type == "none" else message.tools or ()
-    one_call = choice is not None and choice.disable_parallel_tool_use
-    form, config = serving.tokenizer.template.format, message.output_config
-    pieces = AnswerStream(
-        serving.tokenizer.hf.backend_tokenizer,
-        of_json(form) if config and config.format else form,
-        message.stop_sequences or (),
-        {tool.name: tool.input_schema for tool in offered},
-        prepared.prompt.thinking,
-    )
+    message, pieces = prepared.message, answer_stream(serving, prepared)
+    one_call = message.tool_choice is not None and message.tool_choice.disable_parallel_tool_use
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
     usage, told, sampled, silent_since = Usage(0), False, 0, time.perf_counter()
@@ -336,7 +323,7 @@ async def answer(serving: Serving, prepared: Prepared, received: float) -> Async
                         yield dispatched(piece, content.calls - 1)
                     if one_call:
                         # The model does not get to close it: the history has it closed all the same.
-                        closing = behind_call(form, piece).removeprefix(pieces.source.text[pieces.sent :])
+                        closing = behind_call(pieces.format).removeprefix(pieces.source.text[pieces.sent :])
                         ids += serving.tokenizer.follow(closing).tolist()
                         break
             if stop is not None or (content.calls and one_call):
@@ -375,6 +362,21 @@ def trace(serving: Serving, prepared: Prepared, by_tier: dict[str, int]) -> Diag
     except Exception:  # a report is not worth an answer
         log.exception("no report on %s", prepared.id)
     return diagnostics
+
+
+def answer_stream(serving: Serving, prepared: Prepared) -> AnswerStream:
+    """What reads the answer to a request."""
+    message, form = prepared.message, serving.tokenizer.template.format
+    choice, config = message.tool_choice, message.output_config
+    offered = () if choice and choice.type == "none" else message.tools or ()
+    return AnswerStream(
+        serving.tokenizer.hf.backend_tokenizer,
+        of_json(form) if config and config.format else form,
+        message.stop_sequences or (),
+        {tool.name: tool.input_schema for tool in offered},
+        prepared.prompt.thinking,
+        prepared.prompt.begun.tolist(),
+    )
 
 
 def dispatched(call: Call, index: int) -> ToolCallDispatch:

@@ -28,6 +28,11 @@ def is_prefilled(request: CountTokensRequest) -> bool:
     return last.role == "assistant" and not any(isinstance(b, ToolUseBlock) for b in blocks(last))
 
 
+def wants_thinking(request: CountTokensRequest) -> bool:
+    """Whether the model is to think; one that was not asked to may do so all the same."""
+    return request.thinking is not None and request.thinking.type != "disabled"
+
+
 def joined(messages: Sequence[InputMessage]) -> list[InputMessage]:
     """The messages, with neighbouring ones of the assistant as one: some clients split an answer."""
     result: list[InputMessage] = []

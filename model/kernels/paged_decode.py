@@ -89,10 +89,7 @@ def attend(
     part, kv_head, seq, warpgroup = (lax.axis_index(name) for name in ("part", "kv_head", "seq", "warpgroup"))
     first, count, position = starts[seq], starts[seq + 1] - starts[seq], prefix[seq]
     keys = jnp.where(count > 0, position + count, 0)
-    blocks = lax.div(keys + (tuning.block_kv - 1), jnp.int32(tuning.block_kv))
-    share = lax.div(blocks + (launch.parts - 1), jnp.int32(launch.parts))
-    start = jnp.minimum(part * share, blocks)
-    stop = jnp.minimum(start + share, blocks)
+    start, stop = ring.share_of_keys(keys, tuning.block_kv, part, launch.parts)
 
     @pl.when(warpgroup == COMPUTE)
     def _() -> None:

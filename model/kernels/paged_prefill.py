@@ -89,10 +89,7 @@ def attend(
     tile = launch.tiles - 1 - lax.axis_index("tile")
     kv_head, part, warpgroup = (lax.axis_index(name) for name in ("kv_head", "part", "warpgroup"))
     seq, first, end, position, keys = (tiles[tile, i] for i in range(5))
-    blocks = lax.div(keys + (tuning.block_kv - 1), jnp.int32(tuning.block_kv))
-    share = lax.div(blocks + (launch.parts - 1), jnp.int32(launch.parts))
-    start = jnp.minimum(part * share, blocks)
-    stop = jnp.minimum(start + share, blocks)
+    start, stop = ring.share_of_keys(keys, tuning.block_kv, part, launch.parts)
 
     @pl.when(warpgroup == COMPUTE)
     def _() -> None:

@@ -45,6 +45,14 @@ def ring_types(stages: int, block: int, head_dim: int, page_size: int, readers: 
     return Ring(stage, stage, full, full, free, free)
 
 
+def share_of_keys(keys: jax.Array, block: int, part: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """The blocks `start` to `stop` that are one part's of `keys` keys; the last parts may have none."""
+    blocks = lax.div(keys + (block - 1), jnp.int32(block))
+    share = lax.div(blocks + (parts - 1), jnp.int32(parts))
+    start = jnp.minimum(part * share, blocks)
+    return start, jnp.minimum(start + share, blocks)
+
+
 def fill(
     ring: Ring,
     k: Any,  # [layers, pages, kv_heads, page_size, head_dim] in device memory

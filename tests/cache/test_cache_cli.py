@@ -1,3 +1,4 @@
+import argparse
 import os
 import re
 import subprocess
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 from storage_children import items, key_of, keys, page_of, right
 
-from cache.__main__ import main, parse_bytes, show_bytes
+from cache.__main__ import main
 from cache.disk import DiskTier
 from cache.environment import FORMAT
+from cache.sizes import parse_bytes, show_bytes
 
 MIB = 1 << 20
 
@@ -100,7 +102,6 @@ def test_prune_keeps_what_was_used_last(store, capsys):
         (["ls", "--store", "DIR/none"], "found no tokenzero-pages-v1/data.mdb, expected a store"),
         (["ls", "--store", "s3://bucket/"], "expected a directory"),
         (["ls", "--store", "DIR/other"], "another program"),
-        (["prune", "--store", "DIR/store", "--store-bytes", "much"], "size is 'much', expected"),
     ],
 )
 def test_errors_say_what_was_found_and_what_to_do(store, arguments, expected, capsys):
@@ -113,8 +114,15 @@ def test_errors_say_what_was_found_and_what_to_do(store, arguments, expected, ca
     assert not (store.parent / "none").exists()
 
 
+def test_a_size_that_is_none_is_refused_by_the_name_of_its_flag(store, capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--store", str(store), "--store-bytes", "much"])
+    assert "--store-bytes: expected a size such as 4GB or 512MiB, got 'much'" in capsys.readouterr().err
+
+
 def test_sizes_are_read_and_shown_in_units():
     assert [parse_bytes(t) for t in ("20GB", "1.5 KiB", "7", "2mib")] == [20 * 10**9, 1536, 7, 2 * MIB]
     assert [show_bytes(n) for n in (0, 1023, 1536, 20 * MIB)] == ["0 B", "1023 B", "1.5 KiB", "20.0 MiB"]
-    with pytest.raises(ValueError, match="20GB"):
-        parse_bytes("20 potatoes")
+    for text in ("20 potatoes", "-1", "1e9", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a size"):
+            parse_bytes(text)

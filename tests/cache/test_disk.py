@@ -381,6 +381,18 @@ def test_a_directory_of_another_program_or_version_is_refused_and_left_as_it_was
     assert snapshot(tmp_path) == before
 
 
+def test_stores_in_one_directory_may_be_opened_in_any_order(tmp_path):
+    for directory in (tmp_path / "replay", tmp_path, tmp_path / "segments"):
+        tier = DiskTier(directory, MIB)
+        tier.put_many(items([1]))
+        assert right(tier, [1]) == [True]
+        tier.close()
+    (tmp_path / "letter.txt").write_bytes(b"mine")
+    shutil.rmtree(tmp_path / FORMAT)
+    with pytest.raises(StoreError, match=r"another program \(letter.txt\)"):
+        DiskTier(tmp_path, MIB)
+
+
 def test_a_file_in_place_of_the_directory_is_refused_and_left_as_it_was(tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(StoreError, match="found a file, expected a directory"):

@@ -1,11 +1,14 @@
 import threading
 from collections import OrderedDict
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_children import items, key_of, keys, page_of, right
 
 from cache.disk import DiskTier
+from cache.remote import RemoteTier
 from cache.tiers import SEAL, SEARCH_STEP, HostTier, TieredPages, seal
 
 MIB = 1 << 20
@@ -90,15 +93,37 @@ def test_a_touched_page_outlives_pages_that_were_used_before_it(tmp_path):
 def test_a_fetch_takes_each_page_from_its_fastest_tier_and_keeps_it_in_memory(tmp_path):
     host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
     pages = TieredPages([host, disk])
-    host.put_many(items([0]))
-    disk.put_many(items([0, 1, 2]))
-    fetched = pages.fetch(keys([0, 1, 2, 3]), lambda found: found).result(10)
-    assert fetched.payloads == [page_of(0), page_of(1), page_of(2), None]
+    stored = [(key_of(i), page_of(7 * i)) for i in range(3)]  # of one size
+    host.put_many(stored[:1])
+    disk.put_many(stored)
+    rows = np.zeros((4, len(stored[0][1])), np.uint8)
+    fetched = pages.fetch(keys([0, 1, 2, 3]), rows, lambda found: found).result(10)
+    assert [row.tobytes() for row in rows[:3]] == [page for _, page in stored]
     assert fetched.sources == ["host", "disk", "disk", None]
     assert set(fetched.seconds) == {"host", "disk"}
-    assert pages.fetch(keys([2, 1]), lambda found: found.sources).result(10) == ["host", "host"]
+    rows[:] = 0  # what host memory keeps is its own
+    assert pages.fetch(keys([2, 1]), rows[:2], lambda found: found.sources).result(10) == ["host", "host"]
+    assert [row.tobytes() for row in rows[:2]] == [stored[2][1], stored[1][1]]
     assert [stats.name for stats in pages.stats()] == ["host", "disk"]
     pages.close()
+
+
+@pytest.mark.parametrize("kind", ["host", "disk", "remote"])
+def test_a_page_is_read_into_its_slot_and_one_of_another_size_is_a_miss_that_stays(tmp_path, kind):
+    tier = {
+        "host": lambda: HostTier(MIB),
+        "disk": lambda: DiskTier(tmp_path, MIB),
+        "remote": lambda: RemoteTier(f"file://{tmp_path}/shared"),
+    }[kind]()
+    tier.put_many(items([0, 1, 7]))
+    slots = np.zeros((4, len(page_of(0))), np.uint8)
+    found = tier.get_many(keys([7, 1, 99, 0]), slots)
+    assert [payload is not None for payload in found] == [True, False, False, True]
+    assert [slots[0].tobytes(), slots[3].tobytes()] == [page_of(7), page_of(0)]
+    stats = tier.stats()
+    assert (stats.hits, stats.misses, stats.corrupt, stats.bytes_read) == (2, 2, 0, 2 * len(page_of(0)))
+    assert right(tier, [1]) == [True]
+    tier.close()
 
 
 def test_host_memory_serves_many_threads():

@@ -4,17 +4,17 @@ import dataclasses
 import logging
 import re
 
+import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.kernels_aot import MODEL, forward_with, pool_sized, variants
+from experiments.kernels_aot import MODEL, forward_with, keys_beside_pool, pool_sized, variants
 from model.attention import Batch, reference
 from model.kernels import compat, dispatch, online_softmax, paged_decode, paged_prefill
-from model.kv import KVPool
 
-LAYERS, PAGE = 2, 64
+PAGE = 64
 
 interpreted = pytest.mark.skipif(
     not compat.CAN_INTERPRET,
@@ -22,35 +22,10 @@ interpreted = pytest.mark.skipif(
 )
 
 
-def ragged(prefixes, chunks, *, kv_heads=1, group=4, head_dim=64, page=PAGE, spare_seqs=0, spare_tokens=0, seed=0):
-    """Random queries, pool and batch in bf16; every slot that no query may see holds NaN."""
-    rng = np.random.default_rng(seed)
-    lengths = [p + c for p, c in zip(prefixes, chunks, strict=True)]
-    counts = [-(-length // page) for length in lengths]
-    shuffled = rng.permutation(sum(counts) + 5)
-    shape = (LAYERS, len(shuffled), kv_heads, page, head_dim)
-    k, v = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-    table = np.full((len(chunks) + spare_seqs, max(counts) + 1), shuffled[-1], np.int32)
-    ends = np.cumsum(counts)
-    for s, (length, count, end) in enumerate(zip(lengths, counts, ends, strict=True)):
-        table[s, :count] = shuffled[end - count : end]
-        for i, number in enumerate(table[s, :count]):
-            filled = min(page, length - i * page)
-            for side in (k, v):
-                side[:, number, :, :filled] = rng.normal(size=(LAYERS, kv_heads, filled, head_dim))
-    starts = np.full(len(table) + 1, sum(chunks), np.int32)
-    starts[: len(chunks) + 1] = np.concatenate([[0], np.cumsum(chunks)])
-    tokens = sum(chunks) + spare_tokens
-    batch = Batch(
-        tokens=jnp.zeros(tokens, jnp.int32),
-        starts=jnp.asarray(starts),
-        prefix=jnp.asarray([*prefixes, *[0] * spare_seqs], jnp.int32),
-        block_table=jnp.asarray(table),
-        rows=jnp.zeros(1, jnp.int32),
-        max_chunk=max(chunks),
+def ragged(prefixes, chunks, *, kv_heads=1, group=4, head_dim=64, page=PAGE, **spare):
+    return batches.ragged(
+        prefixes, chunks, kv_heads=kv_heads, group=group, head_dim=head_dim, page=page, dtype=jnp.bfloat16, **spare
     )
-    q = jnp.asarray(rng.normal(size=(tokens, kv_heads, group, head_dim)), jnp.bfloat16)
-    return q, KVPool(k=jnp.asarray(k, jnp.bfloat16), v=jnp.asarray(v, jnp.bfloat16)), batch
 
 
 def assert_matches_reference(kernel, q, pool, batch, **options):
@@ -146,6 +121,13 @@ def test_copies_of_the_pool_are_found_in_a_compiled_program():
     assert not pool_sized(kept, pool)
     assert len(pool_sized(f"{kept}\n  %s = bf16[1,{size}]{{4,3,2,1,0}} dynamic-slice(%p, %i)", pool)) == 1
     assert len(pool_sized(f"{kept}\n  %s = bf16[2,{size}]{{4,3,2,1,0}} copy(%p)", pool)) == 1
+
+
+def test_keys_written_beside_the_pool_are_found_in_a_compiled_program():
+    kept = "%fused_scatter (p: f32[]) -> bf16[9] {\n  %k = bf16[64,8,128]{2,1,0} convert(%p)\n}\n\n%main (p: f32[]) {\n"
+    assert not keys_beside_pool(f"{kept}  %qkv = bf16[64,6144]{{1,0}} fusion(%p)\n}}", 64, MODEL)
+    assert len(keys_beside_pool(f"{kept}  %k = bf16[64,8,128]{{2,1,0}} fusion(%p)\n}}", 64, MODEL)) == 1
+    assert len(keys_beside_pool(f"{kept}  %k = bf16[64,1024]{{1,0}} copy(%p)\n}}", 64, MODEL)) == 1
 
 
 @pytest.mark.parametrize("seed", range(10))

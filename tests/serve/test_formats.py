@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.calls import Call
-from serve.formats import BY_NAME, SPACE, choose, mistral_id, of_json, within_thinking, write_turn
+from serve.formats import BY_NAME, SPACE, behind_call, choose, mistral_id, of_json, within_thinking, write_turn
 from serve.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.parse import AnswerStream, Stopped, Text, Thinking, ThinkingEnd
 from serve.schemas import types_of
@@ -198,6 +198,18 @@ def test_a_calls_id_ends_with_mistrals_own_so_that_the_results_name_it():
         (call,) = AnswerStream(backend(), BY_NAME[name], (), TOOLS).read(text)
         assert mistral_id(call.id) == (own or call.id[-9:])
         assert len(call.id) == len("toolu_") + 24 + 9 * bool(own)
+
+
+def test_what_stands_behind_a_call_is_known_for_every_format():
+    assert {name: behind_call(format) for name, format in BY_NAME.items() if format.call} == {
+        "qwen3_coder": "\n</tool_call>",
+        "hermes": "\n</tool_call>",
+        "mistral": "]",
+        "mistral_args": "",
+        "deepseek": "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "deepseek_v31": "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "llama3": "",
+    }
 
 
 def test_a_call_inside_thinking_is_thinking_and_a_stop_sequence_inside_a_call_is_not_one():

@@ -116,8 +116,8 @@ def test_a_page_that_vanishes_between_lookup_and_reading_is_computed(model, tmp_
     tiers = tiers_of(tmp_path)
     (disk,) = tiers.pages.tiers
     read = disk.get_many
-    disk.get_many = lambda wanted: [
-        None if key == keys[7] else page for key, page in zip(wanted, read(wanted), strict=True)
+    disk.get_many = lambda wanted, into: [
+        None if key == keys[7] else page for key, page in zip(wanted, read(wanted, into), strict=True)
     ]
     with Running(model, tiers) as engine:
         output, started, _ = generate(engine, tokens, 4)

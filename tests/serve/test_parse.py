@@ -139,11 +139,17 @@ def test_characters_that_never_end_with_a_token_are_whole() -> None:
     assert "".join(pieces) == "é" * 41
 
 
-def test_bytes_of_a_sentencepiece_vocabulary_join_to_characters() -> None:
+def sentencepiece() -> Tokenizer:
+    """The decoder of a SentencePiece vocabulary with one letter and all bytes."""
     words = ["<unk>", "▁", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def test_bytes_of_a_sentencepiece_vocabulary_join_to_characters() -> None:
+    tokenizer = sentencepiece()
     for text in ("a a", "🙂🙂é a €", "é" * 20, "a \ufffd"):
         tokens = [c if c == "a" else "▁" if c == " " else [f"<0x{b:02X}>" for b in c.encode()] for c in text]
         flat = [token for group in tokens for token in ([group] if isinstance(group, str) else group)]
@@ -151,6 +157,18 @@ def test_bytes_of_a_sentencepiece_vocabulary_join_to_characters() -> None:
         # As an answer begins: the blank before the first word belongs to the vocabulary, not to the text.
         pieces = [piece for token in ["▁", *flat] for piece in stream.feed(tokenizer.token_to_id(token))]
         assert said(pieces + stream.finish())[0] == text
+
+
+def test_an_answer_that_goes_on_keeps_its_first_blank_and_the_rest_of_a_character() -> None:
+    tokenizer = sentencepiece()
+    for begun, rest, text in (
+        (["▁", "a"], ["▁", "a"], " a"),
+        (["a", "<0xC3>"], ["<0xA9>", "a"], "éa"),
+        ([], ["▁", "a"], "a"),
+    ):
+        first, then = ([tokenizer.token_to_id(token) for token in tokens] for tokens in (begun, rest))
+        stream = AnswerStream(tokenizer, NONE, begun=first)
+        assert said([piece for token in then for piece in stream.feed(token)])[0] == text
 
 
 def test_tokens_that_the_tokenizer_does_not_know_add_nothing() -> None:

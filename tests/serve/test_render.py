@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ import pytest
 from families import FAMILIES, Family, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talking import eventually
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from cache.disk import DiskTier
+from cache.tiers import HostTier
 from serve.messages import CountTokensRequest, InputMessage, InvalidRequest, TextBlock, decode_count_tokens
 from serve.render import (
+    STORED_CHARS,
     Tokenizer,
     load_tokenizer,
     make_encoder,
@@ -284,9 +289,9 @@ class TestSegments:
         class Watched:
             """The backend, with a record of what it was asked for."""
 
-            def encode(self, value: str, add_special_tokens: bool) -> Any:
-                seen.append(value)
-                return hf.backend_tokenizer.encode(value, add_special_tokens=add_special_tokens)
+            def encode_batch_fast(self, values: list[str], add_special_tokens: bool) -> Any:
+                seen.extend(values)
+                return hf.backend_tokenizer.encode_batch_fast(values, add_special_tokens=add_special_tokens)
 
             def to_str(self) -> str:
                 return hf.backend_tokenizer.to_str()
@@ -301,6 +306,24 @@ class TestSegments:
         encode("first<|end|>second<|end|>")
         encode("first<|end|>second<|end|>third")
         assert seen == ["first", "second", "third"]
+
+    def test_a_long_segment_is_found_in_the_store_by_the_next_process(self, tmp_path: Path) -> None:
+        hf, long, tier = byte_level(), "ab é🙂" * STORED_CHARS, DiskTier(tmp_path, 10**7)
+        ids = make_encoder(hf, tier)(f"{long}<|end|>short").tolist()
+        assert ids == whole(hf, f"{long}<|end|>short")
+        eventually(lambda: tier.stats().pages == 1, "the long segment is stored, the short one is not")
+        tier.close()
+        tier = DiskTier(tmp_path, 10**7)
+        assert make_encoder(hf, tier)(f"{long}<|end|>short").tolist() == ids
+        assert tier.stats().hits == 1
+        tier.close()
+
+    def test_another_tokenizer_does_not_find_the_segments_of_this_one(self) -> None:
+        tier, long, other = HostTier(10**7), "the ab" * STORED_CHARS, tokenizer_of(FAMILIES[0]).hf
+        make_encoder(byte_level(), tier)(long)
+        eventually(lambda: tier.stats().pages == 1, "the segment is stored")
+        assert make_encoder(other, tier)(long).tolist() == whole(other, long)
+        assert tier.stats().hits == 0
 
     def test_a_sentencepiece_tokenizer_is_given_the_whole_text(self) -> None:
         hf = metaspace()
