@@ -60,9 +60,7 @@ def running_server(
 
     Raises RuntimeError with the end of its log if it stops before it is ready.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, *program, "--model", str(model), "--port", str(port), *flags]
     with open(log, "w") if log else open("/dev/null", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -77,6 +75,13 @@ def running_server(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def wait_until_ready(server: Server, log: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`python -m serve --model DIR`: load a checkpoint, compile, and serve it; `explain` compares two requests."""
+"""`python -m serve --model DIR`: load a checkpoint, compile, and serve it; `explain` and `proxy` do without one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(
         prog="python -m serve",
         usage="%(prog)s --model DIR_OR_ID [options]",
-        epilog="%(prog)s explain A.json B.json says where two captured requests diverge, and why.",
+        epilog="%(prog)s explain A.json B.json says where two captured requests diverge, and why; "
+        "%(prog)s proxy --upstream URL puts the rules in front of another engine.",
         description="Serve a Hugging Face checkpoint over the Anthropic Messages API, with every prefix cached.",
     )
     model = cli.add_argument_group("model")
@@ -288,12 +289,17 @@ def set_up_jax() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, load, compile, serve until interrupted; or explain."""
+    """Parse, load, compile, serve until interrupted; or explain, or forward."""
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["explain"]:
         from serve.diagnose import main as explain
 
         explain(given[1:])
+        return
+    if given[:1] == ["proxy"]:
+        from serve.proxy import main as proxy
+
+        proxy(given[1:])
         return
     cli = parser()
     args = cli.parse_args(given)

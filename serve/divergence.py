@@ -86,7 +86,7 @@ class Difference:
 
 
 class Report(Struct, frozen=True, omit_defaults=True):
-    """What a request found in the cache, and what kept it from finding more. `position` and lengths are in tokens."""
+    """What a request found in the cache, and what kept it from finding more. `position` and lengths are in `unit`."""
 
     id: str
     time: float  # seconds since 1970
@@ -103,6 +103,7 @@ class Report(Struct, frozen=True, omit_defaults=True):
     lost_tokens: int = 0  # of these recomputed, the ones that the nearest sequence held, at most
     lost_ms: float | None = None  # what computing them took, by the cost model; None if it knows nothing
     rules: tuple[str, ...] = ()  # that changed the request, with their places
+    unit: str = "tokens"  # or characters, where no tokenizer is known
 
 
 class Divergences:
@@ -117,8 +118,10 @@ class Divergences:
         page_size: int,
         prefill_s: Callable[[int, int], float] = lambda start, stop: math.inf,
         show_text: bool = True,
+        unit: str = "tokens",
     ) -> None:
         self.vocabulary, self.page_size, self.prefill_s, self.show_text = vocabulary, page_size, prefill_s, show_text
+        self.unit = unit
         self.seen: deque[Seen] = deque(maxlen=REMEMBERED)
         self.reports: deque[Report] = deque(maxlen=REPORTED)
         self.lock = Lock()
@@ -129,7 +132,8 @@ class Divergences:
             others = list(self.seen)
             self.seen.append(new)
         made = report(new, others, by_tier, self.vocabulary, self.page_size, self.prefill_s)
-        made = msgspec.structs.replace(made, rules=rules, **({} if self.show_text else {"here": None, "there": None}))
+        hidden = {} if self.show_text else {"here": None, "there": None}
+        made = msgspec.structs.replace(made, rules=rules, unit=self.unit, **hidden)
         with self.lock:
             self.reports.append(made)
         if made.cause and made.cause not in UNAVOIDABLE:
@@ -363,9 +367,9 @@ def miss_reason(cause: str, missed: int) -> CacheMissReason:
 def sentence(made: Report) -> str:
     """A report on one line."""
     parts = [
-        f"{made.id}: {made.reused_tokens:,} of {made.prompt_tokens:,} tokens reused,",
+        f"{made.id}: {made.reused_tokens:,} of {made.prompt_tokens:,} {made.unit} reused,",
         f"mismatch at {made.position:,} in {made.section}: {made.cause};",
-        f"up to {made.lost_tokens:,} tokens"
+        f"up to {made.lost_tokens:,} {made.unit}"
         + (f", {made.lost_ms:,.0f} ms" if made.lost_ms is not None else "")
         + " lost",
     ]

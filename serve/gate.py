@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
+from collections.abc import Mapping
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -62,7 +63,7 @@ class Gate:
         if declared.isdigit() and int(declared) > self.limit:
             text = f"request body: expected at most {self.limit} bytes, got {int(declared)}"
             await error_response(scope, 413, text)(scope, receive, labelled)
-        elif self.key and scope["path"] not in OPEN_PATHS and not self.admits(headers):
+        elif self.key and scope["path"] not in OPEN_PATHS and not admits(self.key, headers):
             await error_response(scope, 401, "invalid x-api-key")(scope, receive, labelled)
         else:
             try:
@@ -73,13 +74,13 @@ class Gate:
                 log.exception("%s %s failed", scope["method"], scope["path"])
                 await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, labelled)
 
-    def admits(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether x-api-key or a Bearer token equals the key, compared in constant time; clients may send both."""
-        assert self.key is not None
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        bearer = token.strip() if scheme.lower() == b"bearer" else b""
-        key = self.key.encode()
-        return hmac.compare_digest(headers.get(b"x-api-key", b""), key) | hmac.compare_digest(bearer, key)
+
+def admits(key: str, headers: Mapping[bytes, bytes]) -> bool:
+    """Whether x-api-key or a Bearer token equals the key, compared in constant time; clients may send both."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    bearer = token.strip() if scheme.lower() == b"bearer" else b""
+    expected = key.encode()
+    return hmac.compare_digest(headers.get(b"x-api-key", b""), expected) | hmac.compare_digest(bearer, expected)
 
 
 def error_response(scope: Scope, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -87,5 +88,6 @@ def error_response(scope: Scope, status: int, message: str, headers: dict[str, s
     path = scope["path"]
     if is_openai(path, dict(scope["headers"])):
         return Response(error_body(status, message, path), status_of(status), headers, media_type="application/json")
-    body = encode(Error(ErrorDetail(ERROR_TYPES.get(status, "invalid_request_error"), message)))
+    kind = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    body = encode(Error(ErrorDetail(kind, message)))
     return Response(body, status, headers, media_type="application/json")

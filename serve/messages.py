@@ -424,6 +424,7 @@ ERROR_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     500: "api_error",
+    504: "timeout_error",
     529: "overloaded_error",
 }
 ERROR_STATUS = {type: status for status, type in ERROR_TYPES.items()}

@@ -186,6 +186,36 @@ def known_rules(rules: Collection[str]) -> frozenset[str]:
     return frozenset(rules)
 
 
+class Edited(NamedTuple):
+    """What the rules make of one system text: the text to keep, what they did, what is to stand elsewhere."""
+
+    kept: str
+    notes: tuple[Applied | Unparsed, ...]
+    moved: tuple[str, ...]
+
+
+def edit_text(text: str, where: str, rules: Collection[str], movable: bool) -> Edited:
+    """Apply the named rules to one system text; those that move something only where it is `movable`."""
+    notes: list[Applied | Unparsed] = []
+    moved: list[str] = []
+    for name, rule in RULES.items():
+        if name not in rules or rule.edit is None or (rule.moves and not movable):
+            continue
+        kept, removed, unparsed = rule.edit(text)
+        if kept != text:
+            notes.append(Applied(name, where, removed))
+            moved.extend([removed] if rule.moves else [])
+        if unparsed:
+            notes.append(Unparsed(name, where, unparsed))
+        text = kept
+    return Edited(text, tuple(notes), tuple(moved))
+
+
+def joined(moved: Collection[str]) -> str:
+    """What was moved, as one text."""
+    return "\n\n".join(part.strip("\n") for part in moved)
+
+
 def normalize(request: R, rules: Collection[str]) -> Normalized[R]:
     """Apply the named rules to the system texts (`system`, and messages of role system) and tools of a request.
 
@@ -196,24 +226,16 @@ def normalize(request: R, rules: Collection[str]) -> Normalized[R]:
     moved: list[str] = []
 
     def edit(text: str, where: str) -> str:
-        for name, rule in RULES.items():
-            if name not in rules or rule.edit is None or (rule.moves and not where.startswith("system")):
-                continue
-            kept, removed, unparsed = rule.edit(text)
-            if kept != text:
-                notes.append(Applied(name, where, removed))
-                moved.extend([removed] if rule.moves else [])
-            if unparsed:
-                notes.append(Unparsed(name, where, unparsed))
-            text = kept
-        return text
+        edited = edit_text(text, where, rules, movable=where.startswith("system"))
+        notes.extend(edited.notes)
+        moved.extend(edited.moved)
+        return edited.kept
 
     system = request.system and _edit_content(request.system, "system", edit)
     messages = _edit_messages(request.messages, edit)
     if moved:
         at = 1 if messages[0].role == "user" else 0
-        text = "\n\n".join(part.strip("\n") for part in moved)
-        messages = (*messages[:at], InputMessage("system", text), *messages[at:])
+        messages = (*messages[:at], InputMessage("system", joined(moved)), *messages[at:])
     tools = request.tools
     for name, rule in RULES.items():
         if name in rules and rule.arrange and tools:

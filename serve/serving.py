@@ -63,7 +63,7 @@ from serve.messages import (
     new_id,
 )
 from serve.metrics import ServerMetrics
-from serve.normalize import DEFAULT_RULES, Normalized, normalize
+from serve.normalize import DEFAULT_RULES, Normalized, Unparsed, normalize
 from serve.outcomes import Outcomes, followed
 from serve.parse import AnswerStream, Call, Stopped
 from serve.render import Prompt, Recalled, Tokenizer, prompt
@@ -264,12 +264,17 @@ def report(serving: Serving, normalized: Normalized) -> None:
     """Count what the rules did, and log once what they could not read."""
     for odd in normalized.unparsed:
         serving.metrics.unparsed.inc()
-        shape = re.sub(r"=[^;\s]*", "=", odd.text)[:80]  # values may be fresh in every request
-        if shape not in serving.reported and len(serving.reported) < 1000:
-            serving.reported.add(shape)
-            log.warning("%s begins like a billing header but does not parse, and stays: %.120r", odd.where, odd.text)
+        warn_once(odd, serving.reported)
     for applied in normalized.applied:
         serving.metrics.normalized.labels(applied.rule).inc()
+
+
+def warn_once(odd: Unparsed, reported: set[str]) -> None:
+    """Log what a rule could not read, unless its shape is among those `reported`."""
+    shape = re.sub(r"=[^;\s]*", "=", odd.text)[:80]  # values may be fresh in every request
+    if shape not in reported and len(reported) < 1000:
+        reported.add(shape)
+        log.warning("%s begins like a billing header but does not parse, and stays: %.120r", odd.where, odd.text)
 
 
 def answer(serving: Serving, prepared: Prepared, received: float) -> AsyncGenerator[Event, None]:

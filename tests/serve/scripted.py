@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import uvicorn
 from forcing import Script
+from starlette.applications import Starlette
 from talking import eventually
 
 from model.config import ModelConfig
@@ -61,10 +62,15 @@ def saying(tokenizer: Tokenizer, vocab: int, answer: Callable[[MessagesRequest, 
     return lambda request, thinking_opened: Script([*answer(request, thinking_opened), end], vocab)
 
 
+def listening(serving: Serving) -> AbstractContextManager[str]:
+    """The application over an engine, as `answering` runs it."""
+    return answering(create_app(serving))
+
+
 @contextmanager
-def listening(serving: Serving) -> Iterator[str]:
-    """The application in a thread of this process, on a port of its own; its URL."""
-    server = uvicorn.Server(uvicorn.Config(create_app(serving), port=0, log_level="warning"))
+def answering(app: Starlette) -> Iterator[str]:
+    """An application in a thread of this process, on a port of its own; its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
