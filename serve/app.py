@@ -86,7 +86,7 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
             Route("/metrics", get_metrics, methods=["GET"]),
             Route("/api/hello", get_hello, methods=["GET"]),
             Route("/", get_root, methods=["GET"]),
-            *(Route(path, partial(get_asset, path), methods=["GET"]) for path in ASSETS),
+            *ASSET_ROUTES,
         ],
         middleware=[Middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, metrics=serving.metrics)],
         exception_handlers={
@@ -232,15 +232,21 @@ async def get_metrics(request: Request) -> Response:
 
 async def get_root(request: Request) -> Response:
     """`GET /`: the dashboard for browsers, and for other clients what `/api/hello` has."""
-    if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
-        return await get_asset(PAGE, request)
-    return await get_hello(request)
+    return await (get_asset(PAGE, request) if wants_page(request) else get_hello(request))
+
+
+def wants_page(request: Request) -> bool:
+    """Whether a browser asks, and not a client that probes."""
+    return request.method == "GET" and "text/html" in request.headers.get("accept", "")
 
 
 async def get_asset(path: str, request: Request) -> Response:
     """A file of the dashboard; browsers are to load nothing from elsewhere."""
     asset = ASSETS[path]
     return Response(asset.content, media_type=asset.media_type, headers=ASSET_HEADERS)
+
+
+ASSET_ROUTES = [Route(path, partial(get_asset, path), methods=["GET"]) for path in ASSETS]
 
 
 async def get_hello(request: Request) -> Response:

@@ -31,7 +31,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.app import MAX_BODY_BYTES, RULES_TOLD, get_request, get_requests, unless_gone
+from serve.app import (
+    ASSET_ROUTES,
+    MAX_BODY_BYTES,
+    RULES_TOLD,
+    get_asset,
+    get_request,
+    get_requests,
+    unless_gone,
+    wants_page,
+)
+from serve.assets import PAGE
 from serve.diagnose import Render, characters
 from serve.divergence import Divergences, Seen, nearest
 from serve.gate import OPEN_PATHS, admits, error_response
@@ -39,6 +49,7 @@ from serve.messages import CountTokensRequest, Error, ErrorDetail, InvalidReques
 from serve.normalize import DEFAULT_RULES, parse_rules
 from serve.openai import read_chat, read_responses
 from serve.openai.errors import error_body
+from serve.outcomes import Outcomes
 from serve.render import Prompt, load_tokenizer, prompt
 from serve.sections import CHARACTERS, Vocabulary, vocabulary_of
 from serve.serving import warn_once
@@ -120,6 +131,7 @@ class Reports:
         self.render = render
         self.divergences = Divergences(vocabulary, page_size=0, show_text=show_text, unit=unit)
         self.volatility = Volatility(show_text)
+        self.outcomes = Outcomes()
         self.thread = ThreadPoolExecutor(1, "reports")
         self.room = BoundedSemaphore(TRACED)
 
@@ -137,6 +149,7 @@ class Reports:
             # What the engine's cache holds is not known here: at best, what the nearest prompt shares.
             _, shared = nearest(new.tokens, [old for old in self.divergences.seen if old.model == new.model])
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
+            self.outcomes.note(chat.id, state="done")  # how the answer goes is the engine's to tell
             self.volatility.observe(chat.agent, request)
         except InvalidRequest as error:  # images, say: the engine may know what this package's server does not
             log.debug("no report on %s: %s", chat.id, error)
@@ -172,8 +185,23 @@ def routes(forward: ASGIApp) -> list[BaseRoute]:
     return [
         Route("/v1/requests", get_requests, methods=["GET"]),
         Route("/v1/requests/{id}", get_request, methods=["GET"]),
+        *ASSET_ROUTES,
+        Route("/", Root(forward)),
         Mount("", app=forward),
     ]
+
+
+class Root:
+    """At `/`: the dashboard for browsers, the engine's own answer for all others."""
+
+    def __init__(self, forward: ASGIApp) -> None:
+        self.forward = forward
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or forward."""
+        request = Request(scope)
+        app = await get_asset(PAGE, request) if wants_page(request) else self.forward
+        await app(scope, receive, send)
 
 
 class Locked:

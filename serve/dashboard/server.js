@@ -21,8 +21,10 @@ async function get(path) {
 
 // {data, volatile, causes, metrics}
 export async function poll() {
-  const [requests, metrics] = await Promise.all([get("/v1/requests"), get("/metrics")]);
-  return { ...(await requests.json()), metrics: parseMetrics(await metrics.text()) };
+  // Behind a proxy the metrics are another engine's, if it has any.
+  const metrics = get("/metrics").then((response) => response.text()).catch(() => "");
+  const requests = await get("/v1/requests");
+  return { ...(await requests.json()), metrics: parseMetrics(await metrics) };
 }
 
 // Prometheus text -> name -> [{labels, value}]

