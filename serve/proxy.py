@@ -360,7 +360,7 @@ async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send) -> None:
     encoded = b"content-encoding" in given
     kind = given.get(b"content-type", b"").partition(b";")[0].strip().lower()
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
-    if kind != b"text/event-stream" or encoded:
+    if kind != b"text/event-stream":
         body = b"".join([piece async for piece in pieces(answer)])
         if kind == b"application/json" and b"content-length" in given and not encoded and not is_json(body):
             raise UpstreamFault(502, f"the upstream failed: its {len(body)} bytes, as content-length says, are no JSON")
@@ -374,11 +374,13 @@ async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send) -> None:
         async for piece in pieces(answer):
             # Whole events only: an error must not end up within one.
             pending += piece
-            if end := end_of_events(pending):
+            if end := len(pending) if encoded else end_of_events(pending):
                 sent, pending = pending[:end], pending[end:]
                 await send({"type": "http.response.body", "body": sent, "more_body": True})
     except UpstreamFault as fault:
         log.warning("POST %s: a stream broke off: %s", chat.path, fault)
+        if encoded:
+            return  # as in `relay`
         pending = error_event(chat.path, str(fault), sent)
     await send({"type": "http.response.body", "body": pending})
 

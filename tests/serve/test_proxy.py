@@ -10,6 +10,7 @@ import struct
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -456,6 +457,35 @@ class TestFaults:
         else:
             assert name == ("event: error" if path == "/v1/messages" else "")
             self.error_in(error, path)
+
+    @pytest.mark.parametrize("ends", [True, False])
+    def test_a_compressed_stream_passes_as_it_comes(self, ends: bool) -> None:
+        events = b'data: {"a": 1}\n\n' * 9
+        read = threading.Event()
+
+        def compressing(connection: socket.socket, head: bytes, body: bytes) -> None:
+            packer = zlib.compressobj(wbits=31)
+            first = packer.compress(events) + packer.flush(zlib.Z_SYNC_FLUSH)
+            connection.sendall(EVENTS.replace(b"\r\n\r\n", b"\r\ncontent-encoding: gzip\r\n\r\n") + chunk(first))
+            assert read.wait(10), "the first events arrive before the others are sent"
+            if ends:
+                connection.sendall(chunk(packer.compress(events) + packer.flush()) + b"0\r\n\r\n")
+            connection.close()
+
+        def received(client: httpx.Client) -> bytes:
+            whole = b""
+            with client.stream("POST", "/v1/messages", json=ask("Hi", stream=True)) as answer:
+                for piece in answer.iter_bytes():
+                    whole += piece
+                    read.set()
+            return whole
+
+        with engine(compressing) as url, proxy_of(url) as client:
+            if ends:
+                assert received(client) == events * 2
+            else:
+                with pytest.raises(httpx.RemoteProtocolError):
+                    received(client)
 
     def test_openais_client_raises_what_the_event_says(self) -> None:
         def breaking(connection: socket.socket, head: bytes, body: bytes) -> None:
