@@ -138,6 +138,27 @@ class TestInFrontOfOurServer:
         assert (latest["id"], earlier["id"]) == tuple(r.headers["x-tokenzero-report"] for r in (second, first))
         assert keeping.get(f"/v1/requests/{latest['id']}").json()["sections"][0]["section"] == "system[0]"
 
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("path", CHATS)
+    def test_how_a_request_went_is_told(
+        self, path: str, stream: bool, client: httpx.Client, keeping: httpx.Client
+    ) -> None:
+        before = len(reports_on(keeping, 0))
+        keeping.post(path, json=asked(path, f"How did it go? {path} {stream}", stream))
+        latest = reports_on(keeping, before + 1)[0]
+        assert latest["state"] == "done"
+        assert ("ttft_ms" in latest) is stream
+        assert 0 < latest.get("generated_tokens", 0) <= 8 or (stream and path == "/v1/chat/completions")
+
+    def test_a_browser_sees_the_dashboard_and_others_the_engine(
+        self, client: httpx.Client, proxied: httpx.Client
+    ) -> None:
+        page = proxied.get("/", headers={"accept": "text/html,*/*"})
+        assert page.content == client.get("/", headers={"accept": "text/html"}).content
+        assert page.text.lower().startswith("<!doctype html>")
+        assert proxied.get("/").json() == client.get("/").json()
+        assert proxied.get("/dashboard/main.js").content == client.get("/dashboard/main.js").content
+
     def test_with_a_model_positions_are_its_tokens(self, client: httpx.Client, proxied: httpx.Client) -> None:
         before = len(reports_on(proxied, 0))
         answers = [proxied.post("/v1/messages", json=ask(f"Count {n}", max_tokens=1)) for n in (1, 2)]
