@@ -130,7 +130,9 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("paths", nargs="+", type=Path, metavar="FILE", help="two requests, or a folder of them")
     cli.add_argument("--model", metavar="DIR", help="checkpoint whose tokenizer counts (default: characters)")
     cli.add_argument("--normalize", metavar="RULES", help="one set of rules, comma-separated (default: compare many)")
+    cli.add_argument("--picture", type=Path, metavar="FILE", help="write the tables as an SVG picture, too")
     args = cli.parse_args(argv)
+    console = Console(record=args.picture is not None)
     render, vocabulary, unit = characters, CHARACTERS, "characters"
     try:
         named = {args.normalize: parse_rules(args.normalize)} if args.normalize else rule_sets()
@@ -144,8 +146,10 @@ def main(argv: Sequence[str]) -> None:
 
         for older, newer, old, new in requests:
             outcomes = {name: compare(old, new, rules, render, vocabulary) for name, rules in named.items()}
-            show(Console(), f"{older.name} -> {newer.name}, in {unit}", outcomes)
-    except (ValueError, InvalidRequest, RecursionError) as error:
+            show(console, f"{older.name} -> {newer.name}, in {unit}", outcomes)
+        if args.picture:
+            console.save_svg(str(args.picture), title="tokenzero explain")
+    except (OSError, ValueError, InvalidRequest, RecursionError) as error:
         sys.exit(f"explain: {error}")
 
 

@@ -16,11 +16,9 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from threading import BoundedSemaphore
 from urllib.parse import urlsplit
 
 import httpcore
@@ -43,19 +41,16 @@ from serve.app import (
     wants_page,
 )
 from serve.assets import PAGE
-from serve.diagnose import Render, characters
-from serve.divergence import Divergences, Seen, nearest
 from serve.gate import OPEN_PATHS, admits, error_response
-from serve.messages import CountTokensRequest, Error, ErrorDetail, InvalidRequest, decode_count_tokens, encode_event
+from serve.messages import CountTokensRequest, Error, ErrorDetail, encode_event
 from serve.normalize import DEFAULT_RULES, parse_rules
-from serve.openai import read_chat, read_responses
 from serve.openai.errors import error_body
 from serve.outcomes import Outcomes
 from serve.render import Prompt, load_tokenizer, prompt
-from serve.sections import CHARACTERS, Vocabulary, vocabulary_of
+from serve.reports import READERS, Chat, Reports
+from serve.sections import vocabulary_of
 from serve.serving import warn_once
 from serve.splice import FIELDS, normalize_body
-from serve.volatility import Volatility
 
 log = logging.getLogger("tokenzero.proxy")
 
@@ -69,14 +64,7 @@ BODILESS = (204, 304)  # statuses of answers without a body, whatever length the
 CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 4.0  # of an idle connection: uvicorn closes it after 5
 SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
-TRACED = 32  # requests that may wait for their report; a further one gets none
 REPORT_HEADER = b"x-tokenzero-report"  # the id under which the proxy reports on a request
-# The routes whose prompts are computed, and what reads them.
-READERS: dict[str, Callable[[bytes], CountTokensRequest]] = {
-    "/v1/messages": decode_count_tokens,
-    "/v1/chat/completions": lambda body: read_chat(body)[0],
-    "/v1/responses": lambda body: read_responses(body)[0],
-}
 # The first event with text, of any of the three APIs; a chunk that has nothing but a role is none.
 FIRST_TEXT = re.compile(
     rb'"content_block_delta"|_text\.delta"|arguments\.delta"|"delta": ?\{(?!"role":"assistant","content":""\})[^}]*"'
@@ -102,67 +90,12 @@ class Upstream:
         return host if self.port is None else b"%b:%d" % (host, self.port)
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A chat request as the rules left it."""
-
-    id: str  # of the report on it
-    path: str
-    agent: str  # the client's name
-    body: bytes
-    applied: tuple[str, ...]  # the rules that changed it, with their places
-    received: float  # when its last byte came, as `time.perf_counter` tells it
-
-
 class UpstreamFault(Exception):
     """The engine cannot be reached or breaks HTTP's rules; `status` is 502, or 504 where it is too slow."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
-
-
-class Reports:
-    """What requests share with those before them, found out one by one in a thread.
-
-    Positions are tokens of the prompts that `render` makes, in `vocabulary`; without them, characters.
-    """
-
-    def __init__(
-        self,
-        render: Render = characters,
-        vocabulary: Vocabulary = CHARACTERS,
-        unit: str = "characters",
-        show_text: bool = True,
-    ) -> None:
-        self.render = render
-        self.divergences = Divergences(vocabulary, page_size=0, show_text=show_text, unit=unit)
-        self.volatility = Volatility(show_text)
-        self.outcomes = Outcomes()
-        self.thread = ThreadPoolExecutor(1, "reports")
-        self.room = BoundedSemaphore(TRACED)
-
-    def submit(self, chat: Chat) -> None:
-        """Report on a request later, unless too many wait for that."""
-        if chat.path in READERS and self.room.acquire(blocking=False):
-            self.thread.submit(self.report, chat)
-
-    def report(self, chat: Chat) -> None:
-        """Compare a request with the latest ones, and remember it."""
-        try:
-            request = READERS[chat.path](chat.body)
-            made = self.render(request, False)
-            new = Seen(chat.id, request, made, made.tokens, request.model)
-            # What the engine's cache holds is not known here: at best, what the nearest prompt shares.
-            _, shared = nearest(new.tokens, [old for old in self.divergences.seen if old.model == new.model])
-            self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
-            self.volatility.observe(chat.agent, request)
-        except InvalidRequest as error:  # images, say: the engine may know what this package's server does not
-            log.debug("no report on %s: %s", chat.id, error)
-        except Exception:  # a report is not worth a request
-            log.exception("no report on %s", chat.id)
-        finally:
-            self.room.release()
 
 
 def create_proxy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -172,6 +173,12 @@ class TestCommand:
         assert "0.json -> 1.json" in shown
         assert "1.json -> 2.json" in shown
         assert shown.count("system[0]") == 2
+
+    def test_a_picture_shows_the_same(self, files: list[str], tmp_path: Path) -> None:
+        main(["explain", *files[:2], "--picture", str(tmp_path / "why.svg")])
+        drawn = ElementTree.parse(tmp_path / "why.svg").getroot()
+        assert drawn.tag.endswith("svg")
+        assert "preamble" in "".join(drawn.itertext())
 
     def test_with_a_model_positions_are_tokens(
         self, files: list[str], model_folder: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]

@@ -27,7 +27,8 @@ from talking import BILLING, FLAGS, Json, ask, eventually, is_idle, open_request
 
 from experiments.server import Server, running_server
 from serve.normalize import DEFAULT_RULES
-from serve.proxy import TRACED, Reports, create_proxy, main, parse_upstream
+from serve.proxy import create_proxy, main, parse_upstream
+from serve.reports import TRACED, Reports
 from serve.splice import FIELDS
 
 STREAM = anthropic.Stream[anthropic.types.RawMessageStreamEvent]
