@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -76,6 +77,11 @@ READERS: dict[str, Callable[[bytes], CountTokensRequest]] = {
     "/v1/chat/completions": lambda body: read_chat(body)[0],
     "/v1/responses": lambda body: read_responses(body)[0],
 }
+# The first event with text, of any of the three APIs; a chunk that has nothing but a role is none.
+FIRST_TEXT = re.compile(
+    rb'"content_block_delta"|_text\.delta"|arguments\.delta"|"delta": ?\{(?!"role":"assistant","content":""\})[^}]*"'
+)
+GENERATED = re.compile(rb'"(?:output|completion)_tokens": ?(\d+)')
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -105,6 +111,7 @@ class Chat:
     agent: str  # the client's name
     body: bytes
     applied: tuple[str, ...]  # the rules that changed it, with their places
+    received: float  # when its last byte came, as `time.perf_counter` tells it
 
 
 class UpstreamFault(Exception):
@@ -149,7 +156,6 @@ class Reports:
             # What the engine's cache holds is not known here: at best, what the nearest prompt shares.
             _, shared = nearest(new.tokens, [old for old in self.divergences.seen if old.model == new.model])
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
-            self.outcomes.note(chat.id, state="done")  # how the answer goes is the engine's to tell
             self.volatility.observe(chat.agent, request)
         except InvalidRequest as error:  # images, say: the engine may know what this package's server does not
             log.debug("no report on %s: %s", chat.id, error)
@@ -251,6 +257,7 @@ class Proxy:
         if request.method != "POST" or path not in FIELDS:
             return request.stream()
         body, rest = await read_whole(request.stream())
+        received = time.perf_counter()
         if rest is not None:
             return rest
         normal = normalize_body(body, path, self.rules)
@@ -258,7 +265,7 @@ class Proxy:
             warn_once(odd, self.reported)
         applied = tuple(f"{note.rule} {note.where}" for note in normal.applied)
         agent = request.headers.get("user-agent", "")
-        return Chat(f"req_{secrets.token_hex(12)}", path, agent, normal.body, applied)
+        return Chat(f"req_{secrets.token_hex(12)}", path, agent, normal.body, applied, received)
 
     async def exchange(
         self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event, send: Send
@@ -268,7 +275,7 @@ class Proxy:
             answer = await self.open(request, content, uploaded)
             try:
                 if isinstance(content, Chat) and answer.status not in BODILESS:
-                    await relay_chat(content, answer, send)
+                    await relay_chat(content, answer, send, self.reports.outcomes)
                 else:
                     await relay(answer, send)
             finally:
@@ -350,7 +357,7 @@ async def relay(answer: httpcore.Response, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send) -> None:
+async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, outcomes: Outcomes) -> None:
     """Hand on the answer to a chat request: event by event, or whole. Raises UpstreamFault before anything is sent."""
     given = {name.lower(): value for name, value in answer.headers}
     headers = end_to_end(answer.headers, b"content-length")
@@ -360,26 +367,37 @@ async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send) -> None:
     encoded = b"content-encoding" in given
     kind = given.get(b"content-type", b"").partition(b";")[0].strip().lower()
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
-    if kind != b"text/event-stream" or encoded:
+    if kind != b"text/event-stream":
         body = b"".join([piece async for piece in pieces(answer)])
         if kind == b"application/json" and b"content-length" in given and not encoded and not is_json(body):
             raise UpstreamFault(502, f"the upstream failed: its {len(body)} bytes, as content-length says, are no JSON")
         headers.append((b"content-length", str(len(body)).encode()))
         await send(start)
         await send({"type": "http.response.body", "body": body})
+        outcomes.note(chat.id, state="done", generated_tokens=generated_tokens(body))
         return
     await send(start)
-    sent = pending = b""
+    sent = pending = counted = b""
+    waiting, state = True, "broken off"
     try:
         async for piece in pieces(answer):
             # Whole events only: an error must not end up within one.
             pending += piece
-            if end := end_of_events(pending):
+            if end := len(pending) if encoded else end_of_events(pending):
                 sent, pending = pending[:end], pending[end:]
                 await send({"type": "http.response.body", "body": sent, "more_body": True})
+                counted = sent if b"_tokens" in sent else counted
+                if waiting and FIRST_TEXT.search(sent):
+                    waiting = False
+                    outcomes.note(chat.id, ttft_ms=1000 * (time.perf_counter() - chat.received))
+        state = "done"
     except UpstreamFault as fault:
         log.warning("POST %s: a stream broke off: %s", chat.path, fault)
+        if encoded:
+            return  # as in `relay`
         pending = error_event(chat.path, str(fault), sent)
+    finally:
+        outcomes.note(chat.id, state=state, generated_tokens=generated_tokens(counted))
     await send({"type": "http.response.body", "body": pending})
 
 
@@ -388,6 +406,12 @@ async def pieces(answer: httpcore.Response) -> AsyncIterator[bytes]:
     with faults():
         async for piece in answer.aiter_stream():
             yield piece
+
+
+def generated_tokens(answer: bytes) -> int:
+    """What an answer, or its latest events, tell of their usage; 0 if nothing."""
+    counts = GENERATED.findall(answer)
+    return int(counts[-1]) if counts else 0
 
 
 def end_of_events(data: bytes) -> int:

@@ -24,12 +24,14 @@ export function make(name, attributes = {}, ...children) {
   return element;
 }
 
-export const TIERS = ["device", "host", "disk", "remote"];
+// `expected`: behind a proxy, where nobody sees what the engine has cached.
+export const TIERS = ["device", "host", "disk", "remote", "expected"];
 export const KINDS = {
   device: "reused: device",
   host: "host",
   disk: "disk",
   remote: "remote",
+  expected: "expected in the cache",
   lost: "recomputed",
   fresh: "new",
   generated: "generated",

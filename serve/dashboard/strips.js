@@ -10,7 +10,7 @@ let pointed = null; // the point of a chart that it belongs to; null for the req
 let known = { requests: [], causes: {} };
 
 export function drawLegend(tiers) {
-  const kinds = Object.entries(KINDS).filter(([kind]) => !["host", "disk", "remote"].includes(kind) || tiers.has(kind));
+  const kinds = Object.entries(KINDS).filter(([kind]) => !["host", "disk", "remote", "expected"].includes(kind) || tiers.has(kind));
   const items = kinds.map(([kind, text]) => make("li", {}, make("i", { class: `run ${kind}` }), text));
   document.getElementById("legend").replaceChildren(
     ...items,

@@ -10,6 +10,7 @@ import struct
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +137,27 @@ class TestInFrontOfOurServer:
         assert (latest["here"][:5], latest["there"][:5]) == ("fffff", "00001")
         assert (latest["id"], earlier["id"]) == tuple(r.headers["x-tokenzero-report"] for r in (second, first))
         assert keeping.get(f"/v1/requests/{latest['id']}").json()["sections"][0]["section"] == "system[0]"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("path", CHATS)
+    def test_how_a_request_went_is_told(
+        self, path: str, stream: bool, client: httpx.Client, keeping: httpx.Client
+    ) -> None:
+        before = len(reports_on(keeping, 0))
+        keeping.post(path, json=asked(path, f"How did it go? {path} {stream}", stream))
+        latest = reports_on(keeping, before + 1)[0]
+        assert latest["state"] == "done"
+        assert ("ttft_ms" in latest) is stream
+        assert 0 < latest.get("generated_tokens", 0) <= 8 or (stream and path == "/v1/chat/completions")
+
+    def test_a_browser_sees_the_dashboard_and_others_the_engine(
+        self, client: httpx.Client, proxied: httpx.Client
+    ) -> None:
+        page = proxied.get("/", headers={"accept": "text/html,*/*"})
+        assert page.content == client.get("/", headers={"accept": "text/html"}).content
+        assert page.text.lower().startswith("<!doctype html>")
+        assert proxied.get("/").json() == client.get("/").json()
+        assert proxied.get("/dashboard/main.js").content == client.get("/dashboard/main.js").content
 
     def test_with_a_model_positions_are_its_tokens(self, client: httpx.Client, proxied: httpx.Client) -> None:
         before = len(reports_on(proxied, 0))
@@ -456,6 +478,35 @@ class TestFaults:
         else:
             assert name == ("event: error" if path == "/v1/messages" else "")
             self.error_in(error, path)
+
+    @pytest.mark.parametrize("ends", [True, False])
+    def test_a_compressed_stream_passes_as_it_comes(self, ends: bool) -> None:
+        events = b'data: {"a": 1}\n\n' * 9
+        read = threading.Event()
+
+        def compressing(connection: socket.socket, head: bytes, body: bytes) -> None:
+            packer = zlib.compressobj(wbits=31)
+            first = packer.compress(events) + packer.flush(zlib.Z_SYNC_FLUSH)
+            connection.sendall(EVENTS.replace(b"\r\n\r\n", b"\r\ncontent-encoding: gzip\r\n\r\n") + chunk(first))
+            assert read.wait(10), "the first events arrive before the others are sent"
+            if ends:
+                connection.sendall(chunk(packer.compress(events) + packer.flush()) + b"0\r\n\r\n")
+            connection.close()
+
+        def received(client: httpx.Client) -> bytes:
+            whole = b""
+            with client.stream("POST", "/v1/messages", json=ask("Hi", stream=True)) as answer:
+                for piece in answer.iter_bytes():
+                    whole += piece
+                    read.set()
+            return whole
+
+        with engine(compressing) as url, proxy_of(url) as client:
+            if ends:
+                assert received(client) == events * 2
+            else:
+                with pytest.raises(httpx.RemoteProtocolError):
+                    received(client)
 
     def test_openais_client_raises_what_the_event_says(self) -> None:
         def breaking(connection: socket.socket, head: bytes, body: bytes) -> None:
