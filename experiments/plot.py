@@ -161,15 +161,16 @@ def draw(folder: Path, console: Console) -> list[Path]:
     if len(arms(found)) > 1:
         written.append(folder / "arms.png")
         draw_arms(found, written[-1])
+    varying = [cell for cell in found if cell.point.arm == "varying"]
+    if len({cell.cached_tokens for cell in varying}) < 3:
+        return written  # no curve, and nothing that a model could be fitted to
     try:
-        fitted, found = fit_run(folder)
+        fitted, _ = fit_run(folder)
     except ValueError as error:
         console.print(f"no cost model: {error}")
         fitted = None
-    varying = [cell for cell in found if cell.point.arm == "varying"]
-    if len({cell.cached_tokens for cell in varying}) > 2:
-        written.append(folder / "position.png")
-        draw_position(varying, constants_of(fitted) if fitted else None, written[-1])
+    written.append(folder / "position.png")
+    draw_position(varying, constants_of(fitted) if fitted else None, written[-1])
     if fitted:
         console.print(constants_table(fitted))
         written.append(folder / "predicted.png")
