@@ -69,9 +69,9 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_file(path: Path, pages: Sequence[Item], batch: int) -> dict[str, float]:
+def measure_file(path: Path, pages: Sequence[Item]) -> dict[str, float]:
     """The yardstick: one file, written and read in order."""
-    size, room = sum(len(payload) for _, payload in pages), room_for(pages, batch)
+    size, room = sum(len(payload) for _, payload in pages), room_for(pages)
 
     def write() -> None:
         with path.open("wb") as file:
@@ -80,8 +80,8 @@ def measure_file(path: Path, pages: Sequence[Item], batch: int) -> dict[str, flo
 
     def read() -> None:
         with path.open("rb", buffering=0) as file:
-            for at in range(len(pages)):
-                assert file.readinto(room[at % batch]) == len(room[0])
+            for slot in room:
+                assert file.readinto(slot) == len(slot)
 
     result = {"put": rate(size, write)}
     with path.open("rb") as file:
@@ -93,21 +93,24 @@ def measure_file(path: Path, pages: Sequence[Item], batch: int) -> dict[str, flo
     return result
 
 
-def room_for(pages: Sequence[Item], batch: int) -> np.ndarray:
-    """Memory for `batch` pages to be read into, [batch, page_bytes] uint8, that has been written to."""
-    return np.ones((batch, len(pages[0][1])), np.uint8)
+def room_for(pages: Sequence[Item]) -> np.ndarray:
+    """Memory for all pages, [pages, page_bytes] uint8, that has been written to: what is read must be there at last.
+
+    A few pages' worth, filled again and again, would measure the processor's cache.
+    """
+    return np.ones((len(pages), len(pages[0][1])), np.uint8)
 
 
-def get_all(tier: Tier, pages: Sequence[Item], room: np.ndarray) -> None:
-    """Get all pages, as many at a time as there is room for."""
-    for at in range(0, len(pages), len(room)):
-        keys = [key for key, _ in pages[at : at + len(room)]]
-        assert None not in tier.get_many(keys, room[: len(keys)])
+def get_all(tier: Tier, pages: Sequence[Item], room: np.ndarray, batch: int) -> None:
+    """Get all pages, `batch` at a time."""
+    for at in range(0, len(pages), batch):
+        keys = [key for key, _ in pages[at : at + batch]]
+        assert None not in tier.get_many(keys, room[at : at + len(keys)])
 
 
 def measure_tier(tier: Tier, pages: Sequence[Item], batch: int) -> dict[str, float]:
     """Put, sync and get all pages, `batch` at a time."""
-    size, room = sum(len(payload) for _, payload in pages), room_for(pages, batch)
+    size, room = sum(len(payload) for _, payload in pages), room_for(pages)
 
     def put() -> None:
         for at in range(0, len(pages), batch):
@@ -115,15 +118,15 @@ def measure_tier(tier: Tier, pages: Sequence[Item], batch: int) -> dict[str, flo
 
     result = {"put": rate(size, put)}
     result["put and sync"] = 1 / (1 / result["put"] + 1 / rate(size, tier.sync))
-    result["get"] = rate(size, lambda: get_all(tier, pages, room))
+    result["get"] = rate(size, lambda: get_all(tier, pages, room, batch))
     return result
 
 
 def measure_cold_disk(directory: Path, budget: int, pages: Sequence[Item], batch: int) -> float:
     """MB/s of reading pages from a store that nothing of is in memory, as after a restart of the machine."""
     forget(directory / FORMAT / "data.mdb")
-    tier, room = DiskTier(directory, budget), room_for(pages, batch)
-    result = rate(sum(len(payload) for _, payload in pages), lambda: get_all(tier, pages, room))
+    tier, room = DiskTier(directory, budget), room_for(pages)
+    result = rate(sum(len(payload) for _, payload in pages), lambda: get_all(tier, pages, room, batch))
     tier.close()
     return result
 
@@ -134,7 +137,7 @@ def measure_round(directory: Path, config: Config, number: int) -> dict[str, dic
     budget = 2 * config.pages * config.page_bytes
     disk = DiskTier(directory / "disk", budget)
     results = {
-        "plain file": measure_file(directory / "file", pages, config.batch),
+        "plain file": measure_file(directory / "file", pages),
         "disk (LMDB)": measure_tier(disk, pages, config.batch),
     }
     disk.close()

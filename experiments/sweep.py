@@ -30,12 +30,20 @@ from rich.table import Table
 from experiments.layout import PLACED, Arm, Piece, Point, expected_cached, layout, shared
 from experiments.provenance import provenance
 from experiments.runs import Cell, Measurement, Run, RunError, cells, summary
-from experiments.targets import ARMS, STORED, Answer, Sizes, Target, TargetConfig, TargetError, open_target, prepare
+from experiments.targets import (
+    ARMS,
+    ATTEMPTS,
+    STORED,
+    Answer,
+    Sizes,
+    Target,
+    TargetConfig,
+    TargetError,
+    open_target,
+    prepare,
+)
 
 RESULTS = Path("experiments/results/sweeps")
-# A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text. Random
-# weights end their turn at once in some answers of a hundred.
-ATTEMPTS = 12
 
 Count = Annotated[int, Meta(ge=1)]
 

@@ -23,6 +23,9 @@ import numpy as np
 from experiments.layout import Piece, messages, tokens_of
 from experiments.server import NoText, measure, running_server, timed_events
 
+# A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text. Random
+# weights end their turn at once in some answers of a hundred.
+ATTEMPTS = 12
 # A model that ends its turn at once has no text to time, so it may say a few words.
 OUTPUT_TOKENS = 8
 EVERYWHERE = frozenset({"stable", "varying", "stripped", "tools-first", "relocated"})
@@ -201,13 +204,18 @@ class Endpoint:
         """Learn how long a text of so many tokens is, from two prompts; what the template adds falls out."""
         self.chars_per_token = 4.0
         sizes = max(1, self.longest // 8), max(2, self.longest // 2)
-        short, long = (
-            self.ask([Piece("base", size, fresh=False), Piece("question", 16, place="user")], f"probe {size}")
-            for size in sizes
-        )
+        short, long = map(self.probe, sizes)
         if long.prompt_tokens <= short.prompt_tokens:
             raise TargetError(f"{self.url} reports no usage, by which prompts could be sized")
         self.chars_per_token = 4.0 * (sizes[1] - sizes[0]) / (long.prompt_tokens - short.prompt_tokens)
+
+    def probe(self, size: int) -> Answer:
+        """Ask about a text of so many tokens; another question where one has no answer. Raises TargetError at last."""
+        pieces = [Piece("base", size, fresh=False), Piece("question", 16, place="user")]
+        for attempt in range(ATTEMPTS - 1):
+            with suppress(EmptyAnswer):
+                return self.ask(pieces, f"probe {size} {attempt}")
+        return self.ask(pieces, f"probe {size}")
 
     def ask(self, pieces: Sequence[Piece], nonce: str) -> Answer:
         """See Target: the time is that to the first piece of an answer's text or thinking."""
