@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rates MB/s": rates,
         "rounds": rounds,
         "lookups": lookups,
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m experiments.bench_store", *sys.argv[1:]]),
         "provenance": provenance(("tokenzero", "lmdb", "xxhash", "tensorstore")),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +19,9 @@ CONFIGS = Path("experiments/configs")
 MODEL = Path(".cache/demo-model")  # the one that the configs name
 # Set by tests: measure as little as shows that everything runs.
 SMOKE = os.environ.get("TOKENZERO_SMOKE") == "1"
+
+# A kernel without widgets draws no bars; who reads the outputs need not know.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 # Plain text, so that a notebook's diff can be read.
 console = Console(width=110, force_jupyter=False, color_system=None)

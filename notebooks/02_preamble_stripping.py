@@ -29,17 +29,20 @@ import numpy as np
 from IPython.display import Image, display
 from rich.table import Table
 
+from cache.index import common_prefix
 from experiments.plot import draw
 from experiments.reading import MODEL, console, sweep
-from experiments.runs import cells, load
-from experiments.sessions import RELEASES, Session, request
+from experiments.runs import cells as medians
+from experiments.runs import load
+from experiments.sessions import RELEASES
+from experiments.stability import Case, cases
 from experiments.sweep import table
 from serve.messages import decode_request
 from serve.normalize import normalize
 from serve.render import load_tokenizer, render
 
 run = sweep("preamble")
-found = cells(load(run))
+found = medians(load(run))
 console.print(table(found))
 
 # %%
@@ -85,16 +88,14 @@ console.print(control)
 # the thinking and what follows it.
 
 # %%
-console.print(table(cells(load(sweep("thinking")))))
+console.print(table(medians(load(sweep("thinking")))))
 
 # %% [markdown]
 # ## What is left after the strip, by client release
 #
-# No timing here, only tokens: for two requests of each release, how much of the second one's prompt the first one's
-# covers, with the preamble kept and stripped. *Next turn*: the same session goes on. *Other prompt*: a new session in
-# the
-# same folder. *Other folder*: a new session elsewhere. The requests are synthetic and have the sizes and the order of
-# what each release sends (`experiments/sessions.py`).
+# No timing here, only tokens: for pairs of requests of each release, how much of the second one's prompt does the first
+# one cover, with the preamble kept and stripped? The requests are synthetic and have the sizes and the order of what
+# each release sends (`experiments/stability.py`). What a next turn brings with it is new, and covered by nothing.
 
 # %%
 tokenizer = load_tokenizer(str(MODEL))
@@ -105,29 +106,20 @@ def tokens(body: dict, rules: frozenset[str]) -> np.ndarray:
     return render(normalize(decode_request(json.dumps(body).encode()), rules).request, tokenizer)
 
 
-def covered(first: dict, second: dict, rules: frozenset[str]) -> float:
+def covered(case: Case, rules: frozenset[str]) -> float:
     """The share of the second prompt that the first one is a prefix of."""
-    a, b = tokens(first, rules), tokens(second, rules)
-    size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return float(differs[0] if len(differs) else size) / len(b)
+    a, b = tokens(case.old, rules), tokens(case.new, rules)
+    return common_prefix(a, b) / len(b)
 
 
 left = Table("release", "case", "kept", "stripped")
 for release in RELEASES:
-    here = Session(seed=1, release=release, kin="one user", folder="/home/dev/project")
-    prompt = Session(seed=2, release=release, kin="one user", folder="/home/dev/project")
-    elsewhere = Session(seed=1, release=release, kin="one user", folder="/srv/other")
-    pairs = {
-        "next turn": (request(here, 0), request(here, 1)),
-        "other prompt": (request(here, 0), request(prompt, 0)),
-        "other folder": (request(here, 0), request(elsewhere, 0)),
-    }
-    for case, (first, second) in pairs.items():
-        kept, stripped = (covered(first, second, frozenset(rules)) for rules in ([], ["strip-preamble"]))
-        left.add_row(release, case, f"{kept:.1%}", f"{stripped:.1%}")
+    for name, case in cases(release).items():
+        if case.rule is None:  # the others are notebook 04's
+            kept, stripped = (covered(case, frozenset(rules)) for rules in ([], ["strip-preamble"]))
+            left.add_row(release, name, f"{kept:.1%}", f"{stripped:.1%}")
 console.print(left)
 
 # %% [markdown]
-# The strip repairs the turns of a session, and sessions in one folder. What is left is the folder's name early in the
-# system text, in front of all tools: notebook 04 is about that.
+# The strip repairs the turns of a session, and new sessions in one folder. What is left is another agent's prompt, and
+# the tools that come and go; another folder's name, early in the system text, is notebook 04's.

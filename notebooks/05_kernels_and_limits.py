@@ -49,7 +49,8 @@ axes.yaxis.set_major_formatter(time_label)
 axes.xaxis.set_major_formatter(tokens_label)
 axes.set_xlabel("mismatch position in a prompt of 52,000 tokens")
 axes.set_ylabel("least time to first token on an H200 (log scale)")
-plt.show()
+display(figure)
+plt.close(figure)
 
 # %% [markdown]
 # ## What the kernels reach
