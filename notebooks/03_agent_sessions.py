@@ -101,9 +101,10 @@ console.print(summary)
 
 # %% [markdown]
 # The published figures: 85 to 97% a call, 97.2% for a swarm of four, 11.7 reads a write. The aggregate agrees. The
-# single calls here start at 91% and end near 100%, because these sessions only append: no result is larger than the history,
-# and nobody waits long enough to be evicted. For the same reason a token is read more often than there: reads a write
-# grow with the number of calls (60 here; NVIDIA's baseline of 6 requests wrote 53,992 tokens and read 215,102, 4.0).
+# single calls here start at 91% and end near 100%, because these sessions only append: no result is larger than the
+# history, and nobody waits long enough to be evicted. For the same reason a token is read more often than there:
+# reads a write grow with the number of calls (60 here; NVIDIA's baseline of 6 requests wrote 53,992 tokens and read
+# 215,102, 4.0).
 #
 # ## Capacity: which pages to let go
 #
