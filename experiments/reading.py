@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import shutil
 import tempfile
 import warnings
 from pathlib import Path
 
+from IPython.display import Image, display
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import sweep as sweeps
 from experiments.demo_model import write_demo_model
+from experiments.plot import DPI
 from experiments.runs import RunError, load
 
 CONFIGS = Path("experiments/configs")
@@ -47,3 +51,13 @@ def scratch() -> Path:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return Path(folder.name)
+
+
+def show(figure: Figure) -> None:
+    """Put a figure into the notebook, and forget it."""
+    import matplotlib.pyplot as plt
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    plt.close(figure)
+    display(Image(drawn.getvalue(), width=900))

@@ -20,14 +20,13 @@
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image, display
 from rich.table import Table
 
 from cache.store import PrefixStore
 from experiments.plot import COLOURS, subplots
-from experiments.reading import MODEL, SMOKE, console, sweep
+from experiments.reading import MODEL, SMOKE, console, show, sweep
 from experiments.runs import cells, load
 from experiments.sessions import Session, requests
 from experiments.sweep import table
@@ -80,9 +79,8 @@ for name, calls, colour in (("stripped", stripped, COLOURS[0]), ("kept", kept, C
     rates = [100 * reused / tokens for reused, tokens in calls]
     axes.plot(range(1, len(rates) + 1), rates, color=colour)
     axes.annotate(name, (len(rates), rates[-1]), xytext=(5, 0), textcoords="offset points", color=colour, va="center")
-axes.set(xlabel="call of the session", ylabel="tokens read from the cache, %", ylim=(0, 102))
-display(figure)
-plt.close(figure)
+axes.set(xlabel="call of the session", ylabel="tokens read from the cache, %", ylim=(-4, 102))
+show(figure)
 
 # %%
 summary = Table("agents", "preamble", "calls", "per call, from the 2nd", "aggregate", "reads per write")

@@ -18,13 +18,11 @@
 # %%
 import json
 
-import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import display
 from rich.table import Table
 
 from experiments.plot import subplots
-from experiments.reading import MODEL, console, sweep
+from experiments.reading import MODEL, console, show, sweep
 from experiments.runs import cells as medians
 from experiments.runs import load
 from experiments.stability import cases
@@ -87,8 +85,7 @@ def heat(release: str) -> None:
     for (i, j), value in np.ndenumerate(values):
         axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black", fontsize=9)
     axes.set_title(f"Tokens covered by the request before, %: Claude Code {release}", loc="left", fontsize=10)
-    display(figure)
-    plt.close(figure)
+    show(figure)
 
 
 heat("2.1.179")

@@ -19,12 +19,11 @@
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image, display
 
 from experiments.plot import COLOURS, subplots, time_label, tokens_label
-from experiments.reading import console
+from experiments.reading import console, show
 from experiments.roofline import DEVICES, MODELS, prefill, table
 
 console.print(table(52_000, 128), width=130)
@@ -32,7 +31,7 @@ console.print(table(52_000, 128), width=130)
 # %% [markdown]
 # ## The floor over the mismatch position
 #
-# For an 8B-class model on one H200: the larger of both times, for a 52K-token prompt that stops matching at $p$. The
+# For two models on one H200: the larger of both times, for a 52K-token prompt that stops matching at $p$. The
 # arithmetic falls as $n^2 - p^2$; under a few hundred new tokens the weights and the cached keys that have to be read
 # are what is left.
 
@@ -40,17 +39,17 @@ console.print(table(52_000, 128), width=130)
 prompt = 52_000
 positions = np.linspace(0, prompt - 1, 400).astype(int)
 figure, axes = subplots()
-for colour, (name, config) in zip(COLOURS, MODELS.items(), strict=False):
-    floors = [prefill(config, DEVICES["H200"], prompt, int(p)).ms for p in positions]
+for colour, name in zip(COLOURS, ("Llama-3.1-8B", "Qwen3-0.6B"), strict=False):
+    floors = [prefill(MODELS[name], DEVICES["H200"], prompt, int(p)).ms for p in positions]
     axes.plot(positions, floors, color=colour)
     axes.annotate(name, (0, floors[0]), xytext=(4, 5), textcoords="offset points", color=colour)
 axes.set_yscale("log")
 axes.yaxis.set_major_formatter(time_label)
+axes.set_xticks(range(0, prompt, 8192))
 axes.xaxis.set_major_formatter(tokens_label)
 axes.set_xlabel("mismatch position in a prompt of 52,000 tokens")
 axes.set_ylabel("least time to first token on an H200 (log scale)")
-display(figure)
-plt.close(figure)
+show(figure)
 
 # %% [markdown]
 # ## What the kernels reach
