@@ -1,7 +1,7 @@
 """What a cache of some size finds in a trace of calls: hit rates, reads per write, tokens and time saved.
 
 No model runs. `python -m experiments.replay` sends the calls of agents at work through a PrefixStore, with
-`--trace FILE` those of a trace in Mooncake's format.
+`--trace FILE` those of a trace in Mooncake's format; `--live URL` asks a Messages endpoint the same.
 
 `--policies --model DIR` asks which pages a tier should let go: the requests of agent sessions, rendered and tokenised
 as the server does it, become keys of pages; LRU is the host tier itself, FIFO and Belady's optimum stand beside it.
@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import random
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -66,6 +69,25 @@ def replay(prompts: Iterable[np.ndarray], store: PrefixStore) -> np.ndarray:
     return np.array(found, np.int64).reshape(-1, 2)
 
 
+def ask(url: str, calls: Sequence[Call], speed: float, console: Console) -> np.ndarray:
+    """Send the calls as text to a Messages endpoint: tokens and cached tokens by its usage, [calls, 2] int64.
+
+    Each is sent at its time, `speed` times as fast, but not before the one ahead of it is answered. Raises
+    httpx.HTTPError where the endpoint does not answer, or with an error.
+    """
+    found, start = [], time.monotonic()
+    with httpx.Client(base_url=url, timeout=600, headers={"anthropic-version": "2023-06-01"}) as client:
+        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        for call in track(calls, "asking", console=console, transient=True):
+            time.sleep(max(0.0, call.time_s / speed - (time.monotonic() - start)))
+            messages = [{"role": "user", "content": call.text()}]
+            answer = client.post("/v1/messages", json={"model": model, "max_tokens": 1, "messages": messages})
+            usage = answer.raise_for_status().json()["usage"]
+            cached = usage.get("cache_read_input_tokens") or 0
+            found.append((usage["input_tokens"] + (usage.get("cache_creation_input_tokens") or 0) + cached, cached))
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
 def outcome(calls: Sequence[Call], found: np.ndarray, costs: Constants) -> dict[str, Any]:
     """What `found` ([calls, 2] int64, see `replay`) amounts to, as JSON values.
 
@@ -84,12 +106,12 @@ def outcome(calls: Sequence[Call], found: np.ndarray, costs: Constants) -> dict[
     }
 
 
-def outcomes(
+def compare_capacities(
     calls: Sequence[Call], capacities: Sequence[int], costs: Constants, console: Console
-) -> list[dict[str, Any]]:
-    """One outcome for each capacity in tokens that the trace outgrows, and for one that holds all of it.
+) -> dict[str, Any]:
+    """The calls' outcome for each capacity in tokens that they outgrow and for one that holds everything, as JSON.
 
-    Then the same with headers kept, where calls have one. Capacities below the longest prompt are left out.
+    Headers stripped, and then kept where calls have one. Capacities below the longest prompt are left out.
     """
 
     def run(header: bool, store: PrefixStore) -> dict[str, Any]:
@@ -107,7 +129,12 @@ def outcomes(
     rows.append({"header": "stripped", "capacity": needed, **unlimited})
     if any(len(call.header) for call in calls):
         rows += [{"header": "kept", "capacity": s, **run(True, sized_store(s))} for s in (*sizes, needed)]
-    return rows
+    return {
+        "page_tokens": PAGE_TOKENS,
+        "calls": len(calls),
+        "tokens": sum(int(call.blocks[:, 1].sum()) for call in calls),
+        "rows": rows,
+    }
 
 
 def sized_store(capacity: int) -> PrefixStore:
@@ -121,20 +148,21 @@ def least_capacity(calls: Iterable[Call]) -> int:
     return (slots_for(longest, PAGE_TOKENS) + 1) * PAGE_TOKENS
 
 
-def outcome_table(summary: dict[str, Any]) -> Table:
+def capacity_table(summary: dict[str, Any]) -> Table:
     """The outcomes for a terminal."""
-    grid = Table(title=f"{summary['calls']:,} calls, {summary['tokens']:,} tokens", box=SIMPLE_HEAD)
-    heads = ("header", "capacity, tokens", "5%", "50%", "95% of calls", "all", "reads per write", "saved, ms a call")
-    for head in heads:
-        grid.add_column(head, justify="right")
+    title = f"{summary['calls']:,} calls, {summary['tokens'] / 1e6:,.0f}M tokens: what the cache holds of them"
+    grid = Table(title=title, box=SIMPLE_HEAD)
+    columns = ("header", "capacity", "5%", "50%", "95% of calls", "all", "reads a write", "saved a call")
+    for name in columns:
+        grid.add_column(name, justify="right", no_wrap=True)
     for row in summary["rows"]:
         by_call = [f"{rate:.1%}" for rate in row["hit_rate_by_call"] or ()] or ["-"] * 3
-        ends = (f"{row['hit_rate']:.1%}", f"{row['reads_per_write']:,.1f}", f"{row['ms_saved_per_call']:,.0f}")
-        grid.add_row(row["header"], f"{row['capacity']:,}", *by_call, *ends)
-    grid.caption = (
-        "Tokens found, by call (from a session's second on) and of all. Published (NVIDIA): 85-97% a call, 97.2% of "
-        "all for four agents, 11.7 reads per write."
-    )
+        ends = (f"{row['hit_rate']:.1%}", f"{row['reads_per_write']:,.1f}", f"{row['ms_saved_per_call']:,.0f} ms")
+        capacity = f"{row['capacity'] / 1e6:,.2f}M" if row["capacity"] else ""
+        grid.add_row(row["header"], capacity, *by_call, *ends)
+    grid.add_section()
+    grid.add_row("published", "", "85%", "", "97%", "97.2%", "11.7", "")
+    grid.caption = "by call: from a session's second on; published: NVIDIA, four agents"
     return grid
 
 
@@ -329,6 +357,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--calls", type=int, default=Agents.calls, help="of each agent (default: %(default)s)")
     cli.add_argument("--release", choices=list(RELEASES), default=Agents.release, help="of the agents' client")
     cli.add_argument("--capacity", type=int, nargs="+", help="of the store, in tokens; as many as you like")
+    cli.add_argument("--live", metavar="URL", help="ask a Messages endpoint as well, without headers")
+    cli.add_argument("--speed", type=float, default=math.inf, help="of --live, times the trace's (default: no pauses)")
     cli.add_argument("--cost-model", type=Path, default=COST_MODEL, help="prices tokens (default: %(default)s)")
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--policies", action="store_true", help="compare eviction policies; needs --model")
@@ -353,18 +383,22 @@ def main(argv: list[str] | None = None) -> None:
     least = least_capacity(calls)
     if args.capacity and min(args.capacity) < least:
         cli.error(f"--capacity {min(args.capacity)}: the longest prompt needs {least} tokens")
-    rows = outcomes(calls, args.capacity or CAPACITIES, costs, console)
+    try:
+        live = ask(args.live, calls, args.speed, console) if args.live else None
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        cli.error(f"--live {args.live}: expected a Messages endpoint, found {type(error).__name__}: {error}")
+    compared = compare_capacities(calls, args.capacity or CAPACITIES, costs, console)
+    if live is not None:
+        compared["rows"].append({"header": "live", "capacity": None, **outcome(calls, live, costs)})
     summary = {
         "trace": {"file": args.trace.name} if args.trace else asdict(work),
         "cost_model": {"file": str(args.cost_model), "constants": asdict(costs)},
-        "page_tokens": PAGE_TOKENS,
-        "calls": len(calls),
-        "tokens": sum(int(call.blocks[:, 1].sum()) for call in calls),
-        "rows": rows,
-    } | provenance(("tokenzero", "numpy"))
+        **compared,
+        **provenance(("tokenzero", "numpy")),
+    }
     path = args.out / f"{args.trace.stem if args.trace else 'agents'}.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
-    console.print(outcome_table(summary))
+    console.print(capacity_table(summary))
     console.print(f"results in {path}")
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +42,10 @@ class Call:
         """The prompt, [tokens] int32, with its header or with that stripped."""
         blocks = np.concatenate([self.header, self.blocks]) if header else self.blocks
         return np.repeat(blocks[:, 0], blocks[:, 1])
+
+    def text(self) -> str:
+        """The prompt without its header in words, of about as many tokens; equal blocks are equal lines."""
+        return "\n".join(block_text(number, tokens) for number, tokens in self.blocks.tolist())
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,12 @@ def blocks(texts: Iterable[str]) -> np.ndarray:
 def block_id(text: str) -> int:
     """31 bits: two of a trace's texts that follow the same prefix hardly ever get the same."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
+
+
+@lru_cache(4096)
+def block_text(number: int, tokens: int) -> str:
+    """Words of about `tokens` tokens for the block with this id; other ids give others from the first word on."""
+    return f"{number:08x} {prose(random.Random(number), tokens * CHARS_PER_TOKEN)}"
 
 
 class MooncakeLine(msgspec.Struct, frozen=True):
