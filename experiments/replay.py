@@ -46,7 +46,7 @@ RESULTS = Path("experiments/results/replay")
 COST_MODEL = Path("experiments/results/sweeps/position/cost_model.json")
 PAGE_TOKENS = 64
 CAPACITIES = (250_000, 500_000, 1_000_000, 2_000_000, 4_000_000)  # tokens
-ALL_PAGES = 2**22  # more than a trace of 10^5 calls writes: 268M tokens
+ALL_PAGES = 2**22  # 268M tokens: more than 10^5 calls of agents write
 # Budgets are shares of all pages that the trace ever needs.
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
@@ -152,8 +152,7 @@ def capacity_table(summary: dict[str, Any]) -> Table:
     """The outcomes for a terminal."""
     title = f"{summary['calls']:,} calls, {summary['tokens'] / 1e6:,.0f}M tokens: what the cache holds of them"
     grid = Table(title=title, box=SIMPLE_HEAD)
-    columns = ("header", "capacity", "5%", "50%", "95% of calls", "all", "reads a write", "saved a call")
-    for name in columns:
+    for name in ("header", "capacity", "5%", "50%", "95% of calls", "all", "reads a write", "saved a call"):
         grid.add_column(name, justify="right", no_wrap=True)
     for row in summary["rows"]:
         by_call = [f"{rate:.1%}" for rate in row["hit_rate_by_call"] or ()] or ["-"] * 3
@@ -344,9 +343,11 @@ def compare_policies(work: Workload, model: str, out: Path, console: Console) ->
     requested = trace(work, pages_by(model))
     replayed = list(track(requested, "rendering", total=total, console=console, transient=True))
     summary = summarise(work, replayed, console) | provenance(("tokenzero", "transformers", "tokenizers"))
+    out.mkdir(parents=True, exist_ok=True)
     (out / "policies.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw(summary, out / "policies.png")
     console.print(table(summary))
+    console.print(f"results in {out}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -368,7 +369,9 @@ def main(argv: list[str] | None = None) -> None:
     args, console = cli.parse_args(argv), Console()
     if args.policies and not args.model:
         cli.error("--policies needs --model: a checkpoint's folder")
-    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("agents", "calls", "sessions", "speed"):
+        if not getattr(args, name) > 0:
+            cli.error(f"--{name} {getattr(args, name)}: expected more than 0")
     if args.policies:
         compare_policies(Workload(seed=args.seed, sessions=args.sessions), args.model, args.out, console)
         return
@@ -385,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.error(f"--capacity {min(args.capacity)}: the longest prompt needs {least} tokens")
     try:
         live = ask(args.live, calls, args.speed, console) if args.live else None
-    except (httpx.HTTPError, KeyError, ValueError) as error:
+    except (httpx.HTTPError, LookupError, ValueError) as error:
         cli.error(f"--live {args.live}: expected a Messages endpoint, found {type(error).__name__}: {error}")
     compared = compare_capacities(calls, args.capacity or CAPACITIES, costs, console)
     if live is not None:
@@ -396,6 +399,7 @@ def main(argv: list[str] | None = None) -> None:
         **compared,
         **provenance(("tokenzero", "numpy")),
     }
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.trace.stem if args.trace else 'agents'}.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
     console.print(capacity_table(summary))

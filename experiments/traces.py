@@ -84,17 +84,16 @@ def agent(work: Agents, number: int) -> Iterator[Call]:
     aside = blocks([prose(session.kin_rng("side"), 1500)])
     time_s = rng.uniform(0, work.start_s)
     for turn, prompt in enumerate(prompts(session, work.calls, work.window)):
-        name = f"{number}"
-        yield Call(name, time_s, prompt, header_blocks(session, turn))
+        yield Call(f"{number}", time_s, prompt, header_blocks(session, turn))
         time_s += rng.expovariate(1 / (work.think_s if rng.random() < 1 / CALLS_PER_TASK else work.call_s))
         if rng.random() < work.sides:
             small = np.concatenate([aside, prompt[-1:]])
-            yield Call(f"{name} side {turn}", time_s, small, header_blocks(session, -1 - turn))
+            yield Call(f"{number} side {turn}", time_s, small, header_blocks(session, -1 - turn))
         if rng.random() < work.subagents:
-            own = replace(session, seed=session.rng("sub", turn).getrandbits(32), subagent=True, num_tools=10)
-            own = replace(own, kin=f"{session.kin} sub-agents")
+            seed, kin = session.rng("sub", turn).getrandbits(32), f"{session.kin} sub-agents"
+            own = replace(session, seed=seed, kin=kin, subagent=True, num_tools=10)
             for step, part in enumerate(prompts(own, work.subagent_calls, work.window)):
-                yield Call(f"{name} sub {turn}", time_s, part, header_blocks(own, step))
+                yield Call(f"{number} sub {turn}", time_s, part, header_blocks(own, step))
                 time_s += rng.expovariate(1 / work.call_s)
 
 

@@ -84,12 +84,13 @@ console.print(capacity_table(compare_capacities(calls, CAPACITIES, costs, consol
 
 # %% [markdown]
 # Published: 85 to 97% a call, 97.2% for four agents, 11.7 reads a write. Nineteen calls in twenty are above 90% here,
-# and the aggregate is within half a point of the published one. Below 90% are the calls after a summary and the first of
-# sub-agents; above 97% are calls of a long history, to which one tool result adds little. For the same reason a token is
-# read more often than there: reads a write grow with the calls between two summaries. (NVIDIA's baseline of 6 requests
-# wrote 53,992 tokens and read 215,102, 4.0.)
+# and the aggregate is within half a point of the published one. Below 90% are early calls of sub-agents and those after
+# a summary; above 97% are calls with a long history, to which one tool result adds little. For the same reason a token
+# is read more often than there: an agent calls hundreds of times before its history is folded. (NVIDIA's baseline of 6
+# requests wrote 53,992 tokens and read 215,102, 4.0.) Sub-agents read a seventh of the tokens and write half: each
+# starts almost cold, as the git status in its system text stands before its tools.
 #
-# Room for four histories is enough; what is evicted beyond that belongs to sub-agents that are done. With less, agents
+# A million tokens, room for the four histories and a little more, find all that there is to find. With less, agents
 # that take turns evict each other. A kept header leaves nothing at any capacity.
 #
 # ## Capacity: which pages to let go

@@ -188,6 +188,7 @@ def test_a_live_server_finds_what_the_store_predicts(tmp_path: Path) -> None:
             ["--agents", "1", "--calls", "1", "--live", "http://127.0.0.1:9"],
             "--live http://127.0.0.1:9: expected a Mess",
         ),
+        (["--calls", "0"], "--calls 0: expected more than 0"),
         (["--policies"], "--policies needs --model"),
     ],
 )
