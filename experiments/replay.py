@@ -10,6 +10,7 @@ as the server does it, become keys of pages; LRU is the host tier itself, FIFO a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import heapq
 import json
 import math
@@ -350,6 +351,11 @@ def compare_policies(work: Workload, model: str, out: Path, console: Console) ->
     console.print(f"results in {out}")
 
 
+def file_identity(path: Path) -> dict[str, str]:
+    """What tells a trace file from others, wherever it lies."""
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Replay agents' calls, a trace file or, for the policies, agent sessions; print a table, write it as JSON."""
     cli = argparse.ArgumentParser(prog="python -m experiments.replay", description=__doc__.split("\n")[0])
@@ -394,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     if live is not None:
         compared["rows"].append({"header": "live", "capacity": None, **outcome(calls, live, costs)})
     summary = {
-        "trace": {"file": args.trace.name} if args.trace else asdict(work),
+        "trace": file_identity(args.trace) if args.trace else asdict(work),
         "cost_model": {"file": str(args.cost_model), "constants": asdict(costs)},
         **compared,
         **provenance(("tokenzero", "numpy")),
