@@ -151,9 +151,9 @@ def least_capacity(calls: Iterable[Call]) -> int:
 
 def capacity_table(summary: dict[str, Any]) -> Table:
     """The outcomes for a terminal."""
-    title = f"{summary['calls']:,} calls, {summary['tokens'] / 1e6:,.0f}M tokens: what the cache holds of them"
+    title = f"{summary['calls']:,} calls, {summary['tokens'] / 1e6:,.0f}M tokens: the share that was cached"
     grid = Table(title=title, box=SIMPLE_HEAD)
-    for name in ("header", "capacity", "5%", "50%", "95% of calls", "all", "reads a write", "saved a call"):
+    for name in ("header", "capacity", "5%", "50%", "95%", "all", "reads/write", "saved"):
         grid.add_column(name, justify="right", no_wrap=True)
     for row in summary["rows"]:
         by_call = [f"{rate:.1%}" for rate in row["hit_rate_by_call"] or ()] or ["-"] * 3
@@ -162,7 +162,10 @@ def capacity_table(summary: dict[str, Any]) -> Table:
         grid.add_row(row["header"], capacity, *by_call, *ends)
     grid.add_section()
     grid.add_row("published", "", "85%", "", "97%", "97.2%", "11.7", "")
-    grid.caption = "by call: from a session's second on; published: NVIDIA, four agents"
+    grid.caption = (
+        "5, 50, 95%: percentiles by call, from a session's second on; saved: a call. Published: NVIDIA, coding agents; "
+        "the 97.2% of four."
+    )
     return grid
 
 

@@ -167,6 +167,7 @@ def test_the_command_reports_agents_and_files(tmp_path: Path, capsys: pytest.Cap
     assert row["tokens_saved"] == 1024
 
 
+@pytest.mark.slow
 def test_a_live_server_finds_what_the_store_predicts(tmp_path: Path) -> None:
     model = tmp_path / "model"
     write_demo_model(model, config=TINY)
