@@ -157,7 +157,7 @@ def capacity_table(summary: dict[str, Any]) -> Table:
         grid.add_column(name, justify="right", no_wrap=True)
     for row in summary["rows"]:
         by_call = [f"{rate:.1%}" for rate in row["hit_rate_by_call"] or ()] or ["-"] * 3
-        ends = (f"{row['hit_rate']:.1%}", f"{row['reads_per_write']:,.1f}", f"{row['ms_saved_per_call']:,.0f} ms")
+        ends = (f"{row['hit_rate']:.1%}", f"{row['reads_per_write']:,.1f}", f"{row['ms_saved_per_call'] / 1000:,.2f} s")
         capacity = f"{row['capacity'] / 1e6:,.2f}M" if row["capacity"] else ""
         grid.add_row(row["header"], capacity, *by_call, *ends)
     grid.add_section()
