@@ -85,13 +85,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_writes_its_figures_and_a_picture(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["--model", str(checkpoint), "--sessions", "3", "--out", str(tmp_path)])
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    main(["--policies", "--model", str(checkpoint), "--sessions", "3", "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / "policies.json").read_text())
     assert summary["page_tokens"] == PAGE_TOKENS
     assert summary["machine"]
     last = summary["budgets"][-1]
     assert set(last["hit_rate"].values()) == {summary["unlimited_hit_rate"]}
     # Agents send the same again and again.
     assert summary["unlimited_hit_rate"] > 0.7
-    assert (tmp_path / "hit_rate.png").stat().st_size > 10_000
+    assert (tmp_path / "policies.png").stat().st_size > 10_000
     assert "without a limit" in capsys.readouterr().out
