@@ -83,23 +83,6 @@ json_values = st.recursive(
 )
 
 
-@st.composite
-def mutated(draw: st.DrawFn, valid: dict[str, Any]) -> object:
-    """A request in which one value, somewhere, was replaced or removed."""
-    body = json.loads(json.dumps(valid))
-    parent = body
-    while True:
-        key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
-        if not parent[key] or not isinstance(parent[key], dict | list) or draw(st.integers(0, 3)) == 0:
-            break
-        parent = parent[key]
-    if draw(st.booleans()):
-        parent[key] = draw(json_values)
-    else:
-        del parent[key]
-    return body
-
-
 ANY_REQUEST = settings(
     max_examples=100,
     deadline=None,

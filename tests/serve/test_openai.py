@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 from hypothesis import given, settings
+from mutating import mutated
 from openai.types import Model as SdkModel
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai_clients import (
@@ -21,7 +22,7 @@ from openai_clients import (
     EVENTS,
     client_of,
     data_of,
-    mutated,
+    json_values,
     served_or_refused,
     streaming,
 )
@@ -262,7 +263,7 @@ def test_a_body_that_is_no_request_is_refused(body: bytes) -> None:
         read_chat(body)
 
 
-@given(mutated(AGENT))
+@given(mutated(AGENT, json_values))
 @settings(max_examples=300)
 def test_a_mutated_request_is_read_or_refused(body: object) -> None:
     with contextlib.suppress(InvalidRequest):
@@ -581,6 +582,6 @@ class TestServed:
         assert (caught.value.status_code, caught.value.type) == (413, "invalid_request_error")
 
     @ANY_REQUEST
-    @given(body=mutated(AGENT | {"stream": False}))
+    @given(body=mutated(AGENT | {"stream": False}, json_values))
     def test_any_request_is_served_or_refused_in_openais_form(self, client: httpx.Client, body: Any) -> None:
         served_or_refused(client, CHAT_PATH, body, "max_completion_tokens")

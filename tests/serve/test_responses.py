@@ -12,6 +12,7 @@ import msgspec
 import openai
 import pytest
 from hypothesis import given, settings
+from mutating import mutated
 from openai.types.responses import Response as SdkResponse
 from openai.types.responses import ResponseStreamEvent
 from openai_clients import (
@@ -22,7 +23,7 @@ from openai_clients import (
     USAGE,
     client_of,
     data_of,
-    mutated,
+    json_values,
     served_or_refused,
     streaming,
 )
@@ -230,7 +231,7 @@ def test_a_refusal_names_the_field_what_was_expected_and_what_was_found(fields: 
     assert refusal(**fields).startswith(message)
 
 
-@given(mutated(AGENT))
+@given(mutated(AGENT, json_values))
 @settings(max_examples=300)
 def test_a_mutated_request_is_read_or_refused(body: object) -> None:
     with contextlib.suppress(InvalidRequest):
@@ -503,6 +504,6 @@ class TestServed:
             sdk.responses.retrieve("resp_1")
 
     @ANY_REQUEST
-    @given(body=mutated(AGENT | {"stream": False}))
+    @given(body=mutated(AGENT | {"stream": False}, json_values))
     def test_any_request_is_served_or_refused_in_openais_form(self, client: httpx.Client, body: Any) -> None:
         served_or_refused(client, "/v1/responses", body, "max_output_tokens")
