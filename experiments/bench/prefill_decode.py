@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import queue
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,10 +24,11 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.bench.timing import timed_tokens
 from experiments.provenance import machine, provenance
 from model import checkpoint
 from model.params import unstacked
-from serve.engine import Engine, EngineSettings, Failed, Finished, GenerationRequest
+from serve.engine import Engine, EngineSettings
 
 RESULTS = Path("experiments/results/bench/prefill_decode.json")
 
@@ -86,20 +86,9 @@ def make_engine(folder: Path, tokens: int) -> Engine:
 
 def run_engine(engine: Engine, prompt: np.ndarray, count: int) -> Rates:
     """Prefill the prompt and decode `count` tokens, greedily, in the engine."""
-    events: queue.Queue[tuple[float, Any]] = queue.Queue()
-    begin = time.perf_counter()
-    engine.submit(GenerationRequest(prompt, count), lambda event: events.put((time.perf_counter(), event)))
-    times, tokens = [], []
-    while True:
-        at, event = events.get()
-        if isinstance(event, Failed):
-            raise RuntimeError(event.message)
-        if isinstance(event, Finished):
-            break
-        if hasattr(event, "token"):
-            times.append(at)
-            tokens.append(event.token)
-    return Rates(len(prompt) / (times[0] - begin), (count - 1) / (times[-1] - times[0]), tuple(tokens))
+    sampled = timed_tokens(engine, prompt, count)
+    first, last = sampled[0][0], sampled[-1][0]
+    return Rates(len(prompt) / first, (count - 1) / (last - first), tuple(token for _, token in sampled))
 
 
 @torch.inference_mode()

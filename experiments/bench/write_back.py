@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import queue
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +24,11 @@ from rich.progress import track
 from rich.table import Table
 
 from cache.persistence import Tiers
+from experiments.bench.timing import timed_tokens
 from experiments.provenance import provenance
 from model import checkpoint
 from model.params import unstacked
 from serve.engine import Engine, EngineSettings
-from serve.sequence import Failed, Finished, GenerationRequest, Sampled
 
 RESULTS = Path("experiments/results/bench/write_back.json")
 PAGE_TOKENS = 64
@@ -70,18 +68,7 @@ def make_engines(folder: Path, config: Config, directory: Path) -> dict[str, Eng
 
 def ask(engine: Engine, tokens: np.ndarray, count: int) -> Answered:
     """Time one request of `tokens` ([tokens] int32) from its submission on; raises RuntimeError if it fails."""
-    events: queue.Queue[tuple[float, Any]] = queue.Queue()
-    start = time.perf_counter()
-    engine.submit(GenerationRequest(tokens, count), lambda event: events.put((time.perf_counter(), event)))
-    times: list[float] = []
-    while True:
-        at, event = events.get()
-        if isinstance(event, Failed):
-            raise RuntimeError(event.message)
-        if isinstance(event, Finished):
-            break
-        if isinstance(event, Sampled):
-            times.append(1e3 * (at - start))
+    times = [1e3 * at for at, _ in timed_tokens(engine, tokens, count)]
     return Answered(times[0], tuple(float(gap) for gap in np.diff(times)))
 
 
