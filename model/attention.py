@@ -30,7 +30,8 @@ SELF_BLOCK = 256
 class Batch:
     """A ragged batch: the new tokens of several sequences, back to back, each behind its own cached prefix.
 
-    Sequences beyond the real ones are empty (equal starts), tokens beyond the last start are padding.
+    Sequences beyond the real ones are empty (equal starts), tokens beyond the last start are padding. Prefill chunks
+    and decode tokens can share a batch: the former come first, and `singles` counts the latter.
     """
 
     tokens: Array  # [tokens] int32
@@ -39,6 +40,7 @@ class Batch:
     block_table: Array  # [seqs, pages] int32: the sequence's pages in order of position
     rows: Array  # [rows] int32: the tokens whose logits are wanted
     max_chunk: int = struct.field(pytree_node=False)  # no sequence has more new tokens than this
+    singles: int = struct.field(pytree_node=False, default=0)  # the last so many sequences have at most one new token
 
     @property
     def lengths(self) -> Array:
@@ -73,9 +75,30 @@ def paged_attention(
     """
     from model.kernels.dispatch import kernel_for  # late: the kernels build on this module
 
+    if batch.singles:
+        chunks, singles = apart(batch)
+        first, second = (paged_attention(q, k, v, pool, layer, part) for part in (chunks, singles))
+        in_chunk = jnp.arange(q.shape[0]) < chunks.starts[-1]
+        return jnp.where(in_chunk[:, None, None, None], first, second)
     if kernel := kernel_for(q, pool, batch):
         return kernel(q, pool, layer, batch)
     return blockwise(q, k, v, pool, layer, batch)
+
+
+def apart(batch: Batch) -> tuple[Batch, Batch]:
+    """A batch's sequences of chunks and its sequences of single tokens; both know their tokens in the whole batch."""
+    cut = batch.prefix.shape[0] - batch.singles
+    first, last = (
+        batch.replace(
+            starts=batch.starts[part.start : part.stop + 1],
+            prefix=batch.prefix[part],
+            block_table=batch.block_table[part],
+            max_chunk=chunk,
+            singles=0,
+        )
+        for part, chunk in ((slice(0, cut), batch.max_chunk), (slice(cut, cut + batch.singles), 1))
+    )
+    return first, last
 
 
 class Softmax(NamedTuple):

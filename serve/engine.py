@@ -2,7 +2,8 @@
 
 One thread owns the device, the pool and the store; everybody else talks to it through `submit` and `cancel`. A sequence
 is at any time `tokens[:length]` of which `tokens[:computed]` are in the pool: with one token pending it decodes, with
-more it prefills, and a preempted or cancelled one leaves what it computed in the store.
+more it prefills, and a preempted or cancelled one leaves what it computed in the store. While the host reads what one
+step has sampled, the next one runs: it takes the tokens that nobody has seen yet from the device.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from model.kv import KVPool, empty_pool
 from model.params import Params
 from serve.cost import Constants, cost_model
 from serve.paging import Pager
-from serve.sequence import Event, Failed, Finished, GenerationRequest, Sampled, Sequence, Started, Waiting
+from serve.schedule import most_urgent
+from serve.sequence import Event, Failed, Finished, Flight, GenerationRequest, Sampled, Sequence, Started, Waiting
 from serve.steps import GREEDY, Row, compile_steps, fit, ladder, pack
 
 log = logging.getLogger("tokenzero.engine")
@@ -36,6 +38,8 @@ log = logging.getLogger("tokenzero.engine")
 RESTORED_WHILE_WAITING = 2
 # Tokens in front of the chunks that warm up a step: enough for every branch of the attention over a prefix.
 WARM_UP_PREFIX = 4096
+# Of the waiting requests, those among which the next one is chosen.
+CHOSEN_FROM = 8
 # The longest nap while all that runs waits for the tiers.
 IDLE_SECONDS = 0.1
 
@@ -106,12 +110,15 @@ class Engine:
         self.params, self.config, self.settings, self.fingerprint = params, config, settings, fingerprint
         self.pool = self.fresh_pool()
         self.store = PrefixStore(settings.num_pages, settings.page_size, fingerprint)
-        self.buckets = ladder(settings.max_batch, settings.prefill_chunk)
+        self.buckets = ladder(settings.max_batch, settings.prefill_chunk, settings.mixed_chunk)
         self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
         self.cost = cost_model(config, costs)
         self.pager = Pager(tiers, self.pool, fingerprint, self.cost, self.wake) if tiers else None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.flight: Flight | None = None
+        self.landed_at = 0.0  # when the latest step had been read, by `time.perf_counter`
+        self.full = False  # the next request has no room until one that runs has ended
         self.idle = False  # the last step found nothing to do, because all wait for the tiers
         self.counters = Counters()
         self.inbox = Inbox()
@@ -217,26 +224,44 @@ class Engine:
                 self.retire(sequence)
 
     def step(self) -> None:
-        """Admit, then one prefill chunk of one sequence, then one token for every sequence that decodes."""
+        """Admit, launch a step for all that decodes and one prefill chunk, then read the step before it."""
+        if self.flight and any(s.request.constraint for s in self.flight.rows):
+            self.land()  # what may come next depends on what came
         self.admit()
         restored = self.restore_pages()
-        decoding = [s for s in self.running if s.pending == 1]
-        prefilling = [s for s in self.running if s.pending > 1 and not (self.pager and self.pager.blocked(s))]
-        self.idle = not (decoding or prefilling or restored)
-        if prefilling:
-            # In turns, so that a short prompt never waits for all of a long one.
-            self.prefill(min(prefilling, key=lambda s: (s.turn, s.number)), bool(decoding))
-        if decoding := [s for s in self.running if s.pending == 1 and s in decoding]:
-            self.decode(decoding)
+        launched = self.launch(self.plan())
+        landed = self.land()
+        self.flight = launched
+        if launched and not any(launched.samples):
+            self.land()  # nobody is waiting for its token, and whoever comes now should wait for one chunk at most
+        self.idle = not (launched or landed or restored)
         self.counters.steps += 1
 
+    def plan(self) -> list[tuple[Sequence, int]]:
+        """Who runs in the next step and how many tokens each: all that decode, behind a chunk of one that prefills."""
+        decoding = [(s, 1) for s in self.running if s.decodes]
+        prefilling = [s for s in self.running if s.pending > 1 and not (self.pager and self.pager.blocked(s))]
+        if not prefilling:
+            return decoding
+        now = time.perf_counter()
+        sequence = most_urgent(
+            prefilling, lambda s: now - s.submitted, lambda s: self.cost.prefill_s(s.computed, s.length)
+        )
+        self.adopt(sequence)
+        longest = self.settings.prefill_chunk
+        count = min(sequence.pending, longest, self.settings.mixed_chunk if decoding else longest)
+        if self.pager:
+            count = min(count, self.pager.until_restore(sequence) or count)
+        return [(sequence, count), *decoding]
+
     def admit(self) -> None:
-        """Move waiting sequences to the running ones, oldest first, while there is room for their prompts."""
-        while self.waiting and len(self.running) < self.settings.max_batch:
-            sequence, others = self.waiting.popleft(), list(self.running)
+        """Move waiting sequences to the running ones while there is room for their prompts."""
+        while self.waiting and len(self.running) < self.settings.max_batch and not self.full:
+            sequence, others = self.next_waiting(), list(self.running)
+            self.waiting.remove(sequence)
             # Counted as running before anything can raise: a request that breaks a step must not be tried again.
             self.running.append(sequence)
-            sequence.lease = self.store.match(sequence.tokens[: sequence.length - 1], sequence.request.salt)
+            sequence.lease = self.store.match(sequence.known, sequence.request.salt)
             stats = self.store.stats()
             room = (stats.pages_free + stats.pages_cached) * self.settings.page_size
             promised = sum(max(0, s.length - s.lease.length) for s in others if s.lease)
@@ -245,9 +270,21 @@ class Engine:
             if others and sequence.pending + promised > room:
                 self.retire(sequence)
                 self.waiting.appendleft(sequence)
+                self.full = True
                 return
             if not sequence.started:  # one that was preempted has computed some of what it matches now
                 sequence.started, sequence.reused = time.perf_counter(), sequence.computed
+
+    def next_waiting(self) -> Sequence:
+        """The next request to admit, of those that have waited longest."""
+        if len(self.waiting) == 1:
+            return self.waiting[0]
+        now = time.perf_counter()
+        return most_urgent(
+            islice(self.waiting, CHOSEN_FROM),
+            lambda s: now - s.submitted,
+            lambda s: self.cost.prefill_s(self.store.peek(s.known, s.request.salt), s.length),
+        )
 
     def restore_pages(self) -> bool:
         """Copy in what the tiers have brought, and read ahead, for those next in line too. Whether anything came."""
@@ -277,7 +314,8 @@ class Engine:
     def warm_up(self) -> None:
         """Run every compiled step once, so that no request pays for a first run, and time the largest chunk."""
         limit = self.settings.max_model_len
-        for bucket in [*self.buckets, self.buckets[-1]]:
+        largest = max(self.buckets, key=lambda bucket: bucket.chunk)
+        for bucket in [*self.buckets, largest]:
             count = min(bucket.chunk, limit)
             before = min(WARM_UP_PREFIX, limit - count)
             # It reads and writes pages that nobody holds.
@@ -285,7 +323,7 @@ class Engine:
             row = Row(np.zeros(count, np.int32), before, pages, GREEDY)
             batch, sampling = pack([row], bucket, self.steps.table_pages)
             start = time.perf_counter()
-            sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling)
+            sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling, self.steps.nothing)
             np.asarray(sampled)
             seconds = time.perf_counter() - start
         self.prefilled(before, before + count, seconds)
@@ -295,21 +333,6 @@ class Engine:
         self.cost = self.cost.prefilled(start, stop, seconds)
         if self.pager:
             self.pager.cost = self.pager.cost.prefilled(start, stop, seconds)
-
-    def prefill(self, sequence: Sequence, mixed: bool) -> None:
-        """Run the next chunk of one sequence's pending tokens."""
-        sequence.turn = self.counters.steps
-        self.adopt(sequence)
-        if sequence.pending == 1:
-            return
-        longest = self.settings.prefill_chunk
-        count = min(sequence.pending, longest, self.settings.mixed_chunk if mixed else longest)
-        if self.pager:
-            count = min(count, self.pager.until_restore(sequence) or count)
-        before, start = sequence.computed, time.perf_counter()
-        self.run([sequence], [count])
-        if sequence.computed > before:
-            self.prefilled(before, sequence.computed, time.perf_counter() - start)
 
     def adopt(self, sequence: Sequence) -> None:
         """Take over what another request has computed of the same prompt since this one last looked."""
@@ -322,32 +345,54 @@ class Engine:
         sequence.lease = lease
         sequence.take_over(lease.reused, self.settings.page_size)
 
-    def decode(self, sequences: list[Sequence]) -> None:
-        """Run the one pending token of each sequence, all in one batch."""
-        self.run(sequences, [1] * len(sequences))
-
-    def run(self, sequences: list[Sequence], counts: list[int]) -> None:
-        """Run the next `counts[i]` pending tokens of each sequence through the model and take what was sampled."""
-        chosen = [(s, n) for s, n in zip(sequences, counts, strict=True) if self.make_room(s, s.computed + n)]
+    def launch(self, plan: list[tuple[Sequence, int]]) -> Flight | None:
+        """Start running the next `count` tokens of each sequence of a plan; None if there is nothing to run."""
+        chosen = [(s, n) for s, n in plan if self.make_room(s, s.computed + n)]
         # A later one may have preempted an earlier one.
         found = [(s, self.row(s, n)) for s, n in chosen if s.lease is not None]
         rows = [(s, row) for s, row in found if row is not None]
         if not rows:
-            return
-        bucket = fit(self.buckets, len(rows), max(len(row.tokens) for _, row in rows))
+            return None
+        bucket = fit(self.buckets, [len(row.tokens) for _, row in rows])
         batch, sampling = pack([row for _, row in rows], bucket, self.steps.table_pages)
-        sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling)
-        tokens = np.asarray(sampled)
-        for (sequence, row), token in zip(rows, tokens, strict=False):
-            count = len(row.tokens)
-            sequence.computed += count
-            if count > 1:
-                self.counters.prefilled_tokens += count
+        before = self.flight.sampled if self.flight else self.steps.nothing
+        launched = time.perf_counter()
+        sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling, before)
+        first = rows[0][1]
+        alone = len(rows) == 1 and len(first.tokens) > 1
+        chunk = (first.prefix, first.prefix + len(first.tokens)) if alone else None
+        flight = Flight([s for s, _ in rows], sampled, [], launched, chunk)
+        for sequence, row in rows:
+            sequence.computed += len(row.tokens)
+            samples = sequence.computed >= sequence.length
+            sequence.flight = flight if samples else None
+            flight.samples.append(samples)
+            if len(row.tokens) > 1:
+                self.counters.prefilled_tokens += len(row.tokens)
                 self.publish(sequence)
-            if self.pager:
-                self.pager.save(sequence, self.pool)
-            if sequence.pending == 0:
+        return flight
+
+    def land(self) -> bool:
+        """Wait for the step in the air and take what it has sampled. False if there is none."""
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return False
+        tokens = np.asarray(flight.sampled)
+        now = time.perf_counter()
+        if flight.chunk:
+            # Until the step before had been read, the device may not have begun.
+            self.prefilled(*flight.chunk, now - max(flight.launched, self.landed_at))
+        self.landed_at = now
+        for sequence, samples, token in zip(flight.rows, flight.samples, tokens, strict=False):
+            if sequence.lease is None:
+                continue  # it has ended while the step was in the air
+            if sequence.flight is flight:
+                sequence.flight = None
+            if samples:
                 self.take(sequence, int(token))
+            if self.pager and sequence.lease:
+                self.pager.save(sequence, self.pool)
+        return True
 
     def row(self, sequence: Sequence, count: int) -> Row | None:
         """A sequence's share of a step; None if its constraint cannot go on, which ends it."""
@@ -359,7 +404,10 @@ class Engine:
                 self.fail(sequence, error)
                 return None
         assert sequence.lease is not None
-        new = sequence.tokens[sequence.computed : sequence.computed + count]
+        if sequence.flight:
+            new = np.asarray([-1 - sequence.flight.rows.index(sequence)], np.int32)
+        else:
+            new = sequence.tokens[sequence.computed : sequence.computed + count]
         return Row(new, sequence.computed, sequence.lease.pages, sequence.request.sampling, mask)
 
     def make_room(self, sequence: Sequence, length: int) -> bool:
@@ -371,7 +419,7 @@ class Engine:
             try:
                 sequence.lease, copies = self.store.extend(sequence.lease, length)
             except PoolExhausted:
-                if self.pager and self.pager.drop_parked(self.store):
+                if self.land() or (self.pager and self.pager.drop_parked(self.store)):
                     continue
                 self.preempt(max(self.running, key=lambda s: s.number))
                 continue
@@ -383,6 +431,7 @@ class Engine:
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; it resumes from what the store still has of it."""
+        assert sequence.flight is None, "a token in the air has nowhere to land"
         assert len(self.running) > 1, "one sequence alone always fits: max_model_len is below the pool's size"
         log.info("request %d is preempted at %d tokens: the pool is full", sequence.number, sequence.length)
         self.counters.preemptions += 1
@@ -404,8 +453,9 @@ class Engine:
             self.pager.retire(sequence, self.pool, self.store)
         else:
             self.store.release(sequence.lease)
-        sequence.lease, sequence.restore = None, None
+        sequence.lease, sequence.restore, sequence.flight = None, None, None
         self.running.remove(sequence)
+        self.full = False
 
     def take(self, sequence: Sequence, token: int) -> None:
         """Append a sampled token, tell the client, and retire the sequence if it was the last one."""
@@ -449,7 +499,7 @@ class Engine:
 
     def recover(self, message: str) -> None:
         """After a step that raised: fail what was running, and start from an empty pool if the step took it along."""
-        failed, self.running = self.running, []
+        failed, self.running, self.flight, self.full = self.running, [], None, False
         self.counters.failures += len(failed)
         for sequence in failed:
             if sequence.lease is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from cache.store import Lease
@@ -79,6 +80,17 @@ class Waiting:
 Event = Waiting | Started | Sampled | Finished | Failed
 
 
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A step that was launched and that nobody has read."""
+
+    rows: list[Sequence]  # in the order of the batch
+    sampled: jax.Array  # [rows] int32
+    samples: list[bool]  # by row: whether it had no token left to run, so that what it sampled is its next one
+    launched: float  # by `time.perf_counter`
+    chunk: tuple[int, int] | None  # tokens [start, stop) of a prompt, where the step runs nothing else
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request on its way through the engine; touched by the engine's thread only."""
@@ -94,8 +106,8 @@ class Sequence:
     computed: int = 0  # tokens whose keys and values are in the lease's pages
     reused: int = 0  # of these, the ones that somebody else had computed
     restored: Counter[str] = field(default_factory=Counter)  # of these, the ones that came from a tier, by its name
-    turn: int = 0  # number of the step that last prefilled it
     sampled: int = 0
+    flight: Flight | None = None  # the step that samples its next token, which then is the one behind `length`
     keys: list[bytes] = field(default_factory=list)  # of its full pages, as far as they are known
     restore: Restore | None = None
     sealed: int = 0  # full pages that were looked at for saving
@@ -105,6 +117,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens to run through the model before the next one can be sampled."""
         return self.length - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next step runs one token, be it known or in the air, and samples another."""
+        return self.pending == 1 if self.flight is None else self.length + 1 < len(self.tokens)
 
     def take_over(self, length: int, page_size: int) -> None:
         """Count the first `length` tokens as computed by somebody else, whose business it is to save their pages."""

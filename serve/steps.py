@@ -1,7 +1,8 @@
 """The compiled steps: a short ladder of batch shapes, and the packing of sequences into one of them.
 
-A step runs the model over a padded batch, samples one token per sequence and hands the pool back. Every shape is
-compiled before the first request, so that no request pays for a compilation.
+A step runs the model over a padded batch, samples one token per sequence and hands the pool back. What the step before
+has sampled is an argument that stays on the device: the next step can be launched before anybody has read it. Every
+shape is compiled before the first request, so that no request pays for a compilation.
 """
 
 from __future__ import annotations
@@ -23,14 +24,33 @@ from model.sampling import Sampling, sample
 
 EVERY_TOKEN = 0xFFFFFFFF  # a word of a mask that allows all its tokens
 PREFILL_CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
+# Of a chunk that shares its step with sequences that decode, and the most of these in the smaller of its two shapes.
+MIXED_CHUNKS = (32, 64, 128, 256)
+FEW_SINGLES = 4
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A compiled batch shape: `seqs` sequences with at most `chunk` new tokens each."""
+    """A compiled batch shape: `seqs` sequences with at most `chunk` new tokens each, and `singles` with at most one."""
 
     seqs: int
     chunk: int
+    singles: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Sequences in all."""
+        return self.seqs + self.singles
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all, padding included."""
+        return self.seqs * self.chunk + self.singles
+
+    def holds(self, counts: Sequence[int]) -> bool:
+        """Whether it has room for sequences with these numbers of new tokens, in this order."""
+        chunks, singles = counts[: self.seqs], counts[self.seqs :]
+        return len(singles) <= self.singles and max(chunks) <= self.chunk and max(singles, default=1) == 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ GREEDY = SamplingParams()
 class Row:
     """One sequence's share of a step."""
 
-    tokens: np.ndarray  # [new tokens] int32
+    tokens: np.ndarray  # [new tokens] int32; -1 - i for what row i of the step before has sampled
     prefix: int  # tokens that are in the pool already
     pages: np.ndarray  # [pages] int32
     sampling: SamplingParams
@@ -59,44 +79,54 @@ class Row:
 
 @dataclass(frozen=True)
 class Steps:
-    """Compiled functions by shape: `run[bucket](params, pool, batch, sampling)` and `copy(pool, sources, targets)`.
+    """Compiled functions: `run[bucket](params, pool, batch, sampling, before)` and `copy(pool, sources, targets)`.
 
-    A sampling without a mask runs with one that allows every token and stays on the device.
+    A step returns what it sampled, [rows] int32 with the rows of the largest shape, and the pool; `before` is what an
+    earlier one returned, or `nothing`. A sampling without a mask runs with one that allows every token and stays on
+    the device.
     """
 
     run: Mapping[Bucket, Callable]
     copy: Callable
     table_pages: int  # width of every block table
+    nothing: jax.Array  # [rows] int32
 
 
-def ladder(max_batch: int, max_chunk: int) -> tuple[Bucket, ...]:
-    """The shapes that serve up to `max_batch` decoding sequences and prefill chunks of up to `max_chunk` tokens."""
+def ladder(max_batch: int, max_chunk: int, mixed_chunk: int = 0) -> tuple[Bucket, ...]:
+    """The shapes that serve up to `max_batch` sequences at a time.
+
+    They all decode, or one of them prefills a chunk of up to `max_chunk` tokens, or one prefills up to `mixed_chunk`
+    while the others decode.
+    """
     doublings = [1 << i for i in range(max_batch.bit_length())]
     decode = [Bucket(seqs, 1) for seqs in sorted({*(n for n in doublings if n < max_batch), max_batch})]
     chunks = sorted({*(n for n in PREFILL_CHUNKS if n < max_chunk), max_chunk} - {1})
-    return tuple(decode + [Bucket(1, chunk) for chunk in chunks])
+    shared = sorted({*(n for n in MIXED_CHUNKS if n < mixed_chunk), mixed_chunk} - {0, 1})
+    others = sorted({min(FEW_SINGLES, max_batch - 1), max_batch - 1} - {0})
+    mixed = [Bucket(1, chunk, singles) for chunk in shared for singles in others]
+    return tuple(decode + [Bucket(1, chunk) for chunk in chunks] + mixed)
 
 
-def fit(buckets: Sequence[Bucket], seqs: int, chunk: int) -> Bucket:
-    """The smallest bucket that holds `seqs` sequences of at most `chunk` new tokens."""
-    fitting = [b for b in buckets if b.seqs >= seqs and b.chunk >= chunk]
-    assert fitting, f"no compiled shape holds {seqs} sequences of {chunk} tokens"
-    return min(fitting, key=lambda b: (b.seqs * b.chunk, b))
+def fit(buckets: Sequence[Bucket], counts: Sequence[int]) -> Bucket:
+    """The smallest bucket that holds sequences with these numbers of new tokens, the longest first."""
+    fitting = [bucket for bucket in buckets if bucket.holds(counts)]
+    assert fitting, f"no compiled shape holds sequences of {counts} tokens"
+    return min(fitting, key=lambda bucket: (bucket.tokens, bucket))
 
 
 def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, Sampling]:
     """Lay the rows out as one padded batch of numpy arrays; row i's token is sampled at index i."""
     counts = [len(row.tokens) for row in rows]
-    starts = np.full(bucket.seqs + 1, sum(counts), np.int32)
+    starts = np.full(bucket.rows + 1, sum(counts), np.int32)
     starts[: len(rows) + 1] = np.concatenate([[0], np.cumsum(counts)])
-    tokens = np.zeros(bucket.seqs * bucket.chunk, np.int32)
+    tokens = np.zeros(bucket.tokens, np.int32)
     tokens[: starts[-1]] = np.concatenate([row.tokens for row in rows])
-    table = np.zeros((bucket.seqs, table_pages), np.int32)
+    table = np.zeros((bucket.rows, table_pages), np.int32)
     for i, row in enumerate(rows):
         table[i, : len(row.pages)] = row.pages
 
-    def column(values: list, dtype: type) -> np.ndarray:  # [seqs]
-        return np.asarray(values + [0] * (bucket.seqs - len(rows)), dtype)
+    def column(values: list, dtype: type) -> np.ndarray:  # [rows]
+        return np.asarray(values + [0] * (bucket.rows - len(rows)), dtype)
 
     batch = Batch(
         tokens=tokens,
@@ -105,6 +135,7 @@ def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, 
         block_table=table,
         rows=np.maximum(starts[1:] - 1, 0),
         max_chunk=bucket.chunk,
+        singles=bucket.singles,
     )
     sampling = Sampling(
         temperature=column([row.sampling.temperature for row in rows], np.float32),
@@ -112,7 +143,7 @@ def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, 
         top_p=column([row.sampling.top_p for row in rows], np.float32),
         seeds=column([row.sampling.seed for row in rows], np.uint32),
         positions=column([row.prefix + len(row.tokens) for row in rows], np.int32),
-        mask=pack_masks([row.mask for row in rows], bucket.seqs),
+        mask=pack_masks([row.mask for row in rows], bucket.rows),
     )
     return batch, sampling
 
@@ -130,19 +161,27 @@ def pack_masks(masks: Sequence[np.ndarray | None], seqs: int) -> np.ndarray | No
 
 
 def step(
-    params: Params, pool: KVPool, batch: Batch, sampling: Sampling, config: ModelConfig
+    params: Params, pool: KVPool, batch: Batch, sampling: Sampling, before: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, KVPool]:
-    """One pass of the model and one sampled token for every sequence, [seqs] int32."""
-    logits, pool = forward(params, batch, pool, config)
-    return sample(logits, sampling), pool
+    """One pass of the model and one sampled token for every sequence, in the shape of `before`, [rows] int32."""
+    known = jnp.where(batch.tokens < 0, before[-1 - batch.tokens], batch.tokens)
+    logits, pool = forward(params, batch.replace(tokens=known), pool, config)
+    sampled = sample(logits, sampling)
+    return jnp.zeros_like(before).at[: sampled.shape[0]].set(sampled), pool
 
 
 def run_masked(
-    compiled: Callable, unmasked: jax.Array, params: Params, pool: KVPool, batch: Batch, sampling: Sampling
+    compiled: Callable,
+    unmasked: jax.Array,
+    params: Params,
+    pool: KVPool,
+    batch: Batch,
+    sampling: Sampling,
+    before: jax.Array,
 ) -> tuple[jax.Array, KVPool]:
     """Call a compiled step, which always takes a mask: `unmasked` where the batch brings none."""
     masked = sampling if sampling.mask is not None else replace(sampling, mask=unmasked)
-    return compiled(params, pool, batch, masked)
+    return compiled(params, pool, batch, masked, before)
 
 
 def compile_steps(
@@ -157,15 +196,17 @@ def compile_steps(
     table_pages = -(-max_model_len // pool.page_size)
     jitted = jax.jit(partial(step, config=config), donate_argnums=1)
     words = -(-config.vocab_size // 32)
-    unmasked = {seqs: jnp.full((seqs, words), EVERY_TOKEN, jnp.uint32) for seqs in {b.seqs for b in buckets}}
+    unmasked = {rows: jnp.full((rows, words), EVERY_TOKEN, jnp.uint32) for rows in {b.rows for b in buckets}}
+    nothing = jnp.zeros(max(b.rows for b in buckets), jnp.int32)
     run = {}
     for done, bucket in enumerate(buckets):
         on_progress(done, len(buckets))
         blank = Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())
         batch, sampling = pack([blank], bucket, table_pages)
-        compiled = jitted.lower(params, pool, batch, replace(sampling, mask=unmasked[bucket.seqs])).compile()
-        run[bucket] = partial(run_masked, compiled, unmasked[bucket.seqs])
+        masked = replace(sampling, mask=unmasked[bucket.rows])
+        compiled = jitted.lower(params, pool, batch, masked, nothing).compile()
+        run[bucket] = partial(run_masked, compiled, unmasked[bucket.rows])
     on_progress(len(buckets), len(buckets))
     page = jax.ShapeDtypeStruct((1,), jnp.int32)
     copy = jax.jit(copy_pages, donate_argnums=0).lower(pool, page, page).compile()
-    return Steps(run=run, copy=copy, table_pages=table_pages)
+    return Steps(run=run, copy=copy, table_pages=table_pages, nothing=nothing)

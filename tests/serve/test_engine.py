@@ -206,15 +206,15 @@ def test_a_cancelled_request_leaves_its_work_in_the_store_and_holds_no_page(engi
 def test_a_step_that_raises_fails_what_was_running_and_nothing_else(model, monkeypatch):
     config, params = model
     engine = Engine(params, config, SMALL)
-    broken, run = threading.Event(), engine.run
+    broken, launch = threading.Event(), engine.launch
 
-    def fail_once(sequences, counts):
+    def fail_once(plan):
         if not broken.is_set():
             broken.set()
             raise RuntimeError("injected")
-        run(sequences, counts)
+        return launch(plan)
 
-    monkeypatch.setattr(engine, "run", fail_once)
+    monkeypatch.setattr(engine, "launch", fail_once)
     engine.start()
     assert generate(engine, [5, 6, 7], 2)[2] == Failed("RuntimeError: injected")
     assert generate(engine, [5, 6, 7], 2)[2] == Finished("length")
@@ -255,18 +255,19 @@ def test_a_lost_pool_is_replaced(model, monkeypatch):
     """A step that raises after its donation took the pool along: the engine goes on with an empty one."""
     config, params = model
     engine = Engine(params, config, SMALL)
-    lost, run = threading.Event(), engine.run
+    lost, launch = threading.Event(), engine.launch
 
-    def lose_once(sequences, counts):
-        run(sequences, counts)
+    def lose_once(plan):
+        launched = launch(plan)
         if not lost.is_set():
             lost.set()
             engine.pool.k.delete()
             raise RuntimeError("injected")
+        return launched
 
     engine.start()
     expected = generate(engine, [5, 6, 7], 4)[0]
-    monkeypatch.setattr(engine, "run", lose_once)
+    monkeypatch.setattr(engine, "launch", lose_once)
     assert generate(engine, [5, 6, 7, 8, 9], 4)[2] == Failed("RuntimeError: injected")
     tokens, started, _ = generate(engine, [5, 6, 7], 4)
     assert (tokens, started.reused_tokens) == (expected, 0)

@@ -12,37 +12,39 @@ from hypothesis import strategies as st
 from model.config import ModelConfig, RopeConfig
 from model.kv import empty_pool
 from model.params import Layer, Params
-from serve.steps import GREEDY, PREFILL_CHUNKS, Bucket, Row, SamplingParams, Steps, compile_steps, fit, ladder, pack
+from serve.steps import GREEDY, MIXED_CHUNKS, PREFILL_CHUNKS, Bucket, Row, SamplingParams, Steps, compile_steps, fit, ladder, pack
 
 BATCHES, CHUNKS = st.integers(1, 200), st.integers(1, 3000)
 
 
 @given(max_batch=BATCHES, max_chunk=CHUNKS, data=st.data())
 def test_the_ladder_holds_every_step_the_engine_takes(max_batch: int, max_chunk: int, data: st.DataObject) -> None:
-    buckets = ladder(max_batch, max_chunk)
+    mixed = data.draw(st.integers(1, max_chunk))
+    buckets = ladder(max_batch, max_chunk, mixed)
     seqs, chunk = data.draw(st.integers(1, max_batch)), data.draw(st.integers(1, max_chunk))
-    for wanted in ((seqs, 1), (1, chunk)):
-        bucket = fit(buckets, *wanted)
-        assert bucket.seqs >= wanted[0]
-        assert bucket.chunk >= wanted[1]
-        smaller = [b for b in buckets if b.seqs * b.chunk < bucket.seqs * bucket.chunk]
-        assert not [b for b in smaller if b.seqs >= wanted[0] and b.chunk >= wanted[1]]
+    for wanted in ([1] * seqs, [chunk], [min(chunk, mixed), *[1] * (seqs - 1)]):
+        bucket = fit(buckets, wanted)
+        assert bucket.rows >= len(wanted)
+        assert bucket.chunk >= wanted[0]
+        assert not [b for b in buckets if b.tokens < bucket.tokens and b.holds(wanted)]
 
 
 @given(max_batch=BATCHES, max_chunk=CHUNKS)
 def test_the_ladder_is_short_and_wastes_less_than_half_of_a_decoding_batch(max_batch: int, max_chunk: int) -> None:
-    buckets = ladder(max_batch, max_chunk)
-    assert len(set(buckets)) == len(buckets) <= max_batch.bit_length() + 1 + len(PREFILL_CHUNKS) + 1
+    buckets = ladder(max_batch, max_chunk, max_chunk)
+    most = max_batch.bit_length() + 1 + len(PREFILL_CHUNKS) + 1 + 2 * (len(MIXED_CHUNKS) + 1)
+    assert len(set(buckets)) == len(buckets) <= most
     assert max(b.seqs for b in buckets) == max_batch
     assert max(b.chunk for b in buckets) == max_chunk
     for seqs in range(1, max_batch + 1):
-        assert fit(buckets, seqs, 1).seqs < 2 * seqs
+        assert fit(buckets, [1] * seqs).seqs < 2 * seqs
 
 
 def test_the_ladder_of_the_defaults() -> None:
-    buckets = ladder(16, 1024)
+    buckets = ladder(16, 1024, 256)
     assert [b.seqs for b in buckets if b.chunk == 1] == [1, 2, 4, 8, 16]
-    assert [b.chunk for b in buckets if b.chunk > 1] == list(PREFILL_CHUNKS)
+    assert [b.chunk for b in buckets if b.chunk > 1 and not b.singles] == list(PREFILL_CHUNKS)
+    assert [(b.chunk, b.singles) for b in buckets if b.singles] == [(n, s) for n in MIXED_CHUNKS for s in (4, 15)]
 
 
 MASKS = st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4).map(lambda words: np.asarray(words, np.uint32))
@@ -147,7 +149,7 @@ def test_a_compiled_step_obeys_the_masks_of_the_rows_that_have_one(small: tuple[
         rows = [Row(np.asarray([7], np.int32), 0, np.asarray([i], np.int32), GREEDY, m) for i, m in enumerate(masks)]
         batch, sampling = pack(rows, Bucket(3, 1), steps.table_pages)
         pool = empty_pool(SMALL, 4, 8, jnp.float32)
-        return steps.run[Bucket(3, 1)](params, pool, batch, sampling)[0].tolist()[: len(masks)]
+        return steps.run[Bucket(3, 1)](params, pool, batch, sampling, steps.nothing)[0].tolist()[: len(masks)]
 
     def only(*tokens: int) -> np.ndarray:
         bits = np.isin(np.arange(128), tokens)
