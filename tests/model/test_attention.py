@@ -37,6 +37,12 @@ def test_a_mixed_batch_with_padding_matches_the_reference():
     assert_matches_reference(*ragged([0, 1, 15, 16, 17, 900], [5, 1, 33, 1, 64, 2], spare_seqs=2, spare_tokens=11))
 
 
+@pytest.mark.parametrize(("prefixes", "chunks", "spare"), [([700, 3, 16, 900], [33, 1, 1, 1], 4), ([0, 40], [5, 1], 0)])
+def test_a_chunk_and_single_tokens_in_one_batch_match_the_reference(prefixes, chunks, spare):
+    q, pool, batch = ragged(prefixes, chunks, spare_seqs=spare, spare_tokens=spare)
+    assert_matches_reference(q, pool, batch.replace(singles=len(chunks) - 1 + spare, max_chunk=64))
+
+
 def test_a_decode_batch_with_empty_rows_matches_the_reference():
     assert_matches_reference(*ragged([3, 1500, 0, 40], [1, 1, 1, 1], spare_seqs=4, spare_tokens=4))
 

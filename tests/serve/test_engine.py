@@ -1,6 +1,9 @@
 """Reuse is exact: greedy output with the prefix store equals greedy output without it, whatever else is going on."""
 
+import queue
 import threading
+from contextlib import contextmanager
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -146,6 +149,79 @@ def test_simultaneous_requests_share_the_prefill_of_a_common_prefix(model):
     engine.stop()
     assert engine.counters.prefilled_tokens < 1.2 * len(prompt)
     assert sum(s.prompt_tokens - s.reused_tokens for s in started) < 1.2 * len(prompt) + 8
+
+
+@contextmanager
+def launches(engine):
+    """The shapes of the steps that the engine launches from here on, in their order."""
+    launched, steps = [], engine.steps
+
+    def noted(bucket, step):
+        def run(*args):
+            launched.append(bucket)
+            return step(*args)
+
+        return run
+
+    engine.steps = replace(steps, run={bucket: noted(bucket, step) for bucket, step in steps.run.items()})
+    yield launched
+    engine.steps = steps
+
+
+def test_the_next_step_is_launched_before_a_token_is_read(engine):
+    """All but the last token of an answer, behind which there is nothing to run."""
+    seen, done = [], threading.Event()
+
+    def emit(event):
+        seen.append(len(launched)) if isinstance(event, Sampled) else None
+        done.set() if isinstance(event, Finished) else None
+
+    with launches(engine) as launched:
+        engine.submit(GenerationRequest(np.arange(3, 20, dtype=np.int32), 5), emit)
+        assert done.wait(60)
+    assert seen == [2, 3, 4, 5, 5]
+
+
+def test_a_token_that_ends_the_answer_is_in_the_cache_all_the_same(engine):
+    prompt = np.random.default_rng(30).integers(3, VOCAB, 45)
+    answer, _, _ = generate(engine, prompt, 6)
+    stop = answer[-1]
+    shorter = answer[: answer.index(stop)]
+    salt = {"salt": b"stopped"}
+    assert generate(engine, prompt, 30, stop_ids=frozenset([stop]), **salt)[0] == shorter
+    assert generate(engine, [*prompt, *shorter, stop, 7], 1, **salt)[1].reused_tokens == len(prompt) + len(shorter) + 1
+
+
+def test_a_prompt_is_prefilled_in_the_steps_of_those_that_decode(engine, model):
+    rng, known, flips = np.random.default_rng(31), {}, []
+    prompts = [rng.integers(3, VOCAB, 20), rng.integers(3, VOCAB, 100)]
+    first, _ = submit(engine, prompts[0], 150)
+    while not isinstance(first.get(timeout=60), Sampled):
+        pass
+    with launches(engine) as launched:
+        second, _, _ = generate(engine, prompts[1], 20)
+    rest = outcome(first)[0]
+    chunks = [bucket for bucket in launched if bucket.chunk > 1]
+    assert len(chunks) == -(-100 // SMALL.mixed_chunk)
+    assert all(bucket.singles for bucket in chunks)
+    for prompt, tokens in ((prompts[0], rest), (prompts[1], second)):
+        expected = reference(model, prompt, 150 if tokens is rest else 20, known)
+        assert_same_or_tied(model, prompt, tokens, expected[-len(tokens) :], flips)
+
+
+def test_a_prompt_that_is_cached_passes_a_long_one_that_is_not(model):
+    config, params = model
+    engine = Engine(params, config, EngineSettings(**{**vars(SMALL), "max_batch": 1}))
+    engine.start()
+    rng, order = np.random.default_rng(32), queue.Queue()
+    cached = rng.integers(3, VOCAB, 280)
+    generate(engine, cached, 1)
+    running, _ = submit(engine, rng.integers(3, VOCAB, 20), 60)
+    for name, prompt in (("long", rng.integers(3, VOCAB, 280)), ("cached", cached)):
+        engine.submit(GenerationRequest(prompt, 1), lambda e, n=name: order.put(n) if isinstance(e, Finished) else None)
+    outcome(running)
+    assert [order.get(timeout=60) for _ in range(2)] == ["cached", "long"]
+    engine.stop()
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine):
