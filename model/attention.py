@@ -6,6 +6,7 @@ from the pool a block of pages at a time, so memory grows with the chunk and nev
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -89,7 +90,8 @@ def apart(batch: Batch) -> tuple[Batch, Batch]:
     """A batch's sequences of chunks and its sequences of single tokens; both know their tokens in the whole batch."""
     cut = batch.prefix.shape[0] - batch.singles
     first, last = (
-        batch.replace(
+        replace(
+            batch,
             starts=batch.starts[part.start : part.stop + 1],
             prefix=batch.prefix[part],
             block_table=batch.block_table[part],

@@ -27,9 +27,22 @@ from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
 from serve.cost import Constants, cost_model
+from serve.lookup import guess
 from serve.paging import Pager
 from serve.schedule import most_urgent
-from serve.sequence import Event, Failed, Finished, Flight, GenerationRequest, Sampled, Sequence, Started, Waiting
+from serve.sequence import (
+    Event,
+    Failed,
+    Finished,
+    Flight,
+    GenerationRequest,
+    Sampled,
+    Seat,
+    Sequence,
+    Started,
+    Turn,
+    Waiting,
+)
 from serve.steps import GREEDY, Row, compile_steps, fit, ladder, pack
 
 log = logging.getLogger("tokenzero.engine")
@@ -56,6 +69,8 @@ class EngineSettings:
     prefill_chunk: int = 1024
     # Chunk while others decode: what their next token may have to wait for.
     mixed_chunk: int = 256
+    # Tokens that a decoding sequence runs on trial in each step, where its text repeats itself; 0 for none.
+    guesses: int = 0
     dtype: str = "float32"
 
 
@@ -73,6 +88,8 @@ class Counters:
     reused_tokens: int = 0
     prefilled_tokens: int = 0
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
     preemptions: int = 0
     failures: int = 0
 
@@ -110,7 +127,7 @@ class Engine:
         self.params, self.config, self.settings, self.fingerprint = params, config, settings, fingerprint
         self.pool = self.fresh_pool()
         self.store = PrefixStore(settings.num_pages, settings.page_size, fingerprint)
-        self.buckets = ladder(settings.max_batch, settings.prefill_chunk, settings.mixed_chunk)
+        self.buckets = ladder(settings.max_batch, settings.prefill_chunk, settings.mixed_chunk, settings.guesses)
         self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
         self.cost = cost_model(config, costs)
         self.pager = Pager(tiers, self.pool, fingerprint, self.cost, self.wake) if tiers else None
@@ -225,24 +242,24 @@ class Engine:
 
     def step(self) -> None:
         """Admit, launch a step for all that decodes and one prefill chunk, then read the step before it."""
-        if self.flight and any(s.request.constraint for s in self.flight.rows):
+        if self.flight and (self.settings.guesses or any(s.sequence.request.constraint for s in self.flight.seats)):
             self.land()  # what may come next depends on what came
         self.admit()
         restored = self.restore_pages()
         launched = self.launch(self.plan())
         landed = self.land()
         self.flight = launched
-        if launched and not any(launched.samples):
+        if launched and not any(seat.samples for seat in launched.seats):
             self.land()  # nobody is waiting for its token, and whoever comes now should wait for one chunk at most
         self.idle = not (launched or landed or restored)
         self.counters.steps += 1
 
-    def plan(self) -> list[tuple[Sequence, int]]:
-        """Who runs in the next step and how many tokens each: all that decode, behind a chunk of one that prefills."""
-        decoding = [(s, 1) for s in self.running if s.decodes]
+    def plan(self) -> list[Turn]:
+        """Who runs in the next step, and what: all that decode, behind a chunk of one that prefills."""
+        decoding = [s for s in self.running if s.decodes]
         prefilling = [s for s in self.running if s.pending > 1 and not (self.pager and self.pager.blocked(s))]
         if not prefilling:
-            return decoding
+            return [Turn(s, 1, self.guesses(s)) for s in decoding]
         now = time.perf_counter()
         sequence = most_urgent(
             prefilling, lambda s: now - s.submitted, lambda s: self.cost.prefill_s(s.computed, s.length)
@@ -252,7 +269,14 @@ class Engine:
         count = min(sequence.pending, longest, self.settings.mixed_chunk if decoding else longest)
         if self.pager:
             count = min(count, self.pager.until_restore(sequence) or count)
-        return [(sequence, count), *decoding]
+        return [Turn(sequence, count), *(Turn(s, 1) for s in decoding)]
+
+    def guesses(self, sequence: Sequence) -> tuple[int, ...]:
+        """Tokens that may come next but one in a sequence, to be run on trial."""
+        if not self.settings.guesses or sequence.request.constraint:
+            return ()
+        count = min(self.settings.guesses, sequence.room - 1)
+        return tuple(guess(sequence.tokens[: sequence.length], count).tolist())
 
     def admit(self) -> None:
         """Move waiting sequences to the running ones while there is room for their prompts."""
@@ -345,30 +369,32 @@ class Engine:
         sequence.lease = lease
         sequence.take_over(lease.reused, self.settings.page_size)
 
-    def launch(self, plan: list[tuple[Sequence, int]]) -> Flight | None:
-        """Start running the next `count` tokens of each sequence of a plan; None if there is nothing to run."""
-        chosen = [(s, n) for s, n in plan if self.make_room(s, s.computed + n)]
+    def launch(self, plan: list[Turn]) -> Flight | None:
+        """Start the step that a plan asks for; None if there is nothing to run."""
+        chosen = [t for t in plan if self.make_room(t.sequence, t.sequence.computed + t.count + len(t.guesses))]
         # A later one may have preempted an earlier one.
-        found = [(s, self.row(s, n)) for s, n in chosen if s.lease is not None]
-        rows = [(s, row) for s, row in found if row is not None]
+        found = [(t, self.row(t)) for t in chosen if t.sequence.lease is not None]
+        rows = [(t, row) for t, row in found if row is not None]
         if not rows:
             return None
-        bucket = fit(self.buckets, [len(row.tokens) for _, row in rows])
+        bucket = fit(self.buckets, [len(row.tokens) for _, row in rows], any(row.draft for _, row in rows))
         batch, sampling = pack([row for _, row in rows], bucket, self.steps.table_pages)
         before = self.flight.sampled if self.flight else self.steps.nothing
         launched = time.perf_counter()
         sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling, before)
-        first = rows[0][1]
-        alone = len(rows) == 1 and len(first.tokens) > 1
-        chunk = (first.prefix, first.prefix + len(first.tokens)) if alone else None
-        flight = Flight([s for s, _ in rows], sampled, [], launched, chunk)
-        for sequence, row in rows:
-            sequence.computed += len(row.tokens)
+        (turn, first), alone = rows[0], len(rows) == 1
+        chunk = (first.prefix, first.prefix + turn.count) if alone and turn.count > 1 else None
+        flight, at = Flight([], sampled, launched, chunk), 0
+        for turn, _ in rows:
+            sequence = turn.sequence
+            sequence.computed += turn.count
             samples = sequence.computed >= sequence.length
             sequence.flight = flight if samples else None
-            flight.samples.append(samples)
-            if len(row.tokens) > 1:
-                self.counters.prefilled_tokens += len(row.tokens)
+            flight.seats.append(Seat(sequence, at, turn.guesses, samples))
+            at += 1 + len(turn.guesses)
+            self.counters.guessed_tokens += len(turn.guesses)
+            if turn.count > 1:
+                self.counters.prefilled_tokens += turn.count
                 self.publish(sequence)
         return flight
 
@@ -383,21 +409,33 @@ class Engine:
             # Until the step before had been read, the device may not have begun.
             self.prefilled(*flight.chunk, now - max(flight.launched, self.landed_at))
         self.landed_at = now
-        for sequence, samples, token in zip(flight.rows, flight.samples, tokens, strict=False):
+        for seat in flight.seats:
+            sequence = seat.sequence
             if sequence.lease is None:
                 continue  # it has ended while the step was in the air
             if sequence.flight is flight:
                 sequence.flight = None
-            if samples:
-                self.take(sequence, int(token))
+            if seat.samples:
+                self.take_all(sequence, tokens[seat.at : seat.at + 1 + len(seat.guesses)].tolist(), seat.guesses)
             if self.pager and sequence.lease:
                 self.pager.save(sequence, self.pool)
         return True
 
-    def row(self, sequence: Sequence, count: int) -> Row | None:
+    def take_all(self, sequence: Sequence, sampled: list[int], guesses: tuple[int, ...]) -> None:
+        """Take the first sampled token, and the one behind each guess as long as the guesses were right."""
+        self.take(sequence, sampled[0])
+        for token, right, behind in zip(guesses, sampled, sampled[1:], strict=False):
+            if token != right or sequence.lease is None:
+                return
+            self.counters.right_guesses += 1
+            sequence.computed += 1
+            self.take(sequence, behind)
+
+    def row(self, turn: Turn) -> Row | None:
         """A sequence's share of a step; None if its constraint cannot go on, which ends it."""
-        constraint, mask = sequence.request.constraint, None
-        if constraint and count == sequence.pending:
+        sequence, mask = turn.sequence, None
+        constraint = sequence.request.constraint
+        if constraint and turn.count == sequence.pending:
             try:
                 mask = constraint.mask()
             except Exception as error:
@@ -405,10 +443,12 @@ class Engine:
                 return None
         assert sequence.lease is not None
         if sequence.flight:
-            new = np.asarray([-1 - sequence.flight.rows.index(sequence)], np.int32)
+            new = np.asarray([-1 - sequence.flight.at(sequence)], np.int32)
         else:
-            new = sequence.tokens[sequence.computed : sequence.computed + count]
-        return Row(new, sequence.computed, sequence.lease.pages, sequence.request.sampling, mask)
+            new = sequence.tokens[sequence.computed : sequence.computed + turn.count]
+        if turn.guesses:
+            new = np.concatenate([new, np.asarray(turn.guesses, np.int32)])
+        return Row(new, sequence.computed, sequence.lease.pages, sequence.request.sampling, mask, len(turn.guesses))
 
     def make_room(self, sequence: Sequence, length: int) -> bool:
         """Extend a sequence's lease to `length` tokens, preempting the youngest sequences where the pool is full.

@@ -80,15 +80,37 @@ class Waiting:
 Event = Waiting | Started | Sampled | Finished | Failed
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a sequence runs in the next step: its next `count` tokens, and guesses behind them."""
+
+    sequence: Sequence
+    count: int
+    guesses: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A sequence's place in a step that was launched."""
+
+    sequence: Sequence
+    at: int  # of what the step samples, the first that is this sequence's
+    guesses: tuple[int, ...]  # tokens that ran on trial behind the known ones
+    samples: bool  # whether it had no token left to run, so that what is sampled is its next token
+
+
 @dataclass(frozen=True, eq=False)
 class Flight:
     """A step that was launched and that nobody has read."""
 
-    rows: list[Sequence]  # in the order of the batch
-    sampled: jax.Array  # [rows] int32
-    samples: list[bool]  # by row: whether it had no token left to run, so that what it sampled is its next one
+    seats: list[Seat]
+    sampled: jax.Array  # [samples] int32
     launched: float  # by `time.perf_counter`
     chunk: tuple[int, int] | None  # tokens [start, stop) of a prompt, where the step runs nothing else
+
+    def at(self, sequence: Sequence) -> int:
+        """Where the sequence's next token is sampled."""
+        return next(seat.at for seat in self.seats if seat.sequence is sequence)
 
 
 @dataclass(eq=False)
@@ -121,7 +143,12 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether its next step runs one token, be it known or in the air, and samples another."""
-        return self.pending == 1 if self.flight is None else self.length + 1 < len(self.tokens)
+        return self.pending == 1 if self.flight is None else self.room > 1
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be sampled."""
+        return len(self.tokens) - self.length
 
     def take_over(self, length: int, page_size: int) -> None:
         """Count the first `length` tokens as computed by somebody else, whose business it is to save their pages."""

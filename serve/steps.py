@@ -31,11 +31,15 @@ FEW_SINGLES = 4
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A compiled batch shape: `seqs` sequences with at most `chunk` new tokens each, and `singles` with at most one."""
+    """A compiled batch shape: `seqs` sequences with at most `chunk` new tokens each, and `singles` with at most one.
+
+    A token is sampled behind the last new token of each sequence, or behind every token.
+    """
 
     seqs: int
     chunk: int
     singles: int = 0
+    every: bool = False
 
     @property
     def rows(self) -> int:
@@ -46,6 +50,11 @@ class Bucket:
     def tokens(self) -> int:
         """Tokens in all, padding included."""
         return self.seqs * self.chunk + self.singles
+
+    @property
+    def samples(self) -> int:
+        """Tokens that it samples, padding included."""
+        return self.tokens if self.every else self.rows
 
     def holds(self, counts: Sequence[int]) -> bool:
         """Whether it has room for sequences with these numbers of new tokens, in this order."""
@@ -70,18 +79,19 @@ GREEDY = SamplingParams()
 class Row:
     """One sequence's share of a step."""
 
-    tokens: np.ndarray  # [new tokens] int32; -1 - i for what row i of the step before has sampled
+    tokens: np.ndarray  # [new tokens] int32; -1 - i for sample i of the step before
     prefix: int  # tokens that are in the pool already
     pages: np.ndarray  # [pages] int32
     sampling: SamplingParams
     mask: np.ndarray | None = None  # [ceil(vocab / 32)] uint32: bit t of word w allows token 32w + t; None allows all
+    draft: int = 0  # of the new tokens, the last so many are guesses: a token is sampled behind each, and before them
 
 
 @dataclass(frozen=True)
 class Steps:
     """Compiled functions: `run[bucket](params, pool, batch, sampling, before)` and `copy(pool, sources, targets)`.
 
-    A step returns what it sampled, [rows] int32 with the rows of the largest shape, and the pool; `before` is what an
+    A step returns what it sampled, [samples] int32, as many as the largest shape has, and the pool; `before` is what an
     earlier one returned, or `nothing`. A sampling without a mask runs with one that allows every token and stays on
     the device.
     """
@@ -89,17 +99,20 @@ class Steps:
     run: Mapping[Bucket, Callable]
     copy: Callable
     table_pages: int  # width of every block table
-    nothing: jax.Array  # [rows] int32
+    nothing: jax.Array  # [samples] int32
 
 
-def ladder(max_batch: int, max_chunk: int, mixed_chunk: int = 0) -> tuple[Bucket, ...]:
+def ladder(max_batch: int, max_chunk: int, mixed_chunk: int = 0, draft: int = 0) -> tuple[Bucket, ...]:
     """The shapes that serve up to `max_batch` sequences at a time.
 
-    They all decode, or one of them prefills a chunk of up to `max_chunk` tokens, or one prefills up to `mixed_chunk`
-    while the others decode.
+    They all decode, with up to `draft` guesses each, or one of them prefills a chunk of up to `max_chunk` tokens, or
+    one prefills up to `mixed_chunk` while the others decode.
     """
     doublings = [1 << i for i in range(max_batch.bit_length())]
-    decode = [Bucket(seqs, 1) for seqs in sorted({*(n for n in doublings if n < max_batch), max_batch})]
+    widths = sorted({*(n for n in doublings if n < max_batch), max_batch})
+    decode = [Bucket(seqs, 1) for seqs in widths]
+    if draft:
+        decode += [Bucket(seqs, 1 + draft, every=True) for seqs in widths]
     chunks = sorted({*(n for n in PREFILL_CHUNKS if n < max_chunk), max_chunk} - {1})
     shared = sorted({*(n for n in MIXED_CHUNKS if n < mixed_chunk), mixed_chunk} - {0, 1})
     others = sorted({min(FEW_SINGLES, max_batch - 1), max_batch - 1} - {0})
@@ -107,15 +120,18 @@ def ladder(max_batch: int, max_chunk: int, mixed_chunk: int = 0) -> tuple[Bucket
     return tuple(decode + [Bucket(1, chunk) for chunk in chunks] + mixed)
 
 
-def fit(buckets: Sequence[Bucket], counts: Sequence[int]) -> Bucket:
-    """The smallest bucket that holds sequences with these numbers of new tokens, the longest first."""
-    fitting = [bucket for bucket in buckets if bucket.holds(counts)]
+def fit(buckets: Sequence[Bucket], counts: Sequence[int], every: bool = False) -> Bucket:
+    """The smallest bucket that holds sequences with these numbers of new tokens, the longest first where one chunks."""
+    fitting = [bucket for bucket in buckets if bucket.every == every and bucket.holds(counts)]
     assert fitting, f"no compiled shape holds sequences of {counts} tokens"
     return min(fitting, key=lambda bucket: (bucket.tokens, bucket))
 
 
 def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, Sampling]:
-    """Lay the rows out as one padded batch of numpy arrays; row i's token is sampled at index i."""
+    """Lay the rows out as one padded batch of numpy arrays.
+
+    What is sampled lies in the order of the rows, one token each and one more for each guess.
+    """
     counts = [len(row.tokens) for row in rows]
     starts = np.full(bucket.rows + 1, sum(counts), np.int32)
     starts[: len(rows) + 1] = np.concatenate([[0], np.cumsum(counts)])
@@ -124,36 +140,46 @@ def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, 
     table = np.zeros((bucket.rows, table_pages), np.int32)
     for i, row in enumerate(rows):
         table[i, : len(row.pages)] = row.pages
+    sampled = [1 + row.draft for row in rows]
+    # Back from the end of its row, for each sampled token: 0 for the last.
+    back = np.concatenate([np.arange(count)[::-1] for count in sampled])
 
-    def column(values: list, dtype: type) -> np.ndarray:  # [rows]
-        return np.asarray(values + [0] * (bucket.rows - len(rows)), dtype)
+    def by_row(values: list, dtype: type) -> np.ndarray:  # [rows]
+        return np.pad(np.asarray(values, dtype), (0, bucket.rows - len(rows)))
 
+    def by_sample(values: list, dtype: type) -> np.ndarray:  # [samples]
+        return np.pad(np.repeat(np.asarray(values, dtype), sampled), (0, bucket.samples - len(back)))
+
+    ends = by_sample(starts[1 : len(rows) + 1].tolist(), np.int32)
+    positions = by_sample([row.prefix + len(row.tokens) for row in rows], np.int32)
+    ends[: len(back)] -= back + 1
+    positions[: len(back)] -= back
     batch = Batch(
         tokens=tokens,
         starts=starts,
-        prefix=column([row.prefix for row in rows], np.int32),
+        prefix=by_row([row.prefix for row in rows], np.int32),
         block_table=table,
-        rows=np.maximum(starts[1:] - 1, 0),
+        rows=ends.astype(np.int32),
         max_chunk=bucket.chunk,
         singles=bucket.singles,
     )
     sampling = Sampling(
-        temperature=column([row.sampling.temperature for row in rows], np.float32),
-        top_k=column([row.sampling.top_k for row in rows], np.int32),
-        top_p=column([row.sampling.top_p for row in rows], np.float32),
-        seeds=column([row.sampling.seed for row in rows], np.uint32),
-        positions=column([row.prefix + len(row.tokens) for row in rows], np.int32),
-        mask=pack_masks([row.mask for row in rows], bucket.rows),
+        temperature=by_sample([row.sampling.temperature for row in rows], np.float32),
+        top_k=by_sample([row.sampling.top_k for row in rows], np.int32),
+        top_p=by_sample([row.sampling.top_p for row in rows], np.float32),
+        seeds=by_sample([row.sampling.seed for row in rows], np.uint32),
+        positions=positions.astype(np.int32),
+        mask=pack_masks([row.mask for row, count in zip(rows, sampled, strict=True) for _ in range(count)], bucket),
     )
     return batch, sampling
 
 
-def pack_masks(masks: Sequence[np.ndarray | None], seqs: int) -> np.ndarray | None:
-    """The rows' masks as one array, [seqs, words] uint32, all ones where a row has none; None if no row has one."""
+def pack_masks(masks: Sequence[np.ndarray | None], bucket: Bucket) -> np.ndarray | None:
+    """The samples' masks as one array, [samples, words] uint32, all ones where one has none; None if none has one."""
     given = [mask for mask in masks if mask is not None]
     if not given:
         return None
-    packed = np.full((seqs, len(given[0])), EVERY_TOKEN, np.uint32)
+    packed = np.full((bucket.samples, len(given[0])), EVERY_TOKEN, np.uint32)
     for i, mask in enumerate(masks):
         if mask is not None:
             packed[i] = mask
@@ -163,9 +189,9 @@ def pack_masks(masks: Sequence[np.ndarray | None], seqs: int) -> np.ndarray | No
 def step(
     params: Params, pool: KVPool, batch: Batch, sampling: Sampling, before: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, KVPool]:
-    """One pass of the model and one sampled token for every sequence, in the shape of `before`, [rows] int32."""
+    """One pass of the model, and what is sampled, in the shape of `before`, [samples] int32."""
     known = jnp.where(batch.tokens < 0, before[-1 - batch.tokens], batch.tokens)
-    logits, pool = forward(params, batch.replace(tokens=known), pool, config)
+    logits, pool = forward(params, replace(batch, tokens=known), pool, config)
     sampled = sample(logits, sampling)
     return jnp.zeros_like(before).at[: sampled.shape[0]].set(sampled), pool
 
@@ -196,16 +222,16 @@ def compile_steps(
     table_pages = -(-max_model_len // pool.page_size)
     jitted = jax.jit(partial(step, config=config), donate_argnums=1)
     words = -(-config.vocab_size // 32)
-    unmasked = {rows: jnp.full((rows, words), EVERY_TOKEN, jnp.uint32) for rows in {b.rows for b in buckets}}
-    nothing = jnp.zeros(max(b.rows for b in buckets), jnp.int32)
+    unmasked = {n: jnp.full((n, words), EVERY_TOKEN, jnp.uint32) for n in {b.samples for b in buckets}}
+    nothing = jnp.zeros(max(b.samples for b in buckets), jnp.int32)
     run = {}
     for done, bucket in enumerate(buckets):
         on_progress(done, len(buckets))
         blank = Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())
         batch, sampling = pack([blank], bucket, table_pages)
-        masked = replace(sampling, mask=unmasked[bucket.rows])
+        masked = replace(sampling, mask=unmasked[bucket.samples])
         compiled = jitted.lower(params, pool, batch, masked, nothing).compile()
-        run[bucket] = partial(run_masked, compiled, unmasked[bucket.rows])
+        run[bucket] = partial(run_masked, compiled, unmasked[bucket.samples])
     on_progress(len(buckets), len(buckets))
     page = jax.ShapeDtypeStruct((1,), jnp.int32)
     copy = jax.jit(copy_pages, donate_argnums=0).lower(pool, page, page).compile()

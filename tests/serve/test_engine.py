@@ -224,6 +224,59 @@ def test_a_prompt_that_is_cached_passes_a_long_one_that_is_not(model):
     engine.stop()
 
 
+@pytest.fixture(scope="module")
+def guessing(model):
+    """An engine that runs guesses on trial."""
+    config, params = model
+    running = Engine(params, config, replace(SMALL, guesses=4))
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_guesses_change_no_token_of_greedy_answers(guessing, model, seed):
+    rng, known, flips = np.random.default_rng(60 + seed), {}, []
+    prompts = [np.tile(rng.integers(3, VOCAB, 9), 8), *family(rng, 6, shared=120)]
+    pending = [(prompt, submit(guessing, prompt, 60)[0]) for prompt in prompts]
+    for prompt, events in pending:
+        tokens, _, last = outcome(events)
+        assert last == Finished("length")
+        assert_same_or_tied(model, prompt, tokens, reference(model, prompt, 60, known), flips)
+    print(f"flips: {len(flips)} of {len(prompts)} prompts")
+    assert 0 < guessing.counters.right_guesses < guessing.counters.guessed_tokens
+    assert guessing.store.stats().pages_in_use == 0
+    guessing.store.check()
+
+
+def test_guesses_change_no_token_that_is_drawn_by_chance(engine, guessing):
+    prompt, before = np.tile(np.arange(3, 12), 9), guessing.counters.guessed_tokens
+    for seed in range(4):
+        warm = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, seed=seed)
+        answers = [generate(e, prompt, 50, sampling=warm, salt=b"drawn")[0] for e in (engine, guessing)]
+        assert answers[0] == answers[1]
+    assert guessing.counters.guessed_tokens > before
+
+
+def test_an_answer_that_repeats_itself_takes_fewer_steps_with_guesses(guessing, model):
+    """Until it does, greedy output of a small random model falls into a loop."""
+    prompt = np.tile(np.arange(20, 25), 20)
+    looping = [*prompt, *generate(guessing, prompt, 100)[0]]
+    with launches(guessing) as launched:
+        tokens, _, _ = generate(guessing, looping, 60)
+    assert len(tokens) == 60
+    assert len(launched) < 40
+
+
+def test_right_guesses_behind_a_stop_id_are_not_part_of_the_answer(engine, guessing):
+    prompt = np.tile(np.arange(20, 25), 20)
+    looping = [*prompt, *generate(engine, prompt, 100)[0]]
+    free = generate(engine, looping, 40)[0]
+    for stop in set(free[1:6]):
+        tokens, _, last = generate(guessing, looping, 40, stop_ids=frozenset([stop]))
+        assert (tokens, last) == (free[: free.index(stop)], Finished("stop"))
+
+
 def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine):
     prompt = np.random.default_rng(25).integers(3, VOCAB, 30)
     free, _, _ = generate(engine, prompt, 12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,19 @@ from hypothesis import strategies as st
 from model.config import ModelConfig, RopeConfig
 from model.kv import empty_pool
 from model.params import Layer, Params
-from serve.steps import GREEDY, MIXED_CHUNKS, PREFILL_CHUNKS, Bucket, Row, SamplingParams, Steps, compile_steps, fit, ladder, pack
+from serve.steps import (
+    GREEDY,
+    MIXED_CHUNKS,
+    PREFILL_CHUNKS,
+    Bucket,
+    Row,
+    SamplingParams,
+    Steps,
+    compile_steps,
+    fit,
+    ladder,
+    pack,
+)
 
 BATCHES, CHUNKS = st.integers(1, 200), st.integers(1, 3000)
 
@@ -96,6 +110,24 @@ def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(rows: list[
     assert np.all(batch.starts[len(rows) :] == sum(len(row.tokens) for row in rows))
     assert not batch.tokens[batch.starts[-1] :].any()
     assert not sampling.temperature[len(rows) :].any()
+
+
+@given(rows=st.lists(ROWS, min_size=1, max_size=4), data=st.data())
+def test_a_token_is_sampled_before_and_behind_each_guess(rows: list[Row], data: st.DataObject) -> None:
+    rows = [replace(row, draft=data.draw(st.integers(0, len(row.tokens) - 1))) for row in rows]
+    bucket = Bucket(len(rows) + 1, 6, every=True)
+    batch, sampling = pack(rows, bucket, table_pages=7)
+    wanted = [
+        (batch.starts[i + 1] - 1 - back, row.prefix + len(row.tokens) - back, row.sampling.seed, row.mask)
+        for i, row in enumerate(rows)
+        for back in range(row.draft, -1, -1)
+    ]
+    assert len(batch.rows) == len(sampling.positions) == len(sampling.seeds) == bucket.samples == bucket.tokens
+    for i, (place, position, seed, mask) in enumerate(wanted):
+        assert (batch.rows[i], sampling.positions[i], sampling.seeds[i]) == (place, position, seed)
+        if mask is not None:
+            assert np.array_equal(sampling.mask[i], mask)
+    assert not sampling.temperature[len(wanted) :].any()
 
 
 def test_every_column_has_the_type_that_was_compiled_for() -> None:
