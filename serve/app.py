@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -47,7 +46,8 @@ from serve.normalize import parse_rules
 from serve.openai import read_chat, read_responses
 from serve.openai.errors import is_openai
 from serve.openai.models import model_body, models_body
-from serve.serving import Caller, Serving, answer, collect, prepare, unrendered
+from serve.serving import Caller, Prepared, Serving, answer, collect, prepare, unrendered
+from serve.timing import Phases
 
 log = logging.getLogger("tokenzero.app")
 
@@ -127,36 +127,53 @@ def read_messages(body: bytes) -> tuple[MessagesRequest, Writer]:
 async def post_answer(read: Callable[[bytes], tuple[MessagesRequest, Writer]], request: Request) -> Response:
     """Generate the answer to a body that `read` reads, as JSON or as a stream of events."""
     serving: Serving = request.app.state.serving
-    body, received = await request.body(), time.perf_counter()
+    body, phases = await request.body(), Phases()
     caller = caller_of(request, serving)
-    message, writer = await run_in_threadpool(read, body)
-    prepared = await run_in_threadpool(prepare, serving, message, caller)
-    events = answer(serving, prepared, received)
-    headers = {"x-tokenzero-normalized": ", ".join(prepared.applied[:RULES_TOLD])} if prepared.applied else {}
+
+    def ready() -> tuple[Prepared, Writer]:
+        with phases.timed("decode"):
+            message, writer = read(body)
+        return prepare(serving, message, caller, phases), writer
+
+    prepared, writer = await run_in_threadpool(ready)
+    events = answer(serving, prepared, phases)
     # The first event is asked for here: a request that the engine refuses is answered by a status, not by a stream.
     first = await unless_gone(request, anext(events))
     if first is None:
         return Response(status_code=499)
-    if message.stream and not isinstance(first, Error):
+    if prepared.message.stream and not isinstance(first, Error):
         return StreamingResponse(
             stream(writer, first, events),
             media_type="text/event-stream",
-            headers=headers | {"cache-control": "no-cache"},
+            headers=headers_of(prepared, phases) | {"cache-control": "no-cache"},
         )
     result = await unless_gone(request, collect(first, events))
     if result is None:
         return Response(status_code=499)
     if isinstance(result, Error):
         return error_response(request.scope, 500, result.error.message)
-    return Response(writer.whole(result), media_type="application/json", headers=headers)
+    return Response(writer.whole(result), media_type="application/json", headers=headers_of(prepared, phases))
+
+
+def headers_of(prepared: Prepared, phases: Phases) -> dict[str, str]:
+    """What an answer's headers tell: where the time went until now, and the rules that changed the request."""
+    applied = {"x-tokenzero-normalized": ", ".join(prepared.applied[:RULES_TOLD])} if prepared.applied else {}
+    return {"server-timing": phases.header()} | applied
 
 
 async def post_count_tokens(request: Request) -> Response:
     """`POST /v1/messages/count_tokens`: the length of the rendered prompt."""
     serving: Serving = request.app.state.serving
-    body, caller = await request.body(), caller_of(request, serving)
-    count = await run_in_threadpool(lambda: messages_api.count_tokens(serving, decode_count_tokens(body), caller))
-    return Response(encode(TokenCount(count)), media_type="application/json")
+    body, phases = await request.body(), Phases()
+    caller = caller_of(request, serving)
+
+    def counted() -> int:
+        with phases.timed("decode"):
+            asked = decode_count_tokens(body)
+        return messages_api.count_tokens(serving, asked, caller, phases)
+
+    answered = encode(TokenCount(await run_in_threadpool(counted)))
+    return Response(answered, media_type="application/json", headers={"server-timing": phases.header()})
 
 
 async def get_models(request: Request) -> Response:

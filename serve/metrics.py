@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -12,6 +12,8 @@ from serve.engine import Engine
 from serve.paging import Pager
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 60)
+ITL_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2)
+PHASE_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class EngineCollector(Collector):
@@ -96,6 +98,19 @@ class ServerMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.itl = Histogram(
+            "tokenzero_itl_seconds",
+            "Between two tokens of an answer, as the server hands them on",
+            buckets=ITL_SECONDS,
+            registry=self.registry,
+        )
+        self.phases = Histogram(
+            "tokenzero_phase_seconds",
+            "What each phase of a request took, counted when its answer ends",
+            ["phase"],
+            buckets=PHASE_SECONDS,
+            registry=self.registry,
+        )
         self.responses = Counter(
             "tokenzero_responses", "Answers by path and status", ["path", "status"], registry=self.registry
         )
@@ -131,3 +146,8 @@ class ServerMetrics:
             "System texts that begin like the billing header and do not parse as one",
             registry=self.registry,
         )
+
+    def count_phases(self, seconds: Mapping[str, float]) -> None:
+        """Count what each phase of a request took."""
+        for phase, taken in seconds.items():
+            self.phases.labels(phase).observe(taken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from threading import Lock
@@ -14,6 +13,7 @@ from cachetools import LRUCache
 from msgspec import Struct
 
 from serve.messages import ContentBlockDelta, Event, MessageDelta, Usage
+from serve.timing import Phases
 
 REMEMBERED = 1024
 
@@ -23,6 +23,7 @@ class Outcome(Struct, frozen=True, omit_defaults=True):
 
     state: Literal["running", "done", "broken off"] = "running"
     ttft_ms: float | None = None  # None until there is a first content_block_delta
+    phases_ms: Mapping[str, float] = MappingProxyType({})  # what each phase took, as far as it got
     generated_tokens: int = 0  # known when it is done
     saved_tokens: Mapping[str, int] = MappingProxyType({})  # reused thanks to each rule alone
 
@@ -48,28 +49,30 @@ class Outcomes:
 async def followed(
     events: AsyncGenerator[Event, None],
     id: str,
-    received: float,
+    phases: Phases,
     outcomes: Outcomes,
     first: Callable[[float], object],
     done: Callable[[Usage], object],
+    ended: Callable[[Mapping[str, float]], object],
 ) -> AsyncGenerator[Event, None]:
     """The same events, with their outcome noted.
 
-    `received` is when the request's last byte came, as `time.perf_counter` tells it; `first` is told the TTFT in
-    seconds; `done` is told the usage when the answer is complete.
+    `first` is told the TTFT in seconds; `done` is told the usage when the answer is complete; `ended` is told the
+    seconds of each phase, whether it is complete or not.
     """
     waiting, state = True, "broken off"
     async with aclosing(events):
         try:
             async for event in events:
                 if waiting and isinstance(event, ContentBlockDelta):
-                    waiting, ttft = False, time.perf_counter() - received
+                    waiting, ttft = False, phases.elapsed()
                     first(ttft)
-                    outcomes.note(id, ttft_ms=1000 * ttft)
+                    outcomes.note(id, ttft_ms=1000 * ttft, phases_ms=phases.ms())
                 if isinstance(event, MessageDelta):
                     state = "done"
-                    outcomes.note(id, state=state, generated_tokens=event.usage.output_tokens)
+                    outcomes.note(id, state=state, generated_tokens=event.usage.output_tokens, phases_ms=phases.ms())
                     done(event.usage)
                 yield event
         finally:
-            outcomes.note(id, state=state)
+            outcomes.note(id, state=state, phases_ms=phases.ms())
+            ended(phases.seconds)

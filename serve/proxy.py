@@ -51,6 +51,7 @@ from serve.reports import READERS, Chat, Reports
 from serve.sections import vocabulary_of
 from serve.serving import warn_once
 from serve.splice import FIELDS, normalize_body
+from serve.timing import server_timing
 
 log = logging.getLogger("tokenzero.proxy")
 
@@ -194,11 +195,12 @@ class Proxy:
         if rest is not None:
             return rest
         normal = normalize_body(body, path, self.rules)
+        held_s = time.perf_counter() - received
         for odd in normal.unparsed:
             warn_once(odd, self.reported)
         applied = tuple(f"{note.rule} {note.where}" for note in normal.applied)
         agent = request.headers.get("user-agent", "")
-        return Chat(f"req_{secrets.token_hex(12)}", path, agent, normal.body, applied, received)
+        return Chat(f"req_{secrets.token_hex(12)}", path, agent, normal.body, applied, received, held_s)
 
     async def exchange(
         self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event, send: Send
@@ -294,6 +296,7 @@ async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, outcomes
     """Hand on the answer to a chat request: event by event, or whole. Raises UpstreamFault before anything is sent."""
     given = {name.lower(): value for name, value in answer.headers}
     headers = end_to_end(answer.headers, b"content-length")
+    headers.append((b"server-timing", server_timing({"proxy": chat.held_s}).encode()))
     headers += [(REPORT_HEADER, chat.id.encode())] if chat.path in READERS else []
     if chat.applied:
         headers.append((b"x-tokenzero-normalized", ", ".join(chat.applied[:RULES_TOLD]).encode()))

@@ -37,6 +37,7 @@ class Chat:
     body: bytes
     applied: tuple[str, ...]  # the rules that changed it, with their places
     received: float  # when its last byte came, as `time.perf_counter` tells it
+    held_s: float  # how long the rules kept it
 
 
 class Reports:

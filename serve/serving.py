@@ -72,6 +72,7 @@ from serve.savings import Savings
 from serve.sections import vocabulary_of
 from serve.sequence import Constraint
 from serve.steps import SamplingParams
+from serve.timing import Phases
 from serve.turns import answers
 from serve.volatility import Volatility
 
@@ -187,18 +188,21 @@ def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:
     return None
 
 
-def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepared:
+def prepare(serving: Serving, message: MessagesRequest, caller: Caller, phases: Phases) -> Prepared:
     """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
-    normalized = normalize(message, caller.rules)
+    with phases.timed("normalize"):
+        normalized = normalize(message, caller.rules)
     report(serving, normalized)
     scope = scope_of(serving, caller)
-    rendered = rendered_prompt(serving, normalized.request, scope, caller.rules)
+    rendered = rendered_prompt(serving, normalized.request, scope, caller.rules, phases)
     limit = serving.engine.settings.max_model_len
     room = limit - len(rendered.tokens)
     if room < 1:
         raise InvalidRequest(
             f"messages: prompt is too long: {len(rendered.tokens)} tokens, expected at most {limit - 1}"
         )
+    with phases.timed("constrain"):
+        constraint = serving.constrain(normalized.request, rendered.thinking)
     generation = eng.GenerationRequest(
         tokens=rendered.tokens,
         max_tokens=min(message.max_tokens, room),
@@ -210,7 +214,7 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
             seed=secrets.randbits(32),
         ),
         salt=caller.salt,
-        constraint=serving.constrain(normalized.request, rendered.thinking),
+        constraint=constraint,
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(
@@ -226,10 +230,11 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller) -> Prepa
     )
 
 
-def count_tokens(serving: Serving, request: CountTokensRequest, caller: Caller) -> int:
+def count_tokens(serving: Serving, request: CountTokensRequest, caller: Caller, phases: Phases) -> int:
     """The length of the prompt that the request would have."""
-    normalized = normalize(request, caller.rules).request
-    return len(rendered_prompt(serving, normalized, scope_of(serving, caller), caller.rules).tokens)
+    with phases.timed("normalize"):
+        normalized = normalize(request, caller.rules).request
+    return len(rendered_prompt(serving, normalized, scope_of(serving, caller), caller.rules, phases).tokens)
 
 
 def scope_of(serving: Serving, caller: Caller) -> bytes:
@@ -238,10 +243,14 @@ def scope_of(serving: Serving, caller: Caller) -> bytes:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
-def rendered_prompt(serving: Serving, request: CountTokensRequest, scope: bytes, rules: frozenset[str]) -> Prompt:
+def rendered_prompt(
+    serving: Serving, request: CountTokensRequest, scope: bytes, rules: frozenset[str], phases: Phases
+) -> Prompt:
     """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
-    recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
-    return prompt(request, serving.tokenizer, recalled, serving.template_history, "tools-first" in rules)
+    with phases.timed("recall"):
+        recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
+    with phases.timed("render"):
+        return prompt(request, serving.tokenizer, recalled, serving.template_history, "tools-first" in rules)
 
 
 def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Recalled:
@@ -277,30 +286,29 @@ def warn_once(odd: Unparsed, reported: set[str]) -> None:
         log.warning("%s begins like a billing header but does not parse, and stays: %.120r", odd.where, odd.text)
 
 
-def answer(serving: Serving, prepared: Prepared, received: float) -> AsyncGenerator[Event, None]:
-    """The answer as the API's events, in their order: pings while the prompt is computed, then the message.
-
-    `received` is when the request's last byte came, as `time.perf_counter` tells it.
-    """
+def answer(serving: Serving, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
+    """The answer as the API's events, in their order: pings while the prompt is computed, then the message."""
     return followed(
-        generated(serving, prepared),
+        generated(serving, prepared, phases),
         prepared.id,
-        received,
+        phases,
         serving.outcomes,
         first=serving.metrics.ttft.observe,
         done=lambda usage: asyncio.get_running_loop().run_in_executor(
             None, note_savings, serving, prepared, usage.cache_read_input_tokens
         ),
+        ended=serving.metrics.count_phases,
     )
 
 
-async def generated(serving: Serving, prepared: Prepared) -> AsyncGenerator[Event, None]:
+async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
     """The events of an answer; `message_start` comes with the first token, when the counts of its usage are known."""
     message, pieces = prepared.message, answer_stream(serving, prepared)
     one_call = message.tool_choice is not None and message.tool_choice.disable_parallel_tool_use
     ids = prepared.prompt.begun.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
-    usage, sampled, silent_since = Usage(0), 0, time.perf_counter()
+    usage, sampled = Usage(0), 0
+    silent_since = started_at = sampled_at = time.perf_counter()
     reason: StopReason = "end_turn"
     stop: str | None = None
     async with aclosing(eng.generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
@@ -316,11 +324,18 @@ async def generated(serving: Serving, prepared: Prepared) -> AsyncGenerator[Even
                     # The last prompt token runs through the model for its logits; its KV is stored with the others.
                     by_tier = {"device": reused - sum(started.restored.values()), **started.restored}
                     usage = Usage(0, prompt_tokens - reused, reused, 0, by_tier)
-                    diagnostics = await run_in_threadpool(trace, serving, prepared, by_tier)
+                    phases.seconds.update(queue=started.queued_s, prefill=started.prefill_s)
+                    with phases.timed("trace"):
+                        diagnostics = await run_in_threadpool(trace, serving, prepared, by_tier)
+                    started_at = time.perf_counter()
                     yield MessageStart(
                         Message(id=prepared.id, model=message.model, usage=usage, diagnostics=diagnostics)
                     )
                 case eng.Sampled(token):
+                    now = time.perf_counter()
+                    if sampled:
+                        serving.metrics.itl.observe(now - sampled_at)
+                    sampled_at = now
                     sampled += 1
                     ids.append(token)
                     new = pieces.feed(token)
@@ -358,6 +373,7 @@ async def generated(serving: Serving, prepared: Prepared) -> AsyncGenerator[Even
     if stop is None and prepared.prompt.opening is not None and not serving.template_history:
         turn = Sampled(prepared.prompt.opening, np.asarray(ids, np.int32))
         await run_in_threadpool(serving.replay.put, prepared.scope, message.messages, content.blocks, turn)
+    phases.seconds["generate"] = time.perf_counter() - started_at
     yield MessageDelta(Stop(reason, stop), msgspec.structs.replace(usage, output_tokens=sampled))
     yield MessageStop()
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -28,14 +27,14 @@ from experiments.provenance import provenance
 from experiments.sessions import Json, Session, requests, with_question
 from serve.messages import decode_request
 from serve.normalize import normalize
-from serve.render import Prompt, Tokenizer, load_tokenizer, prompt
+from serve.render import Tokenizer, load_tokenizer, prompt
 from serve.replay import ReplayLog
+from serve.timing import Phases
 
 RESULTS = Path("experiments/results/bench/host_path.json")
 PHASES = ("decode", "normalize", "recall", "render", "match")
 CHARS_PER_TOKEN = 3.5  # of a session's JSON with the demo's tokenizer, about
 PAGE = 64
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,22 @@ def session_of(tokens: int) -> Json:
 
 def take(host: Host, body: Json) -> Timed:
     """Lead one request to where the engine would admit it, and leave its prompt in the store."""
-    raw, phases = json.dumps(body).encode(), {}
-
-    def timed(phase: str, work: Callable[[], T]) -> T:
-        start = time.perf_counter()
-        done = work()
-        phases[phase] = (time.perf_counter() - start) * 1e3
-        return done
-
-    message = timed("decode", lambda: decode_request(raw))
-    normal = timed("normalize", lambda: normalize(message, frozenset(["strip-preamble"])).request)
-    recalled = timed("recall", lambda: host.replay.recall(b"", normal.messages))
-    made: Prompt = timed("render", lambda: prompt(normal, host.tokenizer, recalled))
-    lease = timed("match", lambda: host.store.match(made.tokens[:-1]))
+    raw, phases = json.dumps(body).encode(), Phases()
+    with phases.timed("decode"):
+        message = decode_request(raw)
+    with phases.timed("normalize"):
+        normal = normalize(message, frozenset(["strip-preamble"])).request
+    with phases.timed("recall"):
+        recalled = host.replay.recall(b"", normal.messages)
+    with phases.timed("render"):
+        made = prompt(normal, host.tokenizer, recalled)
+    with phases.timed("match"):
+        lease = host.store.match(made.tokens[:-1])
     cached = lease.reused
     lease, _ = host.store.extend(lease, len(made.tokens))
     host.store.insert(lease, made.tokens)
     host.store.release(lease)
-    return Timed(phases, len(made.tokens), cached)
+    return Timed(phases.ms(), len(made.tokens), cached)
 
 
 def measure(tokenizer_of: Callable[[], Tokenizer], tokens: int, repeats: int) -> tuple[Timed, list[Timed]]:

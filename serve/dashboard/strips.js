@@ -163,6 +163,7 @@ function about(request, causes) {
     ["computed", count(request.recomputed_tokens)],
     ["lost", request.lost_tokens ? `up to ${count(request.lost_tokens)} tokens${request.lost_ms === undefined ? "" : `, ${duration(request.lost_ms)}`}` : ""],
     ["first token", request.ttft_ms === undefined ? "" : duration(request.ttft_ms)],
+    ["phases", Object.entries(request.phases_ms ?? {}).filter(([, ms]) => ms >= 0.05).map(([phase, ms]) => `${duration(ms)} ${phase}`).join(", ")],
     ["generated", request.state === "done" ? count(request.generated_tokens ?? 0) : (request.state ?? "running")],
     ["rules", (request.rules ?? []).join(", ")],
     ["saved", Object.entries(request.saved_tokens ?? {}).map(([rule, n]) => `${count(n)} by ${rule}`).join(", ")],
