@@ -311,6 +311,8 @@ async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> Asy
     silent_since = started_at = sampled_at = time.perf_counter()
     reason: StopReason = "end_turn"
     stop: str | None = None
+    by_tier: dict[str, int] = {}
+    traced = False
     async with aclosing(eng.generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
         async for event in events:
             new = []
@@ -325,8 +327,9 @@ async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> Asy
                     by_tier = {"device": reused - sum(started.restored.values()), **started.restored}
                     usage = Usage(0, prompt_tokens - reused, reused, 0, by_tier)
                     phases.seconds.update(queue=started.queued_s, prefill=started.prefill_s)
-                    with phases.timed("trace"):
-                        diagnostics = await run_in_threadpool(trace, serving, prepared, by_tier)
+                    diagnostics: Diagnostics | UnsetType | None = UNSET
+                    if isinstance(message.diagnostics, DiagnosticsRequest):
+                        diagnostics, traced = await traced_in(phases, serving, prepared, by_tier), True
                     started_at = time.perf_counter()
                     yield MessageStart(
                         Message(id=prepared.id, model=message.model, usage=usage, diagnostics=diagnostics)
@@ -364,6 +367,11 @@ async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> Asy
             if time.perf_counter() - silent_since > PING_SECONDS:
                 yield Ping()
                 silent_since = time.perf_counter()
+            if sampled and not traced:  # nobody has asked for the report, so the first token need not wait for it
+                await traced_in(phases, serving, prepared, by_tier)
+                traced, started_at = True, started_at + phases.seconds["trace"]
+    if not traced:
+        await traced_in(phases, serving, prepared, by_tier)
     for block_event in content.close():
         yield block_event
     if content.calls and reason == "end_turn":
@@ -376,6 +384,14 @@ async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> Asy
     phases.seconds["generate"] = time.perf_counter() - started_at
     yield MessageDelta(Stop(reason, stop), msgspec.structs.replace(usage, output_tokens=sampled))
     yield MessageStop()
+
+
+async def traced_in(
+    phases: Phases, serving: Serving, prepared: Prepared, by_tier: dict[str, int]
+) -> Diagnostics | UnsetType | None:
+    """What `trace` returns, from a thread, as a phase of the request."""
+    with phases.timed("trace"):
+        return await run_in_threadpool(trace, serving, prepared, by_tier)
 
 
 def trace(serving: Serving, prepared: Prepared, by_tier: dict[str, int]) -> Diagnostics | UnsetType | None:

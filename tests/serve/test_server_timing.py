@@ -25,8 +25,8 @@ from serve.timing import Phases
 CHATS = ("/v1/messages", "/v1/chat/completions", "/v1/responses")
 COUNTED = ("decode", "normalize", "recall", "render")
 HOST = (*COUNTED, "constrain")
-FIRST = (*HOST, "queue", "prefill", "trace")  # all that happens before the first token is handed on
-WHOLE = (*FIRST, "generate")
+FIRST = (*HOST, "queue", "prefill")  # all that happens before the first token is handed on
+WHOLE = (*FIRST, "trace", "generate")
 SLOW_SECONDS = 0.05
 
 
@@ -72,6 +72,12 @@ class TestHeader:
         taken = durations(response.headers)
         assert tuple(taken) == (*FIRST, "total")
         assert add_up(taken, wall_s)
+
+    def test_who_asks_for_diagnostics_waits_for_the_report(self, client: httpx.Client) -> None:
+        body = ask("Why?", stream=True) | {"diagnostics": {"previous_message_id": "msg_0"}}
+        with client.stream("POST", "/v1/messages", json=body) as response:
+            response.read()
+        assert tuple(durations(response.headers)) == (*FIRST, "trace", "total")
 
     def test_a_count_of_tokens_tells_the_phases_that_it_has(self, client: httpx.Client) -> None:
         start = time.perf_counter()
@@ -142,7 +148,9 @@ class TestMetrics:
         sampled = sum(answer.json()["usage"]["output_tokens"] for answer in answers)
         assert all(answer.json()["stop_reason"] == "max_tokens" for answer in answers), "no token is a stop id"
         assert moved("tokenzero_itl_seconds_count") == sampled - 3
-        assert 0 < moved("tokenzero_itl_seconds_sum") <= moved('tokenzero_phase_seconds_sum{phase="generate"}')
+        # The report is made between two tokens.
+        generated = sum(moved(f'tokenzero_phase_seconds_sum{{phase="{phase}"}}') for phase in ("trace", "generate"))
+        assert 0 < moved("tokenzero_itl_seconds_sum") <= generated
 
 
 class TestOutcome:
@@ -156,9 +164,9 @@ class TestOutcome:
         with open_request(str(client.base_url), ask("Broken?", max_tokens=10_000, stream=True)) as connection:
             head = read_until(connection, b"content_block_delta")
             path = f"/v1/requests/{re.search(rb'msg_[0-9a-f]+', head)[0].decode()}"  # type: ignore[index]
-            assert tuple(client.get(path).json()["phases_ms"]) == FIRST
+            eventually(lambda: client.get(path).status_code == 200, "there is a report")
         eventually(lambda: client.get(path).json()["state"] == "broken off", "the request is over")
-        assert tuple(client.get(path).json()["phases_ms"]) == FIRST
+        assert tuple(client.get(path).json()["phases_ms"]) == (*FIRST, "trace")
 
 
 def test_a_phase_that_raises_is_not_told() -> None:
