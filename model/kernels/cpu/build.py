@@ -1,0 +1,100 @@
+"""Builds the CPU kernel with the system's C++ compiler, once for each machine, and hands it to JAX.
+
+The library is kept in the user's cache under a name that says what it was built from and for. Without a compiler, or
+with `TOKENZERO_CPU_KERNEL=off`, there is no kernel, and XLA does its work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+log = logging.getLogger("tokenzero.kernels")
+
+SOURCE = Path(__file__).with_name("paged_attention.cc")
+TARGET = "tokenzero_paged_attention"
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
+BUILD_SECONDS = 300
+
+
+@functools.cache
+def available() -> bool:
+    """Whether JAX can call the kernel here; builds and registers it the first time. Logs once why it cannot."""
+    if os.environ.get("TOKENZERO_CPU_KERNEL") == "off":
+        return False
+    try:
+        library = ctypes.CDLL(str(built()))
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+    except (OSError, RuntimeError) as error:
+        log.warning("attention runs on XLA's blockwise path, not on the CPU kernel: %s", error)
+        return False
+    return True
+
+
+def built() -> Path:
+    """The kernel's library, built unless the cache has it. Raises RuntimeError where it cannot be built."""
+    compiler = compiler_command()
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    command = [*compiler, *FLAGS, native, "-I", jax.ffi.include_dir()]
+    parts = (SOURCE.read_bytes(), repr(command[1:]).encode(), compiler_version(compiler), processor().encode())
+    name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenzero" / "kernels"
+    library = cache / f"paged_attention-{version('jaxlib')}-{name}.so"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    log.info("building the CPU kernel: once on this machine, a few seconds")
+    # Under a name of its own first: another process may be building, too.
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        made = Path(folder) / library.name
+        try:
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=BUILD_SECONDS
+            )
+        except subprocess.CalledProcessError as error:
+            lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
+            raise RuntimeError(f"{compiler[0]} failed: {lines[0] if lines else error}") from None
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{compiler[0]} was not done after {BUILD_SECONDS} s") from None
+        made.replace(library)
+    return library
+
+
+def compiler_command() -> list[str]:
+    """$CXX, or the first C++ compiler in the path. Raises RuntimeError where there is none."""
+    if given := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(given[0]) is None:
+            raise RuntimeError(f"CXX is {given[0]!r}, which is no program: install it, or unset CXX")
+        return given
+    for name in COMPILERS:
+        if shutil.which(name):
+            return [name]
+    raise RuntimeError(f"no C++ compiler is installed: expected one of {', '.join(COMPILERS)}, or CXX to name one")
+
+
+def compiler_version(compiler: list[str]) -> bytes:
+    """What the compiler says of itself; nothing if it says nothing."""
+    return subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+
+
+def processor() -> str:
+    """What `native` means here: the machine and, where the system tells it, what its processor can."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return " ".join([platform.machine(), platform.processor(), *sorted(set(features))])

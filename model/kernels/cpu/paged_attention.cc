@@ -1,0 +1,485 @@
+// Attention over the paged KV pool on CPUs, as a call from XLA: FlashAttention's online softmax (Dao et al., 2022) over
+// pages that are read where they lie. The plain reference is `reference` in model/attention.py.
+//
+// Many queries (prefill): a tile of them, transposed once, lies across the lanes of the vectors. Scores are keys
+// broadcast against it, so maximum and sum of the softmax run down the vectors and never across, and neither keys nor
+// values are transposed. Few queries (decode): a key lies across the lanes, and every byte of the cache is read once for
+// all query heads of its KV head.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t Int __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));  // in memory, at any float
+
+constexpr int ROWS = 64;               // queries of a strip, which meets a block of keys in the first level of cache
+constexpr int STRIPS = 4;              // of a task: each block of keys comes from memory once for all of them
+constexpr int VECS = LANES == 8 ? 2 : 4;  // vectors of queries that a micro-kernel holds in registers
+constexpr int KEYS = 64;               // keys of a block
+constexpr int FEW = 8;                 // queries up to which a key lies across the lanes
+constexpr int PART = 512;              // keys that are worth a task of their own
+constexpr int TASKS_PER_THREAD = 4;    // for an even load where tasks differ
+constexpr float MASKED = -1e30f;       // finite, so that no difference of two of them is NaN
+constexpr float LOG2_E = 1.44269504088896341f;
+
+inline Vec load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+inline void store(float* to, Vec value) { *reinterpret_cast<Loose*>(to) = value; }
+inline Vec all(float value) { return value - Vec{}; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float lanes[LANES];
+  store(lanes, v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+#endif
+}
+
+// Asks for floats that will be read soon, while there is something else to do.
+inline void fetch(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+}
+
+// 2 ** x for x <= 0, to the last bits of a float: the integer part goes to the exponent, the rest, at most a half, into
+// the Taylor series of exp(x log 2).
+inline Vec power_of_2(Vec x) {
+  const float shift = 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer
+  x = larger(x, all(-126.0f));
+  const Vec shifted = x + shift;
+  const Int exponent = (Int)shifted << 23;
+  const Vec f = x - (shifted - shift);
+  Vec p = all(1.54035304e-4f);
+  p = p * f + 1.33335581e-3f;
+  p = p * f + 9.61812911e-3f;
+  p = p * f + 5.55041087e-2f;
+  p = p * f + 2.40226507e-1f;
+  p = p * f + 6.93147181e-1f;
+  p = p * f + 1.0f;
+  return (Vec)((Int)p + exponent);
+}
+
+struct Problem {
+  const float* q;          // [tokens, kv_heads, group, dim]
+  const float* k;          // [pages, kv_heads, page_size, dim], of the layer
+  const float* v;          // likewise
+  const int32_t* starts;   // [seqs + 1]
+  const int32_t* prefix;   // [seqs]
+  const int32_t* table;    // [seqs, width]
+  float* out;              // [tokens, kv_heads, group, dim]
+  int64_t tokens, kv_heads, group, dim, page_size, seqs, width;
+
+  int64_t rows(int64_t s) const { return (starts[s + 1] - starts[s]) * group; }
+  const float* query(int64_t s, int64_t head, int64_t row) const {
+    return q + ((starts[s] + row / group) * kv_heads * group + head * group + row % group) * dim;
+  }
+  float* result(int64_t s, int64_t head, int64_t row) const {
+    return out + (query(s, head, row) - q);
+  }
+};
+
+// Queries [first, last) of one KV head of a sequence against its keys [begin, end), those behind a query left out.
+struct Task {
+  int64_t seq, head, first, last, begin, end;
+  int64_t parts;    // tasks that share these queries
+  int64_t partial;  // where this one leaves what it has, among all that are shared
+};
+
+// An unfinished softmax over some keys, by query.
+struct Partial {
+  float peak[STRIPS * ROWS], weight[STRIPS * ROWS];
+  std::vector<float> total;  // [queries, dim]
+};
+
+// Scores of SLOTS keys, [slots, ROWS] in powers of two, for N vectors of queries, [dim, ROWS].
+template <int N, int SLOTS>
+inline void score(const float* keys, const float* queries, float* scores, int64_t dim) {
+  Vec sums[SLOTS][N] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    Vec q[N];
+    for (int i = 0; i < N; ++i) q[i] = load(queries + d * ROWS + i * LANES);
+    for (int s = 0; s < SLOTS; ++s) {
+      const Vec key = all(keys[s * dim + d]);
+      for (int i = 0; i < N; ++i) sums[s][i] += key * q[i];
+    }
+  }
+  for (int s = 0; s < SLOTS; ++s)
+    for (int i = 0; i < N; ++i) store(scores + s * ROWS + i * LANES, sums[s][i]);
+}
+
+// Adds the values of `slots` keys, weighted by [slots, ROWS], to CHANNELS channels of the totals, [dim, ROWS].
+template <int N, int CHANNELS>
+inline void weigh(const float* values, const float* weights, float* total, int64_t slots, int64_t dim) {
+  Vec sums[CHANNELS][N];
+  for (int c = 0; c < CHANNELS; ++c)
+    for (int i = 0; i < N; ++i) sums[c][i] = load(total + c * ROWS + i * LANES);
+  for (int64_t s = 0; s < slots; ++s) {
+    Vec w[N];
+    for (int i = 0; i < N; ++i) w[i] = load(weights + s * ROWS + i * LANES);
+    for (int c = 0; c < CHANNELS; ++c) {
+      const Vec value = all(values[s * dim + c]);
+      for (int i = 0; i < N; ++i) sums[c][i] += value * w[i];
+    }
+  }
+  for (int c = 0; c < CHANNELS; ++c)
+    for (int i = 0; i < N; ++i) store(total + c * ROWS + i * LANES, sums[c][i]);
+}
+
+// Floats at the start of a cache line: a vector that crosses one is loaded twice.
+struct Floats {
+  std::vector<float> room;
+  float* begin = nullptr;
+
+  float* zeros(int64_t count) {
+    room.assign(count + 16, 0.0f);
+    begin = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) % 64) / sizeof(float);
+    return begin;
+  }
+};
+
+// A thread's own memory. Of strips of queries: [strips, dim, ROWS] and [strips, ROWS]; of few queries: [queries, dim].
+struct Scratch {
+  alignas(64) float scores[KEYS * ROWS];
+  alignas(64) float peak[STRIPS * ROWS];
+  alignas(64) float weight[STRIPS * ROWS];
+  Floats queries, total;
+};
+
+// A strip of queries, [dim, ROWS], and its softmax so far.
+struct Strip {
+  const float* queries;
+  float *total, *peak, *weight, *scores;
+};
+
+// One block of keys for N vectors of a strip's queries, `at` rows into it. Key i is seen by the rows from
+// `seen_from + i * group` on.
+template <int N>
+void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, const float* values, int64_t slots,
+           int64_t seen_from) {
+  const float* queries = strip.queries + at;
+  float *scores = strip.scores + at, *total = strip.total + at;
+  // Slots behind the last one belong to the same page, so reading them is safe; nobody uses what comes out.
+  for (int64_t slot = 0; slot < slots; slot += 4) {
+    fetch(values + slot * p.dim, 4 * p.dim);
+    score<N, 4>(keys + slot * p.dim, queries, scores + slot * ROWS, p.dim);
+  }
+
+  if (seen_from + (slots - 1) * p.group > at) {  // the last key is behind some query
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const int32_t from = static_cast<int32_t>(seen_from + slot * p.group - at);
+      for (int i = 0; i < N; ++i) {
+        Int row;
+        for (int lane = 0; lane < LANES; ++lane) row[lane] = i * LANES + lane;
+        float* here = scores + slot * ROWS + i * LANES;
+        store(here, row >= from ? load(here) : all(MASKED));
+      }
+    }
+  }
+
+  for (int i = 0; i < N; ++i) {
+    float *column = scores + i * LANES, *sums = total + i * LANES;
+    const Vec before = load(strip.peak + at + i * LANES);
+    Vec peak = before, weight = {};
+    for (int64_t slot = 0; slot < slots; ++slot) peak = larger(peak, load(column + slot * ROWS));
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const Vec e = power_of_2(load(column + slot * ROWS) - peak);
+      store(column + slot * ROWS, e);
+      weight += e;
+    }
+    bool moved = false;
+    for (int lane = 0; lane < LANES; ++lane) moved |= peak[lane] != before[lane];
+    Vec decay = all(1.0f);
+    if (moved) {
+      decay = power_of_2(before - peak);
+      for (int64_t d = 0; d < p.dim; ++d) store(sums + d * ROWS, load(sums + d * ROWS) * decay);
+    }
+    store(strip.weight + at + i * LANES, load(strip.weight + at + i * LANES) * decay + weight);
+    store(strip.peak + at + i * LANES, peak);
+  }
+  for (int64_t d = 0; d < p.dim; d += 4) weigh<N, 4>(values + d, scores, total + d * ROWS, slots, p.dim);
+}
+
+float scale_of(const Problem& p) { return LOG2_E / __builtin_sqrtf(static_cast<float>(p.dim)); }
+
+void many(const Problem& p, const Task& t, Scratch& s) {
+  const int64_t count = t.last - t.first, strips = (count + ROWS - 1) / ROWS, size = p.dim * ROWS;
+  float *queries = s.queries.zeros(strips * size), *total = s.total.zeros(strips * size);
+  std::fill(s.peak, s.peak + strips * ROWS, MASKED);
+  std::fill(s.weight, s.weight + strips * ROWS, 0.0f);
+  const float scale = scale_of(p);
+  for (int64_t r = 0; r < count; ++r) {
+    const float* query = p.query(t.seq, t.head, t.first + r);
+    for (int64_t d = 0; d < p.dim; ++d) queries[r / ROWS * size + d * ROWS + r % ROWS] = query[d] * scale;
+  }
+  const int64_t tile = p.page_size * p.dim;
+  for (int64_t key = t.begin, slots; key < t.end; key += slots) {
+    const int64_t offset = key % p.page_size;
+    slots = std::min({t.end - key, p.page_size - offset, static_cast<int64_t>(KEYS)});
+    const int64_t page = p.table[t.seq * p.width + key / p.page_size];
+    const int64_t place = (page * p.kv_heads + t.head) * tile + offset * p.dim;
+    for (int64_t i = 0; i < strips; ++i) {
+      const int64_t rows = std::min<int64_t>(count - i * ROWS, ROWS), vecs = (rows + LANES - 1) / LANES;
+      const int64_t seen_from = (key - p.prefix[t.seq]) * p.group - t.first - i * ROWS;
+      if (seen_from >= rows) continue;  // all of its queries come before these keys
+      const Strip strip = {queries + i * size, total + i * size, s.peak + i * ROWS, s.weight + i * ROWS, s.scores};
+      int64_t v = 0;
+      for (; v + VECS <= vecs; v += VECS) block<VECS>(p, strip, v * LANES, p.k + place, p.v + place, slots, seen_from);
+      for (; v < vecs; ++v) block<1>(p, strip, v * LANES, p.k + place, p.v + place, slots, seen_from);
+    }
+  }
+}
+
+template <int COUNT>
+void few(const Problem& p, const Task& t, Scratch& s) {
+  const int64_t tile = p.page_size * p.dim, vecs = p.dim / LANES;
+  float *queries = s.queries.zeros(COUNT * p.dim), *total = s.total.zeros(COUNT * p.dim);
+  const float scale = scale_of(p);
+  for (int r = 0; r < COUNT; ++r) {
+    const float* query = p.query(t.seq, t.head, t.first + r);
+    for (int64_t d = 0; d < p.dim; ++d) queries[r * p.dim + d] = query[d] * scale;
+    s.peak[r] = MASKED;
+    s.weight[r] = 0.0f;
+  }
+  for (int64_t key = t.begin, slots; key < t.end; key += slots) {
+    const int64_t offset = key % p.page_size;
+    slots = std::min({t.end - key, p.page_size - offset, static_cast<int64_t>(KEYS)});
+    const int64_t page = p.table[t.seq * p.width + key / p.page_size];
+    const int64_t place = (page * p.kv_heads + t.head) * tile + offset * p.dim;
+    const float *keys = p.k + place, *values = p.v + place;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      fetch(values + slot * p.dim, p.dim);
+      Vec sums[COUNT] = {};
+      for (int64_t i = 0; i < vecs; ++i) {
+        const Vec k = load(keys + slot * p.dim + i * LANES);
+        for (int r = 0; r < COUNT; ++r) sums[r] += k * load(queries + r * p.dim + i * LANES);
+      }
+      for (int r = 0; r < COUNT; ++r) s.scores[r * KEYS + slot] = sum(sums[r]);
+    }
+    for (int r = 0; r < COUNT; ++r) {
+      float* scores = s.scores + r * KEYS;
+      // Row r sees the keys up to its own position.
+      const int64_t position = p.prefix[t.seq] + (t.first + r) / p.group;
+      const int64_t seen = std::clamp<int64_t>(position + 1 - key, 0, slots);
+      for (int64_t slot = seen; slot < KEYS; ++slot) scores[slot] = MASKED;
+      Vec peaks = all(s.peak[r]);
+      for (int64_t i = 0; i < KEYS; i += LANES) peaks = larger(peaks, load(scores + i));
+      float peak = s.peak[r];
+      for (int lane = 0; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
+      Vec weights = {};
+      for (int64_t i = 0; i < KEYS; i += LANES) {
+        const Vec e = power_of_2(load(scores + i) - peak);
+        store(scores + i, e);
+        weights += e;
+      }
+      if (peak != s.peak[r]) {
+        const float decay = power_of_2(all(s.peak[r] - peak))[0];
+        for (int64_t d = 0; d < p.dim; ++d) total[r * p.dim + d] *= decay;
+        s.weight[r] *= decay;
+        s.peak[r] = peak;
+      }
+      s.weight[r] += sum(weights);
+    }
+    for (int64_t i = 0; i < vecs; ++i) {
+      Vec sums[COUNT];
+      for (int r = 0; r < COUNT; ++r) sums[r] = load(total + r * p.dim + i * LANES);
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        const Vec v = load(values + slot * p.dim + i * LANES);
+        for (int r = 0; r < COUNT; ++r) sums[r] += v * s.scores[r * KEYS + slot];
+      }
+      for (int r = 0; r < COUNT; ++r) store(total + r * p.dim + i * LANES, sums[r]);
+    }
+  }
+}
+
+void run(const Problem& p, const Task& t, Scratch& s, std::vector<Partial>& partials) {
+  const int64_t count = t.last - t.first;
+  const bool across = count <= FEW && p.dim % LANES == 0;
+  if (across) {
+    switch (count) {
+      case 1: few<1>(p, t, s); break;
+      case 2: few<2>(p, t, s); break;
+      case 3: few<3>(p, t, s); break;
+      case 4: few<4>(p, t, s); break;
+      case 5: few<5>(p, t, s); break;
+      case 6: few<6>(p, t, s); break;
+      case 7: few<7>(p, t, s); break;
+      default: few<8>(p, t, s);
+    }
+  } else {
+    many(p, t, s);
+  }
+  // By query, then channel; of one that is done, the result.
+  Partial* partial = t.parts > 1 ? &partials[t.partial] : nullptr;
+  if (partial) partial->total.resize(count * p.dim);
+  for (int64_t r = 0; r < count; ++r) {
+    float* to = partial ? partial->total.data() + r * p.dim : p.result(t.seq, t.head, t.first + r);
+    const float scale = partial ? 1.0f : 1.0f / s.weight[r];
+    const float* from = s.total.begin + (across ? r * p.dim : r / ROWS * p.dim * ROWS + r % ROWS);
+    for (int64_t d = 0; d < p.dim; ++d) to[d] = from[across ? d : d * ROWS] * scale;
+    if (partial) {
+      partial->peak[r] = s.peak[r];
+      partial->weight[r] = s.weight[r];
+    }
+  }
+}
+
+// Puts together what the tasks that share their queries have left; `t` is the first of them.
+void combine(const Problem& p, const Task& t, const std::vector<Partial>& partials) {
+  for (int64_t r = 0; r < t.last - t.first; ++r) {
+    float* out = p.result(t.seq, t.head, t.first + r);
+    float peak = MASKED, weight = 0.0f;
+    for (int64_t i = 0; i < t.parts; ++i) peak = std::max(peak, partials[t.partial + i].peak[r]);
+    std::fill(out, out + p.dim, 0.0f);
+    for (int64_t i = 0; i < t.parts; ++i) {
+      const Partial& part = partials[t.partial + i];
+      const float decay = power_of_2(all(part.peak[r] - peak))[0];
+      weight += part.weight[r] * decay;
+      for (int64_t d = 0; d < p.dim; ++d) out[d] += part.total[r * p.dim + d] * decay;
+    }
+    for (int64_t d = 0; d < p.dim; ++d) out[d] /= weight;
+  }
+}
+
+// Tiles of queries, split over their keys where there are too few tiles for the threads. Depends on nothing that varies
+// from call to call, so that the same batch gives the same bits.
+std::vector<Task> tasks_of(const Problem& p, int64_t threads) {
+  std::vector<Task> tiles, tasks;
+  for (int64_t s = 0; s < p.seqs; ++s)
+    for (int64_t head = 0; head < p.kv_heads; ++head)
+      for (int64_t first = 0; first < p.rows(s); first += STRIPS * ROWS) {
+        const int64_t last = std::min<int64_t>(first + STRIPS * ROWS, p.rows(s));
+        tiles.push_back({s, head, first, last, 0, p.prefix[s] + (last - 1) / p.group + 1, 1, 0});
+      }
+  const int64_t wanted = TASKS_PER_THREAD * threads / std::max<int64_t>(tiles.size(), 1) + 1;
+  int64_t partials = 0;
+  for (Task& tile : tiles) {
+    const int64_t parts = threads > 1 ? std::clamp<int64_t>(tile.end / PART, 1, wanted) : 1;
+    const int64_t pages = (tile.end + p.page_size - 1) / p.page_size;
+    const int64_t step = (pages + parts - 1) / parts * p.page_size;
+    const int64_t count = (tile.end + step - 1) / step;
+    for (int64_t i = 0; i < count; ++i) {
+      Task part = tile;
+      part.begin = i * step;
+      part.end = std::min(tile.end, (i + 1) * step);
+      part.parts = count;
+      part.partial = count > 1 ? partials++ : 0;
+      tasks.push_back(part);
+    }
+  }
+  return tasks;
+}
+
+// What the threads that work on one call share. It outlives the call for those that come too late.
+struct Work {
+  Problem problem;
+  std::vector<Task> tasks;
+  std::vector<size_t> order;  // the longest first
+  std::vector<Partial> partials;
+  std::atomic<size_t> next{0};
+  size_t done = 0;
+  std::mutex mutex;
+  std::condition_variable finished;
+
+  void take_part() {
+    Scratch scratch;
+    size_t mine = 0;
+    for (size_t i; (i = next.fetch_add(1)) < tasks.size(); ++mine) run(problem, tasks[order[i]], scratch, partials);
+    if (!mine) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    done += mine;
+    if (done == tasks.size()) finished.notify_all();
+  }
+};
+
+ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+                          ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> starts,
+                          ffi::Buffer<ffi::S32> prefix, ffi::Buffer<ffi::S32> table,
+                          ffi::ResultBuffer<ffi::F32> out) {
+  const auto shape = q.dimensions(), pages = k.dimensions();
+  auto work = std::make_shared<Work>();
+  Problem& p = work->problem;
+  const int64_t in_layer = pages[1] * pages[2] * pages[3] * pages[4];
+  p = {q.typed_data(),
+       k.typed_data() + *layer.typed_data() * in_layer,
+       v.typed_data() + *layer.typed_data() * in_layer,
+       starts.typed_data(),
+       prefix.typed_data(),
+       table.typed_data(),
+       out->typed_data(),
+       shape[0],
+       shape[1],
+       shape[2],
+       shape[3],
+       pages[3],
+       prefix.dimensions()[0],
+       table.dimensions()[1]};
+  // Padding is defined, since what comes of it is finite only if it is.
+  const int64_t token = p.kv_heads * p.group * p.dim;
+  std::fill(p.out + p.starts[p.seqs] * token, p.out + p.tokens * token, 0.0f);
+
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  work->tasks = tasks_of(p, threads);
+  const std::vector<Task>& tasks = work->tasks;
+  work->order.resize(tasks.size());
+  size_t shared = 0;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    work->order[i] = i;
+    shared += tasks[i].parts > 1;
+  }
+  work->partials.resize(shared);
+  std::stable_sort(work->order.begin(), work->order.end(), [&](size_t a, size_t b) {
+    const auto cost = [&](const Task& t) { return (t.end - t.begin) * (t.last - t.first); };
+    return cost(tasks[a]) > cost(tasks[b]);
+  });
+  const int64_t helpers = std::min<int64_t>(threads, tasks.size()) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->take_part(); });
+  // This thread may be one of the pool's: it never waits for work that nobody has begun.
+  work->take_part();
+  std::unique_lock<std::mutex> lock(work->mutex);
+  work->finished.wait(lock, [&] { return work->done == tasks.size(); });
+  for (size_t i = 0; i < tasks.size(); i += tasks[i].parts)
+    if (tasks[i].parts > 1) combine(p, tasks[i], work->partials);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_paged_attention, PagedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

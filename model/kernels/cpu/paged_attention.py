@@ -1,0 +1,45 @@
+"""Attention over the paged pool on CPUs: the call into `paged_attention.cc`, which says how it works.
+
+Sequences may have any number of new tokens each, so chunks and single tokens need not be told apart. Keys and values
+are read from the pool where they lie, the new ones too.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from model.attention import Batch
+from model.kernels.cpu.build import TARGET
+from model.kv import KVPool
+
+KEYS = 4  # of a page, that the kernel scores together
+
+
+def paged_attention(
+    q: jax.Array,  # [tokens, kv_heads, group, head_dim] float32
+    pool: KVPool,  # float32
+    layer: jax.Array | int,
+    batch: Batch,
+) -> jax.Array:
+    """Causal attention of a ragged batch, [tokens, kv_heads, group, head_dim]; zeros for padding.
+
+    See `model.attention.paged_attention`. Raises ValueError for what the kernel does not take.
+    """
+    if reason := why_not(q, pool):
+        raise ValueError(reason)
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q.shape, q.dtype))
+    integers = (jnp.asarray(x, jnp.int32) for x in (layer, batch.starts, batch.prefix, batch.block_table))
+    return call(q, pool.k, pool.v, *integers)
+
+
+def why_not(q: jax.Array, pool: KVPool) -> str | None:
+    """Why the kernel cannot compute this, with what it can; None if it can."""
+    for name, array in (("q", q), ("k", pool.k), ("v", pool.v)):
+        if array.dtype != jnp.float32:
+            return f"dtype of {name} is {array.dtype.name}, supported is float32"
+    if q.shape[-1] % KEYS:
+        return f"head_dim is {q.shape[-1]}, supported are multiples of {KEYS}"
+    if pool.page_size % KEYS:
+        return f"page_size is {pool.page_size}, supported are multiples of {KEYS}"
+    return None
