@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
-import queue
+import threading
 import time
-from typing import Any
 
 import numpy as np
 
-from serve.engine import Engine, Failed, Finished, GenerationRequest, Sampled
+from serve.engine import Engine
+from serve.sequence import Event, Failed, Finished, GenerationRequest, Sampled, Started
+
+
+class Asked:
+    """A prompt ([tokens] int32) submitted to a started engine for up to `count` greedy tokens, and when they come.
+
+    Times are those of `time.perf_counter`, taken on the engine's thread as the token is sent.
+    """
+
+    def __init__(self, engine: Engine, prompt: np.ndarray, count: int) -> None:
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+        self.started: Started | None = None
+        self.ended: Finished | Failed | None = None
+        self.changed = threading.Condition()
+        self.submitted = time.perf_counter()
+        self.number = engine.submit(GenerationRequest(prompt, count), self.take)
+
+    def take(self, event: Event) -> None:
+        """Note an event; called by the engine."""
+        now = time.perf_counter()
+        with self.changed:
+            if isinstance(event, Started):
+                self.started = event
+            elif isinstance(event, Sampled):
+                self.times.append(now)
+                self.tokens.append(event.token)
+            elif isinstance(event, Finished | Failed):
+                self.ended = event
+            self.changed.notify_all()
+
+    def wait(self, count: int | None = None) -> None:
+        """Return once `count` tokens have come, or its end. Raises RuntimeError if it fails or ends too soon."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.ended or (count is not None and len(self.times) >= count))
+            if isinstance(self.ended, Failed):
+                raise RuntimeError(self.ended.message)
+            if count is not None and len(self.times) < count:
+                raise RuntimeError(f"the request ended after {len(self.times)} tokens, expected at least {count}")
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token, which must have come."""
+        return self.times[0] - self.submitted
 
 
 def timed_tokens(engine: Engine, prompt: np.ndarray, count: int) -> list[tuple[float, int]]:
@@ -16,15 +59,6 @@ def timed_tokens(engine: Engine, prompt: np.ndarray, count: int) -> list[tuple[f
 
     The engine must be started. Raises RuntimeError if the request fails.
     """
-    events: queue.Queue[tuple[float, Any]] = queue.Queue()
-    begin = time.perf_counter()
-    engine.submit(GenerationRequest(prompt, count), lambda event: events.put((time.perf_counter(), event)))
-    sampled: list[tuple[float, int]] = []
-    while True:
-        at, event = events.get()
-        if isinstance(event, Failed):
-            raise RuntimeError(event.message)
-        if isinstance(event, Finished):
-            return sampled
-        if isinstance(event, Sampled):
-            sampled.append((at - begin, event.token))
+    asked = Asked(engine, prompt, count)
+    asked.wait()
+    return [(at - asked.submitted, token) for at, token in zip(asked.times, asked.tokens, strict=True)]
