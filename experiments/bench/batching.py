@@ -1,4 +1,4 @@
-"""What company costs inside the engine: decoding together, beside a prefill, on a shared prefix, and behind a cached one.
+"""What company costs inside the engine: decode in a batch, beside a prefill, shared prefixes and cached ones.
 
 `python -m experiments.bench.batching` runs real engines in this process, a 28M llama for decode and the demo model for
 the rest, and a server process for one figure. What is compared takes turns; each figure is the median of the rounds.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from cache.pool import slots_for
-from experiments.bench.timing import Asked
+from experiments.bench.timing import Asked, Passes
 from experiments.demo_model import write_demo_model
 from experiments.gpu_model import random_params
 from experiments.provenance import machine, provenance
@@ -34,11 +33,9 @@ from experiments.server import Timing, count_tokens, measure, running_server
 from experiments.sessions import Session, stable_request, with_question
 from model import checkpoint
 from model.config import ModelConfig, RopeConfig
-from model.kv import empty_pool
 from model.params import unstacked
 from serve.__main__ import set_up_jax
 from serve.engine import Engine, EngineSettings
-from serve.steps import GREEDY, Row, fit, pack
 
 RESULTS = Path("experiments/results/bench/batching.json")
 PARTS = ("decode", "interference", "shared", "warm")
@@ -113,35 +110,6 @@ def drawing(seed: int, vocab: int) -> Draw:
     """Random prompts that share no prefix; ids of a demo model's special tokens, at the end, are left out."""
     rng = np.random.default_rng(seed)
     return lambda count: rng.integers(0, vocab - 16, count).astype(np.int32)
-
-
-class Passes:
-    """An engine's compiled steps called by hand, on a pool of their own that holds a prompt's keys and values.
-
-    Only while the engine is idle: what is timed is the model's pass and its sampling, with nothing around it.
-    """
-
-    def __init__(self, engine: Engine, prompt: np.ndarray) -> None:
-        settings = engine.settings
-        self.engine, self.prompt = engine, prompt
-        self.pool = empty_pool(engine.config, settings.num_pages, PAGE, jnp.dtype(settings.dtype))
-        for start in range(0, len(prompt), settings.prefill_chunk):
-            self.seconds(start, min(settings.prefill_chunk, len(prompt) - start))
-
-    def seconds(self, prefix: int, count: int) -> float:
-        """Run tokens [prefix, prefix + count) of the prompt in the fewest chunks: seconds until all is computed."""
-        engine, steps = self.engine, self.engine.steps
-        taken, largest = 0.0, engine.settings.prefill_chunk
-        for start in range(prefix, prefix + count, largest):
-            tokens = self.prompt[start : min(start + largest, prefix + count)]
-            pages = np.arange(slots_for(start + len(tokens), PAGE), dtype=np.int32)
-            bucket = fit(engine.buckets, [len(tokens)])
-            batch, sampling = pack([Row(tokens, start, pages, GREEDY)], bucket, steps.table_pages)
-            begin = time.perf_counter()
-            sampled, self.pool = steps.run[bucket](engine.params, self.pool, batch, sampling, steps.nothing)
-            np.asarray(sampled)
-            taken += time.perf_counter() - begin
-        return taken
 
 
 def window_rate(requests: list[Asked]) -> float:
@@ -264,18 +232,18 @@ def interference(engine: Engine, passes: Passes, draw: Draw, args: argparse.Name
 
 
 def shared(engine: Engine, draw: Draw, args: argparse.Namespace, console: Console) -> Json:
-    """Seconds until all of several requests at once on a cold prefix have their first token, and until one alone has."""
+    """Seconds until several requests at once on a cold prefix all have a first token, and until one alone has."""
     rounds: list[Json] = []
     for _ in track(range(args.repeats), description="shared", console=console):
-        seconds = []
-        for count in (1, args.sharers):
-            prefix = draw(args.shared)
+        found: Json = {}
+        for name, count in (("one", 1), ("many", args.sharers)):
+            prefix, before = draw(args.shared), engine.counters.prefilled_tokens
             requests = [Asked(engine, np.concatenate([prefix, draw(TAIL)]), 1) for _ in range(count)]
             for request in requests:
                 request.wait()
-            seconds.append(max(r.times[0] for r in requests) - requests[0].submitted)
-        one, many = seconds
-        rounds.append({"one_s": one, "many_s": many, "many_over_one": many / one})
+            found[f"{name}_s"] = max(r.times[0] for r in requests) - requests[0].submitted
+            found[f"{name}_computed"] = engine.counters.prefilled_tokens - before
+        rounds.append(found | {"many_over_one": found["many_s"] / found["one_s"]})
     return {"prefix": args.shared, "sharers": args.sharers} | medians(rounds)
 
 

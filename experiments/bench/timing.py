@@ -1,14 +1,18 @@
-"""When an engine's tokens come: what the benchmarks that run one in their own process have in common."""
+"""When an engine's tokens come, and what its passes take alone: shared by the benchmarks that run one in-process."""
 
 from __future__ import annotations
 
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 
+from cache.pool import slots_for
+from model.kv import empty_pool
 from serve.engine import Engine
 from serve.sequence import Event, Failed, Finished, GenerationRequest, Sampled, Started
+from serve.steps import GREEDY, Row, fit, pack
 
 
 class Asked:
@@ -52,6 +56,35 @@ class Asked:
     def ttft(self) -> float:
         """Seconds to the first token, which must have come."""
         return self.times[0] - self.submitted
+
+
+class Passes:
+    """An engine's compiled steps called by hand, on a pool of their own that holds a prompt's keys and values.
+
+    Only while the engine is idle: what is timed is the model's pass and its sampling, with nothing around it.
+    """
+
+    def __init__(self, engine: Engine, prompt: np.ndarray) -> None:
+        settings = engine.settings
+        self.engine, self.prompt = engine, prompt
+        self.pool = empty_pool(engine.config, settings.num_pages, settings.page_size, jnp.dtype(settings.dtype))
+        for start in range(0, len(prompt), settings.prefill_chunk):
+            self.seconds(start, min(settings.prefill_chunk, len(prompt) - start))
+
+    def seconds(self, prefix: int, count: int) -> float:
+        """Run tokens [prefix, prefix + count) of the prompt in the fewest chunks: seconds until all is computed."""
+        engine, steps = self.engine, self.engine.steps
+        taken, largest = 0.0, engine.settings.prefill_chunk
+        for start in range(prefix, prefix + count, largest):
+            tokens = self.prompt[start : min(start + largest, prefix + count)]
+            pages = np.arange(slots_for(start + len(tokens), engine.settings.page_size), dtype=np.int32)
+            bucket = fit(engine.buckets, [len(tokens)])
+            batch, sampling = pack([Row(tokens, start, pages, GREEDY)], bucket, steps.table_pages)
+            begin = time.perf_counter()
+            sampled, self.pool = steps.run[bucket](engine.params, self.pool, batch, sampling, steps.nothing)
+            np.asarray(sampled)
+            taken += time.perf_counter() - begin
+        return taken
 
 
 def timed_tokens(engine: Engine, prompt: np.ndarray, count: int) -> list[tuple[float, int]]:
