@@ -1,14 +1,90 @@
-"""When an engine's tokens come: what the benchmarks that run one in their own process have in common."""
+"""When an engine's tokens come, and what its passes take alone: shared by the benchmarks that run one in-process."""
 
 from __future__ import annotations
 
-import queue
+import threading
 import time
-from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from serve.engine import Engine, Failed, Finished, GenerationRequest, Sampled
+from cache.pool import slots_for
+from model.kv import empty_pool
+from serve.engine import Engine
+from serve.sequence import Event, Failed, Finished, GenerationRequest, Sampled, Started
+from serve.steps import GREEDY, Row, fit, pack
+
+
+class Asked:
+    """A prompt ([tokens] int32) submitted to a started engine for up to `count` greedy tokens, and when they come.
+
+    Times are those of `time.perf_counter`, taken on the engine's thread as the token is sent.
+    """
+
+    def __init__(self, engine: Engine, prompt: np.ndarray, count: int) -> None:
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+        self.started: Started | None = None
+        self.ended: Finished | Failed | None = None
+        self.changed = threading.Condition()
+        self.submitted = time.perf_counter()
+        self.number = engine.submit(GenerationRequest(prompt, count), self.take)
+
+    def take(self, event: Event) -> None:
+        """Note an event; called by the engine."""
+        now = time.perf_counter()
+        with self.changed:
+            if isinstance(event, Started):
+                self.started = event
+            elif isinstance(event, Sampled):
+                self.times.append(now)
+                self.tokens.append(event.token)
+            elif isinstance(event, Finished | Failed):
+                self.ended = event
+            self.changed.notify_all()
+
+    def wait(self, count: int | None = None) -> None:
+        """Return once `count` tokens have come, or its end. Raises RuntimeError if it fails or ends too soon."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.ended or (count is not None and len(self.times) >= count))
+            if isinstance(self.ended, Failed):
+                raise RuntimeError(self.ended.message)
+            if count is not None and len(self.times) < count:
+                raise RuntimeError(f"the request ended after {len(self.times)} tokens, expected at least {count}")
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token, which must have come."""
+        return self.times[0] - self.submitted
+
+
+class Passes:
+    """An engine's compiled steps called by hand, on a pool of their own that holds a prompt's keys and values.
+
+    Only while the engine is idle: what is timed is the model's pass and its sampling, with nothing around it.
+    """
+
+    def __init__(self, engine: Engine, prompt: np.ndarray) -> None:
+        settings = engine.settings
+        self.engine, self.prompt = engine, prompt
+        self.pool = empty_pool(engine.config, settings.num_pages, settings.page_size, jnp.dtype(settings.dtype))
+        for start in range(0, len(prompt), settings.prefill_chunk):
+            self.seconds(start, min(settings.prefill_chunk, len(prompt) - start))
+
+    def seconds(self, prefix: int, count: int) -> float:
+        """Run tokens [prefix, prefix + count) of the prompt in the fewest chunks: seconds until all is computed."""
+        engine, steps = self.engine, self.engine.steps
+        taken, largest = 0.0, engine.settings.prefill_chunk
+        for start in range(prefix, prefix + count, largest):
+            tokens = self.prompt[start : min(start + largest, prefix + count)]
+            pages = np.arange(slots_for(start + len(tokens), engine.settings.page_size), dtype=np.int32)
+            bucket = fit(engine.buckets, [len(tokens)])
+            batch, sampling = pack([Row(tokens, start, pages, GREEDY)], bucket, steps.table_pages)
+            begin = time.perf_counter()
+            sampled, self.pool = steps.run[bucket](engine.params, self.pool, batch, sampling, steps.nothing)
+            np.asarray(sampled)
+            taken += time.perf_counter() - begin
+        return taken
 
 
 def timed_tokens(engine: Engine, prompt: np.ndarray, count: int) -> list[tuple[float, int]]:
@@ -16,15 +92,6 @@ def timed_tokens(engine: Engine, prompt: np.ndarray, count: int) -> list[tuple[f
 
     The engine must be started. Raises RuntimeError if the request fails.
     """
-    events: queue.Queue[tuple[float, Any]] = queue.Queue()
-    begin = time.perf_counter()
-    engine.submit(GenerationRequest(prompt, count), lambda event: events.put((time.perf_counter(), event)))
-    sampled: list[tuple[float, int]] = []
-    while True:
-        at, event = events.get()
-        if isinstance(event, Failed):
-            raise RuntimeError(event.message)
-        if isinstance(event, Finished):
-            return sampled
-        if isinstance(event, Sampled):
-            sampled.append((at - begin, event.token))
+    asked = Asked(engine, prompt, count)
+    asked.wait()
+    return [(at - asked.submitted, token) for at, token in zip(asked.times, asked.tokens, strict=True)]
