@@ -54,7 +54,8 @@ gpu-bench: .venv/.installed ## measure the kernels and an 8B-shaped model on thi
 	$(BIN)/python -m experiments.gpu_bench
 
 bench-small: .venv/.installed-test ## time the small steps of a request's host path, each by itself
-	$(BIN)/python -m pytest experiments/bench/small.py --benchmark-warmup=on --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/python -m pytest experiments/bench/small.py --benchmark-time-unit=us \
+		--benchmark-columns=min,median,iqr,rounds
 
 lint: .venv/.installed-test ## check style and types
 	$(BIN)/ruff check .
