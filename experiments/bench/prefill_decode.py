@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     cli = argparse.ArgumentParser(prog="python -m experiments.bench.prefill_decode", description=__doc__.split("\n")[0])
     cli.add_argument("--models", nargs="+", choices=list(SIZES), default=["28M", "95M"])
     cli.add_argument("--prompts", nargs="+", type=int, default=[4096, 16_384], metavar="TOKENS")
-    cli.add_argument("--output", type=int, default=48, metavar="TOKENS", help="tokens to decode (default: %(default)s)")
+    cli.add_argument("--output", type=int, default=32, metavar="TOKENS", help="tokens to decode (default: %(default)s)")
     cli.add_argument("--repeats", type=int, default=5, help="prompts; fewer beyond 4,096 tokens (default: %(default)s)")
     cli.add_argument("--sum-bytes", type=int, default=SUM_BYTES, help="for the read ceiling (default: %(default)s)")
     cli.add_argument("--out", type=Path, default=RESULTS)
