@@ -12,7 +12,8 @@ BIN := .venv/bin
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test test-slow test-clients notebooks kernels-interpreted kernels-aot gpu-bench lint clean
+.PHONY: help install demo serve test test-slow test-clients notebooks kernels-interpreted kernels-aot gpu-bench \
+	bench-small lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 21
@@ -51,6 +52,10 @@ kernels-aot: ## compile the GPU kernels for an H200 without one, and check spill
 
 gpu-bench: .venv/.installed ## measure the kernels and an 8B-shaped model on this machine's GPU
 	$(BIN)/python -m experiments.gpu_bench
+
+bench-small: .venv/.installed-test ## time the small steps of a request's host path, each by itself
+	$(BIN)/python -m pytest experiments/bench/small.py --benchmark-time-unit=us \
+		--benchmark-columns=min,median,iqr,rounds
 
 lint: .venv/.installed-test ## check style and types
 	$(BIN)/ruff check .

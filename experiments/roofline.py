@@ -75,23 +75,28 @@ DEVICES = {
 }
 
 
-def weight_bytes(config: ModelConfig) -> float:
-    """Bytes of the weights that a step reads, in bf16: the layers' matrices and the head."""
-    return BF16 * (cost_model(config).linear_flops / 2 + config.vocab_size * config.embed_size)
+def prefill_flops(config: ModelConfig, prompt: int, cached: int = 0) -> float:
+    """FLOPs of a prompt of which some tokens are cached: those of serve.cost, and the head for the last token."""
+    return cost_model(config).flops(cached, prompt) + 2.0 * config.vocab_size * config.embed_size
 
 
-def kv_bytes(config: ModelConfig, tokens: int) -> float:
-    """Bytes of the keys and values of so many tokens, in bf16."""
-    return 2.0 * BF16 * config.num_layers * config.num_kv_heads * config.head_dim * tokens
+def weight_bytes(config: ModelConfig, width: int = BF16) -> float:
+    """Bytes of the weights that a step reads, `width` bytes a number: the layers' matrices and the head."""
+    return width * (cost_model(config).linear_flops / 2 + config.vocab_size * config.embed_size)
+
+
+def kv_bytes(config: ModelConfig, tokens: float, width: int = BF16) -> float:
+    """Bytes of the keys and values of so many tokens, `width` bytes a number."""
+    return 2.0 * width * config.num_layers * config.num_kv_heads * config.head_dim * tokens
 
 
 def prefill(config: ModelConfig, device: Device, prompt: int, cached: int = 0) -> Floor:
     """The floor of TTFT for a prompt of which some tokens are cached.
 
-    FLOPs: those of serve.cost, and the head for the last token. Bytes: the weights once, the cached keys and values
-    read once, the new ones written once. Whoever works in chunks reads more.
+    Bytes: the weights once, the cached keys and values read once, the new ones written once. Whoever works in chunks
+    reads more.
     """
-    flops = cost_model(config).flops(cached, prompt) + 2.0 * config.vocab_size * config.embed_size
+    flops = prefill_flops(config, prompt, cached)
     moved = weight_bytes(config) + kv_bytes(config, prompt)
     return Floor(flops, moved, 1e3 * flops / device.flops_per_s, 1e3 * moved / device.bytes_per_s)
 

@@ -1,17 +1,19 @@
 """Prefill and decode beside transformers + torch: the same weights, cores and run, taking turns.
 
-`python -m experiments.bench.prefill_decode` needs the `test` extra. Ours runs through the engine, with chunks, pages
-and sampling; torch runs transformers' own model with SDPA and its KV cache, greedily, without the cost of `generate`.
+`python -m experiments.bench.prefill_decode` needs the `test` extra. Ours runs in float32 through the engine, with
+chunks, pages and sampling; torch runs transformers' own model with SDPA and its KV cache, in float32 and in bfloat16,
+greedily, without the cost of `generate`. What the machine does at best is measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,13 +26,25 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.bench.ceilings import CUBES, SUM_BYTES, Ceilings, Shape, best, measure
 from experiments.bench.timing import timed_tokens
 from experiments.provenance import machine, provenance
+from experiments.roofline import kv_bytes, prefill_flops, weight_bytes
 from model import checkpoint
+from model.config import ModelConfig
 from model.params import unstacked
 from serve.engine import Engine, EngineSettings
 
 RESULTS = Path("experiments/results/bench/prefill_decode.json")
+PHASES = ("prefill", "decode")
+SIDES = {"tokenzero": 4, "torch f32": 4, "torch bf16": 2}  # bytes of each side's numbers
+UNITS = {"gflops": "GFLOP/s", "gbs": "GB/s"}
+WARM_UP = 1024  # tokens of the prompt that warms up, at most
+# Prefill counts at 4K, against torch and against the matmul ceiling; of decode's two goals one is enough.
+GOALS = {
+    "prefill": {"torch f32": 1.8, "torch at best": 1.0, "of the ceiling at 4K": 0.75},
+    "decode": {"torch f32": 1.3, "or of the ceiling": 0.85},
+}
 
 
 @dataclass(frozen=True)
@@ -106,27 +120,27 @@ def run_torch(model: LlamaForCausalLM, prompt: np.ndarray, count: int) -> Rates:
 
 
 def compare(name: str, prompt_tokens: int, output_tokens: int, repeats: int, console: Console) -> dict[str, Any]:
-    """Both sides in turns on fresh prompts, after one warm-up each; medians, and the medians of the pairs' ratios."""
+    """All sides in turns on fresh prompts, after a warm-up each: tokens per second, and the work behind them."""
     size, rng = SIZES[name], np.random.default_rng(0)
+    total = prompt_tokens + output_tokens
     with tempfile.TemporaryDirectory() as folder:
-        total = prompt_tokens + output_tokens
         model = write_llama(Path(folder), size, total)
         engine = make_engine(Path(folder), total)
+    half = copy.deepcopy(model).to(torch.bfloat16)
     sides: dict[str, Callable[[np.ndarray, int], Rates]] = {
         "tokenzero": lambda prompt, count: run_engine(engine, prompt, count),
-        "torch": lambda prompt, count: run_torch(model, prompt, count),
+        "torch f32": lambda prompt, count: run_torch(model, prompt, count),
+        "torch bf16": lambda prompt, count: run_torch(half, prompt, count),
     }
+    for run in sides.values():
+        run(rng.integers(3, size.vocab, min(prompt_tokens, WARM_UP)).astype(np.int32), 4)
     rates: dict[str, list[Rates]] = {side: [] for side in sides}
-    agreed = 0
-    for number in track(range(repeats + 1), description=f"{name}, {prompt_tokens} tokens", console=console):
+    for _ in track(range(repeats), description=f"{name}, {prompt_tokens} tokens", console=console):
         prompt = rng.integers(3, size.vocab, prompt_tokens).astype(np.int32)
-        made = {side: run(prompt, output_tokens) for side, run in sides.items()}
-        if number:
-            for side, result in made.items():
-                rates[side].append(result)
-            agreed += made["tokenzero"].tokens == made["torch"].tokens
+        for side, run in sides.items():
+            rates[side].append(run(prompt, output_tokens))
     engine.stop()
-    pairs = list(zip(rates["tokenzero"], rates["torch"], strict=True))
+    agreed = sum(a.tokens == b.tokens for a, b in zip(rates["tokenzero"], rates["torch f32"], strict=True))
     return {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -137,47 +151,115 @@ def compare(name: str, prompt_tokens: int, output_tokens: int, repeats: int, con
             side: {"prefill": [round(r.prefill, 1) for r in runs], "decode": [round(r.decode, 2) for r in runs]}
             for side, runs in rates.items()
         },
-        "median_ratio": {
-            "prefill": round(median(a.prefill / b.prefill for a, b in pairs), 3),
-            "decode": round(median(a.decode / b.decode for a, b in pairs), 3),
-        },
+        "median_ratio": ratios(rates),
+        "work": work(engine.config, prompt_tokens, output_tokens),
     }
 
 
-def table(rows: list[dict[str, Any]], threads: int) -> Table:
-    """Medians of both sides and their ratios."""
-    grid = Table(title=f"tokens/s beside transformers + torch (SDPA), float32, {threads} threads", box=SIMPLE_HEAD)
-    for column in ("llama", "prompt", "phase", "tokenzero", "torch", "ratio", "same output"):
+def ratios(rates: dict[str, list[Rates]]) -> dict[str, dict[str, float]]:
+    """Ours over torch's in each dtype and over the faster of the two, by phase: medians over the prompts."""
+    made: dict[str, dict[str, float]] = {}
+    for phase in PHASES:
+        ours, f32, bf16 = ([getattr(r, phase) for r in rates[side]] for side in SIDES)
+        others = {"torch f32": f32, "torch bf16": bf16, "torch at best": f32 if median(f32) > median(bf16) else bf16}
+        made[phase] = {
+            name: round(median(a / b for a, b in zip(ours, theirs, strict=True)), 3) for name, theirs in others.items()
+        }
+    return made
+
+
+def work(config: ModelConfig, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+    """GFLOP of the prefill, matrices and causal attention, and the MB that a decoded token reads at least, by side.
+
+    A token reads the weights once and the keys and values behind it: of the prompt and half of the output, on average.
+    """
+    behind = prompt_tokens + output_tokens / 2
+    reads = {side: weight_bytes(config, width) + kv_bytes(config, behind, width) for side, width in SIDES.items()}
+    return {
+        "prefill_gflop": round(prefill_flops(config, prompt_tokens) / 1e9, 3),
+        "decode_mb": {side: round(read / 1e6, 3) for side, read in reads.items()},
+    }
+
+
+def with_ceilings(row: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
+    """The row with what each side did a second, by its medians, and the share of the machine's best that it is."""
+    done: dict[str, Any] = {}
+    for side, speeds in row["tokens_per_second"].items():
+        gflops = row["work"]["prefill_gflop"] * median(speeds["prefill"]) / row["prompt_tokens"]
+        read = row["work"]["decode_mb"][side] * median(speeds["decode"]) / 1e3
+        done[side] = {
+            "prefill_gflops": round(gflops, 2),
+            "of_matmul_ceiling": round(gflops / ceilings.best_gflops, 3),
+            "decode_gbs": round(read, 2),
+            "of_read_ceiling": round(read / ceilings.best_read_gbs, 3),
+        }
+    return row | {"achieved": done}
+
+
+def products(size: Size, tokens: int) -> list[Shape]:
+    """The matrix products of so many tokens in a layer of this size: queries, and the feed-forward's two ways."""
+    return [(tokens, size.hidden, size.hidden), (tokens, size.hidden, size.ffn), (tokens, size.ffn, size.hidden)]
+
+
+def table(rows: list[dict[str, Any]], ceilings: Ceilings, threads: int) -> Table:
+    """Medians of all sides, our ratios to both of torch's, and shares of the ceilings."""
+    grid = Table(title=f"tokens/s beside transformers + torch (SDPA), {threads} threads", box=SIMPLE_HEAD)
+    columns = ("llama", "prompt", "phase", *SIDES, "/ f32", "/ bf16", "a second", "of the ceiling", "same output")
+    for column in columns:
         grid.add_column(column, justify="left" if column in ("llama", "phase") else "right")
     for row in rows:
-        for phase in ("prefill", "decode"):
-            ours, theirs = (median(row["tokens_per_second"][side][phase]) for side in ("tokenzero", "torch"))
-            ratio, same = row["median_ratio"][phase], row["same_output"]
+        ours = row["achieved"]["tokenzero"]
+        for phase, unit, ceiling in (("prefill", "gflops", "of_matmul_ceiling"), ("decode", "gbs", "of_read_ceiling")):
+            speeds = (f"{median(row['tokens_per_second'][side][phase]):,.1f}" for side in SIDES)
+            ratio = row["median_ratio"][phase]
             grid.add_row(
-                row["model"], f"{row['prompt_tokens']:,}", phase, f"{ours:,.1f}", f"{theirs:,.1f}", f"{ratio:.2f}", same
+                row["model"],
+                f"{row['prompt_tokens']:,}",
+                phase,
+                *speeds,
+                f"{ratio['torch f32']:.2f}",
+                f"{ratio['torch bf16']:.2f}",
+                f"{ours[f'{phase}_{unit}']:,.1f} {UNITS[unit]}",
+                f"{ours[ceiling]:.0%}",
+                row["same_output"],
             )
+    flops, reads = (", ".join(f"{k} {v:,.1f}" for k, v in m.items()) for m in (ceilings.gflops, ceilings.read_gbs))
+    goals = "; ".join(f"{phase} " + ", ".join(f"{k} {v}" for k, v in goal.items()) for phase, goal in GOALS.items())
+    grid.caption = f"ceilings: float32 products {flops} GFLOP/s, sums {reads} GB/s\ngoals: {goals}"
     return grid
+
+
+def repeats_of(prompt_tokens: int, repeats: int) -> int:
+    """Fewer for prompts longer than 4,096 tokens, which take long."""
+    return max(1, round(repeats * min(1.0, 4096 / prompt_tokens)))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Compare, print the table, write the JSON."""
     cli = argparse.ArgumentParser(prog="python -m experiments.bench.prefill_decode", description=__doc__.split("\n")[0])
-    cli.add_argument("--models", nargs="+", choices=list(SIZES), default=["28M"])
-    cli.add_argument("--prompts", nargs="+", type=int, default=[4096], metavar="TOKENS")
-    cli.add_argument("--output", type=int, default=64, metavar="TOKENS", help="tokens to decode (default: 64)")
-    cli.add_argument("--repeats", type=int, default=7)
+    cli.add_argument("--models", nargs="+", choices=list(SIZES), default=["28M", "95M"])
+    cli.add_argument("--prompts", nargs="+", type=int, default=[4096, 16_384], metavar="TOKENS")
+    cli.add_argument("--output", type=int, default=32, metavar="TOKENS", help="tokens to decode (default: %(default)s)")
+    cli.add_argument("--repeats", type=int, default=5, help="prompts; fewer beyond 4,096 tokens (default: %(default)s)")
+    cli.add_argument("--sum-bytes", type=int, default=SUM_BYTES, help="for the read ceiling (default: %(default)s)")
     cli.add_argument("--out", type=Path, default=RESULTS)
     args = cli.parse_args(argv)
     threads = machine()["cores"]
     torch.set_num_threads(threads)
-    console = Console()
-    rows = [
-        compare(name, prompt, args.output, args.repeats, console) for name in args.models for prompt in args.prompts
-    ]
+    console = Console(width=150)
+    layers = [shape for name in args.models for shape in products(SIZES[name], min(1024, *args.prompts))]
+    measured = [measure([*CUBES, *layers], sum_bytes=args.sum_bytes)]
+    rows = []
+    for name in args.models:
+        for prompt in args.prompts:
+            rows.append(compare(name, prompt, args.output, repeats_of(prompt, args.repeats), console))
+            measured.append(measure([*CUBES, *layers], sum_bytes=args.sum_bytes))
+    ceilings = best(measured)
+    rows = [with_ceilings(row, ceilings) for row in rows]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"dtype": "float32", "threads": threads, "rows": rows} | provenance()
+    result = {"threads": threads, "ceilings": asdict(ceilings), "goals": GOALS, "rows": rows} | provenance()
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(table(rows, threads))
+    console.print(table(rows, ceilings, threads))
 
 
 if __name__ == "__main__":

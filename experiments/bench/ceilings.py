@@ -1,0 +1,88 @@
+"""What this machine does at best: GFLOP/s of float32 matrix products and GB/s read, by XLA and by torch.
+
+Benchmarks measure them in the run whose speeds they are the ceilings of, and take the larger of both libraries':
+`best` over several measurements, since other load on a machine only ever lowers one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+SUM_BYTES = 256 * 2**20  # what is summed: several times any cache
+
+Shape = tuple[int, int, int]  # rows, inner, columns
+CUBES: tuple[Shape, ...] = ((1024, 1024, 1024), (2048, 2048, 2048))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """By library, `xla` and `torch`: GFLOP/s of the best float32 product, and GB/s of a sum."""
+
+    gflops: dict[str, float]
+    read_gbs: dict[str, float]
+
+    @property
+    def best_gflops(self) -> float:
+        """The larger of both libraries'."""
+        return max(self.gflops.values())
+
+    @property
+    def best_read_gbs(self) -> float:
+        """The larger of both libraries'."""
+        return max(self.read_gbs.values())
+
+
+def least_seconds(run: Callable[[], object], repeats: int) -> float:
+    """The shortest of `repeats` runs, after one that warms up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def measure(shapes: Iterable[Shape], repeats: int = 5, sum_bytes: int = SUM_BYTES) -> Ceilings:
+    """Multiply matrices of all shapes and sum `sum_bytes` of float32 numbers, in both libraries on their threads."""
+    rng = np.random.default_rng(0)
+    multiply, add = jax.jit(jnp.matmul), jax.jit(jnp.sum)
+    products: dict[str, list[float]] = {"xla": [], "torch": []}
+    for rows, inner, columns in sorted(set(shapes)):
+        left = rng.standard_normal((rows, inner), np.float32)
+        right = rng.standard_normal((inner, columns), np.float32)
+        billions = 2e-9 * rows * inner * columns
+        products["xla"].append(
+            billions / least_seconds(ready(multiply, jnp.asarray(left), jnp.asarray(right)), repeats)
+        )
+        products["torch"].append(
+            billions / least_seconds(partial(torch.matmul, torch.from_numpy(left), torch.from_numpy(right)), repeats)
+        )
+    numbers, billions = np.ones(sum_bytes // 4, np.float32), sum_bytes / 1e9
+    sums = {
+        "xla": billions / least_seconds(ready(add, jnp.asarray(numbers)), repeats),
+        "torch": billions / least_seconds(partial(torch.sum, torch.from_numpy(numbers)), repeats),
+    }
+    return Ceilings({library: max(rates) for library, rates in products.items()}, sums)
+
+
+def ready(function: Callable[..., jax.Array], *arrays: jax.Array) -> Callable[[], object]:
+    """A call that returns when its result is there."""
+    return lambda: function(*arrays).block_until_ready()
+
+
+def best(measured: Iterable[Ceilings]) -> Ceilings:
+    """By library, the largest of several measurements."""
+    measured = list(measured)
+    return Ceilings(
+        {name: max(m.gflops[name] for m in measured) for name in measured[0].gflops},
+        {name: max(m.read_gbs[name] for m in measured) for name in measured[0].read_gbs},
+    )

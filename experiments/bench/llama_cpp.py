@@ -1,0 +1,234 @@
+"""Prefill and decode beside llama.cpp: the same weights in float32, cores and run, taking turns.
+
+`python -m experiments.bench.llama_cpp` needs the `llama-cpp` extra, whose installation compiles llama.cpp for this
+machine, and the `test` extra. The random llama is written as a GGUF file too; keys and values are float32 on both
+sides, and llama.cpp runs with and without its flash attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.numpy import load_file
+
+from experiments.bench.prefill_decode import SIZES, Rates, make_engine, run_engine, write_llama
+from experiments.provenance import PACKAGES, machine, provenance
+
+RESULTS = Path("experiments/results/bench/llama_cpp.json")
+OURS, PLAIN, FLASH = "tokenzero", "llama.cpp", "llama.cpp, flash attention"
+PHASES = ("prefill", "decode")
+GOAL = 1.0  # of llama.cpp's prefill, the faster way
+BATCH, MICRO_BATCH = 2048, 512  # llama.cpp's own defaults
+
+# A layer's tensors: Hugging Face's name below `model.layers.N.`, GGUF's below `blk.N.`.
+LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def need(module: str) -> ModuleType:
+    """The module, or an exit that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        sys.exit(f"{module} is missing ({error}): pip install 'tokenzero[llama-cpp,test]', which compiles llama.cpp")
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of a query or key projection, [heads × head_dim, embed], as llama.cpp's rotary embedding pairs them.
+
+    Hugging Face's llama rotates channel i of a head together with channel i + head_dim / 2, llama.cpp channel 2i with
+    2i + 1, by the same angle. So row 2i comes from row i, and row 2i + 1 from row i + head_dim / 2: queries and keys
+    are permuted alike and their products stay what they were.
+    """
+    halves = weight.reshape(heads, 2, -1, weight.shape[-1])  # [heads, 2, head_dim / 2, embed]
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def gguf_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """GGUF's name and values of every tensor of a llama's checkpoint; the tied head is the embedding and has none."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    yield "token_embd.weight", tensors["model.embed_tokens.weight"]
+    yield "output_norm.weight", tensors["model.norm.weight"]
+    for number in range(config["num_hidden_layers"]):
+        for theirs, name in LAYER.items():
+            weight = tensors[f"model.layers.{number}.{theirs}.weight"]
+            yield f"blk.{number}.{name}.weight", interleaved(weight, heads[name]) if name in heads else weight
+
+
+def write_gguf(folder: Path, path: Path) -> None:
+    """Write a llama's checkpoint, one that `write_llama` has made, as a GGUF file in float32.
+
+    It has no tokenizer, only a number of tokens: what runs it is given token ids.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    writer = need("gguf").GGUFWriter(path, "llama")
+    writer.add_file_type(0)  # all float32
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    for name, values in gguf_tensors(folder):
+        writer.add_tensor(name, values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def load_llama(path: Path, tokens: int, threads: int, flash: bool) -> Any:
+    """llama.cpp's model and context for one sequence of `tokens`."""
+    llama_cpp = need("llama_cpp")
+    return llama_cpp.Llama(
+        str(path),
+        n_ctx=tokens,
+        n_batch=BATCH,
+        n_ubatch=MICRO_BATCH,
+        n_threads=threads,
+        n_threads_batch=threads,
+        flash_attn=flash,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+
+
+def run_llama(model: Any, prompt: np.ndarray, count: int) -> Rates:
+    """Prefill the prompt and decode `count` tokens, greedily, in llama.cpp."""
+    read = need("llama_cpp").llama_get_logits_ith
+
+    def likeliest() -> int:
+        return int(np.ctypeslib.as_array(read(model.ctx, -1), (model.n_vocab(),)).argmax())
+
+    model.reset()
+    begin = time.perf_counter()
+    model.eval(prompt.tolist())
+    tokens = [likeliest()]
+    first = time.perf_counter()
+    while len(tokens) < count:
+        model.eval(tokens[-1:])
+        tokens.append(likeliest())
+    end = time.perf_counter()
+    return Rates(len(prompt) / (first - begin), (count - 1) / (end - first), tuple(tokens))
+
+
+def compare(
+    name: str, prompt_tokens: int, output_tokens: int, repeats: int, threads: int, console: Console
+) -> dict[str, Any]:
+    """All sides in turns on fresh prompts, after one warm-up each; medians, and the medians of the pairs' ratios."""
+    size, rng = SIZES[name], np.random.default_rng(0)
+    total = prompt_tokens + output_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        write_llama(Path(folder), size, total)
+        write_gguf(Path(folder), Path(folder) / "model.gguf")
+        engine = make_engine(Path(folder), total)
+        plain, flash = (load_llama(Path(folder) / "model.gguf", total, threads, flash) for flash in (False, True))
+    sides: dict[str, Callable[[np.ndarray, int], Rates]] = {
+        OURS: lambda prompt, count: run_engine(engine, prompt, count),
+        PLAIN: lambda prompt, count: run_llama(plain, prompt, count),
+        FLASH: lambda prompt, count: run_llama(flash, prompt, count),
+    }
+    rates: dict[str, list[Rates]] = {side: [] for side in sides}
+    for number in track(range(repeats + 1), description=f"{name}, {prompt_tokens} tokens", console=console):
+        prompt = rng.integers(3, size.vocab, prompt_tokens).astype(np.int32)
+        made = {side: run(prompt, output_tokens) for side, run in sides.items()}
+        for side, result in made.items():
+            rates[side] += [result] if number else []
+    engine.stop()
+    return {
+        "model": name,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "same_output": {side: f"{agreed(rates[OURS], rates[side])} of {repeats}" for side in (PLAIN, FLASH)},
+        "tokens_per_second": {
+            side: {"prefill": [round(r.prefill, 1) for r in runs], "decode": [round(r.decode, 2) for r in runs]}
+            for side, runs in rates.items()
+        },
+        "median_ratio": {phase: ratio(rates, phase) for phase in PHASES},
+    }
+
+
+def agreed(ours: list[Rates], theirs: list[Rates]) -> int:
+    """How many prompts both continue alike."""
+    return sum(a.tokens == b.tokens for a, b in zip(ours, theirs, strict=True))
+
+
+def ratio(rates: dict[str, list[Rates]], phase: str) -> float:
+    """Ours over llama.cpp's, in its faster way for this phase: the median over the prompts."""
+    speeds = {side: [getattr(run, phase) for run in runs] for side, runs in rates.items()}
+    theirs = max(speeds[PLAIN], speeds[FLASH], key=median)
+    return round(median(a / b for a, b in zip(speeds[OURS], theirs, strict=True)), 3)
+
+
+def table(rows: list[dict[str, Any]], threads: int) -> Table:
+    """Medians of all sides, and our ratio to the faster way of llama.cpp."""
+    grid = Table(title=f"tokens/s beside llama.cpp, float32, {threads} threads", box=SIMPLE_HEAD)
+    for column in ("llama", "prompt", "phase", OURS, PLAIN, FLASH, "ratio", "same output"):
+        grid.add_column(column, justify="left" if column in ("llama", "phase") else "right")
+    for row in rows:
+        for phase in PHASES:
+            speeds = (f"{median(row['tokens_per_second'][side][phase]):,.1f}" for side in (OURS, PLAIN, FLASH))
+            same = "; ".join(row["same_output"].values())
+            grid.add_row(
+                row["model"], f"{row['prompt_tokens']:,}", phase, *speeds, f"{row['median_ratio'][phase]:.2f}", same
+            )
+    grid.caption = f"ratio: to the faster way of llama.cpp; goal: prefill {GOAL}"
+    return grid
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare, print the table, write the JSON."""
+    cli = argparse.ArgumentParser(prog="python -m experiments.bench.llama_cpp", description=__doc__.split("\n")[0])
+    cli.add_argument("--models", nargs="+", choices=list(SIZES), default=["28M"])
+    cli.add_argument("--prompts", nargs="+", type=int, default=[1024, 4096], metavar="TOKENS")
+    cli.add_argument("--output", type=int, default=48, metavar="TOKENS", help="tokens to decode (default: %(default)s)")
+    cli.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
+    cli.add_argument("--out", type=Path, default=RESULTS)
+    args = cli.parse_args(argv)
+    for module in ("llama_cpp", "gguf"):
+        need(module)
+    threads, console = machine()["cores"], Console(width=130)
+    rows = [
+        compare(name, prompt, args.output, args.repeats, threads, console)
+        for name in args.models
+        for prompt in args.prompts
+    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"dtype": "float32", "threads": threads, "goal": {"prefill": GOAL}, "rows": rows}
+    args.out.write_text(json.dumps(about | provenance((*PACKAGES, "llama-cpp-python", "gguf")), indent=2) + "\n")
+    console.print(table(rows, threads))
+
+
+if __name__ == "__main__":
+    main()
