@@ -132,11 +132,15 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 30) ->
         time.sleep(0.005)
 
 
-def open_request(url: str, body: Json) -> socket.socket:
-    """A connection over which the whole request was sent and nothing was read yet."""
+def open_request(url: str, body: Json, *options: tuple[int, int, int]) -> socket.socket:
+    """A connection, its socket's options set, over which the whole request was sent and nothing was read yet."""
     payload = json.dumps(body).encode()
     head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
-    connection = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=60)
+    connection = socket.socket()
+    connection.settimeout(60)
+    for option in options:
+        connection.setsockopt(*option)
+    connection.connect((urlsplit(url).hostname, urlsplit(url).port))
     connection.sendall(head.encode() + payload)
     return connection
 

@@ -1,11 +1,14 @@
 """Faults that a healthy server does not show: steps that raise, an engine that is stuck, full or gone.
 
 The application runs in this process, over real HTTP; its engine's compiled steps are wrapped where a fault is needed.
+Where the clients are at fault, because they are many, read nothing or leave, they meet a server process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +23,13 @@ import jax.numpy as jnp
 import pytest
 from scripted import listening, steps_compiled_once
 from talking import (
+    FLAGS,
+    Json,
     ask,
     error_of,
     eventually,
     is_idle,
+    long,
     open_request,
     post,
     prompt_tokens,
@@ -33,6 +39,7 @@ from talking import (
     text_of,
 )
 
+from experiments.server import Server, running_server
 from model import checkpoint
 from model.params import unstacked
 from serve import serving as messages_api
@@ -339,3 +346,87 @@ class TestTheServersOwnFaults:
             stopping.result(30)
             for response in (first.result(), second.result()):
                 assert "engine has stopped" in error_of(response, 500, "api_error")
+
+
+# Little is on its way to a client that does not read, as over a slow line: segments and receive buffer are small.
+NARROW = (
+    (socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536),
+    (socket.SOL_SOCKET, socket.SO_RCVBUF, 2048),
+)
+DELTA = b"event: content_block_delta"
+
+
+@pytest.fixture(scope="module")
+def endless(server: Server) -> Json:
+    """A streaming request whose answer has 4,000 tokens, more than the way to a client that does not read can hold."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        bodies = (ask(f"Talk without end, {number}", 4000) for number in range(4, 30))
+        return next(body for body in bodies if post(client, body)["stop_reason"] == "max_tokens") | {"stream": True}
+
+
+class TestManyClients:
+    def test_a_full_queue_refuses_and_then_serves_all_that_it_took(self, model_folder: Path) -> None:
+        with (
+            running_server(model_folder, *FLAGS, "--max-batch", "1", "--max-waiting", "2") as server,
+            httpx.Client(base_url=server.url, timeout=60) as client,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            running = open_request(server.url, ask(long(1), 1))
+            eventually(lambda: scrape(client)["tokenzero_running"] == 1, "one runs, and for long")
+            queued = [pool.submit(post, client, ask(f"Number {number}")) for number in range(2)]
+            eventually(lambda: scrape(client)["tokenzero_waiting"] == 2, "the queue is full")
+            for streaming in (False, True):
+                response = client.post("/v1/messages", json=ask("One too many", stream=streaming))
+                assert "2 requests are waiting" in error_of(response, 529, "overloaded_error")
+                assert int(response.headers["retry-after"]) >= 1
+            assert scrape(client)["tokenzero_waiting"] == 2
+            read_until(running, b'"output_tokens"')
+            running.close()
+            assert all(text_of(answer.result()) for answer in queued)
+            assert text_of(post(client, ask("One too many")))
+            eventually(lambda: is_idle(client), "nothing runs or waits, and no page is held")
+            assert scrape(client)['tokenzero_responses_total{path="/v1/messages",status="529"}'] == 2
+
+
+class TestClientsThatDoNotListen:
+    def test_one_that_reads_nothing_keeps_nobody_waiting_and_holds_no_page(
+        self, client: httpx.Client, server: Server, endless: Json
+    ) -> None:
+        other = ask("Meanwhile, say something", 60)
+        alone = stream(client, other).text
+
+        deaf = open_request(server.url, endless, *NARROW)
+        begun = read_until(deaf, DELTA)
+        message = json.loads(begun.split(b"data: ")[1].split(b"\n")[0])["message"]["id"]
+
+        def state() -> str:
+            return client.get(f"/v1/requests/{message}").json().get("state", "running")
+
+        assert stream(client, other).text == alone, "while both decode"
+        eventually(lambda: is_idle(client), "the engine is done with it")
+        assert state() == "running", "and its client has not got all of it"
+        assert stream(client, other).text == alone, "while it has more to say than its client reads"
+        assert state() == "running"
+
+        rest = read_until(deaf, b"event: message_stop")
+        assert b'"output_tokens":4000' in rest
+        eventually(lambda: state() == "done", "its client has read all")
+        deaf.close()
+
+    def test_one_that_leaves_takes_no_token_from_those_beside_it(
+        self, client: httpx.Client, server: Server, endless: Json
+    ) -> None:
+        others = [ask(long(number, 6000), 30) for number in (70, 71)]
+        alone = [text_of(post(client, body, **{"x-tokenzero-cache-salt": "alone"})) for body in others]
+        before = scrape(client)["tokenzero_generated_tokens_total"]
+
+        leaving = open_request(server.url, endless)
+        read_until(leaving, DELTA, times=3)
+        with ThreadPoolExecutor(2) as pool:
+            beside = [pool.submit(stream, client, body, **{"x-tokenzero-cache-salt": "beside"}) for body in others]
+            eventually(lambda: scrape(client)["tokenzero_running"] == 3, "all three run")
+            leaving.close()
+            eventually(lambda: scrape(client)["tokenzero_running"] == 2, "one has left, and the others go on")
+            assert [answer.result().text for answer in beside] == alone
+        eventually(lambda: is_idle(client), "no page is held")
+        assert scrape(client)["tokenzero_generated_tokens_total"] - before < 4000

@@ -1,0 +1,131 @@
+"""Sessions that come to a Messages endpoint at times of their own, and what its answers' events tell.
+
+One thread and one event loop do it all; how late that loop runs is measured along with the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import httpx
+import numpy as np
+
+REFUSALS = (429, 529)
+LAG_SECONDS = 0.01  # how often the client looks whether it is late
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One session: when it comes, what it sends, and how long it pauses behind each answer."""
+
+    arrival_s: float
+    headers: dict[str, str]
+    bodies: tuple[bytes, ...]
+    pauses_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request and what became of it; a completed one without text has no TTFT."""
+
+    outcome: Literal["completed", "refused", "failed", "timed out"]
+    error: str = ""
+    sent_s: float = 0.0  # since the rate's start
+    ttft_ms: float | None = None
+    gaps_ms: tuple[float, ...] = ()  # between two events with text
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+async def ask(client: httpx.AsyncClient, body: bytes, headers: dict[str, str], timeout: float) -> Asked:
+    """Send one request and time its events; whatever goes wrong is an outcome. Never takes longer than `timeout` s."""
+    sent, times, usage, ended = time.perf_counter(), list[float](), dict[str, Any](), False
+
+    async def content() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield body
+        sent = time.perf_counter()
+
+    sizes = {"content-length": str(len(body)), "content-type": "application/json"}
+    try:
+        async with (
+            asyncio.timeout(timeout),
+            client.stream("POST", "/v1/messages", content=content(), headers=headers | sizes) as response,
+        ):
+            if response.status_code != 200:
+                error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
+                return Asked("refused" if response.status_code in REFUSALS else "failed", error)
+            async for line in response.aiter_lines():
+                if not line.startswith("data: "):
+                    continue
+                at, event = time.perf_counter(), json.loads(line[6:])
+                match event["type"]:
+                    case "content_block_delta":
+                        times.append(at)
+                    case "message_start":
+                        usage = event["message"]["usage"]
+                    case "message_delta":
+                        usage |= event["usage"]
+                    case "message_stop":
+                        ended = True
+                    case "error":
+                        return Asked("failed", str(event["error"])[:300])
+    except TimeoutError:
+        return Asked("timed out", f"no whole answer within {timeout:g} s")
+    except (httpx.HTTPError, LookupError, ValueError, TypeError) as error:
+        return Asked("failed", f"{type(error).__name__}: {error}")
+    if not ended:
+        return Asked("failed", "the stream ended before its message_stop")
+    counts = [usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
+    return Asked(
+        "completed",
+        ttft_ms=1e3 * (times[0] - sent) if times else None,
+        gaps_ms=tuple((1e3 * np.diff(times)).tolist()),
+        prompt_tokens=sum(counts),
+        cached_tokens=counts[2],
+        output_tokens=usage.get("output_tokens") or 0,
+    )
+
+
+async def offer(
+    client: httpx.AsyncClient, plans: Sequence[Plan], end: float, timeout: float, tick: Callable[[float], object]
+) -> tuple[list[Asked], list[float]]:
+    """Let sessions come at their times for `end` seconds: what became of each request, and the client's lags in s.
+
+    Those under way at the end are waited for, each `timeout` seconds at most, and no further ones sent. `tick` is told
+    the seconds that have passed.
+    """
+    asked, lags = list[Asked](), list[float]()
+    start = time.perf_counter()
+
+    def passed() -> float:
+        return time.perf_counter() - start
+
+    async def attend(plan: Plan) -> None:
+        await asyncio.sleep(plan.arrival_s - passed())
+        for body, pause in zip(plan.bodies, plan.pauses_s, strict=True):
+            if (sent := passed()) >= end:
+                return
+            asked.append(replace(await ask(client, body, plan.headers, timeout), sent_s=sent))
+            if asked[-1].outcome != "completed":
+                return
+            await asyncio.sleep(pause)
+
+    async def watch() -> None:
+        while True:
+            before = passed()
+            await asyncio.sleep(LAG_SECONDS)
+            lags.append(passed() - before - LAG_SECONDS)
+            tick(passed())
+
+    watching = asyncio.create_task(watch())
+    await asyncio.gather(*map(attend, plans))
+    await asyncio.sleep(max(0.0, end - passed()))
+    watching.cancel()
+    return asked, lags
