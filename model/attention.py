@@ -76,13 +76,13 @@ def paged_attention(
     """
     from model.kernels.dispatch import kernel_for  # late: the kernels build on this module
 
+    if kernel := kernel_for(q, pool, batch):
+        return kernel(q, pool, layer, batch)
     if batch.singles:
         chunks, singles = apart(batch)
         first, second = (paged_attention(q, k, v, pool, layer, part) for part in (chunks, singles))
         in_chunk = jnp.arange(q.shape[0]) < chunks.starts[-1]
         return jnp.where(in_chunk[:, None, None, None], first, second)
-    if kernel := kernel_for(q, pool, batch):
-        return kernel(q, pool, layer, batch)
     return blockwise(q, k, v, pool, layer, batch)
 
 

@@ -1,6 +1,6 @@
-"""Which kernel computes a batch, if any: what the kernels take, in one table, and the device they need.
+"""Which kernel computes a batch, if any: what the GPU kernels take, in one table, and the device that each needs.
 
-The wrappers refuse by the same table, so that a caller who skips the dispatcher hears the same reason.
+The wrappers refuse by the same rules, so that a caller who skips the dispatcher hears the same reason.
 """
 
 from __future__ import annotations
@@ -27,19 +27,33 @@ QUERY_ROWS = 64  # of one wgmma tile: it holds all query heads of a KV head
 def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Array] | None:
     """The kernel to call with (q, pool, layer, batch) on this machine, or None where XLA is to do it.
 
-    A Hopper GPU that has to do without a kernel is worth one line in the log for each reason.
+    The GPU's differ for chunks and single tokens: for a batch of both there is none. A device that has to do without
+    a kernel is worth one line in the log for each reason.
     """
-    if not on_hopper():
+    if on_cpu():
+        from model.kernels.cpu import build, paged_attention  # late: builds nothing where it is not called
+
+        if not build.available():
+            return None
+        if reason := paged_attention.why_not(q, pool):
+            warn_once("CPU kernel", reason)
+            return None
+        return paged_attention.paged_attention
+    if not on_hopper() or batch.singles:
         return None
-    reason = why_not(q, pool)
-    if reason is not None:
-        warn_once(reason)
+    if reason := why_not(q, pool):
+        warn_once("GPU kernels", reason)
         return None
     # Late, because these bring Mosaic along.
     from model.kernels.paged_decode import paged_decode
     from model.kernels.paged_prefill import paged_prefill
 
     return paged_decode if batch.max_chunk * q.shape[2] <= QUERY_ROWS else paged_prefill
+
+
+def on_cpu() -> bool:
+    """Whether the device is a CPU."""
+    return jax.devices()[0].platform == "cpu"
 
 
 @functools.cache
@@ -50,13 +64,13 @@ def on_hopper() -> bool:
 
 
 @functools.cache
-def warn_once(reason: str) -> None:
+def warn_once(kernels: str, reason: str) -> None:
     """Say that XLA computes attention, and why."""
-    log.warning("attention runs on XLA's blockwise path, not on the GPU kernels: %s", reason)
+    log.warning("attention runs on XLA's blockwise path, not on the %s: %s", kernels, reason)
 
 
 def why_not(q: jax.Array, pool: KVPool) -> str | None:
-    """Why the kernels cannot compute this, with what they can; None if they can."""
+    """Why the GPU kernels cannot compute this, with what they can; None if they can."""
     found: list[tuple[str, str, object]] = [
         ("head_dim", "head_dim", q.shape[-1]),
         ("page_size", "page_size", pool.page_size),

@@ -7,9 +7,21 @@ import numpy as np
 import pytest
 
 from model.attention import locate, paged_attention, reference
+from model.kernels import dispatch
+from model.kernels.cpu import build
 
 PAGE = 16
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=PAGE, dtype=jnp.float32)
+
+
+@pytest.fixture(params=["CPU kernel", "blockwise"], autouse=True)
+def path(request, monkeypatch):
+    """Which of the two paths computes; without a C++ compiler there is only one."""
+    if request.param == "blockwise":
+        monkeypatch.setattr(dispatch, "kernel_for", lambda *_: None)
+    elif not build.available():
+        pytest.skip("the CPU kernel cannot be built here: its log line says why")
+    return request.param
 
 
 def new_keys_and_values(pool, batch, layer):
@@ -18,11 +30,16 @@ def new_keys_and_values(pool, batch, layer):
     return (side.at[layer, pages, :, offsets].get(mode="fill", fill_value=0) for side in (pool.k, pool.v))
 
 
+def jitted():
+    """`paged_attention`, compiled anew: JAX would take the program of the same function, whatever path it was."""
+    return jax.jit(lambda *args: paged_attention(*args))
+
+
 def assert_matches_reference(q, pool, batch, layer=1):
     real = int(batch.starts[-1])
     expected = np.asarray(reference(q, pool, layer, batch))[:real]
     k, v = new_keys_and_values(pool, batch, layer)
-    actual = np.asarray(jax.jit(paged_attention)(q, k, v, pool, layer, batch))
+    actual = np.asarray(jitted()(q, k, v, pool, layer, batch))
     assert np.isfinite(expected).all()
     np.testing.assert_allclose(actual[:real], expected, atol=2e-5)
 
@@ -61,6 +78,6 @@ def test_memory_grows_with_the_chunk_and_not_with_the_prompt_squared():
     def temporary_bytes(prefix):
         q, pool, batch = ragged([prefix], [256])
         k, v = new_keys_and_values(pool, batch, 0)
-        return jax.jit(paged_attention).lower(q, k, v, pool, 0, batch).compile().memory_analysis().temp_size_in_bytes
+        return jitted().lower(q, k, v, pool, 0, batch).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(16_000) <= 1.1 * temporary_bytes(4_000)

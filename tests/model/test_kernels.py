@@ -199,6 +199,7 @@ def test_decode_refuses_chunks_that_do_not_fit_a_tile():
 
 
 def test_hopper_gets_a_kernel_by_chunk_and_one_warning_where_there_is_none(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     dispatch.warn_once.cache_clear()
     q, pool, batch = ragged([3], [17])
@@ -210,5 +211,13 @@ def test_hopper_gets_a_kernel_by_chunk_and_one_warning_where_there_is_none(monke
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_a_machine_without_hopper_gets_no_kernel():
+def test_chunks_and_single_tokens_in_one_batch_are_not_for_one_kernel(monkeypatch):
+    monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    q, pool, batch = ragged([3, 8], [17, 1])
+    assert dispatch.kernel_for(q, pool, batch.replace(singles=1)) is None
+
+
+def test_a_gpu_that_is_no_hopper_gets_no_kernel(monkeypatch):
+    monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
     assert dispatch.kernel_for(*ragged([3], [1])) is None

@@ -62,13 +62,19 @@ def built() -> Path:
         made = Path(folder) / library.name
         try:
             subprocess.run(
-                [*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=BUILD_SECONDS
+                [*command, str(SOURCE), "-o", str(made)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=BUILD_SECONDS,
             )
         except subprocess.CalledProcessError as error:
             lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
             raise RuntimeError(f"{compiler[0]} failed: {lines[0] if lines else error}") from None
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"{compiler[0]} was not done after {BUILD_SECONDS} s") from None
+        with made.open("rb+") as file:
+            os.fsync(file.fileno())  # a library that a crash has cut short would take down whoever loads it
         made.replace(library)
     return library
 
