@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DEVICE_MARGIN_BYTES = 3 * 2**30
 CPU_POOL_BYTES = 2**30
 HOST_BYTES = 4 * 10**9
+MAX_GUESSES = 15
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
         ("--max-batch", 16, "N", "requests that run at the same time"),
         ("--max-waiting", 256, "N", "requests that may queue; a further one gets 529"),
         ("--prefill-chunk", 1024, "TOKENS", "tokens in a prefill step"),
+        ("--guesses", 0, "N", "tokens to run on trial where an answer repeats earlier text; changes no token"),
     )
     for name, default, unit, text in numbers:
         engine.add_argument(name, type=int, default=default, metavar=unit, help=f"{text} (default: %(default)s)")
@@ -158,6 +160,8 @@ def check(args: argparse.Namespace) -> str | None:
     for name in ("page_size", "max_batch", "max_waiting", "prefill_chunk"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
+    if not 0 <= args.guesses <= MAX_GUESSES:
+        return f"--guesses: expected 0 to {MAX_GUESSES}, got {args.guesses}"
     try:
         rules_of(args)
     except ValueError as error:
@@ -273,6 +277,7 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
         max_waiting=args.max_waiting,
         prefill_chunk=args.prefill_chunk,
         mixed_chunk=min(256, args.prefill_chunk),
+        guesses=args.guesses,
         dtype=dtype,
     )
 

@@ -32,6 +32,8 @@ class EngineCollector(Collector):
             "reused_tokens": ("Prompt tokens whose KV was reused", counters.reused_tokens),
             "prefilled_tokens": ("Tokens computed in prefill chunks", counters.prefilled_tokens),
             "generated_tokens": ("Tokens sampled", counters.generated_tokens),
+            "guessed_tokens": ("Tokens run on trial", counters.guessed_tokens),
+            "right_guesses": ("Of these, the ones that were sampled", counters.right_guesses),
             "preemptions": ("Sequences sent back to the queue for want of pages", counters.preemptions),
             "failed_requests": ("Requests ended by a failed step", counters.failures),
             "pages_evicted": ("Cached pages given up for new ones", store.pages_evicted),

@@ -1,7 +1,8 @@
 """What company costs inside the engine: decode in a batch, beside a prefill, shared prefixes and cached ones.
 
-`python -m experiments.bench.batching` runs real engines in this process, a 28M llama for decode and the demo model for
-the rest, and a server process for one figure. What is compared takes turns; each figure is the median of the rounds.
+And what guesses bring. `python -m experiments.bench.batching` runs real engines in this process, a 28M llama for decode
+and the demo model for the rest, and server processes for what is asked over HTTP. What is compared takes turns; each
+figure is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import httpx
 import jax.numpy as jnp
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -38,7 +40,7 @@ from serve.__main__ import set_up_jax
 from serve.engine import Engine, EngineSettings
 
 RESULTS = Path("experiments/results/bench/batching.json")
-PARTS = ("decode", "interference", "shared", "warm")
+PARTS = ("decode", "interference", "shared", "warm", "guesses")
 PAGE = 64
 GOAL_CHUNK = 256  # tokens of prefill that the goal lets an inter-token gap hold
 TAIL = 32  # tokens of its own behind a shared prefix
@@ -247,18 +249,34 @@ def shared(engine: Engine, draw: Draw, args: argparse.Namespace, console: Consol
     return {"prefix": args.shared, "sharers": args.sharers} | medians(rounds)
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server that has an agent's prompt cached, and the client that asks it."""
+
+    client: httpx.Client
+    url: str
+    prompt: Json
+    new: int
+
+    def ask(self, seed: int, output: int = 8) -> Timing:
+        """Time the answer of up to `output` tokens to another question behind the prompt."""
+        request = with_question(self.prompt, seed, self.new) | {"max_tokens": output, "temperature": 0}
+        return measure(self.client, self.url, request)
+
+    def counted(self, name: str) -> float:
+        """A counter of the server's metrics."""
+        families = text_string_to_metric_families(self.client.get(f"{self.url}/metrics").text)
+        return next(family for family in families if family.name == f"tokenzero_{name}").samples[0].value
+
+
 @contextmanager
-def served(folder: Path, tokens: int, new: int) -> Iterator[Callable[[int], Timing]]:
-    """A server on the model with an agent's prompt of this many tokens cached; ask it with a seed for the question."""
-    with running_server(folder) as server, httpx.Client(timeout=600) as client:
+def served(folder: Path, tokens: int, new: int, *flags: str) -> Iterator[Served]:
+    """A server on the model with an agent's prompt of this many tokens cached."""
+    with running_server(folder, *flags) as server, httpx.Client(timeout=600) as client:
         count = lambda request: count_tokens(client, server.url, request)  # noqa: E731
-        prompt = stable_request(Session(num_tools=20), tokens, count, new) | {"max_tokens": 8, "temperature": 0}
-
-        def ask(seed: int) -> Timing:
-            return measure(client, server.url, with_question(prompt, seed, new))
-
-        ask(0)
-        yield ask
+        found = Served(client, server.url, stable_request(Session(num_tools=20), tokens, count, new), new)
+        found.ask(0)
+        yield found
 
 
 def warm(engine: Engine, passes: Passes, folder: Path, draw: Draw, args: argparse.Namespace, console: Console) -> Json:
@@ -270,7 +288,7 @@ def warm(engine: Engine, passes: Passes, folder: Path, draw: Draw, args: argpars
     Asked(engine, prefix, 1).wait()
     rounds: list[Json] = []
     with ExitStack() as stack:
-        ask = stack.enter_context(served(folder, args.tokens, args.new)) if args.http else None
+        server = stack.enter_context(served(folder, args.tokens, args.new)) if args.http else None
         for number in track(range(args.repeats), description="warm", console=console):
             asked = Asked(engine, np.concatenate([prefix, draw(args.new)]), 1)
             asked.wait()
@@ -279,8 +297,8 @@ def warm(engine: Engine, passes: Passes, folder: Path, draw: Draw, args: argpars
             alone = best_pass(passes, reused, args.tokens - reused)
             found = {"reused": reused, "ttft_ms": 1e3 * asked.ttft, "pass_ms": 1e3 * alone}
             found["ttft_over_pass"] = asked.ttft / alone
-            if ask:
-                timing = ask(1 + number)
+            if server:
+                timing = server.ask(1 + number)
                 # The prompt may be a few tokens longer than the one whose pass is timed: as many behind its end.
                 computed = timing.prompt_tokens - timing.cached_tokens
                 alone = best_pass(passes, args.tokens - computed, computed)
@@ -288,6 +306,38 @@ def warm(engine: Engine, passes: Passes, folder: Path, draw: Draw, args: argpars
                 found |= {"http_pass_ms": 1e3 * alone, "http_over_pass": timing.ttft_ms / (1e3 * alone)}
             rounds.append(found)
     return {"tokens": args.tokens, "new": args.new} | medians(rounds)
+
+
+def guesses(folder: Path, args: argparse.Namespace, console: Console) -> Json:
+    """Milliseconds a token of answers behind a long prompt, with guesses and without, and how many were right.
+
+    The weights are random, so how often a guess is right says nothing of a trained model; `break_even` does not depend
+    on it: of a step's guesses, how many must be right on average for the step to be worth its time.
+    """
+    rounds: list[Json] = []
+    flags = ("--guesses", str(args.guesses))
+    with served(folder, args.tokens, args.new) as plain, served(folder, args.tokens, args.new, *flags) as trying:
+        for number in track(range(args.repeats), description="guesses", console=console):
+            without = plain.ask(1 + number, args.output)
+            before = {name: trying.counted(name) for name in ("generated_tokens", "right_guesses", "guessed_tokens")}
+            tried = trying.ask(1 + number, args.output)
+            generated, right, guessed = (trying.counted(name) - count for name, count in before.items())
+            token, tried_token = (
+                (timing.total_ms - timing.ttft_ms) / (timing.output_tokens - 1) for timing in (without, tried)
+            )
+            per_step = generated / (generated - right)
+            rounds.append(
+                {
+                    "token_ms": token,
+                    "tried_token_ms": tried_token,
+                    "speed": token / tried_token,
+                    "guessed_per_token": guessed / generated,
+                    "right_per_step": per_step - 1,
+                    "break_even": tried_token * per_step / token - 1,
+                    "same_text": float(without.text == tried.text),
+                }
+            )
+    return {"tokens": args.tokens, "guesses": args.guesses} | medians(rounds)
 
 
 def best_pass(passes: Passes, prefix: int, count: int) -> float:
@@ -329,6 +379,12 @@ def figures(result: Json) -> Iterator[tuple[str, str]]:
         yield f"warm {part['tokens']:,}: TTFT, pass", f"{part['ttft_ms']:.1f}, {part['pass_ms']:.1f} ms"
         if "http_ttft_ms" in part:
             yield "over HTTP: TTFT, pass", f"{part['http_ttft_ms']:.1f}, {part['http_pass_ms']:.1f} ms"
+    if part := result.get("guesses"):
+        yield (
+            f"a token behind {part['tokens']:,}, without and with {part['guesses']} guesses",
+            f"{part['token_ms']:.1f}, {part['tried_token_ms']:.1f} ms",
+        )
+        yield "right guesses a step, to break even", f"{part['right_per_step']:.2f}, {part['break_even']:.2f}"
 
 
 def table(result: Json) -> Table:
@@ -348,22 +404,31 @@ def run(args: argparse.Namespace, console: Console) -> Json:
     result: Json = {}
     if "decode" in args.only:
         result["decode"] = decode(args, console)
-    rest = [part for part in PARTS[1:] if part in args.only]
-    if not rest:
+    if set(args.only) == {"decode"}:
         return result
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or Path(scratch) / "demo-model"
         if args.model is None:
             write_demo_model(folder, console=console)
-        with started(demo_engine(folder, args)) as engine:
-            draw = drawing(1, engine.config.vocab_size)
-            passes = Passes(engine, draw(args.tokens)) if rest != ["shared"] else None
-            if "interference" in rest:
-                result["interference"] = interference(engine, passes, draw, args, console)
-            if "shared" in rest:
-                result["shared"] = shared(engine, draw, args, console)
-            if "warm" in rest:
-                result["warm"] = warm(engine, passes, folder, draw, args, console)
+        if {"interference", "shared", "warm"} & set(args.only):
+            result |= in_process(folder, args, console)
+        if "guesses" in args.only:
+            result["guesses"] = guesses(folder, args, console)
+    return result
+
+
+def in_process(folder: Path, args: argparse.Namespace, console: Console) -> Json:
+    """The figures of the parts that ask an engine with the demo model in this process."""
+    result: Json = {}
+    with started(demo_engine(folder, args)) as engine:
+        draw = drawing(1, engine.config.vocab_size)
+        passes = Passes(engine, draw(args.tokens))
+        if "interference" in args.only:
+            result["interference"] = interference(engine, passes, draw, args, console)
+        if "shared" in args.only:
+            result["shared"] = shared(engine, draw, args, console)
+        if "warm" in args.only:
+            result["warm"] = warm(engine, passes, folder, draw, args, console)
     return result
 
 
@@ -383,6 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--shared", type=int, default=16_384, help="shared: tokens of the prefix (default: 16384)")
     cli.add_argument("--sharers", type=int, default=8, help="shared: requests at once (default: 8)")
     cli.add_argument("--new", type=int, default=300, help="warm: tokens behind the cached prefix (default: 300)")
+    cli.add_argument("--guesses", type=int, default=4, help="guesses: tokens on trial in each step (default: 4)")
     cli.add_argument("--no-http", dest="http", action="store_false", help="warm: leave the server out")
     cli.add_argument("--out", type=Path, default=RESULTS)
     args = cli.parse_args(argv)

@@ -104,6 +104,12 @@ def test_a_warm_prompt_reuses_its_prefix_in_the_engine_and_over_http(result: dic
     assert part["http_ttft_ms"] > part["http_pass_ms"] > 0
 
 
+def test_guesses_change_no_token(result: dict) -> None:
+    part = result["guesses"]
+    assert part["rounds"]["same_text"] == [1.0, 1.0]
+    assert part["tried_token_ms"] > 0
+
+
 def test_every_goal_is_judged_by_its_own_figure(result: dict) -> None:
     judged = {(goal["part"], goal["what"]): goal for goal in result["goals"]}
     assert len(judged) == len(GOALS)
@@ -119,6 +125,6 @@ def test_parts_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     out = tmp_path / "chosen.json"
     batching.main([*TOY, "--only", "decode", "--sessions", "1", "2", "--repeats", "1", "--out", str(out)])
     written = json.loads(out.read_text())
-    assert not {"interference", "shared", "warm"} & set(written)
+    assert not {"interference", "shared", "warm", "guesses"} & set(written)
     assert written["goals"] == []  # it says nothing of eight
     assert written["commit"]

@@ -11,6 +11,7 @@ from rich.console import Console
 from experiments import gpu_bench
 from experiments.gpu_bench import SMOKE, add_shares, main, paged, poisoned, run
 from experiments.gpu_rivals import jax_attention, torch_attention
+from model.kernels.cpu import build
 
 
 def test_the_smoke_run_writes_numbers_with_their_provenance(tmp_path):
@@ -21,7 +22,7 @@ def test_the_smoke_run_writes_numbers_with_their_provenance(tmp_path):
     assert {"device", "versions", "commit", "when", "dtype"} <= where.keys()
     assert [row["largest_error"] < 1e-4 for row in result["correctness"]] == [True, True]
     (limits,), (row,) = result["ceilings"], result["decode"]
-    assert row["kernel"] == "blockwise"
+    assert row["kernel"] == ("paged_attention" if build.available() else "blockwise")
     assert row["of_copy_bandwidth"] == pytest.approx(row["bytes_per_s"] / limits["bytes_per_s"])
     assert row["torch"].keys() <= {"missing", "best", "flash", "cudnn", "bytes_per_s", "of_copy_bandwidth"}
 
@@ -57,8 +58,8 @@ def test_a_wrong_result_ends_the_run(tmp_path, monkeypatch):
     def wrong(q, pool, layer, batch):
         return jnp.zeros_like(q)
 
-    monkeypatch.setattr(gpu_bench, "by_xla", wrong)
-    with pytest.raises(AssertionError, match="blockwise is off by"):
+    monkeypatch.setattr(gpu_bench, "attention", lambda *_: (wrong, "wrong"))
+    with pytest.raises(AssertionError, match="wrong is off by"):
         list(gpu_bench.correctness(SMOKE))
     monkeypatch.setattr(gpu_bench, "section", lambda *arguments, **options: iter([{"wrong": "it is off"}]))
     with pytest.raises(AssertionError, match="it is off"):

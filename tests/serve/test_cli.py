@@ -96,6 +96,7 @@ class TestFlags:
             (["--max-batch", "-1"], "--max-batch: expected at least 1, got -1"),
             (["--max-waiting", "0"], "--max-waiting: expected at least 1, got 0"),
             (["--prefill-chunk", "0"], "--prefill-chunk: expected at least 1, got 0"),
+            (["--guesses", "16"], "--guesses: expected 0 to 15, got 16"),
             (["--max-model-len", "1"], "--max-model-len: expected at least 2, got 1"),
             (["--max-model-len", "many"], "--max-model-len: invalid int value: 'many'"),
             (["--port", "65536"], "--port: expected 0 to 65535, got 65536"),
@@ -160,6 +161,7 @@ class TestSizes:
 
     def test_small_prefill_chunks_bound_the_mixed_ones(self, loaded: tuple[ModelConfig, Params]) -> None:
         assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--prefill-chunk", "32").mixed_chunk == 32
+        assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--guesses", "4").guesses == 4
 
     @pytest.mark.parametrize("flags", [["--kv-pool-bytes", "1MiB"], ["--kv-pool-bytes", "64MiB"]])
     def test_a_context_that_does_not_fit_is_refused_with_both_limits(
