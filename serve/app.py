@@ -27,8 +27,8 @@ from starlette.routing import Route
 from serve import serving as messages_api
 from serve.assets import ASSET_HEADERS, ASSETS, PAGE
 from serve.divergence import CAUSES, Report
-from serve.engine import Overloaded
 from serve.gate import Gate, TooLarge, error_response
+from serve.inbox import Overloaded
 from serve.messages import (
     Error,
     ErrorDetail,

@@ -14,19 +14,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import jax
 import numpy as np
 
 from cache.persistence import Tiers
-from cache.pool import PoolExhausted, slots_for
+from cache.pool import PoolExhausted
 from cache.store import PrefixStore
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
 from serve.cost import Constants, cost_model
+from serve.inbox import Inbox, Overloaded
 from serve.lookup import guess
 from serve.paging import Pager
 from serve.schedule import most_urgent
@@ -43,14 +44,12 @@ from serve.sequence import (
     Turn,
     Waiting,
 )
-from serve.steps import GREEDY, Row, compile_steps, fit, ladder, pack
+from serve.steps import Row, compile_steps, fit, ladder, pack, warm_up
 
 log = logging.getLogger("tokenzero.engine")
 
 # Of the waiting requests, those whose pages are read ahead.
 RESTORED_WHILE_WAITING = 2
-# Tokens in front of the chunks that warm up a step: enough for every branch of the attention over a prefix.
-WARM_UP_PREFIX = 4096
 # Of the waiting requests, those among which the next one is chosen.
 CHOSEN_FROM = 8
 # The longest nap while all that runs waits for the tiers.
@@ -74,10 +73,6 @@ class EngineSettings:
     dtype: str = "float32"
 
 
-class Overloaded(Exception):
-    """The engine takes no more requests: its queue is full, or it has stopped."""
-
-
 @dataclass
 class Counters:
     """What the engine has done since the start; read by the metrics page."""
@@ -92,17 +87,6 @@ class Counters:
     right_guesses: int = 0
     preemptions: int = 0
     failures: int = 0
-
-
-@dataclass
-class Inbox:
-    """Submissions and cancellations on their way from other threads to the engine's."""
-
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    submissions: deque[Sequence] = field(default_factory=deque)
-    cancellations: set[int] = field(default_factory=set)
-    woken: bool = False  # something that the engine waits for has arrived
-    stopping: bool = False
 
 
 class Engine:
@@ -130,7 +114,8 @@ class Engine:
         self.buckets = ladder(settings.max_batch, settings.prefill_chunk, settings.mixed_chunk, settings.guesses)
         self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
         self.cost = cost_model(config, costs)
-        self.pager = Pager(tiers, self.pool, fingerprint, self.cost, self.wake) if tiers else None
+        self.inbox = Inbox()
+        self.pager = Pager(tiers, self.pool, fingerprint, self.cost, self.inbox.wake) if tiers else None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.flight: Flight | None = None
@@ -138,10 +123,10 @@ class Engine:
         self.full = False  # the next request has no room until one that runs has ended
         self.idle = False  # the last step found nothing to do, because all wait for the tiers
         self.counters = Counters()
-        self.inbox = Inbox()
         self.numbers = 0
         self.thread = threading.Thread(target=self.loop, name="tokenzero-engine", daemon=True)
-        self.warm_up()
+        self.pool, (start, stop), seconds = warm_up(self.steps, params, self.pool, settings.max_model_len)
+        self.prefilled(start, stop, seconds)
 
     # Called from any thread.
 
@@ -151,18 +136,10 @@ class Engine:
 
     def stop(self) -> None:
         """Finish the step under way, fail what is still running, end the thread, and write what the tiers lack."""
-        with self.inbox.changed:
-            self.inbox.stopping = True
-            self.inbox.changed.notify()
+        self.inbox.stop()
         self.thread.join()
         if self.pager:
             self.pager.tiers.close()
-
-    def wake(self) -> None:
-        """Tell the engine's thread that something it may be waiting for has arrived."""
-        with self.inbox.changed:
-            self.inbox.woken = True
-            self.inbox.changed.notify()
 
     def submit(self, request: GenerationRequest, emit: Callable[[Event], object]) -> int:
         """Queue a request; `emit` is called on the engine's thread with each of its events. Returns its number.
@@ -177,38 +154,32 @@ class Engine:
         tokens = np.zeros(len(prompt) + min(request.max_tokens, room), np.int32)
         tokens[: len(prompt)] = prompt
         with self.inbox.changed:
-            if self.inbox.stopping:
-                raise Overloaded("the engine has stopped")
             if len(self.inbox.submissions) + len(self.waiting) >= self.settings.max_waiting:
                 raise Overloaded(f"{self.settings.max_waiting} requests are waiting already")
             self.numbers += 1
             sequence = Sequence(self.numbers, request, emit, tokens, len(prompt), submitted=time.perf_counter())
-            self.inbox.submissions.append(sequence)
-            self.inbox.changed.notify()
+            self.inbox.submit(sequence)
         return sequence.number
 
     def cancel(self, number: int) -> None:
         """End a request without a further event; nothing happens if it has ended already."""
-        with self.inbox.changed:
-            self.inbox.cancellations.add(number)
-            self.inbox.changed.notify()
+        self.inbox.cancel(number)
 
     # The engine's thread.
 
     def loop(self) -> None:
         """Step until stopped; a step that raises fails the requests that were running and no others."""
         try:
-            while self.receive():
+            while (cancelled := self.receive()) is not None:
                 try:
-                    self.drop_cancelled()
+                    self.drop(cancelled)
                     self.step()
                 except Exception as error:
                     log.exception("a step failed: %d running requests end with an error", len(self.running))
                     self.recover(f"{type(error).__name__}: {error}")
         finally:
-            with self.inbox.changed:
-                self.inbox.stopping = True
-                late, self.inbox.submissions = self.inbox.submissions, deque()
+            self.inbox.stop()
+            late, _ = self.inbox.read()
             ended = [*self.running, *self.waiting, *late]
             for sequence in ended:
                 if sequence.lease is not None:
@@ -217,24 +188,17 @@ class Engine:
             if self.pager:
                 self.pager.drain(self.pool, self.store)
 
-    def receive(self) -> bool:
-        """Take what other threads sent, waiting for it when there is nothing to do. False once stopped."""
-        inbox = self.inbox
+    def receive(self) -> set[int] | None:
+        """Take what other threads sent, waiting for it when there is nothing to do: who is cancelled; None to stop."""
         unfinished = bool(self.waiting or self.running or (self.pager and self.pager.parked))
-        with inbox.changed:
-            if not unfinished or self.idle:
-                inbox.changed.wait_for(
-                    lambda: inbox.stopping or inbox.submissions or inbox.cancellations or inbox.woken,
-                    IDLE_SECONDS if unfinished else None,
-                )
-            submissions, inbox.submissions, inbox.woken = inbox.submissions, deque(), False
+        if not unfinished or self.idle:
+            self.inbox.sleep(IDLE_SECONDS if unfinished else None)
+        submissions, cancelled = self.inbox.read()
         self.waiting.extend(submissions)
-        return not inbox.stopping
+        return None if self.inbox.stopping else cancelled
 
-    def drop_cancelled(self) -> None:
-        """Retire what was cancelled since the last step."""
-        with self.inbox.changed:
-            cancelled, self.inbox.cancellations = self.inbox.cancellations, set()
+    def drop(self, cancelled: set[int]) -> None:
+        """End the requests with these numbers."""
         if cancelled:
             self.waiting = deque(s for s in self.waiting if s.number not in cancelled)
             for sequence in [s for s in self.running if s.number in cancelled]:
@@ -334,23 +298,6 @@ class Engine:
                 self.publish(sequence)
         self.pager.save_parked(self.pool, self.store)
         return came
-
-    def warm_up(self) -> None:
-        """Run every compiled step once, so that no request pays for a first run, and time the largest chunk."""
-        limit = self.settings.max_model_len
-        largest = max(self.buckets, key=lambda bucket: bucket.chunk)
-        for bucket in [*self.buckets, largest]:
-            count = min(bucket.chunk, limit)
-            before = min(WARM_UP_PREFIX, limit - count)
-            # It reads and writes pages that nobody holds.
-            pages = np.arange(slots_for(before + count, self.settings.page_size), dtype=np.int32)
-            row = Row(np.zeros(count, np.int32), before, pages, GREEDY)
-            batch, sampling = pack([row], bucket, self.steps.table_pages)
-            start = time.perf_counter()
-            sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling, self.steps.nothing)
-            np.asarray(sampled)
-            seconds = time.perf_counter() - start
-        self.prefilled(before, before + count, seconds)
 
     def prefilled(self, start: int, stop: int, seconds: float) -> None:
         """Learn from a chunk of tokens [start, stop) what computing costs here."""

@@ -7,6 +7,7 @@ shape is compiled before the first request, so that no request pays for a compil
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cache.pool import slots_for
 from model.attention import Batch
 from model.config import ModelConfig
 from model.decoder import forward
@@ -27,6 +29,8 @@ PREFILL_CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
 # Of a chunk that shares its step with sequences that decode, and the most of these in the smaller of its two shapes.
 MIXED_CHUNKS = (32, 64, 128, 256)
 FEW_SINGLES = 4
+# Tokens in front of the chunks that warm up a step: enough for every branch of the attention over a prefix.
+WARM_UP_PREFIX = 4096
 
 
 @dataclass(frozen=True, order=True)
@@ -236,3 +240,21 @@ def compile_steps(
     page = jax.ShapeDtypeStruct((1,), jnp.int32)
     copy = jax.jit(copy_pages, donate_argnums=0).lower(pool, page, page).compile()
     return Steps(run=run, copy=copy, table_pages=table_pages, nothing=nothing)
+
+
+def warm_up(steps: Steps, params: Params, pool: KVPool, max_model_len: int) -> tuple[KVPool, tuple[int, int], float]:
+    """Run every compiled step once, so that no request pays for a first run, and the one of the longest chunk again.
+
+    It writes to pages that nobody holds. Returns the pool, and that chunk's tokens [start, stop) and seconds.
+    """
+    largest = max(steps.run, key=lambda bucket: bucket.chunk)
+    for bucket in [*steps.run, largest]:
+        count = min(bucket.chunk, max_model_len)
+        before = min(WARM_UP_PREFIX, max_model_len - count)
+        pages = np.arange(slots_for(before + count, pool.page_size), dtype=np.int32)
+        batch, sampling = pack([Row(np.zeros(count, np.int32), before, pages, GREEDY)], bucket, steps.table_pages)
+        begin = time.perf_counter()
+        sampled, pool = steps.run[bucket](params, pool, batch, sampling, steps.nothing)
+        np.asarray(sampled)
+        seconds = time.perf_counter() - begin
+    return pool, (before, before + count), seconds

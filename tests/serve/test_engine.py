@@ -12,7 +12,8 @@ from forcing import Script
 from hypothesis import HealthCheck, given, settings
 from small_engine import PAGE, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
 
-from serve.engine import Engine, EngineSettings, Overloaded
+from serve.engine import Engine, EngineSettings
+from serve.inbox import Overloaded
 from serve.sequence import Failed, Finished, GenerationRequest, Sampled
 from serve.steps import SamplingParams
 
