@@ -136,7 +136,7 @@ class TestAStepThatRaises:
             expected = text_of(post(client, bodies[2]))
 
             def both_decode(sequences: int, step: Callable, args: tuple) -> Any:
-                if sequences < 2:
+                if sequences < 2 or args[2].max_chunk > 1:
                     return step(*args)
                 wrapped.gate.clear()
                 wrapped.fault = first_of_all
