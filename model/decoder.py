@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from model import kv, rope
 from model.attention import Batch, locate, paged_attention
 from model.config import ModelConfig
+from model.kernels.dispatch import linear_for
 from model.kv import KVPool
 from model.params import Layer, Params
 
@@ -36,7 +37,7 @@ def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> 
     x, pool = over_layers(step, (params.embed[batch.tokens], pool), params.layers)
     x = rms_norm(x[batch.rows], params.final_norm, config.norm_eps)
     head = params.embed if params.lm_head is None else params.lm_head
-    return jnp.einsum("re,ve->rv", x, head, preferred_element_type=jnp.float32), pool
+    return product(x, head, jnp.float32), pool
 
 
 def over_layers(step, carry, layers):  # type: ignore[no-untyped-def]
@@ -87,6 +88,17 @@ def linear(
 
     As one plain matrix product: given several output axes, XLA's CPU backend transposes the weight on every step.
     """
-    flat = jnp.einsum("ti,oi->to", x, weight.reshape(-1, weight.shape[-1]))
+    flat = product(x, weight.reshape(-1, weight.shape[-1]), x.dtype)
     result = flat.reshape(x.shape[0], *weight.shape[:-1])
     return result if bias is None else result + bias
+
+
+def product(
+    x: jax.Array,  # [tokens, inputs]
+    weight: jax.Array,  # [outputs, inputs]
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """`x @ weight.T` in this dtype, [tokens, outputs]."""
+    if kernel := linear_for(x, weight):
+        return kernel(x, weight)
+    return jnp.einsum("ti,oi->to", x, weight, preferred_element_type=dtype)

@@ -51,6 +51,17 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
     return paged_decode if batch.max_chunk * q.shape[2] <= QUERY_ROWS else paged_prefill
 
 
+def linear_for(x: jax.Array, weight: jax.Array) -> Callable[..., jax.Array] | None:
+    """The kernel to call with (x, weight) for so few tokens on a CPU, or None where XLA is to do it."""
+    if not on_cpu():
+        return None
+    from model.kernels.cpu import build, linear
+
+    if x.shape[0] > linear.MOST_TOKENS or linear.why_not(x, weight) or not build.available():
+        return None
+    return linear.linear
+
+
 def on_cpu() -> bool:
     """Whether the device is a CPU."""
     return jax.devices()[0].platform == "cpu"

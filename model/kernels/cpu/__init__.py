@@ -1,1 +1,1 @@
-"""The CPU kernel: attention over the paged pool in C++, called by XLA, built where it runs."""
+"""The CPU kernels: attention over the paged pool and matrix products of few tokens, in C++, built where they run."""

@@ -1,7 +1,7 @@
-"""Builds the CPU kernel with the system's C++ compiler, once for each machine, and hands it to JAX.
+"""Builds the CPU kernels with the system's C++ compiler, once for each machine, and hands it to JAX.
 
 The library is kept in the user's cache under a name that says what it was built from and for. Without a compiler, or
-with `TOKENZERO_CPU_KERNEL=off`, there is no kernel, and XLA does its work.
+with `TOKENZERO_CPU_KERNEL=off`, there are none, and XLA does their work.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import jax
 
 log = logging.getLogger("tokenzero.kernels")
 
-SOURCE = Path(__file__).with_name("paged_attention.cc")
-TARGET = "tokenzero_paged_attention"
+SOURCES = sorted(Path(__file__).parent.glob("*.cc"))
+HEADER = Path(__file__).with_name("common.h")
+PAGED_ATTENTION, LINEAR = "tokenzero_paged_attention", "tokenzero_linear"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 BUILD_SECONDS = 300
@@ -32,37 +33,39 @@ BUILD_SECONDS = 300
 
 @functools.cache
 def available() -> bool:
-    """Whether JAX can call the kernel here; builds and registers it the first time. Logs once why it cannot."""
+    """Whether JAX can call the kernels here; builds and registers them the first time. Logs once why it cannot."""
     if os.environ.get("TOKENZERO_CPU_KERNEL") == "off":
         return False
     try:
         library = ctypes.CDLL(str(built()))
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+        for target in (PAGED_ATTENTION, LINEAR):
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except (OSError, RuntimeError) as error:
-        log.warning("attention runs on XLA's blockwise path, not on the CPU kernel: %s", error)
+        log.warning("the model runs on XLA alone, without the CPU kernels: %s", error)
         return False
     return True
 
 
 def built() -> Path:
-    """The kernel's library, built unless the cache has it. Raises RuntimeError where it cannot be built."""
+    """The kernels' library, built unless the cache has it. Raises RuntimeError where it cannot be built."""
     compiler = compiler_command()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [*compiler, *FLAGS, native, "-I", jax.ffi.include_dir()]
-    parts = (SOURCE.read_bytes(), repr(command[1:]).encode(), compiler_version(compiler), processor().encode())
+    files = (path.read_bytes() for path in (*SOURCES, HEADER))
+    parts = (*files, repr(command[1:]).encode(), compiler_version(compiler), processor().encode())
     name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenzero" / "kernels"
-    library = cache / f"paged_attention-{version('jaxlib')}-{name}.so"
+    library = cache / f"kernels-{version('jaxlib')}-{name}.so"
     if library.exists():
         return library
     cache.mkdir(parents=True, exist_ok=True)
-    log.info("building the CPU kernel: once on this machine, a few seconds")
+    log.info("building the CPU kernels: once on this machine, a few seconds")
     # Under a name of its own first: another process may be building, too.
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         made = Path(folder) / library.name
         try:
             subprocess.run(
-                [*command, str(SOURCE), "-o", str(made)],
+                [*command, *map(str, SOURCES), "-o", str(made)],
                 check=True,
                 capture_output=True,
                 text=True,

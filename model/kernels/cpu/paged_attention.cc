@@ -6,36 +6,15 @@
 // values are transposed. Few queries (decode): a key lies across the lanes, and every byte of the cache is read once for
 // all query heads of its KV head.
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
 #include <cstring>
-#include <memory>
-#include <mutex>
+#include <numeric>
 #include <vector>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
+#include "common.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef int32_t Int __attribute__((vector_size(LANES * 4)));
-typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));  // in memory, at any float
 
 constexpr int ROWS = 64;               // queries of a strip, which meets a block of keys in the first level of cache
 constexpr int STRIPS = 4;              // of a task: each block of keys comes from memory once for all of them
@@ -47,27 +26,7 @@ constexpr int TASKS_PER_THREAD = 4;    // for an even load where tasks differ
 constexpr float MASKED = -1e30f;       // finite, so that no difference of two of them is NaN
 constexpr float LOG2_E = 1.44269504088896341f;
 
-inline Vec load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
-inline void store(float* to, Vec value) { *reinterpret_cast<Loose*>(to) = value; }
-inline Vec all(float value) { return value - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-
-inline float sum(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
-#else
-  float lanes[LANES];
-  store(lanes, v);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-#endif
-}
-
-// Asks for floats that will be read soon, while there is something else to do.
-inline void fetch(const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
-}
 
 // 2 ** x for x <= 0, to the last bits of a float: the integer part goes to the exponent, the rest, at most a half, into
 // the Taylor series of exp(x log 2).
@@ -397,76 +356,41 @@ std::vector<Task> tasks_of(const Problem& p, int64_t threads) {
   return tasks;
 }
 
-// What the threads that work on one call share. It outlives the call for those that come too late.
-struct Work {
-  Problem problem;
-  std::vector<Task> tasks;
-  std::vector<size_t> order;  // the longest first
-  std::vector<Partial> partials;
-  std::atomic<size_t> next{0};
-  size_t done = 0;
-  std::mutex mutex;
-  std::condition_variable finished;
-
-  void take_part() {
-    Scratch scratch;
-    size_t mine = 0;
-    for (size_t i; (i = next.fetch_add(1)) < tasks.size(); ++mine) run(problem, tasks[order[i]], scratch, partials);
-    if (!mine) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    done += mine;
-    if (done == tasks.size()) finished.notify_all();
-  }
-};
-
 ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
                           ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> starts,
                           ffi::Buffer<ffi::S32> prefix, ffi::Buffer<ffi::S32> table,
                           ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = q.dimensions(), pages = k.dimensions();
-  auto work = std::make_shared<Work>();
-  Problem& p = work->problem;
   const int64_t in_layer = pages[1] * pages[2] * pages[3] * pages[4];
-  p = {q.typed_data(),
-       k.typed_data() + *layer.typed_data() * in_layer,
-       v.typed_data() + *layer.typed_data() * in_layer,
-       starts.typed_data(),
-       prefix.typed_data(),
-       table.typed_data(),
-       out->typed_data(),
-       shape[0],
-       shape[1],
-       shape[2],
-       shape[3],
-       pages[3],
-       prefix.dimensions()[0],
-       table.dimensions()[1]};
+  const Problem p = {q.typed_data(),
+                     k.typed_data() + *layer.typed_data() * in_layer,
+                     v.typed_data() + *layer.typed_data() * in_layer,
+                     starts.typed_data(),
+                     prefix.typed_data(),
+                     table.typed_data(),
+                     out->typed_data(),
+                     shape[0],
+                     shape[1],
+                     shape[2],
+                     shape[3],
+                     pages[3],
+                     prefix.dimensions()[0],
+                     table.dimensions()[1]};
   // Padding is defined, since what comes of it is finite only if it is.
   const int64_t token = p.kv_heads * p.group * p.dim;
   std::fill(p.out + p.starts[p.seqs] * token, p.out + p.tokens * token, 0.0f);
 
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  work->tasks = tasks_of(p, threads);
-  const std::vector<Task>& tasks = work->tasks;
-  work->order.resize(tasks.size());
-  size_t shared = 0;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    work->order[i] = i;
-    shared += tasks[i].parts > 1;
-  }
-  work->partials.resize(shared);
-  std::stable_sort(work->order.begin(), work->order.end(), [&](size_t a, size_t b) {
+  const std::vector<Task> tasks = tasks_of(p, std::max<int64_t>(pool.num_threads(), 1));
+  std::vector<size_t> order(tasks.size());  // the longest first
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
     const auto cost = [&](const Task& t) { return (t.end - t.begin) * (t.last - t.first); };
     return cost(tasks[a]) > cost(tasks[b]);
   });
-  const int64_t helpers = std::min<int64_t>(threads, tasks.size()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->take_part(); });
-  // This thread may be one of the pool's: it never waits for work that nobody has begun.
-  work->take_part();
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done == tasks.size(); });
+  std::vector<Partial> partials(std::count_if(tasks.begin(), tasks.end(), [](const Task& t) { return t.parts > 1; }));
+  divide<Scratch>(pool, tasks.size(), [&](Scratch& scratch, size_t i) { run(p, tasks[order[i]], scratch, partials); });
   for (size_t i = 0; i < tasks.size(); i += tasks[i].parts)
-    if (tasks[i].parts > 1) combine(p, tasks[i], work->partials);
+    if (tasks[i].parts > 1) combine(p, tasks[i], partials);
   return ffi::Error::Success();
 }
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import Batch
-from model.kernels.cpu.build import TARGET
+from model.kernels.cpu.build import PAGED_ATTENTION
 from model.kv import KVPool
 
 KEYS = 4  # of a page, that the kernel scores together
@@ -28,7 +28,7 @@ def paged_attention(
     """
     if reason := why_not(q, pool):
         raise ValueError(reason)
-    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q.shape, q.dtype))
+    call = jax.ffi.ffi_call(PAGED_ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
     integers = (jnp.asarray(x, jnp.int32) for x in (layer, batch.starts, batch.prefix, batch.block_table))
     return call(q, pool.k, pool.v, *integers)
 
