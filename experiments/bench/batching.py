@@ -45,6 +45,7 @@ PAGE = 64
 GOAL_CHUNK = 256  # tokens of prefill that the goal lets an inter-token gap hold
 TAIL = 32  # tokens of its own behind a shared prefix
 CALM_STEPS = 64  # undisturbed decode steps in front of each prefill
+COUNTED = ("generated_tokens", "guessed_tokens", "right_guesses")
 PASSES = 5  # timed passes of each kind in a round
 # The sizes of prefill_decode's llama of that name, which torch makes and this one does not.
 MEDIUM = ModelConfig(
@@ -159,12 +160,13 @@ def mixed(settings: EngineSettings) -> EngineSettings:
     return replace(settings, mixed_chunk=min(settings.mixed_chunk, settings.prefill_chunk))
 
 
-def demo_engine(folder: Path, args: argparse.Namespace) -> Engine:
+def demo_engine(folder: Path, args: argparse.Namespace, guesses: int = 0) -> Engine:
     """The demo model's engine, not started, with room for a few of the long prompts."""
     config, params = checkpoint.load(folder, "float32")
     longest = max(args.tokens, args.shared + TAIL, args.context) + 4 * GOAL_CHUNK
     pages = 4 * slots_for(longest, PAGE) + args.company * slots_for(2 * args.context, PAGE)
-    return Engine(unstacked(params), config, mixed(EngineSettings(pages, longest, PAGE, prefill_chunk=args.chunk)))
+    settings = EngineSettings(pages, longest, PAGE, prefill_chunk=args.chunk, guesses=guesses)
+    return Engine(unstacked(params), config, mixed(settings))
 
 
 def gaps(request: Asked, begin: float, end: float) -> list[float]:
@@ -309,35 +311,40 @@ def warm(engine: Engine, passes: Passes, folder: Path, draw: Draw, args: argpars
 
 
 def guesses(folder: Path, args: argparse.Namespace, console: Console) -> Json:
-    """Milliseconds a token of answers behind a long prompt, with guesses and without, and how many were right.
+    """Decode behind a long prompt with guesses and without: answers over HTTP, and what a step on trial takes.
 
-    The weights are random, so how often a guess is right says nothing of a trained model; `break_even` does not depend
-    on it: of a step's guesses, how many must be right on average for the step to be worth its time.
+    The weights are random, so how often a guess is right says nothing of a trained model. `break_even` does not depend
+    on that: of the guesses of a step on trial, how many must be right on average for the step to be worth its time.
     """
+    engine = demo_engine(folder, args, args.guesses)
+    passes = Passes(engine, drawing(2, engine.config.vocab_size)(args.tokens))
+    last = args.tokens - 1 - args.guesses
+    steps = [median(passes.seconds(last, 1 + draft, draft) for _ in range(4 * PASSES)) for draft in (0, args.guesses)]
+    del engine, passes
     rounds: list[Json] = []
     flags = ("--guesses", str(args.guesses))
     with served(folder, args.tokens, args.new) as plain, served(folder, args.tokens, args.new, *flags) as trying:
         for number in track(range(args.repeats), description="guesses", console=console):
             without = plain.ask(1 + number, args.output)
-            before = {name: trying.counted(name) for name in ("generated_tokens", "right_guesses", "guessed_tokens")}
+            before = {name: trying.counted(name) for name in COUNTED}
             tried = trying.ask(1 + number, args.output)
-            generated, right, guessed = (trying.counted(name) - count for name, count in before.items())
+            generated, guessed, right = (trying.counted(name) - before[name] for name in COUNTED)
             token, tried_token = (
-                (timing.total_ms - timing.ttft_ms) / (timing.output_tokens - 1) for timing in (without, tried)
+                (timing.total_ms - timing.ttft_ms) / max(1, timing.output_tokens - 1) for timing in (without, tried)
             )
-            per_step = generated / (generated - right)
             rounds.append(
                 {
                     "token_ms": token,
                     "tried_token_ms": tried_token,
                     "speed": token / tried_token,
                     "guessed_per_token": guessed / generated,
-                    "right_per_step": per_step - 1,
-                    "break_even": tried_token * per_step / token - 1,
+                    "right_per_token": right / generated,
                     "same_text": float(without.text == tried.text),
                 }
             )
-    return {"tokens": args.tokens, "guesses": args.guesses} | medians(rounds)
+    found = {"step_ms": 1e3 * steps[0], "trial_ms": 1e3 * steps[1], "break_even": steps[1] / steps[0] - 1}
+    found = {name: round(value, 4) for name, value in found.items()}
+    return {"tokens": args.tokens, "guesses": args.guesses} | found | medians(rounds)
 
 
 def best_pass(passes: Passes, prefix: int, count: int) -> float:
@@ -384,7 +391,9 @@ def figures(result: Json) -> Iterator[tuple[str, str]]:
             f"a token behind {part['tokens']:,}, without and with {part['guesses']} guesses",
             f"{part['token_ms']:.1f}, {part['tried_token_ms']:.1f} ms",
         )
-        yield "right guesses a step, to break even", f"{part['right_per_step']:.2f}, {part['break_even']:.2f}"
+        yield "the step alone, without and with", f"{part['step_ms']:.1f}, {part['trial_ms']:.1f} ms"
+        yield "right guesses a step to break even", f"{part['break_even']:.2f}"
+        yield "guessed, right a token", f"{part['guessed_per_token']:.2f}, {part['right_per_token']:.2f}"
 
 
 def table(result: Json) -> Table:

@@ -71,15 +71,18 @@ class Passes:
         for start in range(0, len(prompt), settings.prefill_chunk):
             self.seconds(start, min(settings.prefill_chunk, len(prompt) - start))
 
-    def seconds(self, prefix: int, count: int) -> float:
-        """Run tokens [prefix, prefix + count) of the prompt in the fewest chunks: seconds until all is computed."""
+    def seconds(self, prefix: int, count: int, draft: int = 0) -> float:
+        """Run tokens [prefix, prefix + count) of the prompt in the fewest chunks: seconds until all is computed.
+
+        With a draft, the last so many are guesses and all are one chunk.
+        """
         engine, steps = self.engine, self.engine.steps
         taken, largest = 0.0, engine.settings.prefill_chunk
         for start in range(prefix, prefix + count, largest):
             tokens = self.prompt[start : min(start + largest, prefix + count)]
             pages = np.arange(slots_for(start + len(tokens), engine.settings.page_size), dtype=np.int32)
-            bucket = fit(engine.buckets, [len(tokens)])
-            batch, sampling = pack([Row(tokens, start, pages, GREEDY)], bucket, steps.table_pages)
+            bucket = fit(engine.buckets, [len(tokens)], every=draft > 0)
+            batch, sampling = pack([Row(tokens, start, pages, GREEDY, draft=draft)], bucket, steps.table_pages)
             begin = time.perf_counter()
             sampled, self.pool = steps.run[bucket](engine.params, self.pool, batch, sampling, steps.nothing)
             np.asarray(sampled)

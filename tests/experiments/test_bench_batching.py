@@ -108,6 +108,7 @@ def test_guesses_change_no_token(result: dict) -> None:
     part = result["guesses"]
     assert part["rounds"]["same_text"] == [1.0, 1.0]
     assert part["tried_token_ms"] > 0
+    assert part["break_even"] == pytest.approx(part["trial_ms"] / part["step_ms"] - 1, abs=1e-3)
 
 
 def test_every_goal_is_judged_by_its_own_figure(result: dict) -> None:
