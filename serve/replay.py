@@ -25,6 +25,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import msgspec
 import numpy as np
 from cachetools import LRUCache
 
@@ -145,7 +146,11 @@ def keys(scope: bytes, messages: Sequence[InputMessage]) -> list[bytes]:
 
 def link(chain: bytes, said: list[Any]) -> bytes:
     """The chain with one more turn."""
-    return hashlib.sha256(chain + json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).digest()
+    try:
+        text = msgspec.json.encode(said, order="deterministic")
+    except UnicodeEncodeError:  # half a surrogate pair, which a model can write and no client can send
+        text = json.dumps(said, sort_keys=True).encode()
+    return hashlib.sha256(chain + text).digest()
 
 
 def canonical(answer: Iterable[Block]) -> list[list[Any]]:

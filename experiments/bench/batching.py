@@ -462,7 +462,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--out", type=Path, default=RESULTS)
     args = cli.parse_args(argv)
     set_up_jax()
-    console = Console()
+    console = Console(width=110)
     result = run(args, console)
     judged = [found for goal in GOALS if goal.part in result and (found := goal.judged(result))]
     result |= {"goals": judged, "repeats": args.repeats, "dtype": "float32", "threads": machine()["cores"]}

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="warm requests of each length (default: 30)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: %(default)s)")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=110)
     with tempfile.TemporaryDirectory() as folder:
         write_demo_model(Path(folder), console=console)
         rows = [

@@ -101,6 +101,10 @@ class TestKeys:
         others = [ANSWER, call({"a": 2}), call({"a": [1]})]
         assert key(edited) not in map(key, others)
 
+    def test_half_a_surrogate_pair_is_told_from_another(self) -> None:
+        one, other = ((ToolUseBlock("t", "Write", {"text": text}),) for text in ("\ud800", "\ud801"))
+        assert key(one) == key(one) != key(other)
+
     def test_what_was_said_before_is_part_of_the_key(self) -> None:
         first, second = keys(SCOPE, talk(ANSWER, ANSWER))
         assert first == key(ANSWER)
