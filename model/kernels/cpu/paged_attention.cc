@@ -16,15 +16,20 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int ROWS = 64;               // queries of a strip, which meets a block of keys in the first level of cache
-constexpr int STRIPS = 4;              // of a task: each block of keys comes from memory once for all of them
-constexpr int VECS = LANES == 8 ? 2 : 4;  // vectors of queries that a micro-kernel holds in registers
-constexpr int KEYS = 64;               // keys of a block
-constexpr int FEW = 8;                 // queries up to which a key lies across the lanes
-constexpr int PART = 512;              // keys that are worth a task of their own
-constexpr int TASKS_PER_THREAD = 4;    // for an even load where tasks differ
-constexpr float MASKED = -1e30f;       // finite, so that no difference of two of them is NaN
+constexpr int ROWS = 32;             // queries of a strip, which meets a block of keys in the first level of cache
+constexpr int STRIPS = 8;            // of a task: each block of keys comes from memory once for all of them
+constexpr int KEYS = 64;             // keys of a block
+constexpr int FEW = 8;               // queries up to which a key lies across the lanes
+constexpr int PART = 512;            // keys that are worth a task of their own
+constexpr int TASKS_PER_THREAD = 4;  // for an even load where tasks differ
+constexpr float MASKED = -1e30f;     // finite, so that no difference of two of them is NaN
 constexpr float LOG2_E = 1.44269504088896341f;
+
+// A micro-kernel holds the sums of VECS vectors of queries for TOGETHER keys or channels in registers. A number that is
+// broadcast costs half of a vector that is loaded, so it takes more of the former.
+constexpr int VECS = LANES == 4 ? 4 : 2;
+constexpr int TOGETHER = LANES == 16 ? 8 : 4;
+constexpr int LEAST = 4;  // that head_dim and page_size are multiples of
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -146,9 +151,14 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
   const float* queries = strip.queries + at;
   float *scores = strip.scores + at, *total = strip.total + at;
   // Slots behind the last one belong to the same page, so reading them is safe; nobody uses what comes out.
-  for (int64_t slot = 0; slot < slots; slot += 4) {
-    fetch(values + slot * p.dim, 4 * p.dim);
-    score<N, 4>(keys + slot * p.dim, queries, scores + slot * ROWS, p.dim);
+  int64_t scored = 0;
+  for (; scored + TOGETHER <= slots; scored += TOGETHER) {
+    fetch(values + scored * p.dim, TOGETHER * p.dim);
+    score<N, TOGETHER>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
+  }
+  for (; scored < slots; scored += LEAST) {
+    fetch(values + scored * p.dim, LEAST * p.dim);
+    score<N, LEAST>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
   }
 
   if (seen_from + (slots - 1) * p.group > at) {  // the last key is behind some query
@@ -183,7 +193,10 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
     store(strip.weight + at + i * LANES, load(strip.weight + at + i * LANES) * decay + weight);
     store(strip.peak + at + i * LANES, peak);
   }
-  for (int64_t d = 0; d < p.dim; d += 4) weigh<N, 4>(values + d, scores, total + d * ROWS, slots, p.dim);
+  int64_t done = 0;
+  for (; done + TOGETHER <= p.dim; done += TOGETHER)
+    weigh<N, TOGETHER>(values + done, scores, total + done * ROWS, slots, p.dim);
+  for (; done < p.dim; done += LEAST) weigh<N, LEAST>(values + done, scores, total + done * ROWS, slots, p.dim);
 }
 
 float scale_of(const Problem& p) { return LOG2_E / __builtin_sqrtf(static_cast<float>(p.dim)); }
