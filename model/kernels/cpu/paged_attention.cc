@@ -143,18 +143,18 @@ struct Strip {
   float *total, *peak, *weight, *scores;
 };
 
-// One block of keys for N vectors of a strip's queries, `at` rows into it. Key i is seen by the rows from
-// `seen_from + i * group` on.
-template <int N>
+// One block of keys for N vectors of a strip's queries, `at` rows into it, M keys or channels at a time. Key i is seen
+// by the rows from `seen_from + i * group` on.
+template <int N, int M>
 void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, const float* values, int64_t slots,
            int64_t seen_from) {
   const float* queries = strip.queries + at;
   float *scores = strip.scores + at, *total = strip.total + at;
   // Slots behind the last one belong to the same page, so reading them is safe; nobody uses what comes out.
   int64_t scored = 0;
-  for (; scored + TOGETHER <= slots; scored += TOGETHER) {
-    fetch(values + scored * p.dim, TOGETHER * p.dim);
-    score<N, TOGETHER>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
+  for (; scored + M <= slots; scored += M) {
+    fetch(values + scored * p.dim, M * p.dim);
+    score<N, M>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
   }
   for (; scored < slots; scored += LEAST) {
     fetch(values + scored * p.dim, LEAST * p.dim);
@@ -194,9 +194,17 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
     store(strip.peak + at + i * LANES, peak);
   }
   int64_t done = 0;
-  for (; done + TOGETHER <= p.dim; done += TOGETHER)
-    weigh<N, TOGETHER>(values + done, scores, total + done * ROWS, slots, p.dim);
+  for (; done + M <= p.dim; done += M) weigh<N, M>(values + done, scores, total + done * ROWS, slots, p.dim);
   for (; done < p.dim; done += LEAST) weigh<N, LEAST>(values + done, scores, total + done * ROWS, slots, p.dim);
+}
+
+// One block of keys for all vectors of a strip's queries.
+template <int M>
+void blocks(const Problem& p, const Strip& strip, int64_t vecs, const float* keys, const float* values, int64_t slots,
+            int64_t seen_from) {
+  int64_t v = 0;
+  for (; v + VECS <= vecs; v += VECS) block<VECS, M>(p, strip, v * LANES, keys, values, slots, seen_from);
+  for (; v < vecs; ++v) block<1, M>(p, strip, v * LANES, keys, values, slots, seen_from);
 }
 
 float scale_of(const Problem& p) { return LOG2_E / __builtin_sqrtf(static_cast<float>(p.dim)); }
@@ -222,9 +230,12 @@ void many(const Problem& p, const Task& t, Scratch& s) {
       const int64_t seen_from = (key - p.prefix[t.seq]) * p.group - t.first - i * ROWS;
       if (seen_from >= rows) continue;  // all of its queries come before these keys
       const Strip strip = {queries + i * size, total + i * size, s.peak + i * ROWS, s.weight + i * ROWS, s.scores};
-      int64_t v = 0;
-      for (; v + VECS <= vecs; v += VECS) block<VECS>(p, strip, v * LANES, p.k + place, p.v + place, slots, seen_from);
-      for (; v < vecs; ++v) block<1>(p, strip, v * LANES, p.k + place, p.v + place, slots, seen_from);
+      const float *keys = p.k + place, *values = p.v + place;
+      // Few queries wait for keys and values, and do so for less of them at a time.
+      if (count <= LANES)
+        blocks<LEAST>(p, strip, vecs, keys, values, slots, seen_from);
+      else
+        blocks<TOGETHER>(p, strip, vecs, keys, values, slots, seen_from);
     }
   }
 }
