@@ -65,6 +65,11 @@ struct Problem {
   const float* query(int64_t s, int64_t head, int64_t row) const {
     return q + ((starts[s] + row / group) * kv_heads * group + head * group + row % group) * dim;
   }
+  // Of a key or its value, in the pool.
+  int64_t place(int64_t s, int64_t head, int64_t position) const {
+    const int64_t page = table[s * width + position / page_size];
+    return ((page * kv_heads + head) * page_size + position % page_size) * dim;
+  }
   float* result(int64_t s, int64_t head, int64_t row) const {
     return out + (query(s, head, row) - q);
   }
@@ -219,12 +224,10 @@ void many(const Problem& p, const Task& t, Scratch& s) {
     const float* query = p.query(t.seq, t.head, t.first + r);
     for (int64_t d = 0; d < p.dim; ++d) queries[r / ROWS * size + d * ROWS + r % ROWS] = query[d] * scale;
   }
-  const int64_t tile = p.page_size * p.dim;
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
     const int64_t offset = key % p.page_size;
     slots = std::min({t.end - key, p.page_size - offset, static_cast<int64_t>(KEYS)});
-    const int64_t page = p.table[t.seq * p.width + key / p.page_size];
-    const int64_t place = (page * p.kv_heads + t.head) * tile + offset * p.dim;
+    const int64_t place = p.place(t.seq, t.head, key);
     for (int64_t i = 0; i < strips; ++i) {
       const int64_t rows = std::min<int64_t>(count - i * ROWS, ROWS), vecs = (rows + LANES - 1) / LANES;
       const int64_t seen_from = (key - p.prefix[t.seq]) * p.group - t.first - i * ROWS;
@@ -242,7 +245,7 @@ void many(const Problem& p, const Task& t, Scratch& s) {
 
 template <int COUNT>
 void few(const Problem& p, const Task& t, Scratch& s) {
-  const int64_t tile = p.page_size * p.dim, vecs = p.dim / LANES;
+  const int64_t vecs = p.dim / LANES;
   float *queries = s.queries.zeros(COUNT * p.dim), *total = s.total.zeros(COUNT * p.dim);
   const float scale = scale_of(p);
   for (int r = 0; r < COUNT; ++r) {
@@ -254,9 +257,9 @@ void few(const Problem& p, const Task& t, Scratch& s) {
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
     const int64_t offset = key % p.page_size;
     slots = std::min({t.end - key, p.page_size - offset, static_cast<int64_t>(KEYS)});
-    const int64_t page = p.table[t.seq * p.width + key / p.page_size];
-    const int64_t place = (page * p.kv_heads + t.head) * tile + offset * p.dim;
+    const int64_t place = p.place(t.seq, t.head, key);
     const float *keys = p.k + place, *values = p.v + place;
+    const float* next = key + slots < t.end ? p.k + p.place(t.seq, t.head, key + slots) : keys;
     for (int64_t slot = 0; slot < slots; ++slot) {
       fetch(values + slot * p.dim, p.dim);
       Vec sums[COUNT] = {};
@@ -295,6 +298,7 @@ void few(const Problem& p, const Task& t, Scratch& s) {
       for (int r = 0; r < COUNT; ++r) sums[r] = load(total + r * p.dim + i * LANES);
       for (int64_t slot = 0; slot < slots; ++slot) {
         const Vec v = load(values + slot * p.dim + i * LANES);
+        __builtin_prefetch(next + slot * p.dim + i * LANES, 0, 2);  // the second level: the first is full
         for (int r = 0; r < COUNT; ++r) sums[r] += v * s.scores[r * KEYS + slot];
       }
       for (int r = 0; r < COUNT; ++r) store(total + r * p.dim + i * LANES, sums[r]);
