@@ -116,7 +116,6 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
         page_size=sizes.page,
         max_batch=1,
         prefill_chunk=sizes.engine_chunk,
-        mixed_chunk=min(256, sizes.engine_chunk),
         dtype=sizes.dtype,
     )
     engine = Engine(random_params(sizes.model, jnp.dtype(sizes.dtype)), sizes.model, settings)

@@ -36,6 +36,7 @@ from cache.pool import slots_for
 from cache.store import PrefixStore
 from cache.tiers import HostTier
 from experiments.provenance import provenance
+from experiments.server import prompt_counts
 from experiments.sessions import RELEASES, Json, Session, requests
 from experiments.traces import Agents, Call, generate, read_mooncake
 from serve.cost import Constants, CostFile
@@ -83,9 +84,7 @@ def ask(url: str, calls: Sequence[Call], speed: float, console: Console) -> np.n
             time.sleep(max(0.0, call.time_s / speed - (time.monotonic() - start)))
             messages = [{"role": "user", "content": call.text()}]
             answer = client.post("/v1/messages", json={"model": model, "max_tokens": 1, "messages": messages})
-            usage = answer.raise_for_status().json()["usage"]
-            cached = usage.get("cache_read_input_tokens") or 0
-            found.append((usage["input_tokens"] + (usage.get("cache_creation_input_tokens") or 0) + cached, cached))
+            found.append(prompt_counts(answer.raise_for_status().json()["usage"]))
     return np.array(found, np.int64).reshape(-1, 2)
 
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 300
 
@@ -141,16 +142,22 @@ def measure(client: httpx.Client, url: str, body: dict[str, Any], headers: dict[
             raise RuntimeError(event["error"]["message"])
     if first is None:
         raise NoText("the answer has no text: the model ended its turn at once")
-    counts = [usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
+    prompt, cached = prompt_counts(usage)
     return Timing(
         ttft_ms=first,
         total_ms=at,
-        prompt_tokens=sum(counts),
-        cached_tokens=counts[2],
+        prompt_tokens=prompt,
+        cached_tokens=cached,
         output_tokens=usage.get("output_tokens", 0),
         text="".join(parts),
         usage=usage,
     )
+
+
+def prompt_counts(usage: Mapping[str, Any]) -> tuple[int, int]:
+    """Tokens of the prompt, and of these the cached ones, by a Messages endpoint's usage, which may leave some out."""
+    written, read = (usage.get(f"cache_{kind}_input_tokens") or 0 for kind in ("creation", "read"))
+    return (usage.get("input_tokens") or 0) + written + read, read
 
 
 def count_tokens(client: httpx.Client, url: str, body: dict[str, Any]) -> int:
@@ -159,3 +166,13 @@ def count_tokens(client: httpx.Client, url: str, body: dict[str, Any]) -> int:
     if response.status_code != 200:
         raise RuntimeError(f"{response.status_code}: {response.text[:500]}")
     return response.json()["input_tokens"]
+
+
+def scrape(client: httpx.Client, url: str = "") -> dict[str, float]:
+    """All samples of a server's metrics page, keyed like `tokenzero_pages{state="in_use"}`."""
+    samples = {}
+    for family in text_string_to_metric_families(client.get(f"{url}/metrics").text):
+        for sample in family.samples:
+            labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
+            samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return samples

@@ -140,7 +140,6 @@ class InProcess:
             page_size=self.sizes.page_size,
             max_batch=1,
             prefill_chunk=self.target.prefill_chunk,
-            mixed_chunk=min(256, self.target.prefill_chunk),
             dtype=self.dtype,
         )
         tiers = Tiers(str(self.folder / "store"), 20 * 10**9, 0) if self.sizes.stored else None

@@ -276,7 +276,6 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
         max_batch=args.max_batch,
         max_waiting=args.max_waiting,
         prefill_chunk=args.prefill_chunk,
-        mixed_chunk=min(256, args.prefill_chunk),
         guesses=args.guesses,
         dtype=dtype,
     )

@@ -72,6 +72,10 @@ class EngineSettings:
     guesses: int = 0
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        """No chunk is longer in company than alone."""
+        object.__setattr__(self, "mixed_chunk", min(self.mixed_chunk, self.prefill_chunk))
+
 
 @dataclass
 class Counters:
@@ -229,8 +233,7 @@ class Engine:
             prefilling, lambda s: now - s.submitted, lambda s: self.cost.prefill_s(s.computed, s.length)
         )
         self.adopt(sequence)
-        longest = self.settings.prefill_chunk
-        count = min(sequence.pending, longest, self.settings.mixed_chunk if decoding else longest)
+        count = min(sequence.pending, self.settings.mixed_chunk if decoding else self.settings.prefill_chunk)
         if self.pager:
             count = min(count, self.pager.until_restore(sequence) or count)
         return [Turn(sequence, count), *(Turn(s, 1) for s in decoding)]

@@ -251,10 +251,20 @@ def warm_up(steps: Steps, params: Params, pool: KVPool, max_model_len: int) -> t
     for bucket in [*steps.run, largest]:
         count = min(bucket.chunk, max_model_len)
         before = min(WARM_UP_PREFIX, max_model_len - count)
-        pages = np.arange(slots_for(before + count, pool.page_size), dtype=np.int32)
-        batch, sampling = pack([Row(np.zeros(count, np.int32), before, pages, GREEDY)], bucket, steps.table_pages)
-        begin = time.perf_counter()
-        sampled, pool = steps.run[bucket](params, pool, batch, sampling, steps.nothing)
-        np.asarray(sampled)
-        seconds = time.perf_counter() - begin
+        pool, seconds = run_alone(steps, params, pool, bucket, np.zeros(count, np.int32), before)
     return pool, (before, before + count), seconds
+
+
+def run_alone(
+    steps: Steps, params: Params, pool: KVPool, bucket: Bucket, tokens: np.ndarray, prefix: int, draft: int = 0
+) -> tuple[KVPool, float]:
+    """One sequence, in the pool's first pages, through a step that nobody shares: the pool, and the seconds it took.
+
+    `tokens` are [new tokens] int32 behind `prefix` that are in the pool; the last `draft` of them are guesses.
+    """
+    pages = np.arange(slots_for(prefix + len(tokens), pool.page_size), dtype=np.int32)
+    batch, sampling = pack([Row(tokens, prefix, pages, GREEDY, draft=draft)], bucket, steps.table_pages)
+    begin = time.perf_counter()
+    sampled, pool = steps.run[bucket](params, pool, batch, sampling, steps.nothing)
+    np.asarray(sampled)
+    return pool, time.perf_counter() - begin

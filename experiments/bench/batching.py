@@ -20,7 +20,6 @@ from typing import Any
 import httpx
 import jax.numpy as jnp
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -31,7 +30,7 @@ from experiments.bench.timing import Asked, Passes
 from experiments.demo_model import write_demo_model
 from experiments.gpu_model import random_params
 from experiments.provenance import machine, provenance
-from experiments.server import Timing, count_tokens, measure, running_server
+from experiments.server import Timing, count_tokens, measure, running_server, scrape
 from experiments.sessions import Session, stable_request, with_question
 from model import checkpoint
 from model.config import ModelConfig, RopeConfig
@@ -45,7 +44,6 @@ PAGE = 64
 GOAL_CHUNK = 256  # tokens of prefill that the goal lets an inter-token gap hold
 TAIL = 32  # tokens of its own behind a shared prefix
 CALM_STEPS = 64  # undisturbed decode steps in front of each prefill
-COUNTED = ("generated_tokens", "guessed_tokens", "right_guesses")
 PASSES = 5  # timed passes of each kind in a round
 # The sizes of prefill_decode's llama of that name, which torch makes and this one does not.
 MEDIUM = ModelConfig(
@@ -133,7 +131,7 @@ def decode(args: argparse.Namespace, console: Console) -> Json:
     draw = drawing(0, config.vocab_size)
     contexts = [draw(args.context) for _ in range(most)]
     rates: dict[int, list[float]] = {n: [] for n in args.sessions}
-    with started(Engine(params, config, mixed(settings))) as engine:
+    with started(Engine(params, config, settings)) as engine:
         for _ in track(range(args.repeats), description="decode", console=console):
             for context in contexts:
                 Asked(engine, context, 1).wait()
@@ -155,18 +153,13 @@ def decode(args: argparse.Namespace, console: Console) -> Json:
     }
 
 
-def mixed(settings: EngineSettings) -> EngineSettings:
-    """The settings as the server derives them: no longer a chunk in company than alone."""
-    return replace(settings, mixed_chunk=min(settings.mixed_chunk, settings.prefill_chunk))
-
-
 def demo_engine(folder: Path, args: argparse.Namespace, guesses: int = 0) -> Engine:
     """The demo model's engine, not started, with room for a few of the long prompts."""
     config, params = checkpoint.load(folder, "float32")
     longest = max(args.tokens, args.shared + TAIL, args.context) + 4 * GOAL_CHUNK
     pages = 4 * slots_for(longest, PAGE) + args.company * slots_for(2 * args.context, PAGE)
     settings = EngineSettings(pages, longest, PAGE, prefill_chunk=args.chunk, guesses=guesses)
-    return Engine(unstacked(params), config, mixed(settings))
+    return Engine(unstacked(params), config, settings)
 
 
 def gaps(request: Asked, begin: float, end: float) -> list[float]:
@@ -265,10 +258,10 @@ class Served:
         request = with_question(self.prompt, seed, self.new) | {"max_tokens": output, "temperature": 0}
         return measure(self.client, self.url, request)
 
-    def counted(self, name: str) -> float:
-        """A counter of the server's metrics."""
-        families = text_string_to_metric_families(self.client.get(f"{self.url}/metrics").text)
-        return next(family for family in families if family.name == f"tokenzero_{name}").samples[0].value
+    def counted(self) -> list[float]:
+        """The server's counts of tokens that it generated, guessed, and guessed right."""
+        samples = scrape(self.client, self.url)
+        return [samples[f"tokenzero_{name}_total"] for name in ("generated_tokens", "guessed_tokens", "right_guesses")]
 
 
 @contextmanager
@@ -326,9 +319,9 @@ def guesses(folder: Path, args: argparse.Namespace, console: Console) -> Json:
     with served(folder, args.tokens, args.new) as plain, served(folder, args.tokens, args.new, *flags) as trying:
         for number in track(range(args.repeats), description="guesses", console=console):
             without = plain.ask(1 + number, args.output)
-            before = {name: trying.counted(name) for name in COUNTED}
+            before = trying.counted()
             tried = trying.ask(1 + number, args.output)
-            generated, guessed, right = (trying.counted(name) - before[name] for name in COUNTED)
+            generated, guessed, right = np.subtract(trying.counted(), before).tolist()
             token, tried_token = (
                 (timing.total_ms - timing.ttft_ms) / max(1, timing.output_tokens - 1) for timing in (without, tried)
             )
@@ -431,11 +424,12 @@ def in_process(folder: Path, args: argparse.Namespace, console: Console) -> Json
     result: Json = {}
     with started(demo_engine(folder, args)) as engine:
         draw = drawing(1, engine.config.vocab_size)
-        passes = Passes(engine, draw(args.tokens))
-        if "interference" in args.only:
-            result["interference"] = interference(engine, passes, draw, args, console)
         if "shared" in args.only:
             result["shared"] = shared(engine, draw, args, console)
+        if {"interference", "warm"} & set(args.only):
+            passes = Passes(engine, draw(args.tokens))
+        if "interference" in args.only:
+            result["interference"] = interference(engine, passes, draw, args, console)
         if "warm" in args.only:
             result["warm"] = warm(engine, passes, folder, draw, args, console)
     return result

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 
+from experiments.server import prompt_counts
+
 REFUSALS = (429, 529)
 LAG_SECONDS = 0.01  # how often the client looks whether it is late
 
@@ -82,13 +84,13 @@ async def ask(client: httpx.AsyncClient, body: bytes, headers: dict[str, str], t
         return Asked("failed", f"{type(error).__name__}: {error}")
     if not ended:
         return Asked("failed", "the stream ended before its message_stop")
-    counts = [usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
+    prompt, cached = prompt_counts(usage)
     return Asked(
         "completed",
         ttft_ms=1e3 * (times[0] - sent) if times else None,
         gaps_ms=tuple((1e3 * np.diff(times)).tolist()),
-        prompt_tokens=sum(counts),
-        cached_tokens=counts[2],
+        prompt_tokens=prompt,
+        cached_tokens=cached,
         output_tokens=usage.get("output_tokens") or 0,
     )
 

@@ -8,11 +8,10 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from cache.pool import slots_for
 from model.kv import empty_pool
 from serve.engine import Engine
 from serve.sequence import Event, Failed, Finished, GenerationRequest, Sampled, Started
-from serve.steps import GREEDY, Row, fit, pack
+from serve.steps import fit, run_alone
 
 
 class Asked:
@@ -76,17 +75,12 @@ class Passes:
 
         With a draft, the last so many are guesses and all are one chunk.
         """
-        engine, steps = self.engine, self.engine.steps
-        taken, largest = 0.0, engine.settings.prefill_chunk
+        engine, taken, largest = self.engine, 0.0, self.engine.settings.prefill_chunk
         for start in range(prefix, prefix + count, largest):
             tokens = self.prompt[start : min(start + largest, prefix + count)]
-            pages = np.arange(slots_for(start + len(tokens), engine.settings.page_size), dtype=np.int32)
             bucket = fit(engine.buckets, [len(tokens)], every=draft > 0)
-            batch, sampling = pack([Row(tokens, start, pages, GREEDY, draft=draft)], bucket, steps.table_pages)
-            begin = time.perf_counter()
-            sampled, self.pool = steps.run[bucket](engine.params, self.pool, batch, sampling, steps.nothing)
-            np.asarray(sampled)
-            taken += time.perf_counter() - begin
+            self.pool, seconds = run_alone(engine.steps, engine.params, self.pool, bucket, tokens, start, draft)
+            taken += seconds
         return taken
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from experiments.demo_model import TINY
+from experiments.server import scrape
 
 Json = dict[str, Any]
 
@@ -106,16 +106,6 @@ def stream(client: httpx.Client, body: Json, **headers: str) -> Streamed:
         events.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {events[-1]['type']}"
     return Streamed(events, response.headers)
-
-
-def scrape(client: httpx.Client) -> dict[str, float]:
-    """All samples of the metrics page, keyed like `tokenzero_pages{state="in_use"}`."""
-    samples = {}
-    for family in text_string_to_metric_families(client.get("/metrics").text):
-        for sample in family.samples:
-            labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
-            samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
-    return samples
 
 
 def is_idle(client: httpx.Client) -> bool:
