@@ -26,12 +26,21 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from experiments.bench.prefill_decode import SIZES, Rates, make_engine, run_engine, write_llama
+from experiments.bench.prefill_decode import (
+    PHASES,
+    SIZES,
+    Rates,
+    agreed,
+    make_engine,
+    ratios,
+    run_engine,
+    speeds,
+    write_llama,
+)
 from experiments.provenance import PACKAGES, machine, provenance
 
 RESULTS = Path("experiments/results/bench/llama_cpp.json")
 OURS, PLAIN, FLASH = "tokenzero", "llama.cpp", "llama.cpp, flash attention"
-PHASES = ("prefill", "decode")
 GOAL = 1.0  # of llama.cpp's prefill, the faster way
 BATCH, MICRO_BATCH = 2048, 512  # llama.cpp's own defaults
 
@@ -170,25 +179,10 @@ def compare(
         "model": name,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
-        "same_output": {side: f"{agreed(rates[OURS], rates[side])} of {repeats}" for side in (PLAIN, FLASH)},
-        "tokens_per_second": {
-            side: {"prefill": [round(r.prefill, 1) for r in runs], "decode": [round(r.decode, 2) for r in runs]}
-            for side, runs in rates.items()
-        },
-        "median_ratio": {phase: ratio(rates, phase) for phase in PHASES},
+        "same_output": {side: agreed(rates[OURS], rates[side]) for side in (PLAIN, FLASH)},
+        "tokens_per_second": speeds(rates),
+        "median_ratio": {phase: found["at best"] for phase, found in ratios(rates, "at best").items()},
     }
-
-
-def agreed(ours: list[Rates], theirs: list[Rates]) -> int:
-    """How many prompts both continue alike."""
-    return sum(a.tokens == b.tokens for a, b in zip(ours, theirs, strict=True))
-
-
-def ratio(rates: dict[str, list[Rates]], phase: str) -> float:
-    """Ours over llama.cpp's, in its faster way for this phase: the median over the prompts."""
-    speeds = {side: [getattr(run, phase) for run in runs] for side, runs in rates.items()}
-    theirs = max(speeds[PLAIN], speeds[FLASH], key=median)
-    return round(median(a / b for a, b in zip(speeds[OURS], theirs, strict=True)), 3)
 
 
 def table(rows: list[dict[str, Any]], threads: int) -> Table:
@@ -198,10 +192,10 @@ def table(rows: list[dict[str, Any]], threads: int) -> Table:
         grid.add_column(column, justify="left" if column in ("llama", "phase") else "right")
     for row in rows:
         for phase in PHASES:
-            speeds = (f"{median(row['tokens_per_second'][side][phase]):,.1f}" for side in (OURS, PLAIN, FLASH))
+            medians = (f"{median(row['tokens_per_second'][side][phase]):,.1f}" for side in (OURS, PLAIN, FLASH))
             same = "; ".join(row["same_output"].values())
             grid.add_row(
-                row["model"], f"{row['prompt_tokens']:,}", phase, *speeds, f"{row['median_ratio'][phase]:.2f}", same
+                row["model"], f"{row['prompt_tokens']:,}", phase, *medians, f"{row['median_ratio'][phase]:.2f}", same
             )
     grid.caption = f"ratio: to the faster way of llama.cpp; goal: prefill {GOAL}"
     return grid

@@ -140,31 +140,41 @@ def compare(name: str, prompt_tokens: int, output_tokens: int, repeats: int, con
         for side, run in sides.items():
             rates[side].append(run(prompt, output_tokens))
     engine.stop()
-    agreed = sum(a.tokens == b.tokens for a, b in zip(rates["tokenzero"], rates["torch f32"], strict=True))
     return {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
-        "same_output": f"{agreed} of {repeats}",
-        "tokens_per_second": {
-            side: {"prefill": [round(r.prefill, 1) for r in runs], "decode": [round(r.decode, 2) for r in runs]}
-            for side, runs in rates.items()
-        },
-        "median_ratio": ratios(rates),
+        "same_output": agreed(rates["tokenzero"], rates["torch f32"]),
+        "tokens_per_second": speeds(rates),
+        "median_ratio": ratios(rates, "torch at best"),
         "work": work(engine.config, prompt_tokens, output_tokens),
     }
 
 
-def ratios(rates: dict[str, list[Rates]]) -> dict[str, dict[str, float]]:
-    """Ours over torch's in each dtype and over the faster of the two, by phase: medians over the prompts."""
+def agreed(ours: list[Rates], theirs: list[Rates]) -> str:
+    """How many prompts both continue alike."""
+    return f"{sum(a.tokens == b.tokens for a, b in zip(ours, theirs, strict=True))} of {len(ours)}"
+
+
+def speeds(rates: dict[str, list[Rates]]) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second by side and phase, a number for each prompt."""
+    return {
+        side: {"prefill": [round(r.prefill, 1) for r in runs], "decode": [round(r.decode, 2) for r in runs]}
+        for side, runs in rates.items()
+    }
+
+
+def ratios(rates: dict[str, list[Rates]], best: str) -> dict[str, dict[str, float]]:
+    """The first side over each other and, by the name `best`, over the fastest of them: medians over the prompts."""
+    ours, *others = rates
     made: dict[str, dict[str, float]] = {}
     for phase in PHASES:
-        ours, f32, bf16 = ([getattr(r, phase) for r in rates[side]] for side in SIDES)
-        others = {"torch f32": f32, "torch bf16": bf16, "torch at best": f32 if median(f32) > median(bf16) else bf16}
-        made[phase] = {
-            name: round(median(a / b for a, b in zip(ours, theirs, strict=True)), 3) for name, theirs in others.items()
+        by_side = {side: [getattr(run, phase) for run in runs] for side, runs in rates.items()}
+        found = {
+            side: round(median(a / b for a, b in zip(by_side[ours], by_side[side], strict=True)), 3) for side in others
         }
+        made[phase] = found | {best: found[max(others, key=lambda side: median(by_side[side]))]}
     return made
 
 
@@ -184,9 +194,9 @@ def work(config: ModelConfig, prompt_tokens: int, output_tokens: int) -> dict[st
 def with_ceilings(row: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
     """The row with what each side did a second, by its medians, and the share of the machine's best that it is."""
     done: dict[str, Any] = {}
-    for side, speeds in row["tokens_per_second"].items():
-        gflops = row["work"]["prefill_gflop"] * median(speeds["prefill"]) / row["prompt_tokens"]
-        read = row["work"]["decode_mb"][side] * median(speeds["decode"]) / 1e3
+    for side, by_phase in row["tokens_per_second"].items():
+        gflops = row["work"]["prefill_gflop"] * median(by_phase["prefill"]) / row["prompt_tokens"]
+        read = row["work"]["decode_mb"][side] * median(by_phase["decode"]) / 1e3
         done[side] = {
             "prefill_gflops": round(gflops, 2),
             "of_matmul_ceiling": round(gflops / ceilings.best_gflops, 3),
@@ -210,13 +220,13 @@ def table(rows: list[dict[str, Any]], ceilings: Ceilings, threads: int) -> Table
     for row in rows:
         ours = row["achieved"]["tokenzero"]
         for phase, unit, ceiling in (("prefill", "gflops", "of_matmul_ceiling"), ("decode", "gbs", "of_read_ceiling")):
-            speeds = (f"{median(row['tokens_per_second'][side][phase]):,.1f}" for side in SIDES)
+            medians = (f"{median(row['tokens_per_second'][side][phase]):,.1f}" for side in SIDES)
             ratio = row["median_ratio"][phase]
             grid.add_row(
                 row["model"],
                 f"{row['prompt_tokens']:,}",
                 phase,
-                *speeds,
+                *medians,
                 f"{ratio['torch f32']:.2f}",
                 f"{ratio['torch bf16']:.2f}",
                 f"{ours[f'{phase}_{unit}']:,.1f} {UNITS[unit]}",
