@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 
 from model.attention import Batch
+from model.kernels.cpu import build, linear, paged_attention
 from model.kv import KVPool
 
 log = logging.getLogger("tokenzero.kernels")
@@ -31,8 +32,6 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
     a kernel is worth one line in the log for each reason.
     """
     if on_cpu():
-        from model.kernels.cpu import build, paged_attention  # late: builds nothing where it is not called
-
         if not build.available():
             return None
         if reason := paged_attention.why_not(q, pool):
@@ -55,8 +54,6 @@ def linear_for(x: jax.Array, weight: jax.Array) -> Callable[..., jax.Array] | No
     """The kernel to call with (x, weight) for so few tokens on a CPU, or None where XLA is to do it."""
     if not on_cpu():
         return None
-    from model.kernels.cpu import build, linear
-
     if x.shape[0] > linear.MOST_TOKENS or linear.why_not(x, weight) or not build.available():
         return None
     return linear.linear

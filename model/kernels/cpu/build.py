@@ -1,4 +1,4 @@
-"""Builds the CPU kernels with the system's C++ compiler, once for each machine, and hands it to JAX.
+"""Builds the CPU kernels with the system's C++ compiler, once for each machine, and hands them to JAX.
 
 The library is kept in the user's cache under a name that says what it was built from and for. Without a compiler, or
 with `TOKENZERO_CPU_KERNEL=off`, there are none, and XLA does their work.

@@ -51,7 +51,10 @@ inline void fetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
 }
 
+constexpr int64_t TASKS_PER_THREAD = 4;  // for an even load where tasks and threads differ
 constexpr int SPINS = 4096;
+
+inline int64_t threads_of(const xla::ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
 
 // Leaves the core to its other thread for a moment.
 inline void relax() {
@@ -88,8 +91,7 @@ struct Work {
 template <typename Scratch, typename Run>
 void divide(xla::ffi::ThreadPool& pool, size_t count, Run run) {
   auto work = std::make_shared<Work<Run>>(std::move(run), count);
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t helpers = std::min<int64_t>(threads, count) - 1;
+  const int64_t helpers = std::min<int64_t>(threads_of(pool), count) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->template take_part<Scratch>(); });
   // This thread may be one of the pool's: it never waits for work that nobody has begun.
   work->template take_part<Scratch>();

@@ -16,7 +16,6 @@ namespace {
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 constexpr int TOKENS = LANES == 16 ? 8 : 4;  // that a micro-kernel takes at once
 constexpr int64_t TASK_WEIGHTS = 1 << 15;    // of a task, at least: fewer are done before another thread has come
-constexpr int64_t TASKS_PER_THREAD = 4;      // for an even load where threads differ
 constexpr int64_t NEAR_WEIGHTS = 1 << 12;    // that stay in the first level of cache while all tokens pass
 
 // Outputs that a micro-kernel for so many tokens takes at once: their sums, the weights and an input fit in registers.
@@ -94,7 +93,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
       for (int64_t s = 0; s < count; ++s, to += LANES) store(to, load(x.typed_data() + (t + s) * inputs + i));
   }
   const Problem p = {packed.data(), weight.typed_data(), out->typed_data(), tokens, inputs, outputs};
-  const int64_t most = TASKS_PER_THREAD * std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t most = TASKS_PER_THREAD * threads_of(pool);
   const int64_t wanted = std::clamp<int64_t>(inputs * outputs / TASK_WEIGHTS, 1, most);
   constexpr int64_t WHOLE = 12;  // outputs: a multiple of what any micro-kernel takes
   const int64_t step = (outputs + wanted * WHOLE - 1) / (wanted * WHOLE) * WHOLE;

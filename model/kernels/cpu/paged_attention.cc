@@ -6,7 +6,6 @@
 // values are transposed. Few queries (decode): a key lies across the lanes, and every byte of the cache is read once for
 // all query heads of its KV head.
 
-#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -21,7 +20,6 @@ constexpr int STRIPS = 8;            // of a task: each block of keys comes from
 constexpr int KEYS = 64;             // keys of a block
 constexpr int FEW = 8;               // queries up to which a key lies across the lanes
 constexpr int PART = 512;            // keys that are worth a task of their own
-constexpr int TASKS_PER_THREAD = 4;  // for an even load where tasks differ
 constexpr float MASKED = -1e30f;     // finite, so that no difference of two of them is NaN
 constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -69,6 +67,10 @@ struct Problem {
   int64_t place(int64_t s, int64_t head, int64_t position) const {
     const int64_t page = table[s * width + position / page_size];
     return ((page * kv_heads + head) * page_size + position % page_size) * dim;
+  }
+  // Keys from this one on that lie in one page, a block of them at most.
+  int64_t slots(int64_t position, int64_t end) const {
+    return std::min({end - position, page_size - position % page_size, static_cast<int64_t>(KEYS)});
   }
   float* result(int64_t s, int64_t head, int64_t row) const {
     return out + (query(s, head, row) - q);
@@ -225,8 +227,7 @@ void many(const Problem& p, const Task& t, Scratch& s) {
     for (int64_t d = 0; d < p.dim; ++d) queries[r / ROWS * size + d * ROWS + r % ROWS] = query[d] * scale;
   }
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
-    const int64_t offset = key % p.page_size;
-    slots = std::min({t.end - key, p.page_size - offset, static_cast<int64_t>(KEYS)});
+    slots = p.slots(key, t.end);
     const int64_t place = p.place(t.seq, t.head, key);
     for (int64_t i = 0; i < strips; ++i) {
       const int64_t rows = std::min<int64_t>(count - i * ROWS, ROWS), vecs = (rows + LANES - 1) / LANES;
@@ -255,8 +256,7 @@ void few(const Problem& p, const Task& t, Scratch& s) {
     s.weight[r] = 0.0f;
   }
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
-    const int64_t offset = key % p.page_size;
-    slots = std::min({t.end - key, p.page_size - offset, static_cast<int64_t>(KEYS)});
+    slots = p.slots(key, t.end);
     const int64_t place = p.place(t.seq, t.head, key);
     const float *keys = p.k + place, *values = p.v + place;
     const float* next = key + slots < t.end ? p.k + p.place(t.seq, t.head, key + slots) : keys;
@@ -367,7 +367,7 @@ std::vector<Task> tasks_of(const Problem& p, int64_t threads) {
       }
   const int64_t wanted = TASKS_PER_THREAD * threads / std::max<int64_t>(tiles.size(), 1) + 1;
   int64_t partials = 0;
-  for (Task& tile : tiles) {
+  for (const Task& tile : tiles) {
     const int64_t parts = threads > 1 ? std::clamp<int64_t>(tile.end / PART, 1, wanted) : 1;
     const int64_t pages = (tile.end + p.page_size - 1) / p.page_size;
     const int64_t step = (pages + parts - 1) / parts * p.page_size;
@@ -408,7 +408,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
   const int64_t token = p.kv_heads * p.group * p.dim;
   std::fill(p.out + p.starts[p.seqs] * token, p.out + p.tokens * token, 0.0f);
 
-  const std::vector<Task> tasks = tasks_of(p, std::max<int64_t>(pool.num_threads(), 1));
+  const std::vector<Task> tasks = tasks_of(p, threads_of(pool));
   std::vector<size_t> order(tasks.size());  // the longest first
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {

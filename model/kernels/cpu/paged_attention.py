@@ -13,7 +13,7 @@ from model.attention import Batch
 from model.kernels.cpu.build import PAGED_ATTENTION
 from model.kv import KVPool
 
-KEYS = 4  # of a page, that the kernel scores together
+LEAST = 4  # what the kernel takes multiples of, as its own LEAST says
 
 
 def paged_attention(
@@ -38,8 +38,8 @@ def why_not(q: jax.Array, pool: KVPool) -> str | None:
     for name, array in (("q", q), ("k", pool.k), ("v", pool.v)):
         if array.dtype != jnp.float32:
             return f"dtype of {name} is {array.dtype.name}, supported is float32"
-    if q.shape[-1] % KEYS:
-        return f"head_dim is {q.shape[-1]}, supported are multiples of {KEYS}"
-    if pool.page_size % KEYS:
-        return f"page_size is {pool.page_size}, supported are multiples of {KEYS}"
+    if q.shape[-1] % LEAST:
+        return f"head_dim is {q.shape[-1]}, supported are multiples of {LEAST}"
+    if pool.page_size % LEAST:
+        return f"page_size is {pool.page_size}, supported are multiples of {LEAST}"
     return None
