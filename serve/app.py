@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serve import serving as messages_api
+from serve.answer import answer, collect
 from serve.assets import ASSET_HEADERS, ASSETS, PAGE
 from serve.divergence import CAUSES, Report
 from serve.gate import Gate, TooLarge, error_response
@@ -46,7 +46,8 @@ from serve.normalize import parse_rules
 from serve.openai import read_chat, read_responses
 from serve.openai.errors import is_openai
 from serve.openai.models import model_body, models_body
-from serve.serving import Caller, Prepared, Serving, answer, collect, prepare, unrendered
+from serve.prepare import Prepared, prepare, prompt_length
+from serve.serving import Caller, Serving, unrendered
 from serve.timing import Phases
 
 log = logging.getLogger("tokenzero.app")
@@ -170,7 +171,7 @@ async def post_count_tokens(request: Request) -> Response:
     def counted() -> int:
         with phases.timed("decode"):
             asked = decode_count_tokens(body)
-        return messages_api.count_tokens(serving, asked, caller, phases)
+        return prompt_length(serving, asked, caller, phases)
 
     answered = encode(TokenCount(await run_in_threadpool(counted)))
     return Response(answered, media_type="application/json", headers={"server-timing": phases.header()})

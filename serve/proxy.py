@@ -46,10 +46,10 @@ from serve.messages import CountTokensRequest, Error, ErrorDetail, encode_event
 from serve.normalize import DEFAULT_RULES, parse_rules
 from serve.openai.errors import error_body
 from serve.outcomes import Outcomes
+from serve.prepare import warn_once
 from serve.render import Prompt, load_tokenizer, prompt
 from serve.reports import READERS, Chat, Reports
 from serve.sections import vocabulary_of
-from serve.serving import warn_once
 from serve.splice import FIELDS, normalize_body
 from serve.timing import server_timing
 

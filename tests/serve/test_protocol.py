@@ -17,7 +17,6 @@ from scripted import listening, saying, serving_over, steps_compiled_once
 
 from model.config import ModelConfig
 from model.params import Params
-from serve import serving as messages_api
 from serve.formats import write_turn
 from serve.messages import MessagesRequest, ToolUseBlock
 from serve.render import Tokenizer
@@ -173,7 +172,7 @@ class TestThinking:
 
     def test_pings_bridge_what_is_not_shown(self, talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         with talk(self.WRITTEN) as sdk:
-            monkeypatch.setattr(messages_api, "PING_SECONDS", 0.0)
+            monkeypatch.setattr("serve.answer.PING_SECONDS", 0.0)
             names = [name for name, _ in raw_events(sdk, ASKED)]
         assert "ping" in names[names.index("message_start") : names.index("content_block_start")]
 

@@ -42,7 +42,6 @@ from talking import (
 from experiments.server import Server, running_server
 from model import checkpoint
 from model.params import unstacked
-from serve import serving as messages_api
 from serve.engine import Engine, EngineSettings, Sampled, generate
 from serve.render import Tokenizer
 from serve.serving import make_serving
@@ -235,7 +234,7 @@ class TestWaiting:
     def test_pings_keep_a_stream_alive_until_its_first_token(
         self, make_engine: MakeEngine, serve: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(messages_api, "PING_SECONDS", 0.02)
+        monkeypatch.setattr("serve.answer.PING_SECONDS", 0.02)
         engine = make_engine()
         wrapped = Wrapped(engine)
         with serve(engine) as client:
@@ -250,7 +249,7 @@ class TestWaiting:
     def test_a_client_that_leaves_before_the_first_token_is_noticed_at_once(
         self, make_engine: MakeEngine, serve: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(messages_api, "PING_SECONDS", 3600.0)
+        monkeypatch.setattr("serve.answer.PING_SECONDS", 3600.0)
         engine = make_engine()
         wrapped = Wrapped(engine)
         with serve(engine) as client:
@@ -314,7 +313,7 @@ class TestTheServersOwnFaults:
 
         with serve(make_engine()) as client:
             with monkeypatch.context() as patch:
-                patch.setattr(messages_api, "prompt", broken)
+                patch.setattr("serve.prepare.prompt", broken)
                 for path in ("/v1/messages", "/v1/messages/count_tokens"):
                     text = error_of(client.post(path, json=ask("Hi")), 500, "api_error")
                     assert "a fault of the test" in text

@@ -16,7 +16,6 @@ from talking import Json, ask, eventually, is_idle, long, open_request, read_unt
 from experiments.server import Server
 from model import checkpoint
 from model.params import unstacked
-from serve import serving as messages_api
 from serve.normalize import DEFAULT_RULES
 from serve.proxy import create_proxy, parse_upstream
 from serve.render import Tokenizer
@@ -121,7 +120,7 @@ class TestAttribution:
     def test_a_ping_comes_before_the_engine_has_told_its_phases(
         self, slow: httpx.Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(messages_api, "PING_SECONDS", 0.001)
+        monkeypatch.setattr("serve.answer.PING_SECONDS", 0.001)
         streamed = slow.post("/v1/messages", json=ask(long(1, 4_000), stream=True))
         assert streamed.text.startswith("event: ping")
         assert tuple(durations(streamed.headers)) == (*HOST, "total")

@@ -1,0 +1,138 @@
+"""A request of the Messages API made ready for the engine: normalised, rendered, tokenised, its demands compiled.
+
+What each of these means is decided in `normalize`, `render` and `constrain`. No HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from serve import engine as eng
+from serve.messages import CountTokensRequest, InvalidRequest, MessagesRequest, ThinkingBlock, new_id
+from serve.normalize import Normalized, Unparsed, normalize
+from serve.render import Prompt, Recalled, prompt
+from serve.replay import Sampled, verify
+from serve.serving import Caller, Serving
+from serve.steps import SamplingParams
+from serve.timing import Phases
+from serve.turns import answers
+
+log = logging.getLogger("tokenzero.serving")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready for the engine."""
+
+    id: str  # of the message that answers it
+    caller: Caller
+    original: MessagesRequest  # as it came
+    message: MessagesRequest  # as the rules left it
+    prompt: Prompt
+    generation: eng.GenerationRequest
+    scope: bytes  # whose sampled turns it shares
+    applied: tuple[str, ...]  # the rules that changed it, in order, with their places
+    clamped: bool  # the context has less room than `max_tokens`
+
+
+def prepare(serving: Serving, message: MessagesRequest, caller: Caller, phases: Phases) -> Prepared:
+    """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
+    with phases.timed("normalize"):
+        normalized = normalize(message, caller.rules)
+    report(serving, normalized)
+    scope = scope_of(serving, caller)
+    rendered = rendered_prompt(serving, normalized.request, scope, caller.rules, phases)
+    limit = serving.engine.settings.max_model_len
+    room = limit - len(rendered.tokens)
+    if room < 1:
+        raise InvalidRequest(
+            f"messages: prompt is too long: {len(rendered.tokens)} tokens, expected at most {limit - 1}"
+        )
+    with phases.timed("constrain"):
+        constraint = serving.constrain(normalized.request, rendered.thinking)
+    generation = eng.GenerationRequest(
+        tokens=rendered.tokens,
+        max_tokens=min(message.max_tokens, room),
+        stop_ids=serving.stop_ids,
+        sampling=SamplingParams(
+            temperature=1.0 if message.temperature is None else message.temperature,
+            top_k=message.top_k or 0,
+            top_p=1.0 if message.top_p is None else message.top_p,
+            seed=secrets.randbits(32),
+        ),
+        salt=caller.salt,
+        constraint=constraint,
+    )
+    applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
+    return Prepared(
+        new_id("msg"),
+        caller,
+        message,
+        normalized.request,
+        rendered,
+        generation,
+        scope,
+        applied,
+        room < message.max_tokens,
+    )
+
+
+def prompt_length(serving: Serving, request: CountTokensRequest, caller: Caller, phases: Phases) -> int:
+    """The length of the prompt that the request would have."""
+    with phases.timed("normalize"):
+        normalized = normalize(request, caller.rules).request
+    return len(rendered_prompt(serving, normalized, scope_of(serving, caller), caller.rules, phases).tokens)
+
+
+def scope_of(serving: Serving, caller: Caller) -> bytes:
+    """What separates those who may share sampled turns."""
+    parts = (serving.engine.fingerprint, caller.salt, caller.key)
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+
+
+def rendered_prompt(
+    serving: Serving, request: CountTokensRequest, scope: bytes, rules: frozenset[str], phases: Phases
+) -> Prompt:
+    """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
+    with phases.timed("recall"):
+        recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
+    with phases.timed("render"):
+        return prompt(request, serving.tokenizer, recalled, serving.template_history, "tools-first" in rules)
+
+
+def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Recalled:
+    """What was recalled, but for answers whose thinking somebody else has signed: these are text like any other.
+
+    Clients that keep no signatures send empty ones, which prove nothing and harm nothing.
+    """
+
+    def ours(sampled: Sampled, block: Any) -> bool:
+        signature = block.signature if isinstance(block, ThinkingBlock) else ""
+        return not signature or verify(key, sampled.tokens, signature)
+
+    return [
+        sampled if sampled and all(ours(sampled, block) for block in answer) else None
+        for sampled, answer in zip(recalled, answers(request.messages), strict=True)
+    ]
+
+
+def report(serving: Serving, normalized: Normalized) -> None:
+    """Count what the rules did, and log once what they could not read."""
+    for odd in normalized.unparsed:
+        serving.metrics.unparsed.inc()
+        warn_once(odd, serving.reported)
+    for applied in normalized.applied:
+        serving.metrics.normalized.labels(applied.rule).inc()
+
+
+def warn_once(odd: Unparsed, reported: set[str]) -> None:
+    """Log what a rule could not read, unless its shape is among those `reported`."""
+    shape = re.sub(r"=[^;\s]*", "=", odd.text)[:80]  # values may be fresh in every request
+    if shape not in reported and len(reported) < 1000:
+        reported.add(shape)
+        log.warning("%s begins like a billing header but does not parse, and stays: %.120r", odd.where, odd.text)
