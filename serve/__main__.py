@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 import sys
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.sizes import parse_bytes
+from serve.flags import add_address, add_rules, check_address
 from serve.formats import BY_NAME
-from serve.normalize import DEFAULT_RULES, RULES, parse_rules
+from serve.normalize import parse_rules
 
 if TYPE_CHECKING:
     import jax
@@ -50,13 +50,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output (default: the model's)")
 
     http = cli.add_argument_group("server")
-    http.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to bind; beyond loopback it takes an --api-key (default: %(default)s)",
-    )
-    http.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
-    http.add_argument("--api-key", metavar="KEY", help="in x-api-key or as Bearer (default: $TOKENZERO_API_KEY)")
+    add_address(http, 8000)
     http.add_argument(
         "--max-body-bytes",
         type=parse_bytes,
@@ -72,18 +66,7 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="remove the x-anthropic-billing-header line that starts an agent's system text (default: on)",
     )
-    prompt.add_argument(
-        "--normalize",
-        action=Normalize,
-        metavar="RULES",
-        help="rules for prompts, comma-separated, or none; list explains them (default: strip-preamble)",
-    )
-    prompt.add_argument(
-        "--trace-text",
-        choices=["on", "off"],
-        default="on",
-        help="off: what is told of a prompt that missed the cache shows none of its words (default: %(default)s)",
-    )
+    add_rules(prompt)
     prompt.add_argument(
         "--template-history",
         action="store_true",
@@ -155,8 +138,8 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> str | None:
     """What is wrong with the arguments, or None."""
-    if not args.api_key and not is_loopback(args.host):
-        return f"--host {args.host} is reachable from elsewhere: give an --api-key, or bind 127.0.0.1"
+    if problem := check_address(args):
+        return problem
     for name in ("page_size", "max_batch", "max_waiting", "prefill_chunk"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
@@ -168,19 +151,9 @@ def check(args: argparse.Namespace) -> str | None:
         return f"--normalize: {error}"
     if not 0 <= args.flush_seconds < float("inf"):
         return f"--flush-seconds: expected 0 or more, got {args.flush_seconds}"
-    if not 0 <= args.port < 2**16:
-        return f"--port: expected 0 to 65535, got {args.port}"
     if args.max_model_len is not None and args.max_model_len < 2:
         return f"--max-model-len: expected at least 2, got {args.max_model_len}"
     return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def pool_bytes(device: jax.Device, weights: int) -> int:
@@ -208,32 +181,8 @@ def open_tiers(args: argparse.Namespace, on_cpu: bool) -> Tiers | None:
 
 def rules_of(args: argparse.Namespace) -> frozenset[str]:
     """The normaliser's rules; raises ValueError for an unknown one."""
-    rules = DEFAULT_RULES if args.normalize is None else parse_rules(args.normalize)
+    rules = parse_rules(args.normalize)
     return rules if args.strip_anthropic_preamble else rules - {"strip-preamble"}
-
-
-class Normalize(argparse.Action):
-    """Keeps the rules; `list` prints what there is and exits."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: Any = None
-    ) -> None:
-        """Take the flag's value."""
-        if value == "list":
-            print_rules()
-            parser.exit()
-        args.normalize = value
-
-
-def print_rules() -> None:
-    """Print what `--normalize` takes."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("rule", "default", "what it does", "what the model reads")
-    for name, rule in RULES.items():
-        table.add_row(name, "on" if name in DEFAULT_RULES else "off", rule.description, rule.reads)
-    Console().print(table)
 
 
 def store_folder(store: str | None) -> Path | None:
@@ -301,13 +250,12 @@ def main(argv: list[str] | None = None) -> None:
         explain(given[1:])
         return
     if given[:1] == ["proxy"]:
-        from serve.proxy import main as proxy
+        from serve.proxy.cli import main as proxy
 
         proxy(given[1:])
         return
     cli = parser()
     args = cli.parse_args(given)
-    args.api_key = args.api_key or os.environ.get("TOKENZERO_API_KEY")
     if problem := check(args):
         cli.error(problem)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")

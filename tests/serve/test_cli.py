@@ -14,8 +14,9 @@ from model import checkpoint
 from model.config import ModelConfig
 from model.params import Params
 from serve import __main__ as command
-from serve.__main__ import check, is_loopback, main, parse_bytes, parser, settings
+from serve.__main__ import check, main, parse_bytes, parser, settings
 from serve.engine import EngineSettings
+from serve.flags import is_loopback
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:

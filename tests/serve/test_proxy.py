@@ -27,7 +27,9 @@ from talking import BILLING, FLAGS, Json, ask, eventually, is_idle, open_request
 
 from experiments.server import Server, running_server
 from serve.normalize import DEFAULT_RULES
-from serve.proxy import create_proxy, main, parse_upstream
+from serve.proxy.app import create_proxy
+from serve.proxy.cli import main
+from serve.proxy.upstream import parse_upstream
 from serve.reports import TRACED, Reports
 from serve.splice import FIELDS
 

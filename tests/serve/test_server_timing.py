@@ -17,7 +17,8 @@ from experiments.server import Server
 from model import checkpoint
 from model.params import unstacked
 from serve.normalize import DEFAULT_RULES
-from serve.proxy import create_proxy, parse_upstream
+from serve.proxy.app import create_proxy
+from serve.proxy.upstream import parse_upstream
 from serve.render import Tokenizer
 from serve.timing import Phases
 

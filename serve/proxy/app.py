@@ -1,0 +1,228 @@
+"""The proxy's application: a request's bytes are forwarded as they came, but for what a rule changes.
+
+The answer's come as they come, and whatever is no chat request passes untouched. What a prompt shares with the ones
+before is found out in a thread, once the request is on its way: nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpcore
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.app import ASSET_ROUTES, MAX_BODY_BYTES, get_asset, get_request, get_requests, unless_gone, wants_page
+from serve.assets import PAGE
+from serve.gate import OPEN_PATHS, admits, error_response
+from serve.prepare import warn_once
+from serve.proxy.relay import BODILESS, relay, relay_chat
+from serve.proxy.upstream import Upstream, UpstreamFault, faults, request_headers
+from serve.reports import Chat, Reports
+from serve.splice import FIELDS, normalize_body
+
+log = logging.getLogger("tokenzero.proxy")
+
+CONNECT_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 4.0  # of an idle connection: uvicorn closes it after 5
+
+
+def create_proxy(
+    upstream: Upstream, rules: frozenset[str], reports: Reports | None = None, api_key: str | None = None
+) -> Starlette:
+    """The application in front of an engine."""
+    pool = httpcore.AsyncConnectionPool(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS
+    )
+    reports = reports or Reports()
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await pool.aclose()
+        await run_in_threadpool(reports.thread.shutdown, cancel_futures=True)
+
+    forward = Proxy(upstream, pool, rules, reports)
+    app = Starlette(routes=routes(forward), middleware=[Middleware(Locked, api_key=api_key)], lifespan=lifespan)
+    app.state.serving = reports  # all that the routes of reports need of it
+    return app
+
+
+def routes(forward: ASGIApp) -> list[BaseRoute]:
+    """What the proxy answers itself; all else is forwarded."""
+    return [
+        Route("/v1/requests", get_requests, methods=["GET"]),
+        Route("/v1/requests/{id}", get_request, methods=["GET"]),
+        *ASSET_ROUTES,
+        Route("/", Root(forward)),
+        Mount("", app=forward),
+    ]
+
+
+class Root:
+    """At `/`: the dashboard for browsers, the engine's own answer for all others."""
+
+    def __init__(self, forward: ASGIApp) -> None:
+        self.forward = forward
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or forward."""
+        request = Request(scope)
+        app = await get_asset(PAGE, request) if wants_page(request) else self.forward
+        await app(scope, receive, send)
+
+
+class Locked:
+    """In front of every route: the key."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self.app, self.key = app, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on."""
+        locked = scope["type"] == "http" and self.key and scope["path"] not in OPEN_PATHS
+        if locked and not admits(self.key or "", dict(scope["headers"])):
+            await error_response(scope, 401, "invalid x-api-key")(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+class Proxy:
+    """Forwards whatever comes."""
+
+    def __init__(
+        self, upstream: Upstream, pool: httpcore.AsyncConnectionPool, rules: frozenset[str], reports: Reports
+    ) -> None:
+        self.upstream, self.pool, self.rules, self.reports = upstream, pool, rules, reports
+        self.reported: set[str] = set()  # shapes of unparsed preambles that were logged already
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward one request, and what is answered; a client that goes away takes its request to the engine along."""
+        if scope["type"] != "http":
+            return
+        uploaded = asyncio.Event()  # what the client sends until then is its body
+
+        async def after_upload() -> Message:
+            await uploaded.wait()
+            return await receive()
+
+        try:
+            request = Request(scope, receive)
+            content = await self.read(request)
+            await unless_gone(Request(scope, after_upload), self.exchange(request, content, uploaded, send))
+        except ClientDisconnect:
+            log.debug("%s: the client went away while it sent its body", scope["path"])
+
+    async def read(self, request: Request) -> Chat | AsyncIterator[bytes]:
+        """A chat request, after the rules; of anything else the body, still to be read."""
+        path = request.scope["path"]
+        if request.method != "POST" or path not in FIELDS:
+            return request.stream()
+        body, rest = await read_whole(request.stream())
+        received = time.perf_counter()
+        if rest is not None:
+            return rest
+        normal = normalize_body(body, path, self.rules)
+        held_s = time.perf_counter() - received
+        for odd in normal.unparsed:
+            warn_once(odd, self.reported)
+        applied = tuple(f"{note.rule} {note.where}" for note in normal.applied)
+        agent = request.headers.get("user-agent", "")
+        return Chat(f"req_{secrets.token_hex(12)}", path, agent, normal.body, applied, received, held_s)
+
+    async def exchange(
+        self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event, send: Send
+    ) -> None:
+        """Send a request and hand on the answer, or say what is wrong with the engine."""
+        try:
+            answer = await self.open(request, content, uploaded)
+            try:
+                if isinstance(content, Chat) and answer.status not in BODILESS:
+                    await relay_chat(content, answer, send, self.reports.outcomes)
+                else:
+                    await relay(answer, send)
+            finally:
+                await answer.aclose()
+        except UpstreamFault as fault:
+            log.warning("%s %s: %s", request.method, request.scope["path"], fault)
+            await error_response(request.scope, fault.status, str(fault))(request.scope, request.receive, send)
+
+    async def open(
+        self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event
+    ) -> httpcore.Response:
+        """The head of the engine's answer; raises UpstreamFault.
+
+        A request that is at hand is sent once more where its connection ends without an answer: the engine may have
+        closed it while it was idle, or left bytes on it that belong to no answer.
+        """
+        chat = content if isinstance(content, Chat) else None
+        untold = [chat] if chat else []
+        if chat:
+            uploaded.set()
+
+        async def body() -> AsyncIterator[bytes]:
+            if isinstance(content, Chat):
+                yield content.body
+                while untold:
+                    self.reports.submit(untold.pop())
+            else:
+                async for piece in content:
+                    yield piece
+                uploaded.set()
+
+        url = httpcore.URL(
+            scheme=self.upstream.scheme,
+            host=self.upstream.host,
+            port=self.upstream.port,
+            target=self.upstream.path + target(request.scope),
+        )
+        headers = request_headers(request.headers.raw, self.upstream.authority, len(chat.body) if chat else None)
+        patience = self.upstream.timeout
+        limits = {"connect": min(CONNECT_SECONDS, patience), "read": patience, "write": patience}
+
+        async def attempt() -> httpcore.Response:
+            extensions = {"timeout": limits}
+            sent = httpcore.Request(request.method, url, headers=headers, content=body(), extensions=extensions)
+            return await self.pool.handle_async_request(sent)
+
+        with faults():
+            try:
+                return await attempt()
+            except (httpcore.RemoteProtocolError, httpcore.ReadError):
+                if not chat and request.method not in ("GET", "HEAD"):
+                    raise
+            return await attempt()
+
+
+async def read_whole(stream: AsyncIterator[bytes]) -> tuple[bytes, AsyncIterator[bytes] | None]:
+    """A body, and None; or nothing, and a body that is too long to be looked at."""
+    read: list[bytes] = []
+    size = 0
+
+    async def all_of_it() -> AsyncIterator[bytes]:
+        for piece in read:
+            yield piece
+        async for piece in stream:
+            yield piece
+
+    async for piece in stream:
+        read.append(piece)
+        size += len(piece)
+        if size > MAX_BODY_BYTES:
+            return b"", all_of_it()
+    return b"".join(read), None
+
+
+def target(scope: Scope) -> bytes:
+    """Path and query as the client wrote them."""
+    query = scope["query_string"]
+    return scope["raw_path"] + (b"?" + query if query else b"")

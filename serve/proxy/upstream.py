@@ -1,0 +1,93 @@
+"""The engine behind the proxy: where it is, what goes to it and comes back from it, and what can be wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httpcore
+
+VENDOR = "anthropic.com"
+# Of one connection, not of what is said over it (RFC 9110, 7.6.1); `expect` was answered by the server in front.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
+    b"upgrade expect".split()
+)
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The engine behind the proxy."""
+
+    scheme: bytes
+    host: bytes
+    port: int | None
+    path: bytes = b""  # in front of every path
+    timeout: float = 600.0  # seconds without a byte before a request is given up
+
+    @property
+    def authority(self) -> bytes:
+        """What the `host` header says."""
+        host = b"[%b]" % self.host if b":" in self.host else self.host
+        return host if self.port is None else b"%b:%d" % (host, self.port)
+
+
+class UpstreamFault(Exception):
+    """The engine cannot be reached or breaks HTTP's rules; `status` is 502, or 504 where it is too slow."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def parse_upstream(url: str, rules: frozenset[str], timeout: float) -> Upstream:
+    """The engine at a URL; raises ValueError if it is none, or one that these rules must not be applied for."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"expected a URL such as http://127.0.0.1:8000, got {url!r:.80}")
+    host = parts.hostname.rstrip(".")
+    if rules and (host == VENDOR or host.endswith(f".{VENDOR}")):
+        raise ValueError(f"{host} authenticates by what {', '.join(sorted(rules))} would change: add --normalize none")
+    if "tools-first" in rules:
+        raise ValueError("tools-first is done where prompts are rendered: leave it out of --normalize")
+    if not timeout > 0:
+        raise ValueError(f"expected a --timeout above 0 seconds, got {timeout}")
+    return Upstream(parts.scheme.encode(), host.encode(), parts.port, parts.path.rstrip("/").encode(), timeout)
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """Turn what the HTTP client raises into UpstreamFault."""
+    try:
+        yield
+    except httpcore.TimeoutException as error:
+        raise UpstreamFault(504, f"the upstream is too slow: {type(error).__name__}") from error
+    except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+        raise UpstreamFault(502, f"the upstream failed: {type(error).__name__}: {error}") from error
+
+
+async def pieces(answer: httpcore.Response) -> AsyncIterator[bytes]:
+    """The body of an answer as it comes; raises UpstreamFault where it breaks off."""
+    with faults():
+        async for piece in answer.aiter_stream():
+            yield piece
+
+
+def request_headers(given: Headers, authority: bytes, length: int | None) -> Headers:
+    """A client's headers for the engine; `length` of the body if it is known, otherwise as the client sends it."""
+    kept = [(name, value) for name, value in end_to_end(given, b"host") if length is None or name != b"content-length"]
+    if length is not None:
+        kept.append((b"content-length", str(length).encode()))
+    elif any(name == b"transfer-encoding" for name, _ in given):
+        kept.append((b"transfer-encoding", b"chunked"))
+    return [(b"host", authority), *kept]
+
+
+def end_to_end(headers: Headers, *without: bytes) -> Headers:
+    """The headers that are forwarded: not those of one connection, nor those `without`."""
+    named = b",".join(value for name, value in headers if name.lower() == b"connection")
+    dropped = HOP_BY_HOP.union(without, (name.strip().lower() for name in named.split(b",")))
+    return [(name, value) for name, value in headers if name.lower() not in dropped]
