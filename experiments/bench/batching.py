@@ -265,11 +265,13 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, tokens: int, new: int, *flags: str) -> Iterator[Served]:
-    """A server on the model with an agent's prompt of this many tokens cached."""
+def served(folder: Path, args: argparse.Namespace, guesses: int = 0) -> Iterator[Served]:
+    """A server on the model, as the engine in this process is, with an agent's prompt of `args.tokens` cached."""
+    flags = ("--prefill-chunk", str(args.chunk), "--guesses", str(guesses))
     with running_server(folder, *flags) as server, httpx.Client(timeout=600) as client:
         count = lambda request: count_tokens(client, server.url, request)  # noqa: E731
-        found = Served(client, server.url, stable_request(Session(num_tools=20), tokens, count, new), new)
+        prompt = stable_request(Session(num_tools=20), args.tokens, count, args.new)
+        found = Served(client, server.url, prompt, args.new)
         found.ask(0)
         yield found
 
@@ -283,7 +285,7 @@ def warm(engine: Engine, passes: Passes, folder: Path, draw: Draw, args: argpars
     Asked(engine, prefix, 1).wait()
     rounds: list[Json] = []
     with ExitStack() as stack:
-        server = stack.enter_context(served(folder, args.tokens, args.new)) if args.http else None
+        server = stack.enter_context(served(folder, args)) if args.http else None
         for number in track(range(args.repeats), description="warm", console=console):
             asked = Asked(engine, np.concatenate([prefix, draw(args.new)]), 1)
             asked.wait()
@@ -315,8 +317,7 @@ def guesses(folder: Path, args: argparse.Namespace, console: Console) -> Json:
     steps = [median(passes.seconds(last, 1 + draft, draft) for _ in range(4 * PASSES)) for draft in (0, args.guesses)]
     del engine, passes
     rounds: list[Json] = []
-    flags = ("--guesses", str(args.guesses))
-    with served(folder, args.tokens, args.new) as plain, served(folder, args.tokens, args.new, *flags) as trying:
+    with served(folder, args) as plain, served(folder, args, args.guesses) as trying:
         for number in track(range(args.repeats), description="guesses", console=console):
             without = plain.ask(1 + number, args.output)
             before = trying.counted()
