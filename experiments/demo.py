@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.bench_store import forget
+from experiments.bench.store import forget
 from experiments.provenance import provenance
 from experiments.server import Server, Timing, count_tokens, measure, running_server
 from experiments.sessions import Json, Session, billing_header, stable_request, with_header, with_question

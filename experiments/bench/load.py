@@ -343,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=default.seed, help="a live endpoint has seen the last run's: take another"
     )
     cli.add_argument(
-        "--json", type=Path, default=RESULTS, help=f"where the numbers go, a picture beside (default: {RESULTS})"
+        "--out", type=Path, default=RESULTS, help=f"where the numbers go, a picture beside (default: {RESULTS})"
     )
     cli.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     return cli
@@ -375,14 +375,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"load: {error}", file=sys.stderr)
         return 2
     summary = {"config": asdict(config), "server_flags": args.flags, **told, "sustained_per_s": sustained(rows)}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(summary | {"rows": rows} | provenance(), indent=2) + "\n")
-    draw(config, rows, args.json.with_suffix(".png"))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(summary | {"rows": rows} | provenance(), indent=2) + "\n")
+    draw(config, rows, args.out.with_suffix(".png"))
     console.print(table(config, rows))
     for row in rows:
         for problem, count in row["errors"].items():
             console.print(f"{row['sessions_per_s']:g} sessions/s, {count} times: {problem}", style="yellow")
-    console.print(f"numbers in {args.json}, picture beside")
+    console.print(f"numbers in {args.out}, picture beside")
     return 0
 
 

@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.add_argument("--directory", type=Path, help="on the disk to write to (default: the temp folder)")
     cli.add_argument("--prompt-tokens", type=int, default=Config.prompt_tokens)
     cli.add_argument("--rounds", type=int, default=Config.rounds)
-    cli.add_argument("--json", type=Path, default=RESULTS, help=f"where the numbers go (default: {RESULTS})")
+    cli.add_argument("--out", type=Path, default=RESULTS, help=f"where the numbers go (default: {RESULTS})")
     args = cli.parse_args(arguments)
     config, console = Config(prompt_tokens=args.prompt_tokens, rounds=args.rounds), Console()
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
@@ -137,10 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for engine in engines.values():
                 engine.stop()
     summary = {"config": asdict(config), "dtype": "float32"} | summarise(answers) | provenance()
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(summary, indent=2) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(summary, indent=2) + "\n")
     console.print(table(summary))
-    console.print(f"numbers in {args.json}")
+    console.print(f"numbers in {args.out}")
 
 
 if __name__ == "__main__":

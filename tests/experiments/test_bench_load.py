@@ -170,7 +170,7 @@ class TestRuns:
     def test_a_run_counts_times_and_draws(self, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         sizes = "--rates 1 2 --seconds 4 --ramp 1 --turns 2 --pause 0.1 --scale 0.02 --max-tokens 6 --timeout 60"
         path = tmp_path / "made" / "load.json"
-        assert main(["--model", model, *sizes.split(), "--json", str(path), "--", *FLAGS]) == 0
+        assert main(["--model", model, *sizes.split(), "--out", str(path), "--", *FLAGS]) == 0
         summary = json.loads(path.read_text())
         assert summary["dtype"] == "float32"
         assert summary["server_flags"] == list(FLAGS)
@@ -194,7 +194,7 @@ class TestRuns:
         sizes = "--rates 30 --seconds 2 --ramp 0 --turns 1 --scale 0.02 --max-tokens 200"
         path = tmp_path / "load.json"
         with running_server(model, *FLAGS, "--max-batch", "1", "--max-waiting", "1") as server:
-            assert main(["--url", f"{server.url}/", *sizes.split(), "--json", str(path)]) == 0
+            assert main(["--url", f"{server.url}/", *sizes.split(), "--out", str(path)]) == 0
         (row,) = json.loads(path.read_text())["rows"]
         assert row["refused"] > 0 < row["completed"]
         assert row["offered"] == row["completed"] + row["refused"] == row["sessions"]
@@ -207,7 +207,7 @@ class TestRuns:
         self, named: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         url = f"http://127.0.0.1:{free_port()}"
-        assert main(["--url", url, *named, "--json", str(tmp_path / "load.json")]) == 2
+        assert main(["--url", url, *named, "--out", str(tmp_path / "load.json")]) == 2
         told = capsys.readouterr().err
         assert f"load: {url}" in told
         assert "ConnectError" in told
@@ -216,7 +216,7 @@ class TestRuns:
     def test_a_server_that_does_not_start_is_an_error_with_its_log(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["--model", str(tmp_path / "nothing"), "--json", str(tmp_path / "load.json")]) == 2
+        assert main(["--model", str(tmp_path / "nothing"), "--out", str(tmp_path / "load.json")]) == 2
         assert "ended with status" in capsys.readouterr().err
 
     @pytest.mark.parametrize(

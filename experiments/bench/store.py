@@ -2,7 +2,7 @@
 
 Every round writes and reads the same bytes by each way in turn, a batch at a time and into memory that was used before,
 as a restore does; the table and the JSON hold medians over the rounds.
-Run `python -m experiments.bench_store --directory DIR`: DIR must be on the disk in question, and have room.
+Run `python -m experiments.bench.store --directory DIR`: DIR must be on the disk in question, and have room.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from cache.remote import RemoteTier
 from cache.tiers import HostTier, Item, Tier
 from experiments.provenance import provenance
 
+RESULTS = Path("experiments/results/bench/store.json")
 PROMPT_PAGES = 812  # 52K tokens in pages of 64
 
 
@@ -194,7 +195,7 @@ def show(rates: dict[str, dict[str, float]], lookups: Sequence[dict[str, float]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench_store", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench.store", description=__doc__)
     parser.add_argument(
         "--directory", type=Path, default=None, help="on the disk to measure (default: the temp folder)"
     )
@@ -202,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pages", type=int, default=Config.pages)
     parser.add_argument("--rounds", type=int, default=Config.rounds)
     parser.add_argument("--stored", type=int, nargs="*", default=Config.stored)
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers here")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: %(default)s)")
     args = parser.parse_args(arguments)
     config = Config(args.page_bytes, pages=args.pages, rounds=args.rounds, stored=tuple(args.stored))
     console = Console(stderr=True)
@@ -224,13 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rates MB/s": rates,
         "rounds": rounds,
         "lookups": lookups,
-        "command": " ".join(["python -m experiments.bench_store", *sys.argv[1:]]),
+        "command": " ".join(["python -m experiments.bench.store", *sys.argv[1:]]),
         "provenance": provenance(("tokenzero", "lmdb", "xxhash", "tensorstore")),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     show(rates, lookups, Console())
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
