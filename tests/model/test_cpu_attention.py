@@ -1,9 +1,11 @@
 """The CPU kernel beyond the numbers that test_attention compares: bits, memory, shapes, and how it is built."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import batches
@@ -17,9 +19,15 @@ from model.kernels.cpu import build
 from model.kernels.cpu.paged_attention import paged_attention
 from model.kv import KVPool
 
+has_compiler = any(shutil.which(name) for name in build.COMPILERS)
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernel cannot be built here")
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=16, dtype=jnp.float32)
 compiled = jax.jit(paged_attention)
+
+
+@pytest.mark.skipif(not has_compiler, reason=f"none of {', '.join(build.COMPILERS)} is installed")
+def test_the_kernels_build_where_there_is_a_compiler():
+    assert build.available()
 
 
 @needs_kernel
@@ -52,6 +60,21 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(scale):
     assert np.isfinite(actual).all()
     # A score is rounded in proportion to its size, and the softmax turns that into a share of the probability.
     np.testing.assert_allclose(actual, expected, atol=max(2e-5, 2e-6 * scale))
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("side", ["q", "k", "v"])
+@pytest.mark.parametrize("chunk", [1, 40])
+def test_what_is_no_number_is_no_number_in_the_result(value, side, chunk):
+    q, pool, batch = ragged([100], [chunk], seed=5)
+    if side == "q":
+        q = q.at[0, 1, 1, 3].set(value)
+    else:
+        pool = replace(pool, **{side: getattr(pool, side).at[0, batch.block_table[0, 2], 0, 7, 3].set(value)})
+    actual, expected = (np.isfinite(f(q, pool, 0, batch)) for f in (compiled, reference))
+    assert np.isinf(value) or not expected.all()
+    assert np.array_equal(actual, expected)
 
 
 @needs_kernel
@@ -91,23 +114,33 @@ def test_what_it_cannot_take_is_refused_by_name():
         paged_attention(*(ragged([3], [2], head_dim=18)[i] for i in (0, 1)), 0, batch)
     with pytest.raises(ValueError, match="page_size is 1, supported are multiples of 4"):
         paged_attention(*(ragged([3], [2], page=1)[i] for i in (0, 1)), 0, batch)
+    with pytest.raises(ValueError, match="KV heads of q is 1, the pool's is 2"):
+        paged_attention(q[:, :1], pool, 0, batch)
+    with pytest.raises(ValueError, match="head_dim of q is 8, the pool's is 16"):
+        paged_attention(q[..., :8], pool, 0, batch)
+    with pytest.raises(ValueError, match="shape of v"):
+        paged_attention(q, replace(pool, v=pool.v[:1]), 0, batch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="layer is 2, the pool has 2"):
+        compiled(q, pool, 2, batch).block_until_ready()
 
 
 ATTEND = """
 import logging
-import jax.numpy as jnp
-from model.attention import Batch, paged_attention
+import jax
+from model.attention import Batch, paged_attention, reference
 from model.kernels.cpu.build import available
 from model.kv import KVPool
 logging.basicConfig(format="%(message)s")
-pool = KVPool(*(jnp.ones((1, 2, 1, 16, 16)) for _ in range(2)))
-batch = Batch(*(jnp.asarray(x, jnp.int32) for x in ([1], [0, 1], [3], [[1]], [0])), max_chunk=1)
-print(float(paged_attention(jnp.ones((1, 1, 2, 16)), *(jnp.ones((1, 1, 16)),) * 2, pool, 0, batch).sum()), available())
+pool = KVPool(*jax.random.normal(jax.random.key(0), (2, 1, 2, 1, 16, 16)))
+batch = Batch(*(jax.numpy.asarray(x, int) for x in ([1], [0, 1], [3], [[1]], [0])), max_chunk=1)
+q = 3 * jax.random.normal(jax.random.key(1), (1, 1, 2, 16))
+found = paged_attention(q, pool.k[0, 1, :, 3][None], pool.v[0, 1, :, 3][None], pool, 0, batch)
+print(bool(abs(found - reference(q, pool, 0, batch)).max() < 1e-5), available())
 """
 
 
 def attend(cache, **variables):
-    """What a process of its own says that attends once, with its kernels kept in `cache`: (output, errors)."""
+    """Whether attention is right in a process that keeps its kernels in `cache`, and they are there; what it logs."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"} | variables
     done = subprocess.run(
         [sys.executable, "-c", ATTEND], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -122,12 +155,13 @@ def attend(cache, **variables):
         ({"CXX": "/nonexistent/c++"}, "CXX is '/nonexistent/c++', which is no program"),
         ({"CXX": "", "PATH": ""}, "no C++ compiler is installed: expected one of c++, g++, clang++"),
         ({"CXX": "false"}, "false failed"),
+        ({"CXX": 'g++ "'}, "No closing quotation"),
         ({"TOKENZERO_CPU_KERNEL": "off"}, None),
     ],
 )
 def test_without_a_kernel_xla_does_the_work_and_the_log_says_why(tmp_path, variables, said):
     output, errors = attend(tmp_path, **variables)
-    assert output == "32.0 False"
+    assert output == "True False"
     lines = [line for line in errors.splitlines() if "XLA alone" in line]
     assert len(lines) == (1 if said else 0)
     assert said is None or said in lines[0]
@@ -137,13 +171,23 @@ def test_without_a_kernel_xla_does_the_work_and_the_log_says_why(tmp_path, varia
 def test_a_cache_that_cannot_be_written_costs_the_kernel_and_nothing_else(tmp_path):
     (tmp_path / "file").write_text("")
     output, errors = attend(tmp_path / "file")
-    assert output == "32.0 False"
+    assert output == "True False"
     assert "XLA alone" in errors
+
+
+@needs_kernel
+def test_flags_that_make_arithmetic_loose_have_no_effect(tmp_path):
+    assert attend(tmp_path, CXX=f"{build.compiler_command()[0]} -ffast-math")[0] == "True True"
+
+
+def test_an_empty_cache_variable_means_the_users_own_cache(tmp_path):
+    attend("", HOME=str(tmp_path), CXX="false")
+    assert (tmp_path / ".cache" / "tokenzero" / "kernels").is_dir()
 
 
 @needs_kernel
 def test_processes_that_build_at_once_leave_one_library(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         outputs = [future.result()[0] for future in [pool.submit(attend, tmp_path) for _ in range(2)]]
-    assert outputs == ["32.0 True"] * 2
+    assert outputs == ["True True"] * 2
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".so"]

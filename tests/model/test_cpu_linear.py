@@ -51,6 +51,10 @@ def test_what_it_cannot_take_is_refused_by_name():
         linear(jnp.zeros((2, 16)), jnp.zeros((3, 16), jnp.bfloat16))
     with pytest.raises(ValueError, match="x has 20 inputs, supported are multiples of 16"):
         linear(jnp.zeros((2, 20)), jnp.zeros((3, 20)))
+    with pytest.raises(ValueError, match="x has 0 inputs"):
+        linear(jnp.zeros((2, 0)), jnp.zeros((3, 0)))
+    with pytest.raises(ValueError, match="x has 32 inputs, weight 16"):
+        linear(jnp.zeros((2, 32)), jnp.zeros((3, 16)))
 
 
 @needs_kernel

@@ -87,8 +87,10 @@ struct Work {
   }
 };
 
+struct Nothing {};
+
 // Returns when `run(scratch, i)` has been called for every i below `count`, on the threads of the pool and this one.
-template <typename Scratch, typename Run>
+template <typename Scratch = Nothing, typename Run>
 void divide(xla::ffi::ThreadPool& pool, size_t count, Run run) {
   auto work = std::make_shared<Work<Run>>(std::move(run), count);
   const int64_t helpers = std::min<int64_t>(threads_of(pool), count) - 1;

@@ -80,8 +80,6 @@ void some(const Problem& p, int64_t t, int64_t count, int64_t first, int64_t las
   for (; o < last; ++o) tile<T, 1>(p, t, o);
 }
 
-struct Nothing {};
-
 ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
                   ffi::ResultBuffer<ffi::F32> out) {
   const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1], outputs = weight.dimensions()[0];
@@ -98,7 +96,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   constexpr int64_t WHOLE = 12;  // outputs: a multiple of what any micro-kernel takes
   const int64_t step = (outputs + wanted * WHOLE - 1) / (wanted * WHOLE) * WHOLE;
   const int64_t near = std::max<int64_t>(NEAR_WEIGHTS / inputs / WHOLE, 1) * WHOLE;
-  divide<Nothing>(pool, (outputs + step - 1) / step, [=](Nothing&, size_t i) {
+  divide(pool, (outputs + step - 1) / step, [=](Nothing&, size_t i) {
     const int64_t end = std::min<int64_t>(outputs, (i + 1) * step);
     for (int64_t o = i * step; o < end; o += near)
       for (int64_t t = 0; t < tokens; t += TOKENS)

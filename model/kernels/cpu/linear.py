@@ -30,6 +30,8 @@ def why_not(x: jax.Array, weight: jax.Array) -> str | None:
     for name, array in (("x", x), ("weight", weight)):
         if array.dtype != jnp.float32:
             return f"dtype of {name} is {array.dtype.name}, supported is float32"
-    if x.shape[1] % WIDTH:
+    if x.shape[1] != weight.shape[1]:
+        return f"x has {x.shape[1]} inputs, weight {weight.shape[1]}"
+    if not x.shape[1] or x.shape[1] % WIDTH:
         return f"x has {x.shape[1]} inputs, supported are multiples of {WIDTH}"
     return None

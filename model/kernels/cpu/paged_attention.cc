@@ -7,6 +7,7 @@
 // all query heads of its KV head.
 
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "common.h"
@@ -31,13 +32,13 @@ constexpr int LEAST = 4;  // that head_dim and page_size are multiples of
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// 2 ** x for x <= 0, to the last bits of a float: the integer part goes to the exponent, the rest, at most a half, into
-// the Taylor series of exp(x log 2).
+// 2 ** x for x <= 0, to the last bits of a float: the integer part makes a power by its exponent's bits, the rest, at
+// most a half, goes into the Taylor series of exp(x log 2).
 inline Vec power_of_2(Vec x) {
   const float shift = 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer
-  x = larger(x, all(-126.0f));
+  x = x < all(-126.0f) ? all(-126.0f) : x;  // what is no number stays none
   const Vec shifted = x + shift;
-  const Int exponent = (Int)shifted << 23;
+  const Vec power = (Vec)(((Int)shifted << 23) + 0x3F800000);
   const Vec f = x - (shifted - shift);
   Vec p = all(1.54035304e-4f);
   p = p * f + 1.33335581e-3f;
@@ -46,7 +47,7 @@ inline Vec power_of_2(Vec x) {
   p = p * f + 2.40226507e-1f;
   p = p * f + 6.93147181e-1f;
   p = p * f + 1.0f;
-  return (Vec)((Int)p + exponent);
+  return p * power;
 }
 
 struct Problem {
@@ -60,8 +61,9 @@ struct Problem {
   int64_t tokens, kv_heads, group, dim, page_size, seqs, width;
 
   int64_t rows(int64_t s) const { return (starts[s + 1] - starts[s]) * group; }
-  const float* query(int64_t s, int64_t head, int64_t row) const {
-    return q + ((starts[s] + row / group) * kv_heads * group + head * group + row % group) * dim;
+  // Of a query or its result.
+  int64_t at(int64_t s, int64_t head, int64_t row) const {
+    return ((starts[s] + row / group) * kv_heads * group + head * group + row % group) * dim;
   }
   // Of a key or its value, in the pool.
   int64_t place(int64_t s, int64_t head, int64_t position) const {
@@ -71,9 +73,6 @@ struct Problem {
   // Keys from this one on that lie in one page, a block of them at most.
   int64_t slots(int64_t position, int64_t end) const {
     return std::min({end - position, page_size - position % page_size, static_cast<int64_t>(KEYS)});
-  }
-  float* result(int64_t s, int64_t head, int64_t row) const {
-    return out + (query(s, head, row) - q);
   }
 };
 
@@ -223,7 +222,7 @@ void many(const Problem& p, const Task& t, Scratch& s) {
   std::fill(s.weight, s.weight + strips * ROWS, 0.0f);
   const float scale = scale_of(p);
   for (int64_t r = 0; r < count; ++r) {
-    const float* query = p.query(t.seq, t.head, t.first + r);
+    const float* query = p.q + p.at(t.seq, t.head, t.first + r);
     for (int64_t d = 0; d < p.dim; ++d) queries[r / ROWS * size + d * ROWS + r % ROWS] = query[d] * scale;
   }
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
@@ -250,7 +249,7 @@ void few(const Problem& p, const Task& t, Scratch& s) {
   float *queries = s.queries.zeros(COUNT * p.dim), *total = s.total.zeros(COUNT * p.dim);
   const float scale = scale_of(p);
   for (int r = 0; r < COUNT; ++r) {
-    const float* query = p.query(t.seq, t.head, t.first + r);
+    const float* query = p.q + p.at(t.seq, t.head, t.first + r);
     for (int64_t d = 0; d < p.dim; ++d) queries[r * p.dim + d] = query[d] * scale;
     s.peak[r] = MASKED;
     s.weight[r] = 0.0f;
@@ -327,7 +326,7 @@ void run(const Problem& p, const Task& t, Scratch& s, std::vector<Partial>& part
   Partial* partial = t.parts > 1 ? &partials[t.partial] : nullptr;
   if (partial) partial->total.resize(count * p.dim);
   for (int64_t r = 0; r < count; ++r) {
-    float* to = partial ? partial->total.data() + r * p.dim : p.result(t.seq, t.head, t.first + r);
+    float* to = partial ? partial->total.data() + r * p.dim : p.out + p.at(t.seq, t.head, t.first + r);
     const float scale = partial ? 1.0f : 1.0f / s.weight[r];
     const float* from = s.total.begin + (across ? r * p.dim : r / ROWS * p.dim * ROWS + r % ROWS);
     for (int64_t d = 0; d < p.dim; ++d) to[d] = from[across ? d : d * ROWS] * scale;
@@ -341,7 +340,7 @@ void run(const Problem& p, const Task& t, Scratch& s, std::vector<Partial>& part
 // Puts together what the tasks that share their queries have left; `t` is the first of them.
 void combine(const Problem& p, const Task& t, const std::vector<Partial>& partials) {
   for (int64_t r = 0; r < t.last - t.first; ++r) {
-    float* out = p.result(t.seq, t.head, t.first + r);
+    float* out = p.out + p.at(t.seq, t.head, t.first + r);
     float peak = MASKED, weight = 0.0f;
     for (int64_t i = 0; i < t.parts; ++i) peak = std::max(peak, partials[t.partial + i].peak[r]);
     std::fill(out, out + p.dim, 0.0f);
@@ -389,6 +388,9 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
                           ffi::Buffer<ffi::S32> prefix, ffi::Buffer<ffi::S32> table,
                           ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = q.dimensions(), pages = k.dimensions();
+  if (*layer.typed_data() < 0 || *layer.typed_data() >= pages[0])
+    return ffi::Error::InvalidArgument("layer is " + std::to_string(*layer.typed_data()) + ", the pool has " +
+                                       std::to_string(pages[0]));
   const int64_t in_layer = pages[1] * pages[2] * pages[3] * pages[4];
   const Problem p = {q.typed_data(),
                      k.typed_data() + *layer.typed_data() * in_layer,

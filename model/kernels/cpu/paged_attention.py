@@ -38,6 +38,13 @@ def why_not(q: jax.Array, pool: KVPool) -> str | None:
     for name, array in (("q", q), ("k", pool.k), ("v", pool.v)):
         if array.dtype != jnp.float32:
             return f"dtype of {name} is {array.dtype.name}, supported is float32"
+    for name, found, expected in (
+        ("shape of v", pool.v.shape, pool.k.shape),
+        ("KV heads of q", q.shape[1], pool.k.shape[2]),
+        ("head_dim of q", q.shape[3], pool.k.shape[4]),
+    ):
+        if found != expected:
+            return f"{name} is {found}, the pool's is {expected}"
     if q.shape[-1] % LEAST:
         return f"head_dim is {q.shape[-1]}, supported are multiples of {LEAST}"
     if pool.page_size % LEAST:
