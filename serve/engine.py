@@ -52,6 +52,8 @@ log = logging.getLogger("tokenzero.engine")
 RESTORED_WHILE_WAITING = 2
 # Of the waiting requests, those among which the next one is chosen.
 CHOSEN_FROM = 8
+# Of the mean time that an answer takes, what the latest one counts for.
+ANSWER_SHARE = 0.1
 # The longest nap while all that runs waits for the tiers.
 IDLE_SECONDS = 0.1
 
@@ -123,6 +125,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.flight: Flight | None = None
+        self.answer_s = 0.0  # what answers take, from first token to last: a moving mean
         self.landed_at = 0.0  # when the latest step had been read, by `time.perf_counter`
         self.full = False  # the next request has no room until one that runs has ended
         self.idle = False  # the last step found nothing to do, because all wait for the tiers
@@ -149,8 +152,15 @@ class Engine:
         """Queue a request; `emit` is called on the engine's thread with each of its events. Returns its number.
 
         Raises Overloaded when the queue is full or the engine has stopped, ValueError when prompt and one token exceed
-        `max_model_len`.
+        `max_model_len`, and for numbers that no step can take.
         """
+        for name, value, least, most in (
+            ("max_tokens", request.max_tokens, 1, 2**31),
+            ("top_k", request.sampling.top_k, 0, 2**31),
+            ("seed", request.sampling.seed, 0, 2**32),
+        ):
+            if not least <= value < most:
+                raise ValueError(f"{name} is {value}, expected {least} to {most - 1}")
         prompt = np.asarray(request.tokens, np.int32)
         room = self.settings.max_model_len - len(prompt)
         if len(prompt) == 0 or room < 1:
@@ -186,9 +196,12 @@ class Engine:
             late, _ = self.inbox.read()
             ended = [*self.running, *self.waiting, *late]
             for sequence in ended:
-                if sequence.lease is not None:
-                    self.retire(sequence)
-                sequence.emit(Failed("the engine has stopped"))
+                try:
+                    if sequence.lease is not None:
+                        self.retire(sequence)
+                except Exception:  # the others are to hear of the end, too
+                    log.exception("request %d leaves nothing in the store", sequence.number)
+                self.tell(sequence, Failed("the engine has stopped"))
             if self.pager:
                 self.pager.drain(self.pool, self.store)
 
@@ -210,16 +223,17 @@ class Engine:
 
     def step(self) -> None:
         """Admit, launch a step for all that decodes and one prefill chunk, then read the step before it."""
+        read = self.landed_at
         if self.flight and (self.settings.guesses or any(s.sequence.request.constraint for s in self.flight.seats)):
             self.land()  # what may come next depends on what came
         self.admit()
         restored = self.restore_pages()
         launched = self.launch(self.plan())
-        landed = self.land()
+        self.land()
         self.flight = launched
         if launched and not any(seat.samples for seat in launched.seats):
             self.land()  # nobody is waiting for its token, and whoever comes now should wait for one chunk at most
-        self.idle = not (launched or landed or restored)
+        self.idle = not (launched or restored or self.landed_at > read)
         self.counters.steps += 1
 
     def plan(self) -> list[Turn]:
@@ -259,12 +273,18 @@ class Engine:
             sequence.computed = sequence.lease.reused
             sequence.sealed = sequence.computed // self.settings.page_size
             if others and sequence.pending + promised > room:
-                self.retire(sequence)
+                # What was read ahead for it stays, and nothing of it is new to the store.
+                self.store.release(sequence.lease)
+                sequence.lease, sequence.computed = None, 0
+                self.running.remove(sequence)
                 self.waiting.appendleft(sequence)
                 self.full = True
                 return
             if not sequence.started:  # one that was preempted has computed some of what it matches now
                 sequence.started, sequence.reused = time.perf_counter(), sequence.computed
+            elif not sequence.sampled:  # and some of what it had taken over may be gone
+                sequence.reused = min(sequence.reused, sequence.computed)
+                sequence.restored.clear()
 
     def next_waiting(self) -> Sequence:
         """The next request to admit, of those that have waited longest."""
@@ -274,7 +294,8 @@ class Engine:
         return most_urgent(
             islice(self.waiting, CHOSEN_FROM),
             lambda s: now - s.submitted,
-            lambda s: self.cost.prefill_s(self.store.peek(s.known, s.request.salt), s.length),
+            # Its place is taken for the answer, too: of no time at all, cached prompts would pass all others.
+            lambda s: self.cost.prefill_s(self.store.peek(s.known, s.request.salt), s.length) + self.answer_s,
         )
 
     def restore_pages(self) -> bool:
@@ -295,11 +316,16 @@ class Engine:
             self.pager.read_ahead(sequence)
             if (loaded := self.pager.ready(sequence)) is None:
                 continue
+            self.adopt(sequence)  # another may have brought the same pages meanwhile
+            self.pager.read_ahead(sequence)
+            if self.pager.ready(sequence) is not loaded:
+                continue
             came = True
             if self.make_room(sequence, max(loaded.stop, sequence.computed)):
                 self.pool = self.pager.copy_in(sequence, loaded, self.pool)
                 self.publish(sequence)
-        self.pager.save_parked(self.pool, self.store)
+        if self.pager.save_parked(self.pool, self.store):
+            self.full = False
         return came
 
     def prefilled(self, start: int, stop: int, seconds: float) -> None:
@@ -347,6 +373,14 @@ class Engine:
                 self.counters.prefilled_tokens += turn.count
                 self.publish(sequence)
         return flight
+
+    def tell(self, sequence: Sequence, event: Event) -> None:
+        """Send an event; a request whose caller cannot be told any more ends."""
+        try:
+            sequence.emit(event)
+        except Exception as error:
+            log.warning("request %d ends: its caller takes no events: %s", sequence.number, error)
+            self.inbox.cancel(sequence.number)
 
     def land(self) -> bool:
         """Wait for the step in the air and take what it has sampled. False if there is none."""
@@ -443,7 +477,7 @@ class Engine:
             self.pager.retire(sequence, self.pool, self.store)
         else:
             self.store.release(sequence.lease)
-        sequence.lease, sequence.restore, sequence.flight = None, None, None
+        sequence.lease, sequence.restore, sequence.flight, sequence.computed = None, None, None, 0
         self.running.remove(sequence)
         self.full = False
 
@@ -457,17 +491,19 @@ class Engine:
                 return
         if sequence.sampled == 0:
             now, prompt = time.perf_counter(), sequence.length
+            sequence.answered = now
             self.counters.requests += 1
             self.counters.prompt_tokens += prompt
             self.counters.reused_tokens += sequence.reused
-            sequence.emit(
+            self.tell(
+                sequence,
                 Started(
                     prompt,
                     sequence.reused,
                     sequence.started - sequence.submitted,
                     now - sequence.started,
                     dict(sequence.restored),
-                )
+                ),
             )
         sequence.tokens[sequence.length] = token
         sequence.length += 1
@@ -475,17 +511,18 @@ class Engine:
         self.counters.generated_tokens += 1
         stopped = token in sequence.request.stop_ids
         if not stopped:
-            sequence.emit(Sampled(token))
+            self.tell(sequence, Sampled(token))
         if stopped or sequence.length == len(sequence.tokens):
+            self.answer_s += ANSWER_SHARE * (time.perf_counter() - sequence.answered - self.answer_s)
             self.retire(sequence)
-            sequence.emit(Finished("stop" if stopped else "length"))
+            self.tell(sequence, Finished("stop" if stopped else "length"))
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
         """End one request whose constraint cannot go on."""
         log.warning("request %d ends with an error: %s: %s", sequence.number, type(error).__name__, error)
         self.retire(sequence)
         self.counters.failures += 1
-        sequence.emit(Failed(f"{type(error).__name__}: {error}"))
+        self.tell(sequence, Failed(f"{type(error).__name__}: {error}"))
 
     def recover(self, message: str) -> None:
         """After a step that raised: fail what was running, and start from an empty pool if the step took it along."""
@@ -495,7 +532,7 @@ class Engine:
             if sequence.lease is not None:
                 self.store.release(sequence.lease)
                 sequence.lease = None
-            sequence.emit(Failed(message))
+            self.tell(sequence, Failed(message))
         if not usable(self.pool):
             self.pool = self.fresh_pool()
             self.store = PrefixStore(self.settings.num_pages, self.settings.page_size, self.fingerprint)

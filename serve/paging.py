@@ -6,6 +6,7 @@ steps, never the pool, whose buffers end with each donation.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ from serve.cost import CostModel
 
 if TYPE_CHECKING:
     from serve.sequence import Sequence
+
+log = logging.getLogger("tokenzero.paging")
+
+T = TypeVar("T")
 
 # Pages that one compiled copy moves; the largest is also the unit of a restore.
 BATCHES = (16, 4, 1)
@@ -162,7 +167,8 @@ class Pager:
         if restore is None or not restore.looking.done():
             return
         if restore.slices is None:
-            found = restore.looking.result()
+            if (found := outcome(restore, restore.looking)) is None:
+                return
             sequence.unsaved.extend(found.missing)
             restore.slices = self.plan(found.pages)
         while restore.slices and end_of(restore.slices[0], self.page_size) <= sequence.computed:
@@ -234,7 +240,7 @@ class Pager:
         if not self.blocked(sequence) or sequence.restore is None or not sequence.restore.slices:
             return None
         loading = sequence.restore.slices[0].loading
-        return loading.result() if loading is not None and loading.done() else None
+        return outcome(sequence.restore, loading) if loading is not None and loading.done() else None
 
     def copy_in(self, sequence: Sequence, loaded: Loaded, pool: KVPool) -> KVPool:
         """Copy pages into the sequence's lease, which has room for them; returns the pool to go on with."""
@@ -308,18 +314,21 @@ class Pager:
         if len(rest) and sequence.computed > sequence.reused:
             pages.append((tail_key(self.parent(sequence, full), rest), int(lease.pages[full])))
         self.parked.append(Unsaved(lease, pages))
+        sequence.lease = None  # whatever fails from here on must not end it twice
         self.save_parked(pool, store)
 
-    def save_parked(self, pool: KVPool, store: PrefixStore) -> None:
-        """Queue pages of sequences that have ended, and end the leases of those that are done."""
+    def save_parked(self, pool: KVPool, store: PrefixStore) -> bool:
+        """Queue pages of sequences that have ended, and end the leases of those that are done. Whether any was."""
+        before = len(self.parked)
         while self.parked:
             lease, pages = self.parked[0].lease, self.parked[0].pages
             rest = pages[self.submit(pages, pool) :]
             if rest:
                 self.parked[0] = Unsaved(lease, rest)
-                return
+                break
             self.parked.popleft()
             store.release(lease)
+        return len(self.parked) < before
 
     def drain(self, pool: KVPool, store: PrefixStore) -> None:
         """Wait until the writer has taken all pages of sequences that have ended."""
@@ -351,6 +360,16 @@ class Pager:
             )
             taken += count
         return taken
+
+
+def outcome(restore: Restore, future: Future[T]) -> T | None:
+    """What came of a lookup or a read; None if it failed: then nothing more is taken from the tiers."""
+    try:
+        return future.result()
+    except Exception as error:
+        log.warning("a prefix is computed, not read back: %s: %s", type(error).__name__, error)
+        restore.slices = deque()
+        return None
 
 
 def payloads(copy: jax.Array) -> list[bytes]:

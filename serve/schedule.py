@@ -2,8 +2,8 @@
 
 Highest response ratio next (Brinch Hansen, 1971): a request's claim is the time it has waited over the time it still
 takes, so a short one passes a long one, a long one is never passed for ever, and of equals the earlier goes first. What
-a request takes is what the cache does not have of its prompt, so those whose prefix is there, or is just being computed
-for another, go together with it.
+a prompt takes is what the cache does not have of it, so those whose prefix is there, or is just being computed for
+another, go together with it. A place in the batch is taken for an answer's time, too.
 """
 
 from __future__ import annotations

@@ -124,6 +124,7 @@ class Sequence:
     length: int  # tokens known: the prompt and what was sampled
     submitted: float
     started: float = 0.0
+    answered: float = 0.0  # when its first token came
     lease: Lease | None = None
     computed: int = 0  # tokens whose keys and values are in the lease's pages
     reused: int = 0  # of these, the ones that somebody else had computed
@@ -154,6 +155,7 @@ class Sequence:
         """Count the first `length` tokens as computed by somebody else, whose business it is to save their pages."""
         if not self.sampled:
             self.reused += length - self.computed
+        self.unsaved.extend(range(self.sealed, self.computed // page_size))  # its own, from a step in the air
         self.computed = length
         self.sealed = max(self.sealed, length // page_size)
 

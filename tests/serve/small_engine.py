@@ -1,14 +1,17 @@
 """A tiny model in an engine: how the engine's tests ask it, and what the answer is without any cache."""
 
 import queue
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cache.persistence import Tiers
 from model.attention import Batch
 from model.decoder import forward
 from model.kv import empty_pool
+from serve.cost import CostModel
 from serve.engine import EngineSettings
 from serve.sequence import GenerationRequest, Sampled, Started
 
@@ -75,3 +78,37 @@ def assert_same_or_tied(model, prompt, actual, expected, flips):
     logits = logits_of(model, [*prompt, *expected[:at]])
     assert logits[expected[at]] - logits[actual[at]] <= 1e-4 * np.abs(logits).max(), f"token {at} differs"
     flips.append((len(prompt), at))
+
+
+def tiers_of(folder, host=0, **options):
+    return Tiers(str(folder) if folder else None, 64 << 20, host, **({"flush_seconds": 0.05} | options))
+
+
+class Always(CostModel):
+    """Restores whatever is there, and is not corrected by measurements."""
+
+    def worth_restoring(self, tier, start, stop, size):
+        return True
+
+    def prefilled(self, start, stop, seconds):
+        return self
+
+    def was_read(self, tier, size, seconds):
+        return self
+
+
+def prompt(seed, length=200):
+    return np.random.default_rng(seed).integers(3, VOCAB, length).astype(np.int32)
+
+
+def tick(engine):
+    """One turn of the loop of an engine that was not started; False where it has nothing to do."""
+    pending = engine.waiting or engine.running or engine.inbox.submissions or engine.inbox.cancellations
+    if not pending and not (engine.pager and engine.pager.parked):
+        return False
+    if engine.idle:
+        time.sleep(0.002)
+        engine.idle = False
+    engine.drop(engine.receive())
+    engine.step()
+    return True

@@ -5,19 +5,25 @@ import time
 
 import numpy as np
 import pytest
-from small_engine import PAGE, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
+from small_engine import (
+    PAGE,
+    SMALL,
+    Always,
+    assert_same_or_tied,
+    generate,
+    outcome,
+    prompt,
+    reference,
+    submit,
+    tiers_of,
+)
 
-from cache.persistence import Tiers
 from serve.cost import CostModel
 from serve.engine import Engine
 from serve.sequence import Finished
 
 MIB = 1 << 20
 KNOWN: dict = {}
-
-
-def tiers_of(folder, host=0, **options):
-    return Tiers(str(folder) if folder else None, 64 * MIB, host, **({"flush_seconds": 0.05} | options))
 
 
 class Running:
@@ -39,23 +45,6 @@ class Running:
         self.engine.store.check()
         assert not self.engine.store.live
         assert not self.engine.pager.parked
-
-
-class Always(CostModel):
-    """Restores whatever is there, and is not corrected by measurements."""
-
-    def worth_restoring(self, tier, start, stop, size):
-        return True
-
-    def prefilled(self, start, stop, seconds):
-        return self
-
-    def was_read(self, tier, size, seconds):
-        return self
-
-
-def prompt(seed, length=200):
-    return np.random.default_rng(seed).integers(3, VOCAB, length).astype(np.int32)
 
 
 def stored(model, folder, tokens):
