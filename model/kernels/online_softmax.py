@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from model.attention import MASKED
 
+MOST_PARTS = 16  # of the keys, where fewer thread blocks than half a chip do not ask for more
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -63,8 +64,19 @@ def merge(totals: jax.Array, peaks: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def parts_for(thread_blocks: int, key_blocks: int, waves: int = 1, multiprocessors: int = 132) -> int:
-    """How many parts to split the keys into: as many as fill the chip, none with less than four blocks of keys.
+    """How many parts to split the keys into, none with less than four blocks of keys: the chip is to end in one go.
 
-    `thread_blocks` is the size of the grid without parts, `key_blocks` how many blocks the longest sequence may have.
+    `thread_blocks` is the size of the grid without parts, `key_blocks` how many blocks the longest sequence may have,
+    `waves` how many thread blocks a multiprocessor is to be given. A grid that is large enough is not split. Of a
+    smaller one, the last wave is to be full: 144 thread blocks on 132 multiprocessors would take as long as 264. Every
+    part costs a little, its state written and merged: a hundredth of the whole.
     """
-    return max(1, min(waves * multiprocessors // thread_blocks, key_blocks // 4))
+    room = waves * multiprocessors
+    if thread_blocks >= 2 * room:
+        return 1
+
+    def time(parts: int) -> float:
+        return -(-thread_blocks * parts // room) / parts * (1 + parts / 100)
+
+    most = max(MOST_PARTS, room // thread_blocks)
+    return min(range(1, max(1, min(most, key_blocks // 4)) + 1), key=time)

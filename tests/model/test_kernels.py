@@ -221,3 +221,25 @@ def test_chunks_and_single_tokens_in_one_batch_are_not_for_one_kernel(monkeypatc
 def test_a_gpu_that_is_no_hopper_gets_no_kernel(monkeypatch):
     monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
     assert dispatch.kernel_for(*ragged([3], [1])) is None
+
+
+@pytest.mark.parametrize(
+    ("thread_blocks", "key_blocks", "waves", "expected"),
+    [
+        (3328, 416, 1, 1),  # a long prompt fills the chip many times over
+        (264, 416, 1, 1),
+        (8, 416, 1, 16),  # one token of one sequence: 8 KV heads
+        (4, 416, 1, 33),
+        (8, 416, 2, 33),
+        (8, 8, 1, 2),  # no part has less than four blocks of keys
+        (8, 1, 1, 1),
+    ],
+)
+def test_keys_are_split_until_the_chip_is_full(thread_blocks, key_blocks, waves, expected):
+    assert online_softmax.parts_for(thread_blocks, key_blocks, waves) == expected
+
+
+@pytest.mark.parametrize("thread_blocks", [48, 72, 80, 96, 136, 144, 192])
+def test_the_last_wave_of_a_grid_is_nearly_full(thread_blocks):
+    parts = online_softmax.parts_for(thread_blocks, 416)
+    assert thread_blocks * parts / 132 / -(-thread_blocks * parts // 132) > 0.9
