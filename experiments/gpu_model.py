@@ -60,6 +60,7 @@ def forward_passes(sizes: Sizes) -> Iterator[Json]:
     pool = empty_pool(config, width, sizes.page, dtype)
     step = jax.jit(partial(forward, config=config), donate_argnums=2)
     weights = sum(leaf.size for leaf in jax.tree.leaves(stacked.layers))
+    head = config.vocab_size * config.embed_size  # of one token a pass
     cold, warm, token = ("cold", 0, sizes.context), ("warm", sizes.context, sizes.warm), ("decode", sizes.context, 1)
     arrangements = (("separate", unstacked(stacked), (cold, warm, token)), ("stacked", stacked, (warm, token)))
     for layers, params, passes in arrangements:
@@ -74,8 +75,8 @@ def forward_passes(sizes: Sizes) -> Iterator[Json]:
             )
             taken, pool = donated_seconds(partial(step, params, batch), pool)
             seen = chunk * prefix + chunk * (chunk + 1) / 2
-            flop = 2 * weights * chunk + 4 * config.num_layers * config.num_heads * config.head_dim * seen
-            read = weights * dtype.itemsize + (prefix + chunk) * bytes_per_token(config, dtype)
+            flop = 2 * (weights * chunk + head) + 4 * config.num_layers * config.num_heads * config.head_dim * seen
+            read = (weights + head) * dtype.itemsize + (prefix + chunk) * bytes_per_token(config, dtype)
             yield {
                 "pass": name,
                 "layers": layers,

@@ -1,14 +1,16 @@
 """Find the best sizes of the GPU kernels for each shape on this machine's GPU, and write them into their tables.
 
-Run `python -m experiments.kernels_tune` on a Hopper GPU; `--dry-run` prints them and leaves the files alone.
+Run `python -m experiments.kernels_tune` on a Hopper GPU. `--dry-run` prints them and leaves the files alone, `--out`
+keeps what every size took. A size that gives another result than the default one does is out of the race.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,16 +18,20 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from experiments.gpu_bench import FULL, paged, seconds
+from experiments.gpu_rivals import first_line
 from model.kernels import paged_decode, paged_prefill
 
 Shape = tuple[int, int, int]  # head_dim, group, page_size
 # Llama 3 8B, Qwen2 7B, Qwen3 32B, Llama 3.2 1B.
 SHAPES: tuple[Shape, ...] = ((128, 4, 64), (128, 7, 64), (128, 8, 64), (64, 4, 64))
 HEADS = 32
+TOLERANCE = 0.02  # two roundings to bf16 of values of about one
 
 
 def candidates(module: ModuleType) -> Iterator[Any]:
@@ -40,20 +46,30 @@ def candidates(module: ModuleType) -> Iterator[Any]:
             yield paged_decode.Tuning(block_kv, stages, waves)
 
 
-def best(kernel: Callable, module: ModuleType, shape: Shape, prefix: int, chunk: int) -> tuple[Any, float]:
-    """The fastest tuning of a kernel at a shape, and its seconds for one sequence of `chunk` tokens behind a prefix."""
+def race(
+    kernel: Callable, module: ModuleType, shape: Shape, prefix: int, chunk: int
+) -> Iterator[tuple[Any, float | None, str]]:
+    """Every tuning of a kernel at a shape: its seconds for one sequence of `chunk` tokens behind a prefix, or why none.
+
+    Ends early where one takes the GPU's context down with it: what comes behind would fail for no fault of its own.
+    """
     head_dim, group, page = shape
     config = replace(FULL.model, head_dim=head_dim, num_heads=HEADS // group * group, num_kv_heads=HEADS // group)
     q, pool, layer, batch = paged(replace(FULL, model=config, page=page), [prefix], [chunk])
-    found = []
+    expected = np.asarray(jax.jit(kernel)(q, pool, layer, batch).astype(jnp.float32))
     for tuning in candidates(module):
+        function = jax.jit(partial(kernel, tuning=tuning))
         try:
-            taken = seconds(jax.jit(partial(kernel, tuning=tuning)), q, pool, layer, batch, budget=0.1)
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-            continue  # too much shared memory, or a page that does not divide the block
-        found.append((taken, tuning))
-    taken, tuning = min(found, key=lambda pair: pair[0])
-    return tuning, taken
+            error = float(np.abs(np.asarray(function(q, pool, layer, batch).astype(jnp.float32)) - expected).max())
+            taken = seconds(function, q, pool, layer, batch, budget=0.1)
+        except (ValueError, NotImplementedError) as refusal:
+            # Too much shared memory, or a page that does not divide the block.
+            yield tuning, None, first_line(refusal)
+        except jax.errors.JaxRuntimeError as fault:
+            yield tuning, None, first_line(fault)
+            return
+        else:
+            yield (tuning, taken, "") if error < TOLERANCE else (tuning, None, f"off by {error}")
 
 
 def with_table(source: str, table: dict[Shape, Any]) -> str:
@@ -73,6 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.kernels_tune", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print what is best, write nothing")
     parser.add_argument("--only", choices=("paged_prefill", "paged_decode"), help="tune this kernel")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), metavar="N", help="the first so many (default: all)")
+    parser.add_argument("--out", type=Path, help="a JSON file for what every size took")
     args = parser.parse_args()
     console = Console()
     if jax.default_backend() != "gpu":
@@ -81,13 +99,24 @@ def main() -> None:
         (paged_prefill, paged_prefill.paged_prefill, 0, 16_384),
         (paged_decode, paged_decode.paged_decode, 53_247, 1),
     )
+    rows: list[dict[str, Any]] = []
     for module, kernel, prefix, chunk in kernels:
         if args.only not in (None, kernel.__name__):
             continue
         table, path = dict(module.TUNED), Path(str(module.__file__))
-        for shape in track(SHAPES, kernel.__name__, console=console):
-            table[shape], taken = best(kernel, module, shape, prefix, chunk)
-            console.print(f"{shape}: {table[shape]}, {taken * 1e3:.3f} ms")
+        for shape in track(SHAPES[: args.shapes], kernel.__name__, console=console):
+            found = []
+            for tuning, taken, refused in race(kernel, module, shape, prefix, chunk):
+                console.print(f"{shape}: {tuning}, {refused or f'{taken * 1e3:.3f} ms'}")
+                found += [(taken, tuning)] if taken is not None else []
+                rows.append({"kernel": kernel.__name__, "shape": shape, "tuning": asdict(tuning), "seconds": taken})
+                rows[-1] |= {"refused": refused} if refused else {}
+                if args.out:
+                    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+            if not found:
+                continue
+            taken, table[shape] = min(found, key=lambda pair: pair[0])
+            console.print(f"best of {shape}: {table[shape]}, {taken * 1e3:.3f} ms")
             if not args.dry_run:
                 path.write_text(with_table(path.read_text(), table))
 

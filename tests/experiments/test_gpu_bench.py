@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from experiments import gpu_bench
-from experiments.gpu_bench import SMOKE, add_shares, main, paged, poisoned, run
+from experiments.gpu_bench import FULL, SMOKE, add_shares, main, paged, poisoned, run
 from experiments.gpu_rivals import jax_attention, torch_attention
 from model.kernels.cpu import build
 
@@ -40,7 +40,7 @@ def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path):
 
 
 def test_a_failure_keeps_the_figures_before_it_and_the_next_section_runs(tmp_path):
-    broken = replace(SMOKE, decode_batches=(2, 0))
+    broken = replace(SMOKE, decode_batches=(2, -1))
     result = run(broken, True, tmp_path, Console(quiet=True), ("decode", "ceilings"))
     measured, failed = result["decode"]
     assert measured["batch"] == 2
@@ -54,16 +54,22 @@ def test_a_section_that_takes_too_long_is_ended(tmp_path):
     assert result["ceilings"] == [{"failed": "no figure in 0.01 s, or all 520 s were over"}]
 
 
-def test_a_wrong_result_ends_the_run(tmp_path, monkeypatch):
+def test_a_wrong_result_is_kept_with_all_others_and_fails_the_run(tmp_path, monkeypatch):
     def wrong(q, pool, layer, batch):
         return jnp.zeros_like(q)
 
-    monkeypatch.setattr(gpu_bench, "attention", lambda *_: (wrong, "wrong"))
-    with pytest.raises(AssertionError, match="wrong is off by"):
-        list(gpu_bench.correctness(SMOKE))
-    monkeypatch.setattr(gpu_bench, "section", lambda *arguments, **options: iter([{"wrong": "it is off"}]))
-    with pytest.raises(AssertionError, match="it is off"):
-        run(SMOKE, True, tmp_path, Console(quiet=True), ("correctness",))
+    monkeypatch.setattr(gpu_bench, "attention", lambda *_: (wrong, "nobody"))
+    found = list(gpu_bench.correctness(SMOKE))
+    assert [row["wrong"].startswith("nobody is off by") for row in found] == [True, True]
+    monkeypatch.setattr(gpu_bench, "section", lambda name, *_, **__: iter(found if name == "correctness" else [{}]))
+    with pytest.raises(AssertionError, match="nobody is off by"):
+        run(SMOKE, True, tmp_path, Console(quiet=True), ("correctness", "decode"))
+    result = json.loads((tmp_path / "gpu_bench.json").read_text())
+    assert (result["correctness"], result["decode"]) == (found, [{}])
+
+
+def test_a_pool_has_as_many_layers_as_the_memory_holds():
+    assert [gpu_bench.layers_for(FULL, seqs * FULL.context) for seqs in (1, 8, 64)] == [8, 8, 1]
 
 
 def test_it_starts_without_the_packages_of_the_server():

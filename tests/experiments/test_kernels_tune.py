@@ -1,8 +1,10 @@
 import ast
 from pathlib import Path
 
+import jax
 import pytest
 
+from experiments import kernels_tune
 from experiments.kernels_tune import candidates, with_table
 from model.kernels import paged_decode, paged_prefill
 
@@ -22,3 +24,19 @@ def test_the_default_is_among_the_candidates(module):
     prefill = module is paged_prefill
     defaults = {module.DEFAULT[128], module.OVERLAPPING[128]} if prefill else {module.default(128, 64)}
     assert defaults <= set(candidates(module))
+
+
+def test_what_does_not_fit_or_is_wrong_is_out_of_the_race_and_a_fault_ends_it(monkeypatch):
+    def kernel(q, pool, layer, batch, *, tuning=None):
+        if tuning == "too large":
+            raise ValueError("shared memory: 240000 bytes\nmore of it")
+        if tuning == "fault":
+            raise jax.errors.JaxRuntimeError("an illegal memory access")
+        return 2 * q if tuning == "wrong" else q
+
+    tunings = ["good", "too large", "wrong", "fault", "never tried"]
+    monkeypatch.setattr(kernels_tune, "candidates", lambda module: iter(tunings))
+    found = list(kernels_tune.race(kernel, paged_prefill, (64, 4, 64), prefix=64, chunk=8))
+    assert [tuning for tuning, _, _ in found] == tunings[:4]
+    assert [taken is not None for _, taken, _ in found] == [True, False, False, False]
+    assert [why.partition(" ")[0] for _, _, why in found] == ["", "ValueError:", "off", "JaxRuntimeError:"]
