@@ -39,6 +39,8 @@ from model.kv import KVPool
 Json = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "gpu"
 COMPILED = Path(".cache/gpu_bench")
+# Two roundings to bf16 of values of about one; a wrong mask or page is off by far more, NaN by everything.
+TOLERANCE = 0.02
 POOL_BYTES = 16 * 2**30  # of the pool that attention is timed on, at most
 
 
@@ -153,8 +155,7 @@ def correctness(sizes: Sizes) -> Iterator[Json]:
             wide = jax.tree.map(lambda x: jax.device_put(x, cpu).astype(jnp.float32), (q, pool))
             expected = np.asarray(reference(*wide, 1, jax.device_put(batch, cpu)))
         error = float(np.abs(actual - expected).max())
-        # Two roundings to bf16 of values of about one; a wrong mask or page is off by far more, NaN by everything.
-        wrong = {} if error < 0.02 else {"wrong": f"{name} is off by {error} at chunks {chunks} behind {behind}"}
+        wrong = {} if error < TOLERANCE else {"wrong": f"{name} is off by {error} at chunks {chunks} behind {behind}"}
         row = {"kernel": name, "smallest_chunk": min(chunks), "largest_chunk": max(chunks), "sequences": len(chunks)}
         yield row | {"largest_error": error} | wrong
 

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from experiments.gpu_bench import FULL, paged, seconds
+from experiments.gpu_bench import FULL, TOLERANCE, paged, seconds
 from experiments.gpu_rivals import first_line
 from model.kernels import paged_decode, paged_prefill
 
@@ -31,7 +31,6 @@ Shape = tuple[int, int, int]  # head_dim, group, page_size
 # Llama 3 8B, Qwen2 7B, Qwen3 32B, Llama 3.2 1B.
 SHAPES: tuple[Shape, ...] = ((128, 4, 64), (128, 7, 64), (128, 8, 64), (64, 4, 64))
 HEADS = 32
-TOLERANCE = 0.02  # two roundings to bf16 of values of about one
 
 
 def candidates(module: ModuleType) -> Iterator[Any]:

@@ -35,10 +35,7 @@ class EngineCollector(Collector):
             "guessed_tokens": ("Tokens run on trial", counters.guessed_tokens),
             "right_guesses": ("Of these, the ones that were sampled", counters.right_guesses),
             "preemptions": ("Sequences sent back to the queue for want of pages", counters.preemptions),
-            "failed_requests": (
-                "Requests ended by a failed step or constraint",
-                counters.failures,
-            ),
+            "failed_requests": ("Requests ended by a failed step or constraint", counters.failures),
             "pages_evicted": ("Cached pages given up for new ones", store.pages_evicted),
         }
         for name, (text, value) in counted.items():

@@ -72,9 +72,8 @@ def make_serving(
     """Open what a server needs beside its engine: the log of sampled turns below `store`, the key that signs, masks.
 
     `constrain` takes the place of what requests demand of their answers; without `trace_text` no report on a prompt
-    shows its words. Raises StoreError and OSError for a store that
-    cannot be used, ValueError for a tokenizer that constrained decoding cannot read and for a rule that its template
-    does not allow.
+    shows its words. Raises StoreError and OSError for a store that cannot be used, ValueError for a tokenizer that
+    constrained decoding cannot read and for a rule that its template does not allow.
     """
     if problem := unrendered(tokenizer, rules):
         raise ValueError(f"--normalize {problem}")
