@@ -64,19 +64,17 @@ class Variant:
     page_size: int
     seqs: int
     chunk: int
-    tuning: Any = None  # what the kernel takes by itself
 
     @property
     def name(self) -> str:
         """What the tables and the tests call it."""
         shape = f"d{self.head_dim}-group{self.group}-page{self.page_size}"
-        return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}{'-overlap' if self.tuning else ''}"
+        return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}"
 
     @property
     def function(self) -> Callable:
         """The kernel's wrapper."""
-        wrappers = {"paged_prefill": paged_prefill.paged_prefill, "paged_decode": paged_decode.paged_decode}
-        return partial(wrappers[self.kernel], tuning=self.tuning)
+        return {"paged_prefill": paged_prefill.paged_prefill, "paged_decode": paged_decode.paged_decode}[self.kernel]
 
     def arguments(self, sharding: Any = None, kv_heads: int = 8, context: int = 53_248) -> tuple[Any, ...]:
         """Shapes to trace `function` with, for a pool of two layers."""
@@ -96,23 +94,17 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Both kernels, with the keys whole and split, at each head size and page size, usual groups and tuned shapes.
-
-    And prefill as it may be tuned: with its softmax beside its own matmuls.
-    """
+    """Both kernels, with the keys whole and split, at each head size and page size, usual groups and tuned shapes."""
     shapes = {(d, group, 64) for d in SUPPORTED["head_dim"] for group in (1, 4, 7, 8)}
     shapes |= {(d, 4, page) for d in SUPPORTED["head_dim"] for page in SUPPORTED["page_size"]}
     shapes |= {*paged_prefill.TUNED, *paged_decode.TUNED}
-    prefills = (("paged_prefill", 1, 4096), ("paged_prefill", 1, 128))
-    decodes = (("paged_decode", 64, 1), ("paged_decode", 1, 1))
-    return [
-        *(Variant(kernel, *shape, *batch) for shape in sorted(shapes) for kernel, *batch in (*prefills, *decodes)),
-        *(
-            Variant(kernel, head_dim, 4, 64, *batch, tuning)
-            for head_dim, tuning in paged_prefill.OVERLAPPING.items()
-            for kernel, *batch in prefills
-        ),
-    ]
+    batches = (
+        ("paged_prefill", 1, 4096),
+        ("paged_prefill", 1, 128),
+        ("paged_decode", 64, 1),
+        ("paged_decode", 1, 1),
+    )
+    return [Variant(kernel, *shape, *batch) for shape in sorted(shapes) for kernel, *batch in batches]
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,6 @@ def candidates(module: ModuleType) -> Iterator[Any]:
     if module is paged_prefill:
         for block_q, block_kv, stages in product((64, 128), (64, 128, 256), (2, 3, 4)):
             yield paged_prefill.Tuning(block_q, block_kv, stages)
-        for block_kv, stages in product((64, 128), (2, 3, 4)):
-            yield paged_prefill.Tuning(64, block_kv, stages, overlap=True)
     else:
         for block_kv, stages, waves in product((64, 128), (2, 4, 6, 8), (1, 2, 4)):
             yield paged_decode.Tuning(block_kv, stages, waves)

@@ -45,9 +45,8 @@ class Params:
 def unstacked(params: Params) -> Params:
     """The same weights with `layers` as a tuple, one Layer each.
 
-    XLA copies the slice of a stacked weight on every layer of a scan, which on CPU halves the speed of decode; with
-    separate arrays it reads each weight once. On GPUs it copies too, as the compiled program says; separate layers take
-    several times as long to compile there.
+    XLA copies the slice of a stacked weight on every layer of a scan, on CPU and GPU, which halves the speed of decode;
+    with separate arrays it reads each weight once.
     """
     if isinstance(params.layers, tuple):
         return params

@@ -7,8 +7,10 @@ shape is compiled before the first request, so that no request pays for a compil
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,6 +22,7 @@ from cache.pool import slots_for
 from model.attention import Batch
 from model.config import ModelConfig
 from model.decoder import forward
+from model.kernels.dispatch import on_cpu
 from model.kv import KVPool, copy_pages
 from model.params import Params
 from model.sampling import Sampling, sample
@@ -28,6 +31,8 @@ EVERY_TOKEN = 0xFFFFFFFF  # a word of a mask that allows all its tokens
 PREFILL_CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
 # Of a chunk that shares its step with sequences that decode, and the most of these in the smaller of its two shapes.
 MIXED_CHUNKS = (32, 64, 128, 256)
+# Where there is a GPU: up to here, tokens take no longer than to read the weights that they are multiplied with.
+GPU_CHUNK = 128
 FEW_SINGLES = 4
 # Tokens in front of the chunks that warm up a step: enough for every branch of the attention over a prefix.
 WARM_UP_PREFIX = 4096
@@ -117,8 +122,11 @@ def ladder(max_batch: int, max_chunk: int, mixed_chunk: int = 0, draft: int = 0)
     decode = [Bucket(seqs, 1) for seqs in widths]
     if draft:
         decode += [Bucket(seqs, 1 + draft, every=True) for seqs in widths]
-    chunks = sorted({*(n for n in PREFILL_CHUNKS if n < max_chunk), max_chunk} - {1})
-    shared = sorted({*(n for n in MIXED_CHUNKS if n < mixed_chunk), mixed_chunk} - {0, 1})
+    prefills, shares = PREFILL_CHUNKS, MIXED_CHUNKS
+    if not on_cpu():
+        prefills = shares = tuple(GPU_CHUNK << i for i in range(max_chunk.bit_length()))
+    chunks = sorted({*(n for n in prefills if n < max_chunk), max_chunk} - {1})
+    shared = sorted({*(n for n in shares if n < mixed_chunk), mixed_chunk} - {0, 1})
     others = sorted({min(FEW_SINGLES, max_batch - 1), max_batch - 1} - {0})
     mixed = [Bucket(1, chunk, singles) for chunk in shared for singles in others]
     return tuple(decode + [Bucket(1, chunk) for chunk in chunks] + mixed)
@@ -228,15 +236,20 @@ def compile_steps(
     words = -(-config.vocab_size // 32)
     unmasked = {n: jnp.full((n, words), EVERY_TOKEN, jnp.uint32) for n in {b.samples for b in buckets}}
     nothing = jnp.zeros(max(b.samples for b in buckets), jnp.int32)
-    run = {}
-    for done, bucket in enumerate(buckets):
-        on_progress(done, len(buckets))
+
+    def compiled(bucket: Bucket) -> Callable:
         blank = Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())
         batch, sampling = pack([blank], bucket, table_pages)
         masked = replace(sampling, mask=unmasked[bucket.samples])
-        compiled = jitted.lower(params, pool, batch, masked, nothing).compile()
-        run[bucket] = partial(run_masked, compiled, unmasked[bucket.samples])
-    on_progress(len(buckets), len(buckets))
+        program = jitted.lower(params, pool, batch, masked, nothing).compile()
+        return partial(run_masked, program, unmasked[bucket.samples])
+
+    on_progress(0, len(buckets))
+    run = {}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # XLA compiles without Python's lock
+        for bucket, function in zip(buckets, threads.map(compiled, buckets), strict=True):
+            run[bucket] = function
+            on_progress(len(run), len(buckets))
     page = jax.ShapeDtypeStruct((1,), jnp.int32)
     copy = jax.jit(copy_pages, donate_argnums=0).lower(pool, page, page).compile()
     return Steps(run=run, copy=copy, table_pages=table_pages, nothing=nothing)

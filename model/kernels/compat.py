@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-T = TypeVar("T")
 plgpu: Any = mosaic_gpu  # its names and signatures depend on the version
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 # The interpreter of 0.10 does not know layout_cast, and its parameters are private.
@@ -37,16 +36,14 @@ def generic_read(ref: Any) -> jax.Array:
     return value
 
 
-def queries_by_keys(q: Any, k: Any, meanwhile: Callable[[], T], interpreted: bool) -> tuple[jax.Array, T]:
-    """Scores [rows, keys] in float32 of two shared-memory refs, and what `meanwhile` did once the wgmma was issued."""
+def queries_by_keys(q: Any, k: Any, interpreted: bool) -> jax.Array:
+    """Scores [rows, keys] in float32 of two shared-memory refs; awaited."""
     if interpreted:
-        scores = jnp.dot(q[...], generic_read(k).T, preferred_element_type=jnp.float32)
-        return scores, meanwhile()
+        return jnp.dot(q[...], generic_read(k).T, preferred_element_type=jnp.float32)
 
-    def product(accumulator: Any) -> tuple[jax.Array, T]:
+    def product(accumulator: Any) -> jax.Array:
         plgpu.wgmma(accumulator, q, transposed(k))
-        done = meanwhile()
-        return accumulator[...], done
+        return accumulator[...]
 
     return pl.run_scoped(product, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 
@@ -56,6 +53,24 @@ def plus_probs_by_values(total: jax.Array, probs: jax.Array, v: Any, interpreted
     if interpreted:
         return total + jnp.dot(probs, generic_read(v), preferred_element_type=jnp.float32)
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, probs, v))(plgpu.ACC.init(total))
+
+
+def values_then_scores(
+    total: jax.Array, probs: jax.Array, v: Any, q: Any, k: Any, issued: Callable[[], None], interpreted: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`plus_probs_by_values` and `queries_by_keys`, issued back to back; `issued` is called and both are awaited."""
+    if interpreted:
+        total, scores = plus_probs_by_values(total, probs, v, interpreted), queries_by_keys(q, k, interpreted)
+        issued()
+        return total, scores
+
+    def issue(refs: tuple[Any, Any]) -> None:
+        plgpu.wgmma(refs[0], probs, v)
+        plgpu.wgmma(refs[1], q, transposed(k))
+        issued()
+
+    none = plgpu.layout_cast(jnp.zeros((q.shape[0], k.shape[0]), jnp.float32), plgpu.Layout.WGMMA)
+    return pl.run_state(issue)((plgpu.ACC.init(total), plgpu.ACC.init(none)))
 
 
 def interpreter(detect_races: bool = False) -> Any:

@@ -14,6 +14,7 @@ from model.attention import MASKED
 
 MOST_PARTS = 16  # of the keys, where fewer thread blocks than half a chip do not ask for more
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMNS = 8  # of a row, each column apart from the next eight: what one thread of the layout holds of it adds up alone
 
 
 class State(NamedTuple):
@@ -21,7 +22,7 @@ class State(NamedTuple):
 
     total: Any  # [rows, head_dim] float32: values weighted by exp2(score - peak)
     peak: Any  # [rows] float32: the largest score, times scale and log2(e)
-    weight: Any  # [rows] float32: the sum of the weights
+    weight: Any  # [rows, COLUMNS] float32: sums of the weights, of every eighth key; [rows] once they are `summed`
 
 
 def nothing_seen(rows: int, head_dim: int) -> State:
@@ -29,22 +30,30 @@ def nothing_seen(rows: int, head_dim: int) -> State:
     return State(
         plgpu.layout_cast(jnp.zeros((rows, head_dim), jnp.float32), plgpu.Layout.WGMMA),
         plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), PER_ROW),
-        plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), PER_ROW),
+        plgpu.layout_cast(jnp.zeros((rows, COLUMNS), jnp.float32), plgpu.Layout.WGMMA),
     )
 
 
 def weigh(scores: jax.Array, state: State, head_dim: int) -> tuple[State, jax.Array]:
     """Fold a block of scores [rows, keys] into the state, all but its values; returns the weights [rows, keys] in bf16.
 
-    Powers of two with the scale folded in, so that a weight costs one multiply-add and one exponential.
+    Powers of two with the scale folded in, so that a weight costs one multiply-add and one exponential. The weights are
+    added up within each thread only: an exchange between threads would hold up every block.
     """
     scale = head_dim**-0.5 * math.log2(math.e)
     peak = jnp.maximum(state.peak, scores.max(axis=1) * scale)
     decay = jnp.exp2(state.peak - peak)
     weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(peak, scores.shape, [0]))
-    total = state.total * lax.broadcast_in_dim(decay, state.total.shape, [0])
-    weight = state.weight * decay + weights.sum(axis=1)
-    return State(total, peak, weight), weights.astype(jnp.bfloat16)
+    total, weight = (x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in (state.total, state.weight))
+    sums = [weights[:, i : i + COLUMNS] for i in range(0, weights.shape[1], COLUMNS)]
+    while len(sums) > 1:
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    return State(total, peak, weight + sums[0]), weights.astype(jnp.bfloat16)
+
+
+def summed(state: State) -> State:
+    """The state with its weight [rows], as `normalised` and `merge` want it."""
+    return state._replace(weight=state.weight.sum(axis=1))
 
 
 def normalised(state: State) -> jax.Array:

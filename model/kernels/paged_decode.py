@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from model.attention import Batch, by_token
 from model.kernels import compat, dispatch, ring
-from model.kernels.online_softmax import PER_ROW, State, merge, normalised, nothing_seen, parts_for, weigh
+from model.kernels.online_softmax import PER_ROW, State, merge, normalised, nothing_seen, parts_for, summed, weigh
 from model.kv import KVPool
 
 COMPUTE = 2  # warpgroups that compute; the one after them loads
@@ -117,7 +117,7 @@ def attend(
             i = start + turn * COMPUTE + warpgroup
             slot = lax.rem(i - start, jnp.int32(tuning.stages))
             plgpu.barrier_wait(pages.k_full.at[slot])
-            scores, _ = compat.queries_by_keys(q_tile, pages.k.at[slot], lambda: None, launch.interpreted)
+            scores = compat.queries_by_keys(q_tile, pages.k.at[slot], launch.interpreted)
             plgpu.barrier_arrive(pages.k_free.at[slot])
             if masked:
                 scores = mask(scores, launch.group, position - i * tuning.block_kv)
@@ -140,7 +140,7 @@ def attend(
         # Blocks that every row sees whole need no mask.
         whole = turns(jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, stop))
         state = lax.fori_loop(0, whole, partial(step, False), nothing_seen(ROWS, head_dim))
-        state = lax.fori_loop(whole, turns(stop), partial(step, True), state)
+        state = summed(lax.fori_loop(whole, turns(stop), partial(step, True), state))
 
         @pl.when(warpgroup == 1)
         def _() -> None:
@@ -205,6 +205,8 @@ def mask(scores: jax.Array, group: int, position: jax.Array) -> jax.Array:
     return jnp.where(key <= lax.broadcast_in_dim(last, scores.shape, [0]), scores, -jnp.inf)
 
 
+# As a program of its own, so that a model of many layers in line has it traced and lowered once.
+@partial(jax.jit, static_argnames=("tuning", "interpret"))
 def paged_decode(
     q: jax.Array,  # [tokens, kv_heads, group, head_dim] bf16
     pool: KVPool,

@@ -1,14 +1,13 @@
 """Attention of prompt chunks over the paged pool: FlashAttention-3 (Shah et al., 2024) behind page tables.
 
-A thread block is one tile of query rows, one KV head and one part of the keys. One warpgroup loads pages, two compute.
-The tensor cores are kept busy during a softmax in one of FlashAttention-3's two ways: the two warpgroups take turns, or
-each computes the scores of its next block beside the softmax of this one. A warpgroup's rows are the query heads of the
-group times consecutive tokens, so that any group fills them and shares what is loaded.
+A thread block is one tile of query rows, one KV head and one part of the keys. One warpgroup loads pages, two compute
+and take turns on the tensor cores: one's softmax runs beside the other's products. The products of a turn are issued
+back to back, a block's values and the next one's scores, with no wait in between. A warpgroup's rows are
+the query heads of the group times consecutive tokens, so that any group fills them and shares what is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from model.attention import Batch
 from model.kernels import compat, dispatch, ring
-from model.kernels.online_softmax import PER_ROW, State, merge, normalised, nothing_seen, parts_for, weigh
+from model.kernels.online_softmax import PER_ROW, State, merge, normalised, nothing_seen, parts_for, summed, weigh
 from model.kv import KVPool
 
 COMPUTE = 2  # warpgroups that compute; the one after them loads
@@ -34,19 +33,14 @@ class Tuning:
     block_q: int = 64  # query rows of each compute warpgroup
     block_kv: int = 128  # keys of a stage
     stages: int = 2
-    # A warpgroup's softmax runs beside its own next scores, not beside the other warpgroup's matmuls.
-    overlap: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the kernel cannot run with."""
-        # With one stage, a warpgroup would wait for values that the other frees only after its next turn.
         if self.stages < 2 or self.block_q % 64 or self.block_kv % 64:
             raise ValueError(f"{self}: expected at least 2 stages, and blocks of a multiple of 64")
 
 
 DEFAULT = {64: Tuning(stages=4), 128: Tuning(stages=2)}  # by head_dim
-# What DEFAULT has to beat on a GPU, by head_dim: twice the scores in registers, which at 128 leave room for 64 keys.
-OVERLAPPING = {64: Tuning(stages=4, overlap=True), 128: Tuning(block_kv=64, stages=4, overlap=True)}
 # (head_dim, group, page_size) to what `python -m experiments.kernels_tune` found best on a GPU: nothing yet.
 TUNED: dict[tuple[int, int, int], Tuning] = {}
 
@@ -104,90 +98,61 @@ def attend(
 
         head_dim = q_tile.shape[-1]
 
-        def take_turns() -> None:
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
-
         def slot_of(i: jax.Array) -> jax.Array:
             return lax.rem(i - start, jnp.int32(tuning.stages))
 
-        def score(i: jax.Array, meanwhile: Callable) -> tuple[jax.Array, Any]:
-            """The scores of a block, and what was done while they were computed."""
-            slot = slot_of(i)
-            plgpu.barrier_wait(pages.k_full.at[slot])
-            found = compat.queries_by_keys(q_tile.at[warpgroup], pages.k.at[slot], meanwhile, launch.interpreted)
-            plgpu.barrier_arrive(pages.k_free.at[slot])
-            return found
+        def pass_turn() -> None:
+            plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
-        def softmax(masked: bool, i: jax.Array, scores: jax.Array, state: State) -> tuple[State, jax.Array]:
+        def weigh_scores(masked: bool, i: jax.Array, state: State, scores: jax.Array) -> tuple[State, jax.Array]:
+            """The softmax of block `i`, while the other warpgroup has the tensor cores, and the wait for its values."""
+            slot = slot_of(i)
             if masked:
-                scores = mask(scores, launch.rows, position + warpgroup * launch.rows - i * tuning.block_kv)
-            # The softmax is to stay between what is issued before it and what is awaited behind it.
-            scores, state = lax.optimization_barrier((scores, state))
-            return lax.optimization_barrier(weigh(scores, state, head_dim))
+                plgpu.barrier_wait(pages.v_full.at[slot])
 
-        def zero_unseen_values(i: jax.Array) -> None:
-            """The first warpgroup's work for both: the second may read the values when it has the turn after this."""
+                # The first warpgroup's work for both: the second's turn at these values comes after its own.
+                @pl.when((warpgroup == 0) & ((i + 1) * tuning.block_kv > keys))
+                def _() -> None:
+                    ring.zero_unseen(pages.v.at[slot], i * tuning.block_kv, keys)
 
-            @pl.when((warpgroup == 0) & ((i + 1) * tuning.block_kv > keys))
-            def _() -> None:
-                ring.zero_unseen(pages.v.at[slot_of(i)], i * tuning.block_kv, keys)
+                scores = mask(scores, launch.rows, position + warpgroup * launch.rows, i * tuning.block_kv)
+            state, weights = weigh(scores, state, head_dim)
+            if not masked:
+                plgpu.barrier_wait(pages.v_full.at[slot])
+            return state, weights
 
-        def add_values(i: jax.Array, state: State, weights: jax.Array) -> State:
-            slot = slot_of(i)
+        def step(masked: bool, i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+            """Fold in block `i`, whose scores are there, and compute the next ones: the two products of a turn."""
+            state, weights = weigh_scores(masked, i, *carry)
+            slot, next_slot = slot_of(i), slot_of(i + 1)
+            plgpu.barrier_wait(pages.k_full.at[next_slot])
+            plgpu.barrier_wait(turn.at[warpgroup])
+            operands = weights, pages.v.at[slot], q_tile.at[warpgroup], pages.k.at[next_slot]
+            total, scores = compat.values_then_scores(state.total, *operands, pass_turn, launch.interpreted)
+            plgpu.barrier_arrive(pages.v_free.at[slot])
+            plgpu.barrier_arrive(pages.k_free.at[next_slot])
+            return state._replace(total=total), scores
+
+        def all_blocks(state: State) -> State:
+            last = stop - 1
+            plgpu.barrier_wait(pages.k_full.at[0])
+            scores = compat.queries_by_keys(q_tile.at[warpgroup], pages.k.at[0], launch.interpreted)
+            plgpu.barrier_arrive(pages.k_free.at[0])
+            pl.when(warpgroup == 1)(pass_turn)
+            # Blocks that every row sees whole need no mask.
+            whole = jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, last)
+            carry = lax.fori_loop(start, whole, partial(step, False), (state, scores))
+            carry = lax.fori_loop(whole, last, partial(step, True), carry)
+            state, weights = weigh_scores(True, last, *carry)
+            plgpu.barrier_wait(turn.at[warpgroup])
+            pl.when(warpgroup == 0)(pass_turn)
+            slot = slot_of(last)
             total = compat.plus_probs_by_values(state.total, weights, pages.v.at[slot], launch.interpreted)
             plgpu.barrier_arrive(pages.v_free.at[slot])
             return state._replace(total=total)
 
-        def alternate(masked: bool, i: jax.Array, state: State) -> State:
-            """A block, with the softmax while the other warpgroup has the tensor cores."""
-            if masked:
-                plgpu.barrier_wait(pages.v_full.at[slot_of(i)])
-                zero_unseen_values(i)
-            scores, _ = score(i, take_turns)
-            state, weights = softmax(masked, i, scores, state)
-            plgpu.barrier_arrive(turn)
-            if not masked:
-                plgpu.barrier_wait(pages.v_full.at[slot_of(i)])
-            plgpu.barrier_wait(turn)
-            return add_values(i, state, weights)
-
-        def overlap(masked: bool, i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-            """A block of which the scores are there, with the softmax while those of the next are computed."""
-            state, scores = carry
-            following, (state, weights) = score(i + 1, partial(softmax, masked, i, scores, state))
-            return weigh_values(masked, i, state, weights), following
-
-        def weigh_values(masked: bool, i: jax.Array, state: State, weights: jax.Array) -> State:
-            plgpu.barrier_wait(pages.v_full.at[slot_of(i)])
-            if masked:
-                zero_unseen_values(i)
-                take_turns()
-            return add_values(i, state, weights)
-
-        # Blocks that every row sees whole need no mask.
-        whole = jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, stop)
-
-        def all_alternating(state: State) -> State:
-            pl.when(warpgroup == 1)(take_turns)
-            state = lax.fori_loop(start, whole, partial(alternate, False), state)
-            state = lax.fori_loop(whole, stop, partial(alternate, True), state)
-            pl.when(warpgroup == 0)(take_turns)
-            return state
-
-        def all_overlapping(state: State) -> State:
-            last = stop - 1
-            carry = state, score(start, lambda: None)[0]
-            carry = lax.fori_loop(start, jnp.minimum(whole, last), partial(overlap, False), carry)
-            state, scores = lax.fori_loop(jnp.minimum(whole, last), last, partial(overlap, True), carry)
-            return weigh_values(True, last, *softmax(True, last, scores, state))
-
         state = nothing_seen(tuning.block_q, head_dim)
-        if tuning.overlap:
-            some = (start < stop).astype(jnp.int32)
-            state = lax.fori_loop(0, some, lambda _, state: all_overlapping(state), state)
-        else:
-            state = all_alternating(state)
+        state = summed(lax.cond(start < stop, all_blocks, lambda state: state, state))
 
         if launch.parts == 1:
             o_tile[warpgroup] = normalised(state)
@@ -212,10 +177,10 @@ def load_queries(launch: Launch, q: Any, token: jax.Array, tile: Any, staging: A
     plgpu.commit_smem()
 
 
-def mask(scores: jax.Array, rows: int, position: jax.Array) -> jax.Array:
-    """Hide the keys that a row does not see; `position` is the first token's, counted from the block's first key."""
+def mask(scores: jax.Array, rows: int, position: jax.Array, first: jax.Array) -> jax.Array:
+    """Hide the keys that a row does not see; `position` is the first token's, `first` the first key's."""
     row = plgpu.broadcasted_iota(jnp.int32, scores.shape[:1], 0, layout=PER_ROW)
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + first
     last = lax.rem(row, jnp.int32(rows)) + position
     return jnp.where(key <= lax.broadcast_in_dim(last, scores.shape, [0]), scores, -jnp.inf)
 
@@ -239,6 +204,8 @@ def store_rows(launch: Launch, tile: Any, out: Any, token: jax.Array, end: jax.A
     plgpu.wait_smem_to_gmem(0)
 
 
+# As a program of its own, so that a model of many layers in line has it traced and lowered once.
+@partial(jax.jit, static_argnames=("tuning", "interpret"))
 def paged_prefill(
     q: jax.Array,  # [tokens, kv_heads, group, head_dim] bf16
     pool: KVPool,
@@ -273,8 +240,9 @@ def paged_prefill(
     kernel = plgpu.kernel(
         partial(attend, launch),
         out_type=out_type,
-        grid=(tiles, kv_heads, parts),
-        grid_names=("tile", "kv_head", "part"),
+        # Head by head, so that the keys and values that are under way at a time are one head's and stay in the cache.
+        grid=(kv_heads, tiles, parts),
+        grid_names=("kv_head", "tile", "part"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         scratch_types={
@@ -282,7 +250,7 @@ def paged_prefill(
             "q_tile": tile,
             "o_tile": plgpu.SMEM((COMPUTE, tuning.block_q, head_dim), jnp.bfloat16),
             "q_full": plgpu.Barrier(num_arrivals=group, num_barriers=COMPUTE),
-            "turn": plgpu.Barrier(num_arrivals=COMPUTE),
+            "turn": plgpu.Barrier(num_barriers=COMPUTE),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,

@@ -62,17 +62,11 @@ def test_prefill_with_split_keys_matches_the_reference(stages):
 
 
 @interpreted
-@pytest.mark.parametrize("head_dim", paged_prefill.OVERLAPPING)
-def test_prefill_with_overlap_matches_the_reference(head_dim):
+@pytest.mark.parametrize("head_dim", paged_prefill.DEFAULT)
+def test_prefill_in_many_small_blocks_matches_the_reference(head_dim):
     prefixes, chunks = [0, 1, PAGE - 1, PAGE, PAGE + 1, 1500], [5, 1, 33, 150, 30, 3]
     batch = ragged(prefixes, chunks, head_dim=head_dim, spare_seqs=1, spare_tokens=7)
-    assert_matches_reference(paged_prefill.paged_prefill, *batch, tuning=paged_prefill.OVERLAPPING[head_dim])
-
-
-@interpreted
-def test_prefill_with_overlap_and_split_keys_matches_the_reference():
-    tuning = paged_prefill.Tuning(block_kv=64, stages=2, overlap=True)
-    batch = ragged([1500, 0, 62], [3, 70, 4], kv_heads=2, spare_seqs=1, spare_tokens=3)
+    tuning = paged_prefill.Tuning(block_kv=64, stages=2)
     assert_matches_reference(paged_prefill.paged_prefill, *batch, tuning=tuning)
 
 
