@@ -353,7 +353,7 @@ def draw(result: Json, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained", width_ratios=(4, 2, 1))
     limits = next(iter(result.get("ceilings", [])), {})
     panels = (
-        ("prefill", "flops", "flops", 1e12, "TFLOP/s", lambda row: f"{row['length']:,}\n{row['prefix']:,} cached"),
+        ("prefill", "flops", "flops", 1e12, "TFLOP/s", share_cached),
         ("decode", "bytes_per_s", "bytes_per_s", 1e9, "GB/s", lambda row: f"batch {row['batch']}"),
     )
     for ax, (name, key, limit, unit, label, tick) in zip(axes[:2], panels, strict=True):
@@ -367,12 +367,14 @@ def draw(result: Json, path: Path) -> None:
             ax.bar(at + (i - (len(series) - 1) / 2) * 0.28, values, 0.26, label=who)
         if limit in limits:
             ax.axhline(limits[limit] / unit, color="black", linestyle="--", linewidth=1, label="measured ceiling")
-        ax.set_xticks(at, [tick(row) for row in rows], fontsize=6)
+        ax.set_xticks(at, [tick(row) for row in rows], fontsize=7)
         ax.set_ylabel(label)
-        ax.set_title(f"attention, {name}")
-        ax.legend(fontsize=7)
+        ax.set_title("attention, prefill by share cached" if name == "prefill" else "attention, decode")
+        ax.set_ylim(top=1.25 * ax.get_ylim()[1])
+        ax.legend(fontsize=7, loc="upper left", ncols=2)
     rows = [row for row in result.get("arms", []) if "arm" in row]
-    axes[2].bar([row["arm"] for row in rows], [row["seconds"] * 1e3 for row in rows])
+    bars = axes[2].bar([row["arm"] for row in rows], [row["seconds"] * 1e3 for row in rows])
+    axes[2].bar_label(bars, fmt="{:,.0f}")
     axes[2].set_ylabel("ms to the first token")
     axes[2].set_title(f"{rows[0]['prompt']:,}-token prompt" if rows else "arms: not measured")
     where = result["provenance"]
@@ -381,15 +383,25 @@ def draw(result: Json, path: Path) -> None:
     plt.close(figure)
 
 
+def share_cached(row: Json) -> str:
+    """The length of a prompt and how much of it lay in the cache, in two short lines."""
+    return f"{row['length'] // 1024}K\n" + (f"{row['prefix'] / row['length']:.0%}" if row["prefix"] else "cold")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.gpu_bench", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; on a CPU too")
     parser.add_argument("--only", nargs="+", default=(), choices=list(SECTIONS), help="run these sections")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/gpu beside this file)")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing, draw the folder's results again")
     parser.add_argument("--commit", help="what is measured, on a machine that has no git or no checkout")
     args = parser.parse_args(argv)
     console = Console()
+    if args.redraw:
+        folder = args.out or RESULTS
+        draw(json.loads((folder / "gpu_bench.json").read_text(encoding="utf-8")), folder / "gpu_bench.png")
+        return
     if not args.smoke and jax.default_backend() != "gpu":
         parser.error(f"there is no GPU, JAX found {jax.default_backend()}: use --smoke to try the script")
     sizes = SMOKE if args.smoke else FULL

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from experiments.gpu_bench import FULL, TOLERANCE, paged, seconds
+from experiments.gpu_bench import FULL, TOLERANCE, paged, provenance, seconds
 from experiments.gpu_rivals import first_line
 from model.kernels import paged_decode, paged_prefill
 
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("paged_prefill", "paged_decode"), help="tune this kernel")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), metavar="N", help="the first so many (default: all)")
     parser.add_argument("--out", type=Path, help="a JSON file for what every size took")
+    parser.add_argument("--commit", help="what is measured, on a machine that has no git or no checkout")
     args = parser.parse_args()
     console = Console()
     if jax.default_backend() != "gpu":
@@ -97,6 +98,7 @@ def main() -> None:
         (paged_decode, paged_decode.paged_decode, 53_247, 1),
     )
     rows: list[dict[str, Any]] = []
+    result = {"provenance": provenance(FULL, smoke=False, revision=args.commit), "tunings": rows}
     for module, kernel, prefix, chunk in kernels:
         if args.only not in (None, kernel.__name__):
             continue
@@ -109,7 +111,7 @@ def main() -> None:
                 rows.append({"kernel": kernel.__name__, "shape": shape, "tuning": asdict(tuning), "seconds": taken})
                 rows[-1] |= {"refused": refused} if refused else {}
                 if args.out:
-                    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+                    args.out.write_text(json.dumps(result, indent=1) + "\n")
             if not found:
                 continue
             taken, table[shape] = min(found, key=lambda pair: pair[0])

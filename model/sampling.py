@@ -22,27 +22,25 @@ class Sampling:
     mask: Array | None = None  # [rows, ceil(vocab / 32)] uint32: bit t of word w allows token 32w + t; None allows all
 
 
+def greedy(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The most likely allowed token of each row of `logits` [rows, vocab] float32, [rows] int32."""
+    return jnp.argmax(masked(logits, sampling.mask), axis=-1).astype(jnp.int32)
+
+
 def sample(
     logits: jax.Array,  # [rows, vocab] float32
     sampling: Sampling,
 ) -> jax.Array:
-    """One token id per row, [rows] int32.
+    """One token id per row, [rows] int32: drawn, or the most likely where the temperature is 0.
 
     Top-k and top-p (Holtzman et al., 2020) apply to the distribution after temperature; ties at the threshold stay in.
     """
-    greedy = jnp.argmax(masked(logits, sampling.mask), axis=-1).astype(jnp.int32)
-
-    def draw() -> jax.Array:
-        # Masked anew, as the first time melts into the argmax: kept for both, the masked logits would be a copy.
-        scaled = masked(logits, sampling.mask) / jnp.maximum(sampling.temperature, 1e-6)[:, None]
-        kept = jnp.where(scaled >= threshold(scaled, sampling.top_k, sampling.top_p), scaled, -jnp.inf)
-        drawn = jax.vmap(lambda seed, position, row: jax.random.categorical(row_key(seed, position), row))(
-            sampling.seeds, sampling.positions, kept
-        )
-        return jnp.where(sampling.temperature > 0, drawn.astype(jnp.int32), greedy)
-
-    # The sort behind top-k and top-p costs more than a small model's layer: a greedy batch skips it.
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+    scaled = masked(logits, sampling.mask) / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+    kept = jnp.where(scaled >= threshold(scaled, sampling.top_k, sampling.top_p), scaled, -jnp.inf)
+    drawn = jax.vmap(lambda seed, position, row: jax.random.categorical(row_key(seed, position), row))(
+        sampling.seeds, sampling.positions, kept
+    )
+    return jnp.where(sampling.temperature > 0, drawn.astype(jnp.int32), greedy(logits, sampling))
 
 
 def masked(

@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
                 lambda done, total: progress.update(loading, completed=done, total=total),
             )
             fingerprint = checkpoint.fingerprint(config, params)
-            params = unstacked(params)
+            params = unstacked(params) if on_cpu else params
             sizes = settings(args, config, params, dtype)
             costs = load_constants(args.cost_model, config) if args.cost_model else None
             compiling = progress.add_task("compiling steps", total=None)

@@ -1,8 +1,9 @@
 """The compiled steps: a short ladder of batch shapes, and the packing of sequences into one of them.
 
 A step runs the model over a padded batch, samples one token per sequence and hands the pool back. What the step before
-has sampled is an argument that stays on the device: the next step can be launched before anybody has read it. Every
-shape is compiled before the first request, so that no request pays for a compilation.
+has sampled is an argument that stays on the device: the next step can be launched before anybody has read it. So what a
+step does may not depend on a number on the device, which a GPU's host would have to wait for. Every shape is compiled
+before the first request, so that no request pays for a compilation.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from model.decoder import forward
 from model.kernels.dispatch import on_cpu
 from model.kv import KVPool, copy_pages
 from model.params import Params
-from model.sampling import Sampling, sample
+from model.sampling import Sampling, greedy, sample
 
 EVERY_TOKEN = 0xFFFFFFFF  # a word of a mask that allows all its tokens
-PREFILL_CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
+PREFILL_CHUNKS: tuple[int, ...] = (16, 32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
 # Of a chunk that shares its step with sequences that decode, and the most of these in the smaller of its two shapes.
-MIXED_CHUNKS = (32, 64, 128, 256)
+MIXED_CHUNKS: tuple[int, ...] = (32, 64, 128, 256)
 # Where there is a GPU: up to here, tokens take no longer than to read the weights that they are multiplied with.
 GPU_CHUNK = 128
 FEW_SINGLES = 4
@@ -198,18 +199,18 @@ def pack_masks(masks: Sequence[np.ndarray | None], bucket: Bucket) -> np.ndarray
     return packed
 
 
-def step(
-    params: Params, pool: KVPool, batch: Batch, sampling: Sampling, before: jax.Array, config: ModelConfig
+def logits_step(
+    params: Params, pool: KVPool, batch: Batch, before: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, KVPool]:
-    """One pass of the model, and what is sampled, in the shape of `before`, [samples] int32."""
+    """One pass of the model: logits [samples, vocab] float32, and the pool."""
     known = jnp.where(batch.tokens < 0, before[-1 - batch.tokens], batch.tokens)
-    logits, pool = forward(params, replace(batch, tokens=known), pool, config)
-    sampled = sample(logits, sampling)
-    return jnp.zeros_like(before).at[: sampled.shape[0]].set(sampled), pool
+    return forward(params, replace(batch, tokens=known), pool, config)
 
 
-def run_masked(
-    compiled: Callable,
+def step(
+    compute: Callable,
+    most_likely: Callable,
+    drawn: Callable,
     unmasked: jax.Array,
     params: Params,
     pool: KVPool,
@@ -217,9 +218,14 @@ def run_masked(
     sampling: Sampling,
     before: jax.Array,
 ) -> tuple[jax.Array, KVPool]:
-    """Call a compiled step, which always takes a mask: `unmasked` where the batch brings none."""
+    """Compute logits and pick from them: two compiled programs, of which the second depends on the temperatures.
+
+    The sort behind top-k and top-p costs more than a small model's layer: a greedy batch does without. `unmasked` is
+    the mask where the batch brings none.
+    """
+    logits, pool = compute(params, pool, batch, before)
     masked = sampling if sampling.mask is not None else replace(sampling, mask=unmasked)
-    return compiled(params, pool, batch, masked, before)
+    return (drawn if np.any(sampling.temperature > 0) else most_likely)(logits, masked), pool
 
 
 def compile_steps(
@@ -232,17 +238,31 @@ def compile_steps(
 ) -> Steps:
     """Compile every shape of the ladder. Each call donates the pool: use the one it hands back."""
     table_pages = -(-max_model_len // pool.page_size)
-    jitted = jax.jit(partial(step, config=config), donate_argnums=1)
+    jitted = jax.jit(partial(logits_step, config=config), donate_argnums=1)
     words = -(-config.vocab_size // 32)
-    unmasked = {n: jnp.full((n, words), EVERY_TOKEN, jnp.uint32) for n in {b.samples for b in buckets}}
-    nothing = jnp.zeros(max(b.samples for b in buckets), jnp.int32)
+    most = max(bucket.samples for bucket in buckets)
+    nothing = jnp.zeros(most, jnp.int32)
+
+    def blank(bucket: Bucket) -> tuple[Batch, Sampling]:
+        return pack([Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())], bucket, table_pages)
+
+    def picking(bucket: Bucket) -> tuple[Callable, Callable, jax.Array]:
+        """The two ways to pick, each run once, and the mask of a batch without one, for as many samples."""
+        logits = jnp.zeros((bucket.samples, config.vocab_size), jnp.float32)
+        unmasked = jnp.full((bucket.samples, words), EVERY_TOKEN, jnp.uint32)
+        masked = replace(blank(bucket)[1], mask=unmasked)
+        ways = []
+        for pick in (greedy, sample):
+            padded = jax.jit(lambda logits, sampling, pick=pick: nothing.at[: len(logits)].set(pick(logits, sampling)))
+            ways.append(padded.lower(logits, masked).compile())
+            jax.block_until_ready(ways[-1](logits, masked))
+        return ways[0], ways[1], unmasked
+
+    pickers = {bucket.samples: picking(bucket) for bucket in {b.samples: b for b in buckets}.values()}
 
     def compiled(bucket: Bucket) -> Callable:
-        blank = Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())
-        batch, sampling = pack([blank], bucket, table_pages)
-        masked = replace(sampling, mask=unmasked[bucket.samples])
-        program = jitted.lower(params, pool, batch, masked, nothing).compile()
-        return partial(run_masked, program, unmasked[bucket.samples])
+        program = jitted.lower(params, pool, blank(bucket)[0], nothing).compile()
+        return partial(step, program, *pickers[bucket.samples])
 
     on_progress(0, len(buckets))
     run = {}

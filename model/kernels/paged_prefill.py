@@ -41,8 +41,11 @@ class Tuning:
 
 
 DEFAULT = {64: Tuning(stages=4), 128: Tuning(stages=2)}  # by head_dim
-# (head_dim, group, page_size) to what `python -m experiments.kernels_tune` found best on a GPU: nothing yet.
-TUNED: dict[tuple[int, int, int], Tuning] = {}
+# (head_dim, group, page_size) to what `python -m experiments.kernels_tune` found best on a GPU, an H200.
+TUNED: dict[tuple[int, int, int], Tuning] = {
+    (128, 4, 64): Tuning(block_q=64, block_kv=128, stages=2),
+    (128, 7, 64): Tuning(block_q=64, block_kv=128, stages=2),
+}
 
 
 def tuning_for(head_dim: int, group: int, page_size: int) -> Tuning:

@@ -25,6 +25,11 @@ def test_the_smoke_run_writes_numbers_with_their_provenance(tmp_path):
     assert row["kernel"] == ("paged_attention" if build.available() else "blockwise")
     assert row["of_copy_bandwidth"] == pytest.approx(row["bytes_per_s"] / limits["bytes_per_s"])
     assert row["torch"].keys() <= {"missing", "best", "flash", "cudnn", "bytes_per_s", "of_copy_bandwidth"}
+    picture = tmp_path / "gpu_bench.png"
+    picture.unlink()
+    main(["--redraw", "--out", str(tmp_path)])
+    assert picture.exists()
+    assert json.loads((tmp_path / "gpu_bench.json").read_text()) == result
 
 
 def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path):

@@ -1,8 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.sampling import Sampling, sample
+from model.sampling import Sampling, greedy, sample
 
 
 def sampling(rows, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0, mask=None):
@@ -105,3 +106,18 @@ def test_a_mask_of_ones_changes_nothing():
         options = {"temperature": temperature, "seed": np.arange(50), "top_p": 0.8}
         with_mask, without = sampling(50, mask=ones, **options), sampling(50, **options)
         assert sample(logits, with_mask).tolist() == sample(logits, without).tolist()
+
+
+@pytest.mark.parametrize("pick", [greedy, sample])
+def test_picking_depends_on_no_condition_on_the_device(pick):
+    # A GPU's host would wait for it, and for every step before it, before it could launch another.
+    rows = sampling(2, mask=np.full((2, 1), 2**32 - 1, np.uint32))
+    program = str(jax.make_jaxpr(pick)(jnp.zeros((2, 32)), rows))
+    assert "cond[" not in program
+    assert "while[" not in program
+
+
+def test_what_is_greedy_is_what_is_sampled_at_temperature_zero():
+    logits = jax.random.normal(jax.random.key(0), (20, 64))
+    rows = sampling(20, temperature=0.0, mask=np.full((20, 2), 0x0F0F0F0F, np.uint32))
+    assert greedy(logits, rows).tolist() == sample(logits, rows).tolist()

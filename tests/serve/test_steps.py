@@ -61,6 +61,13 @@ def test_the_ladder_of_the_defaults() -> None:
     assert [(b.chunk, b.singles) for b in buckets if b.singles] == [(n, s) for n in MIXED_CHUNKS for s in (4, 15)]
 
 
+def test_on_a_gpu_chunks_start_where_tokens_begin_to_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.steps.on_cpu", lambda: False)
+    buckets = ladder(8, 1000, 256)
+    assert [b.chunk for b in buckets if b.chunk > 1 and not b.singles] == [128, 256, 512, 1000]
+    assert [(b.chunk, b.singles) for b in buckets if b.singles] == [(n, s) for n in (128, 256) for s in (4, 7)]
+
+
 MASKS = st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4).map(lambda words: np.asarray(words, np.uint32))
 ROWS = st.builds(
     Row,
