@@ -85,7 +85,7 @@ def attend(
     # The longest tiles of a prompt first, so that the last to finish are short ones.
     tile = launch.tiles - 1 - lax.axis_index("tile")
     kv_head, part, warpgroup = (lax.axis_index(name) for name in ("kv_head", "part", "warpgroup"))
-    seq, first, end, position, keys = (tiles[tile, i] for i in range(5))
+    seq, keys = tiles[tile, 0], tiles[tile, 4]
     start, stop = ring.share_of_keys(keys, tuning.block_kv, part, launch.parts)
 
     @pl.when(warpgroup == COMPUTE)
@@ -96,6 +96,7 @@ def attend(
     @pl.when(warpgroup < COMPUTE)
     def _() -> None:
         plgpu.set_max_registers(232, action="increase")
+        first, end, position = (tiles[tile, i] for i in (1, 2, 3))
         token = first + warpgroup * launch.rows
         load_queries(launch, q.at[:, kv_head], token, q_tile.at[warpgroup], o_tile.at[warpgroup], q_full.at[warpgroup])
 
@@ -104,8 +105,9 @@ def attend(
         def slot_of(i: jax.Array) -> jax.Array:
             return lax.rem(i - start, jnp.int32(tuning.stages))
 
+        # The index is asked for anew here and at the end: what is held all along takes registers that there are not.
         def pass_turn() -> None:
-            plgpu.barrier_arrive(turn.at[1 - warpgroup])
+            plgpu.barrier_arrive(turn.at[1 - lax.axis_index("warpgroup")])
 
         def weigh_scores(masked: bool, i: jax.Array, state: State, scores: jax.Array) -> tuple[State, jax.Array]:
             """The softmax of block `i`, while the other warpgroup has the tensor cores, and the wait for its values."""
@@ -160,7 +162,8 @@ def attend(
         if launch.parts == 1:
             o_tile[warpgroup] = normalised(state)
             plgpu.commit_smem()
-            store_rows(launch, o_tile.at[warpgroup], outputs[0].at[:, kv_head], token, end)
+            rows = o_tile.at[lax.axis_index("warpgroup")]
+            store_rows(launch, rows, outputs[0].at[:, kv_head], token, end)
         else:
             for output, value in zip(outputs, state, strict=True):
                 output[part, tile, kv_head, warpgroup] = value
