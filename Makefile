@@ -38,10 +38,11 @@ test-clients: .venv/.installed-clients ## run Claude Code, Codex and Chromium on
 notebooks: .venv/.installed-notebooks ## run all notebooks anew, and what they measure that is not measured yet
 	$(BIN)/jupytext --to ipynb --execute --run-path . notebooks/*.py
 
+# NPROC is the size of XLA's thread pool, in which the interpreter's warpgroups wait for each other: two starve.
 kernels-interpreted: ## run the GPU kernels in the interpreter, for numbers and races; wants JAX 0.11, so Python 3.12
 	$(PYTHON312) -m venv .venv-312
 	.venv-312/bin/pip install --quiet --disable-pip-version-check jax==0.11.2 absl-py flax rich pytest pytest-timeout
-	.venv-312/bin/python -m pytest --noconftest tests/model/test_kernels.py
+	NPROC=16 .venv-312/bin/python -m pytest --noconftest tests/model/test_kernels.py
 
 kernels-aot: ## compile the GPU kernels for an H200 without one, and check spills and shared memory
 	$(PYTHON) -m venv .venv-aot-$(JAX)
