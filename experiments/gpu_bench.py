@@ -353,10 +353,10 @@ def draw(result: Json, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained", width_ratios=(4, 2, 1))
     limits = next(iter(result.get("ceilings", [])), {})
     panels = (
-        ("prefill", "flops", "flops", 1e12, "TFLOP/s", share_cached),
-        ("decode", "bytes_per_s", "bytes_per_s", 1e9, "GB/s", lambda row: f"batch {row['batch']}"),
+        ("prefill", "by share cached", "flops", 1e12, "TFLOP/s", share_cached),
+        ("decode", "by sequences", "bytes_per_s", 1e9, "GB/s", lambda row: f"batch {row['batch']}"),
     )
-    for ax, (name, key, limit, unit, label, tick) in zip(axes[:2], panels, strict=True):
+    for ax, (name, order, key, unit, label, tick) in zip(axes[:2], panels, strict=True):
         rows = [row for row in result.get(name, []) if key in row]
         at = np.arange(len(rows))
         series = {"tokenzero, paged": [row[key] / unit for row in rows]}
@@ -365,11 +365,11 @@ def draw(result: Json, path: Path) -> None:
             series |= {} if np.isnan(values).all() else {f"{rival}, contiguous": values}
         for i, (who, values) in enumerate(series.items()):
             ax.bar(at + (i - (len(series) - 1) / 2) * 0.28, values, 0.26, label=who)
-        if limit in limits:
-            ax.axhline(limits[limit] / unit, color="black", linestyle="--", linewidth=1, label="measured ceiling")
+        if key in limits:
+            ax.axhline(limits[key] / unit, color="black", linestyle="--", linewidth=1, label="measured ceiling")
         ax.set_xticks(at, [tick(row) for row in rows], fontsize=7)
         ax.set_ylabel(label)
-        ax.set_title("attention, prefill by share cached" if name == "prefill" else "attention, decode")
+        ax.set_title(f"attention, {name} {order}")
         ax.set_ylim(top=1.25 * ax.get_ylim()[1])
         ax.legend(fontsize=7, loc="upper left", ncols=2)
     rows = [row for row in result.get("arms", []) if "arm" in row]

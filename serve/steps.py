@@ -240,8 +240,7 @@ def compile_steps(
     table_pages = -(-max_model_len // pool.page_size)
     jitted = jax.jit(partial(logits_step, config=config), donate_argnums=1)
     words = -(-config.vocab_size // 32)
-    most = max(bucket.samples for bucket in buckets)
-    nothing = jnp.zeros(most, jnp.int32)
+    nothing = jnp.zeros(max(b.samples for b in buckets), jnp.int32)
 
     def blank(bucket: Bucket) -> tuple[Batch, Sampling]:
         return pack([Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())], bucket, table_pages)
