@@ -1,10 +1,5 @@
-"""The CPU kernel beyond the numbers that test_attention compares: bits, memory, shapes, and how it is built."""
+"""The CPU kernel beyond the numbers that test_attention compares: bits, memory and shapes."""
 
-import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -19,15 +14,9 @@ from model.kernels.cpu import build
 from model.kernels.cpu.paged_attention import paged_attention
 from model.kv import KVPool
 
-has_compiler = any(shutil.which(name) for name in build.COMPILERS)
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernel cannot be built here")
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=16, dtype=jnp.float32)
 compiled = jax.jit(paged_attention)
-
-
-@pytest.mark.skipif(not has_compiler, reason=f"none of {', '.join(build.COMPILERS)} is installed")
-def test_the_kernels_build_where_there_is_a_compiler():
-    assert build.available()
 
 
 @needs_kernel
@@ -122,72 +111,3 @@ def test_what_it_cannot_take_is_refused_by_name():
         paged_attention(q, replace(pool, v=pool.v[:1]), 0, batch)
     with pytest.raises(jax.errors.JaxRuntimeError, match="layer is 2, the pool has 2"):
         compiled(q, pool, 2, batch).block_until_ready()
-
-
-ATTEND = """
-import logging
-import jax
-from model.attention import Batch, paged_attention, reference
-from model.kernels.cpu.build import available
-from model.kv import KVPool
-logging.basicConfig(format="%(message)s")
-pool = KVPool(*jax.random.normal(jax.random.key(0), (2, 1, 2, 1, 16, 16)))
-batch = Batch(*(jax.numpy.asarray(x, int) for x in ([1], [0, 1], [3], [[1]], [0])), max_chunk=1)
-q = 3 * jax.random.normal(jax.random.key(1), (1, 1, 2, 16))
-found = paged_attention(q, pool.k[0, 1, :, 3][None], pool.v[0, 1, :, 3][None], pool, 0, batch)
-print(bool(abs(found - reference(q, pool, 0, batch)).max() < 1e-5), available())
-"""
-
-
-def attend(cache, **variables):
-    """Whether attention is right in a process that keeps its kernels in `cache`, and they are there; what it logs."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"} | variables
-    done = subprocess.run(
-        [sys.executable, "-c", ATTEND], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"CXX": "/nonexistent/c++"}, "CXX is '/nonexistent/c++', which is no program"),
-        ({"CXX": "", "PATH": ""}, "no C++ compiler is installed: expected one of c++, g++, clang++"),
-        ({"CXX": "false"}, "false failed"),
-        ({"CXX": 'g++ "'}, "No closing quotation"),
-        ({"TOKENZERO_CPU_KERNEL": "off"}, None),
-    ],
-)
-def test_without_a_kernel_xla_does_the_work_and_the_log_says_why(tmp_path, variables, said):
-    output, errors = attend(tmp_path, **variables)
-    assert output == "True False"
-    lines = [line for line in errors.splitlines() if "XLA alone" in line]
-    assert len(lines) == (1 if said else 0)
-    assert said is None or said in lines[0]
-    assert not list(tmp_path.rglob("*.so"))
-
-
-def test_a_cache_that_cannot_be_written_costs_the_kernel_and_nothing_else(tmp_path):
-    (tmp_path / "file").write_text("")
-    output, errors = attend(tmp_path / "file")
-    assert output == "True False"
-    assert "XLA alone" in errors
-
-
-@needs_kernel
-def test_flags_that_make_arithmetic_loose_have_no_effect(tmp_path):
-    assert attend(tmp_path, CXX=f"{build.compiler_command()[0]} -ffast-math")[0] == "True True"
-
-
-def test_an_empty_cache_variable_means_the_users_own_cache(tmp_path):
-    attend("", HOME=str(tmp_path), CXX="false")
-    assert (tmp_path / ".cache" / "tokenzero" / "kernels").is_dir()
-
-
-@needs_kernel
-def test_processes_that_build_at_once_leave_one_library(tmp_path):
-    with ThreadPoolExecutor(2) as pool:
-        outputs = [future.result()[0] for future in [pool.submit(attend, tmp_path) for _ in range(2)]]
-    assert outputs == ["True True"] * 2
-    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".so"]

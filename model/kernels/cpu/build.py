@@ -1,7 +1,8 @@
 """Builds the CPU kernels with the system's C++ compiler, once for each machine, and hands them to JAX.
 
-The library is kept in the user's cache under a name that says what it was built from and for. Without a compiler, or
-with `TOKENZERO_CPU_KERNEL=off`, there are none, and XLA does their work.
+The library is kept in the user's cache under a name that says what it was built from and for. It is built for this
+machine's processor; `TOKENZERO_CPU_MARCH` names another one as the compiler spells it, such as x86-64-v3 for AVX2.
+Without a compiler, or with `TOKENZERO_CPU_KERNEL=off`, there are none, and XLA does their work.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SOURCES = sorted(Path(__file__).parent.glob("*.cc"))
 HEADER = Path(__file__).with_name("common.h")
 PAGED_ATTENTION, LINEAR = "tokenzero_paged_attention", "tokenzero_linear"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-fast-math", "-fno-math-errno", "-ffp-contract=fast")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-fast-math", "-fno-math-errno", "-ffp-contract=off")
 BUILD_SECONDS = 300
 
 
@@ -49,8 +50,7 @@ def available() -> bool:
 def built() -> Path:
     """The kernels' library, built unless the cache has it. Raises RuntimeError where it cannot be built."""
     compiler = compiler_command()
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [*compiler, *FLAGS, native, "-I", jax.ffi.include_dir()]
+    command = [*compiler, *FLAGS, target(), "-I", jax.ffi.include_dir()]
     files = (path.read_bytes() for path in (*SOURCES, HEADER))
     parts = (*files, repr(command[1:]).encode(), compiler_version(compiler), processor().encode())
     name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
@@ -81,6 +81,13 @@ def built() -> Path:
             os.fsync(file.fileno())  # a library that a crash has cut short would take down whoever loads it
         made.replace(library)
     return library
+
+
+def target() -> str:
+    """The compiler's option for the processor to build for: $TOKENZERO_CPU_MARCH, or this machine's."""
+    if march := os.environ.get("TOKENZERO_CPU_MARCH"):
+        return f"-march={march}"
+    return "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 
 
 def compiler_command() -> list[str]:

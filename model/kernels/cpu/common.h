@@ -1,4 +1,8 @@
 // What the CPU kernels share: vectors as wide as the machine's, and work that a call's threads divide among them.
+//
+// Results have the same bits whatever the shape of a loop: sums are written as `fma`, which is one instruction where the
+// target has it, and lanes are added by `sum` or `sums_of`. The compiler contracts nothing (-ffp-contract=off): tuned
+// for some processors, it would fuse long chains of one sum otherwise than short ones of many.
 
 #pragma once
 
@@ -10,8 +14,10 @@
 #include <mutex>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)
+#include <arm_neon.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -34,16 +40,58 @@ inline Vec load(const float* from) { return *reinterpret_cast<const Loose*>(from
 inline void store(float* to, Vec value) { *reinterpret_cast<Loose*>(to) = value; }
 inline Vec all(float value) { return value - Vec{}; }
 
-inline float sum(Vec v) {
+// a * b + c, rounded once where the target has an instruction for it, else after each of the two.
+inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__) && defined(__AVX__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-  float lanes[LANES];
-  store(lanes, v);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return a * b + c;
 #endif
+}
+
+// Lanes of a (from 0) and of b (from LANES) at these places.
+template <int... I>
+inline Vec lanes(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, Int{I...});
+#endif
+}
+
+// The sum of all lanes: the upper half is added to the lower, and so on.
+inline float sum(Vec v) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+  const __m256 above = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+  const __m256 eight = _mm512_castps512_ps256(v) + above;
+#else
+  const __m256 eight = v;
+#endif
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+#else
+  const Vec two = v + lanes<2, 3, 0, 1>(v, v);
+#endif
+  return two[0] + two[1];
+}
+
+// Sums of neighbouring lanes, of a, then of b.
+template <int... I>
+inline Vec pairs(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return lanes<2 * I...>(a, b) + lanes<(2 * I + 1)...>(a, b);
+}
+
+// The sum of each of LANES vectors, in a lane of its own: neighbours are added, and so on.
+inline Vec sums_of(Vec* vectors) {
+  for (int count = LANES; count > 1; count /= 2)
+    for (int i = 0; i < count; i += 2)
+      vectors[i / 2] = pairs(vectors[i], vectors[i + 1], std::make_integer_sequence<int, LANES>());
+  return vectors[0];
 }
 
 // Asks for floats that will be read soon, while there is something else to do.

@@ -4,7 +4,6 @@
 // The inputs lie across the lanes of the vectors. A micro-kernel holds the sums of a few outputs for a few tokens; each
 // is added up in the same order whatever the number of tokens, so that what a token gets does not depend on company.
 
-#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -28,24 +27,6 @@ struct Problem {
   int64_t tokens, inputs, outputs;
 };
 
-// Sums of neighbouring lanes, of a, then of b.
-template <int... I>
-inline Vec pairs(Vec a, Vec b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-#else
-  return __builtin_shuffle(a, b, Int{2 * I...}) + __builtin_shuffle(a, b, Int{(2 * I + 1)...});
-#endif
-}
-
-// The sum of each of LANES vectors, in a lane of its own.
-inline Vec sums_of(Vec* vectors) {
-  for (int count = LANES; count > 1; count /= 2)
-    for (int i = 0; i < count; i += 2)
-      vectors[i / 2] = pairs(vectors[i], vectors[i + 1], std::make_integer_sequence<int, LANES>());
-  return vectors[0];
-}
-
 // Outputs [o, o + O) of the T tokens from t on.
 template <int T, int O>
 inline void tile(const Problem& p, int64_t t, int64_t o) {
@@ -60,7 +41,7 @@ inline void tile(const Problem& p, int64_t t, int64_t o) {
     }
     for (int s = 0; s < T; ++s) {
       const Vec input = load(x + s * LANES);
-      for (int r = 0; r < O; ++r) sums[s * O + r] += weights[r] * input;
+      for (int r = 0; r < O; ++r) sums[s * O + r] = fma(weights[r], input, sums[s * O + r]);
     }
   }
   float results[ROOM];

@@ -41,12 +41,12 @@ inline Vec power_of_2(Vec x) {
   const Vec power = (Vec)(((Int)shifted << 23) + 0x3F800000);
   const Vec f = x - (shifted - shift);
   Vec p = all(1.54035304e-4f);
-  p = p * f + 1.33335581e-3f;
-  p = p * f + 9.61812911e-3f;
-  p = p * f + 5.55041087e-2f;
-  p = p * f + 2.40226507e-1f;
-  p = p * f + 6.93147181e-1f;
-  p = p * f + 1.0f;
+  p = fma(p, f, all(1.33335581e-3f));
+  p = fma(p, f, all(9.61812911e-3f));
+  p = fma(p, f, all(5.55041087e-2f));
+  p = fma(p, f, all(2.40226507e-1f));
+  p = fma(p, f, all(6.93147181e-1f));
+  p = fma(p, f, all(1.0f));
   return p * power;
 }
 
@@ -98,7 +98,7 @@ inline void score(const float* keys, const float* queries, float* scores, int64_
     for (int i = 0; i < N; ++i) q[i] = load(queries + d * ROWS + i * LANES);
     for (int s = 0; s < SLOTS; ++s) {
       const Vec key = all(keys[s * dim + d]);
-      for (int i = 0; i < N; ++i) sums[s][i] += key * q[i];
+      for (int i = 0; i < N; ++i) sums[s][i] = fma(key, q[i], sums[s][i]);
     }
   }
   for (int s = 0; s < SLOTS; ++s)
@@ -116,7 +116,7 @@ inline void weigh(const float* values, const float* weights, float* total, int64
     for (int i = 0; i < N; ++i) w[i] = load(weights + s * ROWS + i * LANES);
     for (int c = 0; c < CHANNELS; ++c) {
       const Vec value = all(values[s * dim + c]);
-      for (int i = 0; i < N; ++i) sums[c][i] += value * w[i];
+      for (int i = 0; i < N; ++i) sums[c][i] = fma(value, w[i], sums[c][i]);
     }
   }
   for (int c = 0; c < CHANNELS; ++c)
@@ -196,7 +196,7 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
       decay = power_of_2(before - peak);
       for (int64_t d = 0; d < p.dim; ++d) store(sums + d * ROWS, load(sums + d * ROWS) * decay);
     }
-    store(strip.weight + at + i * LANES, load(strip.weight + at + i * LANES) * decay + weight);
+    store(strip.weight + at + i * LANES, fma(load(strip.weight + at + i * LANES), decay, weight));
     store(strip.peak + at + i * LANES, peak);
   }
   int64_t done = 0;
@@ -264,7 +264,7 @@ void few(const Problem& p, const Task& t, Scratch& s) {
       Vec sums[COUNT] = {};
       for (int64_t i = 0; i < vecs; ++i) {
         const Vec k = load(keys + slot * p.dim + i * LANES);
-        for (int r = 0; r < COUNT; ++r) sums[r] += k * load(queries + r * p.dim + i * LANES);
+        for (int r = 0; r < COUNT; ++r) sums[r] = fma(k, load(queries + r * p.dim + i * LANES), sums[r]);
       }
       for (int r = 0; r < COUNT; ++r) s.scores[r * KEYS + slot] = sum(sums[r]);
     }
@@ -298,7 +298,7 @@ void few(const Problem& p, const Task& t, Scratch& s) {
       for (int64_t slot = 0; slot < slots; ++slot) {
         const Vec v = load(values + slot * p.dim + i * LANES);
         __builtin_prefetch(next + slot * p.dim + i * LANES, 0, 2);  // the second level: the first is full
-        for (int r = 0; r < COUNT; ++r) sums[r] += v * s.scores[r * KEYS + slot];
+        for (int r = 0; r < COUNT; ++r) sums[r] = fma(v, all(s.scores[r * KEYS + slot]), sums[r]);
       }
       for (int r = 0; r < COUNT; ++r) store(total + r * p.dim + i * LANES, sums[r]);
     }

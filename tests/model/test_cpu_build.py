@@ -1,0 +1,140 @@
+"""How the CPU kernels are built: for which processors, with which compilers, once, and what happens without them."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from model.kernels.cpu import build
+
+has_compiler = any(shutil.which(name) for name in build.COMPILERS)
+needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernel cannot be built here")
+FOLDER = Path(__file__).parent
+# Processors that this one is not: what the compiler takes them for, what this one must have to run their code, and
+# which tests. Tuned for Zen 3, GCC leaves long sums unfused where it may decide.
+PROCESSORS = {
+    "AVX2": ("x86-64-v3", "-mtune=znver3", {"avx2", "fma"}, ""),
+    "SSE": ("x86-64-v2", "", {"sse4_2"}, "bits"),
+}
+
+
+@pytest.mark.skipif(not has_compiler, reason=f"none of {', '.join(build.COMPILERS)} is installed")
+def test_the_kernels_build_where_there_is_a_compiler():
+    assert build.available()
+
+
+def features():
+    """What this machine's processor can do, as Linux names it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_kernels_are_as_right_and_as_exact_when_built_for_another_processor(name):
+    march, tuning, wanted, tests = PROCESSORS[name]
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        pytest.skip(f"{name} is for x86-64 under Linux; this is {platform.machine()} under {platform.system()}")
+    if missing := wanted - features():
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
+    environment = os.environ | {
+        "TOKENZERO_CPU_MARCH": march,
+        "CXX": f"{build.compiler_command()[0]} {tuning}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    files = [str(FOLDER / f"test_cpu_{kernel}.py") for kernel in ("linear", "attention")]
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-k", tests, *files]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert "skipped" not in done.stdout, done.stdout
+
+
+def test_a_library_is_named_after_the_processor_that_it_is_built_for(tmp_path, monkeypatch):
+    fake = tmp_path / "c++"
+    fake.write_text('#!/bin/sh\nfor last; do :; done; echo "$*" > "$last"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TOKENZERO_CPU_MARCH", raising=False)
+    native = build.built()
+    assert "native" in native.read_text()
+    monkeypatch.setenv("TOKENZERO_CPU_MARCH", "x86-64-v3")
+    other = build.built()
+    assert "-march=x86-64-v3" in other.read_text()
+    assert other != native
+    monkeypatch.delenv("TOKENZERO_CPU_MARCH")
+    assert build.built() == native
+
+
+ATTEND = """
+import logging
+import jax
+from model.attention import Batch, paged_attention, reference
+from model.kernels.cpu.build import available
+from model.kv import KVPool
+logging.basicConfig(format="%(message)s")
+pool = KVPool(*jax.random.normal(jax.random.key(0), (2, 1, 2, 1, 16, 16)))
+batch = Batch(*(jax.numpy.asarray(x, int) for x in ([1], [0, 1], [3], [[1]], [0])), max_chunk=1)
+q = 3 * jax.random.normal(jax.random.key(1), (1, 1, 2, 16))
+found = paged_attention(q, pool.k[0, 1, :, 3][None], pool.v[0, 1, :, 3][None], pool, 0, batch)
+print(bool(abs(found - reference(q, pool, 0, batch)).max() < 1e-5), available())
+"""
+
+
+def attend(cache, **variables):
+    """Whether attention is right in a process that keeps its kernels in `cache`, and they are there; what it logs."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", ATTEND], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"CXX": "/nonexistent/c++"}, "CXX is '/nonexistent/c++', which is no program"),
+        ({"CXX": "", "PATH": ""}, "no C++ compiler is installed: expected one of c++, g++, clang++"),
+        ({"CXX": "false"}, "false failed"),
+        ({"CXX": 'g++ "'}, "No closing quotation"),
+        ({"TOKENZERO_CPU_KERNEL": "off"}, None),
+    ],
+)
+def test_without_a_kernel_xla_does_the_work_and_the_log_says_why(tmp_path, variables, said):
+    output, errors = attend(tmp_path, **variables)
+    assert output == "True False"
+    lines = [line for line in errors.splitlines() if "XLA alone" in line]
+    assert len(lines) == (1 if said else 0)
+    assert said is None or said in lines[0]
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_costs_the_kernel_and_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("")
+    output, errors = attend(tmp_path / "file")
+    assert output == "True False"
+    assert "XLA alone" in errors
+
+
+@needs_kernel
+def test_flags_that_make_arithmetic_loose_have_no_effect(tmp_path):
+    assert attend(tmp_path, CXX=f"{build.compiler_command()[0]} -ffast-math")[0] == "True True"
+
+
+def test_an_empty_cache_variable_means_the_users_own_cache(tmp_path):
+    attend("", HOME=str(tmp_path), CXX="false")
+    assert (tmp_path / ".cache" / "tokenzero" / "kernels").is_dir()
+
+
+@needs_kernel
+def test_processes_that_build_at_once_leave_one_library(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        outputs = [future.result()[0] for future in [pool.submit(attend, tmp_path) for _ in range(2)]]
+    assert outputs == ["True True"] * 2
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".so"]
