@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 
 from cache.keys import page_keys, root_key, tail_key
 from cache.persistence import Found, StoredPage, Tiers
+from cache.pool import slots_for
 from cache.store import Lease, PrefixStore
 from cache.tiers import Fetched
 from model.kv import KVPool, gather_pages, scatter_pages
@@ -188,11 +188,7 @@ class Pager:
             if self.cost.worth_restoring(page.tier, page.index * size, page.index * size + page.tokens, page_bytes)
         ]
         self.recomputed_pages += len(pages) - len(worth)
-        slices: deque[Slice] = deque()
-        for _, run in groupby(enumerate(worth), key=lambda item: item[1].index - item[0]):
-            run_pages = [page for _, page in run]
-            slices.extend(Slice(run_pages[at : at + BATCHES[0]]) for at in range(0, len(run_pages), BATCHES[0]))
-        return slices
+        return deque(slices_of(worth, size))
 
     def load(
         self,
@@ -243,7 +239,10 @@ class Pager:
         return outcome(sequence.restore, loading) if loading is not None and loading.done() else None
 
     def copy_in(self, sequence: Sequence, loaded: Loaded, pool: KVPool) -> KVPool:
-        """Copy pages into the sequence's lease, which has room for them; returns the pool to go on with."""
+        """Copy pages into the sequence's lease, which has room for them; returns the pool to go on with.
+
+        All tokens up to the last page's end count as computed from here on.
+        """
         assert sequence.lease is not None
         assert sequence.restore is not None
         assert sequence.restore.slices is not None
@@ -255,6 +254,11 @@ class Pager:
                 self.read_seconds[tier] += seconds
                 self.reads[tier] += 1
         before, at = sequence.computed, loaded.first
+        if loaded.stop <= before:  # others have brought all of it
+            return pool
+        assert at + sum(map(len, loaded.arrays)) == slots_for(loaded.stop, self.page_size), (
+            "only the last loaded page may be partly filled: the tokens that another one lacks would count as computed"
+        )
         # Pages that are full by now are not this lease's to write: they go to a page out of range.
         pages = sequence.lease.pages.astype(np.int32)
         pages[: before // self.page_size] = pool.num_pages
@@ -269,8 +273,7 @@ class Pager:
         self.restored_tokens.update(restored)
         if not sequence.sampled:
             sequence.restored.update(restored)
-        if loaded.stop > before:
-            sequence.take_over(loaded.stop, self.page_size)
+        sequence.take_over(loaded.stop, self.page_size)
         return pool
 
     # Going down.
@@ -360,6 +363,22 @@ class Pager:
             )
             taken += count
         return taken
+
+
+def slices_of(pages: list[StoredPage], page_size: int) -> list[Slice]:
+    """The pages, in order, as slices of consecutive ones, each at most one copy; what is not full ends its slice.
+
+    A sequence that takes a slice over counts all tokens up to its end as computed, and those that a partly filled page
+    lacks are not.
+    """
+    slices: list[Slice] = []
+    for page in pages:
+        last = slices[-1].pages if slices else []
+        if last and len(last) < BATCHES[0] and last[-1].index + 1 == page.index and last[-1].tokens == page_size:
+            last.append(page)
+        else:
+            slices.append(Slice([page]))
+    return slices
 
 
 def outcome(restore: Restore, future: Future[T]) -> T | None:

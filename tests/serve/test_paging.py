@@ -18,8 +18,10 @@ from small_engine import (
     tiers_of,
 )
 
+from cache.persistence import StoredPage
 from serve.cost import CostModel
 from serve.engine import Engine
+from serve.paging import slices_of
 from serve.sequence import Finished
 
 MIB = 1 << 20
@@ -97,6 +99,33 @@ def test_a_hole_is_computed_and_what_lies_behind_it_is_restored(model, tmp_path)
         assert started.restored["disk"] == (len(keys) - 3) * PAGE
         assert engine.counters.prefilled_tokens + 1 >= 3 * PAGE + len(tokens) % PAGE
     assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
+
+
+def test_a_partly_filled_page_in_a_hole_is_never_taken_for_the_full_page_that_was_lost(model, tmp_path):
+    tokens = prompt(15, 36)
+    for length in (PAGE + 2, len(tokens)):  # the first turn ends in page 1, and the second fills it
+        with Running(model, tiers_of(tmp_path)) as engine:
+            generate(engine, tokens[:length], 1)
+            keys = engine.store.keys(tokens)
+    tiers = tiers_of(tmp_path)
+    (disk,) = tiers.pages.tiers
+    (whole,) = disk.get_many([keys[1]])
+    disk.delete([keys[1]])
+    with Running(model, tiers) as engine:
+        output, started, _ = generate(engine, tokens, 8)
+        assert started.restored["disk"] == 3 * PAGE + 2  # what lies behind the hole is read, and the tail in it
+        generate(engine, tokens, 2)  # the device has the page and the disk lacks it: it is written again
+        tiers.writer.flush()
+        (again,) = disk.get_many([keys[1]])
+    assert_same_or_tied(model, tokens, output, reference(model, tokens, 8, KNOWN), [])
+    whole, again = (np.frombuffer(page, np.float32) for page in (whole, again))
+    np.testing.assert_allclose(again, whole, atol=1e-4 * np.abs(whole).max())
+
+
+def test_a_page_that_is_not_full_ends_its_slice():
+    pages = [StoredPage(i, bytes([i]), 3 if i in (2, 30) else PAGE, "disk") for i in (*range(12), *range(20, 45))]
+    slices = [[page.index for page in piece.pages] for piece in slices_of(pages, PAGE)]
+    assert slices == [[0, 1, 2], [*range(3, 12)], [*range(20, 31)], [*range(31, 45)]]
 
 
 def test_a_page_that_vanishes_between_lookup_and_reading_is_computed(model, tmp_path):
