@@ -66,6 +66,11 @@ class RadixIndex:
         self.leaves: list[tuple[int, int, Node]] = []
         self.serials = itertools.count()
 
+    def length(self, tokens: np.ndarray, salt: bytes) -> int:
+        """Length of the longest cached prefix of `tokens` ([tokens] int32); looking does not count as a use."""
+        root = self.top.children.get(salt)
+        return self._walk(root, tokens)[1] if root else 0
+
     def match(self, tokens: np.ndarray, salt: bytes) -> tuple[np.ndarray, int]:
         """The longest cached prefix of `tokens` ([tokens] int32): pages ([slots] int32) that cover it, and its length.
 

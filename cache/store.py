@@ -80,8 +80,8 @@ class PrefixStore:
         return self._enter(Lease(next(self.numbers), pages, reused, reused, salt))
 
     def peek(self, tokens: np.ndarray, salt: bytes = b"") -> int:
-        """How many of `tokens` ([tokens] int32) are cached, as `match` finds them, without a lease: they may go."""
-        return self.index.match(np.asarray(tokens, np.int32), salt)[1]
+        """How many of `tokens` ([tokens] int32) are cached, as `match` finds them, without a lease or a use."""
+        return self.index.length(np.asarray(tokens, np.int32), salt)
 
     def extend(self, lease: Lease, length: int) -> tuple[Lease, list[PageCopy]]:
         """Make room for `length` tokens in total, evicting cached pages as needed.

@@ -327,7 +327,7 @@ class Constraint:
         self.words = words
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next, [words] uint32 as `Row.mask` wants it; stop ids where the answer may end.
+        """The tokens that may come next, [words] uint32 as `pack_masks` wants it; stop ids where the answer may end.
 
         Asking twice changes nothing. Raises ConstraintError when the grammar is too complex to go on.
         """

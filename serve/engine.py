@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import jax
@@ -30,7 +30,7 @@ from serve.cost import Constants, cost_model
 from serve.inbox import Inbox, Overloaded
 from serve.lookup import guess
 from serve.paging import Pager
-from serve.schedule import most_urgent
+from serve.schedule import by_urgency, most_urgent
 from serve.sequence import (
     Event,
     Failed,
@@ -42,9 +42,10 @@ from serve.sequence import (
     Sequence,
     Started,
     Turn,
+    Unpicked,
     Waiting,
 )
-from serve.steps import Row, compile_steps, fit, ladder, pack, warm_up
+from serve.steps import Row, compile_steps, fit, ladder, pack, pack_masks, warm_up
 
 log = logging.getLogger("tokenzero.engine")
 
@@ -224,12 +225,14 @@ class Engine:
     def step(self) -> None:
         """Admit, launch a step for all that decodes and one prefill chunk, then read the step before it."""
         read = self.landed_at
-        if self.flight and (self.settings.guesses or any(s.sequence.request.constraint for s in self.flight.seats)):
+        if self.settings.guesses:
             self.land()  # what may come next depends on what came
         self.admit()
         restored = self.restore_pages()
         launched = self.launch(self.plan())
         self.land()
+        if launched:
+            self.pick(launched)  # what a constraint allows depends on what came, too, but the model's pass does not
         self.flight = launched
         if launched and not any(seat.samples for seat in launched.seats):
             self.land()  # nobody is waiting for its token, and whoever comes now should wait for one chunk at most
@@ -262,7 +265,7 @@ class Engine:
     def admit(self) -> None:
         """Move waiting sequences to the running ones while there is room for their prompts."""
         while self.waiting and len(self.running) < self.settings.max_batch and not self.full:
-            sequence, others = self.next_waiting(), list(self.running)
+            sequence, others = self.in_line()[0], list(self.running)
             self.waiting.remove(sequence)
             # Counted as running before anything can raise: a request that breaks a step must not be tried again.
             self.running.append(sequence)
@@ -286,12 +289,12 @@ class Engine:
                 sequence.reused = min(sequence.reused, sequence.computed)
                 sequence.restored.clear()
 
-    def next_waiting(self) -> Sequence:
-        """The next request to admit, of those that have waited longest."""
-        if len(self.waiting) == 1:
-            return self.waiting[0]
+    def in_line(self) -> list[Sequence]:
+        """Of the requests that have waited longest, the next to admit, and so on."""
+        if len(self.waiting) <= 1:
+            return list(self.waiting)
         now = time.perf_counter()
-        return most_urgent(
+        return by_urgency(
             islice(self.waiting, CHOSEN_FROM),
             lambda s: now - s.submitted,
             # Its place is taken for the answer, too: of no time at all, cached prompts would pass all others.
@@ -302,7 +305,7 @@ class Engine:
         """Copy in what the tiers have brought, and read ahead, for those next in line too. Whether anything came."""
         if self.pager is None:
             return False
-        for sequence in islice(self.waiting, RESTORED_WHILE_WAITING):
+        for sequence in self.in_line()[:RESTORED_WHILE_WAITING]:
             if sequence.restore is None:
                 # Looked up, not leased: it may be long until its turn, and others need the pages.
                 self.pager.begin(sequence, self.store.peek(sequence.known, sequence.request.salt))
@@ -349,30 +352,58 @@ class Engine:
         """Start the step that a plan asks for; None if there is nothing to run."""
         chosen = [t for t in plan if self.make_room(t.sequence, t.sequence.computed + t.count + len(t.guesses))]
         # A later one may have preempted an earlier one.
-        found = [(t, self.row(t)) for t in chosen if t.sequence.lease is not None]
-        rows = [(t, row) for t, row in found if row is not None]
+        rows = [(t, self.row(t)) for t in chosen if t.sequence.lease is not None]
         if not rows:
             return None
         bucket = fit(self.buckets, [len(row.tokens) for _, row in rows], any(row.draft for _, row in rows))
         batch, sampling = pack([row for _, row in rows], bucket, self.steps.table_pages)
-        before = self.flight.sampled if self.flight else self.steps.nothing
+        before = self.steps.nothing
+        if self.flight:
+            assert self.flight.sampled is not None, "a step is picked before the next one is launched"
+            before = self.flight.sampled
         launched = time.perf_counter()
-        sampled, self.pool = self.steps.run[bucket](self.params, self.pool, batch, sampling, before)
+        step = self.steps.run[bucket]
+        logits, self.pool = step.forward(self.params, self.pool, batch, before)
         (turn, first), alone = rows[0], len(rows) == 1
         chunk = (first.prefix, first.prefix + turn.count) if alone and turn.count > 1 else None
-        flight, at = Flight([], sampled, launched, chunk), 0
+        flight, at = Flight([], launched, chunk, Unpicked(step, logits, sampling)), 0
         for turn, _ in rows:
-            sequence = turn.sequence
+            sequence, prefills = turn.sequence, turn.sequence.pending > 1
             sequence.computed += turn.count
             samples = sequence.computed >= sequence.length
             sequence.flight = flight if samples else None
             flight.seats.append(Seat(sequence, at, turn.guesses, samples))
             at += 1 + len(turn.guesses)
             self.counters.guessed_tokens += len(turn.guesses)
-            if turn.count > 1:
+            if prefills:
                 self.counters.prefilled_tokens += turn.count
                 self.publish(sequence)
+        if not any(seat.sequence.request.constraint for seat in flight.seats):
+            self.pick(flight)
         return flight
+
+    def pick(self, flight: Flight) -> None:
+        """Sample from the logits of a step whose sequences' tokens are all known, once.
+
+        A sequence whose constraint cannot go on ends here.
+        """
+        if flight.unpicked is None:
+            return
+        unpicked, flight.unpicked = flight.unpicked, None
+        masks = [mask for seat in flight.seats for mask in [self.mask(seat)] * (1 + len(seat.guesses))]
+        sampling = replace(unpicked.sampling, mask=pack_masks(masks, len(unpicked.sampling.seeds)))
+        flight.sampled = unpicked.step.pick(unpicked.logits, sampling)
+
+    def mask(self, seat: Seat) -> np.ndarray | None:
+        """The tokens that a sequence in a step may go on with, as `pack_masks` wants them."""
+        sequence, constraint = seat.sequence, seat.sequence.request.constraint
+        if constraint is None or not seat.samples or sequence.lease is None:
+            return None
+        try:
+            return constraint.mask()
+        except Exception as error:
+            self.fail(sequence, error)
+            return None
 
     def tell(self, sequence: Sequence, event: Event) -> None:
         """Send an event; a request whose caller cannot be told any more ends."""
@@ -415,16 +446,9 @@ class Engine:
             sequence.computed += 1
             self.take(sequence, behind)
 
-    def row(self, turn: Turn) -> Row | None:
-        """A sequence's share of a step; None if its constraint cannot go on, which ends it."""
-        sequence, mask = turn.sequence, None
-        constraint = sequence.request.constraint
-        if constraint and turn.count == sequence.pending:
-            try:
-                mask = constraint.mask()
-            except Exception as error:
-                self.fail(sequence, error)
-                return None
+    def row(self, turn: Turn) -> Row:
+        """A sequence's share of a step."""
+        sequence = turn.sequence
         assert sequence.lease is not None
         if sequence.flight:
             new = np.asarray([-1 - sequence.flight.at(sequence)], np.int32)
@@ -432,7 +456,7 @@ class Engine:
             new = sequence.tokens[sequence.computed : sequence.computed + turn.count]
         if turn.guesses:
             new = np.concatenate([new, np.asarray(turn.guesses, np.int32)])
-        return Row(new, sequence.computed, sequence.lease.pages, sequence.request.sampling, mask, len(turn.guesses))
+        return Row(new, sequence.computed, sequence.lease.pages, sequence.request.sampling, len(turn.guesses))
 
     def make_room(self, sequence: Sequence, length: int) -> bool:
         """Extend a sequence's lease to `length` tokens, preempting the youngest sequences where the pool is full.

@@ -22,3 +22,8 @@ def response_ratio(waited_s: float, takes_s: float) -> float:
 def most_urgent(requests: Iterable[T], waited_s: Callable[[T], float], takes_s: Callable[[T], float]) -> T:
     """The request with the highest response ratio, the first of equals. Raises ValueError without requests."""
     return max(requests, key=lambda request: response_ratio(waited_s(request), takes_s(request)))
+
+
+def by_urgency(requests: Iterable[T], waited_s: Callable[[T], float], takes_s: Callable[[T], float]) -> list[T]:
+    """The requests, the highest response ratio first, and equals in the order given."""
+    return sorted(requests, key=lambda request: -response_ratio(waited_s(request), takes_s(request)))

@@ -11,18 +11,21 @@ import jax
 import numpy as np
 
 from cache.store import Lease
+from model.sampling import Sampling
 from serve.paging import Restore
-from serve.steps import GREEDY, SamplingParams
+from serve.steps import GREEDY, CompiledStep, SamplingParams
 
 
 class Constraint(Protocol):
     """Which tokens an answer may go on with. It belongs to one request and is asked on the engine's thread only.
 
+    A mask is asked for when all tokens before are known: the model's pass over the latest one may be under way by then.
+
     Whatever either method raises ends that request and no other.
     """
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next, as `Row.mask` wants them; asking twice changes nothing."""
+        """The tokens that may come next, as `pack_masks` wants them; asking twice changes nothing."""
 
     def accept(self, token: int) -> None:
         """Take the token that was sampled, stop ids included."""
@@ -100,13 +103,23 @@ class Seat:
 
 
 @dataclass(frozen=True, eq=False)
+class Unpicked:
+    """What the model's pass of a step came to, before anything is picked from it."""
+
+    step: CompiledStep
+    logits: jax.Array  # [samples, vocab] float32
+    sampling: Sampling  # without masks
+
+
+@dataclass(eq=False)
 class Flight:
     """A step that was launched and that nobody has read."""
 
     seats: list[Seat]
-    sampled: jax.Array  # [samples] int32
     launched: float  # by `time.perf_counter`
     chunk: tuple[int, int] | None  # tokens [start, stop) of a prompt, where the step runs nothing else
+    unpicked: Unpicked | None  # until what constrains its tokens is known
+    sampled: jax.Array | None = None  # [samples] int32, from then on
 
     def at(self, sequence: Sequence) -> int:
         """Where the sequence's next token is sampled."""

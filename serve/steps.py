@@ -93,7 +93,6 @@ class Row:
     prefix: int  # tokens that are in the pool already
     pages: np.ndarray  # [pages] int32
     sampling: SamplingParams
-    mask: np.ndarray | None = None  # [ceil(vocab / 32)] uint32: bit t of word w allows token 32w + t; None allows all
     draft: int = 0  # of the new tokens, the last so many are guesses: a token is sampled behind each, and before them
 
 
@@ -102,11 +101,10 @@ class Steps:
     """Compiled functions: `run[bucket](params, pool, batch, sampling, before)` and `copy(pool, sources, targets)`.
 
     A step returns what it sampled, [samples] int32, as many as the largest shape has, and the pool; `before` is what an
-    earlier one returned, or `nothing`. A sampling without a mask runs with one that allows every token and stays on
-    the device.
+    earlier one returned, or `nothing`.
     """
 
-    run: Mapping[Bucket, Callable]
+    run: Mapping[Bucket, CompiledStep]
     copy: Callable
     table_pages: int  # width of every block table
     nothing: jax.Array  # [samples] int32
@@ -141,7 +139,7 @@ def fit(buckets: Sequence[Bucket], counts: Sequence[int], every: bool = False) -
 
 
 def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, Sampling]:
-    """Lay the rows out as one padded batch of numpy arrays.
+    """Lay the rows out as one padded batch of numpy arrays; the sampling has no mask, for which see `pack_masks`.
 
     What is sampled lies in the order of the rows, one token each and one more for each guess.
     """
@@ -182,17 +180,19 @@ def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, 
         top_p=by_sample([row.sampling.top_p for row in rows], np.float32),
         seeds=by_sample([row.sampling.seed for row in rows], np.uint32),
         positions=positions.astype(np.int32),
-        mask=pack_masks([row.mask for row, count in zip(rows, sampled, strict=True) for _ in range(count)], bucket),
     )
     return batch, sampling
 
 
-def pack_masks(masks: Sequence[np.ndarray | None], bucket: Bucket) -> np.ndarray | None:
-    """The samples' masks as one array, [samples, words] uint32, all ones where one has none; None if none has one."""
+def pack_masks(masks: Sequence[np.ndarray | None], samples: int) -> np.ndarray | None:
+    """Masks for a batch of so many samples, [samples, words] uint32; None if no sample has one.
+
+    Each is [ceil(vocab / 32)] uint32, of which bit t of word w allows token 32w + t, or None, which allows all tokens.
+    """
     given = [mask for mask in masks if mask is not None]
     if not given:
         return None
-    packed = np.full((bucket.samples, len(given[0])), EVERY_TOKEN, np.uint32)
+    packed = np.full((samples, len(given[0])), EVERY_TOKEN, np.uint32)
     for i, mask in enumerate(masks):
         if mask is not None:
             packed[i] = mask
@@ -207,25 +207,30 @@ def logits_step(
     return forward(params, replace(batch, tokens=known), pool, config)
 
 
-def step(
-    compute: Callable,
-    most_likely: Callable,
-    drawn: Callable,
-    unmasked: jax.Array,
-    params: Params,
-    pool: KVPool,
-    batch: Batch,
-    sampling: Sampling,
-    before: jax.Array,
-) -> tuple[jax.Array, KVPool]:
-    """Compute logits and pick from them: two compiled programs, of which the second depends on the temperatures.
+@dataclass(frozen=True)
+class CompiledStep:
+    """A step as two compiled programs: the model's pass, and a way to pick from its logits.
 
-    The sort behind top-k and top-p costs more than a small model's layer: a greedy batch does without. `unmasked` is
-    the mask where the batch brings none.
+    What may be picked need not be known before the pass runs. The sort behind top-k and top-p costs more than a small
+    model's layer: a greedy batch does without.
     """
-    logits, pool = compute(params, pool, batch, before)
-    masked = sampling if sampling.mask is not None else replace(sampling, mask=unmasked)
-    return (drawn if np.any(sampling.temperature > 0) else most_likely)(logits, masked), pool
+
+    forward: Callable[..., tuple[jax.Array, KVPool]]  # (params, pool, batch, before): see `logits_step`
+    greedy: Callable[[jax.Array, Sampling], jax.Array]
+    drawn: Callable[[jax.Array, Sampling], jax.Array]
+    unmasked: jax.Array  # [samples, words] uint32, on the device: the mask of a batch that brings none
+
+    def pick(self, logits: jax.Array, sampling: Sampling) -> jax.Array:
+        """What is sampled from logits [samples, vocab]: [samples of the largest shape] int32."""
+        masked = sampling if sampling.mask is not None else replace(sampling, mask=self.unmasked)
+        return (self.drawn if np.any(sampling.temperature > 0) else self.greedy)(logits, masked)
+
+    def __call__(
+        self, params: Params, pool: KVPool, batch: Batch, sampling: Sampling, before: jax.Array
+    ) -> tuple[jax.Array, KVPool]:
+        """Both at once: what is sampled, and the pool to go on with."""
+        logits, pool = self.forward(params, pool, batch, before)
+        return self.pick(logits, sampling), pool
 
 
 def compile_steps(
@@ -259,9 +264,9 @@ def compile_steps(
 
     pickers = {bucket.samples: picking(bucket) for bucket in {b.samples: b for b in buckets}.values()}
 
-    def compiled(bucket: Bucket) -> Callable:
+    def compiled(bucket: Bucket) -> CompiledStep:
         program = jitted.lower(params, pool, blank(bucket)[0], nothing).compile()
-        return partial(step, program, *pickers[bucket.samples])
+        return CompiledStep(program, *pickers[bucket.samples])
 
     on_progress(0, len(buckets))
     run = {}

@@ -158,11 +158,11 @@ def launches(engine):
     launched, steps = [], engine.steps
 
     def noted(bucket, step):
-        def run(*args):
+        def forward(*args):
             launched.append(bucket)
-            return step(*args)
+            return step.forward(*args)
 
-        return run
+        return replace(step, forward=forward)
 
     engine.steps = replace(steps, run={bucket: noted(bucket, step) for bucket, step in steps.run.items()})
     yield launched

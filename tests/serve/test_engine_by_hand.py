@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_engine import SMALL, Always, generate, outcome, prompt, submit, tick, tiers_of
+from forcing import Script
+from small_engine import SMALL, VOCAB, Always, generate, outcome, prompt, submit, tick, tiers_of
 
 from serve.engine import Engine
 from serve.sequence import Failed, Finished, GenerationRequest, Sampled, Started
@@ -97,6 +98,66 @@ def test_what_was_read_ahead_stays_while_others_have_the_room(make, tmp_path):
     assert len(read) <= 2 * len(tokens) // SMALL.page_size
 
 
+def test_a_constrained_request_costs_nobody_the_step_that_runs_ahead(make):
+    engine = make(replace(SMALL, max_batch=2))
+    submit(engine, prompt(1, 20), 60)
+    scripted, _ = submit(engine, prompt(2, 20), 60, constraint=(script := Script([5, 9, 7] * 20, VOCAB)))
+    for _ in range(6):
+        tick(engine)
+    order, steps, land = [], engine.steps, engine.land
+
+    def forward(step):
+        return lambda *args: (order.append("launch"), step.forward(*args))[1]
+
+    run = {bucket: replace(step, forward=forward(step)) for bucket, step in steps.run.items()}
+    engine.steps = replace(steps, run=run)
+    engine.land = lambda: (order.append("read"), land())[1]
+    for _ in range(4):
+        tick(engine)
+    assert order == ["launch", "read"] * 4
+    engine.steps, engine.land = steps, land
+    finish(engine)
+    assert outcome(scripted)[0] == script.tokens
+
+
+def test_a_prompt_that_prefills_token_by_token_is_there_for_others_as_it_grows(make):
+    engine = make(replace(SMALL, prefill_chunk=1, mixed_chunk=1))
+    tokens = prompt(4, 60)
+    submit(engine, tokens, 2)
+    for _ in range(41):
+        tick(engine)
+    assert engine.store.peek(tokens) >= 40
+    assert engine.counters.prefilled_tokens >= 40
+    finish(engine)
+
+
+def test_what_is_read_ahead_is_what_comes_next(make, tmp_path):
+    short = prompt(41, 40)
+    store(make, tmp_path, short)
+    engine = make(replace(CRAMPED, max_batch=1), tiers_of(tmp_path))
+    submit(engine, prompt(1, 20), 60)
+    for _ in range(3):
+        tick(engine)
+    for i in range(3):
+        submit(engine, prompt(50 + i, 290), 2)
+    submit(engine, short, 2)  # the last of those that wait, and the first to be admitted
+    tick(engine)
+    assert engine.in_line()[0].number == 5
+    assert engine.in_line()[0].restore is not None
+    finish(engine)
+
+
+def test_looking_at_what_is_cached_keeps_nothing_from_eviction(make):
+    engine = make(SMALL)
+    old, new = prompt(60, 40), prompt(61, 40)
+    for tokens in (old, new):
+        submit(engine, tokens, 1)
+        finish(engine)
+    engine.store.peek(old)
+    engine.store.index.evict(1)
+    assert engine.store.peek(old) < engine.store.peek(new)
+
+
 @pytest.mark.parametrize("company", [False, True])
 def test_holes_are_filled_in_the_store_whoever_decodes_beside(make, tmp_path, company):
     tokens = prompt(3, 300)
@@ -134,6 +195,7 @@ def test_a_request_is_admitted_once_the_writer_has_let_go_of_the_pages_it_needs(
     assert engine.waiting
     go.set()
     while engine.pager.parked:
+        assert tiers.writer.flush(60)
         tick(engine)
     tick(engine)
     assert not engine.waiting

@@ -84,7 +84,7 @@ class Wrapped:
         self.gate.set()
         self.entered = 0
         self.fault: Callable[[int, Callable, tuple], Any] | None = None  # (sequences, step, its arguments)
-        run = {bucket: self.wrap(step) for bucket, step in engine.steps.run.items()}
+        run = {bucket: replace(step, forward=self.wrap(step.forward)) for bucket, step in engine.steps.run.items()}
         engine.steps = replace(engine.steps, run=run)
 
     def wrap(self, step: Callable) -> Callable:

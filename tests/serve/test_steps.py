@@ -26,6 +26,7 @@ from serve.steps import (
     fit,
     ladder,
     pack,
+    pack_masks,
 )
 
 BATCHES, CHUNKS = st.integers(1, 200), st.integers(1, 3000)
@@ -81,7 +82,6 @@ ROWS = st.builds(
         top_p=st.floats(0, 1, width=32),
         seed=st.integers(0, 2**32 - 1),
     ),
-    mask=st.none() | MASKS,
 )
 
 
@@ -104,15 +104,6 @@ def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(rows: list[
         assert sampling.positions[i] == row.prefix + len(row.tokens)
         drawn = (sampling.temperature[i], sampling.top_k[i], sampling.top_p[i], sampling.seeds[i])
         assert drawn == (row.sampling.temperature, row.sampling.top_k, row.sampling.top_p, row.sampling.seed)
-    if all(row.mask is None for row in rows):
-        assert sampling.mask is None
-    else:
-        assert sampling.mask.shape == (seqs, 4)
-        assert sampling.mask.dtype == np.uint32
-        for i, row in enumerate(rows):
-            assert np.array_equal(sampling.mask[i], np.full(4, 2**32 - 1, np.uint32) if row.mask is None else row.mask)
-        # An empty mask leaves nothing to sample, so the sequences that are not there have a full one.
-        assert np.all(sampling.mask[len(rows) :] == 2**32 - 1)
     # The sequences that are not there own no token, and what they would sample is greedy, hence cheap.
     assert np.all(batch.starts[len(rows) :] == sum(len(row.tokens) for row in rows))
     assert not batch.tokens[batch.starts[-1] :].any()
@@ -125,16 +116,27 @@ def test_a_token_is_sampled_before_and_behind_each_guess(rows: list[Row], data: 
     bucket = Bucket(len(rows) + 1, 6, every=True)
     batch, sampling = pack(rows, bucket, table_pages=7)
     wanted = [
-        (batch.starts[i + 1] - 1 - back, row.prefix + len(row.tokens) - back, row.sampling.seed, row.mask)
+        (batch.starts[i + 1] - 1 - back, row.prefix + len(row.tokens) - back, row.sampling.seed)
         for i, row in enumerate(rows)
         for back in range(row.draft, -1, -1)
     ]
     assert len(batch.rows) == len(sampling.positions) == len(sampling.seeds) == bucket.samples == bucket.tokens
-    for i, (place, position, seed, mask) in enumerate(wanted):
+    for i, (place, position, seed) in enumerate(wanted):
         assert (batch.rows[i], sampling.positions[i], sampling.seeds[i]) == (place, position, seed)
-        if mask is not None:
-            assert np.array_equal(sampling.mask[i], mask)
     assert not sampling.temperature[len(wanted) :].any()
+
+
+@given(masks=st.lists(st.none() | MASKS, min_size=1, max_size=5), more=st.integers(0, 3))
+def test_packed_masks_allow_all_tokens_where_there_is_none(masks: list[np.ndarray | None], more: int) -> None:
+    packed = pack_masks(masks, len(masks) + more)
+    if all(mask is None for mask in masks):
+        assert packed is None
+        return
+    assert packed is not None
+    assert (packed.shape, packed.dtype) == ((len(masks) + more, 4), np.uint32)
+    # An empty mask leaves nothing to sample, so the samples that are not there have a full one.
+    for found, mask in zip(packed, [*masks, *[None] * more], strict=True):
+        assert np.array_equal(found, np.full(4, 2**32 - 1, np.uint32) if mask is None else mask)
 
 
 def test_every_column_has_the_type_that_was_compiled_for() -> None:
@@ -185,8 +187,9 @@ def test_a_compiled_step_obeys_the_masks_of_the_rows_that_have_one(small: tuple[
     params, steps = small
 
     def sampled(*masks: np.ndarray | None) -> list[int]:
-        rows = [Row(np.asarray([7], np.int32), 0, np.asarray([i], np.int32), GREEDY, m) for i, m in enumerate(masks)]
+        rows = [Row(np.asarray([7], np.int32), 0, np.asarray([i], np.int32), GREEDY) for i in range(len(masks))]
         batch, sampling = pack(rows, Bucket(3, 1), steps.table_pages)
+        sampling = replace(sampling, mask=pack_masks(masks, 3))
         pool = empty_pool(SMALL, 4, 8, jnp.float32)
         return steps.run[Bucket(3, 1)](params, pool, batch, sampling, steps.nothing)[0].tolist()[: len(masks)]
 
