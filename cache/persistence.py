@@ -74,7 +74,7 @@ class Tiers:
         """Search the pages of `tokens`, whose full pages have `keys`, behind the first `held`, which count as used."""
         return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size)
 
-    def close(self) -> None:
+    def close(self, seconds: float = 30.0) -> None:
         """Write what is queued, then close all tiers."""
         self.searcher.shutdown(cancel_futures=True)
         self.writer.close()

@@ -58,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="a longer request gets 413 (default: %(default)s)",
     )
+    http.add_argument(
+        "--stop-seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="that stopping takes at most, what is being stored included (default: %(default)s)",
+    )
 
     prompt = cli.add_argument_group("prompt stability")
     prompt.add_argument(
@@ -120,6 +127,20 @@ def parser() -> argparse.ArgumentParser:
         help="a computed page is stored this soon; what a killed server may lose (default: %(default)s)",
     )
     store.add_argument(
+        "--restore-bytes",
+        type=parse_bytes,
+        default="1GiB",
+        metavar="SIZE",
+        help="pages that were read back and wait to be used, host and device each (default: %(default)s)",
+    )
+    store.add_argument(
+        "--write-queue-bytes",
+        type=parse_bytes,
+        default="1GiB",
+        metavar="SIZE",
+        help="pages that wait to be written, host or device (default: %(default)s)",
+    )
+    store.add_argument(
         "--cost-model",
         metavar="FILE",
         help="what computing costs here, from `python -m experiments.fit` (default: measured while serving)",
@@ -149,18 +170,22 @@ def check(args: argparse.Namespace) -> str | None:
         rules_of(args)
     except ValueError as error:
         return f"--normalize: {error}"
-    if not 0 <= args.flush_seconds < float("inf"):
-        return f"--flush-seconds: expected 0 or more, got {args.flush_seconds}"
+    for name in ("flush_seconds", "stop_seconds"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            return f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(args, name)}"
     if args.max_model_len is not None and args.max_model_len < 2:
         return f"--max-model-len: expected at least 2, got {args.max_model_len}"
     return None
 
 
-def pool_bytes(device: jax.Device, weights: int) -> int:
-    """The default size of the KV pool in bytes: on a GPU all that weights and margin leave, on a CPU a modest share."""
+def pool_bytes(device: jax.Device, taken: int) -> int:
+    """The default size of the KV pool in bytes: on a GPU all but a margin and what is `taken`, on a CPU a modest share.
+
+    Taken are the weights, and the pages on their way between the pool and the tiers.
+    """
     stats = device.memory_stats()
     if device.platform != "cpu" and stats:
-        return max(0, stats["bytes_limit"] - weights - DEVICE_MARGIN_BYTES)
+        return max(0, stats["bytes_limit"] - taken - DEVICE_MARGIN_BYTES)
     import psutil
 
     return min(CPU_POOL_BYTES, psutil.virtual_memory().available // 2)
@@ -176,7 +201,7 @@ def open_tiers(args: argparse.Namespace, on_cpu: bool) -> Tiers | None:
     host_bytes = spare if args.host_bytes is None else args.host_bytes
     if not args.store and not host_bytes:
         return None
-    return Tiers(args.store, args.store_bytes, host_bytes, args.flush_seconds)
+    return Tiers(args.store, args.store_bytes, host_bytes, args.flush_seconds, args.write_queue_bytes)
 
 
 def rules_of(args: argparse.Namespace) -> frozenset[str]:
@@ -206,7 +231,8 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
     from serve.engine import EngineSettings
 
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    budget = pool_bytes(jax.devices()[0], weights) if args.kv_pool_bytes is None else args.kv_pool_bytes
+    taken = weights + args.restore_bytes + args.write_queue_bytes
+    budget = pool_bytes(jax.devices()[0], taken) if args.kv_pool_bytes is None else args.kv_pool_bytes
     page = args.page_size * bytes_per_token(config, np.dtype(jax.numpy.dtype(dtype)))
     pages = budget // page
     if pages < 2:
@@ -226,6 +252,8 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
         max_waiting=args.max_waiting,
         prefill_chunk=args.prefill_chunk,
         guesses=args.guesses,
+        restore_bytes=args.restore_bytes,
+        stop_seconds=args.stop_seconds,
         dtype=dtype,
     )
 

@@ -3,7 +3,7 @@
 The cost model is TTFT(n, p) = fixed + linear (n - p) + attention (n^2 - p^2)/2 + match p + restore r for a prompt of n
 tokens, p of them cached and r of these read back from a tier. Its constants come from a sweep (`fit`), as a file that
 the server loads. Without one, FLOPs follow from the model's shape, and how many a second is measured as the server
-runs; how many bytes a second each tier reads always is. The newest measurements count most.
+runs; how many bytes a second each tier reads always is. The newest measurements count most, a single slow one nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from model.config import ModelConfig
 
-# Of the weight that all earlier measurements have together, this much is left after the next one.
-MEMORY = 0.9
+# Measurements that a rate is taken from, the latest ones.
+REMEMBERED = 16
 # Bytes a second, until a tier was read for the first time: a memory copy, a disk, a network.
 EXPECTED_BYTES_PER_S = {"host": 5e9, "disk": 1e9, "remote": 1e8}
 
@@ -29,19 +29,26 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e6)]
 
 @dataclass(frozen=True)
 class Rate:
-    """Units a second, as a decaying mean over work done: `units` took `seconds`."""
+    """Units a second: the median of the latest measurements, each weighed by its units.
 
-    units: float = 0.0
-    seconds: float = 0.0
+    In a mean, one stall of a minute (a suspended machine, a busy disk, a collection of garbage) would outweigh a
+    thousand reads, and it says nothing of the rate.
+    """
 
-    @property
-    def per_second(self) -> float:
-        """The rate; 0 as long as nothing was measured."""
-        return self.units / self.seconds if self.seconds else 0.0
+    per_second: float = 0.0  # 0 as long as nothing was measured
+    latest: tuple[tuple[float, float], ...] = ()  # (units a second, units), the newest last
 
     def observed(self, units: float, seconds: float) -> Rate:
-        """The rate after one more measurement."""
-        return Rate(MEMORY * self.units + units, MEMORY * self.seconds + seconds)
+        """The rate after one more measurement: `units` took `seconds`, which must be above 0."""
+        latest = (*self.latest[1 - REMEMBERED :], (units / seconds, units))
+        return Rate(weighted_median(latest), latest)
+
+
+def weighted_median(values: Sequence[tuple[float, float]]) -> float:
+    """The value of the pairs (value, weight) that has half of the weight on either side; of two such, the larger."""
+    ordered = sorted(values, reverse=True)
+    reached = np.cumsum([weight for _, weight in ordered])
+    return ordered[int(np.searchsorted(reached, reached[-1] / 2))][0]
 
 
 @dataclass(frozen=True)

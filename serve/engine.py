@@ -73,6 +73,8 @@ class EngineSettings:
     mixed_chunk: int = 256
     # Tokens that a decoding sequence runs on trial in each step, where its text repeats itself; 0 for none.
     guesses: int = 0
+    restore_bytes: int = 1 << 30  # of pages that were read back and are not in the pool yet
+    stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -122,7 +124,9 @@ class Engine:
         self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
         self.cost = cost_model(config, costs)
         self.inbox = Inbox()
-        self.pager = Pager(tiers, self.pool, fingerprint, self.cost, self.inbox.wake) if tiers else None
+        self.pager = (
+            Pager(tiers, self.pool, fingerprint, self.cost, self.inbox.wake, settings.restore_bytes) if tiers else None
+        )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.flight: Flight | None = None
@@ -143,11 +147,17 @@ class Engine:
         self.thread.start()
 
     def stop(self) -> None:
-        """Finish the step under way, fail what is still running, end the thread, and write what the tiers lack."""
+        """Finish the step under way, fail what is still running, end the thread, and write what the tiers lack.
+
+        It takes `stop_seconds` at most, half of them for the pages of sequences that have ended: what hangs is left.
+        """
+        end = time.monotonic() + self.settings.stop_seconds
         self.inbox.stop()
-        self.thread.join()
+        self.thread.join(self.settings.stop_seconds)
+        if self.thread.is_alive():
+            log.warning("the engine's thread has not ended within %g s: it is left alone", self.settings.stop_seconds)
         if self.pager:
-            self.pager.tiers.close()
+            self.pager.tiers.close(max(0.0, end - time.monotonic()))
 
     def submit(self, request: GenerationRequest, emit: Callable[[Event], object]) -> int:
         """Queue a request; `emit` is called on the engine's thread with each of its events. Returns its number.
@@ -204,7 +214,7 @@ class Engine:
                     log.exception("request %d leaves nothing in the store", sequence.number)
                 self.tell(sequence, Failed("the engine has stopped"))
             if self.pager:
-                self.pager.drain(self.pool, self.store)
+                self.pager.drain(self.pool, self.store, self.settings.stop_seconds / 2)
 
     def receive(self) -> set[int] | None:
         """Take what other threads sent, waiting for it when there is nothing to do: who is cancelled; None to stop."""
@@ -218,7 +228,10 @@ class Engine:
     def drop(self, cancelled: set[int]) -> None:
         """End the requests with these numbers."""
         if cancelled:
-            self.waiting = deque(s for s in self.waiting if s.number not in cancelled)
+            for sequence in [s for s in self.waiting if s.number in cancelled]:
+                self.waiting.remove(sequence)
+                if self.pager:
+                    self.pager.forget(sequence)
             for sequence in [s for s in self.running if s.number in cancelled]:
                 self.retire(sequence)
 
@@ -305,11 +318,6 @@ class Engine:
         """Copy in what the tiers have brought, and read ahead, for those next in line too. Whether anything came."""
         if self.pager is None:
             return False
-        for sequence in self.in_line()[:RESTORED_WHILE_WAITING]:
-            if sequence.restore is None:
-                # Looked up, not leased: it may be long until its turn, and others need the pages.
-                self.pager.begin(sequence, self.store.peek(sequence.known, sequence.request.salt))
-            self.pager.read_ahead(sequence)
         came = False
         for sequence in list(self.running):
             if sequence.lease is None:
@@ -327,6 +335,11 @@ class Engine:
             if self.make_room(sequence, max(loaded.stop, sequence.computed)):
                 self.pool = self.pager.copy_in(sequence, loaded, self.pool)
                 self.publish(sequence)
+        for sequence in self.in_line()[:RESTORED_WHILE_WAITING]:
+            if sequence.restore is None:
+                # Looked up, not leased: it may be long until its turn, and others need the pages.
+                self.pager.begin(sequence, self.store.peek(sequence.known, sequence.request.salt))
+            self.pager.read_ahead(sequence)
         if self.pager.save_parked(self.pool, self.store):
             self.full = False
         return came
@@ -498,10 +511,11 @@ class Engine:
         if sequence.computed > sequence.lease.reused:
             self.publish(sequence)
         if self.pager:
+            self.pager.forget(sequence)
             self.pager.retire(sequence, self.pool, self.store)
         else:
             self.store.release(sequence.lease)
-        sequence.lease, sequence.restore, sequence.flight, sequence.computed = None, None, None, 0
+        sequence.lease, sequence.flight, sequence.computed = None, None, 0
         self.running.remove(sequence)
         self.full = False
 
@@ -556,8 +570,12 @@ class Engine:
             if sequence.lease is not None:
                 self.store.release(sequence.lease)
                 sequence.lease = None
+            if self.pager:
+                self.pager.forget(sequence)
             self.tell(sequence, Failed(message))
         if not usable(self.pool):
+            for lost in jax.tree.leaves(self.pool):
+                lost.delete()  # there may be no room for two
             self.pool = self.fresh_pool()
             self.store = PrefixStore(self.settings.num_pages, self.settings.page_size, self.fingerprint)
             if self.pager:

@@ -81,11 +81,18 @@ def tier_metrics(pager: Pager) -> Iterator[Metric]:
     yield restored
     yield latency
     writer = pager.tiers.writer
-    yield CounterMetricFamily("tokenzero_unsaved_pages", "Pages that the writer was too slow for", value=writer.dropped)
+    yield CounterMetricFamily(
+        "tokenzero_unsaved_pages",
+        "Pages that the writer was too slow for, or that could not be copied",
+        value=writer.dropped,
+    )
     yield CounterMetricFamily(
         "tokenzero_recomputed_pages", "Stored pages that were sooner computed than read", value=pager.recomputed_pages
     )
     yield GaugeMetricFamily("tokenzero_write_queue_bytes", "Payload waiting to be written", value=writer.queued_bytes)
+    yield GaugeMetricFamily(
+        "tokenzero_restore_queue_bytes", "Payload being read back or waiting to be used", value=pager.staged_bytes
+    )
 
 
 class ServerMetrics:

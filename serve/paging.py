@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,10 @@ READ_AHEAD = 4
 # A sequence waits to hear what the tiers have before it is computed, but not for long, and not if it is soon computed.
 PATIENCE_SECONDS = 0.5
 LOOK_UP_SECONDS = 0.01
+# A tier that was not read for so long, because computing is faster, is read to see whether it still is.
+MEASURE_AGAIN_SECONDS = 30.0
+# Of what goes wrong over and over, a line of log every so often.
+LOG_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,12 @@ class Unsaved:
 
 
 class Pager:
-    """Saves sealed pages to the tiers and brings stored ones back, for one engine."""
+    """Saves sealed pages to the tiers and brings stored ones back, for one engine.
+
+    Both are optional: whatever fails here costs pages, never a request. What is read ahead, on the host and on the
+    device, takes `restore_bytes` at most (or four pages, if these are more), half of that for sequences that wait; what
+    is copied out takes what the writer's queue has room for.
+    """
 
     def __init__(
         self,
@@ -140,10 +150,18 @@ class Pager:
         fingerprint: bytes,
         cost: CostModel,
         wake: Callable[[], None],
+        restore_bytes: int = 1 << 30,
     ) -> None:
         self.tiers, self.fingerprint, self.cost, self.wake = tiers, fingerprint, cost, wake
         self.page_size = pool.page_size
         self.moves = compile_moves(pool)
+        self.restore_bytes = max(restore_bytes, 4 * self.moves.page_bytes)
+        self.slice_pages = min(BATCHES[0], self.restore_bytes // (4 * self.moves.page_bytes))
+        # Bytes of the slices that are being read, or were and are not copied in yet.
+        self.staged: WeakKeyDictionary[Future[Loaded], int] = WeakKeyDictionary()
+        self.measuring: Future[Fetched] | None = None  # a read for the time that it takes alone
+        self.measured_at: dict[str, float] = {}  # by tier, when it was read last, by `time.monotonic`
+        self.logged_at = -LOG_SECONDS  # that pages were lost
         self.parked: deque[Unsaved] = deque()
         self.restored_tokens: Counter[str] = Counter()  # by tier
         self.read_seconds: defaultdict[str, float] = defaultdict(float)  # by tier
@@ -157,12 +175,26 @@ class Pager:
         known, page_size = sequence.known, self.page_size
         self.name(sequence, len(known) // page_size)
         keys = sequence.keys[: len(known) // page_size]
-        looking = self.tiers.look(self.parent(sequence, 0), keys, known.copy(), held // page_size, page_size)
+        looking = attempted(
+            lambda: self.tiers.look(self.parent(sequence, 0), keys, known.copy(), held // page_size, page_size)
+        )
+        self.forget(sequence)
         sequence.restore = Restore(looking, held, time.monotonic())
         looking.add_done_callback(lambda _: self.wake())
 
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what a sequence has looked up and read ahead, and do not read what nobody will use."""
+        restore, sequence.restore = sequence.restore, None
+        for piece in restore.slices or () if restore else ():
+            if piece.loading is not None:
+                piece.loading.cancel()
+
     def read_ahead(self, sequence: Sequence) -> None:
-        """Plan the restore once the lookup is done, forget what is computed by now, and read the next few slices."""
+        """Plan the restore once the lookup is done, forget what is computed by now, and read the next few slices.
+
+        As many of them as there is room for: a sequence with a lease uses up what it has read, so it may take all room,
+        and one that waits takes half at most.
+        """
         restore = sequence.restore
         if restore is None or not restore.looking.done():
             return
@@ -174,13 +206,32 @@ class Pager:
         while restore.slices and end_of(restore.slices[0], self.page_size) <= sequence.computed:
             restore.slices.popleft()
         for piece in list(restore.slices)[:READ_AHEAD]:
-            if piece.loading is None:
-                keys, data = [page.key for page in piece.pages], staging(len(piece.pages), self.moves.page_bytes)
-                piece.loading = self.tiers.pages.fetch(keys, data, partial(self.load, piece.pages, data))
-                piece.loading.add_done_callback(lambda _: self.wake())
+            if piece.loading is not None:
+                continue
+            size = len(piece.pages) * self.moves.page_bytes
+            if self.staged_bytes + size > self.restore_bytes // (1 if sequence.lease else 2):
+                return
+            piece.loading = attempted(partial(self.fetch, piece.pages, self.load))
+            piece.loading.add_done_callback(lambda _: self.wake())
+            self.staged[piece.loading] = size
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes that are being read, or were read and are not copied in yet. Any thread may ask."""
+        sizes = list(self.staged.data.values())  # type: ignore[attr-defined]  # in one go: others may change it
+        return sum(sizes)
+
+    def fetch(self, pages: list[StoredPage], then: Callable[[list[StoredPage], np.ndarray, Fetched], T]) -> Future[T]:
+        """Read pages in the background, [pages, page_bytes] uint8, and hand them to `then` on the reader's thread."""
+        data = staging(len(pages), self.moves.page_bytes)
+        return self.tiers.pages.fetch([page.key for page in pages], data, partial(then, pages, data))
 
     def plan(self, pages: list[StoredPage]) -> deque[Slice]:
         """The pages that come sooner from their tier than from the model, in slices of consecutive ones."""
+        if self.measuring and self.measuring.done():
+            measuring, self.measuring = self.measuring, None
+            if not measuring.cancelled() and measuring.exception() is None:
+                self.measured(measuring.result())
         size, page_bytes = self.page_size, self.moves.page_bytes
         worth = [
             page
@@ -188,7 +239,27 @@ class Pager:
             if self.cost.worth_restoring(page.tier, page.index * size, page.index * size + page.tokens, page_bytes)
         ]
         self.recomputed_pages += len(pages) - len(worth)
-        return deque(slices_of(worth, size))
+        if len(worth) < len(pages):
+            self.measure_again([page for page in pages if page not in worth])
+        return deque(slices_of(worth, size, self.slice_pages))
+
+    def measure_again(self, pages: list[StoredPage]) -> None:
+        """Read some of these pages, which are computed, if nobody has read their tier for long: it may be faster."""
+        due = time.monotonic() - MEASURE_AGAIN_SECONDS
+        stale = [page for page in pages if self.measured_at.get(page.tier, due) <= due]
+        if stale and self.measuring is None:
+            chosen = [page for page in stale if page.tier == stale[0].tier][: self.slice_pages]
+            self.measuring = attempted(partial(self.fetch, chosen, lambda pages, data, fetched: fetched))
+
+    def measured(self, fetched: Fetched) -> None:
+        """Learn from a read what reading costs here."""
+        for tier, seconds in fetched.seconds.items():
+            size = self.moves.page_bytes * fetched.sources.count(tier)
+            if size and seconds > 0:
+                self.cost = self.cost.was_read(tier, size, seconds)
+                self.read_seconds[tier] += seconds
+                self.reads[tier] += 1
+                self.measured_at[tier] = time.monotonic()
 
     def load(
         self,
@@ -247,12 +318,7 @@ class Pager:
         assert sequence.restore is not None
         assert sequence.restore.slices is not None
         sequence.restore.slices.popleft()
-        for tier, seconds in loaded.fetched.seconds.items():
-            size = self.moves.page_bytes * loaded.fetched.sources.count(tier)
-            if size:
-                self.cost = self.cost.was_read(tier, size, seconds)
-                self.read_seconds[tier] += seconds
-                self.reads[tier] += 1
+        self.measured(loaded.fetched)
         before, at = sequence.computed, loaded.first
         if loaded.stop <= before:  # others have brought all of it
             return pool
@@ -333,11 +399,14 @@ class Pager:
             store.release(lease)
         return len(self.parked) < before
 
-    def drain(self, pool: KVPool, store: PrefixStore) -> None:
-        """Wait until the writer has taken all pages of sequences that have ended."""
+    def drain(self, pool: KVPool, store: PrefixStore, seconds: float) -> None:
+        """Wait until the writer has taken all pages of sequences that have ended, but no longer than `seconds`."""
+        end = time.monotonic() + seconds
         self.save_parked(pool, store)
-        while self.parked and self.tiers.writer.flush():
+        while self.parked and self.tiers.writer.flush(max(0.0, end - time.monotonic())):
             self.save_parked(pool, store)
+        while self.drop_parked(store):
+            pass
 
     def drop_parked(self, store: PrefixStore) -> bool:
         """Give up the oldest pages that the writer was too slow for; False if there are none."""
@@ -349,24 +418,44 @@ class Pager:
         return True
 
     def submit(self, pages: list[tuple[bytes, int]], pool: KVPool) -> int:
-        """Copy pages and queue the copies, the first ones first; returns how many the writer took."""
+        """Copy pages and queue the copies, the first ones first; returns how many are done with.
+
+        Those of which no copy can be made (a device may be short of memory) are lost to the tiers, and counted.
+        """
         taken = 0
         for count in batches(len(pages)):
             if not self.tiers.writer.has_room(count * self.moves.page_bytes):
                 break
             chosen = pages[taken : taken + count]
-            copy = self.moves.gather[count](pool, np.asarray([page for _, page in chosen], np.int32))
-            self.tiers.writer.submit(
-                [key for key, _ in chosen],
-                count * self.moves.page_bytes,
-                partial(payloads, copy),
-            )
+            try:
+                copy = self.moves.gather[count](pool, np.asarray([page for _, page in chosen], np.int32))
+                keys, size = [key for key, _ in chosen], count * self.moves.page_bytes
+                self.tiers.writer.submit(keys, size, partial(payloads, copy))
+            except Exception as error:
+                self.lost(count, error)
             taken += count
         return taken
 
+    def lost(self, pages: int, error: Exception) -> None:
+        """Count pages that cannot be saved."""
+        self.tiers.writer.drop(pages)
+        if time.monotonic() - self.logged_at >= LOG_SECONDS:
+            self.logged_at = time.monotonic()
+            log.warning("pages are lost to the tiers, which costs hits later: %s: %s", type(error).__name__, error)
 
-def slices_of(pages: list[StoredPage], page_size: int) -> list[Slice]:
-    """The pages, in order, as slices of consecutive ones, each at most one copy; what is not full ends its slice.
+
+def attempted(start: Callable[[], Future[T]]) -> Future[T]:
+    """The future that `start` returns; one that has failed, where it cannot."""
+    try:
+        return start()
+    except Exception as error:
+        failed: Future[T] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def slices_of(pages: list[StoredPage], page_size: int, most: int) -> list[Slice]:
+    """The pages, in order, as slices of up to `most` consecutive ones; a page that is not full ends its slice.
 
     A sequence that takes a slice over counts all tokens up to its end as computed, and those that a partly filled page
     lacks are not.
@@ -374,7 +463,7 @@ def slices_of(pages: list[StoredPage], page_size: int) -> list[Slice]:
     slices: list[Slice] = []
     for page in pages:
         last = slices[-1].pages if slices else []
-        if last and len(last) < BATCHES[0] and last[-1].index + 1 == page.index and last[-1].tokens == page_size:
+        if last and len(last) < most and last[-1].index + 1 == page.index and last[-1].tokens == page_size:
             last.append(page)
         else:
             slices.append(Slice([page]))

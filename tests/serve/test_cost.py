@@ -8,6 +8,7 @@ import pytest
 
 from model.config import ModelConfig, RopeConfig
 from serve.cost import (
+    REMEMBERED,
     TERMS,
     Constants,
     CostModel,
@@ -19,6 +20,7 @@ from serve.cost import (
     held_out,
     intervals,
     load_constants,
+    weighted_median,
 )
 
 TRUE = Constants(fixed=4e-3, linear=2e-5, attention=8e-9, match=3e-7, restore=2e-6)
@@ -126,6 +128,30 @@ def test_a_page_late_in_a_prompt_is_restored_where_an_early_one_is_computed() ->
     model = CostModel(1.0, 1.0, constants=TRUE).was_read("disk", 64_000, 64 * 1e-4)  # 1e-4 s a token
     assert not model.worth_restoring("disk", 0, 64, 64_000)
     assert model.worth_restoring("disk", 20_000, 20_064, 64_000)
+
+
+@pytest.mark.parametrize("stalled_s", [1.0, 60.0, 3600.0])
+def test_a_read_or_a_step_that_stalls_says_nothing_of_the_rate(stalled_s: float) -> None:
+    model = CostModel(1.0, 0.0).prefilled(0, 1000, 1.0).was_read("disk", 1 << 20, 0.01)
+    for _ in range(5):
+        stalled = model.was_read("disk", 1 << 20, stalled_s).prefilled(0, 1000, stalled_s)
+        assert stalled.read_s("disk", 1 << 20) == pytest.approx(0.01)
+        assert stalled.prefill_s(0, 1000) == pytest.approx(1.0)
+        model = stalled.was_read("disk", 1 << 20, 0.01).prefilled(0, 1000, 1.0)
+
+
+def test_what_has_become_slow_is_known_to_be_after_a_while() -> None:
+    model = CostModel(1.0, 0.0).was_read("disk", 1000, 1.0)
+    for _ in range(50):
+        model = model.was_read("disk", 1000, 1.0)
+    for _ in range(REMEMBERED):
+        model = model.was_read("disk", 1000, 10.0)
+    assert model.read_s("disk", 1000) == pytest.approx(10.0)
+
+
+def test_many_small_measurements_do_not_outvote_a_large_one() -> None:
+    assert weighted_median([(5.0, 100.0), *[(1.0, 1.0)] * 15]) == 5.0
+    assert weighted_median([(1.0, 1.0), (2.0, 1.0), (4.0, 1.0)]) == 2.0
 
 
 def test_a_server_loads_the_file_that_a_fit_writes(tmp_path) -> None:

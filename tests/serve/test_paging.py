@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from small_engine import (
     submit,
     tiers_of,
 )
+from talking import eventually
 
 from cache.persistence import StoredPage
-from serve.cost import CostModel
+from serve.cost import REMEMBERED, CostModel
 from serve.engine import Engine
-from serve.paging import slices_of
-from serve.sequence import Finished
+from serve.paging import MEASURE_AGAIN_SECONDS, slices_of
+from serve.sequence import Finished, GenerationRequest
 
 MIB = 1 << 20
 KNOWN: dict = {}
@@ -124,7 +126,7 @@ def test_a_partly_filled_page_in_a_hole_is_never_taken_for_the_full_page_that_wa
 
 def test_a_page_that_is_not_full_ends_its_slice():
     pages = [StoredPage(i, bytes([i]), 3 if i in (2, 30) else PAGE, "disk") for i in (*range(12), *range(20, 45))]
-    slices = [[page.index for page in piece.pages] for piece in slices_of(pages, PAGE)]
+    slices = [[page.index for page in piece.pages] for piece in slices_of(pages, PAGE, 16)]
     assert slices == [[0, 1, 2], [*range(3, 12)], [*range(20, 31)], [*range(31, 45)]]
 
 
@@ -202,15 +204,20 @@ def test_a_page_that_the_disk_lost_while_the_device_has_it_is_written_again(mode
         assert all(tiers.pages.tiers[0].contains_many(keys[:-1]))
 
 
-def test_a_computed_page_is_stored_within_the_time_promised_while_its_request_still_runs(model, tmp_path):
-    tiers = tiers_of(tmp_path, flush_seconds=0.5)
+def test_a_computed_page_is_stored_while_its_request_still_runs(model, tmp_path):
+    tiers = tiers_of(tmp_path)
+    stored, sampled = [], []
+
+    def emit(event):
+        sampled.append(event)
+        if len(sampled) == 4:  # the engine's thread stands here, so the request has not ended
+            eventually(lambda: tiers.pages.tiers[0].stats().pages >= 5, "the prompt's pages are on disk")
+            stored.append(True)
+
     with Running(model, tiers) as engine:
-        events, number = submit(engine, prompt(11, 40), 270)
-        while type(events.get(timeout=60)).__name__ != "Started":
-            pass
-        time.sleep(1.0)
-        assert tiers.pages.tiers[0].stats().pages >= 5
-        engine.cancel(number)
+        engine.submit(GenerationRequest(prompt(11, 40), 20), emit)
+        eventually(lambda: Finished("length") in sampled, "the request ends")
+    assert stored
 
 
 def test_pages_that_the_writer_is_too_slow_for_stay_in_the_pool_until_they_are_written(model, tmp_path):
@@ -240,6 +247,83 @@ def test_a_page_that_is_sooner_computed_than_read_is_computed(model, tmp_path):
     with running as engine:
         assert generate(engine, tokens, 2)[1].restored == {}
         assert engine.pager.recomputed_pages == (len(tokens) - 1) // PAGE
+
+
+def broken(*_):
+    raise RuntimeError("RESOURCE_EXHAUSTED: a fault of the test")
+
+
+@pytest.mark.parametrize("fault", ["gather", "submit", "look", "fetch"])
+def test_what_fails_on_the_way_to_the_tiers_or_back_costs_hits_and_no_answers(model, tmp_path, fault):
+    tokens = prompt(16)
+    stored(model, tmp_path, tokens)
+    tiers = tiers_of(tmp_path)
+    running = Running(model, tiers)
+    pager = running.engine.pager
+    moves = pager.moves
+    if fault == "gather":
+        pager.moves = replace(moves, gather=dict.fromkeys(moves.gather, broken))
+    else:
+        owner = {"submit": tiers.writer, "look": tiers, "fetch": tiers.pages}[fault]
+        setattr(owner, fault, broken)
+    with running as engine:
+        for seed in (16, 17):
+            output, started, end = generate(engine, prompt(seed), 4)
+            assert end == Finished("length")
+            assert_same_or_tied(model, prompt(seed), output, reference(model, prompt(seed), 4, KNOWN), [])
+            assert (started.reused_tokens > 0) == (seed == 16 and fault in ("gather", "submit"))
+        assert (tiers.writer.dropped > 0) == (fault in ("gather", "submit"))
+
+
+def test_what_is_read_ahead_stays_within_its_budget(model, tmp_path):
+    prompts = [prompt(seed, 250) for seed in (70, 71, 72)]
+    for tokens in prompts:
+        stored(model, tmp_path, tokens)
+    tiers = tiers_of(tmp_path)
+    running = Running(model, tiers)
+    page_bytes = running.engine.pager.moves.page_bytes
+    running = Running(model, tiers, replace(SMALL, restore_bytes=8 * page_bytes))
+    pager, most, fetch = running.engine.pager, [], tiers.pages.fetch
+
+    def counted(keys, *rest):
+        most.append(pager.staged_bytes + len(keys) * page_bytes)
+        return fetch(keys, *rest)
+
+    tiers.pages.fetch = counted
+    with running as engine:
+        asked = [submit(engine, tokens, 4)[0] for tokens in prompts]
+        for tokens, events in zip(prompts, asked, strict=True):
+            output, started, _ = outcome(events)
+            assert started.reused_tokens == 248
+            assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
+        eventually(lambda: pager.staged_bytes == 0, "nothing is staged")
+    assert 4 * page_bytes <= max(most) <= 8 * page_bytes
+
+
+def test_a_tier_that_was_too_slow_is_measured_again_and_taken_back(model, tmp_path, monkeypatch):
+    tokens = prompt(19)
+    stored(model, tmp_path, tokens)
+    tiers = tiers_of(tmp_path)
+    running = Running(model, tiers, always=False)
+    pager = running.engine.pager
+    pager.cost = CostModel(1.0, 0.0).prefilled(0, 1000, 1.0).was_read("disk", 1, 1.0)  # a millisecond, a byte a second
+    for _ in range(REMEMBERED):
+        pager.cost = pager.cost.was_read("disk", 1, 1.0)
+    monkeypatch.setattr(running.engine, "prefilled", lambda *_: None)
+    pager.measured_at["disk"] = time.monotonic()
+    with running as engine:
+        assert generate(engine, tokens, 2)[1].restored == {}
+        assert pager.measuring is None  # it was read a moment ago
+        pager.measured_at["disk"] -= MEASURE_AGAIN_SECONDS
+        for _ in range(REMEMBERED):
+            engine.store.index.evict(SMALL.num_pages)
+            assert generate(engine, tokens, 2)[2] == Finished("length")
+            if pager.measuring:
+                pager.measuring.result(60)
+            pager.measured_at["disk"] = time.monotonic() - MEASURE_AGAIN_SECONDS
+            if pager.restored_tokens["disk"]:
+                break
+        assert pager.restored_tokens["disk"] > 0
 
 
 @pytest.mark.parametrize("fault", ["write", "read"])
