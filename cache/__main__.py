@@ -5,6 +5,9 @@ It may run beside the servers that use the store.
 
 import argparse
 import contextlib
+import fcntl
+import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from cache.disk import DiskTier
-from cache.environment import FORMAT, StoreError, check_directory, file_bytes
+from cache.environment import FILES, FORMAT, RECORDS, StoreError, check_directory, file_bytes, old_stores
 from cache.sizes import parse_bytes, show_bytes
 
 
@@ -31,11 +34,12 @@ def open_store(directory: str, repair: bool) -> DiskTier:
     """The tier of a directory that has one. Raises StoreError if it has none, or is not to be opened."""
     if "://" in directory:
         raise StoreError(f"--store is {directory}, expected a directory: list a bucket with its own tools")
-    check_directory(Path(directory))
-    path = Path(directory) / FORMAT
+    name = RECORDS if file_bytes(Path(directory) / RECORDS) else FORMAT
+    check_directory(Path(directory), name)
+    path = Path(directory) / name
     if not file_bytes(path):
         raise StoreError(f"{directory}: found no {FORMAT}/data.mdb, expected a store: check the path")
-    tier = DiskTier(directory, file_bytes(path), repair=repair)
+    tier = DiskTier(directory, file_bytes(path), name=name, repair=repair)
     if tier.store.opened is None:
         raise StoreError(f"{directory}: the store cannot be opened, see the warning above")
     return tier
@@ -78,6 +82,26 @@ def verify(tier: DiskTier, console: Console, fix: bool) -> int:
     return bad
 
 
+def remove_old(directory: Path, console: Console) -> None:
+    """Remove the stores of older formats. Raises StoreError for one that is in use or holds other files, too."""
+    stores = old_stores(directory)
+    for path in stores:
+        if others := sorted(set(os.listdir(path)) - set(FILES)):
+            raise StoreError(f"{path}: found {others[0]} in it, expected {' and '.join(FILES)} alone: move it away")
+        claim = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = file_bytes(path)
+            shutil.rmtree(path)
+        except BlockingIOError:
+            raise StoreError(f"{path}: it is in use: stop the server of an earlier version that uses it") from None
+        finally:
+            os.close(claim)
+        console.print(f"{path.name} removed: {show_bytes(size)} ({size} bytes)", soft_wrap=True)
+    if not stores:
+        console.print("no store of an earlier format found")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 1 if damage was found, 2 if the store cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m cache", description=__doc__.splitlines()[0] if __doc__ else None)
@@ -96,10 +120,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--fix", action="store_true", help="remove what is damaged")
         if name == "prune":
             keep = "size to keep, such as 20GB or 512MiB"
-            command.add_argument("--store-bytes", required=True, type=parse_bytes, metavar="SIZE", help=keep)
+            command.add_argument("--store-bytes", type=parse_bytes, metavar="SIZE", help=keep)
+            command.add_argument("--old", action="store_true", help="remove what an earlier version has left")
     args = parser.parse_args(arguments)
+    if args.command == "prune" and not args.old and args.store_bytes is None:
+        parser.error("prune: expected --store-bytes SIZE or --old, found neither")
     console = Console()
     try:
+        if args.command == "prune" and args.old:
+            remove_old(Path(args.store), console)
+            if args.store_bytes is None:
+                return 0
         tier = open_store(args.store, repair=args.command == "verify" and args.fix)
         with contextlib.closing(tier):
             if args.command == "ls":

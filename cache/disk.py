@@ -5,26 +5,31 @@ evicts reads `entries` alone. The seal is checked on every read, since LMDB has 
 """
 
 import heapq
+import logging
 import struct
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 import numpy as np
 
-from cache.environment import Databases, SharedEnvironment, full
-from cache.tiers import SEAL, Item, Payload, TierStats, placed, seal
+from cache.environment import FORMAT, Databases, SharedEnvironment, full, old_stores
+from cache.tiers import SEAL, Item, Payload, TierStats, placed, seal, stamps_now
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 STAMP = struct.Struct("<Q")  # last use, nanoseconds since 1970
 ENTRY_BYTES = SEAL.size + STAMP.size
 # Written at once. LMDB uses small buffers again; large ones are new each time and cost a page fault every 4 KiB.
 TRANSACTION_BYTES = 1 << 20
 EVICTED_SHARE = 16  # an eviction frees 1/16 of the budget more than it must, so that few are needed
-OVERHEAD_BYTES = 64 << 20  # of the map, for the trees and for pages that are being replaced
+EVICTION_BYTES = 256 << 20  # freed in one transaction, for which all other writers wait
 
 Write = tuple[bytes, Payload, int]  # key, payload, stamp
 
@@ -48,23 +53,28 @@ class DiskTier:
 
     A killed process loses nothing that put_many returned for. A power cut loses what was put since the last sync(), and
     may tear the tree: then the next open finds that out and starts empty. The file never shrinks; it grows to about the
-    budget and its pages are used again. A full disk, a read-only or a vanished directory cost hits, nothing else.
+    budget and its pages are used again. A full disk, a read-only or a vanished directory cost hits, nothing else; what
+    could not be opened is tried again by writes and by sync(), while reads miss.
 
     Raises StoreError if `directory` is another program's or version's, and with `repair` off if its tree is damaged.
     """
 
-    def __init__(
-        self, directory: str | Path, budget_bytes: int, *, touch_seconds: float = 60.0, repair: bool = True
-    ) -> None:
+    def __init__(self, directory: str | Path, budget_bytes: int, *, name: str = FORMAT, repair: bool = True) -> None:
         self.name = "disk"
         self.budget_bytes = budget_bytes
-        self.touch_seconds = touch_seconds  # a use is recorded only if the one on record is older than this
         self.counts: Counter[str] = Counter()
         self.touched: dict[bytes, int] = {}  # uses that the next write records, nanoseconds since 1970
-        self.latest = 0  # the newest stamp given out
-        self.unsynced = False
-        self.lock = threading.Lock()  # of counts, touched, latest
-        self.store = SharedEnvironment(Path(directory), budget_bytes + budget_bytes // 4 + OVERHEAD_BYTES, repair)
+        self.evicted_stamp = 0  # the latest use of anything that was evicted: what is older would be next
+        self.pages = self.bytes = 0  # when last looked
+        self.writes = self.unsynced = False  # whether pages were put, ever and since the last sync
+        self.lock = threading.Lock()  # of counts, touched
+        self.store = SharedEnvironment(Path(directory), budget_bytes + budget_bytes // 4, repair, name)
+        self.store.attempt("open", self._measure, None)
+        if name == FORMAT and (old := old_stores(Path(directory))):
+            log.warning(
+                "%s: found pages of an earlier version (%s), which stay unused: `python -m cache prune --old --store "
+                "%s` removes them", directory, ", ".join(path.name for path in old), directory,
+            )  # fmt: skip
 
     def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See Tier."""
@@ -75,32 +85,34 @@ class DiskTier:
 
         return self.store.attempt("read", look, [False] * len(keys))
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+    def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
         """See Tier."""
-        first = self._stamps(len(keys))
+        used = stamps_now(len(keys)) if stamps is None else stamps
 
         def look(dbs: Databases) -> list[bool]:
             with dbs.env.begin() as txn:
                 entries = [txn.get(key, db=dbs.entries) for key in keys]
-            for i, (key, entry) in enumerate(zip(keys, entries, strict=True)):
-                if entry is not None:
-                    self._touch(key, entry, first - i)
-            return [entry is not None for entry in entries]
+            return [self._touch(*use) for use in zip(keys, entries, used, strict=True)]
 
         return self.store.attempt("read", look, [True] * len(keys))
 
-    def get_many(self, keys: Sequence[bytes], into: Sequence[np.ndarray] | None = None) -> list[Payload | None]:
+    def get_many(
+        self,
+        keys: Sequence[bytes],
+        into: Sequence[np.ndarray] | None = None,
+        stamps: Sequence[int] | None = None,
+    ) -> list[Payload | None]:
         """See Tier. A record that its seal does not fit is a miss, counted and removed."""
-        first = self._stamps(len(keys))
+        used = stamps_now(len(keys)) if stamps is None else stamps
         slots = [None] * len(keys) if into is None else into
-        return [self._get(key, first - i, slot) for i, (key, slot) in enumerate(zip(keys, slots, strict=True))]
+        return [self._get(*wanted) for wanted in zip(keys, used, slots, strict=True)]
 
-    def put_many(self, items: Sequence[Item]) -> None:
+    def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
         """See Tier. Dropped are pages beyond what the whole budget holds, and what the disk has no room for."""
-        first = self._stamps(len(items))
-        sizes = [memoryview(payload).nbytes for _, payload in items]
+        used = stamps_now(len(items)) if stamps is None else stamps
         batch_bytes, batch, total = 0, list[Write](), 0
-        for i, ((key, payload), size) in enumerate(zip(items, sizes, strict=True)):
+        for i, ((key, payload), stamp) in enumerate(zip(items, used, strict=True)):
+            size = memoryview(payload).nbytes
             total += room_for(size)
             if total > self.budget_bytes:
                 self._count(dropped=len(items) - i)
@@ -109,7 +121,7 @@ class DiskTier:
                 self._put(batch)
                 batch_bytes, batch = 0, []
             batch_bytes += size
-            batch.append((key, payload, first - i))
+            batch.append((key, payload, stamp))
         self._put(batch)
 
     def delete(self, keys: Sequence[bytes]) -> None:
@@ -120,25 +132,31 @@ class DiskTier:
                 for key in keys:
                     _delete(dbs, txn, key)
 
-        self.store.attempt("write", remove, None)
+        self._change(remove, None)
 
     def sync(self) -> None:
-        """Record the latest uses and write everything through to the disk: bounds what a power cut can take."""
-        if self.touched:
-            self.store.attempt("write", self._record_uses, None)
+        """Record the latest uses and write everything through to the disk: bounds what a power cut can take.
+
+        It also opens again what failed, and a process that puts pages brings the store back within its own budget.
+        """
+        self.store.attempt("open", self._measure, None)
+        if self.touched and not self._change(self._record_uses, False):
+            with self.lock:
+                self.touched = {}  # they must not pile up while nothing can be written
+        if self.writes and self.bytes > self.budget_bytes:
+            self.prune(self.budget_bytes)
         if self.unsynced:
             self.unsynced = False
             self.store.attempt("write", lambda dbs: dbs.env.sync(True), None)
 
     def stats(self) -> TierStats:
-        """See Tier."""
-
-        def measure(dbs: Databases) -> tuple[int, int]:
-            with dbs.env.begin() as txn:
-                return txn.stat(dbs.entries)["entries"], dbs.occupied(txn)
-
-        pages, occupied = self.store.attempt("read", measure, (0, 0))
-        return TierStats(self.name, pages, occupied, self.budget_bytes, errors=self.store.errors, **self.counts)
+        """See Tier. Contents as of the last write or sync: it asks nobody, since the disk may be busy."""
+        with self.lock:
+            counts = dict(self.counts)
+        is_open = self.store.opened is not None
+        return TierStats(
+            self.name, self.pages, self.bytes, self.budget_bytes, errors=self.store.errors, open=is_open, **counts
+        )
 
     def close(self) -> None:
         """Sync and close."""
@@ -173,7 +191,7 @@ class DiskTier:
     def prune(self, budget_bytes: int) -> int:
         """Evict the least recently used pages until they occupy at most `budget_bytes`; returns how many went."""
         before = self.counts["evicted"]
-        self.store.attempt("write", lambda dbs: self._evict(dbs, budget_bytes), None)
+        self._change(lambda dbs: self._evict(dbs, budget_bytes), None)
         return self.counts["evicted"] - before
 
     def _get(self, key: bytes, stamp: int, slot: np.ndarray | None) -> Payload | None:
@@ -206,24 +224,35 @@ class DiskTier:
         return self.store.attempt("read", load, nothing)
 
     def _put(self, batch: Sequence[Write]) -> None:
-        if batch and not self.store.attempt("write", lambda dbs: self._write(dbs, batch), False):
+        if batch and not self._change(lambda dbs: self._write(dbs, batch), False):
             self._count(dropped=len(batch))
 
+    def _change(self, action: Callable[[Databases], T], fallback: T) -> T:
+        """What a writing action returns, with the store's contents looked at again."""
+
+        def run(dbs: Databases) -> T:
+            result = action(dbs)
+            self._measure(dbs)
+            return result
+
+        return self.store.attempt("write", run, fallback)
+
+    def _measure(self, dbs: Databases) -> None:
+        with dbs.env.begin() as txn:
+            self.pages, self.bytes = txn.stat(dbs.entries)["entries"], dbs.occupied(txn)
+
     def _write(self, dbs: Databases, batch: Sequence[Write]) -> bool:
-        new = []
         with dbs.env.begin() as txn:
             occupied = dbs.occupied(txn)
-            for key, payload, stamp in batch:
-                entry = txn.get(key, db=dbs.entries)
-                if entry is None:
-                    new.append((key, payload, stamp))
-                else:
-                    self._touch(key, entry, stamp)
+            new = [write for write in batch if not self._touch(write[0], txn.get(write[0], db=dbs.entries), write[2])]
         needed = sum(room_for(memoryview(payload).nbytes) for _, payload, _ in new)
         if new and occupied + needed > self.budget_bytes:
             self._evict(dbs, self.budget_bytes - self.budget_bytes // EVICTED_SHARE - needed)
+        # What is older than the latest that had to go would be the next to go: a tail whose head is gone.
+        kept = [write for write in new if write[2] > self.evicted_stamp]
+        self._count(evicted=len(new) - len(kept))
         try:
-            self._write_new(dbs, new)
+            self._write_new(dbs, kept)
         except lmdb.Error as error:
             if not full(error):
                 raise
@@ -231,7 +260,7 @@ class DiskTier:
             # What one transaction frees, the next but one can use: LMDB keeps the latest two states whole.
             self._evict(dbs, occupied - occupied // EVICTED_SHARE - 2 * needed)
             self._evict(dbs, occupied - occupied // EVICTED_SHARE - 2 * needed - room_for(1))
-            self._write_new(dbs, new)
+            self._write_new(dbs, kept)
         return True
 
     def _write_new(self, dbs: Databases, new: Sequence[Write]) -> None:
@@ -239,50 +268,74 @@ class DiskTier:
             return
         # Outside the transaction: other processes wait for it.
         records = [(key, payload, seal(key, payload) + STAMP.pack(stamp)) for key, payload, stamp in new]
-        with dbs.env.begin(write=True) as txn:
-            for key, payload, entry in records:
-                txn.put(key, payload, db=dbs.pages)
-                txn.put(key, entry, db=dbs.entries)
-        self.unsynced = True
+        self.writes = self.unsynced = True
+        # With the uses so far, so that no page is ever on record as newer than one in front of it.
+        self._record_uses(dbs, records)
         self._count(bytes_written=sum(memoryview(payload).nbytes for _, payload, _ in new))
 
     def _evict(self, dbs: Databases, target_bytes: int) -> None:
         self._record_uses(dbs)
-        evicted, latest = 0, time.time_ns() + 60 * 10**9  # a clock may be set back a little
-        with dbs.env.begin(write=True) as txn:
-            while (excess := (occupied := dbs.occupied(txn)) - target_bytes) > 0:
-                count = txn.stat(dbs.entries)["entries"]
-                if not count:
-                    break
-                with txn.cursor(dbs.entries) as cursor:
-                    # A stamp from the future, of a clock or a bit that was wrong, counts as the oldest.
-                    uses = ((stamp if (stamp := _last_used(e)) <= latest else 0, key, e) for key, e in cursor)
-                    oldest = heapq.nsmallest(1 + excess * count // occupied, uses)
-                for _, key, entry in oldest:
-                    if excess <= 0:
-                        break
-                    excess -= room_for(_size(entry))
-                    _delete(dbs, txn, key)
-                    evicted += 1
-        self._count(evicted=evicted)
+        while oldest := deque(self._oldest(dbs, target_bytes)):
+            while oldest and self._evict_some(dbs, target_bytes, oldest):
+                pass
 
-    def _record_uses(self, dbs: Databases) -> None:
+    def _evict_some(self, dbs: Databases, target_bytes: int, oldest: deque[tuple[int, bytes, bytes]]) -> bool:
+        """Take pages from `oldest` and evict them, in one transaction; False once no more than the target is left."""
+        evicted = freed = 0
+        with dbs.env.begin(write=True) as txn:
+            while more := dbs.occupied(txn) > target_bytes:
+                if not oldest or freed > EVICTION_BYTES:
+                    break
+                stamp, key, entry = oldest.popleft()
+                # Another process may have used it or removed it meanwhile.
+                if txn.get(key, db=dbs.entries) == entry:
+                    _delete(dbs, txn, key)
+                    freed += room_for(_size(entry))
+                    evicted += 1
+                    self.evicted_stamp = max(self.evicted_stamp, min(stamp, time.time_ns()))
+        self.unsynced = True
+        self._count(evicted=evicted)
+        return more
+
+    def _oldest(self, dbs: Databases, target_bytes: int) -> list[tuple[int, bytes, bytes]]:
+        """Stamp, key and entry of the pages to evict, the least recently used first, for `target_bytes` to be left."""
+        latest = time.time_ns() + 60 * 10**9  # a clock may be set back a little
+        with dbs.env.begin() as txn, txn.cursor(dbs.entries) as cursor:
+            count, occupied = txn.stat(dbs.entries)["entries"], dbs.occupied(txn)
+            if not count or occupied <= target_bytes:
+                return []
+            # A stamp from the future, of a clock or a bit that was wrong, counts as the oldest.
+            uses = ((stamp if (stamp := _last_used(e)) <= latest else 0, key, e) for key, e in cursor)
+            return heapq.nsmallest(1 + (occupied - target_bytes) * count // occupied, uses)
+
+    def _record_uses(self, dbs: Databases, new: Sequence[tuple[bytes, Payload, bytes]] = ()) -> bool:
+        """Write the uses so far and `new` pages (key, payload, entry) in one transaction."""
         with self.lock:
             touched, self.touched = self.touched, {}
-        if not touched:
-            return
-        with dbs.env.begin(write=True) as txn:
-            for key, stamp in touched.items():
-                entry = txn.get(key, db=dbs.entries)
-                # Another process may have used it since.
-                if entry is not None and _last_used(entry) < stamp:
-                    txn.put(key, entry[: SEAL.size] + STAMP.pack(stamp), db=dbs.entries)
-        self.unsynced = True
-
-    def _touch(self, key: bytes, entry: bytes, stamp: int) -> None:
-        if stamp - _last_used(entry) > self.touch_seconds * 1e9:
+        if not touched and not new:
+            return True
+        try:
+            with dbs.env.begin(write=True) as txn:
+                _stamp(dbs, txn, touched)
+                for key, payload, entry in new:
+                    txn.put(key, payload, db=dbs.pages)
+                    txn.put(key, entry, db=dbs.entries)
+        except lmdb.Error:
             with self.lock:
-                self.touched[key] = stamp
+                for key, stamp in touched.items():
+                    self.touched[key] = max(stamp, self.touched.get(key, 0))
+            raise
+        self.unsynced = True
+        return True
+
+    def _touch(self, key: bytes, entry: bytes | None, stamp: int) -> bool:
+        """Have a use of a page recorded by the next write; False if the page is not there."""
+        if entry is None:
+            return False
+        if stamp > _last_used(entry):
+            with self.lock:
+                self.touched[key] = max(stamp, self.touched.get(key, 0))
+        return True
 
     def _remove_damaged(self, key: bytes, entry: bytes | None) -> None:
         def remove(dbs: Databases) -> None:
@@ -291,13 +344,7 @@ class DiskTier:
                 if txn.get(key, db=dbs.entries) == entry:
                     _delete(dbs, txn, key)
 
-        self.store.attempt("write", remove, None)
-
-    def _stamps(self, count: int) -> int:
-        """The newest of `count` stamps, each 1 ns apart, all newer than those before: a chain loses its tail first."""
-        with self.lock:
-            self.latest = max(time.time_ns(), self.latest + count)
-            return self.latest
+        self._change(remove, None)
 
     def _count(self, **counts: int) -> None:
         with self.lock:
@@ -307,6 +354,14 @@ class DiskTier:
 def _delete(dbs: Databases, txn: "lmdb.Transaction[bytes]", key: bytes) -> None:
     txn.delete(key, db=dbs.entries)
     txn.delete(key, db=dbs.pages)
+
+
+def _stamp(dbs: Databases, txn: "lmdb.Transaction[bytes]", uses: Mapping[bytes, int]) -> None:
+    """Record when pages were used; another process may have recorded a later use. By key: neighbours share a page."""
+    with txn.cursor(dbs.entries) as cursor:
+        for key in sorted(uses):
+            if cursor.set_key(key) and _last_used(entry := cursor.value()) < uses[key]:
+                cursor.put(key, entry[: SEAL.size] + STAMP.pack(uses[key]))
 
 
 def _copied(view: memoryview, slot: np.ndarray | None) -> Payload:

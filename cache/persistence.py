@@ -3,8 +3,10 @@
 Pages are named by their content (cache.keys); a page that a sequence left partly filled has a key of its own.
 """
 
+import logging
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import numpy as np
 
 from cache.keys import tail_key
 from cache.tiers import HostTier, Tier, TieredPages
+from cache.worker import Worker
 from cache.writeback import WriteBack
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Tiers:
         self.pages = TieredPages(tiers)
         self.writer = WriteBack(tiers, flush_seconds, queue_bytes)
         # Lookups do not wait behind the pages that are read for another request.
-        self.searcher = ThreadPoolExecutor(1, thread_name_prefix="look-up")
+        self.searcher = Worker("look-up")
 
     def look(
         self,
@@ -70,15 +75,27 @@ class Tiers:
         tokens: np.ndarray,  # [tokens] int32
         held: int,
         page_size: int,
+        used: int,
     ) -> "Future[Found]":
-        """Search the pages of `tokens`, whose full pages have `keys`, behind the first `held`, which count as used."""
-        return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size)
+        """Search the pages of `tokens`, whose full pages have `keys`, behind the first `held`.
 
-    def close(self, seconds: float = 30.0) -> None:
-        """Write what is queued, then close all tiers."""
-        self.searcher.shutdown(cancel_futures=True)
-        self.writer.close()
-        self.pages.close()
+        What is found, and what is held, counts as used by a request of the time `used` (nanoseconds since 1970).
+        """
+        return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size, used)
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Write what is queued, then close all tiers, within so many seconds: a tier that takes longer is left alone.
+
+        All threads are daemons, so that none of them holds up the end of the process.
+        """
+        end = time.monotonic() + seconds
+        self.searcher.stop()
+        written = self.writer.close(seconds)
+        closed = self.pages.close(max(0.0, end - time.monotonic()))
+        self.searcher.thread.join(max(0.0, end - time.monotonic()))
+        if not (written and closed):
+            lost = self.writer.queued_bytes
+            log.warning("the store did not close in %.0f s: %d bytes of pages may not be written", seconds, lost)
 
 
 def look(
@@ -88,9 +105,10 @@ def look(
     tokens: np.ndarray,  # [tokens] int32
     held: int,
     page_size: int,
+    used: int,
 ) -> Found:
     """See Tiers.look; in the calling thread."""
-    there = pages.touch(keys[:held]) if held else []
+    there = pages.touch(keys[:held], range(used, used - held, -1)) if held else []
     names = pages.locate(keys[held:])
     found = [StoredPage(i, keys[i], page_size, name) for i, name in enumerate(names, held) if name is not None]
     first_missing = held + (names.index(None) if None in names else len(names))
@@ -103,4 +121,6 @@ def look(
         if name is not None:
             found.append(StoredPage(first_missing, key, length, name))
             break
+    # All at once, before anything is read or computed: no page is ever on record as newer than one in front of it.
+    pages.touch([page.key for page in found], [used - page.index for page in found])
     return Found(sorted(found, key=lambda page: page.index), [i for i, known in enumerate(there) if not known])

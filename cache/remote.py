@@ -1,6 +1,6 @@
 """The remote tier: pages shared between machines, in any TensorStore KvStore (`file://`, `s3://`, `gs://`, or a spec).
 
-An object is seal (length and XXH3-64) and payload under `tokenzero-pages-v1/<2 hex digits>/<key in hex>`. There is no
+An object is seal (length and XXH3-64) and payload under `tokenzero-pages-v2/<2 hex digits>/<key in hex>`. There is no
 budget and no eviction here: machines cannot agree on what was used last, a lifecycle rule of the bucket can.
 """
 
@@ -47,17 +47,22 @@ class RemoteTier:
         results = self._each(keys, lambda key: self.store.read(name_of(key), byte_range=slice(0, SEAL.size)))
         return [result is not None and result.state == "value" for result in results]
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+    def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
         """See Tier. Asks nobody and says yes: uses are not recorded here, and a look would cost a read a key."""
         return [True] * len(keys)
 
-    def get_many(self, keys: Sequence[bytes], into: Sequence[np.ndarray] | None = None) -> list[Payload | None]:
+    def get_many(
+        self,
+        keys: Sequence[bytes],
+        into: Sequence[np.ndarray] | None = None,
+        stamps: Sequence[int] | None = None,
+    ) -> list[Payload | None]:
         """See Tier. An object that its seal does not fit is a miss, counted and removed; last use is not recorded."""
         results = self._each(keys, lambda key: self.store.read(name_of(key)))
         slots = [None] * len(keys) if into is None else into
         return [self._opened(*item) for item in zip(keys, results, slots, strict=True)]
 
-    def put_many(self, items: Sequence[Item]) -> None:
+    def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
         """See Tier. Objects that are there are not written again."""
         there = self.contains_many([key for key, _ in items])
         new = [item for item, found in zip(items, there, strict=True) if not found]
@@ -74,7 +79,9 @@ class RemoteTier:
 
     def stats(self) -> TierStats:
         """Counters; pages and bytes are 0, since counting a bucket takes a listing of it."""
-        return TierStats(self.name, 0, 0, self.budget_bytes, **self.counts)
+        with self.lock:
+            is_open = time.monotonic() >= self.retry_at
+            return TierStats(self.name, 0, 0, self.budget_bytes, open=is_open, **self.counts)
 
     def close(self) -> None:
         """Nothing: TensorStore keeps its connections by itself."""

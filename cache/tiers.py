@@ -4,17 +4,21 @@ A tier maps 32-byte page keys (cache.keys) to opaque payloads. It never raises f
 it cannot read is a miss, what it cannot write is dropped, and both are counted.
 """
 
+import heapq
 import struct
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
 import xxhash
+
+from cache.worker import Failures, Worker
 
 Payload = bytes | bytearray | memoryview  # a memoryview must be contiguous; nobody may change it once handed over
 Item = tuple[bytes, Payload]  # page key, payload
@@ -41,10 +45,17 @@ class TierStats:
     corrupt: int = 0  # records that failed their checksum: each was a miss, and was removed
     dropped: int = 0  # pages that could not be written
     errors: int = 0  # failed operations of the disk or the network
+    open: bool = True  # whether it can be used now
 
 
 class Tier(Protocol):
-    """A place for pages. All methods may be called from any thread, and none raises for what lies below."""
+    """A place for pages. All methods may be called from any thread, and none raises for what lies below.
+
+    A stamp is a page's last use in nanoseconds since 1970. Of two stamps the newer one stays on record, and the page
+    with the oldest goes first. `stamps` has one for each key; None stands for now, the first key the most recent.
+    A request stamps page i of its chain with the request's own time less i, whenever it reads or writes the page: so no
+    page is newer than the one in front of it, and a chain loses its tail first.
+    """
 
     name: str
     budget_bytes: int
@@ -52,17 +63,25 @@ class Tier(Protocol):
     def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
         """Which keys are there. Does not count as a use."""
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """As contains_many, but a use: of pages that were found further up. True where the tier cannot tell."""
+    def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
+        """As contains_many, but a use. True where the tier cannot tell."""
 
-    def get_many(self, keys: Sequence[bytes], into: Sequence[np.ndarray] | None = None) -> list[Payload | None]:
-        """The payloads, None for a miss. A use, the first key the most recent one: so a chain loses its tail first.
+    def get_many(
+        self,
+        keys: Sequence[bytes],
+        into: Sequence[np.ndarray] | None = None,
+        stamps: Sequence[int] | None = None,
+    ) -> list[Payload | None]:
+        """The payloads, None for a miss. A use.
 
         `into` has a slot for each key, [bytes] uint8, where its payload goes; one of another size is a miss.
         """
 
-    def put_many(self, items: Sequence[Item]) -> None:
-        """Store pages, evicting the least recently used to stay in the budget. A key that is there is only touched."""
+    def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
+        """Store pages, evicting the least recently used to stay in the budget; these may be among them.
+
+        A key that is there is only touched.
+        """
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Forget the keys, where they are there."""
@@ -71,10 +90,16 @@ class Tier(Protocol):
         """Make what was put so far survive a power cut, as far as the tier can."""
 
     def stats(self) -> TierStats:
-        """Contents and counters."""
+        """Contents and counters; at once, whatever the tier is busy with."""
 
     def close(self) -> None:
         """Let go of files and threads; the tier is not used after this."""
+
+
+def stamps_now(count: int) -> Sequence[int]:
+    """Stamps of a use at this moment, the first of `count` pages the most recent."""
+    now = time.time_ns()
+    return range(now, now - count, -1)
 
 
 def seal(key: bytes, payload: Payload) -> bytes:
@@ -101,7 +126,10 @@ class HostTier:
     def __init__(self, budget_bytes: int) -> None:
         self.name = "host"
         self.budget_bytes = budget_bytes
-        self.pages: OrderedDict[bytes, Payload] = OrderedDict()  # least recently used first
+        self.pages: dict[bytes, Payload] = {}
+        self.used: dict[bytes, int] = {}  # stamps of these
+        self.oldest: list[tuple[int, bytes]] = []  # a heap with one stamp and key a page; the stamp may lag behind
+        self.evicted_stamp = 0  # the latest use of anything that was evicted: what is older would be next
         self.bytes = 0
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -111,17 +139,22 @@ class HostTier:
         with self.lock:
             return [key in self.pages for key in keys]
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+    def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
         """See Tier."""
         with self.lock:
-            self._use(keys)
+            self._use(keys, stamps)
             return [key in self.pages for key in keys]
 
-    def get_many(self, keys: Sequence[bytes], into: Sequence[np.ndarray] | None = None) -> list[Payload | None]:
+    def get_many(
+        self,
+        keys: Sequence[bytes],
+        into: Sequence[np.ndarray] | None = None,
+        stamps: Sequence[int] | None = None,
+    ) -> list[Payload | None]:
         """See Tier."""
         with self.lock:
             found = [self.pages.get(key) for key in keys]
-            self._use(keys)
+            self._use(keys, stamps)
         slots = [None] * len(keys) if into is None else into
         result = [p if p is None else placed(p, slot) for p, slot in zip(found, slots, strict=True)]
         hits = [memoryview(payload).nbytes for payload in result if payload is not None]
@@ -129,49 +162,66 @@ class HostTier:
             self.counts.update(hits=len(hits), misses=len(keys) - len(hits), bytes_read=sum(hits))
         return result
 
-    def put_many(self, items: Sequence[Item]) -> None:
+    def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
         """See Tier. A page larger than the whole budget is dropped."""
+        used = stamps_now(len(items)) if stamps is None else stamps
         with self.lock:
-            for key, payload in reversed(items):
+            for (key, payload), stamp in zip(items, used, strict=True):
                 size = memoryview(payload).nbytes
                 if size > self.budget_bytes:
                     self.counts["dropped"] += 1
                 elif key in self.pages:
-                    self.pages.move_to_end(key)
-                else:
-                    self._evict(self.budget_bytes - size)
-                    self.pages[key] = payload
+                    self._use([key], [stamp])
+                elif self._make_room(size, stamp):
+                    self.pages[key], self.used[key] = payload, stamp
+                    heapq.heappush(self.oldest, (stamp, key))
                     self.bytes += size
                     self.counts["bytes_written"] += size
+                else:
+                    self.counts["evicted"] += 1
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """See Tier."""
         with self.lock:
             for key in keys:
-                payload = self.pages.pop(key, None)
-                self.bytes -= memoryview(payload).nbytes if payload is not None else 0
+                if key in self.pages:
+                    self.bytes -= memoryview(self.pages.pop(key)).nbytes
+                    del self.used[key]
+            self.oldest = [(stamp, key) for key, stamp in self.used.items()]
+            heapq.heapify(self.oldest)
 
     def sync(self) -> None:
         """Nothing: memory does not outlive the process."""
 
     def stats(self) -> TierStats:
         """See Tier."""
-        return TierStats(self.name, len(self.pages), self.bytes, self.budget_bytes, **self.counts)
+        with self.lock:
+            return TierStats(self.name, len(self.pages), self.bytes, self.budget_bytes, open=True, **self.counts)
 
     def close(self) -> None:
         """Forget everything."""
         self.delete(list(self.pages))
 
-    def _use(self, keys: Sequence[bytes]) -> None:
-        for key in reversed(keys):
-            if key in self.pages:
-                self.pages.move_to_end(key)
+    def _use(self, keys: Sequence[bytes], stamps: Sequence[int] | None) -> None:
+        for key, stamp in zip(keys, stamps_now(len(keys)) if stamps is None else stamps, strict=True):
+            if stamp > self.used.get(key, stamp):
+                self.used[key] = stamp
 
-    def _evict(self, budget_bytes: int) -> None:
-        while self.bytes > budget_bytes:
-            _, payload = self.pages.popitem(last=False)
-            self.bytes -= memoryview(payload).nbytes
-            self.counts["evicted"] += 1
+    def _make_room(self, size: int, stamp: int) -> bool:
+        """Evict for a page of this size and last use; False if it would be the one to go."""
+        while self.bytes + size > self.budget_bytes and stamp > self.evicted_stamp:
+            queued_at, key = self.oldest[0]
+            if queued_at != self.used[key]:
+                heapq.heapreplace(self.oldest, (self.used[key], key))
+            elif queued_at >= stamp:
+                return False
+            else:
+                heapq.heappop(self.oldest)
+                # A stamp from the future, of a clock that was set back, must not keep everything out.
+                self.evicted_stamp = max(self.evicted_stamp, min(self.used.pop(key), time.time_ns()))
+                self.bytes -= memoryview(self.pages.pop(key)).nbytes
+                self.counts["evicted"] += 1
+        return stamp > self.evicted_stamp
 
 
 @dataclass(frozen=True)
@@ -179,16 +229,21 @@ class Fetched:
     """What a fetch found, in the order of its keys."""
 
     sources: list[str | None]  # the tier that each page came from, None for a miss
-    seconds: dict[str, float] = field(default_factory=dict)  # spent in each tier that was asked
+    # Spent reading in each tier that was asked; a tier that cannot be read yet answers at once.
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class TieredPages:
-    """Reads over several tiers, the fastest first. What a lower tier gave is kept in the first one too."""
+    """Reads over several tiers, the fastest first. What a lower tier gave is kept in the first one too.
+
+    A tier that raises is one that has nothing.
+    """
 
     def __init__(self, tiers: Sequence[Tier]) -> None:
         self.tiers = tuple(tiers)
         # One thread: a second would only compete for the same disk, and a restore wants its first pages first.
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="restore")
+        self.reader = Worker("restore")
+        self.failures = Failures()
 
     def locate(self, keys: Sequence[bytes]) -> list[str | None]:
         """The first tier that has each key of a chain, None for a miss; nothing is read, and nothing counts as used.
@@ -203,50 +258,81 @@ class TieredPages:
                 break
         return names + [None] * (len(keys) - len(names))
 
-    def touch(self, keys: Sequence[bytes]) -> list[bool]:
-        """Record a use of pages that are on the device anyway; returns which of them the lowest tier still has."""
-        return [tier.touch_many(keys) for tier in self.tiers][-1]
+    def touch(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
+        """Record a use of pages without reading them; returns which of them the lowest tier still has."""
+        unknown = [True] * len(keys)
+        there = unknown
+        for tier in self.tiers:
+            there = self.failures.guard(f"{tier.name}: uses are lost", partial(tier.touch_many, keys, stamps), unknown)
+        return there
 
-    def fetch(self, keys: Sequence[bytes], pages: np.ndarray, then: Callable[[Fetched], T]) -> "Future[T]":
+    def fetch(
+        self,
+        keys: Sequence[bytes],
+        pages: np.ndarray,  # [keys, bytes of a page] uint8
+        then: Callable[[Fetched], T],
+        stamps: Sequence[int] | None = None,
+    ) -> "Future[T]":
         """Read pages in the background, as `read`, and hand what was found to `then` on the same thread."""
-        return self.reader.submit(lambda: then(self.read(keys, pages)))
+        return self.reader.submit(lambda: then(self.read(keys, pages, stamps)))
 
     def read(
         self,
         keys: Sequence[bytes],
         pages: np.ndarray,  # [keys, bytes of a page] uint8
+        stamps: Sequence[int] | None = None,
     ) -> Fetched:
         """Read each page to its row of `pages`; one that has meanwhile gone, or is corrupt, leaves anything there."""
+        used = stamps_now(len(keys)) if stamps is None else stamps
         sources: list[str | None] = [None] * len(keys)
         seconds: dict[str, float] = {}
         for tier in self.tiers:
             missing = [i for i, source in enumerate(sources) if source is None]
             if not missing:
                 break
+            wanted = [keys[i] for i in missing], [pages[i] for i in missing], [used[i] for i in missing]
+            nothing: list[Payload | None] = [None] * len(missing)
             start = time.perf_counter()
-            found = tier.get_many([keys[i] for i in missing], [pages[i] for i in missing])
+            found = self.failures.guard(f"{tier.name}: pages are missed", partial(tier.get_many, *wanted), nothing)
+            seconds[tier.name] = time.perf_counter() - start
             for i, payload in zip(missing, found, strict=True):
                 sources[i] = tier.name if payload is not None else None
-            seconds[tier.name] = time.perf_counter() - start
         top = self.tiers[0]
         below = [i for i, source in enumerate(sources) if source not in (None, top.name)]
-        top.put_many([(keys[i], pages[i].tobytes()) for i in below])
+        self.failures.guard(
+            f"{top.name}: pages are not kept",
+            lambda: top.put_many([(keys[i], pages[i].tobytes()) for i in below], [used[i] for i in below]),
+            None,
+        )
         return Fetched(sources, seconds)
 
     def stats(self) -> list[TierStats]:
-        """The stats of each tier, the fastest first."""
+        """The stats of each tier, the fastest first; at once."""
         return [tier.stats() for tier in self.tiers]
 
-    def close(self) -> None:
-        """Finish the fetch that is running, drop those that wait, and close all tiers."""
-        self.reader.shutdown(cancel_futures=True)
+    def close(self, seconds: float = 60.0) -> bool:
+        """Drop the fetches that wait, and close all tiers at once; False if that takes longer than `seconds`.
+
+        What takes longer goes on in daemon threads.
+        """
+        end = time.monotonic() + seconds
+        self.reader.stop()
+        closers = [self.reader.thread]
         for tier in self.tiers:
-            tier.close()
+            close = partial(self.failures.guard, f"{tier.name}: not closed", tier.close, None)
+            closers.append(threading.Thread(target=close, daemon=True))
+            closers[-1].start()
+        for closer in closers:
+            closer.join(max(0.0, end - time.monotonic()))
+        return not any(closer.is_alive() for closer in closers)
 
     def _locate(self, keys: Sequence[bytes]) -> list[str | None]:
         names: list[str | None] = [None] * len(keys)
         for tier in self.tiers:
             missing = [i for i, name in enumerate(names) if name is None]
-            for i, there in zip(missing, tier.contains_many([keys[i] for i in missing]), strict=True):
+            wanted, nothing = [keys[i] for i in missing], [False] * len(missing)
+            search = partial(tier.contains_many, wanted)
+            found = self.failures.guard(f"{tier.name}: pages are missed", search, nothing)
+            for i, there in zip(missing, found, strict=True):
                 names[i] = tier.name if there else None
         return names

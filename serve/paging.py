@@ -25,6 +25,7 @@ from cache.persistence import Found, StoredPage, Tiers
 from cache.pool import slots_for
 from cache.store import Lease, PrefixStore
 from cache.tiers import Fetched
+from cache.worker import Failures
 from model.kv import KVPool, gather_pages, scatter_pages
 from serve.cost import CostModel
 
@@ -46,8 +47,6 @@ PATIENCE_SECONDS = 0.5
 LOOK_UP_SECONDS = 0.01
 # A tier that was not read for so long, because computing is faster, is read to see whether it still is.
 MEASURE_AGAIN_SECONDS = 30.0
-# Of what goes wrong over and over, a line of log every so often.
-LOG_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Unsaved:
     """Pages of a sequence that has ended, held by its lease until the writer takes them."""
 
     lease: Lease
-    pages: list[tuple[bytes, int]]  # key, device page
+    pages: list[tuple[bytes, int, int]]  # key, device page, stamp
 
 
 class Pager:
@@ -161,7 +160,7 @@ class Pager:
         self.staged: WeakKeyDictionary[Future[Loaded], int] = WeakKeyDictionary()
         self.measuring: Future[Fetched] | None = None  # a read for the time that it takes alone
         self.measured_at: dict[str, float] = {}  # by tier, when it was read last, by `time.monotonic`
-        self.logged_at = -LOG_SECONDS  # that pages were lost
+        self.failures = Failures()
         self.parked: deque[Unsaved] = deque()
         self.restored_tokens: Counter[str] = Counter()  # by tier
         self.read_seconds: defaultdict[str, float] = defaultdict(float)  # by tier
@@ -175,8 +174,9 @@ class Pager:
         known, page_size = sequence.known, self.page_size
         self.name(sequence, len(known) // page_size)
         keys = sequence.keys[: len(known) // page_size]
+        root, first = self.parent(sequence, 0), held // page_size
         looking = attempted(
-            lambda: self.tiers.look(self.parent(sequence, 0), keys, known.copy(), held // page_size, page_size)
+            lambda: self.tiers.look(root, keys, known.copy(), first, page_size, sequence.used),
         )
         self.forget(sequence)
         sequence.restore = Restore(looking, held, time.monotonic())
@@ -202,7 +202,7 @@ class Pager:
             if (found := outcome(restore, restore.looking)) is None:
                 return
             sequence.unsaved.extend(found.missing)
-            restore.slices = self.plan(found.pages)
+            restore.slices = self.plan(found.pages, sequence.used)
         while restore.slices and end_of(restore.slices[0], self.page_size) <= sequence.computed:
             restore.slices.popleft()
         for piece in list(restore.slices)[:READ_AHEAD]:
@@ -211,7 +211,7 @@ class Pager:
             size = len(piece.pages) * self.moves.page_bytes
             if self.staged_bytes + size > self.restore_bytes // (1 if sequence.lease else 2):
                 return
-            piece.loading = attempted(partial(self.fetch, piece.pages, self.load))
+            piece.loading = attempted(partial(self.fetch, piece.pages, sequence.used, self.load))
             piece.loading.add_done_callback(lambda _: self.wake())
             self.staged[piece.loading] = size
 
@@ -221,35 +221,35 @@ class Pager:
         sizes = list(self.staged.data.values())  # type: ignore[attr-defined]  # in one go: others may change it
         return sum(sizes)
 
-    def fetch(self, pages: list[StoredPage], then: Callable[[list[StoredPage], np.ndarray, Fetched], T]) -> Future[T]:
+    def fetch(
+        self, pages: list[StoredPage], used: int, then: Callable[[list[StoredPage], np.ndarray, Fetched], T]
+    ) -> Future[T]:
         """Read pages in the background, [pages, page_bytes] uint8, and hand them to `then` on the reader's thread."""
-        data = staging(len(pages), self.moves.page_bytes)
-        return self.tiers.pages.fetch([page.key for page in pages], data, partial(then, pages, data))
+        data, stamps = staging(len(pages), self.moves.page_bytes), [used - page.index for page in pages]
+        return self.tiers.pages.fetch([page.key for page in pages], data, partial(then, pages, data), stamps)
 
-    def plan(self, pages: list[StoredPage]) -> deque[Slice]:
+    def plan(self, pages: list[StoredPage], used: int) -> deque[Slice]:
         """The pages that come sooner from their tier than from the model, in slices of consecutive ones."""
         if self.measuring and self.measuring.done():
             measuring, self.measuring = self.measuring, None
             if not measuring.cancelled() and measuring.exception() is None:
                 self.measured(measuring.result())
-        size, page_bytes = self.page_size, self.moves.page_bytes
-        worth = [
-            page
-            for page in pages
-            if self.cost.worth_restoring(page.tier, page.index * size, page.index * size + page.tokens, page_bytes)
-        ]
-        self.recomputed_pages += len(pages) - len(worth)
-        if len(worth) < len(pages):
-            self.measure_again([page for page in pages if page not in worth])
-        return deque(slices_of(worth, size, self.slice_pages))
+        worth, computed = list[StoredPage](), list[StoredPage]()
+        for page in pages:
+            start = page.index * self.page_size
+            read = self.cost.worth_restoring(page.tier, start, start + page.tokens, self.moves.page_bytes)
+            (worth if read else computed).append(page)
+        self.recomputed_pages += len(computed)
+        self.measure_again(computed, used)
+        return deque(slices_of(worth, self.page_size, self.slice_pages))
 
-    def measure_again(self, pages: list[StoredPage]) -> None:
+    def measure_again(self, pages: list[StoredPage], used: int) -> None:
         """Read some of these pages, which are computed, if nobody has read their tier for long: it may be faster."""
         due = time.monotonic() - MEASURE_AGAIN_SECONDS
         stale = [page for page in pages if self.measured_at.get(page.tier, due) <= due]
         if stale and self.measuring is None:
             chosen = [page for page in stale if page.tier == stale[0].tier][: self.slice_pages]
-            self.measuring = attempted(partial(self.fetch, chosen, lambda pages, data, fetched: fetched))
+            self.measuring = attempted(partial(self.fetch, chosen, used, lambda pages, data, fetched: fetched))
 
     def measured(self, fetched: Fetched) -> None:
         """Learn from a read what reading costs here."""
@@ -362,13 +362,19 @@ class Pager:
         sequence.unsaved.extend(range(sequence.sealed, full))
         sequence.sealed = max(sequence.sealed, full)
         self.name(sequence, full)
+        if full > sequence.stamped:
+            # Those of others, too: none may be older than what this sequence writes behind it.
+            uses = range(sequence.used - sequence.stamped, sequence.used - full, -1)
+            self.tiers.writer.use(sequence.keys[sequence.stamped : full], uses)
+            sequence.stamped = full
         return [i for i in sequence.unsaved if i < full]
 
     def save(self, sequence: Sequence, pool: KVPool) -> None:
         """Queue the pages that a running sequence has filled, as far as the writer's queue has room."""
         assert sequence.lease is not None
         ready = self.seal(sequence)
-        taken = self.submit([(sequence.keys[i], int(sequence.lease.pages[i])) for i in ready], pool)
+        pages = [(sequence.keys[i], int(sequence.lease.pages[i]), sequence.used - i) for i in ready]
+        taken = self.submit(pages, pool)
         queued = set(ready[:taken])
         sequence.unsaved = [i for i in sequence.unsaved if i not in queued]
 
@@ -376,12 +382,12 @@ class Pager:
         """Queue what a sequence that ends has not saved, its partly filled page too, and end its lease when all is."""
         lease = sequence.lease
         assert lease is not None
-        pages = [(sequence.keys[i], int(lease.pages[i])) for i in self.seal(sequence)]
+        pages = [(sequence.keys[i], int(lease.pages[i]), sequence.used - i) for i in self.seal(sequence)]
         sequence.unsaved.clear()
         full = sequence.computed // self.page_size
         rest = sequence.tokens[full * self.page_size : sequence.computed]
         if len(rest) and sequence.computed > sequence.reused:
-            pages.append((tail_key(self.parent(sequence, full), rest), int(lease.pages[full])))
+            pages.append((tail_key(self.parent(sequence, full), rest), int(lease.pages[full]), sequence.used - full))
         self.parked.append(Unsaved(lease, pages))
         sequence.lease = None  # whatever fails from here on must not end it twice
         self.save_parked(pool, store)
@@ -417,7 +423,7 @@ class Pager:
         store.release(unsaved.lease)
         return True
 
-    def submit(self, pages: list[tuple[bytes, int]], pool: KVPool) -> int:
+    def submit(self, pages: list[tuple[bytes, int, int]], pool: KVPool) -> int:
         """Copy pages and queue the copies, the first ones first; returns how many are done with.
 
         Those of which no copy can be made (a device may be short of memory) are lost to the tiers, and counted.
@@ -427,21 +433,16 @@ class Pager:
             if not self.tiers.writer.has_room(count * self.moves.page_bytes):
                 break
             chosen = pages[taken : taken + count]
-            try:
-                copy = self.moves.gather[count](pool, np.asarray([page for _, page in chosen], np.int32))
-                keys, size = [key for key, _ in chosen], count * self.moves.page_bytes
-                self.tiers.writer.submit(keys, size, partial(payloads, copy))
-            except Exception as error:
-                self.lost(count, error)
+            if self.failures.guard(f"{count} pages are not saved", partial(self.queue, chosen, pool), None) is None:
+                self.tiers.writer.drop(count)
             taken += count
         return taken
 
-    def lost(self, pages: int, error: Exception) -> None:
-        """Count pages that cannot be saved."""
-        self.tiers.writer.drop(pages)
-        if time.monotonic() - self.logged_at >= LOG_SECONDS:
-            self.logged_at = time.monotonic()
-            log.warning("pages are lost to the tiers, which costs hits later: %s: %s", type(error).__name__, error)
+    def queue(self, pages: list[tuple[bytes, int, int]], pool: KVPool) -> bool:
+        """Copy pages, as many as one compiled copy moves, and queue them; False if the writer has no room after all."""
+        copy = self.moves.gather[len(pages)](pool, np.asarray([page for _, page, _ in pages], np.int32))
+        keys, stamps = [key for key, _, _ in pages], [stamp for _, _, stamp in pages]
+        return self.tiers.writer.submit(keys, len(pages) * self.moves.page_bytes, partial(payloads, copy), stamps)
 
 
 def attempted(start: Callable[[], Future[T]]) -> Future[T]:

@@ -15,7 +15,6 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,8 +27,9 @@ import tokenizers
 from cachetools import LRUCache, cached
 
 from cache.disk import DiskTier
-from cache.environment import check_directory
+from cache.environment import RECORDS, check_directory
 from cache.tiers import Tier
+from cache.worker import Worker
 from serve.formats import Format, within_thinking, write_turn
 from serve.messages import (
     Block,
@@ -82,7 +82,7 @@ def load_tokenizer(folder: str, format_name: str | None = None, store: Path | No
     if store is None:
         return make_tokenizer(hf, format_name)
     check_directory(store)
-    return make_tokenizer(hf, format_name, DiskTier(store / SEGMENT_FOLDER, STORED_BYTES))
+    return make_tokenizer(hf, format_name, DiskTier(store / SEGMENT_FOLDER, STORED_BYTES, name=RECORDS))
 
 
 def make_tokenizer(hf: Any, format_name: str | None = None, segments: Tier | None = None) -> Tokenizer:
@@ -118,7 +118,7 @@ def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.nd
 
 def stored(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) -> Callable[[str], np.ndarray]:
     """`tokenize`, whose results for long texts are kept in a tier under the tokenizer's identity and the text."""
-    writer = ThreadPoolExecutor(1, "segments")
+    writer = Worker("segments")
 
     def recall(text: str) -> np.ndarray:
         if len(text) < STORED_CHARS:

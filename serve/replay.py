@@ -18,7 +18,6 @@ import secrets
 import struct
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,8 @@ import numpy as np
 from cachetools import LRUCache
 
 from cache.disk import DiskTier
-from cache.environment import StoreError
+from cache.environment import RECORDS, StoreError
+from cache.worker import Worker
 from serve.messages import Block, InputMessage, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.turns import blocks, joined, turns
 
@@ -67,8 +67,8 @@ class ReplayLog:
             memory_bytes, getsizeof=lambda sampled: RECORD_BYTES + len(sampled.opening) + sampled.tokens.nbytes
         )
         self.lock = Lock()
-        self.disk = DiskTier(directory / FOLDER, disk_bytes) if directory else None
-        self.writer = ThreadPoolExecutor(1, "replay")
+        self.disk = DiskTier(directory / FOLDER, disk_bytes, name=RECORDS) if directory else None
+        self.writer = Worker("replay")
         self.synced = time.monotonic()
 
     def put(self, scope: bytes, messages: Sequence[InputMessage], answer: Sequence[Block], sampled: Sampled) -> None:
@@ -100,11 +100,12 @@ class ReplayLog:
         if self.disk:
             self.writer.submit(self.disk.sync).result()
 
-    def close(self) -> None:
-        """Write what is waiting and close."""
-        self.writer.shutdown()
+    def close(self, seconds: float = 10.0) -> None:
+        """Write what is waiting and close; a disk that takes longer is left alone."""
         if self.disk:
-            self.disk.close()
+            with suppress(TimeoutError):
+                self.writer.submit(self.disk.close).result(seconds)
+        self.writer.stop()
 
     def _keep(self, key: bytes, sampled: Sampled) -> None:
         with self.lock, suppress(ValueError):  # larger than the whole memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -146,6 +147,8 @@ class Sequence:
     flight: Flight | None = None  # the step that samples its next token, which then is the one behind `length`
     keys: list[bytes] = field(default_factory=list)  # of its full pages, as far as they are known
     restore: Restore | None = None
+    used: int = field(default_factory=time.time_ns)  # ns since 1970: page i has the stamp `used - i` in the tiers
+    stamped: int = 0  # full pages whose use the writer knows
     sealed: int = 0  # full pages that were looked at for saving
     unsaved: list[int] = field(default_factory=list)  # of these, the ones that still have to go to the tiers
 

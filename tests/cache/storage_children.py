@@ -44,7 +44,7 @@ def right(tier, numbers, in_slots: bool = False) -> list[bool]:
 
 def write_forever(directory: str, budget: str, start: str) -> None:
     """Put three pages at a time and print the number of the last one that is acknowledged."""
-    tier = DiskTier(directory, int(budget), touch_seconds=0)
+    tier = DiskTier(directory, int(budget))
     number = int(start)
     while True:
         tier.put_many(items(range(number, number + 3)))
@@ -54,7 +54,7 @@ def write_forever(directory: str, budget: str, start: str) -> None:
 
 def share(directory: str, budget: str, seconds: str, seed: str) -> None:
     """Read, write, delete and prune at random beside others; fails on a wrong page, or if it never found one."""
-    tier = DiskTier(directory, int(budget), touch_seconds=0)
+    tier = DiskTier(directory, int(budget))
     rng = random.Random(int(seed))
     end, hits = time.monotonic() + float(seconds), 0
     while time.monotonic() < end:
@@ -139,7 +139,7 @@ def flip(directory: str, first_seed: str, count: str) -> None:
             flip_bit(path / "data.mdb", place_in(data, rng), rng.randrange(8))
         else:
             flip_bit(path / "lock.mdb", rng.randrange(len(lock)), rng.randrange(8))
-        tier = DiskTier(directory, 4_000_000, touch_seconds=0)
+        tier = DiskTier(directory, 4_000_000)
         right(tier, range(100))
         tier.put_many(items(range(100, 200)))  # evicts
         right(tier, range(200), in_slots=True)
@@ -153,7 +153,7 @@ def flip_live(directory: str, first_seed: str, count: str) -> None:
     """Flip bits in the payloads of a store that is in use. In the tree they could end the process: LMDB has asserts."""
     environment.RETRY_SECONDS = 0.0
     path = Path(directory) / FORMAT
-    tier = DiskTier(directory, 2_000_000, touch_seconds=0)
+    tier = DiskTier(directory, 2_000_000)
     for seed in range(int(first_seed), int(first_seed) + int(count)):
         rng = random.Random(seed)
         tier.put_many(items(rng.sample(range(150), 10)))

@@ -99,7 +99,7 @@ def test_prune_keeps_what_was_used_last(store, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["ls", "--store", "DIR/none"], "found no tokenzero-pages-v1/data.mdb, expected a store"),
+        (["ls", "--store", "DIR/none"], "found no tokenzero-pages-v2/data.mdb, expected a store"),
         (["ls", "--store", "s3://bucket/"], "expected a directory"),
         (["ls", "--store", "DIR/other"], "another program"),
     ],

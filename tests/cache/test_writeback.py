@@ -89,7 +89,7 @@ def test_payloads_that_cannot_be_loaded_cost_their_pages_only(caplog):
 
 
 def test_the_disk_learns_of_uses_even_when_nothing_is_written(tmp_path):
-    disk = DiskTier(tmp_path, 10 * MIB, touch_seconds=0)
+    disk = DiskTier(tmp_path, 10 * MIB)
     disk.put_many(items([0, 1]))
     written = {entry.key: entry.last_used for entry in disk.entries()}
     writer = WriteBack([disk], flush_seconds=0.05)

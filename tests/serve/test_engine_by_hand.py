@@ -180,7 +180,7 @@ def test_a_request_is_admitted_once_the_writer_has_let_go_of_the_pages_it_needs(
     tiers, go = tiers_of(tmp_path, queue_bytes=1), threading.Event()
     disk = tiers.pages.tiers[0]
     put = disk.put_many
-    disk.put_many = lambda items: (go.wait(60), put(items))
+    disk.put_many = lambda items, stamps: (go.wait(60), put(items, stamps))
     engine = make(CRAMPED, tiers)
     submit(engine, prompt(2, 200), 2)
     while engine.inbox.submissions or engine.running or engine.waiting:

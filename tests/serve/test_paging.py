@@ -136,8 +136,8 @@ def test_a_page_that_vanishes_between_lookup_and_reading_is_computed(model, tmp_
     tiers = tiers_of(tmp_path)
     (disk,) = tiers.pages.tiers
     read = disk.get_many
-    disk.get_many = lambda wanted, into: [
-        None if key == keys[7] else page for key, page in zip(wanted, read(wanted, into), strict=True)
+    disk.get_many = lambda wanted, into, stamps: [
+        None if key == keys[7] else page for key, page in zip(wanted, read(wanted, into, stamps), strict=True)
     ]
     with Running(model, tiers) as engine:
         output, started, _ = generate(engine, tokens, 4)
@@ -225,7 +225,7 @@ def test_pages_that_the_writer_is_too_slow_for_stay_in_the_pool_until_they_are_w
     go = threading.Event()
     (disk,) = tiers.pages.tiers
     put = disk.put_many
-    disk.put_many = lambda items: (go.wait(60), put(items))
+    disk.put_many = lambda items, stamps: (go.wait(60), put(items, stamps))
     with Running(model, tiers) as engine:
         tokens = prompt(12)
         generate(engine, tokens, 2)
@@ -273,6 +273,24 @@ def test_what_fails_on_the_way_to_the_tiers_or_back_costs_hits_and_no_answers(mo
             assert_same_or_tied(model, prompt(seed), output, reference(model, prompt(seed), 4, KNOWN), [])
             assert (started.reused_tokens > 0) == (seed == 16 and fault in ("gather", "submit"))
         assert (tiers.writer.dropped > 0) == (fault in ("gather", "submit"))
+
+
+def test_stopping_ends_in_time_though_a_tier_hangs(model):
+    tiers, hung, go = tiers_of(None, host=64 * MIB, queue_bytes=1), threading.Event(), threading.Event()
+    (host,) = tiers.pages.tiers
+    host.put_many = lambda *_: (hung.set(), go.wait())
+    running = Running(model, tiers, replace(SMALL, stop_seconds=1.0))
+    running.engine.start()
+    assert generate(running.engine, prompt(18), 4)[2] == Finished("length")
+    assert hung.wait(60)
+    stopper = threading.Thread(target=running.engine.stop, daemon=True)
+    stopper.start()
+    stopper.join(60)
+    ended = not stopper.is_alive()
+    go.set()
+    assert ended
+    assert not running.engine.store.live
+    assert not running.engine.pager.parked
 
 
 def test_what_is_read_ahead_stays_within_its_budget(model, tmp_path):

@@ -21,7 +21,7 @@ from families import FAMILIES, Family, tokenizer_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.environment import FORMAT, StoreError
+from cache.environment import RECORDS, StoreError
 from serve.formats import write_turn
 from serve.messages import (
     Block,
@@ -221,7 +221,7 @@ time.sleep(60)
         log.put(SCOPE, QUESTION, ANSWER, sampled(7, 8, 9))
         log.close()
         damaged = key(ANSWER)
-        with lmdb.open(str(tmp_path / "replay" / FORMAT), max_dbs=2) as env:
+        with lmdb.open(str(tmp_path / "replay" / RECORDS), max_dbs=2) as env:
             pages = env.open_db(b"pages")
             with env.begin(write=True) as txn:
                 record = txn.get(damaged, db=pages)
@@ -259,7 +259,7 @@ class TestSignatures:
         assert signing_key(tmp_path) == key
         path = tmp_path / "replay" / "signing.key"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert sorted(os.listdir(path.parent)) == ["signing.key", FORMAT]
+        assert sorted(os.listdir(path.parent)) == ["signing.key", RECORDS]
         path.write_bytes(b"short")
         with pytest.raises(StoreError, match=r"signing\.key: found 5 bytes, expected a key of 32"):
             signing_key(tmp_path)
