@@ -212,7 +212,7 @@ def answer_stream(serving: Serving, prepared: Prepared) -> AnswerStream:
     return AnswerStream(
         serving.tokenizer.hf.backend_tokenizer,
         of_json(form) if config and config.format else form,
-        message.stop_sequences or (),
+        prepared.stops,
         {tool.name: tool.input_schema for tool in offered},
         prepared.prompt.thinking,
         prepared.prompt.begun.tolist(),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
 
-def explain(error: Exception, body: bytes, choices: Mapping[str, str]) -> str:
+def explain(error: Exception, body: bytes | bytearray, choices: Mapping[str, str]) -> str:
     """Turn msgspec's "Expected `int` >= 1 - at `$.max_tokens`" into "max_tokens: expected int >= 1, got 0".
 
     `error` is what decoding `body` raised: ValueError, or RecursionError for JSON nested too deeply. `choices` are the
@@ -29,11 +30,13 @@ def explain(error: Exception, body: bytes, choices: Mapping[str, str]) -> str:
         expected = choices.get(re.sub(r"\[\d+\]", "", field), "a known value")
     else:
         return f"{field}: {problem}".removeprefix(": ")
-    return f"{field or 'body'}: expected {expected}, got {found(body, field)}"
+    value, text = found(body, field)
+    got = len(value) if "of length <=" in expected and isinstance(value, str | list) else text
+    return f"{field or 'body'}: expected {expected}, got {got}"
 
 
-def found(body: bytes, field: str) -> str:
-    """The start of the JSON value at a path such as `messages[0].role`, which msgspec does not tell."""
+def found(body: bytes | bytearray, field: str) -> tuple[Any, str]:
+    """The JSON value at a path such as `messages[0].role`, which msgspec does not tell, and the start of its text."""
     try:
         value = msgspec.json.decode(body)
         for key, index in re.findall(r"(\w+)|\[(\d+)\]", field):
@@ -41,5 +44,5 @@ def found(body: bytes, field: str) -> str:
         text = msgspec.json.encode(value).decode()
     # The rest of the body may be malformed, nest too deeply, or hold the same key again with another value.
     except (ValueError, RecursionError, LookupError, TypeError):
-        return "an unreadable value"
-    return text if len(text) <= 80 else f"{text[:80]}..."
+        return None, "an unreadable value"
+    return value, text if len(text) <= 80 else f"{text[:80]}..."

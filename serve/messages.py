@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from serve.explain import explain
+from serve.stops import LONGEST, MOST
 
 Role = Literal["user", "assistant", "system"]
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal", "model_context_window_exceeded"]
@@ -19,6 +20,8 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "ref
 # Counts end in int32 arrays.
 PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 NonEmptyStr = Annotated[str, Meta(min_length=1)]
+StopSequence = Annotated[str, Meta(min_length=1, max_length=LONGEST)]
+StopSequences = Annotated[tuple[StopSequence, ...], Meta(max_length=MOST)]
 
 
 class TextBlock(Struct, frozen=True, tag="text"):
@@ -173,13 +176,19 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
 
     max_tokens: PositiveInt
     stream: bool = False
-    stop_sequences: Annotated[tuple[NonEmptyStr, ...], Meta(max_length=8191)] | None = None
+    stop_sequences: StopSequences | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     diagnostics: DiagnosticsRequest | UnsetType | None = UNSET
+
+
+class SeededRequest(MessagesRequest, frozen=True, kw_only=True):
+    """A request that came over another API, which knows a seed: the same prompt and seed give the same answer."""
+
+    seed: int | None = None
 
 
 class InvalidRequest(Exception):
@@ -189,12 +198,12 @@ class InvalidRequest(Exception):
     status = 400
 
 
-def decode_request(body: bytes) -> MessagesRequest:
+def decode_request(body: bytes | bytearray) -> MessagesRequest:
     """Read the body of `POST /v1/messages`; raise InvalidRequest if it is not one."""
     return decode(_MESSAGES, body, _CHOICES)
 
 
-def decode_count_tokens(body: bytes) -> CountTokensRequest:
+def decode_count_tokens(body: bytes | bytearray) -> CountTokensRequest:
     """Read the body of `POST /v1/messages/count_tokens`; raise InvalidRequest if it is not one."""
     return decode(_COUNT_TOKENS, body, _CHOICES)
 
@@ -205,7 +214,7 @@ _COUNT_TOKENS = msgspec.json.Decoder(CountTokensRequest)
 R = TypeVar("R")
 
 
-def decode(decoder: msgspec.json.Decoder[R], body: bytes, choices: Mapping[str, str]) -> R:
+def decode(decoder: msgspec.json.Decoder[R], body: bytes | bytearray, choices: Mapping[str, str]) -> R:
     """Read a body by its schema; raise InvalidRequest if it is not one. `choices` are as `explain` takes them."""
     try:
         return decoder.decode(body)

@@ -13,6 +13,7 @@ from typing import Any
 
 from serve.calls import BLANK, SPACE, Call, Calls, Malformed, Source, end_of
 from serve.formats import Format
+from serve.stops import Stops
 
 HALF = "\ufffd"  # what a character decodes to whose bytes are not all there,
 SPELLED = (HALF, "ï¿½", "<0xEF><0xBF><0xBD>")  # and how vocabularies spell the character itself
@@ -22,6 +23,7 @@ PATIENCE = 8
 BLANKS = 256
 # What was read as a call and is none is read again from each mark in it, as often at most.
 RETRIES = 8
+NO_STOPS = Stops()
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class AnswerStream:
     Thinking without content gives nothing; its opening mark, written again, is dropped. With `tools` (input schemas by
     name; none offered: what looks like a call is text), a call comes as one piece once its arguments are complete,
     whether a tool of its name was offered or not: the client answers what is wrong with it. What begins like a call and
-    is none is text, marks included, and is read on behind its first mark. Stop sequences are looked for in text alone.
+    is none is text, marks included, and is read on behind its first mark. Stop sequences are looked for in text alone:
+    of two that end together the longest counts, and otherwise the one that is complete first.
     With `thinking` the prompt has opened a block of thinking already; `begun` are the tokens of an answer that goes on:
     how the next ones read depends on them. An answer that is bound to be JSON has the format `of_json`: marks within it
     are text.
@@ -123,7 +126,7 @@ class AnswerStream:
         self,
         backend: Any,
         format: Format,
-        stop_sequences: Sequence[str] = (),
+        stops: Stops = NO_STOPS,
         tools: Mapping[str, dict[str, Any]] | None = None,
         thinking: bool = False,
         begun: Sequence[int] = (),
@@ -131,7 +134,7 @@ class AnswerStream:
         self.characters = CharacterStream(backend, format.marks)
         for token in begun[-PATIENCE:]:
             self.characters.feed(token)
-        self.format, self.stops, self.tools = format, tuple(stop_sequences), tools or {}
+        self.format, self.stops, self.tools = format, stops, tools or {}
         think, unthink = format.think_marks or ("", "")
         marks = (think, *(format.openers if self.tools else ()))
         bare = ("{",) if format.bare and self.tools else ()
@@ -142,6 +145,7 @@ class AnswerStream:
         self.stopped = False
         self.source = Source()  # the text of the answer
         self.sent = 0  # characters of it that were sent, or dropped
+        self.scanned = self.matched = 0  # how far stop sequences were looked for, and their automaton's state there
         self.plain = 0  # no mark begins ahead of here
         self.behind_mark = thinking  # the block follows a mark, which owns the whitespace between
         self.begun = False  # something of the block was sent
@@ -180,13 +184,13 @@ class AnswerStream:
         text = whole[self.sent : found.start(1) if found else len(whole)]
         if not (found or self.source.ended):
             text = text[: len(text) - marks.partial(whole[start:], fresh)]
-        stops = () if self.thinking else self.stops
-        if stop := first_stop(text, stops):
-            self.send(text[: stop[0]])
-            self.pieces.append(Stopped(stop[1]))
+        if not self.thinking and (stop := self.scan(whole, self.sent + len(text))):
+            self.send(whole[self.sent : self.scanned - len(stop)])
+            self.pieces.append(Stopped(stop))
             self.stopped = True
             return False
-        held = max([blanks(text) if marks.possible(fresh) else 0, *(overlap(text, stop) for stop in stops)])
+        begins = 0 if self.thinking else self.stops.depth[self.matched]
+        held = max(blanks(text) if marks.possible(fresh) else 0, begins)
         if not found:
             text = text[: len(text) - (0 if self.source.ended else held)]
             self.send(text)
@@ -201,6 +205,14 @@ class AnswerStream:
             self.sent += len(text) - held
             self.open_call(found)
         return True
+
+    def scan(self, whole: str, end: int) -> str | None:
+        """Look for stop sequences up to `end`, each character once; the one that is complete."""
+        if self.scanned < self.sent:  # a mark or a call came between
+            self.scanned, self.matched = self.sent, 0
+        self.matched, count = self.stops.read(self.matched, whole[self.scanned : end])
+        self.scanned += count
+        return self.stops.complete[self.matched]
 
     def switch_to(self, thinking: bool) -> None:
         """Begin or end thinking; beginning it again changes nothing."""
@@ -250,15 +262,9 @@ def blanks(text: str) -> int:
     return min(len(text) - len(text.rstrip(SPACE)), BLANKS)
 
 
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
+def overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `mark`."""
+    for size in range(min(len(text), len(mark) - 1), 0, -1):
+        if text.endswith(mark[:size]):
             return size
     return 0
-
-
-def first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
-    """Where the stop sequence that is complete first begins, and which it is; of two that end together, the longest."""
-    found = [(at + len(stop), at, stop) for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found)[1:] if found else None

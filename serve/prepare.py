@@ -13,12 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve import engine as eng
-from serve.messages import CountTokensRequest, InvalidRequest, MessagesRequest, ThinkingBlock, new_id
+from serve.messages import (
+    CountTokensRequest,
+    InvalidRequest,
+    MessagesRequest,
+    SeededRequest,
+    ThinkingBlock,
+    new_id,
+)
 from serve.normalize import Normalized, Unparsed, normalize
 from serve.render import Prompt, Recalled, prompt
 from serve.replay import Sampled, verify
 from serve.serving import Caller, Serving
 from serve.steps import SamplingParams
+from serve.stops import Stops
 from serve.timing import Phases
 from serve.turns import answers
 
@@ -35,6 +43,7 @@ class Prepared:
     message: MessagesRequest  # as the rules left it
     prompt: Prompt
     generation: eng.GenerationRequest
+    stops: Stops  # that end its text
     scope: bytes  # whose sampled turns it shares
     applied: tuple[str, ...]  # the rules that changed it, in order, with their places
     clamped: bool  # the context has less room than `max_tokens`
@@ -63,7 +72,7 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller, phases: 
             temperature=1.0 if message.temperature is None else message.temperature,
             top_k=message.top_k or 0,
             top_p=1.0 if message.top_p is None else message.top_p,
-            seed=secrets.randbits(32),
+            seed=seed_of(message),
         ),
         salt=caller.salt,
         constraint=constraint,
@@ -76,6 +85,7 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller, phases: 
         normalized.request,
         rendered,
         generation,
+        Stops(message.stop_sequences or ()),
         scope,
         applied,
         room < message.max_tokens,
@@ -87,6 +97,17 @@ def prompt_length(serving: Serving, request: CountTokensRequest, caller: Caller,
     with phases.timed("normalize"):
         normalized = normalize(request, caller.rules).request
     return len(rendered_prompt(serving, normalized, scope_of(serving, caller), caller.rules, phases).tokens)
+
+
+def seed_of(message: MessagesRequest) -> int:
+    """A seed of 32 bits: a fresh one unless the request has its own, of which those that need more are hashed."""
+    seed = message.seed if isinstance(message, SeededRequest) else None
+    if seed is None:
+        return secrets.randbits(32)
+    if 0 <= seed < 2**32:
+        return seed
+    written = seed.to_bytes(seed.bit_length() // 8 + 1, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(written, digest_size=4).digest(), "little")
 
 
 def scope_of(serving: Serving, caller: Caller) -> bytes:

@@ -15,7 +15,7 @@ from serve.openai.chat_answer import ChatWriter
 from serve.openai.responses_answer import ResponseWriter
 
 
-def read_chat(body: bytes) -> tuple[MessagesRequest, ChatWriter]:
+def read_chat(body: bytes | bytearray) -> tuple[MessagesRequest, ChatWriter]:
     """What a body of `POST /v1/chat/completions` asks for, and what writes the answer.
 
     Raises InvalidRequest, naming the field, if it is no such body or asks for what is not here.
@@ -25,7 +25,7 @@ def read_chat(body: bytes) -> tuple[MessagesRequest, ChatWriter]:
     return chat_request.to_messages(chat), ChatWriter(int(time.time()), with_usage)
 
 
-def read_responses(body: bytes) -> tuple[MessagesRequest, ResponseWriter]:
+def read_responses(body: bytes | bytearray) -> tuple[MessagesRequest, ResponseWriter]:
     """What a body of `POST /v1/responses` asks for, and what writes the answer; raises InvalidRequest likewise."""
     request = decode(responses_request.DECODER, body, responses_request.CHOICES)
     return responses_request.to_messages(request), ResponseWriter(request, secrets.token_hex(12), int(time.time()))

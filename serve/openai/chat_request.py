@@ -14,9 +14,11 @@ from serve.messages import (
     Block,
     ImageBlock,
     InputMessage,
-    MessagesRequest,
     NonEmptyStr,
     PositiveInt,
+    SeededRequest,
+    StopSequence,
+    StopSequences,
     TextBlock,
     ThinkingBlock,
     Tool,
@@ -147,7 +149,8 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     reasoning_effort: str | None = None
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
-    stop: NonEmptyStr | Annotated[tuple[NonEmptyStr, ...], Meta(max_length=8191)] | None = None
+    stop: StopSequence | StopSequences | None = None
+    seed: int | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     stream: bool | None = None
@@ -170,13 +173,13 @@ CHOICES = {
 DECODER = msgspec.json.Decoder(ChatRequest)
 
 
-def to_messages(chat: ChatRequest) -> MessagesRequest:
+def to_messages(chat: ChatRequest) -> SeededRequest:
     """A chat request as one of the Messages API; raises InvalidRequest for what the schema cannot tell."""
     head, rest = split_system([to_message(message, f"messages[{i}]") for i, message in enumerate(chat.messages)])
     tools = tuple(to_tool(tool.function) for tool in chat.tools or ())
     named = chat.tool_choice.function.name if isinstance(chat.tool_choice, NamedTool) else None
     mode = chat.tool_choice if isinstance(chat.tool_choice, str) else None
-    return MessagesRequest(
+    return SeededRequest(
         model=chat.model,
         system=head or None,
         messages=rest,
@@ -189,6 +192,7 @@ def to_messages(chat: ChatRequest) -> MessagesRequest:
         temperature=chat.temperature,
         top_p=chat.top_p,
         stream=chat.stream is True,
+        seed=chat.seed,
     )
 
 

@@ -29,7 +29,7 @@ from serve.constrain import (
 )
 from serve.formats import BY_NAME, Format, write_turn
 from serve.messages import InvalidRequest, ToolUseBlock, decode_request
-from serve.parse import AnswerStream, Thinking, ThinkingEnd
+from serve.parse import NO_STOPS, AnswerStream, Thinking, ThinkingEnd
 
 Json = dict[str, Any]
 ROWS = 16
@@ -288,7 +288,7 @@ def calls_of(
     """The calls that the parser finds in an answer, and its other pieces."""
     hf, form, _, end = setting(format)
     assert ids[-1] == end
-    stream = AnswerStream(hf.backend_tokenizer, form, (), schemas, thinking)
+    stream = AnswerStream(hf.backend_tokenizer, form, NO_STOPS, schemas, thinking)
     pieces = [piece for token in ids[:-1] for piece in stream.feed(token)] + stream.finish()
     calls = [piece for piece in pieces if isinstance(piece, Call)]
     return calls, [piece for piece in pieces if not isinstance(piece, Call)]

@@ -17,8 +17,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from serve.calls import Call
 from serve.formats import BY_NAME, SPACE, behind_call, choose, mistral_id, of_json, within_thinking, write_turn
 from serve.messages import TextBlock, ThinkingBlock, ToolUseBlock
-from serve.parse import AnswerStream, Stopped, Text, Thinking, ThinkingEnd
+from serve.parse import NO_STOPS, AnswerStream, Stopped, Text, Thinking, ThinkingEnd
 from serve.schemas import types_of
+from serve.stops import Stops
 
 TOOLS: dict[str, dict[str, Any]] = {
     "Read": {"type": "object", "properties": {"path": {"type": "string"}, "limit": {"type": "integer"}}},
@@ -50,7 +51,7 @@ def backend():
 def read(name, text, cuts=(), stops=(), tools=TOOLS, thinking=False, json=False):
     """The answer's blocks, in the parser's words, deltas merged."""
     format = of_json(BY_NAME[name]) if json else BY_NAME[name]
-    stream = AnswerStream(backend(), format, stops, tools, thinking)
+    stream = AnswerStream(backend(), format, Stops(stops), tools, thinking)
     bounds = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
     return merge([*(p for a, b in pairwise(bounds) for p in stream.read(text[a:b])), *stream.finish()])
 
@@ -71,7 +72,7 @@ def spelling(name, marks):
 
 def sample(name, text, marks, tools=TOOLS, thinking=False):
     """The same as `read`, of the text's tokens."""
-    stream = AnswerStream(spelling(name, marks), BY_NAME[name], (), tools, thinking)
+    stream = AnswerStream(spelling(name, marks), BY_NAME[name], NO_STOPS, tools, thinking)
     ids = spelling(name, marks).encode(text).ids
     return merge([*(piece for token in ids for piece in stream.feed(token)), *stream.finish()])
 
@@ -124,7 +125,7 @@ def test_any_cut_of_any_text_gives_the_same_answer(name, parts, cuts, how):
     st.lists(st.sampled_from(("<", "<tool", "</tool_call", "<tool_call", "<thi", "é", "word", " ", "\n")), max_size=9)
 )
 def test_text_is_sent_as_soon_as_it_cannot_belong_to_a_mark(parts):
-    stream, text, sent = AnswerStream(backend(), BY_NAME["hermes"], (), TOOLS), "".join(parts), 0
+    stream, text, sent = AnswerStream(backend(), BY_NAME["hermes"], NO_STOPS, TOOLS), "".join(parts), 0
     for at, letter in enumerate(text):
         sent += sum(len(piece.text) for piece in stream.read(letter))
         held = text[sent : at + 1].lstrip(SPACE)
@@ -132,7 +133,7 @@ def test_text_is_sent_as_soon_as_it_cannot_belong_to_a_mark(parts):
 
 
 def test_json_that_is_no_call_is_sent_as_it_comes():
-    stream = AnswerStream(backend(), BY_NAME["llama3"], (), TOOLS)
+    stream = AnswerStream(backend(), BY_NAME["llama3"], NO_STOPS, TOOLS)
     assert merge(stream.read('{"title": "The')) == [Text('{"title": "The')]
 
 
@@ -143,7 +144,7 @@ UNCLOSED = "<tool_call>\n<function=Read>\n<parameter=path>\n"
     ("part", "end"), [(UNCLOSED, ""), (f"{UNCLOSED}</parameter>x", ""), (UNCLOSED, "</parameter><parameter=<")]
 )
 def test_calls_that_never_end_cost_no_more_the_more_there_are(part, end):
-    stream, text = AnswerStream(backend(), BY_NAME["qwen3_coder"], (), TOOLS), part * (800_000 // len(part)) + end
+    stream, text = AnswerStream(backend(), BY_NAME["qwen3_coder"], NO_STOPS, TOOLS), part * (800_000 // len(part)) + end
     before = time.process_time()
     pieces = [*stream.read(text), *stream.finish()]
     assert time.process_time() - before < 5, "reading each anew to the end takes minutes"
@@ -195,7 +196,7 @@ def test_a_calls_id_ends_with_mistrals_own_so_that_the_results_name_it():
         ("mistral_args", "[TOOL_CALLS]now[CALL_ID]aB3dE6gH9[ARGS]{}", "aB3dE6gH9"),
         ("mistral", written % "not nine", None),
     ):
-        (call,) = AnswerStream(backend(), BY_NAME[name], (), TOOLS).read(text)
+        (call,) = AnswerStream(backend(), BY_NAME[name], NO_STOPS, TOOLS).read(text)
         assert mistral_id(call.id) == (own or call.id[-9:])
         assert len(call.id) == len("toolu_") + 24 + 9 * bool(own)
 
@@ -285,7 +286,7 @@ def test_a_call_whose_arguments_the_wire_cannot_carry_is_text(value):
 
 
 def test_arguments_are_the_input_as_json():
-    stream = AnswerStream(backend(), BY_NAME["hermes"], (), TOOLS)
+    stream = AnswerStream(backend(), BY_NAME["hermes"], NO_STOPS, TOOLS)
     (call,) = stream.read('<tool_call>\n{"name": "Read", "arguments": {"b": 1.0,  "a": "\\u00e9"}}')
     assert call.arguments == '{"b":1.0,"a":"é"}'
     assert json.loads(call.arguments) == call.input

@@ -167,6 +167,8 @@ BAD_FIELDS = [
     ({"top_k": -1}, "top_k: expected int >= 0, got -1"),
     ({"stop_sequences": "END"}, 'stop_sequences: expected array | null, got "END"'),
     ({"stop_sequences": ["END", ""]}, 'stop_sequences[1]: expected str of length >= 1, got ""'),
+    ({"stop_sequences": ["x"] * 65}, "stop_sequences: expected array of length <= 64, got 65"),
+    ({"stop_sequences": ["END", "é" * 257]}, "stop_sequences[1]: expected str of length <= 256, got 257"),
     ({"tools": [{"name": "a"}]}, "tools[0].input_schema: field required"),
     ({"tools": [{"name": "", "input_schema": {}}]}, 'tools[0].name: expected str of length >= 1, got ""'),
     ({"tools": [{"name": "a", "input_schema": []}]}, "tools[0].input_schema: expected object, got []"),

@@ -30,11 +30,12 @@ from talking import CONTEXT, ask, long, post, prompt_tokens, text_of
 
 from experiments.server import Server
 from serve import messages as wire
-from serve.messages import InputMessage, InvalidRequest, MessagesRequest, TextBlock
+from serve.messages import InputMessage, InvalidRequest, MessagesRequest, TextBlock, decode_request
 from serve.openai import read_chat
 from serve.openai.chat_answer import ChatWriter
 from serve.openai.errors import error_body, is_openai, status_of
 from serve.openai.models import model_body, models_body
+from serve.prepare import seed_of
 
 USER = {"role": "user", "content": "Hi"}
 MINIMAL = {"model": "any/name", "messages": [USER]}
@@ -115,7 +116,7 @@ class TestRequests:
         assert translated(**fields) == translated()
 
     def test_an_agents_request_is_translated_whole(self) -> None:
-        assert read_chat(encoded(AGENT))[0] == MessagesRequest(
+        assert read_chat(encoded(AGENT))[0] == wire.SeededRequest(
             model="local-model",
             system=(TextBlock("You are"), TextBlock("a coder."), TextBlock("Brief.")),
             messages=(
@@ -144,6 +145,7 @@ class TestRequests:
             temperature=1.0,
             top_p=0.9,
             stream=True,
+            seed=7,
         )
 
     def test_arguments_keep_their_order(self) -> None:
@@ -194,6 +196,20 @@ class TestRequests:
         assert (request.max_tokens, request.stop_sequences) == (7, ("END",))
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, -1, -(2**63), 2**64, -(2**200), 10**400])
+def test_any_integer_is_a_seed_of_32_bits_and_small_ones_are_themselves(seed: int) -> None:
+    made = seed_of(translated(seed=seed))
+    assert 0 <= made < 2**32
+    assert made == seed_of(translated(seed=seed))
+    assert made == seed or not 0 <= seed < 2**32
+
+
+def test_without_a_seed_each_request_has_another() -> None:
+    assert len({seed_of(translated()) for _ in range(8)}) == 8
+    with_seed = decode_request(encoded(MINIMAL | {"max_tokens": 1, "seed": 7}))  # a field that this API does not know
+    assert len({seed_of(with_seed) for _ in range(8)}) == 8
+
+
 def said(**message: Any) -> dict[str, Any]:
     return {"messages": [USER, message]}
 
@@ -237,6 +253,8 @@ REFUSED = [
     ({"top_p": -1}, "top_p: expected float >= 0.0, got -1"),
     ({"stop": ""}, 'stop: expected str of length >= 1, got ""'),
     ({"stop": ["a", ""]}, 'stop[1]: expected str of length >= 1, got ""'),
+    ({"stop": ["a"] * 65}, "stop: expected array of length <= 64, got 65"),
+    ({"stop": "a" * 257}, "stop: expected str of length <= 256, got 257"),
     ({"tools": [{"type": "custom", "custom": {}}]}, 'tools[0].type: expected function, got "custom"'),
     ({"tools": [{"type": "function"}]}, "tools[0].function: field required"),
     ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name: expected str of length"),
@@ -528,6 +546,17 @@ class TestServed:
         text = sdk.chat.completions.create(**ASKED).choices[0].message.content
         (stopped,) = sdk.chat.completions.create(**ASKED, stop=text[5:9]).choices
         assert (stopped.message.content, stopped.finish_reason) == (text[: text.index(text[5:9])], "stop")
+
+    def test_a_seed_settles_what_is_sampled(self, sdk: openai.OpenAI) -> None:
+        asked = ASKED | {"temperature": 1.5}
+
+        def said(seed: int) -> str | None:
+            return sdk.chat.completions.create(**asked, seed=seed).choices[0].message.content
+
+        seeds = (0, 7, -1, 2**32 - 1, 2**32 + 7, -(2**63), 2**63 - 1)
+        answers = [said(seed) for seed in seeds]
+        assert [said(seed) for seed in seeds] == answers
+        assert len(set(answers)) == len(seeds)
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_required_tool_is_called_and_its_result_read(self, sdk: openai.OpenAI, stream: bool) -> None:

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.formats import NONE
 from serve.parse import AnswerStream, Piece, Stopped, Text, overlap
+from serve.stops import Stops
 
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "a"), ("Ã", "©"), ("ð", "Ł"), ("Ġ", "Ã"), ("©", "Ã")]
 
@@ -30,7 +31,7 @@ def backend() -> Tokenizer:
 
 def run(ids: list[int], stops: list[str] = ()) -> tuple[list[str], str | None]:
     """The pieces sent for these tokens, the last one what `finish` gave, and the stop sequence found."""
-    stream, pieces = AnswerStream(backend(), NONE, stops), []
+    stream, pieces = AnswerStream(backend(), NONE, Stops(stops)), []
     for token in ids:
         text, stop = said(stream.feed(token))
         pieces.append(text)
@@ -191,7 +192,7 @@ def test_the_answer_ends_before_the_first_stop_sequence(text: str, stops: list[s
 
 @given(text=WORDS, stops=st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=3))
 def test_nothing_is_held_back_that_cannot_become_a_stop_sequence(text: str, stops: list[str]) -> None:
-    stream, sent = AnswerStream(backend(), NONE, stops), ""
+    stream, sent = AnswerStream(backend(), NONE, Stops(stops)), ""
     for token in backend().encode(text).ids:
         more, stopped = said(stream.feed(token))
         sent += more
