@@ -28,6 +28,7 @@ from serve.answer import answer, collect
 from serve.assets import ASSET_HEADERS, ASSETS, PAGE
 from serve.divergence import CAUSES, Report
 from serve.gate import Gate, TooLarge, error_response
+from serve.heartbeat import beating
 from serve.inbox import Overloaded
 from serve.messages import (
     Error,
@@ -69,7 +70,8 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         serving.engine.start()
-        yield
+        async with beating(serving.metrics.lag.observe):
+            yield
         await run_in_threadpool(serving.engine.stop)
         await run_in_threadpool(serving.replay.close)
 
@@ -113,6 +115,9 @@ class Writer(Protocol):
         """The body of a whole answer."""
 
 
+Reader = Callable[[bytes | bytearray], tuple[MessagesRequest, Writer]]  # of a body; raises InvalidRequest
+
+
 class MessagesWriter:
     """Writes answers as they are."""
 
@@ -120,15 +125,15 @@ class MessagesWriter:
     whole = staticmethod(encode)
 
 
-def read_messages(body: bytes) -> tuple[MessagesRequest, Writer]:
+def read_messages(body: bytes | bytearray) -> tuple[MessagesRequest, Writer]:
     """What a body of `POST /v1/messages` asks for, and what writes the answer."""
     return decode_request(body), MessagesWriter()
 
 
-async def post_answer(read: Callable[[bytes], tuple[MessagesRequest, Writer]], request: Request) -> Response:
+async def post_answer(read: Reader, request: Request) -> Response:
     """Generate the answer to a body that `read` reads, as JSON or as a stream of events."""
     serving: Serving = request.app.state.serving
-    body, phases = await request.body(), Phases()
+    body, phases = await body_of(request), Phases()
     caller = caller_of(request, serving)
 
     def ready() -> tuple[Prepared, Writer]:
@@ -156,6 +161,14 @@ async def post_answer(read: Callable[[bytes], tuple[MessagesRequest, Writer]], r
     return Response(writer.whole(result), media_type="application/json", headers=headers_of(prepared, phases))
 
 
+async def body_of(request: Request) -> bytearray:
+    """The whole body, gathered as it comes: to join its pieces at the end would hold the loop for large ones."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+    return body
+
+
 def headers_of(prepared: Prepared, phases: Phases) -> dict[str, str]:
     """What an answer's headers tell: where the time went until now, and the rules that changed the request."""
     applied = {"x-tokenzero-normalized": ", ".join(prepared.applied[:RULES_TOLD])} if prepared.applied else {}
@@ -165,7 +178,7 @@ def headers_of(prepared: Prepared, phases: Phases) -> dict[str, str]:
 async def post_count_tokens(request: Request) -> Response:
     """`POST /v1/messages/count_tokens`: the length of the rendered prompt."""
     serving: Serving = request.app.state.serving
-    body, phases = await request.body(), Phases()
+    body, phases = await body_of(request), Phases()
     caller = caller_of(request, serving)
 
     def counted() -> int:
@@ -211,9 +224,12 @@ def described(name: str, context: int) -> dict[str, str | int]:
 async def get_requests(request: Request) -> Response:
     """`GET /v1/requests`: what the latest requests found in the cache, why not more, how they went; volatile parts."""
     serving: Serving = request.app.state.serving
-    data = [told(serving, report) for report in serving.divergences.latest()]
-    body = {"data": data, "volatile": serving.volatility.latest(), "causes": CAUSES}
-    return Response(msgspec.json.encode(body), media_type="application/json")
+
+    def listed() -> bytes:
+        data = [told(serving, report) for report in serving.divergences.latest()]
+        return msgspec.json.encode({"data": data, "volatile": serving.volatility.latest(), "causes": CAUSES})
+
+    return Response(await run_in_threadpool(listed), media_type="application/json")
 
 
 def told(serving: Serving, report: Report) -> dict[str, Any]:
@@ -224,15 +240,19 @@ def told(serving: Serving, report: Report) -> dict[str, Any]:
 async def get_request(request: Request) -> Response:
     """`GET /v1/requests/{id}`: one of them by its message's id, and where in its prompt each section lies."""
     serving: Serving = request.app.state.serving
-    found = await run_in_threadpool(serving.divergences.find, request.path_params["id"])
-    if found is None:
-        return error_response(
-            request.scope, 404, f"no request of the latest is known as {request.path_params['id']!r:.80}"
-        )
-    report, ranges = found
-    sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]
-    body = told(serving, report) | {"sections": sections if ranges else None}
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    id = request.path_params["id"]
+
+    def found() -> bytes | None:
+        if (known := serving.divergences.find(id)) is None:
+            return None
+        report, ranges = known
+        sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]
+        return msgspec.json.encode(told(serving, report) | {"sections": sections if ranges else None})
+
+    body = await run_in_threadpool(found)
+    if body is None:
+        return error_response(request.scope, 404, f"no request of the latest is known as {id!r:.80}")
+    return Response(body, media_type="application/json")
 
 
 async def get_health(request: Request) -> Response:
@@ -244,8 +264,9 @@ async def get_health(request: Request) -> Response:
 
 
 async def get_metrics(request: Request) -> Response:
-    """`GET /metrics`: Prometheus text."""
-    return Response(generate_latest(request.app.state.serving.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    """`GET /metrics`: Prometheus text, made in a thread, as a tier's figures may wait for its disk."""
+    page = await run_in_threadpool(generate_latest, request.app.state.serving.metrics.registry)
+    return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 async def get_root(request: Request) -> Response:

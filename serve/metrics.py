@@ -13,6 +13,7 @@ from serve.paging import Pager
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 60)
 ITL_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2)
+LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
 PHASE_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
@@ -118,6 +119,12 @@ class ServerMetrics:
             "What each phase of a request took, counted when its answer ends",
             ["phase"],
             buckets=PHASE_SECONDS,
+            registry=self.registry,
+        )
+        self.lag = Histogram(
+            "tokenzero_loop_lag_seconds",
+            "By how much the event loop was late for a task that wants to run every 10 ms",
+            buckets=LAG_SECONDS,
             registry=self.registry,
         )
         self.responses = Counter(
