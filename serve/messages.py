@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from serve.bodies import MOST_PARTS, parts
 from serve.explain import explain
 from serve.stops import LONGEST, MOST
 
@@ -154,7 +155,6 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    context_management: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a choice among tools that are not there."""
@@ -180,8 +180,6 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
     diagnostics: DiagnosticsRequest | UnsetType | None = UNSET
 
 
@@ -216,6 +214,8 @@ R = TypeVar("R")
 
 def decode(decoder: msgspec.json.Decoder[R], body: bytes | bytearray, choices: Mapping[str, str]) -> R:
     """Read a body by its schema; raise InvalidRequest if it is not one. `choices` are as `explain` takes them."""
+    if (found := parts(body)) > MOST_PARTS:
+        raise InvalidRequest(f"body: expected at most {MOST_PARTS} brackets and commas, got {found}")
     try:
         return decoder.decode(body)
     # ValueError is malformed JSON, bad UTF-8 or a broken schema; RecursionError is JSON nested too deeply.

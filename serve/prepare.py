@@ -24,6 +24,7 @@ from serve.messages import (
 from serve.normalize import Normalized, Unparsed, normalize
 from serve.render import Prompt, Recalled, prompt
 from serve.replay import Sampled, verify
+from serve.sections import message_parts, said, system_parts
 from serve.serving import Caller, Serving
 from serve.steps import SamplingParams
 from serve.stops import Stops
@@ -120,10 +121,23 @@ def rendered_prompt(
     serving: Serving, request: CountTokensRequest, scope: bytes, rules: frozenset[str], phases: Phases
 ) -> Prompt:
     """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
+    most = serving.engine.settings.max_model_len - 1
+    if (least := least_tokens(request, serving.tokenizer.longest)) > most:
+        raise InvalidRequest(f"messages: prompt is too long: at least {least} tokens, expected at most {most}")
     with phases.timed("recall"):
         recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
     with phases.timed("render"):
         return prompt(request, serving.tokenizer, recalled, serving.template_history, "tools-first" in rules)
+
+
+def least_tokens(request: CountTokensRequest, longest: int) -> int:
+    """Fewer tokens than a prompt can have: one a message, and texts of nothing but tokens of `longest` characters.
+
+    So what is out of all proportion is refused before it is rendered.
+    """
+    texts = sum(len(text) for _, text in system_parts(request))
+    texts += sum(len(said(block)) for _, block in message_parts(request) if not isinstance(block, ThinkingBlock))
+    return max(len(request.messages), texts // longest)
 
 
 def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Recalled:

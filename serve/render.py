@@ -43,10 +43,16 @@ from serve.turns import Turn, answers, conversation, is_prefilled, tool_definiti
 
 log = logging.getLogger("tokenzero.render")
 
+# Of one text between two control tokens. To take the ids of more from the tokenizer holds the interpreter too long.
+MOST_TOKENS = 2**20
 SEGMENT_BYTES = 128 * 2**20  # of segments that are remembered, text and ids, about
 SEGMENT_FOLDER = "segments"  # below the store directory
 STORED_BYTES = 64 * 2**20  # of ids on disk
 STORED_CHARS = 1000  # shorter segments are sooner tokenised than read
+
+
+class TooManyTokens(ValueError):
+    """A text has more than MOST_TOKENS tokens."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Tokenizer:
     encode: Callable[[str], np.ndarray]  # text -> [tokens] int32, special tokens recognised, none added
     follow: Callable[[str], np.ndarray]  # the same for text that has something in front
     template: Template
+    longest: int  # characters that a token stands for, at most
 
 
 def load_tokenizer(folder: str, format_name: str | None = None, store: Path | None = None) -> Tokenizer:
@@ -88,7 +95,8 @@ def load_tokenizer(folder: str, format_name: str | None = None, store: Path | No
 def make_tokenizer(hf: Any, format_name: str | None = None, segments: Tier | None = None) -> Tokenizer:
     """Study a fast Hugging Face tokenizer and its chat template; a tier of `segments` keeps the long ones."""
     encode = make_encoder(hf, segments)
-    return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name))
+    longest = max(map(len, hf.get_vocab()))
+    return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name), longest)
 
 
 def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.ndarray]:
@@ -97,21 +105,30 @@ def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.nd
     def whole(text: str) -> np.ndarray:
         # The fast way, which counts no characters, is there for batches only.
         (encoding,) = hf.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        if len(encoding) > MOST_TOKENS:
+            raise TooManyTokens(f"a text of {len(encoding)} tokens, expected at most {MOST_TOKENS}")
         return np.asarray(encoding.ids, np.int32)
 
     if not splits_at_added_tokens(hf):
         return whole
     added = {str(token): index for index, token in hf.added_tokens_decoder.items()}
+    single = {token: np.asarray([index], np.int32) for token, index in added.items()}
     # Longest first, as the tokenizer itself prefers them.
-    cut = re.compile("(" + "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)) + ")")
+    cut = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
     # Bounded by size and not by number, since it is the clients who choose how long a segment is.
     memory: LRUCache[Any, np.ndarray] = LRUCache(maxsize=SEGMENT_BYTES, getsizeof=lambda ids: 2 * ids.nbytes)
     remembered = cached(memory, lock=Lock())(stored(whole, identity(hf), segments) if segments else whole)
 
     def encode(text: str) -> np.ndarray:
-        pieces = [p for p in cut.split(text) if p]
-        ids = [np.asarray([added[p]], np.int32) if p in added else remembered(p) for p in pieces]
-        return np.concatenate(ids) if ids else np.zeros(0, np.int32)
+        ids, at = [np.zeros(0, np.int32)], 0
+        for found in cut.finditer(text):
+            if found.start() > at:
+                ids.append(remembered(text[at : found.start()]))
+            ids.append(single[found[0]])
+            at = found.end()
+        if at < len(text):
+            ids.append(remembered(text[at:]))
+        return np.concatenate(ids)
 
     return encode
 
@@ -226,6 +243,8 @@ def prompt(
                 say_once(f"the chat template renders whole conversations, nothing sampled is replayed: {error!s:.200}")
                 return own
         return by_template(conversed, tokenizer)
+    except TooManyTokens as error:
+        raise InvalidRequest(f"messages: prompt is too long: {error}") from None
     # RecursionError: JSON that nests too deeply.
     except (Refused, RecursionError) as error:
         raise InvalidRequest(f"messages: the model's chat template refuses this conversation: {error}") from error

@@ -200,8 +200,15 @@ def test_a_refusal_names_the_field_what_was_expected_and_what_was_found(fields: 
 
 @pytest.mark.parametrize(("number", "name"), [(b"9" * 5000, "Integer value"), (b"1e999", "Number")])
 def test_a_number_that_python_cannot_hold_is_refused(number: bytes, name: str) -> None:
-    body = encoded({**MINIMAL, "metadata": {"n": 0}}).replace(b'"n": 0', b'"n": ' + number)
-    assert refusal(body) == f"metadata[...]: {name} out of range"
+    tool = {"name": "t", "input_schema": {"n": 0}}
+    body = encoded({**MINIMAL, "tools": [tool]}).replace(b'"n": 0', b'"n": ' + number)
+    assert refusal(body) == f"tools[0].input_schema[...]: {name} out of range"
+
+
+def test_what_is_ignored_is_not_kept() -> None:
+    ignored = {"metadata": {"a": []}, "service_tier": "auto", "context_management": {"edits": []}, "new": [1]}
+    assert decode_request(encoded(MINIMAL | ignored)) == decode_request(encoded(MINIMAL))
+    assert not ignored.keys() & set(wire.MessagesRequest.__struct_fields__)
 
 
 BAD_BLOCKS = [
@@ -452,9 +459,7 @@ def test_the_official_client_writes_requests_that_we_read() -> None:
 
     http_client = anthropic.DefaultHttpxClient(transport=httpx2.MockTransport(answer))
     client = anthropic.Anthropic(api_key="none", base_url="http://test", http_client=http_client)
-    fields = {
-        name: AGENT[name] for name in ("model", "system", "messages", "tools", "tool_choice", "thinking", "metadata")
-    }
+    fields = {name: AGENT[name] for name in ("model", "system", "messages", "tools", "tool_choice", "thinking")}
     client.messages.create(max_tokens=9, **fields)
     request, direct = decode_request(bodies[0]), decode_request(encoded(AGENT))
     assert all(getattr(request, name) == getattr(direct, name) for name in fields)
