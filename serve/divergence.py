@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
 
 import msgspec
 import numpy as np
@@ -32,16 +31,21 @@ from serve.messages import (
     Tool,
     ToolsChanged,
     Unavailable,
+    decode_count_tokens,
 )
 from serve.normalize import strip_preamble
-from serve.render import Prompt
+from serve.recent import Recent
+from serve.render import Piece, Prompt
 from serve.sections import Sections, Vocabulary, system_parts
 from serve.turns import block_text, blocks
 
 log = logging.getLogger("tokenzero.divergence")
 
-REMEMBERED = 32  # requests, with their tokens: about 1 MB each at 50K tokens
-REPORTED = 256  # requests whose reports are kept
+REMEMBERED = 32  # requests that each new one is compared with, at most
+MOST_BYTES = 64 * 2**20  # of these requests, about 0.6 MB each at 50K tokens
+REPORT_BYTES = 2**20  # of the reports on the latest requests, about 2 KB each
+NAMED = 200  # characters of a section's name, which holds that of a tool
+RULES_TOLD = 32  # that changed a request
 SHOWN = 12  # tokens of either side
 BEGINNING = 64  # characters of a system text
 
@@ -73,6 +77,39 @@ class Seen:
     tokens: np.ndarray  # [tokens] int32: the prompt and, once there is one, the whole answer
     model: str  # whatever names the weights
     salt: bytes = b""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is remembered of a request, which itself is kept as JSON: read, it would take many times as much."""
+
+    id: str
+    body: bytes  # JSON of the request as the rules left it
+    pieces: tuple[Piece, ...]
+    counts: tuple[int, ...]
+    prompt_tokens: int
+    tokens: np.ndarray  # [tokens] int32, as in Seen
+    model: str
+    salt: bytes
+
+    @staticmethod
+    def of(seen: Seen) -> Kept:
+        """What to remember of a request."""
+        made = seen.prompt
+        body = msgspec.json.encode(seen.request)
+        return Kept(seen.id, body, made.pieces, made.counts, len(made.tokens), seen.tokens, seen.model, seen.salt)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes, about."""
+        pieces = sum(map(sys.getsizeof, self.pieces)) + 40 * len(self.counts)
+        return sys.getsizeof(self.body) + pieces + self.tokens.nbytes + len(self.model) + len(self.salt) + 1000
+
+    def seen(self) -> Seen:
+        """The request as it was."""
+        tokens = self.tokens[: self.prompt_tokens]
+        made = Prompt(self.pieces, tokens, self.counts, None, tokens[:0], False)
+        return Seen(self.id, decode_count_tokens(self.body), made, self.tokens, self.model, self.salt)
 
 
 @dataclass(frozen=True)
@@ -119,69 +156,64 @@ class Divergences:
         prefill_s: Callable[[int, int], float] = lambda start, stop: math.inf,
         show_text: bool = True,
         unit: str = "tokens",
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         self.vocabulary, self.page_size, self.prefill_s, self.show_text = vocabulary, page_size, prefill_s, show_text
         self.unit = unit
-        self.seen: deque[Seen] = deque(maxlen=REMEMBERED)
-        self.reports: deque[Report] = deque(maxlen=REPORTED)
-        self.lock = Lock()
+        self.kept: Recent[str, Kept] = Recent(most_bytes, lambda kept: kept.bytes, REMEMBERED)
+        self.reports: Recent[str, Report] = Recent(REPORT_BYTES, lambda made: 1000 + len(msgspec.json.encode(made)))
 
     def started(self, new: Seen, by_tier: Mapping[str, int], rules: tuple[str, ...] = ()) -> Report:
         """Report on a request whose prompt is computed, `by_tier` of it reused, and remember it."""
-        with self.lock:
-            others = list(self.seen)
-            self.seen.append(new)
+        others = self.kept.values()
+        self.kept.put(new.id, Kept.of(new))
         made = report(new, others, by_tier, self.vocabulary, self.page_size, self.prefill_s)
         hidden = {} if self.show_text else {"here": None, "there": None}
-        made = msgspec.structs.replace(made, rules=rules, unit=self.unit, **hidden)
-        with self.lock:
-            self.reports.append(made)
+        section = made.section and made.section[:NAMED]
+        made = msgspec.structs.replace(made, section=section, rules=rules[:RULES_TOLD], unit=self.unit, **hidden)
+        self.reports.put(made.id, made)
         if made.cause and made.cause not in UNAVOIDABLE:
             log.info("%s", sentence(made))
         return made
 
     def answered(self, id: str, answer: Sequence[int]) -> None:
         """Remember what was sampled for a request, without its stop token."""
-        with self.lock:
-            for i, seen in enumerate(self.seen):
-                if seen.id == id:
-                    tokens = np.concatenate([seen.tokens, np.asarray(answer, np.int32)])
-                    self.seen[i] = replace(seen, tokens=tokens)
+
+        def longer(kept: Kept | None) -> Kept | None:
+            return kept and replace(kept, tokens=np.concatenate([kept.tokens, np.asarray(answer, np.int32)]))
+
+        self.kept.change(id, longer)
 
     def latest(self) -> list[Report]:
         """The reports, the latest first."""
-        with self.lock:
-            return list(reversed(self.reports))
+        return self.reports.values()[::-1]
 
     def find(self, id: str) -> tuple[Report, list[tuple[str, int, int]] | None] | None:
         """A request's report and its sections as (name, first token, token behind the last), None once forgotten."""
-        with self.lock:
-            made = next((made for made in self.reports if made.id == id), None)
-            seen = next((seen for seen in self.seen if seen.id == id), None)
+        made, kept = self.reports.peek(id), self.kept.peek(id)
         if made is None:
             return None
-        return made, sections_of(seen, self.vocabulary).ranges() if seen else None
+        return made, sections_of(kept.seen(), self.vocabulary).ranges() if kept else None
 
     def diagnose(self, new: Seen, previous_id: str | None, reused: int) -> Diagnostics | None:
         """The API's answer to `diagnostics.previous_message_id`; None if nothing was missed."""
         if previous_id is None:
             return None
-        with self.lock:
-            previous = next((seen for seen in self.seen if seen.id == previous_id), None)
+        previous = self.kept.peek(previous_id)
         if previous is None:
             return Diagnostics(PreviousMessageNotFound())
-        held = len(previous.prompt.tokens)
+        held = previous.prompt_tokens
         missed = min(held, len(new.prompt.tokens) - 1) - reused
         shared = common_prefix(new.prompt.tokens, previous.tokens)
         if missed <= 0 or (shared == len(previous.tokens) and reused >= shared - 1):
             return None
         cause = "evicted"
         if reused >= min(shared, len(new.prompt.tokens) - 1) - 1:
-            cause = difference(new, previous, shared, sections_of(new, self.vocabulary)).cause
+            cause = difference(new, previous.seen(), shared, sections_of(new, self.vocabulary)).cause
         return Diagnostics(miss_reason(cause, missed))
 
 
-def nearest(tokens: np.ndarray, others: Iterable[Seen]) -> tuple[Seen | None, int]:
+def nearest(tokens: np.ndarray, others: Iterable[Kept]) -> tuple[Kept | None, int]:
     """The latest of the sequences that share the most tokens with a prompt, and how many."""
     best, shared = None, 0
     for seen in reversed(list(others)):
@@ -195,7 +227,7 @@ def nearest(tokens: np.ndarray, others: Iterable[Seen]) -> tuple[Seen | None, in
 
 def report(
     new: Seen,
-    others: Sequence[Seen],
+    others: Sequence[Kept],
     by_tier: Mapping[str, int],
     vocabulary: Vocabulary,
     page_size: int,
@@ -234,7 +266,7 @@ def report(
         found = Difference(sections.at(at), "evicted", shown(new, at, vocabulary), "")
     elif old and reused <= shared:
         at, held = shared, min(len(old.tokens), limit)
-        found = difference(new, old, at, sections)
+        found = difference(new, old.seen(), at, sections)
     else:
         old, at, held = None, reused, reused
         cause = "forgotten" if reused else "first sight"

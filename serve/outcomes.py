@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from threading import Lock
 from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
-from cachetools import LRUCache
 from msgspec import Struct
 
 from serve.messages import ContentBlockDelta, Event, MessageDelta, Usage
+from serve.recent import Recent
 from serve.timing import Phases
 
-REMEMBERED = 1024
+OUTCOME_BYTES = 1700  # that an outcome takes, about: numbers alone, whatever the request was
 
 
 class Outcome(Struct, frozen=True, omit_defaults=True):
@@ -31,19 +30,21 @@ class Outcome(Struct, frozen=True, omit_defaults=True):
 class Outcomes:
     """The latest outcomes by the ids of their messages. Any thread may use it."""
 
-    def __init__(self) -> None:
-        self.known: LRUCache[str, Outcome] = LRUCache(REMEMBERED)
-        self.lock = Lock()
+    def __init__(self, most_bytes: int = 2 * 2**20) -> None:
+        self.known: Recent[str, Outcome] = Recent(most_bytes, lambda outcome: OUTCOME_BYTES)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that is taken, about."""
+        return self.known.bytes
 
     def note(self, id: str, **fields: Any) -> None:
         """Set fields of a request's outcome."""
-        with self.lock:
-            self.known[id] = msgspec.structs.replace(self.known.get(id) or Outcome(), **fields)
+        self.known.change(id, lambda known: msgspec.structs.replace(known or Outcome(), **fields))
 
     def of(self, id: str) -> Outcome:
         """What is known of a request."""
-        with self.lock:
-            return self.known.get(id) or Outcome()
+        return self.known.get(id) or Outcome()
 
 
 async def followed(

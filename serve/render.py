@@ -16,7 +16,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -45,6 +45,8 @@ log = logging.getLogger("tokenzero.render")
 
 # Of one text between two control tokens. To take the ids of more from the tokenizer holds the interpreter too long.
 MOST_TOKENS = 2**20
+# The tokens of longer texts are counted slice by slice first: all of them at once may be 30 million.
+LONG_CHARS, COUNTED_CHARS, COUNTED_TOGETHER = 2**21, 2**16, 2**18
 SEGMENT_BYTES = 128 * 2**20  # of segments that are remembered, text and ids, about
 SEGMENT_FOLDER = "segments"  # below the store directory
 STORED_BYTES = 64 * 2**20  # of ids on disk
@@ -104,7 +106,10 @@ def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.nd
 
     def whole(text: str) -> np.ndarray:
         # The fast way, which counts no characters, is there for batches only.
-        (encoding,) = hf.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        fast = partial(hf.backend_tokenizer.encode_batch_fast, add_special_tokens=False)
+        if len(text) > LONG_CHARS:
+            refuse_many(text, lambda slices: sum(map(len, fast(slices))))
+        (encoding,) = fast([text])
         if len(encoding) > MOST_TOKENS:
             raise TooManyTokens(f"a text of {len(encoding)} tokens, expected at most {MOST_TOKENS}")
         return np.asarray(encoding.ids, np.int32)
@@ -131,6 +136,19 @@ def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.nd
         return np.concatenate(ids)
 
     return encode
+
+
+def refuse_many(text: str, count: Callable[[list[str]], int]) -> None:
+    """Raise TooManyTokens for a text that has far more than MOST_TOKENS, without tokenising all of it.
+
+    `count` tells the tokens of some texts together. Cut into slices a text has a few more.
+    """
+    tokens = 0
+    for start in range(0, len(text), COUNTED_TOGETHER):
+        ends = range(start, min(start + COUNTED_TOGETHER, len(text)), COUNTED_CHARS)
+        tokens += count([text[at : at + COUNTED_CHARS] for at in ends])
+        if tokens > 1.25 * MOST_TOKENS:
+            raise TooManyTokens(f"a text of over {MOST_TOKENS} tokens, expected at most {MOST_TOKENS}")
 
 
 def stored(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) -> Callable[[str], np.ndarray]:

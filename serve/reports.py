@@ -72,7 +72,7 @@ class Reports:
             made = self.render(request, False)
             new = Seen(chat.id, request, made, made.tokens, request.model)
             # What the engine's cache holds is not known here: at best, what the nearest prompt shares.
-            _, shared = nearest(new.tokens, [old for old in self.divergences.seen if old.model == new.model])
+            _, shared = nearest(new.tokens, [old for old in self.divergences.kept.values() if old.model == new.model])
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
             self.volatility.observe(chat.agent, request)
         except InvalidRequest as error:  # images, say: the engine may know what this package's server does not

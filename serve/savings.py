@@ -7,6 +7,7 @@ others: hash chains over their text, no tokens and no KV. The text is that of `e
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection
 from threading import Lock
 
@@ -17,15 +18,16 @@ from serve.messages import CountTokensRequest
 from serve.normalize import normalize
 
 CHUNK = 256  # bytes that a link of a chain stands for
-REMEMBERED = 2**18  # links
+LINK_BYTES = 256  # of memory that a link takes, about
 
 
 class Savings:
     """Takes request after request. Any thread may use it."""
 
-    def __init__(self) -> None:
-        # (rule left out, link), the latest last; "" for the prompts as they are.
-        self.links: dict[tuple[str, int], None] = {}
+    def __init__(self, most_bytes: int = 64 * 2**20) -> None:
+        # Of (rule left out, link) the hash, the latest last; "" for the prompts as they are.
+        self.links: OrderedDict[int, None] = OrderedDict()
+        self.most = most_bytes // LINK_BYTES
         self.lock = Lock()
 
     def observe(
@@ -55,15 +57,22 @@ class Savings:
 
     def held(self, rule: str, links: list[int]) -> int:
         """How many links from the first on are known."""
-        return next((i for i, link in enumerate(links) if (rule, link) not in self.links), len(links))
+        return next((i for i, link in enumerate(links) if hash((rule, link)) not in self.links), len(links))
 
     def remember(self, rule: str, links: list[int]) -> None:
         """Keep these links, and drop the oldest ones."""
         for link in links:
-            self.links.pop((rule, link), None)
-            self.links[rule, link] = None
-        while len(self.links) > REMEMBERED:
-            del self.links[next(iter(self.links))]
+            key = hash((rule, link))
+            self.links[key] = None
+            self.links.move_to_end(key)
+        # Not `del` of the first of a dict, which looks through all that were deleted before.
+        while len(self.links) > self.most:
+            self.links.popitem(last=False)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that is taken, about."""
+        return len(self.links) * LINK_BYTES
 
 
 def text_of(request: CountTokensRequest, rules: Collection[str]) -> bytes:

@@ -7,18 +7,19 @@ tools and the model said is none.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from threading import Lock
 
 import msgspec
-from cachetools import LRUCache
 from msgspec import Struct
 
 from serve.messages import CountTokensRequest, TextBlock
+from serve.recent import Recent
 from serve.sections import message_parts, system_parts
 
 log = logging.getLogger("tokenzero.volatility")
@@ -26,11 +27,14 @@ log = logging.getLogger("tokenzero.volatility")
 REQUESTS = 5  # in a row that a segment differs in before it is reported
 LINES = 3  # neighbours that change together, at most: more is a new text and no field
 VALUES = 64  # of a segment that are remembered: one that comes back is no new one
-CLIENTS = 64
+MOST_BYTES = 16 * 2**20  # of what is known of clients
 REPORTED = 256
-SHOWN = 200  # characters of a segment
+SHOWN = 200  # characters of a segment, or of a name
+SEGMENTS = 2**14  # of a request that are looked at: the first ones
+SEGMENT_BYTES, VALUE_BYTES, CLIENT_BYTES = 500, 40, 1000  # of memory that each takes at most, about
 
 Place = tuple[str, int]  # a part's name, and the line in it
+Segment = tuple[int, str]  # its hash, and how it begins
 
 
 class Volatile(Struct, frozen=True, omit_defaults=True):
@@ -49,37 +53,46 @@ class Client:
     """What is known of one client: its last request, and the places that changed."""
 
     requests: int = 0
-    segments: dict[Place, str] = field(default_factory=dict)
+    segments: dict[Place, Segment] = field(default_factory=dict)
     streaks: dict[Place, int] = field(default_factory=dict)
     values: dict[Place, list[int]] = field(default_factory=dict)  # hashes, of places in the last request
-    reported: set[Place] = field(default_factory=set)
+    reported: set[Place] = field(default_factory=set)  # of places in the last request
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes, about."""
+        places = len(self.segments) + len(self.reported)
+        return CLIENT_BYTES + places * SEGMENT_BYTES + sum(map(len, self.values.values())) * VALUE_BYTES
 
 
 class Volatility:
     """Compares each client's consecutive requests. Any thread may use it."""
 
-    def __init__(self, show_text: bool = True) -> None:
+    def __init__(self, show_text: bool = True, most_bytes: int = MOST_BYTES) -> None:
         self.show_text = show_text
-        self.clients: LRUCache[tuple[str, ...], Client] = LRUCache(CLIENTS)
+        self.clients: Recent[bytes, Client] = Recent(most_bytes, lambda client: client.bytes)
         self.found: list[Volatile] = []
         self.lock = Lock()
 
     def observe(self, user_agent: str, request: CountTokensRequest) -> list[Volatile]:
         """Take a client's next request, as the rules left it; returns what is noticed with it for the first time."""
-        key = (user_agent, *(tool.name for tool in request.tools or ()))
-        segments = dict(segments_of(request))
+        names = (user_agent, *(tool.name for tool in request.tools or ()))
+        key = hashlib.blake2b("\0".join(names).encode("utf-8", "replace"), digest_size=16).digest()
+        user_agent = user_agent[:SHOWN]
+        segments = {place: (hash(text), text[:SHOWN]) for place, text in islice(segments_of(request), SEGMENTS)}
         with self.lock:
-            client = self.clients.setdefault(key, Client())
+            client = self.clients.get(key) or Client()
             noticed = [
                 Volatile(
                     user_agent,
                     section,
                     line,
                     client.requests,
-                    *((before[:SHOWN], after[:SHOWN]) if self.show_text else ()),
+                    *((before, after) if self.show_text else ()),
                 )
                 for (section, line), before, after in follow(client, segments)
             ]
+            self.clients.put(key, client)
             self.found += noticed
             del self.found[:-REPORTED]
         for new in noticed:
@@ -92,7 +105,7 @@ class Volatility:
             return self.found[::-1]
 
 
-def follow(client: Client, segments: dict[Place, str]) -> list[tuple[Place, str, str]]:
+def follow(client: Client, segments: dict[Place, Segment]) -> list[tuple[Place, str, str]]:
     """Compare a client's segments with those before: the places that have differed long enough, and their texts."""
     old, client.segments = client.segments, segments
     client.requests += 1
@@ -106,7 +119,7 @@ def follow(client: Client, segments: dict[Place, str]) -> list[tuple[Place, str,
         if not changed or len(places) > LINES or len(places) == len(comparable):
             continue
         for place in places:
-            value, seen = hash(segments[place]), client.values.setdefault(place, [hash(old[place])])
+            value, seen = segments[place][0], client.values.setdefault(place, [old[place][0]])
             if value in seen:
                 continue
             seen.append(value)
@@ -114,9 +127,10 @@ def follow(client: Client, segments: dict[Place, str]) -> list[tuple[Place, str,
             fresh[place] = client.streaks.get(place, 0) + 1
             if fresh[place] == REQUESTS - 1 and place not in client.reported:
                 client.reported.add(place)
-                noticed.append((place, old[place], segments[place]))
+                noticed.append((place, old[place][1], segments[place][1]))
     client.streaks = fresh
     client.values = {place: seen for place, seen in client.values.items() if place in segments}
+    client.reported &= segments.keys()
     return noticed
 
 
@@ -132,7 +146,7 @@ def segments_of(request: CountTokensRequest) -> Iterator[tuple[Place, str]]:
     for section, text in system_parts(request):
         yield from lines_of(section, text)
     for i, tool in enumerate(request.tools or ()):
-        yield (f"tools[{i}] {tool.name}", 0), msgspec.json.encode(tool).decode()
+        yield (f"tools[{i}] {tool.name:.{SHOWN}}", 0), msgspec.json.encode(tool).decode()
     for section, block in message_parts(request):
         if isinstance(block, TextBlock) and (section.endswith("system") or block.text.startswith("<system-reminder>")):
             yield from lines_of(section, block.text)

@@ -24,7 +24,7 @@ from experiments import sessions
 from experiments.demo_model import TINY, write_demo_model
 from experiments.sessions import Session
 from experiments.synthetic import Json
-from serve.divergence import REMEMBERED, Divergences, Seen, nearest
+from serve.divergence import REMEMBERED, Divergences, Kept, Seen, nearest
 from serve.formats import write_turn
 from serve.messages import decode_count_tokens
 from serve.render import Tokenizer, load_tokenizer, prompt
@@ -75,11 +75,13 @@ def measure(bodies: list[Json], tokenizer: Tokenizer, repeats: int) -> tuple[str
     vocabulary = vocabulary_of(tokenizer.hf)
     others = [seen(str(number), body, tokenizer) for number, body in enumerate(bodies)]
     last = others.pop()
-    reused = {"device": nearest(last.tokens, others)[1]}
+    kept = [Kept.of(other) for other in others]
+    reused = {"device": nearest(last.tokens, kept)[1]}
     reports, looks = [], []
     for _ in range(repeats):
         divergences, volatility = Divergences(vocabulary, PAGE), Volatility()
-        divergences.seen.extend(others)
+        for other in kept:
+            divergences.kept.put(other.id, other)
         volatility.observe("", others[-1].request)
         new = replace(last)
         start = time.perf_counter()

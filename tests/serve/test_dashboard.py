@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from talking import BILLING, FLAGS, Json, ask, eventually, open_request, post, r
 from experiments.server import running_server
 from serve.assets import ASSETS
 from serve.messages import CountTokensRequest, decode_count_tokens, encode
-from serve.savings import CHUNK, Savings
+from serve.savings import CHUNK, LINK_BYTES, Savings
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 STRIP = "strip-preamble"
@@ -147,6 +148,13 @@ class TestSavings:
         saved = self.observe(savings, BILLING.format(1), tools=tools("B", "A"), rules=rules)
         # The header was the same, so the system text would have matched without the rule for tools.
         assert saved.keys() == {"sort-tools"}
+
+    def test_memory_is_bounded_and_a_full_one_costs_no_more(self) -> None:
+        savings = Savings(most_bytes=4 * LINK_BYTES)
+        for number in range(100):
+            self.observe(savings, BILLING.format(number), system=LONG + str(number))
+            assert savings.bytes <= 4 * LINK_BYTES
+        assert isinstance(savings.links, OrderedDict), "whose oldest entry is found at once; a dict's is not"
 
     def test_salts_share_nothing(self) -> None:
         savings = Savings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from families import FAMILIES, tokenizer_of
 from talking import BILLING, text_block
 
-from serve.divergence import CAUSES, REMEMBERED, Divergences, Report, Seen, nearest
+from serve.divergence import CAUSES, NAMED, REMEMBERED, RULES_TOLD, Divergences, Kept, Report, Seen, nearest
 from serve.messages import (
     Diagnostics,
     MessagesChanged,
@@ -64,7 +65,7 @@ class Server:
     def ask(self, asked: Json, answer: str | None = None, reused: int | None = None, **how: Any) -> Report:
         new = self.seen(asked, **how)
         if reused is None:
-            own = [seen for seen in self.divergences.seen if (seen.model, seen.salt) == (new.model, new.salt)]
+            own = [seen for seen in self.divergences.kept.values() if (seen.model, seen.salt) == (new.model, new.salt)]
             reused = min(nearest(new.tokens, own)[1], len(new.tokens) - 1)
         report = self.divergences.started(new, {"device": reused})
         if answer is not None:
@@ -136,7 +137,7 @@ class TestCauses:
         assert server.ask(before).cause == "first sight"
         report = server.ask(after)
         assert (report.cause, report.section) == (cause, section)
-        first, second = (seen.tokens for seen in server.divergences.seen)
+        first, second = (seen.tokens for seen in server.divergences.kept.values())
         assert report.position < min(len(first), len(second))
         assert (first[: report.position] == second[: report.position]).all()
         assert first[report.position] != second[report.position]
@@ -220,7 +221,7 @@ class TestCauses:
         recalled = [Sampled(thought, QWEN3.encode("B"))]
         report = server.ask(body("A", "B", "C"), recalled=recalled)
         assert (report.cause, report.section, report.lost_tokens) == (None, None, 0)
-        assert report.position == len(server.divergences.seen[0].tokens) == report.reused_tokens
+        assert report.position == len(server.divergences.kept.values()[0].tokens) == report.reused_tokens
 
     def test_an_answer_that_comes_back_in_other_tokens_is_an_edit(self) -> None:
         server = Server()
@@ -277,7 +278,7 @@ class TestReport:
         server = Server()
         for number in range(REMEMBERED + 5):
             server.ask(body(f"{number}"))
-        assert len(server.divergences.seen) == REMEMBERED
+        assert len(server.divergences.kept) == REMEMBERED
         forgotten, sections = server.divergences.find("msg_1")  # type: ignore[misc]
         assert (forgotten.id, sections) == ("msg_1", None)
         assert server.divergences.find("msg_x") is None
@@ -285,6 +286,29 @@ class TestReport:
             f"msg_{REMEMBERED + 5}",
             f"msg_{REMEMBERED + 4}",
         ]
+
+    def test_memory_is_bounded_in_bytes_and_not_by_what_reading_a_request_takes(self) -> None:
+        most = 200_000
+        server = Server(most_bytes=most)
+        tracemalloc.start()
+        try:
+            for number in range(12):
+                server.ask(body(f"{number}", tools=[{"name": "t", "input_schema": {"a": [[]] * 2000}}]))
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert 2 <= len(server.divergences.kept) < 12
+        assert server.divergences.kept.bytes <= most
+        assert held < 3 * most, "read, each of them takes 112 kB more"
+
+    def test_a_report_is_small_whatever_the_request(self) -> None:
+        server = Server()
+        server.ask(body(tools=[TOOLS[0] | {"name": "N" * 10_000}, *TOOLS]))
+        new = server.seen(body(tools=[TOOLS[0] | {"name": "N" * 10_000 + "O"}, *TOOLS]))
+        made = server.divergences.started(new, {"device": 0}, tuple(f"strip-preamble {n}" for n in range(1000)))
+        assert len(made.section or "") <= NAMED
+        assert len(made.rules) == RULES_TOLD
+        assert server.divergences.reports.bytes < 10_000
 
     def test_sections_of_a_remembered_request(self) -> None:
         server = Server()
@@ -296,9 +320,8 @@ class TestReport:
 
     def test_the_nearest_is_the_latest_of_the_longest_matches(self) -> None:
         server = Server()
-        seen = [
-            replace(server.seen(body()), tokens=np.asarray(t, np.int32)) for t in ([1, 2], [1, 2, 3], [1, 2, 3], [9])
-        ]
+        kept = Kept.of(server.seen(body()))
+        seen = [replace(kept, tokens=np.asarray(t, np.int32)) for t in ([1, 2], [1, 2, 3], [1, 2, 3], [9])]
         assert nearest(np.asarray([1, 2, 3, 4], np.int32), seen) == (seen[2], 3)
         assert nearest(np.asarray([5], np.int32), seen) == (None, 0)
         assert nearest(np.asarray([], np.int32), seen) == (None, 0)
@@ -317,7 +340,7 @@ class TestDiagnostics:
         server = Server()
         before = server.ask(body("A", "B", "C"))
         new = server.seen(after)
-        shared = nearest(new.tokens, server.divergences.seen)[1]
+        shared = nearest(new.tokens, server.divergences.kept.values())[1]
         missed = min(before.prompt_tokens, len(new.tokens) - 1) - shared
         assert server.divergences.diagnose(new, before.id, shared) == Diagnostics(reason(missed))
 

@@ -1,0 +1,82 @@
+"""What is remembered of the latest requests: values by key, within a number of bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from threading import Lock
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+ENTRY_BYTES = 300  # of a key and of the mapping that holds it, about
+
+
+class Recent(Generic[K, V]):
+    """The latest values whose sizes add up to at most `most_bytes`; of these at most `most`. Any thread may use it.
+
+    `size_of` says how many bytes of memory a value takes, its key included unless that is small. The value that was set
+    or got longest ago goes first; one that is larger than everything is not kept.
+    """
+
+    def __init__(self, most_bytes: int, size_of: Callable[[V], int], most: int | None = None) -> None:
+        self.most_bytes, self.most, self.size_of = most_bytes, most, size_of
+        self.bytes = 0
+        self._held: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        """How many values there are."""
+        return len(self._held)
+
+    def get(self, key: K) -> V | None:
+        """The value of a key, which counts as used; None if there is none."""
+        with self._lock:
+            if (found := self._held.get(key)) is None:
+                return None
+            self._held.move_to_end(key)
+            return found[0]
+
+    def peek(self, key: K) -> V | None:
+        """The value of a key, which does not count as used."""
+        with self._lock:
+            found = self._held.get(key)
+        return found and found[0]
+
+    def put(self, key: K, value: V) -> None:
+        """Set the value of a key, and drop what there is no room for."""
+        with self._lock:
+            self._drop(key)
+            self._set(key, value)
+
+    def change(self, key: K, make: Callable[[V | None], V | None]) -> None:
+        """Set a key's value, which keeps its place, to what `make` makes of the one it has; None sets nothing."""
+        with self._lock:
+            found = self._held.get(key)
+            if (value := make(found and found[0])) is not None:
+                self.bytes -= found[1] if found else 0
+                self._set(key, value)
+
+    def values(self) -> list[V]:
+        """All values, the one set or got longest ago first."""
+        with self._lock:
+            return [value for value, _ in self._held.values()]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._held.clear()
+            self.bytes = 0
+
+    def _set(self, key: K, value: V) -> None:
+        size = ENTRY_BYTES + self.size_of(value)
+        self._held[key] = (value, size)
+        self.bytes += size
+        if size > self.most_bytes:
+            self._drop(key)
+        while self.bytes > self.most_bytes or (self.most is not None and len(self._held) > self.most):
+            self._drop(next(iter(self._held)))
+
+    def _drop(self, key: K) -> None:
+        if (found := self._held.pop(key, None)) is not None:
+            self.bytes -= found[1]
