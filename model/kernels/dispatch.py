@@ -1,6 +1,12 @@
 """Which kernel computes a batch, if any: what the GPU kernels take, in one table, and the device that each needs.
 
 The wrappers refuse by the same rules, so that a caller who skips the dispatcher hears the same reason.
+
+Whether a token's result depends on the rest of its batch: the CPU kernels give the same bits in any company. XLA, which
+does the rest and all products of more than `linear.MOST_TOKENS` tokens, may round otherwise in each compiled shape: its
+products differ from the kernel's in the last bits, and so do its norms of 1, 2 and 8 tokens. So on a CPU a sequence
+gets the same bits in any company that fills the same compiled shape. The GPU kernels split keys by the number of
+sequences in the shape, too.
 """
 
 from __future__ import annotations

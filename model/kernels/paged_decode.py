@@ -3,6 +3,9 @@
 A thread block is one sequence, one KV head and one part of its keys, so that a single long sequence fills the chip
 (Flash-Decoding, Dao et al., 2023). One warpgroup loads pages; two compute, each every other block, with all query rows
 of the KV head in one wgmma tile, and merge before they write.
+
+How many parts there are depends on the shapes alone: the number of sequences and of KV heads, and the width of the
+block table. The same batch gets the same bits; a sequence in a batch of another shape may get others.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ A thread block is one tile of query rows, one KV head and one part of the keys. 
 and take turns on the tensor cores: one's softmax runs beside the other's products. The products of a turn are issued
 back to back, a block's values and the next one's scores, with no wait in between. A warpgroup's rows are
 the query heads of the group times consecutive tokens, so that any group fills them and shares what is loaded.
+
+How many parts there are depends on the shapes alone: the number of sequences and of KV heads, the longest chunk, and
+the width of the block table. The same batch gets the same bits; a sequence in a batch of another shape may get others.
 """
 
 from __future__ import annotations

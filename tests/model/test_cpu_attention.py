@@ -1,7 +1,11 @@
 """The CPU kernel beyond the numbers that test_attention compares: bits, memory and shapes."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import batches
 import jax
@@ -17,6 +21,7 @@ from model.kv import KVPool
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernel cannot be built here")
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=16, dtype=jnp.float32)
 compiled = jax.jit(paged_attention)
+FOLDER = Path(__file__).parent
 
 
 @needs_kernel
@@ -71,6 +76,64 @@ def test_the_same_batch_gives_the_same_bits():
     q, pool, batch = ragged([3000, 700, 0], [1, 90, 300])
     first = np.asarray(compiled(q, pool, 0, batch))
     assert all(np.array_equal(first, np.asarray(compiled(q, pool, 0, batch))) for _ in range(20))
+
+
+def alone(q, batch, s):
+    """The queries and the batch of one sequence of a batch."""
+    start, stop = (int(n) for n in batch.starts[s : s + 2])
+    one = replace(
+        batch,
+        tokens=batch.tokens[start:stop],
+        starts=jnp.asarray([0, stop - start], jnp.int32),
+        prefix=batch.prefix[s : s + 1],
+        block_table=batch.block_table[s : s + 1],
+        max_chunk=stop - start,
+    )
+    return q[start:stop], one
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("prefixes", "chunks"),
+    [
+        ([3000] * 8, [1] * 8),
+        ([5000, 40, 2047, 2048, 1023, 0], [1, 1, 1, 1, 1, 1]),
+        ([9000, 3000, 700, 4096], [3, 2, 100, 1]),
+        ([6000, 2500, 0], [300, 1, 700]),
+    ],
+)
+def test_a_sequence_gets_the_same_bits_in_any_company(prefixes, chunks):
+    q, pool, batch = ragged(prefixes, chunks, page=64, spare_seqs=1, spare_tokens=3)
+    together = np.asarray(compiled(q, pool, 0, batch))
+    for s in range(len(prefixes)):
+        queries, one = alone(q, batch, s)
+        start, stop = batch.starts[s : s + 2]
+        assert np.array_equal(np.asarray(compiled(queries, pool, 0, one)), together[start:stop]), s
+
+
+THREADS = """
+import sys
+import batches, jax, numpy as np
+from model.kernels.cpu.paged_attention import paged_attention
+q, pool, batch = batches.ragged(
+    [6000, 2500, 0], [300, 1, 700], kv_heads=2, group=3, head_dim=16, page=64, dtype=jax.numpy.float32
+)
+from model.kernels.cpu import build
+assert build.available()
+np.save(sys.argv[1], np.asarray(jax.jit(paged_attention)(q, pool, 0, batch)))
+"""
+
+
+@needs_kernel
+def test_the_bits_are_the_same_with_any_number_of_threads(tmp_path):
+    found = []
+    for threads in ("1", "3"):
+        path = tmp_path / f"{threads}.npy"
+        places = os.pathsep.join([str(FOLDER), str(FOLDER.parent.parent)])
+        environment = os.environ | {"NPROC": threads, "JAX_PLATFORMS": "cpu", "PYTHONPATH": places}
+        subprocess.run([sys.executable, "-c", THREADS, str(path)], env=environment, check=True, timeout=300)
+        found.append(np.load(path))
+    assert np.array_equal(*found)
 
 
 @needs_kernel

@@ -20,7 +20,9 @@ constexpr int ROWS = 32;             // queries of a strip, which meets a block 
 constexpr int STRIPS = 8;            // of a task: each block of keys comes from memory once for all of them
 constexpr int KEYS = 64;             // keys of a block
 constexpr int FEW = 8;               // queries up to which a key lies across the lanes
-constexpr int PART = 512;            // keys that are worth a task of their own
+constexpr int PART = 1024;           // keys that are worth a task of their own, at least
+constexpr int PART_PER_QUERY = 8;    // and for each query, of which every part leaves a total to be added
+constexpr int TASKS = 128;           // that a sequence alone is split into, about: enough for many threads
 constexpr float MASKED = -1e30f;     // finite, so that no difference of two of them is NaN
 constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -79,14 +81,15 @@ struct Problem {
 // Queries [first, last) of one KV head of a sequence against its keys [begin, end), those behind a query left out.
 struct Task {
   int64_t seq, head, first, last, begin, end;
-  int64_t parts;    // tasks that share these queries
-  int64_t partial;  // where this one leaves what it has, among all that are shared
+  int64_t parts, part;  // tasks that share these queries, and which of them this is
+  int64_t partials;     // where they leave what they have, among all that are shared: the first one's place
 };
 
 // An unfinished softmax over some keys, by query.
 struct Partial {
-  float peak[STRIPS * ROWS], weight[STRIPS * ROWS];
-  std::vector<float> total;  // [queries, dim]
+  std::vector<float> peak, weight;  // [queries]
+  std::vector<float> total;         // [queries, dim]
+  std::atomic<int64_t> done{0};     // of a tile's first: how many of its parts are
 };
 
 // Scores of SLOTS keys, [slots, ROWS] in powers of two, for N vectors of queries, [dim, ROWS].
@@ -323,29 +326,29 @@ void run(const Problem& p, const Task& t, Scratch& s, std::vector<Partial>& part
     many(p, t, s);
   }
   // By query, then channel; of one that is done, the result.
-  Partial* partial = t.parts > 1 ? &partials[t.partial] : nullptr;
-  if (partial) partial->total.resize(count * p.dim);
+  Partial* partial = t.parts > 1 ? &partials[t.partials + t.part] : nullptr;
+  if (partial) {
+    partial->peak.assign(s.peak, s.peak + count);
+    partial->weight.assign(s.weight, s.weight + count);
+    partial->total.resize(count * p.dim);
+  }
   for (int64_t r = 0; r < count; ++r) {
     float* to = partial ? partial->total.data() + r * p.dim : p.out + p.at(t.seq, t.head, t.first + r);
     const float scale = partial ? 1.0f : 1.0f / s.weight[r];
     const float* from = s.total.begin + (across ? r * p.dim : r / ROWS * p.dim * ROWS + r % ROWS);
     for (int64_t d = 0; d < p.dim; ++d) to[d] = from[across ? d : d * ROWS] * scale;
-    if (partial) {
-      partial->peak[r] = s.peak[r];
-      partial->weight[r] = s.weight[r];
-    }
   }
 }
 
-// Puts together what the tasks that share their queries have left; `t` is the first of them.
+// Puts together what the tasks that share their queries have left, in the order of their keys; `t` is any of them.
 void combine(const Problem& p, const Task& t, const std::vector<Partial>& partials) {
   for (int64_t r = 0; r < t.last - t.first; ++r) {
     float* out = p.out + p.at(t.seq, t.head, t.first + r);
     float peak = MASKED, weight = 0.0f;
-    for (int64_t i = 0; i < t.parts; ++i) peak = std::max(peak, partials[t.partial + i].peak[r]);
+    for (int64_t i = 0; i < t.parts; ++i) peak = std::max(peak, partials[t.partials + i].peak[r]);
     std::fill(out, out + p.dim, 0.0f);
     for (int64_t i = 0; i < t.parts; ++i) {
-      const Partial& part = partials[t.partial + i];
+      const Partial& part = partials[t.partials + i];
       const float decay = power_of_2(all(part.peak[r] - peak))[0];
       weight += part.weight[r] * decay;
       for (int64_t d = 0; d < p.dim; ++d) out[d] += part.total[r * p.dim + d] * decay;
@@ -354,31 +357,26 @@ void combine(const Problem& p, const Task& t, const std::vector<Partial>& partia
   }
 }
 
-// Tiles of queries, split over their keys where there are too few tiles for the threads. Depends on nothing that varies
-// from call to call, so that the same batch gives the same bits.
-std::vector<Task> tasks_of(const Problem& p, int64_t threads) {
-  std::vector<Task> tiles, tasks;
-  for (int64_t s = 0; s < p.seqs; ++s)
-    for (int64_t head = 0; head < p.kv_heads; ++head)
-      for (int64_t first = 0; first < p.rows(s); first += STRIPS * ROWS) {
-        const int64_t last = std::min<int64_t>(first + STRIPS * ROWS, p.rows(s));
-        tiles.push_back({s, head, first, last, 0, p.prefix[s] + (last - 1) / p.group + 1, 1, 0});
-      }
-  const int64_t wanted = TASKS_PER_THREAD * threads / std::max<int64_t>(tiles.size(), 1) + 1;
+// Tiles of queries, a sequence's split over their keys where they are too few for many threads. The split depends on the
+// sequence's lengths, and on neither the rest of the batch nor the threads: it gets the same bits in any company.
+std::vector<Task> tasks_of(const Problem& p) {
+  std::vector<Task> tasks;
   int64_t partials = 0;
-  for (const Task& tile : tiles) {
-    const int64_t parts = threads > 1 ? std::clamp<int64_t>(tile.end / PART, 1, wanted) : 1;
-    const int64_t pages = (tile.end + p.page_size - 1) / p.page_size;
-    const int64_t step = (pages + parts - 1) / parts * p.page_size;
-    const int64_t count = (tile.end + step - 1) / step;
-    for (int64_t i = 0; i < count; ++i) {
-      Task part = tile;
-      part.begin = i * step;
-      part.end = std::min(tile.end, (i + 1) * step);
-      part.parts = count;
-      part.partial = count > 1 ? partials++ : 0;
-      tasks.push_back(part);
-    }
+  for (int64_t s = 0; s < p.seqs; ++s) {
+    const int64_t rows = p.rows(s), tiles = p.kv_heads * ((rows + STRIPS * ROWS - 1) / (STRIPS * ROWS));
+    for (int64_t head = 0; head < p.kv_heads; ++head)
+      for (int64_t first = 0; first < rows; first += STRIPS * ROWS) {
+        const int64_t last = std::min<int64_t>(first + STRIPS * ROWS, rows);
+        const int64_t keys = p.prefix[s] + (last - 1) / p.group + 1;
+        const int64_t least = std::max<int64_t>(PART, PART_PER_QUERY * (last - first));
+        const int64_t parts = std::clamp<int64_t>(keys / least, 1, TASKS / tiles + 1);
+        const int64_t pages = (keys + p.page_size - 1) / p.page_size;
+        const int64_t step = (pages + parts - 1) / parts * p.page_size;
+        const int64_t count = (keys + step - 1) / step;
+        for (int64_t i = 0; i < count; ++i)
+          tasks.push_back({s, head, first, last, i * step, std::min(keys, (i + 1) * step), count, i, partials});
+        if (count > 1) partials += count;
+      }
   }
   return tasks;
 }
@@ -410,7 +408,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
   const int64_t token = p.kv_heads * p.group * p.dim;
   std::fill(p.out + p.starts[p.seqs] * token, p.out + p.tokens * token, 0.0f);
 
-  const std::vector<Task> tasks = tasks_of(p, threads_of(pool));
+  const std::vector<Task> tasks = tasks_of(p);
   std::vector<size_t> order(tasks.size());  // the longest first
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
@@ -418,9 +416,11 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
     return cost(tasks[a]) > cost(tasks[b]);
   });
   std::vector<Partial> partials(std::count_if(tasks.begin(), tasks.end(), [](const Task& t) { return t.parts > 1; }));
-  divide<Scratch>(pool, tasks.size(), [&](Scratch& scratch, size_t i) { run(p, tasks[order[i]], scratch, partials); });
-  for (size_t i = 0; i < tasks.size(); i += tasks[i].parts)
-    if (tasks[i].parts > 1) combine(p, tasks[i], partials);
+  divide<Scratch>(pool, tasks.size(), [&](Scratch& scratch, size_t i) {
+    const Task& t = tasks[order[i]];
+    run(p, t, scratch, partials);
+    if (t.parts > 1 && ++partials[t.partials].done == t.parts) combine(p, t, partials);
+  });
   return ffi::Error::Success();
 }
 

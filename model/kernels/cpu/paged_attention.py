@@ -24,7 +24,8 @@ def paged_attention(
 ) -> jax.Array:
     """Causal attention of a ragged batch, [tokens, kv_heads, group, head_dim]; zeros for padding.
 
-    See `model.attention.paged_attention`. Raises ValueError for what the kernel does not take.
+    See `model.attention.paged_attention`. A sequence gets the same bits in any batch and with any number of threads, if
+    the same of its tokens are new. Raises ValueError for what the kernel does not take.
     """
     if reason := why_not(q, pool):
         raise ValueError(reason)
