@@ -33,7 +33,8 @@ def sample(
 ) -> jax.Array:
     """One token id per row, [rows] int32: drawn, or the most likely where the temperature is 0.
 
-    Top-k and top-p (Holtzman et al., 2020) apply to the distribution after temperature; ties at the threshold stay in.
+    Temperature comes first, then top-k, then top-p (Holtzman et al., 2020) of the probabilities that top-k has left,
+    which sum to one again. Ties at either threshold stay in.
     """
     scaled = masked(logits, sampling.mask) / jnp.maximum(sampling.temperature, 1e-6)[:, None]
     kept = jnp.where(scaled >= threshold(scaled, sampling.top_k, sampling.top_p), scaled, -jnp.inf)
@@ -63,12 +64,14 @@ def threshold(
     """The smallest logit that survives top-k and top-p, [rows, 1]; the most likely token always does."""
     vocab = scaled.shape[-1]
     ordered = jnp.sort(scaled, axis=-1, descending=True)
-    probs = jax.nn.softmax(ordered, axis=-1)
+    by_k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    kth = jnp.take_along_axis(ordered, by_k[:, None] - 1, axis=-1)
+    probs = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     by_p = jnp.sum(before < top_p[:, None], axis=-1)
-    by_k = jnp.where(top_k > 0, top_k, vocab)
-    last = jnp.clip(jnp.minimum(by_p, by_k), 1, vocab) - 1
-    return jnp.take_along_axis(ordered, last[:, None], axis=-1)
+    # A sum of many probabilities is rounded: one that keeps every token must not depend on it.
+    by_p = jnp.where(top_p < 1, jnp.maximum(by_p, 1), vocab)
+    return jnp.maximum(kth, jnp.take_along_axis(ordered, by_p[:, None] - 1, axis=-1))
 
 
 def row_key(seed: jax.Array, position: jax.Array) -> jax.Array:

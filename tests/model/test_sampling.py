@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from model.sampling import Sampling, greedy, sample
+from model.sampling import Sampling, greedy, sample, threshold
 
 
 def sampling(rows, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0, mask=None):
@@ -43,6 +45,54 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     assert set(draws(row, 500, top_p=0.75)) == {0, 1}
     assert set(draws(row, 500, top_p=0.81)) == {0, 1, 2}
     assert set(draws(row, 50, top_p=0.01)) == {0}
+
+
+def test_top_p_counts_what_top_k_has_left():
+    row = np.log([0.4, 0.3, 0.2, 0.1])
+    assert set(draws(row, 500, top_k=2, top_p=0.5)) == {0}
+    assert set(draws(row, 500, top_k=2, top_p=0.6)) == {0, 1}
+    assert set(draws(row, 500, top_k=3, top_p=0.7)) == {0, 1}
+
+
+def kept_by_transformers(logits, top_k, top_p):
+    """Which tokens transformers would draw from, [rows, vocab]."""
+    scores = torch.tensor(logits)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return np.isfinite(scores.numpy())
+
+
+def kept(logits, top_k, top_p):
+    """Which tokens are drawn from, [rows, vocab]."""
+    rows = len(logits)
+    least = threshold(jnp.asarray(logits), jnp.full(rows, top_k), jnp.full(rows, top_p, jnp.float32))
+    return logits >= np.asarray(least)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.5, 0.9, 0.97, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 7, 40, 300, 5000])
+def test_what_is_kept_is_what_transformers_keeps(top_k, top_p):
+    rng = np.random.default_rng(top_k)
+    logits = rng.normal(size=(60, 300)).astype(np.float32) * rng.uniform(0.1, 6, (60, 1)).astype(np.float32)
+    assert np.array_equal(kept(logits, top_k, top_p), kept_by_transformers(logits, top_k, top_p))
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 10, 33])
+def test_of_equal_tokens_all_are_kept_where_transformers_keeps_one(top_k, top_p):
+    # Multiples of log 2 make probabilities whose sums are exact enough for both to agree where a set ends.
+    rng = np.random.default_rng(top_k)
+    logits = (rng.integers(0, 6, (60, 33)) * np.log(2)).astype(np.float32)
+    theirs = kept_by_transformers(logits, top_k, top_p)
+    least = np.where(theirs, logits, np.inf).min(-1, keepdims=True)
+    assert np.array_equal(kept(logits, top_k, top_p), logits >= least)
+
+
+def test_top_p_of_one_keeps_every_token_of_a_large_vocabulary():
+    logits = np.random.default_rng(0).normal(size=(4, 200_000)).astype(np.float32) * 4
+    assert kept(logits, 0, 1.0).all()
 
 
 def test_a_row_does_not_depend_on_its_batch():
