@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_the_kernels_are_as_right_and_as_exact_when_built_for_another_processor(
 
 def test_a_library_is_named_after_the_processor_that_it_is_built_for(tmp_path, monkeypatch):
     fake = tmp_path / "c++"
-    fake.write_text('#!/bin/sh\nfor last; do :; done; echo "$*" > "$last"\n')
+    fake.write_text('#!/bin/sh\nfor last; do :; done; [ "$last" = --version ] || echo "$*" > "$last"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -138,3 +139,55 @@ def test_processes_that_build_at_once_leave_one_library(tmp_path):
         outputs = [future.result()[0] for future in [pool.submit(attend, tmp_path) for _ in range(2)]]
     assert outputs == ["True True"] * 2
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".so"]
+
+
+def waited_for(folder):
+    """Whether a process waits for a lock on this folder, as Linux lists them."""
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any("->" in line and f":{folder.stat().st_ino} " in line for line in lines)
+
+
+BUILD = """
+import logging, os, sys, threading
+from model.kernels.cpu import build
+logging.basicConfig(format="%(message)s")
+found = []
+threads = [threading.Thread(target=lambda: found.append(build.available())) for _ in range(8)]
+[thread.start() for thread in threads]
+print("asking", flush=True)
+[thread.join() for thread in threads]
+print(found.count(True), flush=True)
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="only Linux lists who waits for a lock")
+def test_one_compiler_runs_however_many_threads_and_processes_need_the_kernels(tmp_path):
+    # The stand-in says that it has started, and copies the finished library when the event is there.
+    started, event = tmp_path / "started", tmp_path / "event"
+    os.mkfifo(event)
+    fake = tmp_path / "c++"
+    fake.write_text(
+        f"""#!/bin/sh
+for last; do :; done
+[ "$last" = --version ] && exit
+echo started >> {started}
+read line < {event}
+cp {build.built()} "$last"
+"""
+    )
+    fake.chmod(0o755)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(fake), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", BUILD]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        assert all(process.stdout is not None and process.stdout.readline() == "asking\n" for process in processes)
+        while not (started.exists() and waited_for(tmp_path / "tokenzero" / "kernels")):
+            time.sleep(0.01)
+        event.write_text("go\n")
+        assert [process.communicate(timeout=120)[0] for process in processes] == ["8\n", "8\n"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert started.read_text() == "started\n"

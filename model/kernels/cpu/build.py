@@ -8,6 +8,7 @@ Without a compiler, or with `TOKENZERO_CPU_KERNEL=off`, there are none, and XLA 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -17,6 +18,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,9 +36,21 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-fast-math", "-fno-math-e
 BUILD_SECONDS = 300
 
 
-@functools.cache
 def available() -> bool:
-    """Whether JAX can call the kernels here; builds and registers them the first time. Logs once why it cannot."""
+    """Whether JAX can call the kernels here; builds and registers them the first time. Logs once why it cannot.
+
+    Threads that ask while one builds wait for it, and so do other processes of the same user.
+    """
+    with once:
+        return registered()
+
+
+once = threading.Lock()  # a cache alone would let every thread that comes before the first result build, too
+
+
+@functools.cache
+def registered() -> bool:
+    """Build and register the kernels; whether that went well."""
     if os.environ.get("TOKENZERO_CPU_KERNEL") == "off":
         return False
     try:
@@ -59,9 +75,11 @@ def built() -> Path:
     if library.exists():
         return library
     cache.mkdir(parents=True, exist_ok=True)
-    log.info("building the CPU kernels: once on this machine, a few seconds")
-    # Under a name of its own first: another process may be building, too.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    # Under a name of its own first: not every file system has locks, and a process may end at any time.
+    with locked(cache), tempfile.TemporaryDirectory(dir=cache) as folder:
+        if library.exists():  # built while this process waited
+            return library
+        log.info("building the CPU kernels: once on this machine, a few seconds")
         made = Path(folder) / library.name
         try:
             subprocess.run(
@@ -81,6 +99,18 @@ def built() -> Path:
             os.fsync(file.fileno())  # a library that a crash has cut short would take down whoever loads it
         made.replace(library)
     return library
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, where its file system has locks; the lock ends with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def target() -> str:
