@@ -119,10 +119,10 @@ def another(pages: list[np.ndarray], at: int) -> dict[int, np.ndarray]:
 
 @pytest.fixture
 def told(clock, tmp_path):
-    """A world in which one conversation of eight turns is on disk, the conversation, and what is stored."""
+    """A world in which one conversation of seven turns is on disk, the conversation, and what is stored."""
     world = World(QUIET, tmp_path, clock)
     talk = Conversation(np.arange(3, 5, dtype=np.int32), b"")
-    for seed in range(8):
+    for seed in range(10, 17):
         world.ask(random.Random(seed), talk, talk.tokens)
         world.finish(random.Random(seed))
     world.engines[0].pager.tiers.writer.flush()
