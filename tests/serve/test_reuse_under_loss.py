@@ -77,8 +77,7 @@ def test_ten_thousand_cases_of_loss_hold_nothing_wrong(clock, capsys):
 def test_processes_that_write_and_lose_the_same_pages_beside_each_other_find_nothing_wrong(tmp_path):
     command = [sys.executable, reuse_model.__file__, "beside", str(tmp_path), "0", "150"]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    for child in children:
-        out, err = child.communicate()
+    for child, (out, err) in [(child, child.communicate()) for child in children]:
         assert child.returncode == 0, err[-4000:]
         print(out)
         assert json.loads(out)["restored"]
