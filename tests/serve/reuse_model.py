@@ -225,6 +225,7 @@ class World:
         asked = Asked(conversation, index, 0, prompt, stop_ids)
         request = GenerationRequest(prompt, rng.randrange(1, longest + 1), stop_ids, salt=conversation.salt)
         asked.number = self.engines[index].submit(request, asked.events.append)
+        self.engines[index].inbox.submissions[-1].used = self.clock.time_ns()
         conversation.tokens = prompt
         self.open.append(asked)
         self.counts["requests"] += 1
@@ -374,7 +375,7 @@ class World:
 
     def end(self, engine: Engine) -> None:
         """Write everything, and close what is the engine's own."""
-        engine.pager.drain(engine.pool, engine.store)
+        engine.pager.drain(engine.pool, engine.store, 60.0)
         engine.pager.tiers.close()
 
     def close(self) -> None:
@@ -444,7 +445,7 @@ class World:
             getattr(self, name)(random.Random(seed))
         self.finish(random.Random(self.case.seed))
         for engine in self.engines:
-            engine.pager.drain(engine.pool, engine.store)
+            engine.pager.drain(engine.pool, engine.store, 60.0)
             engine.pager.tiers.writer.flush()
             self.check_device(engine, [])
             self.counts["preempted"] += engine.counters.preemptions

@@ -6,17 +6,16 @@ So whatever may come between two of them can be made to, and the same way each t
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 
 import jax.numpy as jnp
 import pytest
 from cold_truth import CONFIG, LIMIT, PAGE, SETTINGS, parameters
 
 from cache.persistence import Tiers
+from cache.worker import Worker
 from model.kv import empty_pool
 from serve.paging import compile_moves
 from serve.steps import compile_steps, ladder
@@ -54,39 +53,31 @@ def by_hand() -> Iterator[Clock]:
         patch.setattr("serve.engine.warm_up", lambda steps, params, pool, limit: (pool, (0, 1), 1.0))
         patch.setattr("serve.paging.compile_moves", lambda pool: moves)
         patch.setattr("serve.paging.PATIENCE_SECONDS", 0.0)
-        patch.setattr("cache.disk.time", clock)
+        for module in ("tiers", "disk"):
+            patch.setattr(f"cache.{module}.time", clock)
         patch.setattr("cache.environment.check_tree", lambda path, seconds: "")
         yield clock
     compiled.cache_clear()
     parameters.cache_clear()
 
 
-class Later(Executor):
+class Later(Worker):
     """Runs what it was given when it is told to, on the thread that tells it."""
 
-    def __init__(self):
-        self.waiting: deque[tuple[Future, Callable]] = deque()
-
-    def submit(self, function, /, *args, **options):
-        future = Future()
-        self.waiting.append((future, partial(function, *args, **options)))
-        return future
+    def _run(self):
+        pass
 
     def turn(self) -> bool:
         """Run what has waited longest; False if nothing has."""
-        if not self.waiting:
+        if not self.queued:
             return False
-        future, call = self.waiting.popleft()
+        future, call = self.queued.popleft()
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(call())
             except Exception as error:
                 future.set_exception(error)
         return True
-
-    def shutdown(self, wait=True, *, cancel_futures=False):
-        while self.waiting:
-            self.waiting.popleft()[0].cancel()
 
 
 class Shared:
@@ -107,8 +98,10 @@ def tiers_over(lower, host_bytes: int, queue_bytes: int) -> Tiers:
     tiers = Tiers(None, 0, host_bytes or 1, flush_seconds=1e6, queue_bytes=queue_bytes)
     used = (*(tiers.pages.tiers if host_bytes or lower is None else ()), *([] if lower is None else [Shared(lower)]))
     tiers.pages.tiers = tiers.writer.tiers = used
-    tiers.searcher.shutdown()
-    tiers.pages.reader.shutdown()
-    tiers.searcher, tiers.pages.reader = Later(), Later()
-    tiers.writer._in_a_hurry = lambda: tiers.writer.urgent or tiers.writer.closing
+    tiers.searcher.stop()
+    tiers.pages.reader.stop()
+    tiers.searcher, tiers.pages.reader = Later("look-up"), Later("restore")
+    tiers.writer._in_a_hurry = tiers.writer._has_work = lambda: (
+        tiers.writer.asked > tiers.writer.done or tiers.writer.closing
+    )
     return tiers
