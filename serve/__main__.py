@@ -81,6 +81,14 @@ def parser() -> argparse.ArgumentParser:
         help="leave earlier answers to the chat template, which may drop thinking (default: they stay as sampled)",
     )
 
+    prompt.add_argument(
+        "--report-bytes",
+        type=parse_bytes,
+        default="64MiB",
+        metavar="SIZE",
+        help="memory for the latest requests, with which reports compare new ones (default: %(default)s)",
+    )
+
     answers = cli.add_argument_group("answers")
     answers.add_argument(
         "--tool-parser",
@@ -344,6 +352,7 @@ def main(argv: list[str] | None = None) -> None:
                 template_history=args.template_history,
                 dispatch=args.enable_streaming_tool_dispatch,
                 trace_text=args.trace_text == "on",
+                report_bytes=args.report_bytes,
             )
     except (ValueError, OSError, StoreError) as error:
         sys.exit(f"tokenzero: {error}")

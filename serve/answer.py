@@ -117,12 +117,12 @@ async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> Asy
                     sampled_at = now
                     sampled += 1
                     ids.append(token)
-                    new = pieces.feed(token)
+                    new = await run_in_threadpool(pieces.feed, token) if pieces.heavy else pieces.feed(token)
                 case eng.Finished(why):
                     sampled += why == "stop"
                     if why != "stop":
                         reason = "model_context_window_exceeded" if prepared.clamped else "max_tokens"
-                    new = pieces.finish()
+                    new = await run_in_threadpool(pieces.finish) if pieces.heavy else pieces.finish()
             for piece in new:
                 if isinstance(piece, Stopped):
                     reason, stop = "stop_sequence", piece.sequence

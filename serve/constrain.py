@@ -10,17 +10,17 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import llguidance.hf
 import numpy as np
-from cachetools import LRUCache, cached
+import psutil
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from serve.calls import KEY, NAME
 from serve.formats import Format, to_json, xml_call
 from serve.messages import InvalidRequest, MessagesRequest, Tool, ToolUseBlock
+from serve.recent import Recent
 from serve.schemas import (
     alternatives,
     bounded,
@@ -38,7 +38,8 @@ STRICT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 # Whoever gave a tool checks its arguments anyway: what llguidance does not know of its schema is left out.
 LENIENT = STRICT | {"lenient": True}
 GRAMMAR_CHARS = 2**20  # of all schemas together
-COMPILED = 256  # grammars that are remembered
+COMPILED_BYTES = 256 * 2**20  # of grammars that are remembered
+TEXT_BYTES = 100  # of memory that a character of a grammar takes, at least
 REHEARSED = 4  # choices after which a schema that has no finite text, or too many choices, has shown it
 REASON_CHARS = 300
 PROBE = "Zq7Zq7Zq7"  # stands in a call for what varies; as long as the ids that Mistral's models write
@@ -260,13 +261,22 @@ def searched(pattern: str) -> str:
 # Masks.
 
 
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A grammar at its start."""
+
+    matcher: LLMatcher
+    bytes: int  # of memory, about: llguidance does not say
+
+
 @dataclass(frozen=True)
 class Constrainer:
     """What constrained decoding knows of a tokenizer; made once, as it reads the whole vocabulary."""
 
     marks: Mapping[str, int]  # added tokens by their text
     words: int  # of a mask: ceil(vocab / 32)
-    compile: Callable[[str], LLMatcher]  # Lark text -> a fresh state; raises ConstraintError, remembers, locks
+    compile: Callable[[str], LLMatcher]  # Lark text -> a fresh state; raises ConstraintError, remembers, any thread
+    compiled: Recent[str, Compiled]
 
     def start(self, grammar: Grammar) -> Constraint:
         """The constraint of a new answer. Raises InvalidRequest, naming the field, for what does not compile.
@@ -299,9 +309,24 @@ def make_constrainer(hf: Any, stop_ids: Collection[int], vocab: int) -> Constrai
     if not stops:
         raise ValueError(f"stop ids: expected one below {tokens}, got {sorted(stop_ids)}")
     tokenizer = llguidance.hf.from_tokenizer(hf, n_vocab=tokens, eos_token=stops)
-    compiled = cached(LRUCache(COMPILED), lock=Lock())(lambda text: compile_grammar(text, tokenizer))
+    compiled: Recent[str, Compiled] = Recent(COMPILED_BYTES, lambda kept: kept.bytes)
+
+    def compile(text: str) -> LLMatcher:
+        if (kept := compiled.get(text)) is None:
+            kept = sized(text, tokenizer)
+            compiled.put(text, kept)
+        return kept.matcher.deep_copy()
+
     marks = {str(token): id for id, token in hf.added_tokens_decoder.items()}
-    return Constrainer(marks, -(-vocab // 32), lambda text: compiled(text).deep_copy())
+    return Constrainer(marks, -(-vocab // 32), compile, compiled)
+
+
+def sized(text: str, tokenizer: LLTokenizer) -> Compiled:
+    """A grammar at its start, and what it takes: what the process has grown by meanwhile, or by its length."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    matcher = compile_grammar(text, tokenizer)
+    return Compiled(matcher, max(process.memory_info().rss - before, TEXT_BYTES * len(text)))
 
 
 def compile_grammar(text: str, tokenizer: LLTokenizer) -> LLMatcher:

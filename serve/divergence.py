@@ -184,6 +184,11 @@ class Divergences:
 
         self.kept.change(id, longer)
 
+    @property
+    def bytes(self) -> int:
+        """Memory that is taken, about."""
+        return self.kept.bytes + self.reports.bytes
+
     def latest(self) -> list[Report]:
         """The reports, the latest first."""
         return self.reports.values()[::-1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -96,6 +97,32 @@ def tier_metrics(pager: Pager) -> Iterator[Metric]:
     )
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What the server remembers of one kind, and how much of it at most."""
+
+    bytes: Callable[[], int]
+    most: int
+
+
+class MemoryCollector(Collector):
+    """Reads how many bytes each memory takes when asked."""
+
+    def __init__(self, memories: Mapping[str, Memory]) -> None:
+        self.memories = memories
+
+    def collect(self) -> Iterator[Metric]:
+        """The bytes taken, and the most that may be."""
+        for name, text, value in (
+            ("tokenzero_memory_bytes", "Memory taken by what is remembered of requests, about", lambda m: m.bytes()),
+            ("tokenzero_memory_limit_bytes", "The most that it may take", lambda m: m.most),
+        ):
+            family = GaugeMetricFamily(name, text, labels=["of"])
+            for of, memory in self.memories.items():
+                family.add_metric([of], value(memory))
+            yield family
+
+
 class ServerMetrics:
     """What the HTTP side observes, and the registry that holds everything."""
 
@@ -156,6 +183,9 @@ class ServerMetrics:
             "tokenzero_volatile_segments",
             "Parts of prompts found to change in every request of a client",
             registry=self.registry,
+        )
+        self.lost_turns = Counter(
+            "tokenzero_lost_turns", "Sampled turns that the disk was too slow for", registry=self.registry
         )
         self.unparsed = Counter(
             "tokenzero_unparsed_preambles",

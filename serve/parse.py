@@ -23,6 +23,8 @@ PATIENCE = 8
 BLANKS = 256
 # What was read as a call and is none is read again from each mark in it, as often at most.
 RETRIES = 8
+# A call that is longer may take long to read: to find that it is none, or to decode its arguments.
+HEAVY_CHARS = 2**16
 NO_STOPS = Stops()
 
 
@@ -153,6 +155,11 @@ class AnswerStream:
         self.opened = 0  # and where its first mark stands
         self.failed = self.retries = 0  # how far calls were read that were none, and how often up to there
         self.pieces: list[Piece] = []
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the next token may take long, which is no work for an event loop."""
+        return self.reader is not None and len(self.source.text) - self.opened > HEAVY_CHARS
 
     def feed(self, token: int) -> list[Piece]:
         """What the next token adds; nothing after a stop sequence."""

@@ -25,7 +25,7 @@ from serve.normalize import Normalized, Unparsed, normalize
 from serve.render import Prompt, Recalled, prompt
 from serve.replay import Sampled, verify
 from serve.sections import message_parts, said, system_parts
-from serve.serving import Caller, Serving
+from serve.serving import SHAPES, Caller, Serving
 from serve.steps import SamplingParams
 from serve.stops import Stops
 from serve.timing import Phases
@@ -168,6 +168,6 @@ def report(serving: Serving, normalized: Normalized) -> None:
 def warn_once(odd: Unparsed, reported: set[str]) -> None:
     """Log what a rule could not read, unless its shape is among those `reported`."""
     shape = re.sub(r"=[^;\s]*", "=", odd.text)[:80]  # values may be fresh in every request
-    if shape not in reported and len(reported) < 1000:
+    if shape not in reported and len(reported) < SHAPES:
         reported.add(shape)
         log.warning("%s begins like a billing header but does not parse, and stays: %.120r", odd.where, odd.text)

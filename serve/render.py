@@ -18,13 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import msgspec
 import numpy as np
 import tokenizers
-from cachetools import LRUCache, cached
 
 from cache.disk import DiskTier
 from cache.environment import RECORDS, check_directory
@@ -37,6 +35,7 @@ from serve.messages import (
     InvalidRequest,
     ToolUseBlock,
 )
+from serve.recent import Recent
 from serve.replay import Sampled
 from serve.template import Opening, Refused, Template, apply, fold, marker_turn, study, tools_ahead
 from serve.turns import Turn, answers, conversation, is_prefilled, tool_definitions, wants_thinking
@@ -48,6 +47,7 @@ MOST_TOKENS = 2**20
 # The tokens of longer texts are counted slice by slice first: all of them at once may be 30 million.
 LONG_CHARS, COUNTED_CHARS, COUNTED_TOGETHER = 2**21, 2**16, 2**18
 SEGMENT_BYTES = 128 * 2**20  # of segments that are remembered, text and ids, about
+NUMPY_BYTES = 200  # of an array beside its values, and of a text beside its characters
 SEGMENT_FOLDER = "segments"  # below the store directory
 STORED_BYTES = 64 * 2**20  # of ids on disk
 STORED_CHARS = 1000  # shorter segments are sooner tokenised than read
@@ -66,6 +66,7 @@ class Tokenizer:
     follow: Callable[[str], np.ndarray]  # the same for text that has something in front
     template: Template
     longest: int  # characters that a token stands for, at most
+    segments: Recent[str, np.ndarray]  # [tokens] int32 by text: what `encode` remembers
 
 
 def load_tokenizer(folder: str, format_name: str | None = None, store: Path | None = None) -> Tokenizer:
@@ -96,13 +97,16 @@ def load_tokenizer(folder: str, format_name: str | None = None, store: Path | No
 
 def make_tokenizer(hf: Any, format_name: str | None = None, segments: Tier | None = None) -> Tokenizer:
     """Study a fast Hugging Face tokenizer and its chat template; a tier of `segments` keeps the long ones."""
-    encode = make_encoder(hf, segments)
+    memory = segment_memory()
+    encode = make_encoder(hf, segments, memory)
     longest = max(map(len, hf.get_vocab()))
-    return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name), longest)
+    return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name), longest, memory)
 
 
-def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.ndarray]:
-    """`encode` for a tokenizer: by remembered segments where that is exact, else over the whole text."""
+def make_encoder(
+    hf: Any, segments: Tier | None = None, memory: Recent[str, np.ndarray] | None = None
+) -> Callable[[str], np.ndarray]:
+    """`encode` for a tokenizer: by segments remembered in `memory` where that is exact, else over the whole text."""
 
     def whole(text: str) -> np.ndarray:
         # The fast way, which counts no characters, is there for batches only.
@@ -120,9 +124,14 @@ def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.nd
     single = {token: np.asarray([index], np.int32) for token, index in added.items()}
     # Longest first, as the tokenizer itself prefers them.
     cut = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
-    # Bounded by size and not by number, since it is the clients who choose how long a segment is.
-    memory: LRUCache[Any, np.ndarray] = LRUCache(maxsize=SEGMENT_BYTES, getsizeof=lambda ids: 2 * ids.nbytes)
-    remembered = cached(memory, lock=Lock())(stored(whole, identity(hf), segments) if segments else whole)
+    tokenize = stored(whole, identity(hf), segments) if segments else whole
+    memory = segment_memory() if memory is None else memory
+
+    def remembered(text: str) -> np.ndarray:
+        if (ids := memory.get(text)) is None:
+            ids = tokenize(text)
+            memory.put(text, ids)
+        return ids
 
     def encode(text: str) -> np.ndarray:
         ids, at = [np.zeros(0, np.int32)], 0
@@ -136,6 +145,11 @@ def make_encoder(hf: Any, segments: Tier | None = None) -> Callable[[str], np.nd
         return np.concatenate(ids)
 
     return encode
+
+
+def segment_memory() -> Recent[str, np.ndarray]:
+    """Room for segments; bounded by size and not by number, as it is the clients who choose how long a segment is."""
+    return Recent(SEGMENT_BYTES, lambda ids: NUMPY_BYTES + 2 * ids.nbytes)
 
 
 def refuse_many(text: str, count: Callable[[list[str]], int]) -> None:

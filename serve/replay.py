@@ -17,7 +17,8 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +57,18 @@ class Sampled:
 class ReplayLog:
     """Answered turns by their content: the latest in memory, all in an LMDB environment below `directory`, if any.
 
+    What the disk is too slow for, beyond `queue_bytes` that wait, is kept in memory alone; `on_lost` is told of each.
     A record that `put` returned for survives a killed process within milliseconds, and a power cut after a few seconds;
     a damaged one is a miss. Any thread may use it. Raises StoreError for a folder that holds something else.
     """
 
     def __init__(
-        self, directory: Path | None = None, memory_bytes: int = 64 * 2**20, disk_bytes: int = 256 * 2**20
+        self,
+        directory: Path | None = None,
+        memory_bytes: int = 64 * 2**20,
+        disk_bytes: int = 256 * 2**20,
+        queue_bytes: int = 32 * 2**20,
+        on_lost: Callable[[], object] = lambda: None,
     ) -> None:
         self.memory: LRUCache[bytes, Sampled] = LRUCache(
             memory_bytes, getsizeof=lambda sampled: RECORD_BYTES + len(sampled.opening) + sampled.tokens.nbytes
@@ -69,6 +76,8 @@ class ReplayLog:
         self.lock = Lock()
         self.disk = DiskTier(directory / FOLDER, disk_bytes, name=RECORDS) if directory else None
         self.writer = Worker("replay")
+        self.waiting_bytes, self.queue_bytes = 0, queue_bytes  # of records that wait to be written
+        self.on_lost = on_lost
         self.synced = time.monotonic()
 
     def put(self, scope: bytes, messages: Sequence[InputMessage], answer: Sequence[Block], sampled: Sampled) -> None:
@@ -79,7 +88,7 @@ class ReplayLog:
         key = keys(scope, [*messages, InputMessage("assistant", tuple(answer))])[-1]
         self._keep(key, sampled)
         if self.disk:
-            self.writer.submit(self._write, self.disk, key, pack(sampled))
+            self._queue(self.disk, key, pack(sampled))
 
     def recall(self, scope: bytes, messages: Sequence[InputMessage]) -> list[Sampled | None]:
         """What was sampled for each of a conversation's answers, None where that is not known."""
@@ -95,17 +104,44 @@ class ReplayLog:
                 self._keep(wanted[i], sampled)
         return found
 
+    @property
+    def remembered_bytes(self) -> int:
+        """Memory that the turns in memory take, about."""
+        return int(self.memory.currsize)
+
     def flush(self) -> None:
         """Wait until everything that was put is written through to the disk."""
         if self.disk:
             self.writer.submit(self.disk.sync).result()
 
-    def close(self, seconds: float = 10.0) -> None:
-        """Write what is waiting and close; a disk that takes longer is left alone."""
+    def close(self, seconds: float = 30.0) -> None:
+        """Write what is waiting and close; what a disk does not take within so many seconds is lost, with one warning.
+
+        Later calls of `put` keep turns in memory alone.
+        """
         if self.disk:
-            with suppress(TimeoutError):
+            try:
                 self.writer.submit(self.disk.close).result(seconds)
+            except TimeoutError:
+                log.warning("sampled turns of %d bytes are not written: the disk hangs", self.waiting_bytes)
         self.writer.stop()
+
+    def _queue(self, disk: DiskTier, key: bytes, record: bytes) -> None:
+        size = RECORD_BYTES + len(record)
+        with self.lock:
+            if room := not self.waiting_bytes or self.waiting_bytes + size <= self.queue_bytes:
+                self.waiting_bytes += size
+        if not room:
+            self.on_lost()
+            return
+
+        def done(written: Future[None]) -> None:
+            with self.lock:
+                self.waiting_bytes -= size
+            if written.cancelled():
+                self.on_lost()
+
+        self.writer.submit(self._write, disk, key, record).add_done_callback(done)
 
     def _keep(self, key: bytes, sampled: Sampled) -> None:
         with self.lock, suppress(ValueError):  # larger than the whole memory

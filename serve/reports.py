@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import BoundedSemaphore
+from threading import Lock
 
 from serve.diagnose import Render, characters
 from serve.divergence import Divergences, Seen, nearest
@@ -18,9 +18,11 @@ from serve.volatility import Volatility
 
 log = logging.getLogger("tokenzero.proxy")
 
-TRACED = 32  # requests that may wait for their report; a further one gets none
+# Bodies of requests that wait for their report; a further one gets none.
+TRACED_BYTES = 64 * 2**20
+TRACED = 32
 # The routes whose prompts are computed, and what reads them.
-READERS: dict[str, Callable[[bytes], CountTokensRequest]] = {
+READERS: dict[str, Callable[[bytes | bytearray], CountTokensRequest]] = {
     "/v1/messages": decode_count_tokens,
     "/v1/chat/completions": lambda body: read_chat(body)[0],
     "/v1/responses": lambda body: read_responses(body)[0],
@@ -34,7 +36,7 @@ class Chat:
     id: str  # of the report on it
     path: str
     agent: str  # the client's name
-    body: bytes
+    body: bytes | bytearray
     applied: tuple[str, ...]  # the rules that changed it, with their places
     received: float  # when its last byte came, as `time.perf_counter` tells it
     held_s: float  # how long the rules kept it
@@ -58,12 +60,17 @@ class Reports:
         self.volatility = Volatility(show_text)
         self.outcomes = Outcomes()
         self.thread = ThreadPoolExecutor(1, "reports")
-        self.room = BoundedSemaphore(TRACED)
+        self.waiting: dict[str, int] = {}  # bytes of the bodies that wait, by request
+        self.lock = Lock()
 
     def submit(self, chat: Chat) -> None:
         """Report on a request later, unless too many wait for that."""
-        if chat.path in READERS and self.room.acquire(blocking=False):
-            self.thread.submit(self.report, chat)
+        with self.lock:
+            room = TRACED_BYTES - sum(self.waiting.values()) - len(chat.body)
+            if chat.path not in READERS or len(self.waiting) >= TRACED or room < 0:
+                return
+            self.waiting[chat.id] = len(chat.body)
+        self.thread.submit(self.report, chat)
 
     def report(self, chat: Chat) -> None:
         """Compare a request with the latest ones, and remember it."""
@@ -80,4 +87,5 @@ class Reports:
         except Exception:  # a report is not worth a request
             log.exception("no report on %s", chat.id)
         finally:
-            self.room.release()
+            with self.lock:
+                self.waiting.pop(chat.id, None)

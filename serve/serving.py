@@ -8,18 +8,19 @@ from pathlib import Path
 
 from serve import engine as eng
 from serve.constrain import constraint_of, make_constrainer
-from serve.divergence import Divergences
+from serve.divergence import MOST_BYTES, REPORT_BYTES, Divergences
 from serve.messages import MessagesRequest
-from serve.metrics import ServerMetrics
+from serve.metrics import Memory, MemoryCollector, ServerMetrics
 from serve.normalize import DEFAULT_RULES
 from serve.outcomes import Outcomes
 from serve.render import Tokenizer
 from serve.replay import ReplayLog, signing_key
-from serve.savings import Savings
+from serve.savings import LINK_BYTES, Savings
 from serve.sections import vocabulary_of
 from serve.sequence import Constraint
-from serve.volatility import Volatility
+from serve.volatility import FOUND_BYTES, REPORTED, Volatility
 
+SHAPES, SHAPE_BYTES = 1000, 300  # of unparsed preambles that were logged, and what each takes, about
 # The constraint of a request's answer; the flag says that the prompt ends inside thinking.
 Constrain = Callable[[MessagesRequest, bool], Constraint | None]
 
@@ -68,6 +69,7 @@ def make_serving(
     template_history: bool = False,
     dispatch: bool = False,
     trace_text: bool = True,
+    report_bytes: int = MOST_BYTES,
 ) -> Serving:
     """Open what a server needs beside its engine: the log of sampled turns below `store`, the key that signs, masks.
 
@@ -77,32 +79,55 @@ def make_serving(
     """
     if problem := unrendered(tokenizer, rules):
         raise ValueError(f"--normalize {problem}")
+    grammars: dict[str, Memory] = {}
     if constrain is None:
         constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size)
+        compiled = constrainer.compiled
+        grammars["grammars"] = Memory(lambda: compiled.bytes, compiled.most_bytes)
 
         def constrain(request: MessagesRequest, thinking_opened: bool) -> Constraint | None:
             return constraint_of(request, constrainer, tokenizer.template.format, thinking_opened)
 
-    return Serving(
+    metrics = ServerMetrics(engine)
+    serving = Serving(
         engine=engine,
         tokenizer=tokenizer,
         model_name=model_name,
         stop_ids=frozenset(stop_ids),
         rules=frozenset(rules),
-        replay=ReplayLog(store),
+        replay=ReplayLog(store, on_lost=metrics.lost_turns.inc),
         signing_key=signing_key(store),
         constrain=constrain,
-        metrics=ServerMetrics(engine),
+        metrics=metrics,
         divergences=Divergences(
             vocabulary_of(tokenizer.hf),
             engine.settings.page_size,
             lambda start, stop: engine.cost.prefill_s(start, stop),  # the engine's cost model grows as it measures
             trace_text,
+            most_bytes=report_bytes,
         ),
         volatility=Volatility(trace_text),
         template_history=template_history,
         dispatch=dispatch,
     )
+    serving.metrics.registry.register(MemoryCollector(memories(serving) | grammars))
+    return serving
+
+
+def memories(serving: Serving) -> dict[str, Memory]:
+    """What a server remembers of requests, by name; `serve/README.md` has the table of it."""
+    segments, replay, reports = serving.tokenizer.segments, serving.replay, serving.divergences
+    volatility, outcomes, savings = serving.volatility, serving.outcomes, serving.savings
+    return {
+        "segments": Memory(lambda: segments.bytes, segments.most_bytes),
+        "turns": Memory(lambda: replay.remembered_bytes, int(replay.memory.maxsize)),
+        "unwritten turns": Memory(lambda: replay.waiting_bytes, replay.queue_bytes),
+        "reports": Memory(lambda: reports.bytes, reports.kept.most_bytes + REPORT_BYTES),
+        "outcomes": Memory(lambda: outcomes.bytes, outcomes.known.most_bytes),
+        "volatility": Memory(lambda: volatility.bytes, volatility.clients.most_bytes + REPORTED * FOUND_BYTES),
+        "savings": Memory(lambda: savings.bytes, savings.most * LINK_BYTES),
+        "preambles": Memory(lambda: SHAPE_BYTES * len(serving.reported), SHAPE_BYTES * SHAPES),
+    }
 
 
 def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:

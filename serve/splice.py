@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from msgspec import Raw, Struct
 
+from serve.bodies import MOST_PARTS, parts
 from serve.messages import Tool
 from serve.normalize import RULES, Applied, Unparsed, edit_text, joined
 
@@ -85,7 +86,7 @@ class Splice(NamedTuple):
 class Spliced(NamedTuple):
     """A body after the rules: the very same object if none applied."""
 
-    body: bytes
+    body: bytes | bytearray
     applied: tuple[Applied, ...] = ()
     unparsed: tuple[Unparsed, ...] = ()
 
@@ -98,18 +99,22 @@ _PART = msgspec.json.Decoder(Part)
 _TOOL = msgspec.json.Decoder(ToolSpec)
 
 
-def normalize_body(body: bytes, path: str, rules: frozenset[str]) -> Spliced:
+def normalize_body(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Spliced:
     """Apply the rules to the body of a POST to `path`, one of FIELDS; what is no chat request stays as it is.
+
+    So does one of more parts than the server would read.
 
     As in `normalize`: a text that becomes empty goes, with its message, but one message always stays.
     """
+    if parts(body) > MOST_PARTS:
+        return Spliced(body)
     try:
         return _normalized(body, path, rules)
     except (ValueError, RecursionError):  # not JSON, or not of this API's shape
         return Spliced(body)
 
 
-def _normalized(body: bytes, path: str, rules: frozenset[str]) -> Spliced:
+def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Spliced:
     fields = _BODY.decode(body)
     system_field, turns_field = FIELDS[path]
     system, conversation = getattr(fields, system_field), getattr(fields, turns_field)
@@ -249,7 +254,7 @@ class Ranges:
                 yield Splice(self.of(elements[i - 1])[1] if i else start, stop, b"")
 
 
-def spliced(body: bytes, splices: Sequence[Splice]) -> bytes:
+def spliced(body: bytes | bytearray, splices: Sequence[Splice]) -> bytes:
     """The body with these ranges replaced; none overlaps another."""
     parts, done = [], 0
     for start, stop, new in sorted(splices):

@@ -29,6 +29,7 @@ LINES = 3  # neighbours that change together, at most: more is a new text and no
 VALUES = 64  # of a segment that are remembered: one that comes back is no new one
 MOST_BYTES = 16 * 2**20  # of what is known of clients
 REPORTED = 256
+FOUND_BYTES = 1000  # that one of them takes at most, about
 SHOWN = 200  # characters of a segment, or of a name
 SEGMENTS = 2**14  # of a request that are looked at: the first ones
 SEGMENT_BYTES, VALUE_BYTES, CLIENT_BYTES = 500, 40, 1000  # of memory that each takes at most, about
@@ -98,6 +99,11 @@ class Volatility:
         for new in noticed:
             log.warning("line %d of %s changes in every request of %.80r", new.line, new.section, user_agent)
         return noticed
+
+    @property
+    def bytes(self) -> int:
+        """Memory that is taken, about."""
+        return self.clients.bytes + len(self.found) * FOUND_BYTES
 
     def latest(self) -> list[Volatile]:
         """All that was noticed, the latest first."""

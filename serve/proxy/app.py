@@ -33,6 +33,7 @@ from serve.splice import FIELDS, normalize_body
 log = logging.getLogger("tokenzero.proxy")
 
 CONNECT_SECONDS = 10.0
+AT_ONCE_BYTES = 2**18  # of a body that the event loop looks at, or hands on, without a pause
 KEEP_ALIVE_SECONDS = 4.0  # of an idle connection: uvicorn closes it after 5
 
 
@@ -131,7 +132,10 @@ class Proxy:
         received = time.perf_counter()
         if rest is not None:
             return rest
-        normal = normalize_body(body, path, self.rules)
+        if len(body) > AT_ONCE_BYTES:
+            normal = await run_in_threadpool(normalize_body, body, path, self.rules)
+        else:
+            normal = normalize_body(body, path, self.rules)
         held_s = time.perf_counter() - received
         for odd in normal.unparsed:
             warn_once(odd, self.reported)
@@ -171,7 +175,8 @@ class Proxy:
 
         async def body() -> AsyncIterator[bytes]:
             if isinstance(content, Chat):
-                yield content.body
+                for start in range(0, len(content.body), AT_ONCE_BYTES):
+                    yield bytes(content.body[start : start + AT_ONCE_BYTES])
                 while untold:
                     self.reports.submit(untold.pop())
             else:
@@ -203,23 +208,21 @@ class Proxy:
             return await attempt()
 
 
-async def read_whole(stream: AsyncIterator[bytes]) -> tuple[bytes, AsyncIterator[bytes] | None]:
+async def read_whole(stream: AsyncIterator[bytes]) -> tuple[bytes | bytearray, AsyncIterator[bytes] | None]:
     """A body, and None; or nothing, and a body that is too long to be looked at."""
-    read: list[bytes] = []
-    size = 0
+    read = bytearray()  # gathered as it comes: to join its pieces at the end would hold the loop
 
     async def all_of_it() -> AsyncIterator[bytes]:
-        for piece in read:
-            yield piece
+        for start in range(0, len(read), AT_ONCE_BYTES):
+            yield bytes(read[start : start + AT_ONCE_BYTES])
         async for piece in stream:
             yield piece
 
     async for piece in stream:
-        read.append(piece)
-        size += len(piece)
-        if size > MAX_BODY_BYTES:
+        read += piece
+        if len(read) > MAX_BODY_BYTES:
             return b"", all_of_it()
-    return b"".join(read), None
+    return read, None
 
 
 def target(scope: Scope) -> bytes:

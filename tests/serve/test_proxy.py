@@ -9,7 +9,6 @@ import socketserver
 import struct
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -417,7 +416,7 @@ class TestFaults:
     @pytest.mark.parametrize("path", CHATS)
     def test_an_upstream_that_is_too_slow_is_a_504(self, path: str) -> None:
         with (
-            engine(lambda connection, head, body: time.sleep(1)) as url,
+            engine(lambda connection, head, body: connection.recv(1)) as url,  # until the proxy gives up
             proxy_of(url, timeout=0.2) as client,
         ):
             answer = client.post(path, json=asked(path, "Hi", False))
@@ -458,17 +457,25 @@ class TestFaults:
 
         def breaking(connection: socket.socket, head: bytes, body: bytes) -> None:
             connection.sendall(EVENTS + chunk(whole) + chunk(whole[:20]))
-            time.sleep(0.1)
+            assert received.wait(30), "the client has read the whole event"
             if end == "silent":
-                time.sleep(1)
+                connection.recv(1)  # until the proxy gives up
             elif end == "malformed":
                 connection.sendall(b"no chunk\r\n")
             elif end == "reset":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.close()
 
-        with engine(breaking) as url, proxy_of(url, timeout=0.5) as client:
-            raw = client.post(path, json=asked(path, "Hi", True)).content
+        received, raw = threading.Event(), b""
+        with (
+            engine(breaking) as url,
+            proxy_of(url, timeout=0.5) as client,
+            client.stream("POST", path, json=asked(path, "Hi", True)) as response,
+        ):
+            for piece in response.iter_raw():
+                raw += piece
+                if raw.startswith(whole):
+                    received.set()
         assert raw.startswith(whole)
         last = raw.removeprefix(whole)
         assert last.endswith(b"\n\n")

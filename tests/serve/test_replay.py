@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,7 +198,7 @@ class TestReplayLog:
 
     def test_turns_outlive_a_killed_process(self, tmp_path: Path) -> None:
         code = """
-import sys, time
+import signal, sys
 from pathlib import Path
 import numpy as np
 from serve.messages import InputMessage, TextBlock
@@ -204,9 +206,9 @@ from serve.replay import ReplayLog, Sampled
 log = ReplayLog(Path(sys.argv[1]))
 question = [InputMessage("user", "Fix the bug.")]
 log.put(b"key and model", question, [TextBlock("Done.")], Sampled("", np.arange(3, dtype=np.int32)))
-time.sleep(0.3)
+log.writer.submit(int).result()  # behind the record
 print("ready", flush=True)
-time.sleep(60)
+signal.pause()
 """
         with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
@@ -215,6 +217,34 @@ time.sleep(60)
         log = ReplayLog(tmp_path)
         assert as_tuple(look(log, ANSWER)) == ("", [0, 1, 2])
         log.close()
+
+    def test_what_waits_for_a_slow_disk_is_bounded_and_stays_in_memory(self, tmp_path: Path) -> None:
+        lost, may_write = [], threading.Event()
+        log = ReplayLog(tmp_path, queue_bytes=4000, on_lost=lambda: lost.append(1))
+        assert log.disk is not None
+        put_many = log.disk.put_many
+        log.disk.put_many = lambda items: may_write.wait(30) and put_many(items)  # type: ignore[method-assign]
+        for n in range(20):
+            log.put(SCOPE, QUESTION, call({"n": n}), sampled(n))
+            assert log.waiting_bytes <= 4000
+        assert 0 < len(lost) < 20
+        assert all(look(log, call({"n": n})) for n in range(20))
+        may_write.set()
+        log.flush()
+        log.memory.clear()
+        assert [n for n in range(20) if look(log, call({"n": n}))] == list(range(20 - len(lost)))
+        log.close()
+
+    def test_closing_ends_though_the_disk_hangs(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        log, may_write = ReplayLog(tmp_path), threading.Event()
+        assert log.disk is not None
+        log.disk.put_many = lambda items: may_write.wait(30)  # type: ignore[method-assign,assignment,return-value]
+        log.put(SCOPE, QUESTION, ANSWER, sampled(1))
+        log.close(seconds=0.05)
+        (record,) = caplog.records
+        assert re.fullmatch(r"sampled turns of \d+ bytes are not written: the disk hangs", record.getMessage())
+        may_write.set()
+        log.writer.thread.join(30)
 
     def test_a_damaged_record_is_a_miss(self, tmp_path: Path) -> None:
         log = ReplayLog(tmp_path)

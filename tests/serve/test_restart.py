@@ -7,14 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
-from talking import FLAGS, ask, eventually, post, text_of
+from talking import FLAGS, ask, eventually, post, prompt_tokens, text_of
 
-from experiments.server import running_server
+from experiments.server import running_server, scrape
 
+PAGE = int(FLAGS[FLAGS.index("--page-size") + 1])
 TEXT = "a prompt of a few pages " * 60
 
 
@@ -29,6 +29,11 @@ def metric(client, name, tier="disk"):
     return float(re.search(rf'^{name}\{{tier="{tier}"\}} (\S+)$', page, re.MULTILINE)[1])
 
 
+def written(client):
+    """Whether no page waits to be written."""
+    return scrape(client)["tokenzero_write_queue_bytes"] == 0
+
+
 def serving(folder, store, log):
     return running_server(folder, *FLAGS, "--store", str(store), "--flush-seconds", "0.2", log=log)
 
@@ -39,8 +44,9 @@ def test_a_server_that_ended_answers_the_same_from_its_store(model_folder, tmp_p
         with httpx.Client(base_url=server.url, timeout=60) as client:
             first = post(client, ask(TEXT))
             if end == signal.SIGKILL:  # the time that a killed server may lose
-                eventually(lambda: metric(client, "tokenzero_tier_pages") > 5, "the pages are on disk")
-                time.sleep(0.4)
+                pages = prompt_tokens(first["usage"]) // PAGE
+                eventually(lambda: metric(client, "tokenzero_tier_pages") >= pages, "the pages are on disk")
+                eventually(lambda: written(client), "nothing waits to be written")
         server.process.send_signal(end)
         server.process.wait(30)
     with (
@@ -66,7 +72,7 @@ def test_a_store_that_vanishes_under_the_server_costs_hits_and_one_warning(model
         assert text_of(post(client, ask(TEXT))) == text_of(first)
         for number in range(3):
             post(client, ask(f"{number} {TEXT}"))
-            time.sleep(0.3)
+            eventually(lambda: written(client), "nothing waits to be written")
         assert metric(client, "tokenzero_tier_errors_total") > 0
     assert "Traceback" not in log.read_text()
     # The environments of pages, sampled turns and tokenised segments, each with its path.
