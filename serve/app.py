@@ -50,6 +50,7 @@ from serve.openai.models import model_body, models_body
 from serve.prepare import Prepared, prepare, prompt_length
 from serve.serving import Caller, Serving, unrendered
 from serve.timing import Phases
+from serve.trim import trimming
 
 log = logging.getLogger("tokenzero.app")
 
@@ -69,9 +70,14 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        serving.engine.start()
+        engine = serving.engine
+        engine.start()
+        trimmer = asyncio.create_task(
+            trimming(lambda: engine.counters.steps, lambda: not engine.running and not engine.waiting)
+        )
         async with beating(serving.metrics.lag.observe):
             yield
+        trimmer.cancel()
         await run_in_threadpool(serving.engine.stop)
         await run_in_threadpool(serving.replay.close)
 

@@ -105,9 +105,9 @@ def scraped_while_stored(client: httpx.Client) -> list[httpx.Response]:
 
 def cases() -> Iterator[tuple[str, Send]]:
     """What is sent, by name."""
-    forced = {"tool_choice": {"type": "any"}}
+    forced = {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
     call = {"name": "t", "input_schema": {"type": "object", "properties": {"a": {"const": "word " * 6000}}}}
-    required = call | {"input_schema": call["input_schema"] | {"required": ["a"]}}
+    required = call | {"input_schema": call["input_schema"] | {"required": ["a"], "additionalProperties": False}}
     letters = wanting({"const": "a" * 300})
     yield "nothing", lambda client: []
     yield "a short answer", posted(ask("tell me", 30))
@@ -161,6 +161,7 @@ def cases() -> Iterator[tuple[str, Send]]:
                 "stream": True,
                 "tools": [{"type": "function", "function": {"name": "t", "parameters": required["input_schema"]}}],
                 "tool_choice": "required",
+                "parallel_tool_calls": False,
             },
             CHAT,
         ),

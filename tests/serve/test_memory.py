@@ -33,7 +33,7 @@ def test_the_table_of_the_readme_is_what_the_server_says(server: Server, client:
     }
     assert limits.keys() == taken.keys()
     assert all(taken[name] <= limits[name] for name in taken)
-    assert {name for name, value in taken.items() if value} >= {"segments", "turns", "reports", "outcomes", "savings"}
+    assert {name for name, value in taken.items() if value} >= {"segments", "turns", "reports", "outcomes"}
     flags = {flag for action in parser()._actions for flag in action.option_strings}
     assert {flag for *_, flag in rows if flag} <= flags
 

@@ -19,9 +19,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+import serve.render as render_module
 from cache.disk import DiskTier
 from cache.tiers import HostTier
 from serve.messages import CountTokensRequest, InputMessage, InvalidRequest, TextBlock, decode_count_tokens
+from serve.prepare import least_tokens
 from serve.render import (
     STORED_CHARS,
     Tokenizer,
@@ -258,6 +260,31 @@ PIECES = st.lists(
 def whole(hf: PreTrainedTokenizerFast, value: str) -> list[int]:
     """Ids of a text tokenised in one go."""
     return hf.backend_tokenizer.encode(value, add_special_tokens=False).ids
+
+
+class TestLength:
+    """What is out of all proportion is refused before anything holds the interpreter for it."""
+
+    def test_a_text_of_too_many_tokens_is_refused_slice_by_slice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {
+            "MOST_TOKENS": 100,
+            "LONG_CHARS": 200,
+            "COUNTED_CHARS": 50,
+            "COUNTED_TOGETHER": 100,
+        }.items():
+            monkeypatch.setattr(render_module, name, value)
+        encode = make_encoder(byte_level())
+        assert len(encode("ab" * 50)) == 50
+        with pytest.raises(render_module.TooManyTokens, match="a text of over 100 tokens, expected at most 100"):
+            encode("a b " * 1000)
+
+    def test_no_prompt_has_fewer_tokens_than_its_texts_and_messages_ask_for(self) -> None:
+        for family in FAMILIES:
+            tokenizer = tokenizer_of(family)
+            for said in ("Hi", "word " * 500, " " * 900, "é🙂" * 200, "=" * 700):
+                messages = [{"role": ("user", "assistant")[n % 2], "content": said} for n in range(5)]
+                asked = request(*messages, system=said)
+                assert 5 <= least_tokens(asked, tokenizer.longest) <= len(render(asked, tokenizer))
 
 
 class TestSegments:
