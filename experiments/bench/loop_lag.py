@@ -106,7 +106,7 @@ def scraped_while_stored(client: httpx.Client) -> list[httpx.Response]:
 def cases() -> Iterator[tuple[str, Send]]:
     """What is sent, by name."""
     forced = {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
-    call = {"name": "t", "input_schema": {"type": "object", "properties": {"a": {"const": "word " * 6000}}}}
+    call = {"name": "t", "input_schema": {"type": "object", "properties": {"a": {"const": "word " * 600}}}}
     required = call | {"input_schema": call["input_schema"] | {"required": ["a"], "additionalProperties": False}}
     letters = wanting({"const": "a" * 300})
     yield "nothing", lambda client: []
@@ -151,9 +151,9 @@ def cases() -> Iterator[tuple[str, Send]]:
     yield "2,000 properties", posted(ask("go", 12, **wanting(wide)))
     kinds = [{"type": "object", "properties": {"t": {"const": f"t{n}"}}, "required": ["t"]} for n in range(300)]
     yield "oneOf of 300 objects", posted(ask("go", 12, **wanting({"oneOf": kinds})))
-    yield "a call of 30 kB", posted(ask("call", 10_000, tools=[required], **forced))
+    yield "a call of 3 kB", posted(ask("call", 10_000, tools=[required], **forced))
     yield (
-        "a call of 30 kB, streamed, chat",
+        "a call of 3 kB, streamed, chat",
         posted(
             {
                 "model": "m",
