@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.sizes import parse_bytes
+from serve.bounds import DEFAULT_BOUNDS
 from serve.flags import add_address, add_rules, check_address
 from serve.formats import BY_NAME
 from serve.normalize import parse_rules
@@ -60,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
         help="a longer request gets 413 (default: %(default)s)",
     )
     http.add_argument(
+        "--memory-bytes",
+        type=parse_bytes,
+        default=DEFAULT_BOUNDS.total,
+        metavar="SIZE",
+        help="memory for what is remembered of requests, in fixed shares: see serve/README.md (default: 626MiB)",
+    )
+    http.add_argument(
         "--stop-seconds",
         type=float,
         default=30.0,
@@ -79,14 +87,6 @@ def parser() -> argparse.ArgumentParser:
         "--template-history",
         action="store_true",
         help="leave earlier answers to the chat template, which may drop thinking (default: they stay as sampled)",
-    )
-
-    prompt.add_argument(
-        "--report-bytes",
-        type=parse_bytes,
-        default="64MiB",
-        metavar="SIZE",
-        help="memory for the latest requests, with which reports compare new ones (default: %(default)s)",
     )
 
     answers = cli.add_argument_group("answers")
@@ -322,7 +322,8 @@ def main(argv: list[str] | None = None) -> None:
         with Progress(*columns, console=console) as progress:
             loading = progress.add_task("loading weights", total=None)
             folder = checkpoint.resolve(args.model)
-            tokenizer = load_tokenizer(str(folder), args.tool_parser, store_folder(args.store))
+            bounds = DEFAULT_BOUNDS.scaled(args.memory_bytes)
+            tokenizer = load_tokenizer(str(folder), args.tool_parser, store_folder(args.store), bounds.segments)
             config, params = checkpoint.load(
                 folder,
                 jax.numpy.dtype(dtype),
@@ -352,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
                 template_history=args.template_history,
                 dispatch=args.enable_streaming_tool_dispatch,
                 trace_text=args.trace_text == "on",
-                report_bytes=args.report_bytes,
+                bounds=bounds,
             )
     except (ValueError, OSError, StoreError) as error:
         sys.exit(f"tokenzero: {error}")

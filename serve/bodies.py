@@ -1,4 +1,4 @@
-"""How much JSON a body holds, counted before it is read: to read too many parts would hold the interpreter too long."""
+"""How much JSON a body holds, counted before it is read: to read too much of it would hold the interpreter too long."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import numpy as np
 # Brackets and commas outside of strings. A request that fills a context of a million tokens has about as many; to read
 # them takes the interpreter some 50 ms, in which no other thread runs.
 MOST_PARTS = 2**18
+# Escaped characters, one by one as slow to read as four plain ones: 4 MiB are more than a context of a million tokens.
+MOST_ESCAPES = 2**22
 SLICE = 2**20  # bytes that are looked at together
 COMMA, BRACKET, BRACE, QUOTE, BACKSLASH = b',[{"\\'
 
@@ -30,6 +32,24 @@ def parts(body: bytes | bytearray) -> int:
         count += int(np.count_nonzero(structure(piece) & ~inside))
         within, run = bool(inside[-1]), int(rows[-1])
     return count
+
+
+def excess(body: bytes | bytearray) -> str | None:
+    """What a body has too much of, with the number expected and found; None if it can be read."""
+    if (found := parts(body)) > MOST_PARTS:
+        return f"expected at most {MOST_PARTS} brackets and commas, got {found}"
+    if (found := escapes(body)) > MOST_ESCAPES:
+        return f"expected at most {MOST_ESCAPES} escaped characters, got about {found}"
+    return None
+
+
+def escapes(body: bytes | bytearray) -> int:
+    """How many backslashes stand in a body; 0 if clearly few enough."""
+    if len(body) <= MOST_ESCAPES:
+        return 0
+    data = np.frombuffer(body, np.uint8)
+    slices = (data[start : start + SLICE] for start in range(0, len(data), SLICE))
+    return sum(int(np.count_nonzero(piece == BACKSLASH)) for piece in slices)
 
 
 def structure(piece: np.ndarray) -> np.ndarray:

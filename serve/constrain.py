@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
+from serve.bounds import DEFAULT_BOUNDS
 from serve.calls import KEY, NAME
 from serve.formats import Format, to_json, xml_call
 from serve.messages import InvalidRequest, MessagesRequest, Tool, ToolUseBlock
@@ -38,7 +39,6 @@ STRICT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 # Whoever gave a tool checks its arguments anyway: what llguidance does not know of its schema is left out.
 LENIENT = STRICT | {"lenient": True}
 GRAMMAR_CHARS = 2**20  # of all schemas together
-COMPILED_BYTES = 256 * 2**20  # of grammars that are remembered
 TEXT_BYTES = 100  # of memory that a character of a grammar takes, at least
 REHEARSED = 4  # choices after which a schema that has no finite text, or too many choices, has shown it
 REASON_CHARS = 300
@@ -299,8 +299,10 @@ class Constrainer:
         return Constraint(matcher, self.words)
 
 
-def make_constrainer(hf: Any, stop_ids: Collection[int], vocab: int) -> Constrainer:
-    """The Constrainer of a fast Hugging Face tokenizer and a model with `vocab` logits.
+def make_constrainer(
+    hf: Any, stop_ids: Collection[int], vocab: int, most_bytes: int = DEFAULT_BOUNDS.grammars
+) -> Constrainer:
+    """The Constrainer of a fast Hugging Face tokenizer and a model with `vocab` logits; it remembers grammars.
 
     Raises ValueError if there is no stop id or llguidance cannot read the tokenizer.
     """
@@ -309,7 +311,7 @@ def make_constrainer(hf: Any, stop_ids: Collection[int], vocab: int) -> Constrai
     if not stops:
         raise ValueError(f"stop ids: expected one below {tokens}, got {sorted(stop_ids)}")
     tokenizer = llguidance.hf.from_tokenizer(hf, n_vocab=tokens, eos_token=stops)
-    compiled: Recent[str, Compiled] = Recent(COMPILED_BYTES, lambda kept: kept.bytes)
+    compiled: Recent[str, Compiled] = Recent(most_bytes, lambda kept: kept.bytes)
 
     def compile(text: str) -> LLMatcher:
         if (kept := compiled.get(text)) is None:

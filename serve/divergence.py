@@ -19,6 +19,7 @@ import numpy as np
 from msgspec import Struct
 
 from cache.index import common_prefix
+from serve.bounds import DEFAULT_BOUNDS
 from serve.messages import (
     CacheMissReason,
     CountTokensRequest,
@@ -42,7 +43,6 @@ from serve.turns import block_text, blocks
 log = logging.getLogger("tokenzero.divergence")
 
 REMEMBERED = 32  # requests that each new one is compared with, at most
-MOST_BYTES = 64 * 2**20  # of these requests, about 0.6 MB each at 50K tokens
 REPORT_BYTES = 2**20  # of the reports on the latest requests, about 2 KB each
 NAMED = 200  # characters of a section's name, which holds that of a tool
 RULES_TOLD = 32  # that changed a request
@@ -156,7 +156,7 @@ class Divergences:
         prefill_s: Callable[[int, int], float] = lambda start, stop: math.inf,
         show_text: bool = True,
         unit: str = "tokens",
-        most_bytes: int = MOST_BYTES,
+        most_bytes: int = DEFAULT_BOUNDS.reports,
     ) -> None:
         self.vocabulary, self.page_size, self.prefill_s, self.show_text = vocabulary, page_size, prefill_s, show_text
         self.unit = unit

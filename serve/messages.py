@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from serve.bodies import MOST_PARTS, parts
+from serve.bodies import excess
 from serve.explain import explain
 from serve.stops import LONGEST, MOST
 
@@ -214,8 +214,8 @@ R = TypeVar("R")
 
 def decode(decoder: msgspec.json.Decoder[R], body: bytes | bytearray, choices: Mapping[str, str]) -> R:
     """Read a body by its schema; raise InvalidRequest if it is not one. `choices` are as `explain` takes them."""
-    if (found := parts(body)) > MOST_PARTS:
-        raise InvalidRequest(f"body: expected at most {MOST_PARTS} brackets and commas, got {found}")
+    if problem := excess(body):
+        raise InvalidRequest(f"body: {problem}")
     try:
         return decoder.decode(body)
     # ValueError is malformed JSON, bad UTF-8 or a broken schema; RecursionError is JSON nested too deeply.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from serve.bounds import DEFAULT_BOUNDS
 from serve.messages import ContentBlockDelta, Event, MessageDelta, Usage
 from serve.recent import Recent
 from serve.timing import Phases
@@ -30,7 +31,7 @@ class Outcome(Struct, frozen=True, omit_defaults=True):
 class Outcomes:
     """The latest outcomes by the ids of their messages. Any thread may use it."""
 
-    def __init__(self, most_bytes: int = 2 * 2**20) -> None:
+    def __init__(self, most_bytes: int = DEFAULT_BOUNDS.outcomes) -> None:
         self.known: Recent[str, Outcome] = Recent(most_bytes, lambda outcome: OUTCOME_BYTES)
 
     @property

@@ -28,6 +28,7 @@ from cache.disk import DiskTier
 from cache.environment import RECORDS, check_directory
 from cache.tiers import Tier
 from cache.worker import Worker
+from serve.bounds import DEFAULT_BOUNDS
 from serve.formats import Format, within_thinking, write_turn
 from serve.messages import (
     Block,
@@ -46,7 +47,6 @@ log = logging.getLogger("tokenzero.render")
 MOST_TOKENS = 2**20
 # The tokens of longer texts are counted slice by slice first: all of them at once may be 30 million.
 LONG_CHARS, COUNTED_CHARS, COUNTED_TOGETHER = 2**21, 2**16, 2**18
-SEGMENT_BYTES = 128 * 2**20  # of segments that are remembered, text and ids, about
 NUMPY_BYTES = 200  # of an array beside its values, and of a text beside its characters
 SEGMENT_FOLDER = "segments"  # below the store directory
 STORED_BYTES = 64 * 2**20  # of ids on disk
@@ -69,10 +69,16 @@ class Tokenizer:
     segments: Recent[str, np.ndarray]  # [tokens] int32 by text: what `encode` remembers
 
 
-def load_tokenizer(folder: str, format_name: str | None = None, store: Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: str,
+    format_name: str | None = None,
+    store: Path | None = None,
+    segment_bytes: int = DEFAULT_BOUNDS.segments,
+) -> Tokenizer:
     """Read the tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `formats.choose`).
 
-    With a `store` directory, long segments that were tokenised are found there again after a restart. Raises ValueError
+    Segments that were tokenised are remembered, in so many bytes of memory. With a `store` directory, long ones are
+    found there again after a restart. Raises ValueError
     if the tokenizer is not a fast one, has no chat template or the format is unknown, StoreError for a directory of
     another program or version.
     """
@@ -90,14 +96,19 @@ def load_tokenizer(folder: str, format_name: str | None = None, store: Path | No
             f"{folder}: the tokenizer has no chat_template, which chat requests are rendered with: add one"
         )
     if store is None:
-        return make_tokenizer(hf, format_name)
+        return make_tokenizer(hf, format_name, None, segment_bytes)
     check_directory(store)
-    return make_tokenizer(hf, format_name, DiskTier(store / SEGMENT_FOLDER, STORED_BYTES, name=RECORDS))
+    return make_tokenizer(hf, format_name, DiskTier(store / SEGMENT_FOLDER, STORED_BYTES, name=RECORDS), segment_bytes)
 
 
-def make_tokenizer(hf: Any, format_name: str | None = None, segments: Tier | None = None) -> Tokenizer:
+def make_tokenizer(
+    hf: Any,
+    format_name: str | None = None,
+    segments: Tier | None = None,
+    segment_bytes: int = DEFAULT_BOUNDS.segments,
+) -> Tokenizer:
     """Study a fast Hugging Face tokenizer and its chat template; a tier of `segments` keeps the long ones."""
-    memory = segment_memory()
+    memory = segment_memory(segment_bytes)
     encode = make_encoder(hf, segments, memory)
     longest = max(map(len, hf.get_vocab()))
     return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name), longest, memory)
@@ -125,7 +136,7 @@ def make_encoder(
     # Longest first, as the tokenizer itself prefers them.
     cut = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
     tokenize = stored(whole, identity(hf), segments) if segments else whole
-    memory = segment_memory() if memory is None else memory
+    memory = segment_memory(DEFAULT_BOUNDS.segments) if memory is None else memory
 
     def remembered(text: str) -> np.ndarray:
         if (ids := memory.get(text)) is None:
@@ -147,9 +158,9 @@ def make_encoder(
     return encode
 
 
-def segment_memory() -> Recent[str, np.ndarray]:
+def segment_memory(most_bytes: int) -> Recent[str, np.ndarray]:
     """Room for segments; bounded by size and not by number, as it is the clients who choose how long a segment is."""
-    return Recent(SEGMENT_BYTES, lambda ids: NUMPY_BYTES + 2 * ids.nbytes)
+    return Recent(most_bytes, lambda ids: NUMPY_BYTES + 2 * ids.nbytes)
 
 
 def refuse_many(text: str, count: Callable[[list[str]], int]) -> None:

@@ -32,6 +32,7 @@ from cachetools import LRUCache
 from cache.disk import DiskTier
 from cache.environment import RECORDS, StoreError
 from cache.worker import Worker
+from serve.bounds import DEFAULT_BOUNDS
 from serve.messages import Block, InputMessage, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.turns import blocks, joined, turns
 
@@ -65,9 +66,9 @@ class ReplayLog:
     def __init__(
         self,
         directory: Path | None = None,
-        memory_bytes: int = 64 * 2**20,
+        memory_bytes: int = DEFAULT_BOUNDS.turns,
         disk_bytes: int = 256 * 2**20,
-        queue_bytes: int = 32 * 2**20,
+        queue_bytes: int = DEFAULT_BOUNDS.unwritten_turns,
         on_lost: Callable[[], object] = lambda: None,
     ) -> None:
         self.memory: LRUCache[bytes, Sampled] = LRUCache(

@@ -13,6 +13,7 @@ from threading import Lock
 
 import xxhash
 
+from serve.bounds import DEFAULT_BOUNDS
 from serve.diagnose import characters
 from serve.messages import CountTokensRequest
 from serve.normalize import normalize
@@ -24,7 +25,7 @@ LINK_BYTES = 256  # of memory that a link takes, about
 class Savings:
     """Takes request after request. Any thread may use it."""
 
-    def __init__(self, most_bytes: int = 64 * 2**20) -> None:
+    def __init__(self, most_bytes: int = DEFAULT_BOUNDS.savings) -> None:
         # Of (rule left out, link) the hash, the latest last; "" for the prompts as they are.
         self.links: OrderedDict[int, None] = OrderedDict()
         self.most = most_bytes // LINK_BYTES

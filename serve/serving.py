@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve import engine as eng
+from serve.bounds import DEFAULT_BOUNDS, Bounds
 from serve.constrain import constraint_of, make_constrainer
-from serve.divergence import MOST_BYTES, REPORT_BYTES, Divergences
+from serve.divergence import REPORT_BYTES, Divergences
 from serve.messages import MessagesRequest
 from serve.metrics import Memory, MemoryCollector, ServerMetrics
 from serve.normalize import DEFAULT_RULES
@@ -69,11 +70,12 @@ def make_serving(
     template_history: bool = False,
     dispatch: bool = False,
     trace_text: bool = True,
-    report_bytes: int = MOST_BYTES,
+    bounds: Bounds = DEFAULT_BOUNDS,
 ) -> Serving:
     """Open what a server needs beside its engine: the log of sampled turns below `store`, the key that signs, masks.
 
-    `constrain` takes the place of what requests demand of their answers; without `trace_text` no report on a prompt
+    `bounds` are of what it remembers in memory, the tokenizer's segments excepted, which come with it. `constrain`
+    takes the place of what requests demand of their answers; without `trace_text` no report on a prompt
     shows its words. Raises StoreError and OSError for a store that cannot be used, ValueError for a tokenizer that
     constrained decoding cannot read and for a rule that its template does not allow.
     """
@@ -81,7 +83,7 @@ def make_serving(
         raise ValueError(f"--normalize {problem}")
     grammars: dict[str, Memory] = {}
     if constrain is None:
-        constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size)
+        constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size, bounds.grammars)
         compiled = constrainer.compiled
         grammars["grammars"] = Memory(lambda: compiled.bytes, compiled.most_bytes)
 
@@ -95,7 +97,12 @@ def make_serving(
         model_name=model_name,
         stop_ids=frozenset(stop_ids),
         rules=frozenset(rules),
-        replay=ReplayLog(store, on_lost=metrics.lost_turns.inc),
+        replay=ReplayLog(
+            store,
+            memory_bytes=bounds.turns,
+            queue_bytes=bounds.unwritten_turns,
+            on_lost=metrics.lost_turns.inc,
+        ),
         signing_key=signing_key(store),
         constrain=constrain,
         metrics=metrics,
@@ -104,9 +111,11 @@ def make_serving(
             engine.settings.page_size,
             lambda start, stop: engine.cost.prefill_s(start, stop),  # the engine's cost model grows as it measures
             trace_text,
-            most_bytes=report_bytes,
+            most_bytes=bounds.reports,
         ),
-        volatility=Volatility(trace_text),
+        volatility=Volatility(trace_text, bounds.volatility),
+        outcomes=Outcomes(bounds.outcomes),
+        savings=Savings(bounds.savings),
         template_history=template_history,
         dispatch=dispatch,
     )

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from msgspec import Raw, Struct
 
-from serve.bodies import MOST_PARTS, parts
+from serve.bodies import excess
 from serve.messages import Tool
 from serve.normalize import RULES, Applied, Unparsed, edit_text, joined
 
@@ -106,7 +106,7 @@ def normalize_body(body: bytes | bytearray, path: str, rules: frozenset[str]) ->
 
     As in `normalize`: a text that becomes empty goes, with its message, but one message always stays.
     """
-    if parts(body) > MOST_PARTS:
+    if excess(body):
         return Spliced(body)
     try:
         return _normalized(body, path, rules)

@@ -18,6 +18,7 @@ from threading import Lock
 import msgspec
 from msgspec import Struct
 
+from serve.bounds import DEFAULT_BOUNDS
 from serve.messages import CountTokensRequest, TextBlock
 from serve.recent import Recent
 from serve.sections import message_parts, system_parts
@@ -27,7 +28,6 @@ log = logging.getLogger("tokenzero.volatility")
 REQUESTS = 5  # in a row that a segment differs in before it is reported
 LINES = 3  # neighbours that change together, at most: more is a new text and no field
 VALUES = 64  # of a segment that are remembered: one that comes back is no new one
-MOST_BYTES = 16 * 2**20  # of what is known of clients
 REPORTED = 256
 FOUND_BYTES = 1000  # that one of them takes at most, about
 SHOWN = 200  # characters of a segment, or of a name
@@ -69,7 +69,7 @@ class Client:
 class Volatility:
     """Compares each client's consecutive requests. Any thread may use it."""
 
-    def __init__(self, show_text: bool = True, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, show_text: bool = True, most_bytes: int = DEFAULT_BOUNDS.volatility) -> None:
         self.show_text = show_text
         self.clients: Recent[bytes, Client] = Recent(most_bytes, lambda client: client.bytes)
         self.found: list[Volatile] = []

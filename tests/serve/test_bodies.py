@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve import bodies
-from serve.bodies import MOST_PARTS, parts
+from serve.bodies import MOST_ESCAPES, MOST_PARTS, parts
 from serve.messages import InvalidRequest, decode_request
 
 VALUES = st.recursive(
@@ -42,6 +42,12 @@ MINIMAL = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content
 def test_a_body_of_too_many_parts_is_refused_by_their_number() -> None:
     body = json.dumps(MINIMAL | {"metadata": {"a": [[]] * MOST_PARTS}}).encode()
     with pytest.raises(InvalidRequest, match=r"^body: expected at most 262144 brackets and commas, got 52\d{4}$"):
+        decode_request(body)
+
+
+def test_a_body_of_too_many_escapes_is_refused_by_their_number() -> None:
+    body = json.dumps(MINIMAL | {"system": "\n" * (MOST_ESCAPES + 1)}).encode()
+    with pytest.raises(InvalidRequest, match=r"^body: expected at most 4194304 escaped characters, got about 4194305$"):
         decode_request(body)
 
 
