@@ -85,17 +85,18 @@ def untouched(shape):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not build.available(), reason="the CPU kernel cannot be built here")
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the pools would take 17 GB of memory here")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the pools would take 34 GB of memory here")
 @pytest.mark.parametrize("chunk", [1, 40])
 def test_the_kernel_reads_the_last_pages_of_a_large_pool(chunk):
     sample = untouched((1024,))
     if jax.device_put(sample, may_alias=True).unsafe_buffer_pointer() != sample.ctypes.data:
-        pytest.skip("JAX copies arrays here: the pools would take 17 GB of memory")
+        pytest.skip("JAX copies arrays here: the pools would take 34 GB of memory")
+    pages = 2 * PAGES  # more than 2 ** 31 elements in each layer
     rng = np.random.default_rng(chunk)
     small = [rng.normal(size=(2, 3, *SHAPE[2:])).astype(np.float32) for _ in range(2)]
     sides = []
     for values in small:
-        side = untouched(SHAPE)
+        side = untouched((2, pages, *SHAPE[2:]))
         side[:, -3:] = values
         sides.append(jax.device_put(side, may_alias=True))
     large, pool = KVPool(*sides), KVPool(*map(jnp.asarray, small))
@@ -110,6 +111,6 @@ def test_the_kernel_reads_the_last_pages_of_a_large_pool(chunk):
     )
     q = jnp.asarray(rng.normal(size=(chunk, HEADS, 2, DIM)), jnp.float32)
     attend = jax.jit(paged_attention)
-    found = attend(q, large, 1, batch.replace(block_table=batch.block_table + PAGES - 3))
+    found = attend(q, large, 1, batch.replace(block_table=batch.block_table + pages - 3))
     assert np.array_equal(found, attend(q, pool, 1, batch))
     np.testing.assert_allclose(found, reference(q, pool, 1, batch), atol=2e-5)
