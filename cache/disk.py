@@ -66,7 +66,8 @@ class DiskTier:
         self.touched: dict[bytes, int] = {}  # uses that the next write records, nanoseconds since 1970
         self.evicted_stamp = 0  # the latest use of anything that was evicted: what is older would be next
         self.pages = self.bytes = 0  # when last looked
-        self.writes = self.unsynced = False  # whether pages were put, ever and since the last sync
+        self.puts = False  # whether this process puts pages, and so keeps the store within its budget
+        self.unsynced = False
         self.lock = threading.Lock()  # of counts, touched
         self.store = SharedEnvironment(Path(directory), budget_bytes + budget_bytes // 4, repair, name)
         self.store.attempt("open", self._measure, None)
@@ -111,6 +112,7 @@ class DiskTier:
         """See Tier. Dropped are pages beyond what the whole budget holds, and what the disk has no room for."""
         used = stamps_now(len(items)) if stamps is None else stamps
         batch_bytes, batch, total = 0, list[Write](), 0
+        self.puts = True
         for i, ((key, payload), stamp) in enumerate(zip(items, used, strict=True)):
             size = memoryview(payload).nbytes
             total += room_for(size)
@@ -143,7 +145,7 @@ class DiskTier:
         if self.touched and not self._change(self._record_uses, False):
             with self.lock:
                 self.touched = {}  # they must not pile up while nothing can be written
-        if self.writes and self.bytes > self.budget_bytes:
+        if self.puts and self.bytes > self.budget_bytes:
             self.prune(self.budget_bytes)
         if self.unsynced:
             self.unsynced = False
@@ -268,7 +270,7 @@ class DiskTier:
             return
         # Outside the transaction: other processes wait for it.
         records = [(key, payload, seal(key, payload) + STAMP.pack(stamp)) for key, payload, stamp in new]
-        self.writes = self.unsynced = True
+        self.unsynced = True
         # With the uses so far, so that no page is ever on record as newer than one in front of it.
         self._record_uses(dbs, records)
         self._count(bytes_written=sum(memoryview(payload).nbytes for _, payload, _ in new))

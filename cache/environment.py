@@ -322,6 +322,10 @@ class SharedEnvironment:
         return True
 
     def _drop_damaged_tree(self) -> None:
+        if self.repair and 0 < file_bytes(self.path) < 2 * 4096:
+            # A full disk cut it off before it had both of LMDB's first pages, and so any other.
+            (self.path / "data.mdb").unlink()
+            return
         problem = check_tree(self.path, CHECK_SECONDS * (10 if self.suspect else 1))
         if not problem:
             return

@@ -1,8 +1,10 @@
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +18,37 @@ def child() -> Iterator[Callable[..., subprocess.Popen]]:
         here = Path(__file__).parent
         command = [sys.executable, str(here / "storage_children.py"), *map(str, arguments)]
         env = os.environ | {"PYTHONPATH": str(here.parent.parent)}
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env))
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        started.append(subprocess.Popen(command, env=env, **pipes))
         return started[-1]
 
     yield start
     for process in started:
         process.kill()
         process.communicate()
+
+
+class Partner:
+    """A process that does what it is told, one call of an Actor at a time."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: object) -> Any:
+            self.process.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+            assert answer, self.process.stderr.read().decode()[-2000:]
+            return json.loads(answer)
+
+        return call
+
+
+@pytest.fixture
+def partners(child) -> list[Partner]:
+    """Two such processes."""
+    return [Partner(child("obey")) for _ in range(2)]
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
 """Pages for the storage tests, and the programs that they run in processes of their own."""
 
 import hashlib
+import json
 import os
 import random
 import resource
+import shutil
 import struct
 import sys
+import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,8 @@ import numpy as np
 from cache import environment
 from cache.disk import DiskTier
 from cache.environment import FORMAT
+from cache.keys import page_keys, root_key
+from cache.persistence import Tiers
 
 PAGE = 4096
 
@@ -95,6 +101,153 @@ def as_nobody(directory: str) -> None:
     tier.put_many(items([5]))
     assert tier.stats().dropped == 1
     tier.close()
+
+
+PAGE_TOKENS = 4
+ROOT = root_key(b"", PAGE_TOKENS, b"")
+
+
+def chain_keys(tokens) -> list[bytes]:
+    return page_keys(ROOT, np.asarray(tokens, np.int32), PAGE_TOKENS)
+
+
+class Actor:
+    """One process's tiers, for tests that have two processes take turns."""
+
+    def open(self, directory: str, budget: int, overhead: int) -> None:
+        environment.OVERHEAD_BYTES = overhead
+        self.tier = DiskTier(directory, budget)
+
+    def put(self, start: int, count: int) -> None:
+        self.tier.put_many(items(range(start, start + count)))
+
+    def find(self, start: int, count: int) -> list[bool]:
+        return right(self.tier, range(start, start + count))
+
+    def sync(self) -> None:
+        self.tier.sync()
+
+    def stats(self) -> dict:
+        return asdict(self.tier.stats())
+
+    def close(self) -> None:
+        self.tier.close()
+
+    # As an engine uses them: requests that look up, read back and write late and in slices.
+
+    def start(self, directory: str, budget: int, host_bytes: int) -> None:
+        self.tiers, self.requests = Tiers(directory, budget, host_bytes, flush_seconds=0.05), {}
+
+    def begin(self, number: int, tokens: list[int], held: int) -> None:
+        keys, used = chain_keys(tokens), time.time_ns()
+        self.requests[number] = keys, used
+        self.tiers.look(ROOT, keys, np.asarray(tokens, np.int32), held, PAGE_TOKENS, used).result(60)
+
+    def read(self, number: int, first: int, stop: int) -> None:
+        keys, used = self.requests[number]
+        rows = np.empty((len(keys[first:stop]), 20_000), np.uint8)
+        self.tiers.pages.read(keys[first:stop], rows, [used - i for i in range(len(keys))[first:stop]])
+
+    def write(self, number: int, first: int, stop: int) -> None:
+        keys, used = self.requests[number]
+        wanted, stamps = keys[first:stop], [used - i for i in range(len(keys))]
+        self.tiers.writer.use(keys[:stop], stamps[:stop])
+        self.tiers.writer.submit(wanted, 1, lambda: [key * 625 for key in wanted], stamps[first:stop])
+        assert self.tiers.writer.flush(60)
+
+    def held(self) -> list[list[str]]:
+        """Keys in each tier."""
+        host, disk = self.tiers.pages.tiers
+        return [[key.hex() for key in host.pages], [entry.key.hex() for entry in disk.entries()]]
+
+    def stamps(self) -> list[dict[str, int]]:
+        """Stamps by key in each tier."""
+        host, disk = self.tiers.pages.tiers
+        found = disk.store.attempt("read", lambda dbs: all_stamps(dbs), {})
+        return [{key.hex(): stamp for key, stamp in host.used.items()}, found]
+
+    def end(self) -> None:
+        self.tiers.close()
+
+
+def all_stamps(dbs) -> dict[str, int]:
+    with dbs.env.begin() as txn, txn.cursor(dbs.entries) as cursor:
+        return {key.hex(): struct.unpack("<QQQ", entry)[2] for key, entry in cursor}
+
+
+def obey() -> None:
+    """Do what the lines of standard input say, until it ends."""
+    actor = Actor()
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(getattr(actor, name)(*arguments)), flush=True)
+
+
+def open_full(directory: str, name: str) -> None:
+    """Open a store on a disk that is full, with any number of blocks left; then make room and use it."""
+    environment.RETRY_SECONDS = 0.0
+    base = Path(directory)
+    for blocks in range(40):
+        (base / "ballast").write_bytes(b"")
+        path = base / f"store{blocks}"
+        path.mkdir()
+        left = os.statvfs(base).f_bavail
+        with (base / "ballast").open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, (left - blocks) * PAGE)
+        tier = DiskTier(path, 1 << 20, name=name)
+        tier.put_many(items(range(10)))
+        right(tier, range(10))
+        tier.sync()
+        if not blocks:
+            assert not tier.stats().open
+            assert tier.stats().errors
+            assert tier.stats().dropped == 10
+        (base / "ballast").unlink()
+        tier.sync()
+        assert tier.stats().open
+        tier.put_many(items(range(10)))
+        assert all(right(tier, range(10)))
+        assert not tier.stats().corrupt
+        tier.close()
+        shutil.rmtree(path)
+
+
+def fill_while_open(directory: str) -> None:
+    """Use a store by more and more readers after the disk has filled up: each takes a slot in LMDB's mapped file."""
+    tier = DiskTier(f"{directory}/store", 1 << 20)
+    tier.put_many(items(range(10)))
+    with open(f"{directory}/ballast", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, os.statvfs(directory).f_bavail * PAGE)
+    readers = [tier.store.opened.env.begin() for _ in range(110)]
+    assert all(right(tier, range(10)))
+    for reader in readers:
+        reader.abort()
+    for start in range(100, 400, 10):
+        tier.put_many(items(range(start, start + 10)))
+    tier.close()
+
+
+def hang(what: str) -> None:
+    """Leave while a tier hangs for ever in one of its methods."""
+    tiers, started = Tiers(None, 0, 1 << 20, flush_seconds=0), threading.Event()
+    (tier,) = tiers.pages.tiers
+
+    def never(*_: object) -> None:
+        started.set()
+        threading.Event().wait()
+
+    setattr(tier, what, never)
+    tokens, rows = np.arange(8, dtype=np.int32), np.empty((1, 20_000), np.uint8)
+    tiers.look(ROOT, chain_keys(tokens), tokens, 1, PAGE_TOKENS, time.time_ns())
+    tiers.pages.fetch(keys([0]), rows, lambda fetched: fetched)
+    tiers.writer.submit(keys([0]), 20_000, lambda: [page_of(0)])
+    if what == "close":
+        started.set()
+    assert started.wait(60)
+    begun = time.monotonic()
+    assert what == "close" or not tiers.writer.flush(0.1) or what in ("get_many", "contains_many")
+    tiers.close(0.5)
+    print(time.monotonic() - begun)
 
 
 def tree_pages(data: bytes) -> list[int]:
