@@ -19,7 +19,7 @@ import lmdb
 import numpy as np
 
 from cache.environment import FORMAT, Databases, SharedEnvironment, full, old_stores
-from cache.tiers import SEAL, Item, Payload, TierStats, placed, seal, stamps_now
+from cache.tiers import CLOCK_SLACK_NS, SEAL, Item, Payload, TierStats, placed, seal, stamps_now
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -301,7 +301,7 @@ class DiskTier:
 
     def _oldest(self, dbs: Databases, target_bytes: int) -> list[tuple[int, bytes, bytes]]:
         """Stamp, key and entry of the pages to evict, the least recently used first, for `target_bytes` to be left."""
-        latest = time.time_ns() + 60 * 10**9  # a clock may be set back a little
+        latest = time.time_ns() + CLOCK_SLACK_NS
         with dbs.env.begin() as txn, txn.cursor(dbs.entries) as cursor:
             count, occupied = txn.stat(dbs.entries)["entries"], dbs.occupied(txn)
             if not count or occupied <= target_bytes:

@@ -28,6 +28,8 @@ class StoredPage:
     key: bytes
     tokens: int  # filled, from the page's start on
     tier: str
+    # Of the use, see cache.tiers.Tier; 0 behind a hole, where nothing counts as used until that is filled.
+    stamp: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,12 @@ def look(
     """See Tiers.look; in the calling thread."""
     there = pages.touch(keys[:held], range(used, used - held, -1)) if held else []
     names = pages.locate(keys[held:])
-    found = [StoredPage(i, keys[i], page_size, name) for i, name in enumerate(names, held) if name is not None]
     first_missing = held + (names.index(None) if None in names else len(names))
+    found = [
+        StoredPage(i, keys[i], page_size, name, used - i if i < first_missing else 0)
+        for i, name in enumerate(names, held)
+        if name is not None
+    ]
     start = first_missing * page_size
     # A sequence that ended in this page left it partly filled: the longest such page that the tokens run through.
     parent = keys[first_missing - 1] if first_missing else root
@@ -119,8 +125,8 @@ def look(
     tails = [tail_key(parent, tokens[start : start + length]) for length in lengths]
     for length, key, name in zip(lengths, tails, pages.locate(tails), strict=True):
         if name is not None:
-            found.append(StoredPage(first_missing, key, length, name))
+            found.append(StoredPage(first_missing, key, length, name, used - first_missing))
             break
     # All at once, before anything is read or computed: no page is ever on record as newer than one in front of it.
-    pages.touch([page.key for page in found], [used - page.index for page in found])
+    pages.touch([page.key for page in found], [page.stamp for page in found])
     return Found(sorted(found, key=lambda page: page.index), [i for i, known in enumerate(there) if not known])

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 # How many keys a search asks a tier for at once: it ends where nothing more is found, so a cold prompt costs little.
 SEARCH_STEP = 128
+CLOCK_SLACK_NS = 60 * 10**9  # how far a clock may be set back, or differ from another process's, without notice
 SEAL = struct.Struct("<QQ")  # payload length in bytes, XXH3-64 of key and payload
 
 
@@ -54,7 +55,7 @@ class Tier(Protocol):
     A stamp is a page's last use in nanoseconds since 1970. Of two stamps the newer one stays on record, and the page
     with the oldest goes first. `stamps` has one for each key; None stands for now, the first key the most recent.
     A request stamps page i of its chain with the request's own time less i, whenever it reads or writes the page: so no
-    page is newer than the one in front of it, and a chain loses its tail first.
+    page is newer than the one in front of it, and a chain loses its tail first. The stamp 0 is no use.
     """
 
     name: str
@@ -130,6 +131,7 @@ class HostTier:
         self.used: dict[bytes, int] = {}  # stamps of these
         self.oldest: list[tuple[int, bytes]] = []  # a heap with one stamp and key a page; the stamp may lag behind
         self.evicted_stamp = 0  # the latest use of anything that was evicted: what is older would be next
+        self.newest = 0  # stamp that a page was put with
         self.bytes = 0
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -166,6 +168,11 @@ class HostTier:
         """See Tier. A page larger than the whole budget is dropped."""
         used = stamps_now(len(items)) if stamps is None else stamps
         with self.lock:
+            if self.newest > time.time_ns() + CLOCK_SLACK_NS:  # the clock was set back: what is there counts as old
+                self.newest = self.evicted_stamp = 0
+                self.used = dict.fromkeys(self.pages, 0)
+                self.oldest = [(0, key) for key in self.pages]
+            self.newest = max(self.newest, *used[:1])
             for (key, payload), stamp in zip(items, used, strict=True):
                 size = memoryview(payload).nbytes
                 if size > self.budget_bytes:
@@ -217,8 +224,7 @@ class HostTier:
                 return False
             else:
                 heapq.heappop(self.oldest)
-                # A stamp from the future, of a clock that was set back, must not keep everything out.
-                self.evicted_stamp = max(self.evicted_stamp, min(self.used.pop(key), time.time_ns()))
+                self.evicted_stamp = self.used.pop(key)
                 self.bytes -= memoryview(self.pages.pop(key)).nbytes
                 self.counts["evicted"] += 1
         return stamp > self.evicted_stamp
@@ -298,7 +304,7 @@ class TieredPages:
             for i, payload in zip(missing, found, strict=True):
                 sources[i] = tier.name if payload is not None else None
         top = self.tiers[0]
-        below = [i for i, source in enumerate(sources) if source not in (None, top.name)]
+        below = [i for i, source in enumerate(sources) if source not in (None, top.name) and used[i]]
         self.failures.guard(
             f"{top.name}: pages are not kept",
             lambda: top.put_many([(keys[i], pages[i].tobytes()) for i in below], [used[i] for i in below]),

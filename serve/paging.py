@@ -202,7 +202,7 @@ class Pager:
             if (found := outcome(restore, restore.looking)) is None:
                 return
             sequence.unsaved.extend(found.missing)
-            restore.slices = self.plan(found.pages, sequence.used)
+            restore.slices = self.plan(found.pages)
         while restore.slices and end_of(restore.slices[0], self.page_size) <= sequence.computed:
             restore.slices.popleft()
         for piece in list(restore.slices)[:READ_AHEAD]:
@@ -211,7 +211,7 @@ class Pager:
             size = len(piece.pages) * self.moves.page_bytes
             if self.staged_bytes + size > self.restore_bytes // (1 if sequence.lease else 2):
                 return
-            piece.loading = attempted(partial(self.fetch, piece.pages, sequence.used, self.load))
+            piece.loading = attempted(partial(self.fetch, piece.pages, self.load))
             piece.loading.add_done_callback(lambda _: self.wake())
             self.staged[piece.loading] = size
 
@@ -221,14 +221,12 @@ class Pager:
         sizes = list(self.staged.data.values())  # type: ignore[attr-defined]  # in one go: others may change it
         return sum(sizes)
 
-    def fetch(
-        self, pages: list[StoredPage], used: int, then: Callable[[list[StoredPage], np.ndarray, Fetched], T]
-    ) -> Future[T]:
+    def fetch(self, pages: list[StoredPage], then: Callable[[list[StoredPage], np.ndarray, Fetched], T]) -> Future[T]:
         """Read pages in the background, [pages, page_bytes] uint8, and hand them to `then` on the reader's thread."""
-        data, stamps = staging(len(pages), self.moves.page_bytes), [used - page.index for page in pages]
+        data, stamps = staging(len(pages), self.moves.page_bytes), [page.stamp for page in pages]
         return self.tiers.pages.fetch([page.key for page in pages], data, partial(then, pages, data), stamps)
 
-    def plan(self, pages: list[StoredPage], used: int) -> deque[Slice]:
+    def plan(self, pages: list[StoredPage]) -> deque[Slice]:
         """The pages that come sooner from their tier than from the model, in slices of consecutive ones."""
         if self.measuring and self.measuring.done():
             measuring, self.measuring = self.measuring, None
@@ -240,16 +238,16 @@ class Pager:
             read = self.cost.worth_restoring(page.tier, start, start + page.tokens, self.moves.page_bytes)
             (worth if read else computed).append(page)
         self.recomputed_pages += len(computed)
-        self.measure_again(computed, used)
+        self.measure_again(computed)
         return deque(slices_of(worth, self.page_size, self.slice_pages))
 
-    def measure_again(self, pages: list[StoredPage], used: int) -> None:
+    def measure_again(self, pages: list[StoredPage]) -> None:
         """Read some of these pages, which are computed, if nobody has read their tier for long: it may be faster."""
         due = time.monotonic() - MEASURE_AGAIN_SECONDS
         stale = [page for page in pages if self.measured_at.get(page.tier, due) <= due]
         if stale and self.measuring is None:
             chosen = [page for page in stale if page.tier == stale[0].tier][: self.slice_pages]
-            self.measuring = attempted(partial(self.fetch, chosen, used, lambda pages, data, fetched: fetched))
+            self.measuring = attempted(partial(self.fetch, chosen, lambda pages, data, fetched: fetched))
 
     def measured(self, fetched: Fetched) -> None:
         """Learn from a read what reading costs here."""

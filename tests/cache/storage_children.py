@@ -138,27 +138,25 @@ class Actor:
     def start(self, directory: str, budget: int, host_bytes: int) -> None:
         self.tiers, self.requests = Tiers(directory, budget, host_bytes, flush_seconds=0.05), {}
 
-    def begin(self, number: int, tokens: list[int], held: int) -> None:
+    def begin(self, number: int, tokens: list[int], held: int) -> int:
         keys, used = chain_keys(tokens), time.time_ns()
-        self.requests[number] = keys, used
-        self.tiers.look(ROOT, keys, np.asarray(tokens, np.int32), held, PAGE_TOKENS, used).result(60)
+        looking = self.tiers.look(ROOT, keys, np.asarray(tokens, np.int32), held, PAGE_TOKENS, used)
+        self.requests[number] = keys, used, looking.result(60).pages
+        return used
 
-    def read(self, number: int, first: int, stop: int) -> None:
-        keys, used = self.requests[number]
-        rows = np.empty((len(keys[first:stop]), 20_000), np.uint8)
-        self.tiers.pages.read(keys[first:stop], rows, [used - i for i in range(len(keys))[first:stop]])
-
-    def write(self, number: int, first: int, stop: int) -> None:
-        keys, used = self.requests[number]
-        wanted, stamps = keys[first:stop], [used - i for i in range(len(keys))]
-        self.tiers.writer.use(keys[:stop], stamps[:stop])
-        self.tiers.writer.submit(wanted, 1, lambda: [key * 625 for key in wanted], stamps[first:stop])
-        assert self.tiers.writer.flush(60)
-
-    def held(self) -> list[list[str]]:
-        """Keys in each tier."""
-        host, disk = self.tiers.pages.tiers
-        return [[key.hex() for key in host.pages], [entry.key.hex() for entry in disk.entries()]]
+    def step(self, number: int, first: int, stop: int, wait: bool) -> None:
+        """Read the pages of a slice that were found, and write the others."""
+        keys, used, found = self.requests[number]
+        pages = [page for page in found if first <= page.index < stop]
+        rows = np.empty((len(pages), 20_000), np.uint8)
+        sources = self.tiers.pages.read([page.key for page in pages], rows, [page.stamp for page in pages]).sources
+        had = [page.index for page, source in zip(pages, sources, strict=True) if source is not None]
+        lack = [i for i in range(first, stop) if i not in had]
+        self.tiers.writer.use(keys[first:stop], [used - i for i in range(first, stop)])
+        self.tiers.writer.submit(
+            [keys[i] for i in lack], 1, lambda: [keys[i] * 625 for i in lack], [used - i for i in lack]
+        )
+        assert not wait or self.tiers.writer.flush(60)
 
     def stamps(self) -> list[dict[str, int]]:
         """Stamps by key in each tier."""

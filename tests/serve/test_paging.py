@@ -125,7 +125,7 @@ def test_a_partly_filled_page_in_a_hole_is_never_taken_for_the_full_page_that_wa
 
 
 def test_a_page_that_is_not_full_ends_its_slice():
-    pages = [StoredPage(i, bytes([i]), 3 if i in (2, 30) else PAGE, "disk") for i in (*range(12), *range(20, 45))]
+    pages = [StoredPage(i, bytes([i]), 3 if i in (2, 30) else PAGE, "disk", 0) for i in (*range(12), *range(20, 45))]
     slices = [[page.index for page in piece.pages] for piece in slices_of(pages, PAGE, 16)]
     assert slices == [[0, 1, 2], [*range(3, 12)], [*range(20, 31)], [*range(31, 45)]]
 
