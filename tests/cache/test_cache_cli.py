@@ -10,7 +10,7 @@ from storage_children import items, key_of, keys, page_of, right
 
 from cache.__main__ import main
 from cache.disk import DiskTier
-from cache.environment import FORMAT
+from cache.environment import FORMAT, OLD_FORMATS, file_bytes
 from cache.sizes import parse_bytes, show_bytes
 
 MIB = 1 << 20
@@ -94,6 +94,35 @@ def test_prune_keeps_what_was_used_last(store, capsys):
     assert 3 <= sum(there) <= 7
     assert tier.stats().bytes <= 150_000
     tier.close()
+
+
+def test_prune_old_removes_stores_of_older_formats_and_says_how_large_they_were(store, capsys):
+    (name,) = OLD_FORMATS
+    (store / name).mkdir()
+    old = DiskTier(store, 10 * MIB, name=name)
+    old.put_many(items(range(3)))
+    assert main(["prune", "--store", str(store), "--old"]) == 2, "it is in use"
+    assert "in use" in capsys.readouterr().err
+    old.close()
+    size = file_bytes(store / name)
+    (store / name / "notes.txt").write_text("mine")
+    assert main(["prune", "--store", str(store), "--old"]) == 2
+    assert "found notes.txt in it" in capsys.readouterr().err
+    (store / name / "notes.txt").unlink()
+    assert main(["prune", "--store", str(store), "--old"]) == 0
+    assert f"{name} removed: {show_bytes(size)} ({size} bytes)" in capsys.readouterr().out
+    assert not (store / name).exists()
+    assert main(["prune", "--store", str(store), "--old"]) == 0
+    assert "no store of an earlier format" in capsys.readouterr().out
+    tier = DiskTier(store, 10 * MIB)
+    assert all(right(tier, range(10)))
+    tier.close()
+
+
+def test_prune_says_what_it_wants(store, capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--store", str(store)])
+    assert "expected --store-bytes SIZE or --old" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

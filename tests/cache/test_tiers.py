@@ -108,6 +108,27 @@ def test_a_fetch_takes_each_page_from_its_fastest_tier_and_keeps_it_in_memory(tm
     pages.close()
 
 
+@pytest.mark.parametrize("error", [OSError("bad disk"), MemoryError("no room"), ValueError("a fault")])
+def test_a_tier_that_raises_has_nothing_and_the_others_still_serve(tmp_path, caplog, error):
+    def fail(*_):
+        raise error
+
+    host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
+    pages = TieredPages([host, disk])
+    disk.put_many(items([0, 7]))
+    rows = np.zeros((2, len(page_of(0))), np.uint8)
+    for method in ("contains_many", "get_many", "touch_many", "put_many"):
+        setattr(host, method, fail)
+    for _ in range(3):
+        assert pages.locate(keys([0, 7, 1])) == ["disk", "disk", None]
+        assert pages.read(keys([0, 7]), rows).sources == ["disk", "disk"]
+        assert [row.tobytes() for row in rows] == [page_of(0), page_of(7)]
+        assert pages.touch(keys([0, 1])) == [True, False]
+    assert pages.failures.count == 12
+    assert len([record for record in caplog.records if record.name == "cache.worker"]) == 1
+    assert pages.close()
+
+
 @pytest.mark.parametrize("kind", ["host", "disk", "remote"])
 def test_a_page_is_read_into_its_slot_and_one_of_another_size_is_a_miss_that_stays(tmp_path, kind):
     tier = {
