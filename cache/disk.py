@@ -250,6 +250,8 @@ class DiskTier:
         needed = sum(room_for(memoryview(payload).nbytes) for _, payload, _ in new)
         if new and occupied + needed > self.budget_bytes:
             self._evict(dbs, self.budget_bytes - self.budget_bytes // EVICTED_SHARE - needed)
+        if self.evicted_stamp > time.time_ns():  # the clock was set back since
+            self.evicted_stamp = 0
         # What is older than the latest that had to go would be the next to go: a tail whose head is gone.
         kept = [write for write in new if write[2] > self.evicted_stamp]
         self._count(evicted=len(new) - len(kept))
