@@ -169,9 +169,14 @@ def count_tokens(client: httpx.Client, url: str, body: dict[str, Any]) -> int:
 
 
 def scrape(client: httpx.Client, url: str = "") -> dict[str, float]:
-    """All samples of a server's metrics page, keyed like `tokenzero_pages{state="in_use"}`."""
+    """All samples of a server's metrics page: see `samples_of`."""
+    return samples_of(client.get(f"{url}/metrics").text)
+
+
+def samples_of(page: str) -> dict[str, float]:
+    """All samples of a Prometheus page, keyed like `tokenzero_pages{state="in_use"}`."""
     samples = {}
-    for family in text_string_to_metric_families(client.get(f"{url}/metrics").text):
+    for family in text_string_to_metric_families(page):
         for sample in family.samples:
             labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
             samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value

@@ -55,7 +55,7 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller, phases: 
     with phases.timed("normalize"):
         normalized = normalize(message, caller.rules)
     report(serving, normalized)
-    scope = scope_of(serving, caller)
+    scope = scope_of(serving.engine.fingerprint, caller)
     rendered = rendered_prompt(serving, normalized.request, scope, caller.rules, phases)
     limit = serving.engine.settings.max_model_len
     room = limit - len(rendered.tokens)
@@ -97,7 +97,8 @@ def prompt_length(serving: Serving, request: CountTokensRequest, caller: Caller,
     """The length of the prompt that the request would have."""
     with phases.timed("normalize"):
         normalized = normalize(request, caller.rules).request
-    return len(rendered_prompt(serving, normalized, scope_of(serving, caller), caller.rules, phases).tokens)
+    scope = scope_of(serving.engine.fingerprint, caller)
+    return len(rendered_prompt(serving, normalized, scope, caller.rules, phases).tokens)
 
 
 def seed_of(message: MessagesRequest) -> int:
@@ -111,9 +112,9 @@ def seed_of(message: MessagesRequest) -> int:
     return int.from_bytes(hashlib.blake2b(written, digest_size=4).digest(), "little")
 
 
-def scope_of(serving: Serving, caller: Caller) -> bytes:
-    """What separates those who may share sampled turns."""
-    parts = (serving.engine.fingerprint, caller.salt, caller.key)
+def scope_of(fingerprint: bytes, caller: Caller) -> bytes:
+    """What separates those who may share sampled turns: the model's fingerprint, the caller's salt and key."""
+    parts = (fingerprint, caller.salt, caller.key)
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 

@@ -1,0 +1,1 @@
+"""A soak: the real server under random sessions, restarts and losses, and its answers beside those of no cache."""

@@ -1,0 +1,195 @@
+"""What a soak's answers would be without a cache.
+
+First turns are asked again of a twin server, each under a salt of its own, so that nothing is reused. Later turns have
+tokens in their history that no text gives back: they are rebuilt from the log of sampled turns, and every token of the
+answer is held against logits computed in one piece, with no store and no engine.
+
+Exact means: equal, or first different at a token whose two best logits lie within NEAR of the logits' scale, since
+float32 rounds differently in other chunks and company.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import jax
+import numpy as np
+
+from experiments.soak.clients import Kept, answer
+from experiments.soak.stage import KEEP_SECONDS, PATIENCE_SECONDS, Broken
+from experiments.soak.talk import SALT_HEADER
+from model import checkpoint
+from model.attention import Batch
+from model.decoder import forward
+from model.kv import empty_pool
+from model.params import unstacked
+from serve.constrain import constraint_of, make_constrainer
+from serve.messages import MessagesRequest, decode_request
+from serve.normalize import DEFAULT_RULES, normalize
+from serve.prepare import scope_of, trusted
+from serve.render import Prompt, load_tokenizer, prompt
+from serve.replay import ReplayLog, signing_key
+from serve.serving import Caller
+
+NEAR = 1e-4
+PAGE = 64
+ROWS = 64  # logits of so many positions in one pass: longer answers are looked at up to there
+ASKED_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An answer that is not its twin's, or a token that is not what the logits say."""
+
+    kept: Kept
+    other: str  # what was expected in its place
+    tied: bool = False  # the two best logits are within NEAR there
+
+
+async def twins(url: str, groups: Sequence[Sequence[Kept]], tick: Callable[[], object]) -> tuple[list[Difference], int]:
+    """Ask a server that may reuse nothing for the answers of each group, which have one body.
+
+    Those that differ, and how many tokens it reused all the same. Raises Broken if it does not answer.
+    """
+    found: list[Difference] = []
+    reused, left = 0, list(groups)
+
+    async def work(http: httpx.AsyncClient) -> None:
+        nonlocal reused
+        while left:
+            group = left.pop()
+            salt = {SALT_HEADER: f"twin {secrets.token_hex(8)}"}
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                message = await answer(http, group[0].body, salt, streamed=False)
+            twin = Kept(salt, group[0].body, 0, message)
+            reused += message["usage"]["cache_read_input_tokens"]
+            found.extend(Difference(one, repr(twin.said)) for one in group if one.said != twin.said)
+            tick()
+
+    limits = httpx.Limits(keepalive_expiry=KEEP_SECONDS)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as http:
+        try:
+            await asyncio.gather(*(work(http) for _ in range(ASKED_AT_ONCE)))
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise Broken(f"the twin does not answer: {type(error).__name__}: {error}") from error
+    return found, reused
+
+
+def by_body(kept: Sequence[Kept]) -> list[list[Kept]]:
+    """The answers in groups of one body each: it may have been answered in several states of the cache."""
+    groups: dict[str, list[Kept]] = {}
+    for one in kept:
+        groups.setdefault(json.dumps(one.body), []).append(one)
+    return list(groups.values())
+
+
+class Cold:
+    """The model without engine, store or cache, and the tokens that a soaked server's prompts had.
+
+    `store` is the server's directory, with no server on it any more.
+    """
+
+    def __init__(self, model: str, store: Path, context: int) -> None:
+        folder = checkpoint.resolve(model)
+        self.config, params = checkpoint.load(folder, np.float32)
+        self.fingerprint = checkpoint.fingerprint(self.config, params)
+        self.params = unstacked(params) if jax.default_backend() == "cpu" else params
+        self.tokenizer = load_tokenizer(str(folder))
+        self.replay, self.key = ReplayLog(store), signing_key(store)
+        self.stop_ids = (*self.config.eos_token_ids, self.tokenizer.hf.eos_token_id)
+        self.constrainer = make_constrainer(self.tokenizer.hf, self.stop_ids, self.config.vocab_size)
+        self.pages = -(-context // PAGE)
+        self.forward = jax.jit(forward, static_argnames="config")
+
+    def close(self) -> None:
+        """Let go of the log."""
+        self.replay.close()
+
+    def prompt(self, kept: Kept) -> tuple[MessagesRequest, bytes, Prompt]:
+        """The request behind an answer as its server saw it: after the rules, whose it was, its prompt."""
+        headers = kept.headers
+        caller = Caller(DEFAULT_RULES, headers.get(SALT_HEADER, "").encode(), headers.get("x-api-key", "").encode())
+        request = normalize(decode_request(json.dumps(kept.body).encode()), DEFAULT_RULES).request
+        scope = scope_of(self.fingerprint, caller)
+        recalled = trusted(self.replay.recall(scope, request.messages), request, self.key)
+        return request, scope, prompt(request, self.tokenizer, recalled)
+
+    def logits(self, tokens: np.ndarray, count: int) -> np.ndarray:
+        """Logits [count, vocab] float32 after the last `count` prefixes of `tokens` ([tokens] int32)."""
+        size, length = self.pages * PAGE, len(tokens)
+        rows = np.arange(length - count, length, dtype=np.int32)
+        batch = Batch(
+            tokens=np.pad(tokens.astype(np.int32), (0, size - length)),
+            starts=np.asarray([0, length], np.int32),
+            prefix=np.zeros(1, np.int32),
+            block_table=np.arange(self.pages, dtype=np.int32)[None],
+            rows=np.pad(rows, (0, ROWS - count), mode="edge"),
+            max_chunk=size,
+        )
+        pool = empty_pool(self.config, self.pages, PAGE, np.dtype(np.float32))
+        return np.asarray(self.forward(self.params, batch, pool, self.config)[0])[:count]
+
+    def judge(self, kept: Kept) -> tuple[Difference | None, int] | None:
+        """Hold each token of an unconstrained answer against the logits: the first one that is wrong, and flips.
+
+        None where the tokens are not known: of a demanded or cut answer, or where the log has lost the history.
+        """
+        if "tool_choice" in kept.body or "output_config" in kept.body or kept.message["stop_reason"] == "stop_sequence":
+            return None
+        _, scope, made = self.prompt(kept)
+        said = {"role": "assistant", "content": kept.message["content"]}
+        whole = json.dumps(kept.body | {"messages": [*kept.body["messages"], said]}).encode()
+        sampled = self.replay.recall(scope, decode_request(whole).messages)[-1]
+        if sampled is None or len(made.tokens) != kept.prompt_tokens:
+            return None
+        ids = sampled.tokens[: ROWS - 1]
+        if len(made.tokens) + len(ids) > self.pages * PAGE:
+            return None
+        logits = self.logits(np.concatenate([made.tokens, ids]), len(ids) + 1)
+        ended = kept.message["stop_reason"] == "end_turn" and len(ids) == len(sampled.tokens)
+        gaps = behind(logits[: len(ids)], [(token,) for token in ids.tolist()])
+        gaps = np.append(gaps, behind(logits[len(ids) :], [self.stop_ids])) if ended else gaps
+        wrong = np.flatnonzero(gaps > NEAR)
+        if not len(wrong):
+            return None, int((gaps > 0).sum())
+        at = int(wrong[0])
+        best = self.tokenizer.hf.decode([int(logits[at].argmax())])
+        return Difference(kept, f"token {at} is {gaps[at]:.1e} of the scale below {best!r}"), int((gaps > 0).sum())
+
+    def tied(self, difference: Difference) -> Difference:
+        """The difference of a first turn, and whether a near tie in what is sampled cold explains it.
+
+        The text up to that tie must be what was answered, as far as the answer is text.
+        """
+        request, _, made = self.prompt(difference.kept)
+        constraint = constraint_of(request, self.constrainer, self.tokenizer.template.format, made.thinking)
+        ids: list[int] = []
+        for _ in range(min(request.max_tokens, self.pages * PAGE - len(made.tokens))):
+            (row,) = self.logits(np.concatenate([made.tokens, np.asarray(ids, np.int32)]), 1)
+            allowed = row
+            if constraint:
+                bits = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")[: len(row)]
+                allowed = np.where(bits, row, -np.inf)
+            second, best = np.argsort(allowed)[-2:]
+            if allowed[best] - allowed[second] <= NEAR * np.abs(row).max():
+                text = self.tokenizer.hf.decode(ids).rstrip("\ufffd")
+                said = "".join(block.get("text", "") for block in difference.kept.message["content"])
+                return Difference(difference.kept, difference.other, bool(constraint) or said.startswith(text))
+            if int(best) in self.stop_ids:
+                break
+            ids.append(int(best))
+            if constraint:
+                constraint.accept(ids[-1])
+        return difference
+
+
+def behind(logits: np.ndarray, chosen: Sequence[Sequence[int]]) -> np.ndarray:
+    """How far the best of each row's chosen tokens lies below the row's best, as a share of the row's scale: [rows]."""
+    of_chosen = np.asarray([max(row[list(ids)]) for row, ids in zip(logits, chosen, strict=True)])
+    return (logits.max(1) - of_chosen) / np.abs(logits).max(1)

@@ -1,0 +1,88 @@
+"""A soak as a picture: what its server holds and does, over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from experiments.plot import COLOURS, HEIGHT, WIDTH, save
+from experiments.soak.stage import Life, Sample
+
+BINS = 60  # points of a rate
+
+
+def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
+    """Memory, descriptors and threads, answers a second, hits and evictions by tier; a line where a server ended."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, 2, figsize=(WIDTH * 1.3, 1.7 * HEIGHT), sharex=True, layout="constrained")
+    memory, open_files, answers, in_use, hits, evicted = axes.flat
+    held(memory, samples, [("resident", lambda s: s.rss / 2**20)])
+    held(open_files, samples, [("descriptors", lambda s: s.descriptors), ("threads", lambda s: s.threads)])
+    done(answers, samples, ["answers"])
+    held(
+        in_use,
+        samples,
+        [(name, lambda s, n=name: s.figures[n.replace(" ", "_")]) for name in ("pages in use", "running")],
+    )
+    tiers = [name.removeprefix("evicted_") for name in samples[-1].figures if name.startswith("evicted_")]
+    done(hits, samples, [f"hits_{tier}" for tier in tiers])
+    done(evicted, samples, [f"evicted_{tier}" for tier in tiers])
+    titles = (
+        "Resident memory, MiB",
+        "File descriptors and threads",
+        "Answers of all routes a second",
+        "Pages in use and sequences running",
+        "Prompt tokens reused a second, by tier",
+        "Pages evicted a second, by tier",
+    )
+    for place, title in zip(axes.flat, titles, strict=True):
+        place.set_title(title, fontsize=10, loc="left")
+        place.set_ylim(0)
+        place.grid(alpha=0.25)
+        place.spines[["top", "right"]].set_visible(False)
+        for life in lives[:-1]:
+            killed = life.end == "kill -9"
+            place.axvline(life.ended_s / 60, color="0.5", linewidth=0.8, linestyle=":" if killed else "--")
+        if len(place.get_legend_handles_labels()[0]) > 1:
+            place.legend(frameon=False, fontsize=9)
+    for place in axes[-1]:
+        place.set_xlabel("minutes; the server was killed (dotted) or told to end (dashed)")
+    save(figure, path)
+
+
+def held(axes, samples: Sequence[Sample], lines: Sequence[tuple[str, Callable[[Sample], float]]]) -> None:
+    """Values as they were, with a gap between two lives."""
+    for (name, value), colour in zip(lines, COLOURS, strict=False):
+        times = [s.at_s / 60 for s in samples]
+        values = [value(s) for s in samples]
+        for at in range(len(samples) - 1, 0, -1):
+            if samples[at].life != samples[at - 1].life:
+                times.insert(at, times[at])
+                values.insert(at, np.nan)
+        axes.plot(times, values, color=colour, linewidth=1.4, label=name)
+
+
+def done(axes, samples: Sequence[Sample], names: Sequence[str]) -> None:
+    """Counters as rates, in a number of bins that the eye can follow."""
+    width = max(samples[-1].at_s / BINS, 1e-9)
+    for name, colour in zip(names, COLOURS, strict=False):
+        bins: dict[int, list[float]] = {}
+        for at, rate in rates(samples, name):
+            bins.setdefault(int(at / width), []).append(rate)
+        times, values = [(n + 0.5) * width / 60 for n in bins], [np.mean(v) for v in bins.values()]
+        axes.plot(times, values, color=colour, linewidth=1.4, label=name.partition("_")[2] or name)
+
+
+def rates(samples: Sequence[Sample], name: str) -> Iterator[tuple[float, float]]:
+    """(seconds, figure a second) between each two samples of one life; a counter starts anew with each."""
+    for one, other in pairwise(samples):
+        if one.life == other.life and other.at_s > one.at_s and name in one.figures:
+            grown = other.figures[name] - one.figures[name]
+            yield (one.at_s + other.at_s) / 2, grown / (other.at_s - one.at_s)
