@@ -176,10 +176,10 @@ def verdict(config: Config, kept: Sequence[Kept], model: str, folder: Path, prog
         found, reused = asyncio.run(twins(server.url, groups, lambda: progress.advance(bar)))
         exact = httpx.get(f"{server.url}/health").json()["dtype"] == "float32"
     made = Verdict(sum(map(len, groups)), found, reused)
-    if not exact:
-        return made  # what a near tie is has been said of float32 only
     later = [one for one in kept if one.turn > 0]
     chosen = random.Random(config.seed).sample(later, min(config.judged, len(later)))
+    if not exact or not (found or chosen):
+        return made  # what a near tie is has been said of float32 only
     bar = progress.add_task("later turns, cold", total=len(chosen))
     with closing(Cold(model, folder / "store", CONTEXT)) as cold:
         explained = [cold.tied(d) if n < EXPLAINED else d for n, d in enumerate(found)]

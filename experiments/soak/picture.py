@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,8 @@ def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
     )
     for place, title in zip(axes.flat, titles, strict=True):
         place.set_title(title, fontsize=10, loc="left")
-        place.set_ylim(0)
+        if place is not memory:  # whose growth would not be seen from zero
+            place.set_ylim(0)
         place.grid(alpha=0.25)
         place.spines[["top", "right"]].set_visible(False)
         for life in lives[:-1]:
@@ -60,29 +61,31 @@ def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
 def held(axes, samples: Sequence[Sample], lines: Sequence[tuple[str, Callable[[Sample], float]]]) -> None:
     """Values as they were, with a gap between two lives."""
     for (name, value), colour in zip(lines, COLOURS, strict=False):
-        times = [s.at_s / 60 for s in samples]
-        values = [value(s) for s in samples]
-        for at in range(len(samples) - 1, 0, -1):
-            if samples[at].life != samples[at - 1].life:
-                times.insert(at, times[at])
-                values.insert(at, np.nan)
-        axes.plot(times, values, color=colour, linewidth=1.4, label=name)
+        for n, life in enumerate(by_life(samples)):
+            times = [s.at_s / 60 for s in life]
+            axes.plot(times, [*map(value, life)], color=colour, linewidth=1.4, label=name if not n else None)
 
 
 def done(axes, samples: Sequence[Sample], names: Sequence[str]) -> None:
-    """Counters as rates, in a number of bins that the eye can follow."""
-    width = max(samples[-1].at_s / BINS, 1e-9)
+    """Counters as rates, in bins that the eye can follow."""
+    width = samples[-1].at_s / BINS
     for name, colour in zip(names, COLOURS, strict=False):
-        bins: dict[int, list[float]] = {}
-        for at, rate in rates(samples, name):
-            bins.setdefault(int(at / width), []).append(rate)
-        times, values = [(n + 0.5) * width / 60 for n in bins], [np.mean(v) for v in bins.values()]
-        axes.plot(times, values, color=colour, linewidth=1.4, label=name.partition("_")[2] or name)
+        label = name.partition("_")[2] or name
+        for n, life in enumerate(by_life(samples)):
+            bins: dict[int, list[float]] = {}
+            for at, rate in rates(life, name):
+                bins.setdefault(int(at / width), []).append(rate)
+            times = [(place + 0.5) * width / 60 for place in bins]
+            values = [*map(np.mean, bins.values())]
+            axes.plot(times, values, color=colour, linewidth=1.4, label=label if not n else None)
 
 
-def rates(samples: Sequence[Sample], name: str) -> Iterator[tuple[float, float]]:
+def by_life(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples of each life."""
+    return [list(group) for _, group in groupby(samples, lambda s: s.life)]
+
+
+def rates(life: Sequence[Sample], name: str) -> Iterator[tuple[float, float]]:
     """(seconds, figure a second) between each two samples of one life; a counter starts anew with each."""
-    for one, other in pairwise(samples):
-        if one.life == other.life and other.at_s > one.at_s and name in one.figures:
-            grown = other.figures[name] - one.figures[name]
-            yield (one.at_s + other.at_s) / 2, grown / (other.at_s - one.at_s)
+    for one, other in pairwise(life):
+        yield (one.at_s + other.at_s) / 2, (other.figures[name] - one.figures[name]) / (other.at_s - one.at_s)
