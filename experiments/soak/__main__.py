@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -36,12 +36,11 @@ from experiments.provenance import provenance
 from experiments.server import running_server
 from experiments.soak import checks
 from experiments.soak.checks import Check, unexpected
-from experiments.soak.clients import Kept, Seen, client
+from experiments.soak.clients import Company, Kept, Seen, client
 from experiments.soak.cold import Cold, Difference, by_body, twins
 from experiments.soak.picture import draw
 from experiments.soak.stage import Broken, Life, Sample, Stage, ends, live, lose, sample, until_quiet
 from experiments.soak.talk import BODY_BYTES, Topics
-from experiments.synthetic import Json
 from model.config import load_config
 from model.kv import bytes_per_token
 from serve.__main__ import set_up_jax
@@ -49,8 +48,9 @@ from serve.__main__ import set_up_jax
 MODEL = ".cache/demo-model"
 RESULTS = Path("experiments/results/soak")
 CONTEXT, PAGE = 2048, 16  # tokens
+TWIN_LOG = "twin.log"
 # Tokens whose pages the pool and each tier hold, each more than the one above: less than sessions touch in a minute.
-POOL_TOKENS, HOST_TOKENS, DISK_TOKENS = 4608, 9216, 18432
+POOL_TOKENS, HOST_TOKENS, DISK_TOKENS = 2560, 5120, 18432
 EXPLAINED = 20  # differences that are looked into
 
 
@@ -64,7 +64,7 @@ class Config:
     scale: float = 1.0  # of system texts and questions
     sample_s: float = 3  # between two looks at the process
     lose_s: float = 10  # between two losses of the store
-    lose_share: float = 0.1  # of its pages, lost each time
+    lose_share: float = 0.2  # of its pages, lost each time
     judged: int = 1000  # later turns whose tokens are held against cold logits
 
     @property
@@ -90,7 +90,7 @@ def flags(model: str, store: Path | None) -> list[str]:
     token = bytes_per_token(load_config(model), "float32")
     sizes = {"max-model-len": CONTEXT, "page-size": PAGE, "prefill-chunk": 128, "max-body-bytes": BODY_BYTES}
     if store is None:
-        small = {"kv-pool-bytes": 4 * POOL_TOKENS * token, "max-batch": 4}
+        small = {"kv-pool-bytes": 8 * POOL_TOKENS * token, "max-batch": 4}
     else:
         tiers = {"host-bytes": HOST_TOKENS * token, "store": store, "store-bytes": store_bytes(model)}
         small = {"kv-pool-bytes": POOL_TOKENS * token, "max-batch": 4, **tiers, "flush-seconds": 0.3}
@@ -108,9 +108,9 @@ async def soak(config: Config, model: str, folder: Path, progress: Progress) -> 
     stage, found, rng = Stage(), Soaked(), random.Random(f"soak {config.seed}")
     store, seen = folder / "store", found.seen
     bar = progress.add_task("soaking", total=config.seconds)
-    topics, repeated = Topics.of(config.seed, config.scale), deque[Json](maxlen=64)
+    company = Company(Topics.of(config.seed, config.scale))
     sessions = [
-        asyncio.create_task(client(stage, seen, f"soak {config.seed} {n}", topics, repeated, config.seconds))
+        asyncio.create_task(client(stage, seen, f"soak {config.seed} {n}", company, config.seconds))
         for n in range(config.sessions)
     ]
 
@@ -172,7 +172,7 @@ def verdict(config: Config, kept: Sequence[Kept], model: str, folder: Path, prog
     """Ask for each first turn again of a server that reuses nothing, then look into differences and later turns."""
     groups = by_body([one for one in kept if one.turn == 0])
     bar = progress.add_task("first turns again", total=len(groups))
-    with running_server(model, *flags(model, None), log=folder / "twin.log") as server:
+    with running_server(model, *flags(model, None), log=folder / TWIN_LOG) as server:
         found, reused = asyncio.run(twins(server.url, groups, lambda: progress.advance(bar)))
         exact = httpx.get(f"{server.url}/health").json()["dtype"] == "float32"
     made = Verdict(sum(map(len, groups)), found, reused)
@@ -197,7 +197,8 @@ def verdict(config: Config, kept: Sequence[Kept], model: str, folder: Path, prog
 
 def checked(found: Soaked, made: Verdict, folder: Path) -> list[Check]:
     """Every check of a soak."""
-    logs = {life.log.stem: unexpected(life.log.read_text(errors="replace").splitlines()) for life in found.lives}
+    paths = [*(life.log for life in found.lives), folder / TWIN_LOG]
+    logs = {path.stem: unexpected(path.read_text(errors="replace").splitlines()) for path in paths}
     return [
         checks.clients(found.seen.problems, len(found.seen.kept)),
         checks.first_turns(made.compared, made.differences, made.reused),

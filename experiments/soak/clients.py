@@ -23,7 +23,8 @@ from experiments.soak.stage import Broken, Stage
 from experiments.soak.talk import BAD, Topics, branched, demand, disobeys, edited, following, opening, who
 from experiments.synthetic import Json
 
-REPEATED = 64  # openings that others may repeat
+REMEMBERED = 64  # openings, and conversations that rest
+LONGEST = 1200  # tokens of a prompt, after which a conversation ends: what follows must fit the server's context
 PROBLEMS = 1000  # that are kept
 
 
@@ -33,7 +34,7 @@ class Kept:
 
     headers: dict[str, str]
     body: Json
-    turn: int  # of its conversation, 0 for the first
+    turn: int  # answers in its history, 0 for a first turn
     message: Json  # as the API returned it
 
     @property
@@ -66,49 +67,80 @@ class Seen:
             self.problems.append(" ".join(text.split())[:400])
 
 
-async def client(stage: Stage, seen: Seen, seed: str, topics: Topics, repeated: deque[Json], until_s: float) -> None:
-    """Have one conversation after another."""
+@dataclass(frozen=True)
+class Conversation:
+    """What a client has to say next, and who it is."""
+
+    headers: dict[str, str]
+    body: Json  # without what `demand` adds
+
+
+@dataclass(eq=False)
+class Company:
+    """What clients know of each other: openings that others repeat, conversations that somebody takes up later."""
+
+    topics: Topics
+    openings: deque[Json] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    paused: deque[Conversation] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    def next(self, rng: random.Random) -> Conversation:
+        """A conversation that rested meanwhile, one that begins like another, or a new one."""
+        place = rng.random()
+        if place < 0.4 and self.paused:
+            at = rng.randrange(len(self.paused))
+            self.paused.rotate(-at)
+            return self.paused.popleft()
+        if place < 0.6 and self.openings:
+            return Conversation(who(rng), rng.choice(self.openings))
+        self.openings.append(opening(rng, self.topics))
+        return Conversation(who(rng), self.openings[-1])
+
+
+async def client(stage: Stage, seen: Seen, seed: str, company: Company, until_s: float) -> None:
+    """Take up one conversation after another."""
     rng = random.Random(seed)
     while stage.passed() < until_s:
-        if repeated and rng.random() < 0.2:
-            body = rng.choice(repeated)
-        else:
-            body = opening(rng, topics)
-            repeated.append(body)
-        await converse(stage, seen, rng, topics, body, until_s)
+        conversation: Conversation | None = company.next(rng)
+        for _ in range(rng.randint(1, 4)):
+            if conversation is not None and stage.passed() < until_s:
+                conversation = await exchange(stage, seen, rng, company.topics, conversation)
+        if conversation is not None:
+            company.paused.append(conversation)
 
 
-async def converse(stage: Stage, seen: Seen, rng: random.Random, topics: Topics, body: Json, until_s: float) -> None:
-    """One conversation, to its end or the run's."""
-    headers, messages = who(rng), body["messages"]
-    for turn in range(rng.randint(1, 6)):
-        asked = body | {"messages": messages}
-        asked |= demand(rng, asked)
-        try:
-            if rng.random() < 0.15:
-                await refused(stage, seen, rng, asked, headers)
-            if rng.random() < 0.12:
-                await left(stage, seen, rng, asked, headers)
-            if stage.passed() > until_s:
-                return
-            streamed = rng.random() < 0.3
-            message = await stage.on(partial(answer, body=asked, headers=headers, streamed=streamed))
-        except (Broken, httpx.HTTPError, TimeoutError, ValueError, LookupError) as error:
-            seen.problem(f"turn {turn}: {type(error).__name__}: {error}")
-            return
-        seen.counts["streamed" if streamed else "whole"] += 1
-        if problem := disobeys(asked, message):
-            seen.problem(f"turn {turn}: {problem}")
-        if asked["temperature"] == 0:
-            seen.kept.append(Kept(headers, asked, turn, message))
-        seen.counts[message["stop_reason"]] += 1
-        messages = [*messages, {"role": "assistant", "content": message["content"]}]
-        messages += following(rng, topics, message["content"])
-        place = rng.random()
-        if place < 0.1:
-            messages = branched(rng, topics, messages)
-        elif place < 0.2:
-            messages = edited(rng, messages)
+async def exchange(
+    stage: Stage, seen: Seen, rng: random.Random, topics: Topics, conversation: Conversation
+) -> Conversation | None:
+    """Ask, and say what comes next, on this branch or another; None where the conversation is at its end."""
+    headers, asked = conversation.headers, conversation.body | demand(rng, conversation.body)
+    turn = sum(message["role"] == "assistant" for message in asked["messages"])
+    try:
+        if rng.random() < 0.15:
+            await refused(stage, seen, rng, asked, headers)
+        if rng.random() < 0.12:
+            await left(stage, seen, rng, asked, headers)
+        streamed = rng.random() < 0.3
+        message = await stage.on(partial(answer, body=asked, headers=headers, streamed=streamed))
+    except (Broken, httpx.HTTPError, TimeoutError, ValueError, LookupError) as error:
+        seen.problem(f"turn {turn}: {type(error).__name__}: {error}")
+        return None
+    seen.counts["streamed" if streamed else "whole"] += 1
+    seen.counts[message["stop_reason"]] += 1
+    if problem := disobeys(asked, message):
+        seen.problem(f"turn {turn}: {problem}")
+    one = Kept(headers, asked, turn, message)
+    if asked["temperature"] == 0:
+        seen.kept.append(one)
+    if one.prompt_tokens > LONGEST:
+        return None
+    messages = [*asked["messages"], {"role": "assistant", "content": message["content"]}]
+    messages += following(rng, topics, message["content"])
+    place = rng.random()
+    if place < 0.1:
+        messages = branched(rng, topics, messages)
+    elif place < 0.2:
+        messages = edited(rng, messages)
+    return Conversation(headers, conversation.body | {"messages": messages})
 
 
 async def answer(http: httpx.AsyncClient, body: Json, headers: dict[str, str], streamed: bool) -> Json:
