@@ -163,7 +163,7 @@ class Verdict:
     differences: list[Difference]
     reused: int  # tokens, by the twin
     judged: int = 0  # later turns
-    unknown: int = 0  # whose tokens could not be rebuilt, or that obeyed a schema
+    unknown: int = 0  # whose tokens could not be rebuilt
     flips: int = 0  # tokens that were second best, by a near tie
     wrong: list[Difference] = field(default_factory=list)  # later turns
 
@@ -176,7 +176,7 @@ def verdict(config: Config, kept: Sequence[Kept], model: str, folder: Path, prog
         found, reused = asyncio.run(twins(server.url, groups, lambda: progress.advance(bar)))
         exact = httpx.get(f"{server.url}/health").json()["dtype"] == "float32"
     made = Verdict(sum(map(len, groups)), found, reused)
-    later = [one for one in kept if one.turn > 0]
+    later = [one for one in kept if one.turn > 0 and one.free]
     chosen = random.Random(config.seed).sample(later, min(config.judged, len(later)))
     if not exact or not (found or chosen):
         return made  # what a near tie is has been said of float32 only
@@ -231,7 +231,6 @@ def summary(config: Config, model: str, found: Soaked, made: Verdict, judged: Se
         "counted_by_server": dict(totals),
         "lives": [asdict(life) | {"log": life.log.name} for life in found.lives],
         "problems": found.seen.problems[:EXPLAINED],
-        "differences": [checks.shown(d) for d in [*made.differences, *made.wrong][:EXPLAINED]],
     }
 
 
@@ -242,12 +241,15 @@ def table(judged: Sequence[Check]) -> Table:
         grid.add_column(name)
     for check in judged:
         mark = {True: "[green]passed", False: "[red]failed", None: "[yellow]not judged"}[check.passed]
-        grid.add_row(mark, check.name, escape(check.told))
+        grid.add_row(mark, check.name, escape(check.told.partition("; ")[0]))
     return grid
 
 
 def run(config: Config, model: str, out: Path, console: Console) -> list[Check]:
-    """Soak, check, and write what was found to `out`: soak.json, samples.jsonl, soak.png. The checks."""
+    """Soak, check, and write what was found to `out`; the checks.
+
+    soak.json has the figures, samples.jsonl and differences.jsonl one line each, soak.png the picture.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch, Progress(*columns, console=console) as progress:
         folder = Path(scratch)
@@ -258,6 +260,8 @@ def run(config: Config, model: str, out: Path, console: Console) -> list[Check]:
     told = summary(config, model, found, made, judged) | provenance()
     (out / "soak.json").write_text(json.dumps(told, indent=2) + "\n")
     (out / "samples.jsonl").write_text("".join(json.dumps(asdict(s)) + "\n" for s in found.samples))
+    different = [{"other": d.other, "tied": d.tied, **asdict(d.kept)} for d in [*made.differences, *made.wrong]]
+    (out / "differences.jsonl").write_text("".join(json.dumps(d) + "\n" for d in different))
     draw(found.samples, found.lives, out / "soak.png")
     return judged
 

@@ -21,7 +21,7 @@ import httpx
 from experiments.server import prompt_counts
 from experiments.soak.stage import Broken, Stage
 from experiments.soak.talk import BAD, Topics, branched, demand, disobeys, edited, following, opening, who
-from experiments.synthetic import Json
+from experiments.synthetic import Json, prose
 
 REMEMBERED = 64  # openings, and conversations that rest
 LONGEST = 1200  # tokens of a prompt, after which a conversation ends: what follows must fit the server's context
@@ -41,6 +41,12 @@ class Kept:
     def prompt_tokens(self) -> int:
         """Tokens of its prompt."""
         return prompt_counts(self.message["usage"])[0]
+
+    @property
+    def free(self) -> bool:
+        """Whether the model was free in what it said, and all that it said is in the message."""
+        demanded = "tool_choice" in self.body or "output_config" in self.body
+        return not demanded and self.message["stop_reason"] != "stop_sequence"
 
     @property
     def said(self) -> tuple[Any, ...]:
@@ -117,6 +123,8 @@ async def exchange(
     try:
         if rng.random() < 0.15:
             await refused(stage, seen, rng, asked, headers)
+        if rng.random() < 0.05:
+            await elsewhere(stage, seen, rng, asked, headers)
         if rng.random() < 0.12:
             await left(stage, seen, rng, asked, headers)
         streamed = rng.random() < 0.3
@@ -187,6 +195,26 @@ def joined(events: Iterable[Json]) -> Json:
     if not ended:
         raise Broken("the stream ended before its message_stop")
     return message
+
+
+async def elsewhere(stage: Stage, seen: Seen, rng: random.Random, body: Json, headers: dict[str, str]) -> None:
+    """Ask another route something, which must be answered."""
+    text = prose(rng, 80)
+    path, asked = rng.choice(
+        (
+            ("/v1/messages/count_tokens", body),
+            ("/v1/chat/completions", {"model": "m", "max_tokens": 6, "messages": [{"role": "user", "content": text}]}),
+            ("/v1/responses", {"model": "m", "max_output_tokens": 16, "input": text}),
+        )
+    )
+
+    async def send(http: httpx.AsyncClient) -> None:
+        response = await http.post(path, json=asked, headers=headers)
+        if response.status_code != 200:
+            raise Broken(f"{path}: expected an answer, got {response.status_code}: {response.text[:300]}")
+
+    await stage.on(send)
+    seen.counts[path] += 1
 
 
 async def refused(stage: Stage, seen: Seen, rng: random.Random, body: Json, headers: dict[str, str]) -> None:

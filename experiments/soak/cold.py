@@ -136,12 +136,10 @@ class Cold:
         return np.asarray(self.forward(self.params, batch, pool, self.config)[0])[:count]
 
     def judge(self, kept: Kept) -> tuple[Difference | None, int] | None:
-        """Hold each token of an unconstrained answer against the logits: the first one that is wrong, and flips.
+        """Hold each token of an answer that is `free` against the logits: the first one that is wrong, and flips.
 
-        None where the tokens are not known: of a demanded or cut answer, or where the log has lost the history.
+        None where the tokens are not known, as the log has lost the answer or some of its history.
         """
-        if "tool_choice" in kept.body or "output_config" in kept.body or kept.message["stop_reason"] == "stop_sequence":
-            return None
         _, scope, made = self.prompt(kept)
         said = {"role": "assistant", "content": kept.message["content"]}
         whole = json.dumps(kept.body | {"messages": [*kept.body["messages"], said]}).encode()
