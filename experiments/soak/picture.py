@@ -52,7 +52,8 @@ def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
             killed = life.end == "kill -9"
             place.axvline(life.ended_s / 60, color="0.5", linewidth=0.8, linestyle=":" if killed else "--")
         if len(place.get_legend_handles_labels()[0]) > 1:
-            place.legend(frameon=False, fontsize=9)
+            place.set_ylim(0, 1.3 * place.get_ylim()[1])
+            place.legend(frameon=False, fontsize=9, loc="upper left", ncols=3)
     for place in axes[-1]:
         place.set_xlabel("minutes; the server was killed (dotted) or told to end (dashed)")
     save(figure, path)

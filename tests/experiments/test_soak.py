@@ -440,8 +440,19 @@ class TestRuns:
         assert (tmp_path / "soak.png").stat().st_size > 10_000
 
     @pytest.mark.slow
+    @pytest.mark.timeout(1800)
     def test_five_minutes_of_sessions_restarts_and_losses_pass(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "experiments.soak", "--minutes", "5", "--out", str(tmp_path)]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.soak",
+            "--minutes",
+            "5",
+            "--judged",
+            "300",
+            "--out",
+            str(tmp_path),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
