@@ -257,7 +257,7 @@ BAD: dict[str, Callable[[Json], Bad]] = {
         tool_choice={"type": "none"}, output_config={"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}
     ),
     "thinking without budget": broken(thinking={"type": "enabled"}),
-    "metadata of text": broken(metadata="x"),
+    "system of numbers": broken(system=[7]),
     "prompt too long": broken(messages=user("seven " * 20_000)),
     "body too large": lambda body: Bad(413, b" " * (BODY_BYTES + 1)),
     "unknown rule": lambda body: Bad(400, json.dumps(body).encode(), headers={"x-tokenzero-normalize": "no-such"}),
