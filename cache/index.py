@@ -77,10 +77,16 @@ class RadixIndex:
         The last page may hold more than the match. A hit counts as a use of every node on the way, as a whole.
         """
         root = self.top.children.get(salt)
+        if root is not None:
+            self._touch(self._walk(root, tokens)[0])
+        return self.find(tokens, salt)
+
+    def find(self, tokens: np.ndarray, salt: bytes) -> tuple[np.ndarray, int]:
+        """What `match` returns, and nothing counts as used."""
+        root = self.top.children.get(salt)
         if root is None:
             return NO_PAGES, 0
         path, length = self._walk(root, tokens)
-        self._touch(path)
         slots = slots_for(length, self.page_size)
         pages = np.concatenate([node.pages for node in path])[:slots]
         if len(pages) < slots:  # the match ends in a page slot that an inner node leaves to its children
@@ -135,6 +141,40 @@ class RadixIndex:
             self._queue(leaf)
         self.evicted_pages += freed
         return freed
+
+    def drop(self, tokens: np.ndarray, start: int, salt: bytes) -> list[np.ndarray]:
+        """Forget what lies from position `start` on in all sequences that begin with `tokens[: start + 1]`.
+
+        `start` is a multiple of the page size and inside of `tokens` ([tokens] int32). Returns those sequences, whole,
+        each [tokens] int32. A page in use stays with its users.
+        """
+        assert start % self.page_size == 0, f"cannot cut at {start}, inside a page of {self.page_size} tokens"
+        root = self.top.children.get(salt)
+        path, matched = self._walk(root, tokens[: start + 1]) if root is not None else ([], 0)
+        if matched <= start:
+            return []
+        top = path[-1]
+        if top.start < start:
+            self._split(top, start)
+        above = top.parent
+        assert above is not None
+        gone, sequences, pending = set(), [], [(top, tokens[:start])]
+        while pending:
+            node, before = pending.pop()
+            whole = np.concatenate([before, node.tokens])
+            pending += [(child, whole) for child in node.children.values()]
+            if node.is_leaf:
+                sequences.append(whole)
+                gone.add(node)
+            self._swap(old=node.pages, new=NO_PAGES)
+        self.leaves = [entry for entry in self.leaves if entry[2] not in gone]
+        heapq.heapify(self.leaves)
+        del above.children[top.key]
+        if above.is_leaf:
+            self._queue(above)
+        elif not above.children and above.parent is not None:
+            del above.parent.children[above.key]
+        return sequences
 
     def idle_pages(self) -> int:
         """Pages that no request uses, only the tree: no eviction can free more than these."""

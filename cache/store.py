@@ -83,6 +83,21 @@ class PrefixStore:
         """How many of `tokens` ([tokens] int32) are cached, as `match` finds them, without a lease or a use."""
         return self.index.length(np.asarray(tokens, np.int32), salt)
 
+    def find(self, tokens: np.ndarray, salt: bytes = b"") -> tuple[np.ndarray, int]:
+        """The pages ([slots] int32) that hold the longest cached prefix of `tokens`, and its length.
+
+        No lease and no use: good until the next call that changes the store.
+        """
+        return self.index.find(np.asarray(tokens, np.int32), salt)
+
+    def drop(self, tokens: np.ndarray, start: int, salt: bytes = b"") -> list[np.ndarray]:
+        """Forget what was published from position `start` on, of all sequences that begin with `tokens[: start + 1]`.
+
+        `start` is a multiple of the page size. Returns those sequences, whole, each [tokens] int32. A live lease keeps
+        its pages, and would publish them again: call it while there is none that could.
+        """
+        return self.index.drop(np.asarray(tokens, np.int32), start, salt)
+
     def extend(self, lease: Lease, length: int) -> tuple[Lease, list[PageCopy]]:
         """Make room for `length` tokens in total, evicting cached pages as needed.
 

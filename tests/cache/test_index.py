@@ -162,6 +162,66 @@ def test_a_page_in_use_stops_eviction_of_itself_and_of_what_comes_before():
     assert index.evict(100) == 2
 
 
+def test_dropping_from_a_page_on_takes_all_that_goes_on_as_the_sequence_does():
+    index = small_index()
+    for text in ("abcdefghij", "abcdefXY", "abcdXY", "other"):
+        put(index, text)
+    dropped = index.drop(ids("abcdefghij"), 4, SALT)
+    index.check()
+    assert sorted("".join(map(chr, sequence)) for sequence in dropped) == ["abcdefXY", "abcdefghij"]
+    assert runs(index) == ["XY", "abcd", "other"]
+    assert matched(index, "abcdefghij") == 4
+    assert index.pool.free_pages == 32 - 4
+
+
+def test_dropping_from_token_zero_leaves_other_sequences_and_salts():
+    index = small_index()
+    for salt in (b"one", b"two"):
+        put(index, "abcdefgh", salt)
+    assert [len(sequence) for sequence in index.drop(ids("ab"), 0, b"one")] == [8]
+    index.check()
+    assert matched(index, "abcdefgh", b"one") == 0
+    assert matched(index, "abcdefgh", b"two") == 8
+    put(index, "abcd", b"one")
+
+
+def test_dropping_what_is_not_there_changes_nothing():
+    index = small_index()
+    put(index, "abcdef")
+    assert index.drop(ids("abcdef"), 8, SALT) == []
+    assert index.drop(ids("abcdXf"), 4, SALT) == []
+    assert index.drop(ids("abcdef"), 0, b"another") == []
+    assert matched(index, "abcdef") == 6
+    index.check()
+
+
+def test_what_drops_its_end_is_evicted_like_any_other_leaf():
+    index = small_index()
+    put(index, "abcdefgh")
+    index.drop(ids("abcdefgh"), 4, SALT)
+    assert index.evict(10) == 1
+    index.check()
+    assert index.pool.free_pages == 32
+
+
+def test_a_dropped_page_in_use_stays_with_its_user():
+    index = small_index()
+    pages = put(index, "abcdefgh")
+    index.pool.retain(pages)
+    index.drop(ids("abcdefgh"), 0, SALT)
+    index.check()
+    assert index.pool.ref_counts[pages].tolist() == [1, 1]
+
+
+def test_to_find_a_prefix_is_no_use_of_it():
+    index = small_index()
+    for text in ("aaaa", "bbbb"):
+        put(index, text)
+    assert index.find(ids("aaaa"), SALT)[1] == 4
+    index.evict(1)
+    assert runs(index) == ["bbbb"]
+
+
 def test_leaves_in_use_are_looked_at_once_per_eviction(monkeypatch):
     index = small_index(num_pages=100, page_size=8)
     for n in range(50):

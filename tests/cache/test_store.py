@@ -284,6 +284,19 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         freed = self.store.index.evict(count)
         assert self.store.pool.free_pages == before + freed
 
+    @precondition(lambda self: self.published)
+    @rule(data=st.data())
+    def drop(self, data):
+        """From a page on, which takes along what begins as this sequence does up to there, and no other."""
+        tokens = data.draw(st.sampled_from(self.published))
+        if not tokens:
+            return
+        salt = bytes([int(tokens[0] >= 10)])
+        start = data.draw(st.integers(0, (len(tokens) - 1) // self.page_size)) * self.page_size
+        dropped = self.store.drop(np.array(tokens, np.int32), start, salt)
+        assert all(sequence[: start + 1].tolist() == tokens[: start + 1] for sequence in dropped)
+        self.published = [p[:start] if p[: start + 1] == tokens[: start + 1] else p for p in self.published]
+
     @invariant()
     def everything_adds_up(self):
         self.store.check()
