@@ -77,9 +77,11 @@ class RadixIndex:
         The last page may hold more than the match. A hit counts as a use of every node on the way, as a whole.
         """
         root = self.top.children.get(salt)
-        if root is not None:
-            self._touch(self._walk(root, tokens)[0])
-        return self.find(tokens, salt)
+        if root is None:
+            return NO_PAGES, 0
+        path, length = self._walk(root, tokens)
+        self._touch(path)
+        return self._table(path, length), length
 
     def find(self, tokens: np.ndarray, salt: bytes) -> tuple[np.ndarray, int]:
         """What `match` returns, and nothing counts as used."""
@@ -87,15 +89,7 @@ class RadixIndex:
         if root is None:
             return NO_PAGES, 0
         path, length = self._walk(root, tokens)
-        slots = slots_for(length, self.page_size)
-        pages = np.concatenate([node.pages for node in path])[:slots]
-        if len(pages) < slots:  # the match ends in a page slot that an inner node leaves to its children
-            below = path[-1]
-            while below is path[-1] or not len(below.pages):
-                below = next(iter(below.children.values()))
-            pages = np.append(pages, below.pages[0])
-        assert len(pages) == slots
-        return pages, length
+        return self._table(path, length), length
 
     def insert(self, tokens: np.ndarray, pages: np.ndarray, salt: bytes) -> None:
         """Add `tokens` ([tokens] int32), whose KV lies in `pages` ([slots] int32, slot 0 first).
@@ -220,6 +214,18 @@ class RadixIndex:
             matched += common_prefix(child.tokens, tokens[matched:])
             path.append(child)
         return path, matched
+
+    def _table(self, path: list[Node], length: int) -> np.ndarray:
+        """The pages of a path's first `length` tokens, [slots] int32."""
+        slots = slots_for(length, self.page_size)
+        pages = np.concatenate([node.pages for node in path])[:slots]
+        if len(pages) < slots:  # the match ends in a page slot that an inner node leaves to its children
+            below = path[-1]
+            while below is path[-1] or not len(below.pages):
+                below = next(iter(below.children.values()))
+            pages = np.append(pages, below.pages[0])
+        assert len(pages) == slots
+        return pages
 
     def _split(self, node: Node, at: int) -> Node:
         """Cut `node` at position `at` inside it; returns the new upper half. The lower stays the node it was."""

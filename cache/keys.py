@@ -44,6 +44,20 @@ def tail_key(parent: bytes, tokens: np.ndarray) -> bytes:
     return chained(parent, token_bytes(tokens))
 
 
+def all_keys(root: bytes, tokens: np.ndarray, page_size: int, start: int = 0) -> list[bytes]:
+    """Every key under which a page of `tokens` ([tokens] int32) may lie, from the page at position `start` on.
+
+    That is the full pages' own keys, and for each page those of the tails that a shorter sequence left in it.
+    """
+    keys = page_keys(root, tokens, page_size)
+    found = keys[start // page_size :]
+    for first in range(start, len(tokens), page_size):
+        parent = keys[first // page_size - 1] if first else root
+        longest = min(first + page_size - 1, len(tokens))
+        found += [tail_key(parent, tokens[first:stop]) for stop in range(first + 1, longest + 1)]
+    return found
+
+
 def chained(parent: bytes, data: memoryview) -> bytes:
     """The key of the page with token bytes `data` behind `parent`."""
     # The parent's length is fixed, so that joining the two is unambiguous.

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.keys import tail_key
+from cache.keys import all_keys, tail_key
 from cache.tiers import HostTier, Tier, TieredPages
 from cache.worker import Worker
 from cache.writeback import WriteBack
 
 log = logging.getLogger(__name__)
+
+# Forgetting waits so long for what is being written, and deletes so many keys at once: writers wait meanwhile.
+FORGET_SECONDS = 5.0
+FORGET_STEP = 512
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,28 @@ class Tiers:
         What is found, and what is held, counts as used by a request of the time `used` (nanoseconds since 1970).
         """
         return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size, used)
+
+    def forget(
+        self,
+        root: bytes,
+        sequences: Sequence[np.ndarray],  # each [tokens] int32
+        start: int,
+        page_size: int,
+    ) -> "Future[int]":
+        """Delete the sequences' pages from position `start` on, the partly filled ones too; the number of keys.
+
+        In the background, but before any later `look`: no request finds what was to be forgotten when it came.
+        """
+        return self.searcher.submit(self._forget, root, sequences, start, page_size)
+
+    def _forget(self, root: bytes, sequences: Sequence[np.ndarray], start: int, page_size: int) -> int:
+        self.writer.flush(FORGET_SECONDS)  # some of it may still wait to be written
+        keys = list(dict.fromkeys(key for tokens in sequences for key in all_keys(root, tokens, page_size, start)))
+        for at in range(0, len(keys), FORGET_STEP):
+            for tier in self.pages.tiers:
+                step = keys[at : at + FORGET_STEP]
+                tier.delete([key for key, there in zip(step, tier.contains_many(step), strict=True) if there])
+        return len(keys)
 
     def close(self, seconds: float = 60.0) -> None:
         """Write what is queued, then close all tiers, within so many seconds: a tier that takes longer is left alone.

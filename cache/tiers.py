@@ -312,6 +312,10 @@ class TieredPages:
         )
         return Fetched(sources, seconds)
 
+    def copies(self, keys: Sequence[bytes]) -> "Future[dict[str, list[Payload | None]]]":
+        """What each tier has under the keys, by its name; read in the background, and nothing is kept further up."""
+        return self.reader.submit(lambda: {tier.name: tier.get_many(keys) for tier in self.tiers})
+
     def stats(self) -> list[TierStats]:
         """The stats of each tier, the fastest first; at once."""
         return [tier.stats() for tier in self.tiers]

@@ -26,6 +26,7 @@ from cache.store import PrefixStore
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
+from serve.audit import Auditor, AuditSettings
 from serve.cost import Constants, cost_model
 from serve.inbox import Inbox, Overloaded
 from serve.lookup import guess
@@ -76,6 +77,7 @@ class EngineSettings:
     restore_bytes: int = 1 << 30  # of pages that were read back and are not in the pool yet
     stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
+    audit_pages: int = 0  # beside the others, for the auditor to compute in
 
     def __post_init__(self) -> None:
         """No chunk is longer in company than alone."""
@@ -110,6 +112,7 @@ class Engine:
         tiers: Tiers | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         costs: Constants | None = None,
+        audit: AuditSettings | None = None,
     ) -> None:
         room = (settings.num_pages - 1) * settings.page_size
         if settings.max_model_len > room:
@@ -135,10 +138,13 @@ class Engine:
         self.full = False  # the next request has no room until one that runs has ended
         self.idle = False  # the last step found nothing to do, because all wait for the tiers
         self.counters = Counters()
+        self.device_s = 0.0  # what the steps of requests took the device
         self.numbers = 0
         self.thread = threading.Thread(target=self.loop, name="tokenzero-engine", daemon=True)
         self.pool, (start, stop), seconds = warm_up(self.steps, params, self.pool, settings.max_model_len)
         self.prefilled(start, stop, seconds)
+        own = settings.audit_pages
+        self.auditor = Auditor(audit, self.pool, own, settings.dtype, settings.mixed_chunk) if audit and own else None
 
     # Called from any thread.
 
@@ -199,6 +205,8 @@ class Engine:
                 try:
                     self.drop(cancelled)
                     self.step()
+                    if self.auditor:
+                        self.auditor.turn(self)
                 except Exception as error:
                     log.exception("a step failed: %d running requests end with an error", len(self.running))
                     self.recover(f"{type(error).__name__}: {error}")
@@ -220,7 +228,8 @@ class Engine:
         """Take what other threads sent, waiting for it when there is nothing to do: who is cancelled; None to stop."""
         unfinished = bool(self.waiting or self.running or (self.pager and self.pager.parked))
         if not unfinished or self.idle:
-            self.inbox.sleep(IDLE_SECONDS if unfinished else None)
+            nap = self.auditor.nap(self) if self.auditor else None
+            self.inbox.sleep(IDLE_SECONDS if unfinished else nap)
         submissions, cancelled = self.inbox.read()
         self.waiting.extend(submissions)
         return None if self.inbox.stopping else cancelled
@@ -296,6 +305,8 @@ class Engine:
                 self.waiting.appendleft(sequence)
                 self.full = True
                 return
+            if not sequence.sampled:
+                sequence.taken_over = sequence.computed
             if not sequence.started:  # one that was preempted has computed some of what it matches now
                 sequence.started, sequence.reused = time.perf_counter(), sequence.computed
             elif not sequence.sampled:  # and some of what it had taken over may be gone
@@ -436,6 +447,7 @@ class Engine:
         if flight.chunk:
             # Until the step before had been read, the device may not have begun.
             self.prefilled(*flight.chunk, now - max(flight.launched, self.landed_at))
+        self.device_s += now - max(flight.launched, self.landed_at)
         self.landed_at = now
         for seat in flight.seats:
             sequence = seat.sequence
@@ -485,10 +497,25 @@ class Engine:
                 self.preempt(max(self.running, key=lambda s: s.number))
                 continue
             for copy in copies:
-                source, target = np.asarray([copy.source], np.int32), np.asarray([copy.target], np.int32)
-                self.pool = self.steps.copy(self.pool, source, target)
+                self.copy_page(copy.source, copy.target)
             return True
         return False
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page of the pool to another, over all layers."""
+        self.pool = self.steps.copy(self.pool, np.asarray([source], np.int32), np.asarray([target], np.int32))
+
+    def compute(self, row: Row) -> np.ndarray:
+        """Run a row alone, in a shape that is compiled anyway: the logits behind its last token, [vocab] float32."""
+        bucket = fit(self.buckets, [len(row.tokens)])
+        batch, _ = pack([row], bucket, self.steps.table_pages)
+        logits, self.pool = self.steps.run[bucket].forward(self.params, self.pool, batch, self.steps.nothing)
+        return np.asarray(logits)[0]
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no request is in the engine, and no page of one waits to be saved."""
+        return not (self.waiting or self.running or self.flight or (self.pager and self.pager.parked))
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; it resumes from what the store still has of it."""
@@ -533,6 +560,8 @@ class Engine:
             self.counters.requests += 1
             self.counters.prompt_tokens += prompt
             self.counters.reused_tokens += sequence.reused
+            if self.auditor:
+                self.auditor.reused(sequence, token)
             self.tell(
                 sequence,
                 Started(
@@ -573,6 +602,10 @@ class Engine:
             if self.pager:
                 self.pager.forget(sequence)
             self.tell(sequence, Failed(message))
+        self.check_pool()
+
+    def check_pool(self) -> None:
+        """Start from an empty pool if the last step took it along."""
         if not usable(self.pool):
             for lost in jax.tree.leaves(self.pool):
                 lost.delete()  # there may be no room for two
@@ -584,7 +617,8 @@ class Engine:
     def fresh_pool(self) -> KVPool:
         """An empty device pool of the configured size."""
         settings = self.settings
-        return empty_pool(self.config, settings.num_pages, settings.page_size, jax.numpy.dtype(settings.dtype))
+        pages = settings.num_pages + settings.audit_pages
+        return empty_pool(self.config, pages, settings.page_size, jax.numpy.dtype(settings.dtype))
 
 
 def usable(pool: KVPool) -> bool:

@@ -142,7 +142,8 @@ class Sequence:
     lease: Lease | None = None
     computed: int = 0  # tokens whose keys and values are in the lease's pages
     reused: int = 0  # of these, the ones that somebody else had computed
-    restored: Counter[str] = field(default_factory=Counter)  # of these, the ones that came from a tier, by its name
+    taken_over: int = 0  # the last of these ends here; what comes between them it has computed itself
+    restored: Counter[str] = field(default_factory=Counter)  # of those, the ones that came from a tier, by its name
     sampled: int = 0
     flight: Flight | None = None  # the step that samples its next token, which then is the one behind `length`
     keys: list[bytes] = field(default_factory=list)  # of its full pages, as far as they are known
@@ -171,6 +172,7 @@ class Sequence:
         """Count the first `length` tokens as computed by somebody else, whose business it is to save their pages."""
         if not self.sampled:
             self.reused += length - self.computed
+            self.taken_over = length
         self.unsaved.extend(range(self.sealed, self.computed // page_size))  # its own, from a step in the air
         self.computed = length
         self.sealed = max(self.sealed, length // page_size)
