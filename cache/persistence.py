@@ -106,9 +106,7 @@ class Tiers:
         self.writer.flush(FORGET_SECONDS)  # some of it may still wait to be written
         keys = list(dict.fromkeys(key for tokens in sequences for key in all_keys(root, tokens, page_size, start)))
         for at in range(0, len(keys), FORGET_STEP):
-            for tier in self.pages.tiers:
-                step = keys[at : at + FORGET_STEP]
-                tier.delete([key for key, there in zip(step, tier.contains_many(step), strict=True) if there])
+            self.pages.forget(keys[at : at + FORGET_STEP])
         return len(keys)
 
     def close(self, seconds: float = 60.0) -> None:

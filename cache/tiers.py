@@ -313,8 +313,21 @@ class TieredPages:
         return Fetched(sources, seconds)
 
     def copies(self, keys: Sequence[bytes]) -> "Future[dict[str, list[Payload | None]]]":
-        """What each tier has under the keys, by its name; read in the background, and nothing is kept further up."""
-        return self.reader.submit(lambda: {tier.name: tier.get_many(keys) for tier in self.tiers})
+        """What each tier has under the keys, by its name; in the background, no use, nothing is kept higher."""
+        return self.reader.submit(lambda: {tier.name: self._copies(tier, keys) for tier in self.tiers})
+
+    def _copies(self, tier: Tier, keys: Sequence[bytes]) -> list[Payload | None]:
+        never = [0] * len(keys)
+        nothing: list[Payload | None] = [None] * len(keys)
+        return self.failures.guard(f"{tier.name}: no audit", lambda: tier.get_many(keys, stamps=never), nothing)
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Delete pages from every tier."""
+        for tier in self.tiers:
+            self.failures.guard(f"{tier.name}: pages are not deleted", partial(self._forget, tier, keys), None)
+
+    def _forget(self, tier: Tier, keys: Sequence[bytes]) -> None:
+        tier.delete([key for key, there in zip(keys, tier.contains_many(keys), strict=True) if there])
 
     def stats(self) -> list[TierStats]:
         """The stats of each tier, the fastest first; at once."""

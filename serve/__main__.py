@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from cache.persistence import Tiers
     from model.config import ModelConfig
     from model.params import Params
+    from serve.audit import AuditSettings
     from serve.engine import EngineSettings
+
+log = logging.getLogger("tokenzero")
 
 # On a GPU: what stays free for activations and the compiler's scratch beside weights and pool.
 DEVICE_MARGIN_BYTES = 3 * 2**30
@@ -36,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(
         prog="python -m serve",
         usage="%(prog)s --model DIR_OR_ID [options]",
-        epilog="%(prog)s explain A.json B.json says where two captured requests diverge, and why; "
+        epilog="%(prog)s audit FILE --model DIR replays what an audit found wrong; "
+        "%(prog)s explain A.json B.json says where two captured requests diverge, and why; "
         "%(prog)s proxy --upstream URL puts the rules in front of another engine.",
         description="Serve a Hugging Face checkpoint over the Anthropic Messages API, with every prefix cached.",
     )
@@ -154,6 +158,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="what computing costs here, from `python -m experiments.fit` (default: measured while serving)",
     )
+    audit = cli.add_argument_group("audit")
+    audit.add_argument(
+        "--audit-share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="of the device's time: idle moments in which reused prefixes are computed again and compared; "
+        "0 turns it off (default: %(default)s)",
+    )
+    audit.add_argument(
+        "--audit-dir",
+        type=Path,
+        metavar="DIR",
+        help="for the sequences that were found wrong, as token ids; `audit FILE` replays one "
+        "(default: audits beside the store, or in the user's cache)",
+    )
     numbers = (
         ("--page-size", 64, "TOKENS", "tokens in a KV page"),
         ("--max-batch", 16, "N", "requests that run at the same time"),
@@ -182,6 +202,8 @@ def check(args: argparse.Namespace) -> str | None:
     for name in ("flush_seconds", "stop_seconds"):
         if not 0 <= getattr(args, name) < float("inf"):
             return f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(args, name)}"
+    if not 0 <= args.audit_share <= 1:
+        return f"--audit-share: expected 0 to 1, got {args.audit_share}"
     if args.max_model_len is not None and args.max_model_len < 2:
         return f"--max-model-len: expected at least 2, got {args.max_model_len}"
     return None
@@ -237,6 +259,7 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
     import numpy as np
 
     from model.kv import bytes_per_token
+    from serve.audit import audit_pages
     from serve.engine import EngineSettings
 
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -253,9 +276,14 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
             f"--max-model-len: got {args.max_model_len}, but the model takes {config.max_position} tokens "
             f"and the KV pool of {budget} bytes holds {longest}"
         )
+    own = audit_pages(pages, args.page_size, audit_settings(args))
+    if args.max_model_len and args.max_model_len > longest - own * args.page_size:
+        own = 0  # the context that was asked for goes first
+    if args.audit_share and not own:
+        log.info("the KV pool of %d pages has none to spare for the auditor: nothing is audited", pages)
     return EngineSettings(
-        num_pages=pages,
-        max_model_len=min(wanted, longest),
+        num_pages=pages - own,
+        max_model_len=min(wanted, longest - own * args.page_size),
         page_size=args.page_size,
         max_batch=args.max_batch,
         max_waiting=args.max_waiting,
@@ -264,7 +292,21 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
         restore_bytes=args.restore_bytes,
         stop_seconds=args.stop_seconds,
         dtype=dtype,
+        audit_pages=own,
     )
+
+
+def audit_settings(args: argparse.Namespace) -> AuditSettings:
+    """What the auditor may use."""
+    from serve.audit import AuditSettings
+
+    folder = store_folder(args.store)
+    return AuditSettings(args.audit_share, args.audit_dir or (folder or user_cache()) / "audits")
+
+
+def user_cache() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenzero"
 
 
 def set_up_jax() -> None:
@@ -272,8 +314,7 @@ def set_up_jax() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     import jax
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenzero" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -285,6 +326,11 @@ def main(argv: list[str] | None = None) -> None:
         from serve.diagnose import main as explain
 
         explain(given[1:])
+        return
+    if given[:1] == ["audit"]:
+        from serve.audit_case import main as audit
+
+        audit(given[1:])
         return
     if given[:1] == ["proxy"]:
         from serve.proxy.cli import main as proxy
@@ -342,6 +388,7 @@ def main(argv: list[str] | None = None) -> None:
                 open_tiers(args, on_cpu),
                 on_progress=lambda done, total: progress.update(compiling, completed=done, total=total),
                 costs=costs,
+                audit=audit_settings(args),
             )
             serving = make_serving(
                 engine,

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from serve.audit import Auditor
 from serve.engine import Engine
 from serve.paging import Pager
 
@@ -52,8 +53,23 @@ class EngineCollector(Collector):
         ):
             pages.add_metric([state], value)
         yield pages
+        if self.engine.auditor:
+            yield from audit_metrics(self.engine.auditor)
         if self.engine.pager:
             yield from tier_metrics(self.engine.pager)
+
+
+def audit_metrics(auditor: Auditor) -> Iterator[Metric]:
+    """What was audited of what requests reused, and what was found wrong."""
+    for name, text, value in (
+        ("audited_requests", "Requests whose reused prefix was computed again", auditor.requests),
+        ("audited_tokens", "Reused tokens that were computed again", auditor.tokens),
+        ("audit_mismatches", "Audits that found cached pages wrong: they were dropped", auditor.mismatches),
+        ("audit_seconds", "What audits took the device", auditor.seconds),
+        ("audit_failures", "Audits that ended by an error of their own", auditor.failures),
+    ):
+        yield CounterMetricFamily(f"tokenzero_{name}", text, value=value)
+    yield GaugeMetricFamily("tokenzero_audit_bytes", "Memory that requests to audit take", value=auditor.record_bytes)
 
 
 def tier_metrics(pager: Pager) -> Iterator[Metric]:

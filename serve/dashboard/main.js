@@ -62,8 +62,13 @@ function drawTiles(all) {
     ["generated", short(total("tokenzero_generated_tokens_total")), `tokens, for ${count(total("tokenzero_requests_total"))} requests`],
     ["running", count(total("tokenzero_running")), `${count(total("tokenzero_waiting"))} waiting`],
   ];
+  if (answer.metrics.has("tokenzero_audited_requests_total")) {
+    const wrong = total("tokenzero_audit_mismatches_total");
+    const mismatched = wrong ? `${count(wrong)} mismatched: see the log` : "none mismatched";
+    tiles.push(["audited", count(total("tokenzero_audited_requests_total")), mismatched, wrong && "wrong"]);
+  }
   $("tiles").replaceChildren(
-    ...tiles.map(([name, value, more]) => make("div", { class: "tile" }, make("span", {}, name), make("b", {}, value), make("small", {}, more))),
+    ...tiles.map(([name, value, more, kind]) => make("div", { class: kind ? `tile ${kind}` : "tile" }, make("span", {}, name), make("b", {}, value), make("small", {}, more))),
   );
 }
 

@@ -26,7 +26,7 @@ from serve import paging
 from serve.audit import TOLERANCE, AuditSettings, audit_pages
 from serve.audit_case import Case, keep, read
 from serve.engine import Engine
-from serve.paging import BATCHES, Pager, Slice
+from serve.paging import Pager, Slice
 from serve.sequence import Finished
 from serve.steps import SamplingParams
 
@@ -185,7 +185,7 @@ class TestInjections:
         keys = stored(make, tmp_path, prompts)
         tiers = tiers_of(tmp_path)
         tiers.pages.tiers[0].delete([keys[6][TRUNK // PAGE]])  # a hole, and the tail of an earlier turn in its place
-        monkeypatch.setattr(Pager, "plan", careless_plan)
+        monkeypatch.setattr(paging, "slices_of", careless)
         audited_until_found(make(tiers), prompts)
 
     def test_a_restore_that_is_off_by_one(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ class TestInjections:
         assert engine.auditor is not None
         assert (engine.auditor.latest.source, engine.auditor.latest.position) == ("disk", 7 * PAGE)
         tiers.writer.flush(60)
-        tiers.look(b"", [], tokens, 0, PAGE).result()
+        tiers.searcher.submit(int).result(60)
         assert not any(disk.contains_many(engine.store.keys(tokens)[7:]))
         assert all(disk.contains_many(engine.store.keys(tokens)[:7]))
 
@@ -278,19 +278,10 @@ class TestInjections:
         assert engine.auditor.latest.witness == "token"
 
 
-def careless_plan(self: Pager, pages: list[StoredPage]) -> Any:
+def careless(pages: list[StoredPage], page_size: int, most: int) -> list[Slice]:
     """Slices as they once were: a page that is not full does not end one."""
-    return _slices(pages)
-
-
-def _slices(pages: list[StoredPage]) -> Any:
-    from collections import deque
-
-    slices: Any = deque()
-    for _, run in groupby(enumerate(pages), key=lambda item: item[1].index - item[0]):
-        found = [page for _, page in run]
-        slices.extend(Slice(found[at : at + BATCHES[0]]) for at in range(0, len(found), BATCHES[0]))
-    return slices
+    runs = [[page for _, page in run] for _, run in groupby(enumerate(pages), key=lambda item: item[1].index - item[0])]
+    return [Slice(run[at : at + most]) for run in runs for at in range(0, len(run), most)]
 
 
 def spoil(engine: Engine, tokens: np.ndarray, slot: int) -> None:

@@ -164,6 +164,17 @@ class TestSizes:
         assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--prefill-chunk", "32").mixed_chunk == 32
         assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--guesses", "4").guesses == 4
 
+    def test_the_auditor_has_a_small_share_of_the_pages_and_none_of_a_context_that_was_asked_for(
+        self, loaded: tuple[ModelConfig, Params]
+    ) -> None:
+        flags = ("--kv-pool-bytes", "8MiB", "--page-size", "16")
+        sizes = self.sized(loaded, *flags)
+        assert (sizes.num_pages, sizes.audit_pages) == (1024 - 16, 16)
+        assert sizes.max_model_len == 1007 * 16
+        sizes = self.sized(loaded, *flags, "--max-model-len", str(1023 * 16))
+        assert (sizes.num_pages, sizes.audit_pages) == (1024, 0)
+        assert self.sized(loaded, *flags, "--audit-share", "0").audit_pages == 0
+
     @pytest.mark.parametrize("flags", [["--kv-pool-bytes", "1MiB"], ["--kv-pool-bytes", "64MiB"]])
     def test_a_context_that_does_not_fit_is_refused_with_both_limits(
         self, flags: list[str], loaded: tuple[ModelConfig, Params]
