@@ -1,0 +1,217 @@
+"""What the auditor costs the requests of a loaded engine: time to first token and between tokens, with and without it.
+
+`python -m experiments.bench.audit --model DIR`: in each round some sessions at once ask an engine again and again, each
+some seconds after its last answer, and behind a prefix that grows. A round is run once an arm, in a random order, on
+texts that no other has seen: with no auditor, again with none, with its default share of the device, and with an equal
+share, so that it uses every idle moment. Ratios are taken within a round; those of the two arms without are the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments.bench.timing import Asked
+from experiments.provenance import provenance
+from model import checkpoint
+from model.params import unstacked
+from serve.__main__ import set_up_jax
+from serve.audit import Auditor, AuditSettings, audit_pages
+from serve.engine import Engine, EngineSettings
+
+RESULTS = Path("experiments/results/bench/audit.json")
+PAGE_TOKENS = 64
+# The share of the device in each arm; None for no auditor.
+ARMS: dict[str, float | None] = {"off": None, "off again": None, "default": AuditSettings.share, "always": 1.0}
+FIGURES = ("ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p99_ms")
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is asked."""
+
+    rounds: int = 8
+    sessions: int = 3
+    turns: int = 5
+    prefix: int = 4096  # tokens of a session's first prompt
+    more: int = 96  # tokens that each further turn adds to prompt and answer
+    output: int = 32
+    pause: float = 1.0  # seconds between an answer and the next request, in the mean
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one arm measured in one round."""
+
+    ttft_ms: tuple[float, ...]
+    gaps_ms: tuple[float, ...]
+    audited_tokens: int
+    audit_seconds: float
+
+
+def make_engine(folder: Path, config: Config) -> Engine:
+    """An engine on a checkpoint with an auditor, not started; its pool holds the sessions of two rounds."""
+    shape, params = checkpoint.load(folder, "float32")
+    longest = config.prefix + config.turns * (config.more + config.output)
+    pages = 2 * config.sessions * (longest // PAGE_TOKENS + 2)
+    audit = AuditSettings()
+    own = audit_pages(64 * (audit.max_tokens // PAGE_TOKENS + 2), PAGE_TOKENS, audit)
+    settings = EngineSettings(pages, longest, PAGE_TOKENS, audit_pages=own)
+    return Engine(unstacked(params), shape, settings, checkpoint.fingerprint(shape, params), audit=audit)
+
+
+def auditors(engine: Engine) -> dict[str, Auditor | None]:
+    """An auditor for each arm that has one, all on the same pages of the engine's pool."""
+    settings = engine.settings
+
+    def make(share: float) -> Auditor:
+        audit = replace(AuditSettings(), share=share)
+        return Auditor(audit, engine.pool, settings.audit_pages, settings.dtype, settings.mixed_chunk)
+
+    return {arm: None if share is None else make(share) for arm, share in ARMS.items()}
+
+
+def session(
+    engine: Engine, config: Config, rng: np.random.Generator, pauses: Sequence[float], out: list[Asked]
+) -> None:
+    """Ask turn by turn, each prompt the last one, its answer and something new."""
+    vocab = engine.config.vocab_size - 16  # a demo model's special tokens are the last ones
+    tokens = rng.integers(0, vocab, config.prefix).astype(np.int32)
+    for pause in pauses:
+        asked = Asked(engine, tokens, config.output)
+        asked.wait()
+        out.append(asked)
+        new = rng.integers(0, vocab, config.more)
+        tokens = np.concatenate([tokens, asked.tokens, new]).astype(np.int32)
+        time.sleep(pause)
+
+
+def run(engine: Engine, auditor: Auditor | None, config: Config, number: int, arm: str) -> Round:
+    """One round of one arm. Pauses are the round's own, texts the arm's."""
+    engine.auditor = auditor
+    before = (auditor.tokens, auditor.seconds) if auditor else (0, 0.0)
+    waits = np.random.default_rng(number).exponential(config.pause, (config.sessions, config.turns))
+    asked: list[Asked] = []
+    arms = list(ARMS).index(arm)
+    threads = [
+        threading.Thread(target=session, args=(engine, config, [number, arms, i], waits[i].tolist(), asked))
+        for i in range(config.sessions)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.auditor = None
+    after = (auditor.tokens, auditor.seconds) if auditor else (0, 0.0)
+    gaps = [1e3 * float(gap) for each in asked for gap in np.diff(each.times)]
+    return Round(tuple(1e3 * a.ttft for a in asked), tuple(gaps), after[0] - before[0], after[1] - before[1])
+
+
+def measure(engine: Engine, config: Config, console: Console) -> dict[str, list[Round]]:
+    """All rounds by arm; the first one, which warms up, is left out."""
+    order, ready = random.Random(0), auditors(engine)
+    rounds: dict[str, list[Round]] = {arm: [] for arm in ARMS}
+    for number in track(range(config.rounds + 1), "measuring", console=console, transient=True):
+        for arm in order.sample(list(ARMS), len(ARMS)):
+            found = run(engine, ready[arm], config, number, arm)
+            rounds[arm] += [found] if number else []
+    wrong = sum(auditor.mismatches + auditor.failures for auditor in ready.values() if auditor)
+    if wrong:
+        raise RuntimeError(f"{wrong} audits failed or found something wrong: see the log")
+    return rounds
+
+
+def figures(found: Round) -> dict[str, float]:
+    """The figures of one round."""
+    ttft, gaps = np.percentile(found.ttft_ms, (50, 95)), np.percentile(found.gaps_ms, (50, 99))
+    return dict(zip(FIGURES, map(float, (*ttft, *gaps)), strict=True))
+
+
+def summarise(rounds: dict[str, list[Round]]) -> Json:
+    """Medians by arm, and the ratios to the arm without an auditor, round by round.
+
+    A ratio is within the noise if it lies between the least and the largest one of the second arm without an auditor.
+    """
+    by_arm = {arm: [figures(found) for found in measured] for arm, measured in rounds.items()}
+    arms: Json = {}
+    for arm, measured in by_arm.items():
+        ratios = {f: [a[f] / b[f] for a, b in zip(measured, by_arm["off"], strict=True)] for f in FIGURES}
+        arms[arm] = {
+            "share": ARMS[arm],
+            "audited_tokens": sum(found.audited_tokens for found in rounds[arm]),
+            "audit_seconds": round(sum(found.audit_seconds for found in rounds[arm]), 3),
+            **{f: round(median(m[f] for m in measured), 3) for f in FIGURES},
+            "over_off": {f: round(median(ratios[f]), 4) for f in FIGURES},
+            "over_off_rounds": {f: [round(ratio, 4) for ratio in ratios[f]] for f in FIGURES},
+        }
+    noise = arms["off again"]["over_off_rounds"]
+    for arm in arms.values():
+        arm["within_noise"] = {f: min(noise[f]) <= arm["over_off"][f] <= max(noise[f]) for f in FIGURES}
+    return {"arms": arms}
+
+
+def table(summary: Json) -> Table:
+    """The summary for a terminal."""
+    config = summary["config"]
+    title = (
+        f"{config['sessions']} sessions at once, {config['turns']} turns each behind {config['prefix']:,} tokens; "
+        "over: median ratio to off, round by round"
+    )
+    grid = Table("auditor", "TTFT p50, ms", "over", "p95", "over", "ITL p50, ms", "over", "p99", "over", title=title)
+    grid.box = SIMPLE_HEAD
+    grid.add_column("audited tokens", justify="right")
+    for name, arm in summary["arms"].items():
+        cells = [
+            text
+            for f in FIGURES
+            for text in (
+                f"{arm[f]:,.1f}",
+                f"{arm['over_off'][f]:.3f}" + ("" if arm["within_noise"][f] else " (beyond noise)"),
+            )
+        ]
+        grid.add_row(name, *cells, f"{arm['audited_tokens']:,}")
+    return grid
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli = argparse.ArgumentParser(prog="python -m experiments.bench.audit", description=__doc__.split("\n")[0])
+    cli.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    for name, value in asdict(Config()).items():
+        text = f"default: {value}"
+        cli.add_argument(f"--{name}", type=type(value), default=value, help=text)
+    cli.add_argument("--out", type=Path, default=RESULTS, help=f"where the numbers go (default: {RESULTS})")
+    args, console = cli.parse_args(arguments), Console()
+    config = Config(**{name: getattr(args, name) for name in asdict(Config())})
+    set_up_jax()
+    engine = make_engine(args.model, config)
+    engine.start()
+    try:
+        rounds = measure(engine, config, console)
+    finally:
+        engine.stop()
+    summary = {"config": asdict(config), "dtype": "float32"} | summarise(rounds) | provenance()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(table(summary))
+    console.print(f"numbers in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
