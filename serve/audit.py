@@ -47,7 +47,7 @@ log = logging.getLogger("tokenzero.audit")
 
 # The largest difference, as a share of the largest value beside it: in a page's keys or values of one layer, or in the
 # logits. In float32 it is the project's bound on exactness; in bfloat16, whose steps are 2^-8 of a value, what chunks
-# of different lengths make of one prompt stays below a fifth of this.
+# of different lengths make of one prompt stays below a quarter of this (two layers, on a CPU).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # Pages that are compared at once, and read from the tiers at once.
 COMPARED = 4

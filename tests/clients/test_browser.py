@@ -114,6 +114,8 @@ def test_requests_become_strips_with_the_mismatch_at_its_token(server: Server, p
     strip = row(page, broken).locator(".strip").bounding_box()["width"]
     assert lost / strip == pytest.approx(report["lost_tokens"] / length, abs=0.005)
 
+    expect(page.locator(".tile", has_text="audited")).to_contain_text("none mismatched")
+
     row(page, broken).hover()
     tip = page.locator("#tip")
     expect(tip).to_contain_text("preamble a billing header in front of the system text differs", ignore_case=True)

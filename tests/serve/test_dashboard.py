@@ -107,6 +107,13 @@ class TestOutcomes:
         assert 0.75 * reused < saved[STRIP] <= reused
         assert scrape(client)[name] == before + saved[STRIP]
 
+    def test_what_was_audited_is_counted_for_the_page(self, client: httpx.Client) -> None:
+        named = set(re.findall(r'"(tokenzero_audit\w+)"', ASSETS["/dashboard/main.js"].content.decode()))
+        assert named == {"tokenzero_audited_requests_total", "tokenzero_audit_mismatches_total"}
+        figures = scrape(client)
+        assert named <= figures.keys()
+        assert figures["tokenzero_audit_mismatches_total"] == 0
+
 
 def request(header: str = "", system: str = LONG, **more: Any) -> CountTokensRequest:
     blocks = [{"type": "text", "text": text} for text in (header, system) if text]
