@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.keys import page_keys, root_key
+from cache.keys import all_keys, page_keys, root_key, tail_key
 
 token_lists = st.lists(st.integers(0, 1), max_size=20)
 
@@ -64,3 +64,16 @@ def test_two_sequences_share_exactly_the_keys_of_their_common_full_pages(a, b):
     keys_a, keys_b = keys_of(a), keys_of(b)
     assert keys_a[: common // 2] == keys_b[: common // 2]
     assert len(set(keys_a) & set(keys_b)) == common // 2
+
+
+@given(token_lists, st.integers(1, 4), st.integers(0, 3))
+def test_all_keys_are_those_of_the_pages_and_of_every_tail_that_may_lie_in_one(tokens, page_size, page):
+    start = page * page_size
+    root, tokens = root_key(b"model", page_size, b""), np.array(tokens, np.int32)
+    found = all_keys(root, tokens, page_size, start)
+    wanted = []
+    for stop in range(start + 1, len(tokens) + 1):  # each sequence that may have ended within these tokens
+        full = page_keys(root, tokens[:stop], page_size)
+        at = len(full) * page_size
+        wanted.append(full[-1] if at == stop else tail_key(full[-1] if full else root, tokens[at:stop]))
+    assert sorted(found) == sorted(wanted)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from storage_children import items, key_of, keys, page_of, right
 
 from cache.disk import DiskTier
+from cache.keys import all_keys, page_keys, root_key
+from cache.persistence import Tiers
 from cache.remote import RemoteTier
 from cache.tiers import SEAL, SEARCH_STEP, HostTier, TieredPages, seal
 
@@ -162,3 +164,47 @@ def test_host_memory_serves_many_threads():
         thread.join()
     assert tier.stats().bytes == sum(len(page) for page in tier.pages.values()) <= 200_000
     assert tier.stats().hits + tier.stats().misses == 4 * 100 * 20
+
+
+def test_copies_come_from_each_tier_are_kept_nowhere_and_are_no_use(tmp_path):
+    host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
+    pages = TieredPages([host, disk])
+    host.put_many(items([0]))
+    disk.put_many(items([0, 1]))
+    before = dict(host.used), [entry.last_used for entry in disk.entries()]
+    found = pages.copies(keys([0, 1, 2])).result(60)
+    assert {name: [page and bytes(page) for page in each] for name, each in found.items()} == {
+        "host": [page_of(0), None, None],
+        "disk": [page_of(0), page_of(1), None],
+    }
+    disk.sync()
+    assert (dict(host.used), [entry.last_used for entry in disk.entries()]) == before
+    pages.close()
+
+
+def test_a_tier_that_raises_costs_the_copies_of_the_others_nothing(tmp_path, monkeypatch):
+    host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
+    pages = TieredPages([host, disk])
+    disk.put_many(items([0]))
+    monkeypatch.setattr(host, "get_many", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(host, "contains_many", lambda *_, **__: 1 / 0)
+    assert pages.copies(keys([0])).result(60)["disk"] == [page_of(0)]
+    pages.forget(keys([0]))
+    assert disk.contains_many(keys([0])) == [False]
+    pages.close()
+
+
+def test_what_is_forgotten_leaves_all_tiers_even_if_it_waits_to_be_written_and_no_later_lookup_finds_it(tmp_path):
+    tokens, root = np.arange(30, dtype=np.int32), root_key(b"", 4, b"")
+    tiers = Tiers(str(tmp_path), 64 * MIB, MIB, flush_seconds=60.0)
+    names = page_keys(root, tokens, 4)
+    tails = [key for key in all_keys(root, tokens, 4) if key not in names]
+    tiers.writer.submit([*names, *tails], 1000, lambda: [b"page"] * (len(names) + len(tails)))
+    forgotten = tiers.forget(root, [tokens], 8, 4)
+    found = tiers.look(root, names, tokens, 0, 4, 1).result(60)
+    assert forgotten.result(60) == 22
+    assert [(page.index, page.tokens) for page in found.pages] == [(0, 4), (1, 4)]
+    for tier in tiers.pages.tiers:
+        assert tier.contains_many(names) == [True] * 2 + [False] * 5
+        assert tier.contains_many(tails) == [True] * 6 + [False] * 17
+    tiers.close()
