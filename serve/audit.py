@@ -408,12 +408,12 @@ class Auditor:
         stop: int,
     ) -> Mismatch | None:
         """Compare pages that a tier holds with the own ones."""
-        one = self.compare.shape[1:]
-        arrays = [None if data is None else np.frombuffer(data, self.compare.dtype) for data in payloads]
+        one, dtype = self.compare.shape[1:], self.compare.dtype
+        size = math.prod(one) * dtype.itemsize
         there = [
-            (index, array.reshape(one))
-            for (index, _), array in zip(some, arrays, strict=True)
-            if array is not None and array.size == math.prod(one)
+            (index, np.frombuffer(data, dtype).reshape(one))
+            for (index, _), data in zip(some, payloads, strict=True)
+            if data is not None and memoryview(data).nbytes == size
         ]
         if not there:
             return None

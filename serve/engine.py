@@ -228,8 +228,8 @@ class Engine:
         """Take what other threads sent, waiting for it when there is nothing to do: who is cancelled; None to stop."""
         unfinished = bool(self.waiting or self.running or (self.pager and self.pager.parked))
         if not unfinished or self.idle:
-            nap = self.auditor.nap(self) if self.auditor else None
-            self.inbox.sleep(IDLE_SECONDS if unfinished else nap)
+            spare = self.auditor.nap(self) if self.auditor and not unfinished else None
+            self.inbox.sleep(IDLE_SECONDS if unfinished else spare)
         submissions, cancelled = self.inbox.read()
         self.waiting.extend(submissions)
         return None if self.inbox.stopping else cancelled
