@@ -172,7 +172,7 @@ class HostTier:
                 self.newest = self.evicted_stamp = 0
                 self.used = dict.fromkeys(self.pages, 0)
                 self.oldest = [(0, key) for key in self.pages]
-            self.newest = max(self.newest, *used[:1])
+            self.newest = max([self.newest, *used[:1]])
             for (key, payload), stamp in zip(items, used, strict=True):
                 size = memoryview(payload).nbytes
                 if size > self.budget_bytes:
@@ -305,11 +305,12 @@ class TieredPages:
                 sources[i] = tier.name if payload is not None else None
         top = self.tiers[0]
         below = [i for i, source in enumerate(sources) if source not in (None, top.name) and used[i]]
-        self.failures.guard(
-            f"{top.name}: pages are not kept",
-            lambda: top.put_many([(keys[i], pages[i].tobytes()) for i in below], [used[i] for i in below]),
-            None,
-        )
+        if below:
+            self.failures.guard(
+                f"{top.name}: pages are not kept",
+                lambda: top.put_many([(keys[i], pages[i].tobytes()) for i in below], [used[i] for i in below]),
+                None,
+            )
         return Fetched(sources, seconds)
 
     def copies(self, keys: Sequence[bytes]) -> "Future[dict[str, list[Payload | None]]]":

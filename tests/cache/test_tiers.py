@@ -208,3 +208,11 @@ def test_what_is_forgotten_leaves_all_tiers_even_if_it_waits_to_be_written_and_n
         assert tier.contains_many(names) == [True] * 2 + [False] * 5
         assert tier.contains_many(tails) == [True] * 6 + [False] * 17
     tiers.close()
+
+
+def test_no_pages_at_all_are_no_matter_to_any_tier(tmp_path):
+    for tier in (HostTier(1000), DiskTier(tmp_path, 1 << 20)):
+        tier.put_many([])
+        tier.put_many([], [])
+        assert tier.get_many([]) == tier.touch_many([]) == tier.contains_many([]) == []
+        tier.close()
