@@ -40,15 +40,13 @@ class PageCopy:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """Pages now (total = free + cached + in use) and counters since the start."""
+    """Pages now (total = free + cached + in use), and evicted since the start."""
 
     pages_total: int
     pages_free: int
     pages_cached: int  # held by the tree alone: what eviction may free
     pages_in_use: int  # held by a live lease, cached as well or not
     pages_evicted: int
-    tokens_matched: int
-    tokens_looked_up: int
 
 
 class PrefixStore:
@@ -63,8 +61,6 @@ class PrefixStore:
         self.index = RadixIndex(self.pool, page_size)
         self.live: dict[int, Lease] = {}
         self.numbers = itertools.count()
-        self.tokens_matched = 0
-        self.tokens_looked_up = 0
 
     def match(self, tokens: np.ndarray, salt: bytes = b"") -> Lease:
         """Lease the longest cached prefix of `tokens` ([tokens] int32) under `salt`, token by token.
@@ -75,8 +71,6 @@ class PrefixStore:
         tokens = np.asarray(tokens, np.int32)
         pages, reused = self.index.match(tokens, salt)
         self.pool.retain(pages)
-        self.tokens_matched += reused
-        self.tokens_looked_up += len(tokens)
         return self._enter(Lease(next(self.numbers), pages, reused, reused, salt))
 
     def peek(self, tokens: np.ndarray, salt: bytes = b"") -> int:
@@ -143,7 +137,7 @@ class PrefixStore:
         return page_keys(root_key(self.fingerprint, self.page_size, salt), tokens, self.page_size)
 
     def stats(self) -> StoreStats:
-        """Page counts now, and token and eviction counters since the start."""
+        """Page counts now, and how many were evicted since the start."""
         cached = self.index.idle_pages()
         return StoreStats(
             pages_total=self.pool.num_pages,
@@ -151,8 +145,6 @@ class PrefixStore:
             pages_cached=cached,
             pages_in_use=self.pool.num_pages - self.pool.free_pages - cached,
             pages_evicted=self.index.evicted_pages,
-            tokens_matched=self.tokens_matched,
-            tokens_looked_up=self.tokens_looked_up,
         )
 
     def check(self) -> None:

@@ -78,6 +78,7 @@ def tier_metrics(pager: Pager) -> Iterator[Metric]:
     for family, name, text in (
         (GaugeMetricFamily, "pages", "Pages in a tier"),
         (GaugeMetricFamily, "bytes", "Bytes that a tier occupies"),
+        (GaugeMetricFamily, "open", "Whether a tier can be used now"),
         (CounterMetricFamily, "hits", "Pages found on reading"),
         (CounterMetricFamily, "misses", "Pages not found on reading"),
         (CounterMetricFamily, "bytes_read", "Payload read"),
@@ -106,6 +107,14 @@ def tier_metrics(pager: Pager) -> Iterator[Metric]:
     )
     yield CounterMetricFamily(
         "tokenzero_recomputed_pages", "Stored pages that were sooner computed than read", value=pager.recomputed_pages
+    )
+    yield CounterMetricFamily(
+        "tokenzero_failed_pages", "Pages that could not be loaded, or that a tier failed on", value=writer.failed
+    )
+    yield CounterMetricFamily(
+        "tokenzero_tier_exceptions",
+        "Exceptions that tiers raised",
+        value=writer.failures.count + pager.tiers.pages.failures.count,
     )
     yield GaugeMetricFamily("tokenzero_write_queue_bytes", "Payload waiting to be written", value=writer.queued_bytes)
     yield GaugeMetricFamily(
