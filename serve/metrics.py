@@ -52,6 +52,8 @@ class EngineCollector(Collector):
             ("in_use", store.pages_in_use),
         ):
             pages.add_metric([state], value)
+        if self.engine.auditor:
+            pages.add_metric(["auditor"], self.engine.settings.audit_pages)
         yield pages
         if self.engine.auditor:
             yield from audit_metrics(self.engine.auditor)
