@@ -47,7 +47,9 @@ from serve.__main__ import set_up_jax
 
 MODEL = ".cache/demo-model"
 RESULTS = Path("experiments/results/soak")
-CONTEXT, PAGE = 2048, 16  # tokens
+CONTEXT, PAGE = 2048, 8  # tokens
+MEMORY_BYTES = 48 << 20  # for what the server remembers of requests: full before the run is half way
+AUDIT_SHARE = 0.1  # of the device's time: the server rests little
 TWIN_LOG = "twin.log"
 # Tokens whose pages the pool and each tier hold, each more than the one above: less than sessions touch in a minute.
 POOL_TOKENS, HOST_TOKENS, DISK_TOKENS = 2560, 5120, 18432
@@ -93,7 +95,8 @@ def flags(model: str, store: Path | None) -> list[str]:
         small = {"kv-pool-bytes": 8 * POOL_TOKENS * token, "max-batch": 4}
     else:
         tiers = {"host-bytes": HOST_TOKENS * token, "store": store, "store-bytes": store_bytes(model)}
-        small = {"kv-pool-bytes": POOL_TOKENS * token, "max-batch": 4, **tiers, "flush-seconds": 0.3}
+        audits = {"audit-share": AUDIT_SHARE, "memory-bytes": MEMORY_BYTES}
+        small = {"kv-pool-bytes": POOL_TOKENS * token, "max-batch": 4, **tiers, "flush-seconds": 0.3, **audits}
     return [str(part) for name, value in {**sizes, **small}.items() for part in (f"--{name}", value)]
 
 
@@ -209,6 +212,7 @@ def checked(found: Soaked, made: Verdict, folder: Path) -> list[Check]:
         checks.threads(found.samples),
         checks.counters(found.samples),
         checks.tiers(found.samples),
+        checks.audits(found.samples),
         checks.ended(found.lives),
         checks.logs(logs),
     ]

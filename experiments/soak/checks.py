@@ -108,6 +108,18 @@ def counters(samples: Sequence[Sample]) -> Check:
     return Check("no error is counted", not bad, told or "none in any life")
 
 
+def audits(samples: Sequence[Sample]) -> Check:
+    """The server has audited what it reused, and found nothing wrong."""
+    totals = dict.fromkeys(("audited_requests_total", "audited_tokens_total", "audit_mismatches_total"), 0.0)
+    for latest in last_of_lives(samples):
+        for name in totals:
+            totals[name] += latest.figures.get(name, 0.0)
+    requests, tokens, wrong = totals.values()
+    told = f"{requests:,.0f} requests and {tokens:,.0f} tokens audited, {wrong:,.0f} wrong"
+    unjudged = not requests and fifths(samples) is None
+    return Check("audits find nothing wrong", None if unjudged else requests > 0 and not wrong, told)
+
+
 def tiers(samples: Sequence[Sample]) -> Check:
     """The soak has reached every tier, as one of some length must: hits and evictions on each."""
     totals: dict[str, float] = {}

@@ -23,6 +23,7 @@ from experiments.soak.stage import Broken, Stage
 from experiments.soak.talk import BAD, Topics, branched, demand, disobeys, edited, following, opening, who
 from experiments.synthetic import Json, prose
 
+REST_EVERY, REST_SECONDS = 10.0, 1.0  # all sessions rest together
 REMEMBERED = 64  # openings, and conversations that rest
 LONGEST = 1200  # tokens of a prompt, after which a conversation ends: what follows must fit the server's context
 PROBLEMS = 1000  # that are kept
@@ -102,12 +103,18 @@ class Company:
         return Conversation(who(rng), self.openings[-1])
 
 
+def rest_s(passed: float) -> float:
+    """Seconds until the end of the moment in which all sessions rest, so that the server can audit; 0 outside it."""
+    return max(0.0, REST_SECONDS - passed % REST_EVERY)
+
+
 async def client(stage: Stage, seen: Seen, seed: str, company: Company, until_s: float) -> None:
     """Take up one conversation after another."""
     rng = random.Random(seed)
     while stage.passed() < until_s:
         conversation: Conversation | None = company.next(rng)
         for _ in range(rng.randint(1, 4)):
+            await asyncio.sleep(rest_s(stage.passed()))
             if conversation is not None and stage.passed() < until_s:
                 conversation = await exchange(stage, seen, rng, company.topics, conversation)
         if conversation is not None:

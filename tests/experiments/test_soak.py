@@ -105,6 +105,16 @@ class TestChecks:
         assert checks.tiers(idle).passed is False
         assert checks.tiers(idle[:10]).passed is None, "too short to say"
 
+    def test_an_audit_that_found_something_wrong_fails_and_so_does_one_that_never_ran(self) -> None:
+        audited = {"audited_requests_total": 9, "audited_tokens_total": 500, "audit_mismatches_total": 0}
+
+        def after(**figures: float) -> checks.Check:
+            return checks.audits([replace(s, figures=BUSY | audited | figures) for s in life_of()])
+
+        assert after().passed
+        assert after(audit_mismatches_total=1).passed is False
+        assert after(audited_requests_total=0).passed is False
+
     def test_a_server_that_ends_otherwise_than_told_is_found(self) -> None:
         killed, ended = Life(0, 0, 1, "kill -9", -9, Path()), Life(1, 2, 3, "SIGTERM", -15, Path())
         assert checks.ended([killed, ended, replace(ended, status=0)]).passed
