@@ -126,15 +126,16 @@ class DiskTier:
             batch.append((key, payload, stamp))
         self._put(batch)
 
-    def delete(self, keys: Sequence[bytes]) -> None:
+    def delete(self, keys: Sequence[bytes]) -> bool:
         """See Tier."""
 
-        def remove(dbs: Databases) -> None:
+        def remove(dbs: Databases) -> bool:
             with dbs.env.begin(write=True) as txn:
                 for key in keys:
                     _delete(dbs, txn, key)
+            return True
 
-        self._change(remove, None)
+        return self._change(remove, False)
 
     def sync(self) -> None:
         """Record the latest uses and write everything through to the disk: bounds what a power cut can take.
@@ -250,11 +251,7 @@ class DiskTier:
         needed = sum(room_for(memoryview(payload).nbytes) for _, payload, _ in new)
         if new and occupied + needed > self.budget_bytes:
             self._evict(dbs, self.budget_bytes - self.budget_bytes // EVICTED_SHARE - needed)
-        if self.evicted_stamp > time.time_ns():  # the clock was set back since
-            self.evicted_stamp = 0
-        # What is older than the latest that had to go would be the next to go: a tail whose head is gone.
-        kept = [write for write in new if write[2] > self.evicted_stamp]
-        self._count(evicted=len(new) - len(kept))
+        kept = self._worth_keeping(new)
         try:
             self._write_new(dbs, kept)
         except lmdb.Error as error:
@@ -264,8 +261,16 @@ class DiskTier:
             # What one transaction frees, the next but one can use: LMDB keeps the latest two states whole.
             self._evict(dbs, occupied - occupied // EVICTED_SHARE - 2 * needed)
             self._evict(dbs, occupied - occupied // EVICTED_SHARE - 2 * needed - room_for(1))
-            self._write_new(dbs, kept)
+            self._write_new(dbs, self._worth_keeping(kept))
         return True
+
+    def _worth_keeping(self, new: Sequence[Write]) -> list[Write]:
+        """Those that are newer than the latest that had to go: others would be the next, tails whose head is gone."""
+        if self.evicted_stamp > time.time_ns():  # the clock was set back since
+            self.evicted_stamp = 0
+        kept = [write for write in new if write[2] > self.evicted_stamp]
+        self._count(evicted=len(new) - len(kept))
+        return kept
 
     def _write_new(self, dbs: Databases, new: Sequence[Write]) -> None:
         if not new:
@@ -280,8 +285,11 @@ class DiskTier:
     def _evict(self, dbs: Databases, target_bytes: int) -> None:
         self._record_uses(dbs)
         while oldest := deque(self._oldest(dbs, target_bytes)):
+            before = self.counts["evicted"]
             while oldest and self._evict_some(dbs, target_bytes, oldest):
                 pass
+            if self.counts["evicted"] == before:
+                return  # others were faster, or the tree is damaged: a scan lists what no search finds
 
     def _evict_some(self, dbs: Databases, target_bytes: int, oldest: deque[tuple[int, bytes, bytes]]) -> bool:
         """Take pages from `oldest` and evict them, in one transaction; False once no more than the target is left."""
@@ -303,13 +311,11 @@ class DiskTier:
 
     def _oldest(self, dbs: Databases, target_bytes: int) -> list[tuple[int, bytes, bytes]]:
         """Stamp, key and entry of the pages to evict, the least recently used first, for `target_bytes` to be left."""
-        latest = time.time_ns() + CLOCK_SLACK_NS
         with dbs.env.begin() as txn, txn.cursor(dbs.entries) as cursor:
             count, occupied = txn.stat(dbs.entries)["entries"], dbs.occupied(txn)
             if not count or occupied <= target_bytes:
                 return []
-            # A stamp from the future, of a clock or a bit that was wrong, counts as the oldest.
-            uses = ((stamp if (stamp := _last_used(e)) <= latest else 0, key, e) for key, e in cursor)
+            uses = ((_last_used(entry), key, entry) for key, entry in cursor)
             return heapq.nsmallest(1 + (occupied - target_bytes) * count // occupied, uses)
 
     def _record_uses(self, dbs: Databases, new: Sequence[tuple[bytes, Payload, bytes]] = ()) -> bool:
@@ -347,8 +353,9 @@ class DiskTier:
                 # Another process may have removed and written it again meanwhile.
                 if txn.get(key, db=dbs.entries) == entry:
                     _delete(dbs, txn, key)
+            self._measure(dbs)
 
-        self._change(remove, None)
+        self.store.attempt("removal", remove, None)
 
     def _count(self, **counts: int) -> None:
         with self.lock:
@@ -384,4 +391,6 @@ def _size(entry: bytes) -> int:
 
 
 def _last_used(entry: bytes) -> int:
-    return int(STAMP.unpack_from(entry, SEAL.size)[0]) if len(entry) == ENTRY_BYTES else 0
+    stamp = int(STAMP.unpack_from(entry, SEAL.size)[0]) if len(entry) == ENTRY_BYTES else 0
+    # A stamp from the future, of a clock or a bit that was wrong, counts as the oldest, and any use is newer.
+    return stamp if stamp <= time.time_ns() + CLOCK_SLACK_NS else 0

@@ -39,6 +39,7 @@ RETRY_SECONDS = 5.0  # what failed is left alone for so long
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 OVERHEAD_BYTES = 64 << 20  # of the map beyond the file, for the trees and for pages that are being replaced
 LOCK_BYTES = 1 << 14  # of LMDB's lock file, room for 254 readers; of one size, since no process may find it grown
+AT_ONCE, WRITING = ("read", "removal"), ("write", "removal")  # kinds of action that do not wait, and that change it
 RESIZES = 3  # how often an action is begun again because another process made the file larger than the map
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)  # a write that was cut short is EIO to LMDB
 
@@ -176,7 +177,8 @@ class SharedEnvironment:
     def attempt(self, kind: str, action: Callable[[Databases], T], fallback: T) -> T:
         """The result of `action`, or `fallback` if it failed or if this `kind` failed just before.
 
-        A "read" gets the fallback, at once, while the store is closed; a "write", and any other kind, opens it first.
+        A "read" or a "removal" gets the fallback, at once, while the store is closed; a "write", and any other kind,
+        opens it first.
         Actions must not nest: the one outside would wait for itself when the environment has to be closed.
         """
         for tries_left in reversed(range(RESIZES)):
@@ -184,12 +186,13 @@ class SharedEnvironment:
             if dbs is None:
                 break
             try:
-                if kind == "write" and dbs.env.flags()["readonly"]:
+                if kind in WRITING and dbs.env.flags()["readonly"]:
                     self.stale = os.access(self.path / "data.mdb", os.W_OK)  # it was mounted anew, so open it anew
                     raise OSError(errno.EROFS, "the store is read-only")
                 result = action(dbs)
             except (lmdb.Error, OSError) as error:
-                if tries_left and isinstance(error, lmdb.MapResizedError):
+                grown = isinstance(error, lmdb.MapFullError) and dbs.env.info()["map_size"] < self._map_size()
+                if tries_left and (grown or isinstance(error, lmdb.MapResizedError)):
                     self.outgrown = True
                     continue
                 self._failed(kind, error)
@@ -220,7 +223,7 @@ class SharedEnvironment:
                 if self.opened is not None and not (self.mending or self.stale or self.outgrown):
                     self.users += 1
                     return self.opened
-                if mended or (kind == "read" and (self.stale or not self.outgrown)):
+                if mended or (kind in AT_ONCE and (self.stale or not self.outgrown)):
                     return None
                 if self.mending:
                     self.changed.wait()

@@ -4,9 +4,11 @@ Pages are named by their content (cache.keys); a page that a sequence left partl
 """
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 # Forgetting waits so long for what is being written, and deletes so many keys at once: writers wait meanwhile.
 FORGET_SECONDS = 5.0
 FORGET_STEP = 512
+FORGET_AGAIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,31 @@ class Tiers:
     ) -> "Future[int]":
         """Delete the sequences' pages from position `start` on, the partly filled ones too; the number of keys.
 
-        In the background, but before any later `look`: no request finds what was to be forgotten when it came.
+        In the background, but before any later `look`: no request finds what was to be forgotten when it came, though a
+        tier that is slow or fails may take long to delete it.
         """
         return self.searcher.submit(self._forget, root, sequences, start, page_size)
 
     def _forget(self, root: bytes, sequences: Sequence[np.ndarray], start: int, page_size: int) -> int:
-        self.writer.flush(FORGET_SECONDS)  # some of it may still wait to be written
         keys = list(dict.fromkeys(key for tokens in sequences for key in all_keys(root, tokens, page_size, start)))
-        for at in range(0, len(keys), FORGET_STEP):
-            self.pages.forget(keys[at : at + FORGET_STEP])
+        self.pages.hidden |= frozenset(keys)
+        self._delete(keys)
         return len(keys)
+
+    def _delete(self, keys: Sequence[bytes]) -> None:
+        """Delete pages from all tiers, again and again until they are gone; until then they stay hidden."""
+        gone = self.writer.flush(FORGET_SECONDS)  # some of it may still wait to be written
+        for at in range(0, len(keys), FORGET_STEP):
+            with suppress(TimeoutError, CancelledError):
+                if self.pages.forget(keys[at : at + FORGET_STEP]).result(FORGET_SECONDS):
+                    continue
+            gone = False
+        if gone:
+            self.pages.hidden -= frozenset(keys)
+            return
+        again = threading.Timer(FORGET_AGAIN_SECONDS, self.searcher.submit, (self._delete, keys))
+        again.daemon = True
+        again.start()
 
     def close(self, seconds: float = 60.0) -> None:
         """Write what is queued, then close all tiers, within so many seconds: a tier that takes longer is left alone.

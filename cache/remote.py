@@ -70,9 +70,9 @@ class RemoteTier:
         written = [memoryview(p).nbytes for (_, p), result in zip(new, results, strict=True) if result is not None]
         self._count(bytes_written=sum(written), dropped=len(new) - len(written))
 
-    def delete(self, keys: Sequence[bytes]) -> None:
+    def delete(self, keys: Sequence[bytes]) -> bool:
         """See Tier."""
-        self._each(keys, lambda key: self.store.write(name_of(key), None))
+        return None not in self._each(keys, lambda key: self.store.write(name_of(key), None))
 
     def sync(self) -> None:
         """Nothing: TensorStore writes through."""

@@ -84,8 +84,8 @@ class Tier(Protocol):
         A key that is there is only touched.
         """
 
-    def delete(self, keys: Sequence[bytes]) -> None:
-        """Forget the keys, where they are there."""
+    def delete(self, keys: Sequence[bytes]) -> bool:
+        """Forget the keys, where they are there; False if some of them may still be."""
 
     def sync(self) -> None:
         """Make what was put so far survive a power cut, as far as the tier can."""
@@ -187,7 +187,7 @@ class HostTier:
                 else:
                     self.counts["evicted"] += 1
 
-    def delete(self, keys: Sequence[bytes]) -> None:
+    def delete(self, keys: Sequence[bytes]) -> bool:
         """See Tier."""
         with self.lock:
             for key in keys:
@@ -196,6 +196,7 @@ class HostTier:
                     del self.used[key]
             self.oldest = [(stamp, key) for key, stamp in self.used.items()]
             heapq.heapify(self.oldest)
+        return True
 
     def sync(self) -> None:
         """Nothing: memory does not outlive the process."""
@@ -250,6 +251,7 @@ class TieredPages:
         # One thread: a second would only compete for the same disk, and a restore wants its first pages first.
         self.reader = Worker("restore")
         self.failures = Failures()
+        self.hidden: frozenset[bytes] = frozenset()  # keys that are being deleted: nobody finds them meanwhile
 
     def locate(self, keys: Sequence[bytes]) -> list[str | None]:
         """The first tier that has each key of a chain, None for a miss; nothing is read, and nothing counts as used.
@@ -322,13 +324,16 @@ class TieredPages:
         nothing: list[Payload | None] = [None] * len(keys)
         return self.failures.guard(f"{tier.name}: no audit", lambda: tier.get_many(keys, stamps=never), nothing)
 
-    def forget(self, keys: Sequence[bytes]) -> None:
-        """Delete pages from every tier."""
-        for tier in self.tiers:
-            self.failures.guard(f"{tier.name}: pages are not deleted", partial(self._forget, tier, keys), None)
+    def forget(self, keys: Sequence[bytes]) -> "Future[bool]":
+        """Delete pages from every tier, once the reads under way have ended; False where some may still be there."""
+        return self.reader.submit(self._forget, keys)
 
-    def _forget(self, tier: Tier, keys: Sequence[bytes]) -> None:
-        tier.delete([key for key, there in zip(keys, tier.contains_many(keys), strict=True) if there])
+    def _forget(self, keys: Sequence[bytes]) -> bool:
+        gone = True
+        for tier in self.tiers:
+            deleted = partial(tier.delete, keys)
+            gone = self.failures.guard(f"{tier.name}: pages are not deleted", deleted, False) and gone
+        return gone
 
     def stats(self) -> list[TierStats]:
         """The stats of each tier, the fastest first; at once."""
@@ -358,5 +363,5 @@ class TieredPages:
             search = partial(tier.contains_many, wanted)
             found = self.failures.guard(f"{tier.name}: pages are missed", search, nothing)
             for i, there in zip(missing, found, strict=True):
-                names[i] = tier.name if there else None
+                names[i] = tier.name if there and keys[i] not in self.hidden else None
         return names

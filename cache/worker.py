@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_QUEUED = 4096  # calls that wait for a worker; it takes so many only if what it waits for hangs
+TIDY_AT = 64  # from here on, calls that were cancelled meanwhile are let go
 LOG_SECONDS = 60.0
 
 
@@ -33,6 +34,8 @@ class Worker:
         """Queue a call. Its future is cancelled at once if the worker is closed, or too much waits for it."""
         future: Future[T] = Future()
         with self.changed:
+            if len(self.queued) >= TIDY_AT:
+                self.queued = deque(call for call in self.queued if not call[0].cancelled())
             if taken := not self.closing and len(self.queued) < MAX_QUEUED:
                 self.queued.append((future, lambda: action(*arguments)))
                 self.changed.notify_all()
@@ -65,6 +68,7 @@ class Worker:
                 future.set_exception(error)
             else:
                 future.set_result(result)
+                del result
             del future, action  # not to be kept while the next call is waited for
 
 

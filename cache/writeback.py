@@ -40,6 +40,7 @@ class WriteBack:
         self.queued: deque[Batch] = deque()
         self.queued_bytes = 0  # the batch that is being written is still in it
         self.used: list[tuple[Sequence[bytes], Sequence[int]]] = []  # keys and stamps of pages in front of these
+        self.used_pages = 0
         self.dropped = 0  # pages that there was no room for
         self.failed = 0  # pages that could not be loaded, or that a tier raised for
         self.failures = Failures()
@@ -69,8 +70,9 @@ class WriteBack:
     def use(self, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         """Have a use of pages recorded, before anything is written that is submitted later."""
         with self.changed:
-            if sum(len(keys) for keys, _ in self.used) < MAX_USES:
+            if self.used_pages < MAX_USES:
                 self.used.append((keys, stamps))
+                self.used_pages += len(keys)
 
     def has_room(self, size: int) -> bool:
         """Whether `submit` would take `size` bytes now; an empty queue takes a batch of any size."""
@@ -119,7 +121,7 @@ class WriteBack:
         with self.changed:
             batches, used, asked, closing = list(self.queued), self.used, self.asked, self.closing
             self.queued.clear()
-            self.used = []
+            self.used, self.used_pages = [], 0
         for keys, stamps in used:
             self._use(keys, stamps)
         for batch in batches:

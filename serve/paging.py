@@ -185,6 +185,8 @@ class Pager:
     def forget(self, sequence: Sequence) -> None:
         """Drop what a sequence has looked up and read ahead, and do not read what nobody will use."""
         restore, sequence.restore = sequence.restore, None
+        if restore is not None:
+            restore.looking.cancel()
         for piece in restore.slices or () if restore else ():
             if piece.loading is not None:
                 piece.loading.cancel()

@@ -18,7 +18,7 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ class ReplayLog:
         if self.disk:
             try:
                 self.writer.submit(self.disk.close).result(seconds)
-            except TimeoutError:
+            except (TimeoutError, CancelledError):
                 log.warning("sampled turns of %d bytes are not written: the disk hangs", self.waiting_bytes)
         self.writer.stop()
 

@@ -1,6 +1,8 @@
 """Pages go in the order of their stamps, so that of every chain the tail goes first, whoever uses it, however late."""
 
 import random
+import threading
+import time
 from collections import Counter
 
 import pytest
@@ -82,6 +84,37 @@ def test_stamps_of_a_clock_that_was_ahead_keep_no_page_out(tier):
     put(tier, range(24), 4 * 10**18)  # the year 2096
     tier.put_many(items(range(100, 110)))
     assert all(tier.contains_many(keys(range(100, 110))))
+
+
+def test_a_page_of_a_clock_that_was_ahead_counts_as_used_once_it_is(tmp_path):
+    tier = DiskTier(tmp_path, 8 * MIB)
+    now = time.time_ns()
+    put(tier, range(10), now + 3600 * 10**9)  # the chain's head, an hour from now
+    put(tier, range(100, 140), now - 600 * 10**9)
+    tier.touch_many(keys(range(10)), stamps_of(now, range(10)))
+    put(tier, range(10, 12), now)
+    tier.prune(tier.stats().bytes * 2 // 3)
+    assert all(tier.contains_many(keys(range(12))))
+    tier.close()
+
+
+def test_an_eviction_ends_though_a_scan_lists_what_no_search_finds(tmp_path):
+    tier = DiskTier(tmp_path, 8 * MIB)
+    put(tier, range(200), 10**18)
+    tier.sync()
+    (victim,) = keys([199])
+    with (tier.store.path / "data.mdb").open("r+b") as file:
+        data, at, flipped = file.read(), -1, 0
+        while (at := data.find(victim, at + 1)) >= 0:
+            file.seek(at)
+            file.write(bytes([data[at] ^ 0x80]))
+            flipped += 1
+    assert flipped
+    pruned = threading.Thread(target=tier.prune, args=(tier.stats().bytes - 30_000,), daemon=True)
+    pruned.start()
+    pruned.join(30)
+    assert not pruned.is_alive()
+    tier.close()
 
 
 def chains(rng: random.Random) -> list[list[int]]:

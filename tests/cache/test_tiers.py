@@ -1,4 +1,5 @@
 import threading
+import time
 from collections import OrderedDict
 
 import numpy as np
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_children import items, key_of, keys, page_of, right
 
+import cache.persistence
 from cache.disk import DiskTier
 from cache.keys import all_keys, page_keys, root_key
 from cache.persistence import Tiers
@@ -189,7 +191,7 @@ def test_a_tier_that_raises_costs_the_copies_of_the_others_nothing(tmp_path, mon
     monkeypatch.setattr(host, "get_many", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(host, "contains_many", lambda *_, **__: 1 / 0)
     assert pages.copies(keys([0])).result(60)["disk"] == [page_of(0)]
-    pages.forget(keys([0]))
+    pages.forget(keys([0])).result(60)
     assert disk.contains_many(keys([0])) == [False]
     pages.close()
 
@@ -207,6 +209,37 @@ def test_what_is_forgotten_leaves_all_tiers_even_if_it_waits_to_be_written_and_n
     for tier in tiers.pages.tiers:
         assert tier.contains_many(names) == [True] * 2 + [False] * 5
         assert tier.contains_many(tails) == [True] * 6 + [False] * 17
+    tiers.close()
+
+
+@pytest.mark.parametrize("late", ["a write", "a read", "a tier that fails"])
+def test_what_is_forgotten_is_not_found_again_whatever_comes_late(tmp_path, monkeypatch, late):
+    monkeypatch.setattr(cache.persistence, "FORGET_SECONDS", 0.05)
+    monkeypatch.setattr(cache.persistence, "FORGET_AGAIN_SECONDS", 0.05)
+    tokens, root, go = np.arange(16, dtype=np.int32), root_key(b"", 4, b""), threading.Event()
+    tiers = Tiers(str(tmp_path), 64 * MIB, MIB, flush_seconds=0.01)
+    host, disk = tiers.pages.tiers
+    names = page_keys(root, tokens, 4)
+    items_of = [(name, b"page") for name in names]
+    if late == "a write":
+        tiers.writer.submit([], 0, lambda: go.wait(60) and [])
+        tiers.writer.submit(names, 16, lambda: [b"page"] * 4)
+    elif late == "a read":
+        disk.put_many(items_of)
+        monkeypatch.setattr(disk, "get_many", lambda *args, get=disk.get_many: go.wait(60) and get(*args))
+        tiers.pages.fetch(names, np.zeros((4, 4), np.uint8), lambda fetched: fetched)
+    else:
+        disk.put_many(items_of)
+        monkeypatch.setattr(disk, "delete", lambda gone, delete=disk.delete: go.is_set() and delete(gone))
+    tiers.forget(root, [tokens], 0, 4).result(60)
+    assert tiers.look(root, names, tokens, 0, 4, 1).result(60).pages == []
+    go.set()
+    deadline = time.monotonic() + 60
+    while tiers.pages.hidden:
+        assert time.monotonic() < deadline, "they are gone in the end"
+        time.sleep(0.01)
+    assert tiers.look(root, names, tokens, 0, 4, 1).result(60).pages == []
+    assert not any(host.contains_many(names) + disk.contains_many(names))
     tiers.close()
 
 
