@@ -188,7 +188,7 @@ class Auditor:
     def remember(self, sequence: Running, first: int) -> None:
         """See `reused`."""
         request, lease, reused = sequence.request, sequence.lease, sequence.taken_over
-        if not reused or lease is None:
+        if not reused or lease is None or self.settings.share <= 0:
             return
         known = request.sampling.temperature == 0 and request.constraint is None
         reuse = Reuse(

@@ -191,7 +191,8 @@ def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: by
     if store:
         tiers = Tiers(store, store_bytes, 0)
         for tier in tiers.pages.tiers:
-            setattr(tier, "put_many", lambda items, stamps=None: None)  # noqa: B010
+            for change in ("put_many", "delete"):
+                setattr(tier, change, lambda *_: None)
         ((cold, _),), _ = answers(None, 1)
         ((warm, started),), wrong = answers(tiers, 1)
     else:

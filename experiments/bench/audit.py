@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -35,8 +35,8 @@ from serve.engine import Engine, EngineSettings
 
 RESULTS = Path("experiments/results/bench/audit.json")
 PAGE_TOKENS = 64
-# The share of the device in each arm; None for no auditor.
-ARMS: dict[str, float | None] = {"off": None, "off again": None, "default": AuditSettings.share, "always": 1.0}
+# The share of the device in each arm.
+ARMS = {"off": 0.0, "off again": 0.0, "default": AuditSettings.share, "always": 1.0}
 FIGURES = ("ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p99_ms")
 
 Json = dict[str, Any]
@@ -76,64 +76,47 @@ def make_engine(folder: Path, config: Config) -> Engine:
     return Engine(unstacked(params), shape, settings, checkpoint.fingerprint(shape, params), audit=audit)
 
 
-def auditors(engine: Engine) -> dict[str, Auditor | None]:
-    """An auditor for each arm that has one, all on the same pages of the engine's pool."""
-    settings = engine.settings
-
-    def make(share: float) -> Auditor:
-        audit = replace(AuditSettings(), share=share)
-        return Auditor(audit, engine.pool, settings.audit_pages, settings.dtype, settings.mixed_chunk)
-
-    return {arm: None if share is None else make(share) for arm, share in ARMS.items()}
-
-
-def session(
-    engine: Engine, config: Config, rng: np.random.Generator, pauses: Sequence[float], out: list[Asked]
-) -> None:
+def session(engine: Engine, config: Config, seed: Sequence[int], pauses: Sequence[float]) -> list[Asked]:
     """Ask turn by turn, each prompt the last one, its answer and something new."""
-    vocab = engine.config.vocab_size - 16  # a demo model's special tokens are the last ones
-    tokens = rng.integers(0, vocab, config.prefix).astype(np.int32)
+    rng, vocab = np.random.default_rng(seed), engine.config.vocab_size - 16  # special tokens come last
+    tokens, done = rng.integers(0, vocab, config.prefix).astype(np.int32), list[Asked]()
     for pause in pauses:
         asked = Asked(engine, tokens, config.output)
         asked.wait()
-        out.append(asked)
+        done.append(asked)
         new = rng.integers(0, vocab, config.more)
         tokens = np.concatenate([tokens, asked.tokens, new]).astype(np.int32)
         time.sleep(pause)
+    return done
 
 
-def run(engine: Engine, auditor: Auditor | None, config: Config, number: int, arm: str) -> Round:
-    """One round of one arm. Pauses are the round's own, texts the arm's."""
+def run(engine: Engine, config: Config, number: int, arm: str) -> Round:
+    """One round of one arm, with an auditor of its own. Pauses are the round's, texts the arm's.
+
+    Raises RuntimeError if an audit fails or finds something wrong.
+    """
+    settings, share = engine.settings, replace(AuditSettings(), share=ARMS[arm])
+    auditor = Auditor(share, engine.pool, settings.audit_pages, settings.dtype, settings.mixed_chunk)
     engine.auditor = auditor
-    before = (auditor.tokens, auditor.seconds) if auditor else (0, 0.0)
     waits = np.random.default_rng(number).exponential(config.pause, (config.sessions, config.turns))
-    asked: list[Asked] = []
-    arms = list(ARMS).index(arm)
-    threads = [
-        threading.Thread(target=session, args=(engine, config, [number, arms, i], waits[i].tolist(), asked))
-        for i in range(config.sessions)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    engine.auditor = None
-    after = (auditor.tokens, auditor.seconds) if auditor else (0, 0.0)
+    seeds = [[number, list(ARMS).index(arm), i] for i in range(config.sessions)]
+    with ThreadPoolExecutor(config.sessions) as threads:
+        sessions = threads.map(lambda seed, pauses: session(engine, config, seed, pauses), seeds, waits.tolist())
+        asked = [each for done in sessions for each in done]
+    if auditor.mismatches or auditor.failures:
+        raise RuntimeError("an audit failed or found something wrong: see the log")
     gaps = [1e3 * float(gap) for each in asked for gap in np.diff(each.times)]
-    return Round(tuple(1e3 * a.ttft for a in asked), tuple(gaps), after[0] - before[0], after[1] - before[1])
+    return Round(tuple(1e3 * a.ttft for a in asked), tuple(gaps), auditor.tokens, auditor.seconds)
 
 
 def measure(engine: Engine, config: Config, console: Console) -> dict[str, list[Round]]:
     """All rounds by arm; the first one, which warms up, is left out."""
-    order, ready = random.Random(0), auditors(engine)
+    order = random.Random(0)
     rounds: dict[str, list[Round]] = {arm: [] for arm in ARMS}
     for number in track(range(config.rounds + 1), "measuring", console=console, transient=True):
         for arm in order.sample(list(ARMS), len(ARMS)):
-            found = run(engine, ready[arm], config, number, arm)
+            found = run(engine, config, number, arm)
             rounds[arm] += [found] if number else []
-    wrong = sum(auditor.mismatches + auditor.failures for auditor in ready.values() if auditor)
-    if wrong:
-        raise RuntimeError(f"{wrong} audits failed or found something wrong: see the log")
     return rounds
 
 

@@ -397,14 +397,15 @@ class TestReplay:
         right, wrong = tmp_path / "right", tmp_path / "wrong"
         for folder in (right, wrong):
             tiers = tiers_of(folder)
-            engine = Engine(params, config, ROOMY, fingerprint, tiers, audit=replace(UNLIMITED, folder=audits))
-            assert engine.pager is not None
-            engine.pager.cost = Always(1.0, 1.0)
-            ask(engine, tokens, 1)
-            tiers.writer.flush(60)
+            engine = Engine(params, config, ROOMY, fingerprint, tiers)
+            submit(engine, tokens, 1)
+            finish(engine)
+            assert tiers.writer.flush(60)
             keys = engine.store.keys(tokens)
             tiers.close()
         replaced(wrong, {keys[9]: payload(wrong, keys[8])[0]})
+        engine = Engine(params, config, ROOMY, fingerprint, audit=replace(UNLIMITED, folder=audits))
+        ask(engine, tokens, 1)
         spoil(engine, tokens, 9)
         ask(engine, tokens, 1)
         (path,) = audits.iterdir()
