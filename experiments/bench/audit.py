@@ -150,24 +150,19 @@ def summarise(rounds: dict[str, list[Round]]) -> Json:
 
 
 def table(summary: Json) -> Table:
-    """The summary for a terminal."""
+    """The summary for a terminal: each figure, and its median ratio to the first arm."""
     config = summary["config"]
     title = (
-        f"{config['sessions']} sessions at once, {config['turns']} turns each behind {config['prefix']:,} tokens; "
-        "over: median ratio to off, round by round"
+        f"{config['sessions']} sessions at once, {config['turns']} turns each behind {config['prefix']:,} tokens; ms"
     )
-    grid = Table("auditor", "TTFT p50, ms", "over", "p95", "over", "ITL p50, ms", "over", "p99", "over", title=title)
-    grid.box = SIMPLE_HEAD
-    grid.add_column("audited tokens", justify="right")
+    grid = Table(
+        title=title, box=SIMPLE_HEAD, padding=0, caption="*: not within the noise of the two arms that are off"
+    )
+    for name in ("auditor", "TTFT p50", "TTFT p95", "ITL p50", "ITL p99", "audited tokens"):
+        grid.add_column(name, justify="left" if name == "auditor" else "right", no_wrap=True)
     for name, arm in summary["arms"].items():
-        cells = [
-            text
-            for f in FIGURES
-            for text in (
-                f"{arm[f]:,.1f}",
-                f"{arm['over_off'][f]:.3f}" + ("" if arm["within_noise"][f] else " (beyond noise)"),
-            )
-        ]
+        marks = {f: "" if arm["within_noise"][f] else "*" for f in FIGURES}
+        cells = (f"{arm[f]:,.1f} {arm['over_off'][f]:.2f}x{marks[f]}" for f in FIGURES)
         grid.add_row(name, *cells, f"{arm['audited_tokens']:,}")
     return grid
 
