@@ -28,6 +28,7 @@ STAMP = struct.Struct("<Q")  # last use, nanoseconds since 1970
 ENTRY_BYTES = SEAL.size + STAMP.size
 # Written at once. LMDB uses small buffers again; large ones are new each time and cost a page fault every 4 KiB.
 TRANSACTION_BYTES = 1 << 20
+SPLIT_BYTES = 8 * 4096  # that both trees may grow by at once, where leaves split up to the root
 EVICTED_SHARE = 16  # an eviction frees 1/16 of the budget more than it must, so that few are needed
 EVICTION_BYTES = 256 << 20  # freed in one transaction, for which all other writers wait
 
@@ -248,7 +249,7 @@ class DiskTier:
         with dbs.env.begin() as txn:
             occupied = dbs.occupied(txn)
             new = [write for write in batch if not self._touch(write[0], txn.get(write[0], db=dbs.entries), write[2])]
-        needed = sum(room_for(memoryview(payload).nbytes) for _, payload, _ in new)
+        needed = sum(room_for(memoryview(payload).nbytes) for _, payload, _ in new) + SPLIT_BYTES
         if new and occupied + needed > self.budget_bytes:
             self._evict(dbs, self.budget_bytes - self.budget_bytes // EVICTED_SHARE - needed)
         kept = self._worth_keeping(new)

@@ -160,10 +160,14 @@ def converse(directory, partners, seed: int) -> Counter:
             running[chosen][1] = stop
             if stop == length:
                 del running[chosen]
+        if restarted := rng.random() < 0.03:
+            partner.end()  # writes what is queued
+            partner.start(str(directory), budget, rng.randrange(60_000, 250_000))
+            running = {n: state for n, state in running.items() if state[0] is not partner}
         after = stamps_in(partners)
         for tier, stamps in after.items():
             gone, came = before[tier].keys() - stamps.keys(), stamps.keys() - before[tier].keys()
-            evicted[tier] += len(gone)
+            evicted[tier] += 0 if restarted else len(gone)
             for chain in names:
                 had = [key for key in chain if key in before[tier] and (tier, key) not in late]
                 lost = [key for key in had if key in gone]
@@ -174,13 +178,6 @@ def converse(directory, partners, seed: int) -> Counter:
                 on_record = [stamps[key] for key in chain if key in stamps and (tier, key) not in late]
                 assert on_record == sorted(on_record, reverse=True), f"seed {seed}, {tier}: a page older than the next"
         before = after
-        if rng.random() < 0.03:
-            partner = rng.choice(partners)
-            partner.end()
-            partner.start(str(directory), budget, rng.randrange(60_000, 250_000))
-            running = {n: state for n, state in running.items() if state[0] is not partner}
-            before = stamps_in(partners)
-            late -= {(tier, key) for tier, key in late if key not in before[tier]}
     for partner in partners:
         partner.end()
     return evicted
