@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.index import common_prefix
 from cache.keys import all_keys, tail_key
 from cache.tiers import HostTier, Tier, TieredPages
 from cache.worker import Worker
@@ -107,7 +108,12 @@ class Tiers:
         return self.searcher.submit(self._forget, root, sequences, start, page_size)
 
     def _forget(self, root: bytes, sequences: Sequence[np.ndarray], start: int, page_size: int) -> int:
-        keys = list(dict.fromkeys(key for tokens in sequences for key in all_keys(root, tokens, page_size, start)))
+        found, before = list[bytes](), np.zeros(0, np.int32)
+        for tokens in sequences:  # neighbours share most of their tokens, which are named once
+            shared = common_prefix(before, tokens) // page_size * page_size
+            found += all_keys(root, tokens, page_size, max(start, shared))
+            before = tokens
+        keys = list(dict.fromkeys(found))
         self.pages.hidden |= frozenset(keys)
         self._delete(keys)
         return len(keys)

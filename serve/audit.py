@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -56,6 +57,8 @@ SHARE_OF_PAGES = 64
 LEAST_PAGES = 4
 # After an error of its own, the auditor rests.
 REST_SECONDS = 600.0
+# A tier may take so long for the pages of one step.
+PATIENCE_SECONDS = 60.0
 # Bytes that a record takes beside its arrays, about.
 RECORD_BYTES = 512
 
@@ -167,11 +170,13 @@ class Auditor:
         self.auditing: Reuse | None = None
         self.start = 0  # of the window under way
         self.waits: Future | None = None  # what the audit under way waits for
+        self.waits_since = 0.0  # by `time.perf_counter`
         self.quiet_since: float | None = None
         self.submitted = 0  # requests that the engine had been given when it was last looked at
         self.store: object = None  # the store that the audit under way began with
         self.rests_until = 0.0
         self.latest: Mismatch | None = None  # what the audit before found
+        self.keeping: threading.Thread | None = None  # writes what the latest wrong sequence was
         self.requests = 0
         self.tokens = 0
         self.mismatches = 0
@@ -251,7 +256,11 @@ class Auditor:
             self.quiet_since = now
         if now < max(self.quiet_since + self.settings.quiet_s, self.rests_until):
             return False
-        return self.waits.done() if self.waits else self.audit is not None or self.affordable(engine)
+        if self.waits is not None and not self.waits.done():
+            if now - self.waits_since > PATIENCE_SECONDS:
+                self.drop_audit()  # a tier hangs
+            return False
+        return self.audit is not None or self.affordable(engine)
 
     def failed(self, engine: Engine | None) -> None:
         """After an error of the auditor's own: rest, and see that the engine goes on."""
@@ -272,6 +281,7 @@ class Auditor:
         try:
             self.waits = next(self.audit)
             if self.waits is not None:
+                self.waits_since = time.perf_counter()
                 self.waits.add_done_callback(lambda _: engine.inbox.wake())
             return
         except StopIteration as end:
@@ -390,6 +400,8 @@ class Auditor:
     ) -> Mismatch | None:
         """Compare the tokens [low, high) of the cached pages ([slots] int32) with those of the own ones."""
         size = self.page_size
+        if high <= low:  # the device has lost what was computed here
+            return None
         for first in range(low // size, slots_for(high, size), COMPARED):
             indices = range(first, min(first + COMPARED, slots_for(high, size)))
             ours = self.gather(engine.pool, [int(self.pages[i - start // size]) for i in indices])
@@ -476,19 +488,31 @@ class Auditor:
                 root = root_key(engine.fingerprint, self.page_size, salt)
                 forgotten = engine.pager.tiers.forget(root, [reuse.tokens, *gone], wrong.drop, self.page_size)
                 forgotten.add_done_callback(complain)
-        case = Case.of(engine, reuse, wrong)
-        kept = keep(self.settings.folder, case)
-        log.error(
-            "an audit found a cached page that is not what the model computes: %s. What was cached from token %d on is "
-            "dropped; the sequence of %d tokens is in %s",
-            wrong,
-            wrong.drop,
-            len(reuse.tokens),
-            kept or "no file",
-        )
+        # In a thread of its own: the folder's disk may be the one that hangs.
+        told = (self.settings.folder, Case.of(engine, reuse, wrong), wrong)
+        self.keeping = threading.Thread(target=keep_and_tell, args=told, name="audit-case", daemon=True)
+        self.keeping.start()
+
+
+def keep_and_tell(folder: Path | None, case: Case, wrong: Mismatch) -> None:
+    """Write a wrong sequence to a file, and say so in the log."""
+    try:
+        kept = keep(folder, case)
+    except Exception:
+        log.exception("the sequence that an audit found wrong cannot be kept")
+        kept = None
+    log.error(
+        "an audit found a cached page that is not what the model computes: %s. What was cached from token %d on is "
+        "dropped; the sequence of %d tokens is in %s",
+        wrong,
+        wrong.drop,
+        len(case.tokens),
+        kept or "no file",
+    )
 
 
 def complain(forgotten: Future[int]) -> None:
     """Log what went wrong on the thread that was to delete pages."""
-    if not forgotten.cancelled() and (error := forgotten.exception()):
-        log.error("pages that an audit found wrong are still in a tier: %s: %s", type(error).__name__, error)
+    problem = "the server stops" if forgotten.cancelled() else forgotten.exception()
+    if problem:
+        log.error("pages that an audit found wrong are still in a tier: %s", problem)

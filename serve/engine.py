@@ -256,7 +256,7 @@ class Engine:
         if launched:
             self.pick(launched)  # what a constraint allows depends on what came, too, but the model's pass does not
         self.flight = launched
-        if launched and not any(seat.samples for seat in launched.seats):
+        if launched and not any(seat.samples and seat.sequence.lease for seat in launched.seats):
             self.land()  # nobody is waiting for its token, and whoever comes now should wait for one chunk at most
         self.idle = not (launched or restored or self.landed_at > read)
         self.counters.steps += 1
@@ -534,6 +534,8 @@ class Engine:
     def retire(self, sequence: Sequence) -> None:
         """Leave what was computed in the store and give the pages back."""
         assert sequence.lease is not None
+        # The pass that runs ahead computes one token more, of which nobody knows which it is until it was taken.
+        sequence.computed = min(sequence.computed, sequence.length)
         # A lease that only matched holds nothing of its own to publish.
         if sequence.computed > sequence.lease.reused:
             self.publish(sequence)

@@ -42,6 +42,8 @@ BATCHES = (16, 4, 1)
 ALIGNMENT = 64
 # Slices that are read before they are needed.
 READ_AHEAD = 4
+# A slice that is waited for so long, while nothing else comes either, is computed.
+STALLED_SECONDS = 5.0
 # A sequence waits to hear what the tiers have before it is computed, but not for long, and not if it is soon computed.
 PATIENCE_SECONDS = 0.5
 LOOK_UP_SECONDS = 0.01
@@ -109,6 +111,7 @@ class Slice:
 
     pages: list[StoredPage]
     loading: Future[Loaded] | None = None
+    wanted: float | None = None  # since when its sequence has waited for it, seconds, monotonic
 
     @property
     def first(self) -> int:
@@ -158,6 +161,7 @@ class Pager:
         self.slice_pages = min(BATCHES[0], self.restore_bytes // (4 * self.moves.page_bytes))
         # Bytes of the slices that are being read, or were and are not copied in yet.
         self.staged: WeakKeyDictionary[Future[Loaded], int] = WeakKeyDictionary()
+        self.came_at = 0.0  # when a slice was copied in last, by `time.monotonic`
         self.measuring: Future[Fetched] | None = None  # a read for the time that it takes alone
         self.measured_at: dict[str, float] = {}  # by tier, when it was read last, by `time.monotonic`
         self.failures = Failures()
@@ -186,10 +190,7 @@ class Pager:
         """Drop what a sequence has looked up and read ahead, and do not read what nobody will use."""
         restore, sequence.restore = sequence.restore, None
         if restore is not None:
-            restore.looking.cancel()
-        for piece in restore.slices or () if restore else ():
-            if piece.loading is not None:
-                piece.loading.cancel()
+            cancel(restore)
 
     def read_ahead(self, sequence: Sequence) -> None:
         """Plan the restore once the lookup is done, forget what is computed by now, and read the next few slices.
@@ -220,8 +221,9 @@ class Pager:
     @property
     def staged_bytes(self) -> int:
         """Bytes that are being read, or were read and are not copied in yet. Any thread may ask."""
-        sizes = list(self.staged.data.values())  # type: ignore[attr-defined]  # in one go: others may change it
-        return sum(sizes)
+        staged = list(self.staged.data.items())  # type: ignore[attr-defined]  # in one go: others may change it
+        # A read that failed holds nothing, but the traceback of its exception may keep it until a collection.
+        return sum(size for ref, size in staged if (read := ref()) is not None and not has_failed(read))
 
     def fetch(self, pages: list[StoredPage], then: Callable[[list[StoredPage], np.ndarray, Fetched], T]) -> Future[T]:
         """Read pages in the background, [pages, page_bytes] uint8, and hand them to `then` on the reader's thread."""
@@ -286,7 +288,20 @@ class Pager:
         if restore.slices is None:
             quick = self.cost.prefill_s(sequence.computed, sequence.length) < LOOK_UP_SECONDS
             return not quick and time.monotonic() - restore.since < PATIENCE_SECONDS
-        return self.until_restore(sequence) == 0
+        return self.until_restore(sequence) == 0 and not self.stalled(restore)
+
+    def stalled(self, restore: Restore) -> bool:
+        """Whether the first slice has been waited for too long while nothing came; then all are given up."""
+        assert restore.slices
+        now, first = time.monotonic(), restore.slices[0]
+        if first.wanted is None:
+            first.wanted = now
+        if (first.loading and first.loading.done()) or now - max(first.wanted, self.came_at) < STALLED_SECONDS:
+            return False
+        log.warning("a prefix is computed, not read back: nothing was read for %g s", STALLED_SECONDS)
+        cancel(restore)
+        restore.slices.clear()
+        return True
 
     def until_restore(self, sequence: Sequence) -> int:
         """Tokens to compute before the next stored page follows; a large number if none does."""
@@ -319,6 +334,7 @@ class Pager:
         assert sequence.restore.slices is not None
         sequence.restore.slices.popleft()
         self.measured(loaded.fetched)
+        self.came_at = time.monotonic()
         before, at = sequence.computed, loaded.first
         if loaded.stop <= before:  # others have brought all of it
             return pool
@@ -409,7 +425,8 @@ class Pager:
         """Wait until the writer has taken all pages of sequences that have ended, but no longer than `seconds`."""
         end = time.monotonic() + seconds
         self.save_parked(pool, store)
-        while self.parked and self.tiers.writer.flush(max(0.0, end - time.monotonic())):
+        writer = self.tiers.writer
+        while self.parked and not writer.closing and writer.flush(max(0.0, end - time.monotonic())):
             self.save_parked(pool, store)
         while self.drop_parked(store):
             pass
@@ -443,6 +460,19 @@ class Pager:
         copy = self.moves.gather[len(pages)](pool, np.asarray([page for _, page, _ in pages], np.int32))
         keys, stamps = [key for key, _, _ in pages], [stamp for _, _, stamp in pages]
         return self.tiers.writer.submit(keys, len(pages) * self.moves.page_bytes, partial(payloads, copy), stamps)
+
+
+def cancel(restore: Restore) -> None:
+    """Do not look up and read what nobody will use."""
+    restore.looking.cancel()
+    for piece in restore.slices or ():
+        if piece.loading is not None:
+            piece.loading.cancel()
+
+
+def has_failed(future: Future[T]) -> bool:
+    """Whether a future has ended without a result."""
+    return future.cancelled() or (future.done() and future.exception() is not None)
 
 
 def attempted(start: Callable[[], Future[T]]) -> Future[T]:

@@ -100,6 +100,8 @@ def audit(engine: Engine) -> None:
         assert auditor.failures == 0
         if auditor.waits is not None:
             auditor.waits.result(60)
+    if auditor.keeping:
+        auditor.keeping.join(60)
     engine.store.check()
 
 

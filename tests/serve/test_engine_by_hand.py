@@ -9,6 +9,7 @@ import pytest
 from forcing import Script
 from small_engine import SMALL, VOCAB, Always, generate, outcome, prompt, submit, tick, tiers_of
 
+from cache.keys import all_keys, root_key
 from serve.engine import Engine
 from serve.sequence import Failed, Finished, GenerationRequest, Sampled, Started
 from serve.steps import SamplingParams
@@ -156,6 +157,42 @@ def test_looking_at_what_is_cached_keeps_nothing_from_eviction(make):
     engine.store.peek(old)
     engine.store.index.evict(1)
     assert engine.store.peek(old) < engine.store.peek(new)
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_constraint_that_breaks_leaves_nothing_in_the_cache_that_nobody_has_said(make, at):
+    class Breaks(Script):
+        def accept(self, token):
+            if self.at == at - 1:
+                raise RuntimeError("a fault of the test")
+            super().accept(token)
+
+    tiers = tiers_of(None, host=64 << 20)
+    engine = make(SMALL, tiers)
+    tokens, script = prompt(5, 21), [7, 9, 11, 13, 15, 17, 19, 21, 23]
+    asked, _ = submit(engine, tokens, 9, constraint=Breaks(script, VOCAB))
+    finish(engine)
+    assert isinstance(outcome(asked)[2], Failed)
+    said = [*tokens, *script[: at - 1]]
+    # The pass that ran ahead had computed a token that was never taken: a zero stands in its place.
+    assert engine.store.peek(np.asarray([*said, 0], np.int32)) == len(said)
+    assert tiers.writer.flush(60)
+    root = root_key(b"fingerprint", 8, b"")
+    unsaid = set(all_keys(root, np.asarray([*said, 0], np.int32), 8)) - set(
+        all_keys(root, np.asarray(said, np.int32), 8)
+    )
+    assert unsaid
+    assert not any(tiers.pages.tiers[0].contains_many(list(unsaid)))
+
+
+def test_the_engine_rests_with_no_step_in_the_air(make):
+    engine = make(SMALL)
+    first, _ = submit(engine, prompt(5, 20), 8)
+    finish(engine)
+    stop = outcome(first)[0][3]
+    submit(engine, prompt(5, 20), 8, stop_ids=frozenset([stop]))
+    finish(engine)
+    assert engine.flight is None, "a step that nobody waits for would last until the next request"
 
 
 @pytest.mark.parametrize("company", [False, True])

@@ -1,5 +1,6 @@
 """Pages go down to the tiers and come back exactly: over restarts, evictions, holes, tails and preemptions."""
 
+import gc
 import threading
 import time
 from dataclasses import replace
@@ -316,6 +317,59 @@ def test_what_is_read_ahead_stays_within_its_budget(model, tmp_path):
             assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
         eventually(lambda: pager.staged_bytes == 0, "nothing is staged")
     assert 4 * page_bytes <= max(most) <= 8 * page_bytes
+
+
+def test_reads_that_fail_take_no_room_from_those_that_follow(model, tmp_path, monkeypatch):
+    prompts = [prompt(seed, 250) for seed in range(80, 90)]
+    for tokens in prompts:
+        stored(model, tmp_path, tokens)
+    tiers = tiers_of(tmp_path)
+    page_bytes = Running(model, tiers).engine.pager.moves.page_bytes
+    running = Running(model, tiers, replace(SMALL, restore_bytes=8 * page_bytes))
+    monkeypatch.setattr(running.engine.pager, "load", broken)
+    gc.disable()
+    try:
+        with running as engine:
+            for tokens in prompts:
+                assert generate(engine, tokens, 2)[2] == Finished("length")
+            monkeypatch.undo()
+            engine.store.index.evict(SMALL.num_pages)
+            assert generate(engine, prompts[0], 2)[1].restored["disk"] > 200
+    finally:
+        gc.enable()
+
+
+def test_a_tier_that_hangs_in_a_read_holds_a_request_for_a_while_and_no_longer(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.paging.STALLED_SECONDS", 0.2)
+    tokens = prompt(91)
+    stored(model, tmp_path, tokens)
+    tiers, go = tiers_of(tmp_path), threading.Event()
+    (disk,) = tiers.pages.tiers
+    monkeypatch.setattr(disk, "get_many", lambda *_: go.wait())
+    running = Running(model, tiers, replace(SMALL, stop_seconds=2.0))
+    with running as engine:
+        output, started, end = generate(engine, tokens, 4)
+        assert (started.restored, end) == ({}, Finished("length"))
+        assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
+    go.set()
+
+
+def test_draining_ends_once_the_writer_has(model):
+    tiers = tiers_of(None, host=64 * MIB, queue_bytes=1)
+    running = Running(model, tiers)
+    engine, hung, go = running.engine, threading.Event(), threading.Event()
+    tiers.pages.tiers[0].put_many = lambda *_: (hung.set(), go.wait())
+    engine.start()
+    generate(engine, prompt(92), 4)
+    assert hung.wait(60)
+    eventually(lambda: bool(engine.pager.parked), "pages wait for the writer")
+    tiers.writer.close(0.1)
+    drained = threading.Thread(target=engine.stop, daemon=True)
+    drained.start()
+    drained.join(60)
+    go.set()
+    assert not drained.is_alive()
+    assert not engine.pager.parked
 
 
 def test_a_tier_that_was_too_slow_is_measured_again_and_taken_back(model, tmp_path, monkeypatch):
