@@ -72,7 +72,7 @@ class RemoteTier:
 
     def delete(self, keys: Sequence[bytes]) -> bool:
         """See Tier."""
-        return None not in self._each(keys, lambda key: self.store.write(name_of(key), None))
+        return all(done is not None for done in self._each(keys, lambda key: self.store.write(name_of(key), None)))
 
     def sync(self) -> None:
         """Nothing: TensorStore writes through."""

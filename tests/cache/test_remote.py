@@ -1,5 +1,6 @@
 import logging
 import shutil
+import time
 
 import pytest
 from storage_children import items, keys, page_of, right
@@ -18,10 +19,18 @@ def test_pages_are_shared_by_url(tmp_path, tier):
     other = RemoteTier(f"file://{tmp_path}/shared")
     assert other.contains_many(keys(range(41))) == [True] * 40 + [False]
     assert right(other, range(41)) == [True] * 40 + [False]
-    other.delete(keys([3]))
+    assert other.delete(keys([3]))
     assert right(tier, [2, 3]) == [True, False]
     stats = other.stats()
     assert (stats.hits, stats.misses, stats.corrupt, stats.errors) == (40, 1, 0, 0)
+
+
+def test_it_says_so_when_something_may_not_be_deleted(tmp_path, tier):
+    tier.put_many(items([0]))
+    tier.retry_at = time.monotonic() + 60  # as after a failure
+    assert not tier.delete(keys([0]))
+    tier.retry_at = 0.0
+    assert right(tier, [0]) == [True]
 
 
 def test_what_is_there_is_not_written_again(tier):
