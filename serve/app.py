@@ -78,8 +78,11 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
         async with beating(serving.metrics.lag.observe):
             yield
         trimmer.cancel()
-        await run_in_threadpool(serving.engine.stop)
-        await run_in_threadpool(serving.replay.close)
+        # Both at once: each may take all of the time that stopping may.
+        await asyncio.gather(
+            run_in_threadpool(engine.stop),
+            run_in_threadpool(serving.replay.close, engine.settings.stop_seconds),
+        )
 
     app = Starlette(
         routes=[
