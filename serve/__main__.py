@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         type=parse_bytes,
         default=DEFAULT_BOUNDS.total,
         metavar="SIZE",
-        help="memory for what is remembered of requests, in fixed shares: see serve/README.md (default: 626MiB)",
+        help="memory for what is remembered of requests, in fixed shares: see serve/README.md (default: 642MiB)",
     )
     http.add_argument(
         "--stop-seconds",
@@ -300,8 +300,9 @@ def audit_settings(args: argparse.Namespace) -> AuditSettings:
     """What the auditor may use."""
     from serve.audit import AuditSettings
 
-    folder = store_folder(args.store)
-    return AuditSettings(args.audit_share, args.audit_dir or (folder or user_cache()) / "audits")
+    folder, sample_bytes = store_folder(args.store), DEFAULT_BOUNDS.scaled(args.memory_bytes).audits
+    kept = args.audit_dir or (folder or user_cache()) / "audits"
+    return AuditSettings(args.audit_share, kept, sample_bytes=sample_bytes)
 
 
 def user_cache() -> Path:

@@ -38,6 +38,7 @@ from cache.pool import slots_for
 from cache.tiers import Payload
 from model.kv import KVPool, gather_pages
 from serve.audit_case import Case, keep
+from serve.bounds import DEFAULT_BOUNDS
 from serve.steps import GREEDY, Row
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class AuditSettings:
     folder: Path | None = None  # for the sequences that were wrong; None keeps none
     quiet_s: float = 0.2  # since anything ran or waited
     max_tokens: int = 8192  # of one prefix
-    sample_bytes: int = 16 << 20  # of records
+    sample_bytes: int = DEFAULT_BOUNDS.audits  # of records
 
 
 def audit_pages(pages: int, page_size: int, settings: AuditSettings) -> int:

@@ -19,6 +19,7 @@ class Bounds:
     outcomes: int = 2 * MIB
     volatility: int = 16 * MIB
     savings: int = 64 * MIB
+    audits: int = 16 * MIB
 
     @property
     def total(self) -> int:

@@ -71,7 +71,6 @@ def audit_metrics(auditor: Auditor) -> Iterator[Metric]:
         ("audit_failures", "Audits that ended by an error of their own", auditor.failures),
     ):
         yield CounterMetricFamily(f"tokenzero_{name}", text, value=value)
-    yield GaugeMetricFamily("tokenzero_audit_bytes", "Memory that requests to audit take", value=auditor.record_bytes)
 
 
 def tier_metrics(pager: Pager) -> Iterator[Metric]:

@@ -127,6 +127,8 @@ def memories(serving: Serving) -> dict[str, Memory]:
     """What a server remembers of requests, by name; `serve/README.md` has the table of it."""
     segments, replay, reports = serving.tokenizer.segments, serving.replay, serving.divergences
     volatility, outcomes, savings = serving.volatility, serving.outcomes, serving.savings
+    auditor = serving.engine.auditor
+    audited = auditor.settings.sample_bytes if auditor else 0
     return {
         "segments": Memory(lambda: segments.bytes, segments.most_bytes),
         "turns": Memory(lambda: replay.remembered_bytes, int(replay.memory.maxsize)),
@@ -135,6 +137,7 @@ def memories(serving: Serving) -> dict[str, Memory]:
         "outcomes": Memory(lambda: outcomes.bytes, outcomes.known.most_bytes),
         "volatility": Memory(lambda: volatility.bytes, volatility.clients.most_bytes + REPORTED * FOUND_BYTES),
         "savings": Memory(lambda: savings.bytes, savings.most * LINK_BYTES),
+        "audits": Memory(lambda: auditor.record_bytes if auditor else 0, audited),
         "preambles": Memory(lambda: SHAPE_BYTES * len(serving.reported), SHAPE_BYTES * SHAPES),
     }
 

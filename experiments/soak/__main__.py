@@ -48,7 +48,7 @@ from serve.__main__ import set_up_jax
 MODEL = ".cache/demo-model"
 RESULTS = Path("experiments/results/soak")
 CONTEXT, PAGE = 2048, 8  # tokens
-MEMORY_BYTES = 48 << 20  # for what the server remembers of requests: full before the run is half way
+MEMORY_BYTES = 12 << 20  # for what the server remembers of requests: full when a life is warm
 AUDIT_SHARE = 0.1  # of the device's time: the server rests little
 TWIN_LOG = "twin.log"
 # Tokens whose pages the pool and each tier hold, each more than the one above: less than sessions touch in a minute.
