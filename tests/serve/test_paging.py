@@ -356,7 +356,7 @@ def test_a_tier_that_hangs_in_a_read_holds_a_request_for_a_while_and_no_longer(m
 
 def test_draining_ends_once_the_writer_has(model):
     tiers = tiers_of(None, host=64 * MIB, queue_bytes=1)
-    running = Running(model, tiers)
+    running = Running(model, tiers, replace(SMALL, stop_seconds=2.0))
     engine, hung, go = running.engine, threading.Event(), threading.Event()
     tiers.pages.tiers[0].put_many = lambda *_: (hung.set(), go.wait())
     engine.start()
