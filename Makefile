@@ -49,7 +49,7 @@ kernels-aot: ## compile the GPU kernels for an H200 without one, and check spill
 	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check jax==$(JAX) absl-py flax rich
 	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check --no-deps \
 		jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX) nvidia-cuda-nvcc nvidia-nvvm
-	.venv-aot-$(JAX)/bin/python -m experiments.kernels_aot
+	.venv-aot-$(JAX)/bin/python -m experiments.gpu.aot
 
 gpu-bench: .venv/.installed ## measure the kernels and an 8B-shaped model on this machine's GPU
 	$(BIN)/python -m experiments.gpu_bench

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from cache.disk import DiskTier
-from cache.environment import FILES, FORMAT, RECORDS, StoreError, check_directory, file_bytes, old_stores
+from cache.lmdb_env import FILES, FORMAT, RECORDS, StoreError, check_directory, file_bytes, old_stores
 from cache.sizes import parse_bytes, show_bytes
 
 

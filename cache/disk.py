@@ -18,10 +18,10 @@ from typing import TypeVar
 import lmdb
 import numpy as np
 
-from cache.environment import FORMAT, Databases, SharedEnvironment, full, old_stores
-from cache.tiers import CLOCK_SLACK_NS, SEAL, Item, Payload, TierStats, placed, seal, stamps_now
+from cache.lmdb_env import FORMAT, Databases, SharedEnvironment, full, old_stores
+from cache.tier import CLOCK_SLACK_NS, SEAL, Item, Payload, TierStats, placed, seal, stamps_now
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("tokenzero.cache.disk")
 T = TypeVar("T")
 
 STAMP = struct.Struct("<Q")  # last use, nanoseconds since 1970

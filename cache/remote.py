@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorstore as ts
 
-from cache.environment import FORMAT, RETRY_SECONDS
-from cache.tiers import SEAL, Item, Payload, TierStats, placed, seal
+from cache.lmdb_env import FORMAT, RETRY_SECONDS
+from cache.tier import SEAL, Item, Payload, TierStats, placed, seal
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("tokenzero.cache.remote")
 T = TypeVar("T")
 
 

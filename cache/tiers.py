@@ -1,367 +1,181 @@
-"""The tiers below the device pool: one small protocol, the host memory tier, and reads over several tiers at once.
+"""What lies below the device pool, as an engine needs it: pages to look up and read ahead, and pages to write behind.
 
-A tier maps 32-byte page keys (cache.keys) to opaque payloads. It never raises for what a disk or a network does: what
-it cannot read is a miss, what it cannot write is dropped, and both are counted.
+Pages are named by their content (cache.keys); a page that a sequence left partly filled has a key of its own.
 """
 
-import heapq
-import struct
+import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from cache.worker import Failures, Worker
+from cache.host import HostTier
+from cache.keys import all_keys, tail_key
+from cache.radix_tree import common_prefix
+from cache.tier import Tier, TieredPages
+from cache.worker import Worker
+from cache.writeback import WriteBack
 
-Payload = bytes | bytearray | memoryview  # a memoryview must be contiguous; nobody may change it once handed over
-Item = tuple[bytes, Payload]  # page key, payload
-T = TypeVar("T")
+log = logging.getLogger("tokenzero.cache.tiers")
 
-# How many keys a search asks a tier for at once: it ends where nothing more is found, so a cold prompt costs little.
-SEARCH_STEP = 128
-CLOCK_SLACK_NS = 60 * 10**9  # how far a clock may be set back, or differ from another process's, without notice
-SEAL = struct.Struct("<QQ")  # payload length in bytes, XXH3-64 of key and payload
-
-
-@dataclass(frozen=True)
-class TierStats:
-    """What a tier holds now, and counters since it was opened by this process."""
-
-    name: str
-    pages: int
-    bytes: int  # occupied, the tier's own overhead included
-    budget_bytes: int  # 0: no limit
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    evicted: int = 0
-    corrupt: int = 0  # records that failed their checksum: each was a miss, and was removed
-    dropped: int = 0  # pages that could not be written
-    errors: int = 0  # failed operations of the disk or the network
-    open: bool = True  # whether it can be used now
-
-
-class Tier(Protocol):
-    """A place for pages. All methods may be called from any thread, and none raises for what lies below.
-
-    A stamp is a page's last use in nanoseconds since 1970. Of two stamps the newer one stays on record, and the page
-    with the oldest goes first. `stamps` has one for each key; None stands for now, the first key the most recent.
-    A request stamps page i of its chain with the request's own time less i, whenever it reads or writes the page: so no
-    page is newer than the one in front of it, and a chain loses its tail first. The stamp 0 is no use.
-    """
-
-    name: str
-    budget_bytes: int
-
-    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which keys are there. Does not count as a use."""
-
-    def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
-        """As contains_many, but a use. True where the tier cannot tell."""
-
-    def get_many(
-        self,
-        keys: Sequence[bytes],
-        into: Sequence[np.ndarray] | None = None,
-        stamps: Sequence[int] | None = None,
-    ) -> list[Payload | None]:
-        """The payloads, None for a miss. A use.
-
-        `into` has a slot for each key, [bytes] uint8, where its payload goes; one of another size is a miss.
-        """
-
-    def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
-        """Store pages, evicting the least recently used to stay in the budget; these may be among them.
-
-        A key that is there is only touched.
-        """
-
-    def delete(self, keys: Sequence[bytes]) -> bool:
-        """Forget the keys, where they are there; False if some of them may still be."""
-
-    def sync(self) -> None:
-        """Make what was put so far survive a power cut, as far as the tier can."""
-
-    def stats(self) -> TierStats:
-        """Contents and counters; at once, whatever the tier is busy with."""
-
-    def close(self) -> None:
-        """Let go of files and threads; the tier is not used after this."""
-
-
-def stamps_now(count: int) -> Sequence[int]:
-    """Stamps of a use at this moment, the first of `count` pages the most recent."""
-    now = time.time_ns()
-    return range(now, now - count, -1)
-
-
-def seal(key: bytes, payload: Payload) -> bytes:
-    """Length and checksum of a page record: SEAL.size bytes. It covers the key, so that no page passes as another."""
-    digest = xxhash.xxh3_64(key)
-    digest.update(payload)
-    return SEAL.pack(memoryview(payload).nbytes, digest.intdigest())
-
-
-def placed(payload: Payload, slot: np.ndarray | None) -> Payload | None:
-    """The payload, in its slot ([bytes] uint8) if there is one; None if it is of another size."""
-    if slot is None:
-        return payload
-    if memoryview(payload).nbytes != slot.nbytes:
-        return None
-    # numpy lets other threads run meanwhile.
-    np.copyto(slot, np.frombuffer(payload, np.uint8))
-    return slot.data
-
-
-class HostTier:
-    """Pages in host memory: least recently used out first, under a budget in bytes of payload."""
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.name = "host"
-        self.budget_bytes = budget_bytes
-        self.pages: dict[bytes, Payload] = {}
-        self.used: dict[bytes, int] = {}  # stamps of these
-        self.oldest: list[tuple[int, bytes]] = []  # a heap with one stamp and key a page; the stamp may lag behind
-        self.evicted_stamp = 0  # the latest use of anything that was evicted: what is older would be next
-        self.newest = 0  # stamp that a page was put with
-        self.bytes = 0
-        self.counts: Counter[str] = Counter()
-        self.lock = threading.Lock()
-
-    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """See Tier."""
-        with self.lock:
-            return [key in self.pages for key in keys]
-
-    def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
-        """See Tier."""
-        with self.lock:
-            self._use(keys, stamps)
-            return [key in self.pages for key in keys]
-
-    def get_many(
-        self,
-        keys: Sequence[bytes],
-        into: Sequence[np.ndarray] | None = None,
-        stamps: Sequence[int] | None = None,
-    ) -> list[Payload | None]:
-        """See Tier."""
-        with self.lock:
-            found = [self.pages.get(key) for key in keys]
-            self._use(keys, stamps)
-        slots = [None] * len(keys) if into is None else into
-        result = [p if p is None else placed(p, slot) for p, slot in zip(found, slots, strict=True)]
-        hits = [memoryview(payload).nbytes for payload in result if payload is not None]
-        with self.lock:
-            self.counts.update(hits=len(hits), misses=len(keys) - len(hits), bytes_read=sum(hits))
-        return result
-
-    def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
-        """See Tier. A page larger than the whole budget is dropped."""
-        used = stamps_now(len(items)) if stamps is None else stamps
-        with self.lock:
-            if self.newest > time.time_ns() + CLOCK_SLACK_NS:  # the clock was set back: what is there counts as old
-                self.newest = self.evicted_stamp = 0
-                self.used = dict.fromkeys(self.pages, 0)
-                self.oldest = [(0, key) for key in self.pages]
-            self.newest = max([self.newest, *used[:1]])
-            for (key, payload), stamp in zip(items, used, strict=True):
-                size = memoryview(payload).nbytes
-                if size > self.budget_bytes:
-                    self.counts["dropped"] += 1
-                elif key in self.pages:
-                    self._use([key], [stamp])
-                elif self._make_room(size, stamp):
-                    self.pages[key], self.used[key] = payload, stamp
-                    heapq.heappush(self.oldest, (stamp, key))
-                    self.bytes += size
-                    self.counts["bytes_written"] += size
-                else:
-                    self.counts["evicted"] += 1
-
-    def delete(self, keys: Sequence[bytes]) -> bool:
-        """See Tier."""
-        with self.lock:
-            for key in keys:
-                if key in self.pages:
-                    self.bytes -= memoryview(self.pages.pop(key)).nbytes
-                    del self.used[key]
-            self.oldest = [(stamp, key) for key, stamp in self.used.items()]
-            heapq.heapify(self.oldest)
-        return True
-
-    def sync(self) -> None:
-        """Nothing: memory does not outlive the process."""
-
-    def stats(self) -> TierStats:
-        """See Tier."""
-        with self.lock:
-            return TierStats(self.name, len(self.pages), self.bytes, self.budget_bytes, open=True, **self.counts)
-
-    def close(self) -> None:
-        """Forget everything."""
-        self.delete(list(self.pages))
-
-    def _use(self, keys: Sequence[bytes], stamps: Sequence[int] | None) -> None:
-        for key, stamp in zip(keys, stamps_now(len(keys)) if stamps is None else stamps, strict=True):
-            if stamp > self.used.get(key, stamp):
-                self.used[key] = stamp
-
-    def _make_room(self, size: int, stamp: int) -> bool:
-        """Evict for a page of this size and last use; False if it would be the one to go."""
-        while self.bytes + size > self.budget_bytes and stamp > self.evicted_stamp:
-            queued_at, key = self.oldest[0]
-            if queued_at != self.used[key]:
-                heapq.heapreplace(self.oldest, (self.used[key], key))
-            elif queued_at >= stamp:
-                return False
-            else:
-                heapq.heappop(self.oldest)
-                self.evicted_stamp = self.used.pop(key)
-                self.bytes -= memoryview(self.pages.pop(key)).nbytes
-                self.counts["evicted"] += 1
-        return stamp > self.evicted_stamp
+# Forgetting waits so long for what is being written, and deletes so many keys at once: writers wait meanwhile.
+FORGET_SECONDS = 5.0
+FORGET_STEP = 512
+FORGET_AGAIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """What a fetch found, in the order of its keys."""
+class StoredPage:
+    """A page of a sequence that a tier has."""
 
-    sources: list[str | None]  # the tier that each page came from, None for a miss
-    # Spent reading in each tier that was asked; a tier that cannot be read yet answers at once.
-    seconds: dict[str, float] = field(default_factory=dict)
+    index: int  # in the sequence
+    key: bytes
+    tokens: int  # filled, from the page's start on
+    tier: str
+    # Of the use, see cache.tiers.Tier; 0 behind a hole, where nothing counts as used until that is filled.
+    stamp: int = 0
 
 
-class TieredPages:
-    """Reads over several tiers, the fastest first. What a lower tier gave is kept in the first one too.
+@dataclass(frozen=True)
+class Found:
+    """What the tiers know of a sequence of which the device holds the first pages."""
 
-    A tier that raises is one that has nothing.
+    pages: list[StoredPage]  # behind those, in order; there may be holes
+    missing: list[int]  # of those, the ones that the lowest tier has lost
+
+
+class Tiers:
+    """Host memory, and a disk or a remote store; opened together, closed together.
+
+    `store` is a directory or a URL that TensorStore knows (`s3://`, `gs://`, `file://`), None for memory alone. Raises
+    StoreError if the directory belongs to another program or version, ValueError if the URL is not understood.
     """
 
-    def __init__(self, tiers: Sequence[Tier]) -> None:
-        self.tiers = tuple(tiers)
-        # One thread: a second would only compete for the same disk, and a restore wants its first pages first.
-        self.reader = Worker("restore")
-        self.failures = Failures()
-        self.hidden: frozenset[bytes] = frozenset()  # keys that are being deleted: nobody finds them meanwhile
+    def __init__(
+        self,
+        store: str | None,
+        store_bytes: int,
+        host_bytes: int,
+        flush_seconds: float = 1.0,
+        queue_bytes: int = 1 << 30,  # of pages that wait to be written
+    ) -> None:
+        tiers: list[Tier] = [HostTier(host_bytes)] if host_bytes or not store else []
+        # Imported where they are used: a machine that stores nothing need not have their libraries.
+        if store and "://" in store:
+            from cache.remote import RemoteTier
 
-    def locate(self, keys: Sequence[bytes]) -> list[str | None]:
-        """The first tier that has each key of a chain, None for a miss; nothing is read, and nothing counts as used.
+            tiers.append(RemoteTier(store))
+        elif store:
+            from cache.disk import DiskTier
 
-        It looks no further than SEARCH_STEP keys without a hit: what comes behind is None too.
+            tiers.append(DiskTier(Path(store), store_bytes))
+        self.pages = TieredPages(tiers)
+        self.writer = WriteBack(tiers, flush_seconds, queue_bytes)
+        # Lookups do not wait behind the pages that are read for another request.
+        self.searcher = Worker("look-up")
+
+    def look(
+        self,
+        root: bytes,
+        keys: Sequence[bytes],
+        tokens: np.ndarray,  # [tokens] int32
+        held: int,
+        page_size: int,
+        used: int,
+    ) -> "Future[Found]":
+        """Search the pages of `tokens`, whose full pages have `keys`, behind the first `held`.
+
+        What is found, and what is held, counts as used by a request of the time `used` (nanoseconds since 1970).
         """
-        names: list[str | None] = []
-        for start in range(0, len(keys), SEARCH_STEP):
-            step = self._locate(keys[start : start + SEARCH_STEP])
-            names += step
-            if not any(step):
-                break
-        return names + [None] * (len(keys) - len(names))
+        return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size, used)
 
-    def touch(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
-        """Record a use of pages without reading them; returns which of them the lowest tier still has."""
-        unknown = [True] * len(keys)
-        there = unknown
-        for tier in self.tiers:
-            there = self.failures.guard(f"{tier.name}: uses are lost", partial(tier.touch_many, keys, stamps), unknown)
-        return there
-
-    def fetch(
+    def forget(
         self,
-        keys: Sequence[bytes],
-        pages: np.ndarray,  # [keys, bytes of a page] uint8
-        then: Callable[[Fetched], T],
-        stamps: Sequence[int] | None = None,
-    ) -> "Future[T]":
-        """Read pages in the background, as `read`, and hand what was found to `then` on the same thread."""
-        return self.reader.submit(lambda: then(self.read(keys, pages, stamps)))
+        root: bytes,
+        sequences: Sequence[np.ndarray],  # each [tokens] int32
+        start: int,
+        page_size: int,
+    ) -> "Future[int]":
+        """Delete the sequences' pages from position `start` on, the partly filled ones too; the number of keys.
 
-    def read(
-        self,
-        keys: Sequence[bytes],
-        pages: np.ndarray,  # [keys, bytes of a page] uint8
-        stamps: Sequence[int] | None = None,
-    ) -> Fetched:
-        """Read each page to its row of `pages`; one that has meanwhile gone, or is corrupt, leaves anything there."""
-        used = stamps_now(len(keys)) if stamps is None else stamps
-        sources: list[str | None] = [None] * len(keys)
-        seconds: dict[str, float] = {}
-        for tier in self.tiers:
-            missing = [i for i, source in enumerate(sources) if source is None]
-            if not missing:
-                break
-            wanted = [keys[i] for i in missing], [pages[i] for i in missing], [used[i] for i in missing]
-            nothing: list[Payload | None] = [None] * len(missing)
-            start = time.perf_counter()
-            found = self.failures.guard(f"{tier.name}: pages are missed", partial(tier.get_many, *wanted), nothing)
-            seconds[tier.name] = time.perf_counter() - start
-            for i, payload in zip(missing, found, strict=True):
-                sources[i] = tier.name if payload is not None else None
-        top = self.tiers[0]
-        below = [i for i, source in enumerate(sources) if source not in (None, top.name) and used[i]]
-        if below:
-            self.failures.guard(
-                f"{top.name}: pages are not kept",
-                lambda: top.put_many([(keys[i], pages[i].tobytes()) for i in below], [used[i] for i in below]),
-                None,
-            )
-        return Fetched(sources, seconds)
+        In the background, but before any later `look`: no request finds what was to be forgotten when it came, though a
+        tier that is slow or fails may take long to delete it.
+        """
+        return self.searcher.submit(self._forget, root, sequences, start, page_size)
 
-    def copies(self, keys: Sequence[bytes]) -> "Future[dict[str, list[Payload | None]]]":
-        """What each tier has under the keys, by its name; in the background, no use, nothing is kept higher."""
-        return self.reader.submit(lambda: {tier.name: self._copies(tier, keys) for tier in self.tiers})
+    def _forget(self, root: bytes, sequences: Sequence[np.ndarray], start: int, page_size: int) -> int:
+        found, before = list[bytes](), np.zeros(0, np.int32)
+        for tokens in sequences:  # neighbours share most of their tokens, which are named once
+            shared = common_prefix(before, tokens) // page_size * page_size
+            found += all_keys(root, tokens, page_size, max(start, shared))
+            before = tokens
+        keys = list(dict.fromkeys(found))
+        self.pages.hidden |= frozenset(keys)
+        self._delete(keys)
+        return len(keys)
 
-    def _copies(self, tier: Tier, keys: Sequence[bytes]) -> list[Payload | None]:
-        never = [0] * len(keys)
-        nothing: list[Payload | None] = [None] * len(keys)
-        return self.failures.guard(f"{tier.name}: no audit", lambda: tier.get_many(keys, stamps=never), nothing)
+    def _delete(self, keys: Sequence[bytes]) -> None:
+        """Delete pages from all tiers, again and again until they are gone; until then they stay hidden."""
+        gone = self.writer.flush(FORGET_SECONDS)  # some of it may still wait to be written
+        for at in range(0, len(keys), FORGET_STEP):
+            with suppress(TimeoutError, CancelledError):
+                if self.pages.forget(keys[at : at + FORGET_STEP]).result(FORGET_SECONDS):
+                    continue
+            gone = False
+        if gone:
+            self.pages.hidden -= frozenset(keys)
+            return
+        again = threading.Timer(FORGET_AGAIN_SECONDS, self.searcher.submit, (self._delete, keys))
+        again.daemon = True
+        again.start()
 
-    def forget(self, keys: Sequence[bytes]) -> "Future[bool]":
-        """Delete pages from every tier, once the reads under way have ended; False where some may still be there."""
-        return self.reader.submit(self._forget, keys)
+    def close(self, seconds: float = 60.0) -> None:
+        """Write what is queued, then close all tiers, within so many seconds: a tier that takes longer is left alone.
 
-    def _forget(self, keys: Sequence[bytes]) -> bool:
-        gone = True
-        for tier in self.tiers:
-            deleted = partial(tier.delete, keys)
-            gone = self.failures.guard(f"{tier.name}: pages are not deleted", deleted, False) and gone
-        return gone
-
-    def stats(self) -> list[TierStats]:
-        """The stats of each tier, the fastest first; at once."""
-        return [tier.stats() for tier in self.tiers]
-
-    def close(self, seconds: float = 60.0) -> bool:
-        """Drop the fetches that wait, and close all tiers at once; False if that takes longer than `seconds`.
-
-        What takes longer goes on in daemon threads.
+        All threads are daemons, so that none of them holds up the end of the process.
         """
         end = time.monotonic() + seconds
-        self.reader.stop()
-        closers = [self.reader.thread]
-        for tier in self.tiers:
-            close = partial(self.failures.guard, f"{tier.name}: not closed", tier.close, None)
-            closers.append(threading.Thread(target=close, daemon=True))
-            closers[-1].start()
-        for closer in closers:
-            closer.join(max(0.0, end - time.monotonic()))
-        return not any(closer.is_alive() for closer in closers)
+        self.searcher.stop()
+        written = self.writer.close(seconds)
+        closed = self.pages.close(max(0.0, end - time.monotonic()))
+        self.searcher.thread.join(max(0.0, end - time.monotonic()))
+        if not (written and closed):
+            lost = self.writer.queued_bytes
+            log.warning("the store did not close in %.0f s: %d bytes of pages may not be written", seconds, lost)
 
-    def _locate(self, keys: Sequence[bytes]) -> list[str | None]:
-        names: list[str | None] = [None] * len(keys)
-        for tier in self.tiers:
-            missing = [i for i, name in enumerate(names) if name is None]
-            wanted, nothing = [keys[i] for i in missing], [False] * len(missing)
-            search = partial(tier.contains_many, wanted)
-            found = self.failures.guard(f"{tier.name}: pages are missed", search, nothing)
-            for i, there in zip(missing, found, strict=True):
-                names[i] = tier.name if there and keys[i] not in self.hidden else None
-        return names
+
+def look(
+    pages: TieredPages,
+    root: bytes,
+    keys: Sequence[bytes],
+    tokens: np.ndarray,  # [tokens] int32
+    held: int,
+    page_size: int,
+    used: int,
+) -> Found:
+    """See Tiers.look; in the calling thread."""
+    there = pages.touch(keys[:held], range(used, used - held, -1)) if held else []
+    names = pages.locate(keys[held:])
+    first_missing = held + (names.index(None) if None in names else len(names))
+    found = [
+        StoredPage(i, keys[i], page_size, name, used - i if i < first_missing else 0)
+        for i, name in enumerate(names, held)
+        if name is not None
+    ]
+    start = first_missing * page_size
+    # A sequence that ended in this page left it partly filled: the longest such page that the tokens run through.
+    parent = keys[first_missing - 1] if first_missing else root
+    lengths = range(min(page_size - 1, len(tokens) - start), 0, -1)
+    tails = [tail_key(parent, tokens[start : start + length]) for length in lengths]
+    for length, key, name in zip(lengths, tails, pages.locate(tails), strict=True):
+        if name is not None:
+            found.append(StoredPage(first_missing, key, length, name, used - first_missing))
+            break
+    # All at once, before anything is read or computed: no page is ever on record as newer than one in front of it.
+    pages.touch([page.key for page in found], [page.stamp for page in found])
+    return Found(sorted(found, key=lambda page: page.index), [i for i, known in enumerate(there) if not known])

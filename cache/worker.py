@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("tokenzero.cache.worker")
 T = TypeVar("T")
 
 MAX_QUEUED = 4096  # calls that wait for a worker; it takes so many only if what it waits for hangs

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from cache.tiers import Item, Payload, Tier, stamps_now
+from cache.tier import Item, Payload, Tier, stamps_now
 from cache.worker import Failures
 
 MAX_USES = 1 << 16  # pages whose use waits to be recorded

@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.bench.store import forget
-from experiments.provenance import provenance
-from experiments.server import Server, Timing, count_tokens, measure, running_server
-from experiments.sessions import Json, Session, billing_header, stable_request, with_header, with_question
+from experiments.bench.tiers import forget
+from experiments.harness.provenance import provenance
+from experiments.harness.server import Server, Timing, count_tokens, measure, running_server
+from experiments.workloads.sessions import Json, Session, billing_header, stable_request, with_header, with_question
 
 RESULTS = Path("experiments/results/demo")
 # NVIDIA Dynamo's published means: a 52K-token prompt, Nemotron-3-Super-120B on one B200.
@@ -265,7 +265,9 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Start the server, measure, print the table, write picture and summary."""
     cli = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__.split("\n")[0])
-    cli.add_argument("--model", required=True, help="checkpoint folder, such as experiments.demo_model writes")
+    cli.add_argument(
+        "--model", required=True, help="checkpoint folder, such as experiments.workloads.demo_model writes"
+    )
     cli.add_argument("--tokens", type=int, default=52_000, help="length of the prompt (default: 52000)")
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--out", type=Path, default=RESULTS, help=f"folder for the results (default: {RESULTS})")

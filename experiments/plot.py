@@ -16,50 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from experiments.fit import accuracy_line, constants_of, constants_table, fit_run, measured_ms
-from experiments.runs import Cell, RunError, by_length, cells, load
-from serve.cost import Constants, held_out
+from experiments.harness.figures import COLOURS, save, subplots, time_label, tokens_label
+from experiments.sweep.fit import accuracy_line, constants_of, constants_table, fit_run, measured_ms
+from experiments.sweep.run_folder import Cell, RunError, by_length, cells, load
+from serve.engine.cost import Constants
+from serve.engine.cost_fit import held_out
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
-# Okabe and Ito's palette, told apart by the colour-blind, but for its yellow, which white paper swallows.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 ARM_COLOURS = dict(
     zip(("stable", "varying", "stripped", "restarted", "relocated", "tools-first", "evicted"), COLOURS, strict=True)
 )
-WIDTH, HEIGHT, DPI = 8, 4.6, 160
-
-
-def subplots(height: float = HEIGHT, width: float = WIDTH) -> tuple[Any, Axes]:
-    """A figure of a README's width, and its axes without a box around them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure and forget it."""
-    import matplotlib.pyplot as plt
-
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
-
-
-def time_label(ms: float, _: object = None) -> str:
-    """12 ms or 3.4 s, as an axis says it."""
-    return f"{ms / 1e3:g} s" if ms >= 1000 else f"{ms:g} ms"
-
-
-def tokens_label(tokens: float, _: object = None) -> str:
-    """512 or 16K, as an axis says it."""
-    return f"{tokens / 1024:g}K" if tokens >= 1024 else f"{tokens:g}"
 
 
 def draw_position(found: Sequence[Cell], constants: Constants | None, path: Path) -> None:

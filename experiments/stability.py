@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from experiments import sessions
-from experiments.sessions import RELEASES, Session
-from experiments.synthetic import Json, text_block
-from serve.diagnose import Outcome, characters, compare
-from serve.messages import decode_count_tokens
-from serve.normalize import DEFAULT_RULES
-from serve.sections import CHARACTERS
+from experiments.workloads import sessions
+from experiments.workloads.sessions import RELEASES, Session
+from experiments.workloads.synthetic import Json, text_block
+from serve.api.messages import decode_count_tokens
+from serve.diagnosis.compare import Outcome, characters, compare
+from serve.diagnosis.sections import CHARACTERS
+from serve.rules.normalize import DEFAULT_RULES
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from model import kv, rope
-from model.attention import Batch, locate, paged_attention
+from model.attention import paged_attention
+from model.batch import Batch, locate
 from model.config import ModelConfig
 from model.kernels.dispatch import linear_for
 from model.kv import KVPool

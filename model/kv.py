@@ -56,7 +56,7 @@ def write(
     """Scatter one layer's new keys and values to their slots; tokens with an out-of-range page are dropped.
 
     There is no kernel for this, because on a GPU there is next to nothing to gain: XLA rotates the keys inside of the
-    scatter (`experiments.kernels_aot` sees to it), straight from the projection into the page. Bytes moved for a token
+    scatter (`experiments.gpu.aot` sees to it), straight from the projection into the page. Bytes moved for a token
     in one layer of the shape of Llama 3.1 8B, in bf16, as compiled:
 
         projection in and out          8,192 + 12,288

@@ -23,10 +23,10 @@
 # %%
 from IPython.display import Image, display
 
-from experiments.fit import constants_of, constants_table, crossover_table, fit_run, model_config, prices_table
 from experiments.plot import draw
-from experiments.reading import console, sweep
-from experiments.sweep import table
+from experiments.sweep.fit import constants_of, constants_table, crossover_table, fit_run, model_config, prices_table
+from experiments.sweep.notebook import console, sweep
+from experiments.sweep.run_folder import table
 from model.kv import bytes_per_token
 
 run = sweep("position")

@@ -29,17 +29,17 @@ import numpy as np
 from IPython.display import Image, display
 from rich.table import Table
 
-from cache.index import common_prefix
+from cache.radix_tree import common_prefix
 from experiments.plot import draw
-from experiments.reading import MODEL, console, sweep
-from experiments.runs import cells as medians
-from experiments.runs import load
-from experiments.sessions import RELEASES
 from experiments.stability import Case, cases
-from experiments.sweep import table
-from serve.messages import decode_request
-from serve.normalize import normalize
-from serve.render import load_tokenizer, render
+from experiments.sweep.notebook import MODEL, console, sweep
+from experiments.sweep.run_folder import cells as medians
+from experiments.sweep.run_folder import load, table
+from experiments.workloads.sessions import RELEASES
+from serve.api.messages import decode_request
+from serve.prompt.render import render
+from serve.prompt.tokenizer import load_tokenizer
+from serve.rules.normalize import normalize
 
 run = sweep("preamble")
 found = medians(load(run))

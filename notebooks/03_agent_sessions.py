@@ -25,18 +25,18 @@ import numpy as np
 from IPython.display import Image, display
 from rich.table import Table
 
-from cache.store import PrefixStore
-from experiments.plot import COLOURS, subplots
-from experiments.reading import MODEL, SMOKE, console, show, sweep
-from experiments.replay import CAPACITIES, COST_MODEL, PAGE_TOKENS, capacity_table, compare_capacities, replay
-from experiments.runs import cells, load
-from experiments.sessions import Session, requests
-from experiments.sweep import table
-from experiments.traces import Agents, generate
-from serve.cost import CostFile
-from serve.messages import decode_request
-from serve.normalize import normalize
-from serve.render import load_tokenizer, render
+from cache.prefix_cache import PrefixStore
+from experiments.harness.figures import COLOURS, subplots
+from experiments.replay.capacity import CAPACITIES, COST_MODEL, PAGE_TOKENS, capacity_table, compare_capacities, replay
+from experiments.sweep.notebook import MODEL, SMOKE, console, show, sweep
+from experiments.sweep.run_folder import cells, load, table
+from experiments.workloads.sessions import Session, requests
+from experiments.workloads.traces import Agents, generate
+from serve.api.messages import decode_request
+from serve.engine.cost import CostFile
+from serve.prompt.render import render
+from serve.prompt.tokenizer import load_tokenizer
+from serve.rules.normalize import normalize
 
 TURNS = 6 if SMOKE else 60
 tokenizer = load_tokenizer(str(MODEL))

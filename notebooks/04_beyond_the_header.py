@@ -21,17 +21,17 @@ import json
 import numpy as np
 from rich.table import Table
 
-from experiments.plot import subplots
-from experiments.reading import MODEL, console, show, sweep
-from experiments.runs import cells as medians
-from experiments.runs import load
+from experiments.harness.figures import subplots
 from experiments.stability import cases
-from experiments.sweep import table
-from serve.diagnose import compare, rule_sets
-from serve.messages import CountTokensRequest, decode_count_tokens
-from serve.normalize import RULES
-from serve.render import Prompt, load_tokenizer, prompt
-from serve.sections import vocabulary_of
+from experiments.sweep.notebook import MODEL, console, show, sweep
+from experiments.sweep.run_folder import cells as medians
+from experiments.sweep.run_folder import load, table
+from serve.api.messages import CountTokensRequest, decode_count_tokens
+from serve.diagnosis.compare import compare, rule_sets
+from serve.diagnosis.sections import vocabulary_of
+from serve.prompt.render import Prompt, prompt
+from serve.prompt.tokenizer import load_tokenizer
+from serve.rules.normalize import RULES
 
 tokenizer = load_tokenizer(str(MODEL))
 vocabulary = vocabulary_of(tokenizer.hf)

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from IPython.display import Image, display
 
-from experiments.plot import COLOURS, subplots, time_label, tokens_label
-from experiments.reading import console, show
+from experiments.harness.figures import COLOURS, subplots, time_label, tokens_label
 from experiments.roofline import DEVICES, MODELS, prefill, table
+from experiments.sweep.notebook import console, show
 
 console.print(table(52_000, 128), width=130)
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.sizes import parse_bytes
-from serve.bounds import DEFAULT_BOUNDS
-from serve.flags import add_address, add_rules, check_address
-from serve.formats import BY_NAME
-from serve.normalize import parse_rules
+from serve.engine.runtime import set_up_jax, user_cache
+from serve.formats.families import BY_NAME
+from serve.limits.bounds import DEFAULT_BOUNDS
+from serve.rules.normalize import parse_rules
+from serve.web.flags import add_address, add_rules, check_address
 
 if TYPE_CHECKING:
     import jax
 
-    from cache.persistence import Tiers
+    from cache.tiers import Tiers
     from model.config import ModelConfig
     from model.params import Params
-    from serve.audit import AuditSettings
-    from serve.engine import EngineSettings
+    from serve.audit.auditor import AuditSettings
+    from serve.engine.engine import EngineSettings
 
 log = logging.getLogger("tokenzero")
 
@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     store.add_argument(
         "--cost-model",
         metavar="FILE",
-        help="what computing costs here, from `python -m experiments.fit` (default: measured while serving)",
+        help="what computing costs here, from `python -m experiments.sweep.fit` (default: measured while serving)",
     )
     audit = cli.add_argument_group("audit")
     audit.add_argument(
@@ -226,7 +226,7 @@ def open_tiers(args: argparse.Namespace, on_cpu: bool) -> Tiers | None:
     """The tiers below the device that the flags ask for; None for none. Raises StoreError and ValueError, see Tiers."""
     import psutil
 
-    from cache.persistence import Tiers
+    from cache.tiers import Tiers
 
     spare = 0 if on_cpu else min(HOST_BYTES, psutil.virtual_memory().total // 4)
     host_bytes = spare if args.host_bytes is None else args.host_bytes
@@ -259,8 +259,8 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
     import numpy as np
 
     from model.kv import bytes_per_token
-    from serve.audit import audit_pages
-    from serve.engine import EngineSettings
+    from serve.audit.auditor import audit_pages
+    from serve.engine.engine import EngineSettings
 
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     taken = weights + args.restore_bytes + args.write_queue_bytes
@@ -298,38 +298,23 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
 
 def audit_settings(args: argparse.Namespace) -> AuditSettings:
     """What the auditor may use."""
-    from serve.audit import AuditSettings
+    from serve.audit.auditor import AuditSettings
 
     folder, sample_bytes = store_folder(args.store), DEFAULT_BOUNDS.scaled(args.memory_bytes).audits
     kept = args.audit_dir or (folder or user_cache()) / "audits"
     return AuditSettings(args.audit_share, kept, sample_bytes=sample_bytes)
 
 
-def user_cache() -> Path:
-    """Where this user's programs keep what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenzero"
-
-
-def set_up_jax() -> None:
-    """Before JAX is imported: leave the GPU's memory to one pool; then keep every compiled step on disk."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, compile, serve until interrupted; or explain, or forward."""
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["explain"]:
-        from serve.diagnose import main as explain
+        from serve.diagnosis.cli import main as explain
 
         explain(given[1:])
         return
     if given[:1] == ["audit"]:
-        from serve.audit_case import main as audit
+        from serve.audit.cli import main as audit
 
         audit(given[1:])
         return
@@ -352,14 +337,15 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from cache.environment import StoreError
+    from cache.lmdb_env import StoreError
     from model import checkpoint
     from model.params import unstacked
-    from serve.app import create_app
-    from serve.cost import load_constants
-    from serve.engine import Engine
-    from serve.render import load_tokenizer
-    from serve.serving import make_serving
+    from serve.audit.auditor import attach
+    from serve.engine.cost import load_constants
+    from serve.engine.engine import Engine
+    from serve.prompt.tokenizer import load_tokenizer
+    from serve.server.app import create_app
+    from serve.server.context import make_serving
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
@@ -389,8 +375,8 @@ def main(argv: list[str] | None = None) -> None:
                 open_tiers(args, on_cpu),
                 on_progress=lambda done, total: progress.update(compiling, completed=done, total=total),
                 costs=costs,
-                audit=audit_settings(args),
             )
+            attach(engine, audit_settings(args))
             serving = make_serving(
                 engine,
                 tokenizer,

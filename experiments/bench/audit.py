@@ -26,12 +26,12 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.bench.timing import Asked
-from experiments.provenance import provenance
+from experiments.harness.provenance import provenance
 from model import checkpoint
 from model.params import unstacked
-from serve.__main__ import set_up_jax
-from serve.audit import Auditor, AuditSettings, audit_pages
-from serve.engine import Engine, EngineSettings
+from serve.audit.auditor import Auditor, AuditSettings, attach, audit_pages
+from serve.engine.engine import Engine, EngineSettings
+from serve.engine.runtime import set_up_jax
 
 RESULTS = Path("experiments/results/bench/audit.json")
 PAGE_TOKENS = 64
@@ -73,7 +73,9 @@ def make_engine(folder: Path, config: Config) -> Engine:
     audit = AuditSettings()
     own = audit_pages(64 * (audit.max_tokens // PAGE_TOKENS + 2), PAGE_TOKENS, audit)
     settings = EngineSettings(pages, longest, PAGE_TOKENS, audit_pages=own)
-    return Engine(unstacked(params), shape, settings, checkpoint.fingerprint(shape, params), audit=audit)
+    engine = Engine(unstacked(params), shape, settings, checkpoint.fingerprint(shape, params))
+    attach(engine, audit)
+    return engine
 
 
 def session(engine: Engine, config: Config, seed: Sequence[int], pauses: Sequence[float]) -> list[Asked]:
@@ -97,7 +99,7 @@ def run(engine: Engine, config: Config, number: int, arm: str) -> Round:
     """
     settings, share = engine.settings, replace(AuditSettings(), share=ARMS[arm])
     auditor = Auditor(share, engine.pool, settings.audit_pages, settings.dtype, settings.mixed_chunk)
-    engine.auditor = auditor
+    engine.idle_work = auditor
     waits = np.random.default_rng(number).exponential(config.pause, (config.sessions, config.turns))
     seeds = [[number, list(ARMS).index(arm), i] for i in range(config.sessions)]
     with ThreadPoolExecutor(config.sessions) as threads:

@@ -27,16 +27,16 @@ from rich.table import Table
 
 from cache.pool import slots_for
 from experiments.bench.timing import Asked, Passes
-from experiments.demo_model import write_demo_model
-from experiments.gpu_model import random_params
-from experiments.provenance import machine, provenance
-from experiments.server import Timing, count_tokens, measure, running_server, scrape
-from experiments.sessions import Session, stable_request, with_question
+from experiments.gpu.model import random_params
+from experiments.harness.provenance import machine, provenance
+from experiments.harness.server import Timing, count_tokens, measure, running_server, scrape
+from experiments.workloads.demo_model import write_demo_model
+from experiments.workloads.sessions import Session, stable_request, with_question
 from model import checkpoint
 from model.config import ModelConfig, RopeConfig
 from model.params import unstacked
-from serve.__main__ import set_up_jax
-from serve.engine import Engine, EngineSettings
+from serve.engine.engine import Engine, EngineSettings
+from serve.engine.runtime import set_up_jax
 
 RESULTS = Path("experiments/results/bench/batching.json")
 PARTS = ("decode", "interference", "shared", "warm", "guesses")

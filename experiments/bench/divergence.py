@@ -20,18 +20,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import sessions
-from experiments.demo_model import TINY, write_demo_model
-from experiments.sessions import Session
-from experiments.synthetic import Json
-from serve.divergence import REMEMBERED, Divergences, Kept, Seen, nearest
-from serve.formats import write_turn
-from serve.messages import decode_count_tokens
-from serve.render import Tokenizer, load_tokenizer, prompt
-from serve.replay import Sampled
-from serve.sections import vocabulary_of
-from serve.turns import answers
-from serve.volatility import Volatility
+from experiments.workloads import sessions
+from experiments.workloads.demo_model import TINY, write_demo_model
+from experiments.workloads.sessions import Session
+from experiments.workloads.synthetic import Json
+from serve.api.messages import decode_count_tokens
+from serve.diagnosis.divergence import REMEMBERED, Divergences, Kept, Seen, nearest
+from serve.diagnosis.sections import vocabulary_of
+from serve.diagnosis.volatility import Volatility
+from serve.formats.families import write_turn
+from serve.prompt.conversation import answers
+from serve.prompt.render import prompt
+from serve.prompt.replay import Sampled
+from serve.prompt.tokenizer import Tokenizer, load_tokenizer
 
 PAGE = 64
 

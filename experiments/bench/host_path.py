@@ -21,15 +21,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cache.store import PrefixStore
-from experiments.demo_model import write_demo_model
-from experiments.provenance import provenance
-from experiments.sessions import Json, Session, requests, with_question
-from serve.messages import decode_request
-from serve.normalize import normalize
-from serve.render import Tokenizer, load_tokenizer, prompt
-from serve.replay import ReplayLog
-from serve.timing import Phases
+from cache.prefix_cache import PrefixStore
+from experiments.harness.provenance import provenance
+from experiments.workloads.demo_model import write_demo_model
+from experiments.workloads.sessions import Json, Session, requests, with_question
+from serve.api.messages import decode_request
+from serve.prompt.render import prompt
+from serve.prompt.replay import ReplayLog
+from serve.prompt.tokenizer import Tokenizer, load_tokenizer
+from serve.rules.normalize import normalize
+from serve.web.timing import Phases
 
 RESULTS = Path("experiments/results/bench/host_path.json")
 PHASES = ("decode", "normalize", "recall", "render", "match")

@@ -23,8 +23,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cache.pool import slots_for
-from cache.store import PrefixStore
-from experiments.provenance import provenance
+from cache.prefix_cache import PrefixStore
+from experiments.harness.provenance import provenance
 
 T = TypeVar("T")
 

@@ -37,7 +37,7 @@ from experiments.bench.prefill_decode import (
     speeds,
     write_llama,
 )
-from experiments.provenance import PACKAGES, machine, provenance
+from experiments.harness.provenance import PACKAGES, machine, provenance
 
 RESULTS = Path("experiments/results/bench/llama_cpp.json")
 OURS, PLAIN, FLASH = "tokenzero", "llama.cpp", "llama.cpp, flash attention"

@@ -43,10 +43,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from experiments.bench.open_loop import Asked, Plan, ask, offer
-from experiments.plot import COLOURS, HEIGHT, WIDTH, save, time_label
-from experiments.provenance import provenance
-from experiments.server import running_server
-from experiments.sessions import RELEASES, Session, http_headers, requests
+from experiments.harness.figures import COLOURS, HEIGHT, WIDTH, save, time_label
+from experiments.harness.provenance import provenance
+from experiments.harness.server import running_server
+from experiments.workloads.sessions import RELEASES, Session, http_headers, requests
 
 RESULTS = Path("experiments/results/bench/load.json")
 PERCENTILES = (50, 95, 99)

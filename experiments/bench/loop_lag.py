@@ -24,9 +24,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from experiments.provenance import provenance
-from experiments.server import running_server
-from experiments.synthetic import Json
+from experiments.harness.provenance import provenance
+from experiments.harness.server import running_server
+from experiments.workloads.synthetic import Json
 
 RESULTS = Path("experiments/results/bench/loop_lag.json")
 ALLOWED_MS = 50.0

@@ -28,12 +28,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.bench.ceilings import CUBES, SUM_BYTES, Ceilings, Shape, best, measure
 from experiments.bench.timing import timed_tokens
-from experiments.provenance import machine, provenance
+from experiments.harness.provenance import machine, provenance
 from experiments.roofline import kv_bytes, prefill_flops, weight_bytes
 from model import checkpoint
 from model.config import ModelConfig
 from model.params import unstacked
-from serve.engine import Engine, EngineSettings
+from serve.engine.engine import Engine, EngineSettings
 
 RESULTS = Path("experiments/results/bench/prefill_decode.json")
 PHASES = ("prefill", "decode")

@@ -29,13 +29,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from experiments import sessions
-from experiments.demo_model import TINY, write_demo_model
-from experiments.provenance import provenance
-from experiments.server import Server, Timing, free_port, measure, wait_until_ready
-from experiments.sessions import Session
-from experiments.synthetic import Json
-from serve.messages import (
+from experiments.harness.provenance import provenance
+from experiments.harness.server import Server, Timing, free_port, measure, wait_until_ready
+from experiments.workloads import sessions
+from experiments.workloads.demo_model import TINY, write_demo_model
+from experiments.workloads.sessions import Session
+from experiments.workloads.synthetic import Json
+from serve.api.messages import (
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
@@ -51,7 +51,8 @@ from serve.messages import (
     decode_count_tokens,
     encode_event,
 )
-from serve.render import load_tokenizer, prompt
+from serve.prompt.render import prompt
+from serve.prompt.tokenizer import load_tokenizer
 
 RESULTS = Path("experiments/results/bench/proxy.json")
 WORDS = 20  # events of an answer

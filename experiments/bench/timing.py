@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.kv import empty_pool
-from serve.engine import Engine
-from serve.sequence import Event, Failed, Finished, GenerationRequest, Sampled, Started
-from serve.steps import fit, run_alone
+from serve.engine.engine import Engine
+from serve.engine.request import Event, Failed, Finished, GenerationRequest, Sampled, Started
+from serve.engine.steps import fit, run_alone
 
 
 class Asked:

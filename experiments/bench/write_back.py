@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cache.persistence import Tiers
+from cache.tiers import Tiers
 from experiments.bench.timing import timed_tokens
-from experiments.provenance import provenance
+from experiments.harness.provenance import provenance
 from model import checkpoint
 from model.params import unstacked
-from serve.engine import Engine, EngineSettings
+from serve.engine.engine import Engine, EngineSettings
 
 RESULTS = Path("experiments/results/bench/write_back.json")
 PAGE_TOKENS = 64

@@ -31,9 +31,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from experiments.demo_model import write_demo_model
-from experiments.provenance import provenance
-from experiments.server import running_server
+from experiments.harness.provenance import provenance
+from experiments.harness.server import running_server
 from experiments.soak import checks
 from experiments.soak.checks import Check, unexpected
 from experiments.soak.clients import Company, Kept, Seen, client
@@ -41,9 +40,10 @@ from experiments.soak.cold import Cold, Difference, by_body, twins
 from experiments.soak.picture import draw
 from experiments.soak.stage import Broken, Life, Sample, Stage, ends, live, lose, sample, until_quiet
 from experiments.soak.talk import BODY_BYTES, Topics
+from experiments.workloads.demo_model import write_demo_model
 from model.config import load_config
 from model.kv import bytes_per_token
-from serve.__main__ import set_up_jax
+from serve.engine.runtime import set_up_jax
 
 MODEL = ".cache/demo-model"
 RESULTS = Path("experiments/results/soak")

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from experiments.server import prompt_counts
+from experiments.harness.server import prompt_counts
 from experiments.soak.stage import Broken, Stage
 from experiments.soak.talk import BAD, Topics, branched, demand, disobeys, edited, following, opening, who
-from experiments.synthetic import Json, prose
+from experiments.workloads.synthetic import Json, prose
 
 REST_EVERY, REST_SECONDS = 10.0, 1.0  # all sessions rest together
 REMEMBERED = 64  # openings, and conversations that rest

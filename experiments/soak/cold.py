@@ -25,17 +25,19 @@ from experiments.soak.clients import Kept, answer
 from experiments.soak.stage import KEEP_SECONDS, PATIENCE_SECONDS, Broken
 from experiments.soak.talk import SALT_HEADER
 from model import checkpoint
-from model.attention import Batch
+from model.batch import Batch
 from model.decoder import forward
 from model.kv import empty_pool
 from model.params import unstacked
-from serve.constrain import constraint_of, make_constrainer
-from serve.messages import MessagesRequest, decode_request
-from serve.normalize import DEFAULT_RULES, normalize
-from serve.prepare import scope_of, trusted
-from serve.render import Prompt, load_tokenizer, prompt
-from serve.replay import ReplayLog, signing_key
-from serve.serving import Caller
+from serve.api.messages import MessagesRequest, decode_request
+from serve.prompt.grammar import constraint_of, make_constrainer
+from serve.prompt.render import Prompt, prompt
+from serve.prompt.replay import ReplayLog
+from serve.prompt.signing import signing_key
+from serve.prompt.tokenizer import load_tokenizer
+from serve.rules.normalize import DEFAULT_RULES, normalize
+from serve.server.context import Caller
+from serve.server.prepare import scope_of, trusted
 
 NEAR = 1e-4
 PAGE = 64

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.plot import COLOURS, HEIGHT, WIDTH, save
+from experiments.harness.figures import COLOURS, HEIGHT, WIDTH, save
 from experiments.soak.stage import Life, Sample
 
 BINS = 60  # points of a rate

@@ -19,7 +19,7 @@ import httpx
 import psutil
 
 from cache.disk import DiskTier
-from experiments.server import running_server, samples_of
+from experiments.harness.server import running_server, samples_of
 
 T = TypeVar("T")
 

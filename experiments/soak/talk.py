@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.sessions import billing_header, with_header
-from experiments.synthetic import Json, prose, text_block
+from experiments.workloads.sessions import billing_header, with_header
+from experiments.workloads.synthetic import Json, prose, text_block
 
 BODY_BYTES = 1 << 20  # what the soaked server takes
 SALT_HEADER = "x-tokenzero-cache-salt"

@@ -17,18 +17,12 @@ from collections.abc import Callable
 
 import jax
 
-from model.attention import Batch
+from model.batch import Batch
 from model.kernels.cpu import build, linear, paged_attention
+from model.kernels.limits import QUERY_ROWS, why_not
 from model.kv import KVPool
 
 log = logging.getLogger("tokenzero.kernels")
-
-SUPPORTED: dict[str, tuple[object, ...]] = {
-    "head_dim": (64, 128),
-    "page_size": (16, 32, 64, 128),  # whole pages make up a stage of the ring
-    "dtype": ("bfloat16",),
-}
-QUERY_ROWS = 64  # of one wgmma tile: it holds all query heads of a KV head
 
 
 def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Array] | None:
@@ -50,8 +44,8 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
         warn_once("GPU kernels", reason)
         return None
     # Late, because these bring Mosaic along.
-    from model.kernels.paged_decode import paged_decode
-    from model.kernels.paged_prefill import paged_prefill
+    from model.kernels.hopper.decode import paged_decode
+    from model.kernels.hopper.prefill import paged_prefill
 
     return paged_decode if batch.max_chunk * q.shape[2] <= QUERY_ROWS else paged_prefill
 
@@ -81,25 +75,3 @@ def on_hopper() -> bool:
 def warn_once(kernels: str, reason: str) -> None:
     """Say that XLA computes attention, and why."""
     log.warning("attention runs on XLA's blockwise path, not on the %s: %s", kernels, reason)
-
-
-def why_not(q: jax.Array, pool: KVPool) -> str | None:
-    """Why the GPU kernels cannot compute this, with what they can; None if they can."""
-    found: list[tuple[str, str, object]] = [
-        ("head_dim", "head_dim", q.shape[-1]),
-        ("page_size", "page_size", pool.page_size),
-        *[("dtype", f"dtype of {name}", array.dtype.name) for name, array in (("q", q), ("k", pool.k), ("v", pool.v))],
-    ]
-    for kind, name, value in found:
-        if value not in SUPPORTED[kind]:
-            return f"{name} is {value}, supported are {', '.join(map(str, SUPPORTED[kind]))}"
-    if q.shape[2] > QUERY_ROWS:
-        return f"a KV head has {q.shape[2]} query heads, supported are up to {QUERY_ROWS}"
-    return None
-
-
-def refuse_unsupported(q: jax.Array, pool: KVPool) -> None:
-    """Raise ValueError with what the kernels take, if this is not it."""
-    reason = why_not(q, pool)
-    if reason is not None:
-        raise ValueError(reason)

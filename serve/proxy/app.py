@@ -21,14 +21,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.app import ASSET_ROUTES, MAX_BODY_BYTES, get_asset, get_request, get_requests, unless_gone, wants_page
-from serve.assets import PAGE
-from serve.gate import OPEN_PATHS, admits, error_response
-from serve.prepare import warn_once
 from serve.proxy.relay import BODILESS, relay, relay_chat
+from serve.proxy.reports import Chat, Reports
 from serve.proxy.upstream import Upstream, UpstreamFault, faults, request_headers
-from serve.reports import Chat, Reports
-from serve.splice import FIELDS, normalize_body
+from serve.rules.body import FIELDS, normalize_body
+from serve.rules.log import warn_once
+from serve.web.access import OPEN_PATHS, admits, error_response
+from serve.web.assets import PAGE
+from serve.web.pages import ASSET_ROUTES, MAX_BODY_BYTES, get_asset, get_request, get_requests, unless_gone, wants_page
 
 log = logging.getLogger("tokenzero.proxy")
 
@@ -54,7 +54,7 @@ def create_proxy(
 
     forward = Proxy(upstream, pool, rules, reports)
     app = Starlette(routes=routes(forward), middleware=[Middleware(Locked, api_key=api_key)], lifespan=lifespan)
-    app.state.serving = reports  # all that the routes of reports need of it
+    app.state.records = reports
     return app
 
 

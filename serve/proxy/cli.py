@@ -7,14 +7,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from serve.flags import add_address, add_rules, check_address
-from serve.messages import CountTokensRequest
-from serve.normalize import parse_rules
+from serve.api.messages import CountTokensRequest
+from serve.diagnosis.sections import vocabulary_of
+from serve.prompt.render import Prompt, prompt
+from serve.prompt.tokenizer import load_tokenizer
 from serve.proxy.app import create_proxy
+from serve.proxy.reports import Reports
 from serve.proxy.upstream import parse_upstream
-from serve.render import Prompt, load_tokenizer, prompt
-from serve.reports import Reports
-from serve.sections import vocabulary_of
+from serve.rules.normalize import parse_rules
+from serve.web.flags import add_address, add_rules, check_address
 
 SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
 

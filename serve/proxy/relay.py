@@ -11,13 +11,13 @@ import httpcore
 import msgspec
 from starlette.types import Message, Send
 
-from serve.app import RULES_TOLD
-from serve.messages import Error, ErrorDetail, encode_event
-from serve.openai.errors import error_body
-from serve.outcomes import Outcomes
+from serve.api.messages import Error, ErrorDetail, encode_event
+from serve.api.openai.errors import error_body
+from serve.proxy.reports import READERS, Chat
 from serve.proxy.upstream import UpstreamFault, end_to_end, pieces
-from serve.reports import READERS, Chat
-from serve.timing import server_timing
+from serve.web.pages import RULES_TOLD
+from serve.web.request_status import Outcomes
+from serve.web.timing import server_timing
 
 log = logging.getLogger("tokenzero.proxy")
 

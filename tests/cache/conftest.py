@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def child() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts a program of storage_children.py in a process of its own."""
+    """Starts a program of tests/helpers/storage_children.py in a process of its own."""
     started = []
 
     def start(*arguments: object) -> subprocess.Popen:
-        here = Path(__file__).parent
-        command = [sys.executable, str(here / "storage_children.py"), *map(str, arguments)]
-        env = os.environ | {"PYTHONPATH": str(here.parent.parent)}
+        command = [sys.executable, "-m", "tests.helpers.storage_children", *map(str, arguments)]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         started.append(subprocess.Popen(command, env=env, **pipes))
         return started[-1]

@@ -4,10 +4,10 @@ import random
 import subprocess
 
 import pytest
-from storage_children import items, right
 
 from cache.disk import DiskTier
-from cache.environment import FORMAT, RECORDS, file_bytes
+from cache.lmdb_env import FORMAT, RECORDS, file_bytes
+from tests.helpers.storage_children import items, right
 
 MIB = 1 << 20
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from storage_children import items, key_of, keys, page_of, right
 
-import cache.environment
+import cache.lmdb_env
 from cache.disk import DiskTier
-from cache.environment import FORMAT, OLD_FORMATS, RECORDS, StoreError, check_tree, file_bytes
+from cache.lmdb_env import FORMAT, OLD_FORMATS, RECORDS, StoreError, check_tree, file_bytes
+from tests.helpers.storage_children import items, key_of, keys, page_of, right
 
 MIB = 1 << 20
 
@@ -26,7 +26,7 @@ MIB = 1 << 20
 @pytest.fixture
 def impatient(monkeypatch):
     """Failures are tried again at once."""
-    monkeypatch.setattr(cache.environment, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(cache.lmdb_env, "RETRY_SECONDS", 0.0)
 
 
 def flip_bit(path: Path, place: int) -> None:
@@ -208,7 +208,7 @@ def test_a_tree_that_takes_too_long_to_check_is_used_unchecked(tmp_path, monkeyp
     tier = DiskTier(tmp_path, MIB)
     tier.put_many(items([1]))
     tier.close()
-    monkeypatch.setattr(cache.environment, "CHECK_SECONDS", 0.001)
+    monkeypatch.setattr(cache.lmdb_env, "CHECK_SECONDS", 0.001)
     tier = DiskTier(tmp_path, MIB)
     assert right(tier, [1]) == [True]
     tier.close()
@@ -388,7 +388,7 @@ def test_while_a_store_is_checked_reads_miss_at_once_and_stats_are_the_last_know
     tier = DiskTier(tmp_path, 4 * MIB)
     tier.put_many(items(range(3)))
     known, checking, go = tier.stats(), threading.Event(), threading.Event()
-    monkeypatch.setattr(cache.environment, "check_tree", lambda *_: (checking.set(), go.wait(60), "")[2])
+    monkeypatch.setattr(cache.lmdb_env, "check_tree", lambda *_: (checking.set(), go.wait(60), "")[2])
     tier.store.stale = True  # as after an error of LMDB's
     writer = threading.Thread(target=tier.sync)
     writer.start()

@@ -3,10 +3,10 @@ import shutil
 import time
 
 import pytest
-from storage_children import items, keys, page_of, right
 
 import cache.remote
 from cache.remote import RemoteTier, name_of
+from tests.helpers.storage_children import items, keys, page_of, right
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_store_that_fails_costs_hits_and_one_warning_until_it_works(tmp_path, 
     tier.put_many(items([0]))
     (tmp_path / "shared").rename(tmp_path / "moved")
     (tmp_path / "shared").write_bytes(b"a file")
-    with caplog.at_level(logging.WARNING, "cache.remote"):
+    with caplog.at_level(logging.WARNING, "tokenzero.cache.remote"):
         for i in range(3):
             assert right(tier, [0]) == [False]
             tier.put_many(items([i]))

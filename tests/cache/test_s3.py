@@ -7,10 +7,10 @@ import httpx
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
-from storage_children import items, key_of, keys, page_of, right
 
-from cache.persistence import Tiers
 from cache.remote import RemoteTier, name_of
+from cache.tiers import Tiers
+from tests.helpers.storage_children import items, key_of, keys, page_of, right
 
 
 @pytest.fixture
@@ -71,4 +71,4 @@ def test_a_bucket_that_is_not_there_costs_hits_and_one_warning(endpoint, caplog)
         tier.put_many(items([i]))
         assert right(tier, [i]) == [False]
     assert tier.stats().dropped == 3
-    assert len([record for record in caplog.records if record.name == "cache.remote"]) == 1
+    assert len([record for record in caplog.records if record.name == "tokenzero.cache.remote"]) == 1

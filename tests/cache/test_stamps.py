@@ -6,10 +6,10 @@ import time
 from collections import Counter
 
 import pytest
-from storage_children import chain_keys, items, key_of, keys
 
 from cache.disk import DiskTier
-from cache.tiers import HostTier
+from cache.host import HostTier
+from tests.helpers.storage_children import chain_keys, items, key_of, keys
 
 MIB = 1 << 20
 SECOND = 10**9

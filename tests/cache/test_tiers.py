@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from storage_children import items, key_of, keys, page_of, right
 
-import cache.persistence
+import cache.tiers
 from cache.disk import DiskTier
+from cache.host import HostTier
 from cache.keys import all_keys, page_keys, root_key
-from cache.persistence import Tiers
 from cache.remote import RemoteTier
-from cache.tiers import SEAL, SEARCH_STEP, HostTier, TieredPages, seal
+from cache.tier import SEAL, SEARCH_STEP, TieredPages, seal
+from cache.tiers import Tiers
+from tests.helpers.storage_children import items, key_of, keys, page_of, right
 
 MIB = 1 << 20
 numbers = st.lists(st.integers(0, 30), min_size=1, max_size=4, unique=True)
@@ -129,7 +130,7 @@ def test_a_tier_that_raises_has_nothing_and_the_others_still_serve(tmp_path, cap
         assert [row.tobytes() for row in rows] == [page_of(0), page_of(7)]
         assert pages.touch(keys([0, 1])) == [True, False]
     assert pages.failures.count == 12
-    assert len([record for record in caplog.records if record.name == "cache.worker"]) == 1
+    assert len([record for record in caplog.records if record.name == "tokenzero.cache.worker"]) == 1
     assert pages.close()
 
 
@@ -214,8 +215,8 @@ def test_what_is_forgotten_leaves_all_tiers_even_if_it_waits_to_be_written_and_n
 
 @pytest.mark.parametrize("late", ["a write", "a read", "a tier that fails"])
 def test_what_is_forgotten_is_not_found_again_whatever_comes_late(tmp_path, monkeypatch, late):
-    monkeypatch.setattr(cache.persistence, "FORGET_SECONDS", 0.05)
-    monkeypatch.setattr(cache.persistence, "FORGET_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(cache.tiers, "FORGET_SECONDS", 0.05)
+    monkeypatch.setattr(cache.tiers, "FORGET_AGAIN_SECONDS", 0.05)
     tokens, root, go = np.arange(16, dtype=np.int32), root_key(b"", 4, b""), threading.Event()
     tiers = Tiers(str(tmp_path), 64 * MIB, MIB, flush_seconds=0.01)
     host, disk = tiers.pages.tiers

@@ -1,11 +1,11 @@
 import threading
 
 import pytest
-from storage_children import items, keys, page_of, right
 
 from cache.disk import DiskTier
-from cache.tiers import HostTier
+from cache.host import HostTier
 from cache.writeback import WriteBack
+from tests.helpers.storage_children import items, keys, page_of, right
 
 MIB = 1 << 20
 

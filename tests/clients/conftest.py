@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.dashboard import CHROMIUM
-from experiments.demo_model import DemoConfig, write_demo_model
-from experiments.server import Server, running_server
+from experiments.harness.server import Server, running_server
+from experiments.screenshot import CHROMIUM
+from experiments.workloads.demo_model import DemoConfig, write_demo_model
 
 RELEASES = Path.home() / ".cache" / "tokenzero" / "clients"  # hundreds of MB each
 OFFLINE = re.compile("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|EHOSTUNREACH|ETIMEDOUT")
@@ -82,9 +81,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("clients")
     model, log = folder / "model", folder / "server.log"
     write_demo_model(model, config=MODEL)
-    here = Path(__file__).parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(here.parent), str(here.parent.parent)]))
-        with running_server(model, *FLAGS, log=log, program=(str(here / "scripted_server.py"),)) as server:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        with running_server(model, *FLAGS, log=log, program=("-m", "tests.helpers.scripted_process")) as server:
             yield server
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]

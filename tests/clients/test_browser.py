@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from experiments.dashboard import chromium
-from experiments.demo_model import TINY, write_demo_model
-from experiments.server import Server, running_server
+from experiments.harness.server import Server, running_server
+from experiments.screenshot import chromium
+from experiments.workloads.demo_model import TINY, write_demo_model
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `clients` is not installed")
 expect = playwright.expect

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rich.table import Table
-from scripted_server import SCRIPT
 
-from experiments.server import Server
+from experiments.harness.server import Server
+from tests.helpers.scripted_process import SCRIPT
 
 pytestmark = pytest.mark.clients
 

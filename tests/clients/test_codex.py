@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import CODEX_SCRIPT
 
-from experiments.server import Server
+from experiments.harness.server import Server
+from tests.helpers.scripted_process import CODEX_SCRIPT
 
 pytestmark = pytest.mark.clients
 

@@ -1,14 +1,16 @@
 from functools import partial
 
-import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import locate, paged_attention, reference
+from model.attention import paged_attention
+from model.batch import locate
 from model.kernels import dispatch
 from model.kernels.cpu import build
+from model.kernels.reference import reference
+from tests.helpers import batches
 
 PAGE = 16
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=PAGE, dtype=jnp.float32)

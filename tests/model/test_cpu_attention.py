@@ -7,16 +7,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import Batch, reference
+from model.batch import Batch
 from model.kernels.cpu import build
 from model.kernels.cpu.paged_attention import paged_attention
+from model.kernels.reference import reference
 from model.kv import KVPool
+from tests.helpers import batches
 
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernel cannot be built here")
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=16, dtype=jnp.float32)

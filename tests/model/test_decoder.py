@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model import checkpoint
-from model.attention import Batch
+from model.batch import Batch
 from model.decoder import forward
 from model.kv import copy_pages, empty_pool
 from model.params import unstacked

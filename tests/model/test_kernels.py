@@ -4,15 +4,19 @@ import dataclasses
 import logging
 import re
 
-import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.kernels_aot import MODEL, forward_with, keys_beside_pool, pool_sized, variants
-from model.attention import Batch, reference
-from model.kernels import compat, dispatch, online_softmax, paged_decode, paged_prefill
+from experiments.gpu.aot import MODEL, forward_with, keys_beside_pool, pool_sized, variants
+from model.batch import Batch
+from model.kernels import dispatch
+from model.kernels.hopper import compat, online_softmax
+from model.kernels.hopper import decode as paged_decode
+from model.kernels.hopper import prefill as paged_prefill
+from model.kernels.reference import reference
+from tests.helpers import batches
 
 PAGE = 64
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from model import kv
-from model.attention import Batch, reference
+from model.batch import Batch
 from model.kernels.cpu import build
 from model.kernels.cpu.paged_attention import paged_attention
+from model.kernels.reference import reference
 from model.kv import KVPool
 
 HEADS, PAGE, DIM = 8, 64, 128

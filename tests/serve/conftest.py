@@ -8,15 +8,15 @@ from pathlib import Path
 import httpx
 import pytest
 from hypothesis import settings
-from small_engine import VOCAB
-from talking import FLAGS, MODEL, eventually, is_idle
 
-from experiments.demo_model import write_demo_model
-from experiments.server import Server, running_server
+from experiments.harness.server import Server, running_server
+from experiments.workloads.demo_model import write_demo_model
 from model import checkpoint
 from model.config import ModelConfig
 from model.params import Params, unstacked
-from serve.render import Tokenizer, load_tokenizer
+from serve.prompt.tokenizer import Tokenizer, load_tokenizer
+from tests.helpers.http import FLAGS, MODEL, eventually, is_idle
+from tests.helpers.tiny_engine import VOCAB
 
 # The machine may be busy: how long an example takes says nothing.
 settings.register_profile("serve", deadline=None)
@@ -45,7 +45,7 @@ def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(model_folder: Path, server_log: Path) -> Iterator[Server]:
-    """A real server process with the flags of `talking.FLAGS`."""
+    """A real server process with the flags of `tests.helpers.http.FLAGS`."""
     with running_server(model_folder, *FLAGS, log=server_log) as running:
         yield running
 

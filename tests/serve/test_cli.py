@@ -7,16 +7,16 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from talking import CONTEXT
 
-from experiments.server import running_server
+from experiments.harness.server import running_server
 from model import checkpoint
 from model.config import ModelConfig
 from model.params import Params
 from serve import __main__ as command
 from serve.__main__ import check, main, parse_bytes, parser, settings
-from serve.engine import EngineSettings
-from serve.flags import is_loopback
+from serve.engine.engine import EngineSettings
+from serve.web.flags import is_loopback
+from tests.helpers.http import CONTEXT
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from model.attention import Batch
+from model.batch import Batch
 from model.kernels.cpu.build import PAGED_ATTENTION
 from model.kv import KVPool
 

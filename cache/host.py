@@ -1,0 +1,121 @@
+"""The host tier: pages in this process's memory, the least recently used first to go."""
+
+import heapq
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from cache.tier import CLOCK_SLACK_NS, Item, Payload, TierStats, placed, stamps_now
+
+
+class HostTier:
+    """Pages in host memory: least recently used out first, under a budget in bytes of payload."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.name = "host"
+        self.budget_bytes = budget_bytes
+        self.pages: dict[bytes, Payload] = {}
+        self.used: dict[bytes, int] = {}  # stamps of these
+        self.oldest: list[tuple[int, bytes]] = []  # a heap with one stamp and key a page; the stamp may lag behind
+        self.evicted_stamp = 0  # the latest use of anything that was evicted: what is older would be next
+        self.newest = 0  # stamp that a page was put with
+        self.bytes = 0
+        self.counts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """See Tier."""
+        with self.lock:
+            return [key in self.pages for key in keys]
+
+    def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
+        """See Tier."""
+        with self.lock:
+            self._use(keys, stamps)
+            return [key in self.pages for key in keys]
+
+    def get_many(
+        self,
+        keys: Sequence[bytes],
+        into: Sequence[np.ndarray] | None = None,
+        stamps: Sequence[int] | None = None,
+    ) -> list[Payload | None]:
+        """See Tier."""
+        with self.lock:
+            found = [self.pages.get(key) for key in keys]
+            self._use(keys, stamps)
+        slots = [None] * len(keys) if into is None else into
+        result = [p if p is None else placed(p, slot) for p, slot in zip(found, slots, strict=True)]
+        hits = [memoryview(payload).nbytes for payload in result if payload is not None]
+        with self.lock:
+            self.counts.update(hits=len(hits), misses=len(keys) - len(hits), bytes_read=sum(hits))
+        return result
+
+    def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
+        """See Tier. A page larger than the whole budget is dropped."""
+        used = stamps_now(len(items)) if stamps is None else stamps
+        with self.lock:
+            if self.newest > time.time_ns() + CLOCK_SLACK_NS:  # the clock was set back: what is there counts as old
+                self.newest = self.evicted_stamp = 0
+                self.used = dict.fromkeys(self.pages, 0)
+                self.oldest = [(0, key) for key in self.pages]
+            self.newest = max([self.newest, *used[:1]])
+            for (key, payload), stamp in zip(items, used, strict=True):
+                size = memoryview(payload).nbytes
+                if size > self.budget_bytes:
+                    self.counts["dropped"] += 1
+                elif key in self.pages:
+                    self._use([key], [stamp])
+                elif self._make_room(size, stamp):
+                    self.pages[key], self.used[key] = payload, stamp
+                    heapq.heappush(self.oldest, (stamp, key))
+                    self.bytes += size
+                    self.counts["bytes_written"] += size
+                else:
+                    self.counts["evicted"] += 1
+
+    def delete(self, keys: Sequence[bytes]) -> bool:
+        """See Tier."""
+        with self.lock:
+            for key in keys:
+                if key in self.pages:
+                    self.bytes -= memoryview(self.pages.pop(key)).nbytes
+                    del self.used[key]
+            self.oldest = [(stamp, key) for key, stamp in self.used.items()]
+            heapq.heapify(self.oldest)
+        return True
+
+    def sync(self) -> None:
+        """Nothing: memory does not outlive the process."""
+
+    def stats(self) -> TierStats:
+        """See Tier."""
+        with self.lock:
+            return TierStats(self.name, len(self.pages), self.bytes, self.budget_bytes, open=True, **self.counts)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.delete(list(self.pages))
+
+    def _use(self, keys: Sequence[bytes], stamps: Sequence[int] | None) -> None:
+        for key, stamp in zip(keys, stamps_now(len(keys)) if stamps is None else stamps, strict=True):
+            if stamp > self.used.get(key, stamp):
+                self.used[key] = stamp
+
+    def _make_room(self, size: int, stamp: int) -> bool:
+        """Evict for a page of this size and last use; False if it would be the one to go."""
+        while self.bytes + size > self.budget_bytes and stamp > self.evicted_stamp:
+            queued_at, key = self.oldest[0]
+            if queued_at != self.used[key]:
+                heapq.heapreplace(self.oldest, (self.used[key], key))
+            elif queued_at >= stamp:
+                return False
+            else:
+                heapq.heappop(self.oldest)
+                self.evicted_stamp = self.used.pop(key)
+                self.bytes -= memoryview(self.pages.pop(key)).nbytes
+                self.counts["evicted"] += 1
+        return stamp > self.evicted_stamp

@@ -1,0 +1,166 @@
+"""PrefixStore: match, extend, insert, release; the one face of the cache that the engine uses.
+
+Not thread-safe: only the engine's thread calls it, but for `stats`, which anybody may read at the price of a torn
+figure. It says which device page to copy where and never touches the device.
+
+A request calls match(prompt[:-1]), extend(lease, len(prompt)), insert after every chunk whose KV is computed, extend as
+it decodes, insert at the end, release. The rule behind it all: **only the lease that allocated a page writes it**, and
+what it has inserted it writes no more; everybody else reads. A pool needs one page more than its longest sequence,
+because a page copy has its source and its target at the same time.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache.keys import page_keys, root_key
+from cache.pool import PagePool, slots_for
+from cache.radix_tree import NO_PAGES, RadixIndex
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """Pages that a running request holds. Every extend makes a new lease and ends the one it was given."""
+
+    number: int  # which request's lease this is; the same after extend
+    pages: np.ndarray  # [slots] int32, the block table, slot 0 first; do not change it
+    length: int  # tokens it has room for: the match at first, whole pages once extended
+    reused: int  # tokens whose KV was found, from token zero on
+    salt: bytes
+
+
+@dataclass(frozen=True)
+class PageCopy:
+    """Copy device page `source` to device page `target`, over all layers."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """Pages now (total = free + cached + in use), and evicted since the start."""
+
+    pages_total: int
+    pages_free: int
+    pages_cached: int  # held by the tree alone: what eviction may free
+    pages_in_use: int  # held by a live lease, cached as well or not
+    pages_evicted: int
+
+
+class PrefixStore:
+    """The prefix-keyed KV store over `num_pages` device pages of `page_size` tokens each."""
+
+    def __init__(self, num_pages: int, page_size: int, fingerprint: bytes = b"") -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size is {page_size}, expected at least 1 token: pass the pool's page size")
+        self.page_size = page_size
+        self.fingerprint = fingerprint
+        self.pool = PagePool(num_pages)
+        self.index = RadixIndex(self.pool, page_size)
+        self.live: dict[int, Lease] = {}
+        self.numbers = itertools.count()
+
+    def match(self, tokens: np.ndarray, salt: bytes = b"") -> Lease:
+        """Lease the longest cached prefix of `tokens` ([tokens] int32) under `salt`, token by token.
+
+        The last page may be matched only in part. Match one token less than the prompt: its last token has to run
+        through the model for the first logits.
+        """
+        tokens = np.asarray(tokens, np.int32)
+        pages, reused = self.index.match(tokens, salt)
+        self.pool.retain(pages)
+        return self._enter(Lease(next(self.numbers), pages, reused, reused, salt))
+
+    def peek(self, tokens: np.ndarray, salt: bytes = b"") -> int:
+        """How many of `tokens` ([tokens] int32) are cached, as `match` finds them, without a lease or a use."""
+        return self.index.length(np.asarray(tokens, np.int32), salt)
+
+    def find(self, tokens: np.ndarray, salt: bytes = b"") -> tuple[np.ndarray, int]:
+        """The pages ([slots] int32) that hold the longest cached prefix of `tokens`, and its length.
+
+        No lease and no use: good until the next call that changes the store.
+        """
+        return self.index.find(np.asarray(tokens, np.int32), salt)
+
+    def drop(self, tokens: np.ndarray, start: int, salt: bytes = b"") -> list[np.ndarray]:
+        """Forget what was published from position `start` on, of all sequences that begin with `tokens[: start + 1]`.
+
+        `start` is a multiple of the page size. Returns those sequences, whole, each [tokens] int32. A live lease keeps
+        its pages, and would publish them again: call it while there is none that could.
+        """
+        return self.index.drop(np.asarray(tokens, np.int32), start, salt)
+
+    def extend(self, lease: Lease, length: int) -> tuple[Lease, list[PageCopy]]:
+        """Make room for `length` tokens in total, evicting cached pages as needed.
+
+        Returns the lease to go on with, and the page copies, which the caller enqueues on the device before all else.
+        Raises PoolExhausted if too little can be evicted; then nothing has leaked and the lease given is still valid.
+        """
+        self._assert_live(lease)
+        if length <= lease.length:
+            return lease, []
+        # Only a match may end inside a page, and that page is another's to write: it gives way to a copy.
+        kept, partial = np.split(lease.pages, [lease.length // self.page_size])
+        needed = slots_for(length, self.page_size) - len(kept)
+        short = needed - self.pool.free_pages
+        # A request that cannot be served anyway must not empty the cache.
+        if 0 < short <= self.index.idle_pages():
+            self.index.evict(short)
+        fresh = self.pool.allocate(needed)
+        copies = [PageCopy(int(source), int(target)) for source, target in zip(partial, fresh, strict=False)]
+        # The device runs in the order of enqueueing, so the copy reads its source before any later owner can write it.
+        self.pool.release(partial)
+        pages = np.concatenate([kept, fresh])
+        return self._enter(Lease(lease.number, pages, len(pages) * self.page_size, lease.reused, lease.salt)), copies
+
+    def insert(self, lease: Lease, tokens: np.ndarray) -> None:
+        """Publish `tokens` ([tokens] int32, from token zero on), whose KV is now computed, or enqueued, in lease.pages.
+
+        Call it as often as the sequence grows, each time with all of it. Raises ValueError beyond the lease's length.
+        """
+        self._assert_live(lease)
+        tokens = np.asarray(tokens, np.int32)
+        if len(tokens) > lease.length:
+            raise ValueError(f"{len(tokens)} tokens inserted, the lease has room for {lease.length}: extend it first")
+        self.index.insert(tokens, lease.pages[: slots_for(len(tokens), self.page_size)], lease.salt)
+
+    def release(self, lease: Lease) -> None:
+        """End the lease. Pages that were inserted stay cached until they are evicted; the others become free."""
+        self._assert_live(lease)
+        del self.live[lease.number]
+        self.pool.release(lease.pages)
+
+    def keys(self, tokens: np.ndarray, salt: bytes = b"") -> list[bytes]:
+        """Content keys of the full pages of `tokens` ([tokens] int32), 32 bytes each."""
+        return page_keys(root_key(self.fingerprint, self.page_size, salt), tokens, self.page_size)
+
+    def stats(self) -> StoreStats:
+        """Page counts now, and how many were evicted since the start."""
+        cached = self.index.idle_pages()
+        return StoreStats(
+            pages_total=self.pool.num_pages,
+            pages_free=self.pool.free_pages,
+            pages_cached=cached,
+            pages_in_use=self.pool.num_pages - self.pool.free_pages - cached,
+            pages_evicted=self.index.evicted_pages,
+        )
+
+    def check(self) -> None:
+        """Assert all invariants of pool, tree and leases; slow, for tests."""
+        self.pool.check()
+        self.index.check()
+        held = [node.pages for node in self.index.nodes()] + [lease.pages for lease in self.live.values()]
+        counts = np.bincount(np.concatenate([NO_PAGES, *held]), minlength=self.pool.num_pages)  # [pages] int64
+        assert np.array_equal(counts, self.pool.ref_counts), "reference counts differ from what tree and leases hold"
+
+    def _enter(self, lease: Lease) -> Lease:
+        assert len(lease.pages) == slots_for(lease.length, self.page_size)
+        self.live[lease.number] = lease
+        return lease
+
+    def _assert_live(self, lease: Lease) -> None:
+        assert self.live.get(lease.number) is lease, (
+            f"lease {lease.number} was released or extended before: go on with the lease that extend() returned"
+        )

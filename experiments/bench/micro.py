@@ -1,0 +1,135 @@
+"""The small steps of a request's host path, each by itself: `make bench-small`.
+
+Not one of the tests: nothing here fails for being slow. `experiments.bench.host_path` times such steps in a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache.keys import page_keys, root_key
+from cache.prefix_cache import PrefixStore
+from experiments.bench.host_path import session_of
+from experiments.harness.provenance import PACKAGES, provenance
+from experiments.workloads.demo_model import TINY, write_demo_model
+from experiments.workloads.sessions import with_question
+from serve.api.messages import ContentBlockDelta, MessagesRequest, TextDelta, decode_request, encode_event
+from serve.engine.steps import GREEDY, Bucket, Row, pack
+from serve.prompt.render import prompt
+from serve.prompt.tokenizer import Tokenizer, load_tokenizer
+from serve.rules.normalize import normalize
+
+RESULTS = Path("experiments/results/bench/small.json")
+PAGE = 64  # tokens
+TOKENS = 52_000
+RULES = frozenset(["strip-preamble"])
+Time = Callable[..., Any]  # pytest-benchmark's fixture
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[dict[str, dict[str, float]]]:
+    """By name, what was timed; written when all is done."""
+    found: dict[str, dict[str, float]] = {}
+    yield found
+    made = {"unit": "us", "rows": found} | provenance((*PACKAGES, "pytest-benchmark"))
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(made, indent=2) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def recorded(request: pytest.FixtureRequest, benchmark: Any, results: dict[str, dict[str, float]]) -> Iterator[None]:
+    """Keep a test's times; one that failed has none."""
+    yield
+    if benchmark.stats:
+        stats = benchmark.stats.stats
+        times = {name: round(1e6 * getattr(stats, name), 2) for name in ("min", "median", "iqr")}
+        results[request.node.name.removeprefix("test_")] = times | {"rounds": stats.rounds}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The demo's tokenizer, which remembers the segments that it has seen."""
+    folder = tmp_path_factory.mktemp("model")
+    write_demo_model(folder, config=TINY)
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def asked() -> Callable[[], bytes]:
+    """A session's request of some 52K tokens, with another question at its end every time."""
+    body, numbers = session_of(TOKENS) | {"max_tokens": 8}, itertools.count()
+    return lambda: json.dumps(with_question(body, next(numbers))).encode()
+
+
+def ids(tokens: int) -> np.ndarray:
+    """Random token ids, [tokens] int32."""
+    return np.random.default_rng(0).integers(0, 128_256, tokens, dtype=np.int32)
+
+
+def with_fresh(benchmark: Time, function: Callable[[Any], Any], argument: Callable[[], Any], rounds: int = 100) -> Any:
+    """Time the function on a fresh argument in every round."""
+    return benchmark.pedantic(function, setup=lambda: ((argument(),), {}), rounds=rounds, warmup_rounds=5)
+
+
+def test_decode_a_body_of_52k_tokens(benchmark: Time, asked: Callable[[], bytes]) -> None:
+    """JSON to a checked request."""
+    assert with_fresh(benchmark, decode_request, asked).messages
+
+
+def test_normalize_52k_tokens(benchmark: Time, asked: Callable[[], bytes]) -> None:
+    """The billing header out of the system text."""
+    made = with_fresh(benchmark, lambda request: normalize(request, RULES), lambda: decode_request(asked()))
+    assert made.applied
+
+
+def test_render_and_tokenise_a_new_question_behind_52k_tokens(
+    benchmark: Time, tokenizer: Tokenizer, asked: Callable[[], bytes]
+) -> None:
+    """All but the question was seen before."""
+
+    def request() -> MessagesRequest:
+        return normalize(decode_request(asked()), RULES).request
+
+    assert len(with_fresh(benchmark, lambda r: prompt(r, tokenizer), request).tokens) > TOKENS / 2
+
+
+def test_hash_the_pages_of_52k_tokens(benchmark: Time) -> None:
+    """The chain of keys, page by page."""
+    keys = benchmark(page_keys, root_key(b"model", PAGE, b""), ids(TOKENS), PAGE)
+    assert len(keys) == TOKENS // PAGE
+
+
+def test_match_and_release_52k_tokens(benchmark: Time) -> None:
+    """A full hit in a store that holds only this; `experiments.bench.index` fills one to a million pages."""
+    store, tokens = PrefixStore(2 * TOKENS // PAGE, PAGE), ids(TOKENS)
+    lease, _ = store.extend(store.match(tokens), TOKENS)
+    store.insert(lease, tokens)
+    store.release(lease)
+
+    def match() -> int:
+        lease = store.match(tokens)
+        store.release(lease)
+        return lease.reused
+
+    assert benchmark(match) == TOKENS
+
+
+def test_pack_a_batch_of_8_that_decode_behind_52k_tokens(benchmark: Time) -> None:
+    """What the engine does on the host between two steps."""
+    pages = np.arange(TOKENS // PAGE + 1, dtype=np.int32)
+    rows = [Row(ids(1), TOKENS, pages, GREEDY) for _ in range(8)]
+    batch, _ = benchmark(pack, rows, Bucket(8, 1), len(pages))
+    assert batch.block_table.shape == (8, len(pages))
+
+
+def test_encode_a_streamed_event(benchmark: Time) -> None:
+    """One token's text as a server-sent event."""
+    event = ContentBlockDelta(0, TextDelta(" token"))
+    assert benchmark(encode_event, event).endswith(b"\n\n")

@@ -1,0 +1,258 @@
+"""Compile every variant of the GPU kernels for an H200 that need not be there, and check what comes out.
+
+Run `python -m experiments.gpu.aot` where jax's CUDA plug-in is installed (no GPU, no driver): it fails on register
+spills, on more shared memory than a block may have, on a kernel without wgmma instructions or with serialised ones, and
+on a forward pass that copies the pool or writes new keys or values anywhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.progress import track
+from rich.table import Column, Table
+
+from model import decoder
+from model.batch import Batch
+from model.config import ModelConfig, RopeConfig
+from model.kernels.hopper import decode as paged_decode
+from model.kernels.hopper import prefill as paged_prefill
+from model.kernels.limits import SUPPORTED
+from model.kv import KVPool
+from model.params import Layer, Params
+
+SHARED_MEMORY_LIMIT = 232_448
+# Values of the data sheet; the compiler asks for them where no device answers.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+MODEL = ModelConfig("llama", 32_000, 1536, 3072, 4, 32, 8, 128, 131_072, 1e-5, RopeConfig())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel at one shape."""
+
+    kernel: str  # paged_prefill or paged_decode
+    head_dim: int
+    group: int
+    page_size: int
+    seqs: int
+    chunk: int
+
+    @property
+    def name(self) -> str:
+        """What the tables and the tests call it."""
+        shape = f"d{self.head_dim}-group{self.group}-page{self.page_size}"
+        return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}"
+
+    @property
+    def function(self) -> Callable:
+        """The kernel's wrapper."""
+        return {"paged_prefill": paged_prefill.paged_prefill, "paged_decode": paged_decode.paged_decode}[self.kernel]
+
+    def arguments(self, sharding: Any = None, kv_heads: int = 8, context: int = 53_248) -> tuple[Any, ...]:
+        """Shapes to trace `function` with, for a pool of two layers."""
+        array = partial(jax.ShapeDtypeStruct, sharding=sharding)
+        tokens, pages = self.seqs * self.chunk, context // self.page_size
+        side = array((2, pages, kv_heads, self.page_size, self.head_dim), jnp.bfloat16)
+        batch = Batch(
+            tokens=array((tokens,), jnp.int32),
+            starts=array((self.seqs + 1,), jnp.int32),
+            prefix=array((self.seqs,), jnp.int32),
+            block_table=array((self.seqs, pages), jnp.int32),
+            rows=array((self.seqs,), jnp.int32),
+            max_chunk=self.chunk,
+        )
+        queries = array((tokens, kv_heads, self.group, self.head_dim), jnp.bfloat16)
+        return queries, KVPool(k=side, v=side), array((), jnp.int32), batch
+
+
+def variants() -> list[Variant]:
+    """Both kernels, with the keys whole and split, at each head size and page size, usual groups and tuned shapes."""
+    shapes = {(d, group, 64) for d in SUPPORTED["head_dim"] for group in (1, 4, 7, 8)}
+    shapes |= {(d, 4, page) for d in SUPPORTED["head_dim"] for page in SUPPORTED["page_size"]}
+    shapes |= {*paged_prefill.TUNED, *paged_decode.TUNED}
+    batches = (
+        ("paged_prefill", 1, 4096),
+        ("paged_prefill", 1, 128),
+        ("paged_decode", 64, 1),
+        ("paged_decode", 1, 1),
+    )
+    return [Variant(kernel, *shape, *batch) for shape in sorted(shapes) for kernel, *batch in batches]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler reported of one kernel."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wgmma: int  # instructions
+    serialised: bool  # whether the assembler says that each wgmma waits for the one before
+
+    def faults(self) -> list[str]:
+        """What must not be."""
+        found = []
+        if self.spilled_bytes:
+            found.append(f"{self.spilled_bytes} bytes of registers are spilled")
+        if not 0 < self.shared_bytes <= SHARED_MEMORY_LIMIT:
+            found.append(f"{self.shared_bytes} bytes of shared memory, expected up to {SHARED_MEMORY_LIMIT}")
+        if not self.wgmma:
+            found.append("there is no wgmma")
+        if self.serialised:
+            found.append("wgmma instructions are serialised")
+        return found
+
+
+def read_dump(folder: Path) -> Compiled:
+    """Read what Mosaic wrote into the folder that MOSAIC_GPU_DUMP_TO names, while it compiled one kernel."""
+    text = {suffix: "".join(path.read_text() for path in folder.glob(f"*{suffix}")) for suffix in ("ptx", "ptxas")}
+    numbers = partial(re.findall, string=text["ptxas"])
+    passes = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".log", ".txt"))
+    shared = [int(size) for size in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes)]
+    return Compiled(
+        registers=max(map(int, numbers(r"Used (\d+) registers")), default=0),
+        spilled_bytes=sum(map(int, numbers(r"(\d+) bytes spill"))),
+        shared_bytes=max(shared, default=0),
+        wgmma=text["ptx"].count("wgmma.mma_async"),
+        serialised="serialized" in text["ptxas"],
+    )
+
+
+def on_h200() -> NamedSharding:
+    """Where arrays are to be for a program to be compiled for an H200."""
+    topology = topologies.get_topology_desc(
+        topology_name="", platform="cuda", topology="1x1x1", target_config=H200.strip()
+    )
+    return NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
+
+
+def compile_variant(variant: Variant, sharding: NamedSharding, dump: Path) -> Compiled:
+    """Compile one variant; `dump` is an empty folder that MOSAIC_GPU_DUMP_TO names already."""
+    jax.jit(variant.function).trace(*variant.arguments(sharding)).lower().compile()
+    compiled = read_dump(dump)
+    for path in dump.iterdir():
+        path.unlink()
+    return compiled
+
+
+def param_shapes(config: ModelConfig, sharding: Any = None) -> Params:
+    """The shapes of a llama's parameters in bf16."""
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    layers, embed, ffn = config.num_layers, config.embed_size, config.ffn_size
+    heads = (config.num_kv_heads, config.group, config.head_dim)
+    layer = Layer(
+        attn_norm=array(layers, embed),
+        qkv=array(layers, heads[0], heads[1] + 2, heads[2], embed),
+        out=array(layers, embed, *heads),
+        mlp_norm=array(layers, embed),
+        gate_up=array(layers, 2, ffn, embed),
+        down=array(layers, embed, ffn),
+    )
+    return Params(embed=array(config.vocab_size, embed), layers=layer, final_norm=array(embed))
+
+
+def forward_with(variant: Variant, config: ModelConfig, sharding: Any = None) -> tuple[Any, KVPool]:
+    """The forward pass traced with the variant's kernel in it, the pool donated; and the pool's shape."""
+    _, pool, _, batch = variant.arguments(sharding, config.num_kv_heads)
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
+        return variant.function(q, *rest)  # the new keys and values are in the pool already
+
+    with mock.patch.object(decoder, "paged_attention", attention):
+        # A function of its own, because traces are remembered by function and this one depends on the patch.
+        jitted = jax.jit(lambda *arguments: decoder.forward(*arguments, config), donate_argnums=2)
+        return jitted.trace(param_shapes(config, sharding), batch, pool), pool
+
+
+def pool_sized(program: str, pool: KVPool) -> list[str]:
+    """The instructions of a compiled program that make an array as large as a layer of the pool, or as all of it.
+
+    Left out are those that only pass it on, and the updates in place.
+    """
+    size = ",".join(map(str, pool.k.shape[1:]))
+    harmless = {"parameter", "get-tuple-element", "bitcast", "scatter", "dynamic-update-slice", "fusion"}
+    made = re.compile(rf"\s*(?:ROOT )?%\S+ = bf16\[(?:\d+,)?{size}\]\S* ([\w-]+)\(")
+    found = [(line, match[1]) for line in program.splitlines() if (match := made.match(line))]
+    return [line.strip() for line, opcode in found if opcode not in harmless]
+
+
+def keys_beside_pool(program: str, tokens: int, config: ModelConfig) -> list[str]:
+    """The instructions of a compiled program that write the new tokens' keys or values anywhere but into the pool."""
+    width = f"{config.num_kv_heads},(?:1,)?{config.head_dim}|{config.num_kv_heads * config.head_dim}"
+    made = re.compile(rf"\s*(?:ROOT )?%\S+ = bf16\[{tokens},(?:{width})\]")
+    # Each computation is a paragraph; what is fused stays in registers.
+    computations = (part for part in program.split("\n\n") if not part.lstrip().startswith("%fused_"))
+    return [line.strip() for part in computations for line in part.splitlines() if made.match(line)]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.gpu.aot", description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains this")
+    args = parser.parse_args()
+    console = Console()
+    console.width = max(console.width, 100)  # a log has no terminal to fit in
+    table = Table(
+        Column("kernel", no_wrap=True),
+        "registers",
+        "spilled",
+        "shared memory",
+        "wgmma",
+        title=f"sm_90a, jax {jax.__version__}",
+    )
+    faults = []
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # else the plug-in looks for a driver
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        chosen = [variant for variant in variants() if args.only in variant.name]
+        sharding = on_h200()
+        for variant in track(chosen, "compiling", console=console):
+            compiled = compile_variant(variant, sharding, Path(folder))
+            numbers = (compiled.registers, compiled.spilled_bytes, compiled.shared_bytes, compiled.wgmma)
+            table.add_row(variant.name, *map(str, numbers))
+            faults += [f"{variant.name}: {fault}" for fault in compiled.faults()]
+        del os.environ["MOSAIC_GPU_DUMP_TO"]
+    console.print(table)
+    for variant in (v for v in chosen if (v.head_dim, v.group, v.page_size) == (128, 4, 64)):
+        traced, pool = forward_with(variant, MODEL, sharding)
+        program = traced.lower().compile().as_text()
+        copies, keys = pool_sized(program, pool), keys_beside_pool(program, variant.seqs * variant.chunk, MODEL)
+        console.print(f"forward pass with {variant.name}: {len(copies)} copies of the pool, {len(keys)} of new keys")
+        faults += [f"forward pass with {variant.name}: {line}" for line in copies + keys]
+    sys.exit("\n".join(faults) if faults else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a cache of some size finds in a trace of calls."""

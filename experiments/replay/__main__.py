@@ -1,0 +1,104 @@
+"""What a cache of some size finds in a trace of calls: hit rates, reads per write, tokens and time saved.
+
+No model runs. `python -m experiments.replay` sends the calls of agents at work through a PrefixStore, with
+`--trace FILE` those of a trace in Mooncake's format; `--live URL` asks a Messages endpoint the same.
+
+`--policies --model DIR` asks which pages a tier should let go: the requests of agent sessions, rendered and tokenised
+as the server does it, become keys of pages; LRU is the host tier itself, FIFO and Belady's optimum stand beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import httpx
+import msgspec
+from rich.console import Console
+
+from experiments.harness.provenance import provenance
+from experiments.replay.capacity import (
+    CAPACITIES,
+    COST_MODEL,
+    ask,
+    capacity_table,
+    compare_capacities,
+    least_capacity,
+    outcome,
+)
+from experiments.replay.policies import Workload, compare_policies
+from experiments.workloads.sessions import RELEASES
+from experiments.workloads.traces import Agents, generate, read_mooncake
+from serve.engine.cost import CostFile
+
+RESULTS = Path("experiments/results/replay")
+
+
+def file_identity(path: Path) -> dict[str, str]:
+    """What tells a trace file from others, wherever it lies."""
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Replay agents' calls, a trace file or, for the policies, agent sessions; print a table, write it as JSON."""
+    cli = argparse.ArgumentParser(prog="python -m experiments.replay", description=__doc__.split("\n")[0])
+    cli.add_argument("--trace", type=Path, help="JSONL in Mooncake's format (default: agents at work)")
+    cli.add_argument("--agents", type=int, default=Agents.agents, help="(default: %(default)s)")
+    cli.add_argument("--calls", type=int, default=Agents.calls, help="of each agent (default: %(default)s)")
+    cli.add_argument("--release", choices=list(RELEASES), default=Agents.release, help="of the agents' client")
+    cli.add_argument("--capacity", type=int, nargs="+", help="of the store, in tokens; as many as you like")
+    cli.add_argument("--live", metavar="URL", help="ask a Messages endpoint as well, without headers")
+    cli.add_argument("--speed", type=float, default=math.inf, help="of --live, times the trace's (default: no pauses)")
+    cli.add_argument("--cost-model", type=Path, default=COST_MODEL, help="prices tokens (default: %(default)s)")
+    cli.add_argument("--seed", type=int, default=0)
+    cli.add_argument("--policies", action="store_true", help="compare eviction policies; needs --model")
+    cli.add_argument("--model", help="checkpoint folder whose tokenizer and template the policies' trace uses")
+    cli.add_argument("--sessions", type=int, default=Workload.sessions, help="of the policies' trace")
+    cli.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
+    args, console = cli.parse_args(argv), Console()
+    if args.policies and not args.model:
+        cli.error("--policies needs --model: a checkpoint's folder")
+    for name in ("agents", "calls", "sessions", "speed"):
+        if not getattr(args, name) > 0:
+            cli.error(f"--{name} {getattr(args, name)}: expected more than 0")
+    if args.policies:
+        compare_policies(Workload(seed=args.seed, sessions=args.sessions), args.model, args.out, console)
+        return
+    work = Agents(seed=args.seed, agents=args.agents, calls=args.calls, release=args.release)
+    try:
+        costs = msgspec.json.decode(args.cost_model.read_bytes(), type=CostFile).constants
+        calls = read_mooncake(args.trace) if args.trace else generate(work)
+    except msgspec.MsgspecError as error:
+        cli.error(f"{args.cost_model} is no cost model: {error}; write one with `python -m experiments.sweep.fit`")
+    except (OSError, ValueError) as error:
+        cli.error(str(error))
+    least = least_capacity(calls)
+    if args.capacity and min(args.capacity) < least:
+        cli.error(f"--capacity {min(args.capacity)}: the longest prompt needs {least} tokens")
+    try:
+        live = ask(args.live, calls, args.speed, console) if args.live else None
+    except (httpx.HTTPError, LookupError, ValueError) as error:
+        cli.error(f"--live {args.live}: expected a Messages endpoint, found {type(error).__name__}: {error}")
+    compared = compare_capacities(calls, args.capacity or CAPACITIES, costs, console)
+    if live is not None:
+        compared["rows"].append({"header": "live", "capacity": None, **outcome(calls, live, costs)})
+    summary = {
+        "trace": file_identity(args.trace) if args.trace else asdict(work),
+        "cost_model": {"file": str(args.cost_model), "constants": asdict(costs)},
+        **compared,
+        **provenance(("tokenzero", "numpy")),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.trace.stem if args.trace else 'agents'}.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(capacity_table(summary))
+    console.print(f"results in {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

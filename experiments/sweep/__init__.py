@@ -1,0 +1,1 @@
+"""TTFT over the axes of a config, and what follows from it."""

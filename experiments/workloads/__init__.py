@@ -1,0 +1,1 @@
+"""What is sent: models, sessions, traces."""

@@ -1,0 +1,1 @@
+"""Attention for Hopper GPUs (sm90), in Pallas for Mosaic GPU."""

@@ -1,0 +1,286 @@
+"""Attention of one query token per sequence, or a few, over the paged pool: bound by the bytes of keys and values.
+
+A thread block is one sequence, one KV head and one part of its keys, so that a single long sequence fills the chip
+(Flash-Decoding, Dao et al., 2023). One warpgroup loads pages; two compute, each every other block, with all query rows
+of the KV head in one wgmma tile, and merge before they write.
+
+How many parts there are depends on the shapes alone: the number of sequences and of KV heads, and the width of the
+block table. The same batch gets the same bits; a sequence in a batch of another shape may get others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from model.batch import Batch, by_token
+from model.kernels import limits
+from model.kernels.hopper import compat, ring
+from model.kernels.hopper.online_softmax import (
+    PER_ROW,
+    State,
+    merge,
+    normalised,
+    nothing_seen,
+    parts_for,
+    summed,
+    weigh,
+)
+from model.kv import KVPool
+
+COMPUTE = 2  # warpgroups that compute; the one after them loads
+ROWS = limits.QUERY_ROWS  # query heads of the group times tokens, and what is left over
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes that only speed depends on."""
+
+    block_kv: int = 64  # keys of a stage; at least a page
+    stages: int = 4  # even, so that a stage always feeds the same warpgroup
+    waves: int = 1  # thread blocks for each multiprocessor that the parts of the keys are to reach
+
+    def __post_init__(self) -> None:
+        """Refuse what the kernel cannot run with."""
+        if self.stages % COMPUTE or self.block_kv % 64:
+            raise ValueError(f"{self}: expected an even number of stages, and blocks of a multiple of 64")
+
+
+def default(head_dim: int, page_size: int) -> Tuning:
+    """About 128 KiB of keys and values on their way."""
+    block = max(64, page_size)
+    return Tuning(block, stages=128 * 1024 // (block * head_dim * 2 * 2))
+
+
+# (head_dim, group, page_size) to what `python -m experiments.gpu.tune` found best on a GPU: nothing yet.
+TUNED: dict[tuple[int, int, int], Tuning] = {}
+
+
+def tuning_for(head_dim: int, group: int, page_size: int) -> Tuning:
+    """The tuning of a shape: measured where there is one, else the default."""
+    return TUNED.get((head_dim, group, page_size)) or default(head_dim, page_size)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch knows at trace time."""
+
+    tuning: Tuning
+    group: int
+    chunk: int  # query tokens that a sequence has at most
+    parts: int  # that the keys of a sequence are split into
+    interpreted: bool
+
+
+def attend(
+    launch: Launch,
+    starts: Any,  # [seqs + 1] int32
+    prefix: Any,  # [seqs] int32
+    table: Any,  # [seqs, pages] int32
+    layer: Any,  # [1] int32
+    q: Any,  # [tokens, kv_heads, group, head_dim]
+    k: Any,  # [layers, pages, kv_heads, page_size, head_dim]
+    v: Any,
+    *outputs: Any,  # like q; or the State of every part
+    pages: ring.Ring,
+    q_tile: Any,  # [ROWS, head_dim] as wgmma reads it
+    staging: Any,  # [ROWS, head_dim] bf16 in plain rows
+    second: State,  # the second warpgroup's state in shared memory
+    q_full: Any,
+    q_ready: Any,
+    second_ready: Any,
+) -> None:
+    """The kernel: one thread block."""
+    tuning, head_dim = launch.tuning, q_tile.shape[-1]
+    part, kv_head, seq, warpgroup = (lax.axis_index(name) for name in ("part", "kv_head", "seq", "warpgroup"))
+    first, count, position = starts[seq], starts[seq + 1] - starts[seq], prefix[seq]
+    keys = jnp.where(count > 0, position + count, 0)
+    start, stop = ring.share_of_keys(keys, tuning.block_kv, part, launch.parts)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        ring.fill(pages, k, v, table, seq, layer[0], kv_head, start, stop, keys)
+
+    @pl.when(warpgroup < COMPUTE)
+    def _() -> None:
+        plgpu.set_max_registers(232, action="increase")
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            for t in range(launch.chunk):
+                rows = pl.ds(t * launch.group, launch.group)
+                plgpu.copy_gmem_to_smem(q.at[first + t, kv_head], staging.at[rows], q_full)
+            # Swizzled TMA boxes have multiples of eight rows, a group any number: the rows come in plainly, then move.
+            plgpu.barrier_wait(q_full)
+            q_tile[...] = compat.load(staging, plgpu.Layout.WGMMA)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(q_ready)
+
+        plgpu.barrier_wait(q_ready)
+
+        def step(masked: bool, turn: jax.Array, state: State) -> State:
+            i = start + turn * COMPUTE + warpgroup
+            slot = lax.rem(i - start, jnp.int32(tuning.stages))
+            plgpu.barrier_wait(pages.k_full.at[slot])
+            scores = compat.queries_by_keys(q_tile, pages.k.at[slot], launch.interpreted)
+            plgpu.barrier_arrive(pages.k_free.at[slot])
+            if masked:
+                scores = mask(scores, launch.group, position - i * tuning.block_kv)
+            state, weights = weigh(scores, state, head_dim)
+            plgpu.barrier_wait(pages.v_full.at[slot])
+            if masked:
+
+                @pl.when((i + 1) * tuning.block_kv > keys)
+                def _() -> None:
+                    ring.zero_unseen(pages.v.at[slot], i * tuning.block_kv, keys)
+
+            total = compat.plus_probs_by_values(state.total, weights, pages.v.at[slot], launch.interpreted)
+            plgpu.barrier_arrive(pages.v_free.at[slot])
+            return state._replace(total=total)
+
+        def turns(end: jax.Array) -> jax.Array:
+            """How many of the blocks before `end` are this warpgroup's."""
+            return lax.div(jnp.maximum(end - start - warpgroup, 0) + (COMPUTE - 1), jnp.int32(COMPUTE))
+
+        # Blocks that every row sees whole need no mask.
+        whole = turns(jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, stop))
+        state = lax.fori_loop(0, whole, partial(step, False), nothing_seen(ROWS, head_dim))
+        state = summed(lax.fori_loop(whole, turns(stop), partial(step, True), state))
+
+        @pl.when(warpgroup == 1)
+        def _() -> None:
+            for ref, value in zip(second, state, strict=True):
+                ref[...] = value
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(second_ready)
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            plgpu.barrier_wait(second_ready)
+            write(launch, merged(state, second), second.total, staging, outputs, first, count, part, seq, kv_head)
+
+
+def merged(state: State, other: State) -> State:
+    """The state of what both have seen; `other` lies in shared memory."""
+    total = compat.load(other.total, plgpu.Layout.WGMMA)
+    other_peak, other_weight = compat.load(other.peak, PER_ROW), compat.load(other.weight, PER_ROW)
+    peak = jnp.maximum(state.peak, other_peak)
+    mine, theirs = jnp.exp2(state.peak - peak), jnp.exp2(other_peak - peak)
+    wide = partial(lax.broadcast_in_dim, shape=total.shape, broadcast_dimensions=[0])
+    return State(state.total * wide(mine) + total * wide(theirs), peak, state.weight * mine + other_weight * theirs)
+
+
+def write(
+    launch: Launch,
+    state: State,
+    total: Any,  # [ROWS, head_dim] float32, shared memory to go through
+    staging: Any,
+    outputs: tuple[Any, ...],
+    first: jax.Array,
+    count: jax.Array,
+    part: jax.Array,
+    seq: jax.Array,
+    kv_head: jax.Array,
+) -> None:
+    """Write the output of the tokens that there are, or the state of this part."""
+    if launch.parts == 1:
+        staging[...] = normalised(state)
+        plgpu.commit_smem()
+        for t in range(launch.chunk):
+
+            @pl.when(t < count)
+            def _(t: int = t) -> None:
+                rows = pl.ds(t * launch.group, launch.group)
+                plgpu.copy_smem_to_gmem(staging.at[rows], outputs[0].at[first + t, kv_head])
+    else:
+        totals, peaks, weights = outputs
+        total[...] = state.total
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(total.at[pl.ds(0, totals.shape[-2])], totals.at[part, seq, kv_head])
+        peaks[part, seq, kv_head] = state.peak
+        weights[part, seq, kv_head] = state.weight
+    plgpu.wait_smem_to_gmem(0)
+
+
+def mask(scores: jax.Array, group: int, position: jax.Array) -> jax.Array:
+    """Hide the keys that a row does not see; `position` is the first token's, counted from the block's first key."""
+    row = plgpu.broadcasted_iota(jnp.int32, scores.shape[:1], 0, layout=PER_ROW)
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+    last = lax.div(row, jnp.int32(group)) + position
+    return jnp.where(key <= lax.broadcast_in_dim(last, scores.shape, [0]), scores, -jnp.inf)
+
+
+# As a program of its own, so that a model of many layers in line has it traced and lowered once.
+@partial(jax.jit, static_argnames=("tuning", "interpret"))
+def paged_decode(
+    q: jax.Array,  # [tokens, kv_heads, group, head_dim] bf16
+    pool: KVPool,
+    layer: jax.Array | int,
+    batch: Batch,
+    *,
+    tuning: Tuning | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """What `model.attention.paged_attention` computes, where no sequence has more than 64 // group new tokens.
+
+    Padding tokens give zero. Pages outside the table and slots behind a sequence's last key may hold anything, NaN too.
+    Raises ValueError for longer chunks and for what `limits.SUPPORTED` does not list.
+    """
+    limits.refuse_unsupported(q, pool)
+    tokens, kv_heads, group, head_dim = q.shape
+    if batch.max_chunk * group > ROWS:
+        raise ValueError(
+            f"chunks are up to {batch.max_chunk} tokens, paged_decode takes {ROWS // group} in groups of {group}"
+        )
+    tuning = tuning or tuning_for(head_dim, group, pool.page_size)
+    seqs, table_pages = batch.block_table.shape
+    rows = batch.max_chunk * group
+    blocks = -(-table_pages * pool.page_size // tuning.block_kv)
+    parts = parts_for(seqs * kv_heads, blocks, tuning.waves)
+    launch = Launch(tuning, group, batch.max_chunk, parts, interpret is not None)
+
+    if parts == 1:
+        out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    else:
+        shapes = ((parts, seqs, kv_heads, rows, head_dim), *[(parts, seqs, kv_heads, ROWS)] * 2)
+        out_type = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    per_row = plgpu.SMEM((ROWS,), jnp.float32)
+    kernel = plgpu.kernel(
+        partial(attend, launch),
+        out_type=out_type,
+        grid=(parts, kv_heads, seqs),
+        grid_names=("part", "kv_head", "seq"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        scratch_types={
+            "pages": ring.ring_types(tuning.stages, tuning.block_kv, head_dim, pool.page_size, readers=1),
+            "q_tile": plgpu.SMEM((ROWS, head_dim), jnp.bfloat16, transforms=ring.TILED),
+            "staging": plgpu.SMEM((ROWS, head_dim), jnp.bfloat16),
+            "second": State(plgpu.SMEM((ROWS, head_dim), jnp.float32), per_row, per_row),
+            "q_full": plgpu.Barrier(num_arrivals=batch.max_chunk),
+            "q_ready": plgpu.Barrier(),
+            "second_ready": plgpu.Barrier(),
+        },
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+        kernel_name="paged_decode",
+    )
+    layers = jnp.asarray(layer, jnp.int32).reshape(1)
+    starts, prefix = jnp.asarray(batch.starts, jnp.int32), jnp.asarray(batch.prefix, jnp.int32)
+    outputs = kernel(starts, prefix, batch.block_table, layers, q, pool.k, pool.v)
+    if parts == 1:
+        out = outputs[0]
+    else:
+        totals, peaks, weights = outputs
+        out = merge(totals, peaks[..., :rows], weights[..., :rows]).astype(q.dtype)
+        out = jnp.einsum("skcgd->sckgd", out.reshape(seqs, kv_heads, batch.max_chunk, group, head_dim))
+        out = by_token(out, batch, tokens)
+    return jnp.where(jnp.arange(tokens)[:, None, None, None] < starts[-1], out, 0)

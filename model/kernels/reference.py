@@ -1,0 +1,28 @@
+"""Attention over the paged pool, written for the reader: what every kernel must compute."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from model.batch import Batch
+from model.kv import KVPool
+
+
+def reference(q: jax.Array, pool: KVPool, layer: int, batch: Batch) -> jax.Array:
+    """What `paged_attention` must compute, one sequence at a time in float32, with no thought of speed or memory."""
+    kv_heads, head_dim = q.shape[1], q.shape[3]
+    result = jnp.zeros(q.shape, jnp.float32)
+    for s in range(batch.prefix.shape[0]):
+        start, stop, prefix = int(batch.starts[s]), int(batch.starts[s + 1]), int(batch.prefix[s])
+        length = prefix + stop - start
+        pages = batch.block_table[s, : -(-length // pool.page_size)]
+        k, v = (
+            jnp.einsum("bkpd->bpkd", side[layer, pages]).reshape(-1, kv_heads, head_dim)[:length].astype(jnp.float32)
+            for side in (pool.k, pool.v)
+        )
+        scores = jnp.einsum("qkgd,ckd->kgqc", q[start:stop].astype(jnp.float32), k) * head_dim**-0.5
+        seen = jnp.arange(length) <= prefix + jnp.arange(stop - start)[:, None]
+        probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        result = result.at[start:stop].set(jnp.einsum("kgqc,ckd->qkgd", probs, v))
+    return result.astype(q.dtype)

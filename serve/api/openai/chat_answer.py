@@ -1,0 +1,236 @@
+"""The answer of Chat Completions, made from that of the Messages API: chunks from its events, or a whole completion.
+
+Formats: https://platform.openai.com/docs/api-reference/chat-streaming and chat/object.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from serve.api.messages import (
+    ERROR_STATUS,
+    ContentBlockDelta,
+    ContentBlockStart,
+    Error,
+    Event,
+    FunctionCall,
+    InputJsonDelta,
+    Message,
+    MessageDelta,
+    MessageStart,
+    MessageStop,
+    Ping,
+    StopReason,
+    TextBlock,
+    TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
+    ToolUseBlock,
+    Usage,
+)
+from serve.api.openai.common import PING, prompt_tokens
+from serve.api.openai.errors import error_of
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+FINISH: dict[StopReason | None, FinishReason] = {
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    """How much of the prompt was read from the cache."""
+
+    cached_tokens: int
+
+
+class ChatUsage(Struct, frozen=True):
+    """Token counts; the prompt counts whole, cached or not."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class PartialFunction(Struct, frozen=True, omit_defaults=True):
+    """The name of a function, in its first chunk, and more of its arguments."""
+
+    arguments: str
+    name: str | None = None
+
+
+class PartialCall(Struct, frozen=True, omit_defaults=True):
+    """More of call number `index`; the first chunk has its id."""
+
+    index: int
+    function: PartialFunction
+    id: str | None = None
+    type: str | None = None
+
+
+class Delta(Struct, frozen=True, omit_defaults=True):
+    """What a chunk adds to the message."""
+
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[PartialCall, ...] | None = None
+
+
+class ChunkChoice(Struct, frozen=True):
+    """The only choice, number 0."""
+
+    delta: Delta
+    finish_reason: FinishReason | None = None
+    index: int = 0
+
+
+class Chunk(Struct, frozen=True, kw_only=True):
+    """One piece of a stream. Where usage is asked for, all chunks have the field and the last one the counts."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: tuple[ChunkChoice, ...]
+    usage: ChatUsage | UnsetType | None = UNSET
+
+
+class CompleteCall(Struct, frozen=True):
+    """A call of the answer."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class ChatAnswer(Struct, frozen=True, kw_only=True):
+    """The assistant's message."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: tuple[CompleteCall, ...] | UnsetType = UNSET
+    refusal: None = None
+
+
+class CompletionChoice(Struct, frozen=True):
+    """The only choice, number 0."""
+
+    message: ChatAnswer
+    finish_reason: FinishReason
+    index: int = 0
+    logprobs: None = None
+
+
+class Completion(Struct, frozen=True, kw_only=True):
+    """A whole answer."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: tuple[CompletionChoice, ...]
+    usage: ChatUsage
+
+
+class ChatWriter:
+    """Writes one answer in OpenAI's form, as a stream's chunks or whole."""
+
+    def __init__(self, created: int, with_usage: bool = False) -> None:
+        self.created = created  # seconds since 1970
+        self.with_usage = with_usage
+        self.id = self.model = ""
+        self.calls = 0
+
+    def event(self, event: Event) -> bytes:
+        """One event of the Messages API as server-sent events: none, one or several."""
+        match event:
+            case Ping():
+                return PING
+            case Error(detail):
+                return sent(error_of(ERROR_STATUS.get(detail.type, 500), detail.message))
+            case MessageStop():
+                return b"data: [DONE]\n\n"
+        return b"".join(sent(chunk) for chunk in self.chunks(event))
+
+    def whole(self, message: Message) -> bytes:
+        """The body of a chat completion."""
+        return msgspec.json.encode(completion(message, self.created))
+
+    def chunks(self, event: Event) -> list[Chunk]:
+        """The chunks that an event brings."""
+        match event:
+            case MessageStart(message):
+                self.id, self.model = completion_id(message), message.model
+                return [self.chunk(Delta(role="assistant", content=""))]
+            case ContentBlockStart(_, ToolUseBlock(id, name)):
+                self.calls += 1
+                call = PartialCall(self.calls - 1, PartialFunction("", name), id, "function")
+                return [self.chunk(Delta(tool_calls=(call,)))]
+            case ContentBlockDelta(_, TextDelta(text)):
+                return [self.chunk(Delta(content=text))]
+            case ContentBlockDelta(_, ThinkingDelta(text)):
+                return [self.chunk(Delta(reasoning_content=text))]
+            case ContentBlockDelta(_, InputJsonDelta(more)):
+                return [self.chunk(Delta(tool_calls=(PartialCall(self.calls - 1, PartialFunction(more)),)))]
+            case MessageDelta(stop, usage):
+                last = self.chunk(Delta(), FINISH.get(stop.stop_reason, "stop"))
+                counts = msgspec.structs.replace(last, choices=(), usage=chat_usage(usage))
+                return [last, counts] if self.with_usage else [last]
+        return []
+
+    def chunk(self, delta: Delta, finish_reason: FinishReason | None = None) -> Chunk:
+        """A chunk of this answer."""
+        return Chunk(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=(ChunkChoice(delta, finish_reason),),
+            usage=None if self.with_usage else UNSET,
+        )
+
+
+def completion(message: Message, created: int) -> Completion:
+    """A whole message as a chat completion, made at `created` seconds since 1970."""
+    text = "".join(block.text for block in message.content if isinstance(block, TextBlock))
+    thinking = "".join(block.thinking for block in message.content if isinstance(block, ThinkingBlock))
+    calls = tuple(
+        CompleteCall(block.id, FunctionCall(block.name, msgspec.json.encode(block.input).decode()))
+        for block in message.content
+        if isinstance(block, ToolUseBlock)
+    )
+    answer = ChatAnswer(
+        content=text or (None if calls else ""),
+        reasoning_content=thinking or UNSET,
+        tool_calls=calls or UNSET,
+    )
+    return Completion(
+        id=completion_id(message),
+        created=created,
+        model=message.model,
+        choices=(CompletionChoice(answer, FINISH.get(message.stop_reason, "stop")),),
+        usage=chat_usage(message.usage),
+    )
+
+
+def completion_id(message: Message) -> str:
+    """The id of the completion that a message is."""
+    return f"chatcmpl-{message.id.removeprefix('msg_')}"
+
+
+def chat_usage(usage: Usage) -> ChatUsage:
+    """Token counts in OpenAI's form."""
+    prompt, output = prompt_tokens(usage), usage.output_tokens
+    return ChatUsage(prompt, output, prompt + output, PromptTokensDetails(usage.cache_read_input_tokens))
+
+
+def sent(data: Struct) -> bytes:
+    """A server-sent event without a name."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"

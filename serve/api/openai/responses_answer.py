@@ -1,0 +1,342 @@
+"""The answer of the Responses API, made from that of the Messages API: its events, or a whole response.
+
+Formats: https://platform.openai.com/docs/api-reference/responses-streaming and responses/object.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from serve.api.messages import (
+    ContentBlockDelta,
+    ContentBlockStart,
+    ContentBlockStop,
+    Error,
+    Event,
+    InputJsonDelta,
+    Message,
+    MessageDelta,
+    OutputBlock,
+    Ping,
+    SignatureDelta,
+    StopReason,
+    TextBlock,
+    TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
+    ToolUseBlock,
+    Usage,
+)
+from serve.api.openai.common import PING, ToolMode, prompt_tokens
+from serve.api.openai.responses_request import (
+    CALLABLE,
+    NamedTool,
+    OutputText,
+    Reasoning,
+    ReasoningText,
+    ResponsesRequest,
+    SummaryText,
+    ToolSpec,
+    offered,
+)
+
+Status = Literal["in_progress", "completed", "incomplete", "failed"]
+
+
+class MessageItem(Struct, frozen=True, tag="message"):
+    """Text of the answer."""
+
+    id: str
+    status: Status = "in_progress"
+    role: Literal["assistant"] = "assistant"
+    content: tuple[OutputText, ...] = ()
+
+
+class ReasoningItem(Struct, frozen=True, tag="reasoning"):
+    """Reasoning of the answer. What OpenAI encrypts is its signature here; clients send back both."""
+
+    id: str
+    status: Status = "in_progress"
+    summary: tuple[SummaryText, ...] = ()
+    content: tuple[ReasoningText, ...] = ()
+    encrypted_content: str | None = None
+
+
+class FunctionCallItem(Struct, frozen=True, tag="function_call"):
+    """A call of a function."""
+
+    id: str
+    call_id: str
+    name: str
+    namespace: str | None
+    status: Status = "in_progress"
+    arguments: str = ""
+
+
+class CustomCallItem(Struct, frozen=True, tag="custom_tool_call"):
+    """A call of a tool that takes any text."""
+
+    id: str
+    call_id: str
+    name: str
+    namespace: str | None
+    status: Status = "in_progress"
+    input: str = ""
+
+
+Item = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
+
+
+class InputDetails(Struct, frozen=True):
+    """How much of the prompt was read from the cache, and how much was written to it."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(Struct, frozen=True):
+    """Reasoning, which is not counted apart here."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(Struct, frozen=True):
+    """Token counts; the input counts whole, cached or not."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class ResponseError(Struct, frozen=True):
+    """Why a response failed."""
+
+    message: str
+    code: str = "server_error"
+
+
+class IncompleteDetails(Struct, frozen=True):
+    """Why a response ended early."""
+
+    reason: str
+
+
+CUT_SHORT: dict[StopReason | None, IncompleteDetails] = {
+    "max_tokens": IncompleteDetails("max_output_tokens"),
+    "model_context_window_exceeded": IncompleteDetails("max_output_tokens"),
+    "refusal": IncompleteDetails("content_filter"),
+}
+
+
+class Response(Struct, frozen=True, kw_only=True):
+    """A response, whole or as far as it is made."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Status = "in_progress"
+    error: ResponseError | None = None
+    incomplete_details: IncompleteDetails | None = None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: tuple[Item, ...] = ()
+    parallel_tool_calls: bool
+    reasoning: Reasoning
+    temperature: float | None
+    tool_choice: ToolMode | NamedTool
+    tools: tuple[ToolSpec, ...]
+    top_p: float | None
+    usage: ResponseUsage | None = None
+
+
+class ResponseWriter:
+    """Writes the answer to one request in OpenAI's form, as the events of a stream or whole.
+
+    `id` makes the answer's ids unique; `created` is in seconds since 1970.
+    """
+
+    def __init__(self, request: ResponsesRequest, id: str, created: int) -> None:
+        self.id = id
+        self.offered = offered(request.tools or ())
+        self.response = Response(
+            id=f"resp_{id}",
+            created_at=created,
+            instructions=request.instructions,
+            max_output_tokens=request.max_output_tokens,
+            model=request.model,
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            reasoning=request.reasoning or Reasoning(),
+            temperature=request.temperature,
+            tool_choice=request.tool_choice or "auto",
+            tools=tuple(tool for tool in request.tools or () if tool.type in CALLABLE),
+            top_p=request.top_p,
+        )
+        self.sent = 0  # events
+        self.output: list[Item] = []  # those that are complete
+        self.item: Item = MessageItem("")  # the one that grows
+        self.parts: list[str] = []  # of its text
+        self.signature = ""
+
+    def event(self, event: Event) -> bytes:
+        """One event of the Messages API as server-sent events: none, one or several."""
+        events = [] if self.sent else [self.about(self.response, "created"), self.about(self.response, "in_progress")]
+        events += self.events(event)
+        data = b"".join(f"event: {e['type']}\ndata: ".encode() + msgspec.json.encode(e) + b"\n\n" for e in events)
+        return data + PING if isinstance(event, Ping) else data
+
+    def whole(self, message: Message) -> bytes:
+        """The body of a response."""
+        items = [complete(self.begun(block, i), *content(block)) for i, block in enumerate(message.content)]
+        return msgspec.json.encode(self.ended(message.stop_reason, message.usage, items))
+
+    def events(self, event: Event) -> list[dict[str, Any]]:
+        """The events that an event of the Messages API brings."""
+        match event:
+            case ContentBlockStart(_, block):
+                self.item, self.parts, self.signature = self.begun(block, len(self.output)), [], ""
+                return [self.of_output("added"), *self.of_part("added", "")]
+            case ContentBlockDelta(_, SignatureDelta(signature)):
+                self.signature = signature
+            case ContentBlockDelta(_, TextDelta(more) | ThinkingDelta(more) | InputJsonDelta(more)):
+                self.parts.append(more)
+                return self.grown(more)
+            case ContentBlockStop():
+                text = "".join(self.parts)
+                self.item = complete(self.item, text, self.signature)
+                events = [*self.finished(text), *self.of_part("done", text), self.of_output("done")]
+                self.output.append(self.item)
+                return events
+            case MessageDelta(stop, usage):
+                response = self.ended(stop.stop_reason, usage, self.output)
+                return [self.about(response, response.status)]
+            case Error(detail):
+                error = ResponseError(detail.message)
+                failed = replace(self.response, status="failed", error=error, output=tuple(self.output))
+                return [self.about(failed, "failed")]
+        return []
+
+    def begun(self, block: OutputBlock, index: int) -> Item:
+        """The item, still empty, that a block is in the output, where it has number `index`."""
+        match block:
+            case TextBlock():
+                return MessageItem(f"msg_{self.id}_{index}")
+            case ThinkingBlock():
+                return ReasoningItem(f"rs_{self.id}_{index}")
+            case ToolUseBlock(call, name):
+                tool = self.offered.get(name)
+                own, namespace = (tool.spec.name, tool.namespace) if tool else (name, None)
+                if tool and tool.custom:
+                    return CustomCallItem(f"ctc_{self.id}_{index}", call, own, namespace)
+                return FunctionCallItem(f"fc_{self.id}_{index}", call, own, namespace)
+
+    def ended(self, reason: StopReason | None, usage: Usage, output: list[Item]) -> Response:
+        """The response at its end."""
+        cut = CUT_SHORT.get(reason)
+        return replace(
+            self.response,
+            status="incomplete" if cut else "completed",
+            incomplete_details=cut,
+            output=tuple(output),
+            usage=response_usage(usage),
+        )
+
+    def grown(self, more: str) -> list[dict[str, Any]]:
+        """The item's text grows; what a custom tool takes is known only when it is whole."""
+        match self.item:
+            case MessageItem():
+                return [self.of_item("output_text.delta", content_index=0, delta=more, logprobs=())]
+            case ReasoningItem():
+                return [self.of_item("reasoning_text.delta", content_index=0, delta=more)]
+            case FunctionCallItem():
+                return [self.of_item("function_call_arguments.delta", delta=more)]
+        return []
+
+    def finished(self, text: str) -> list[dict[str, Any]]:
+        """The item's text is complete."""
+        match self.item:
+            case MessageItem():
+                return [self.of_item("output_text.done", content_index=0, text=text, logprobs=())]
+            case ReasoningItem():
+                return [self.of_item("reasoning_text.done", content_index=0, text=text)]
+            case FunctionCallItem(name=name, arguments=arguments):
+                return [self.of_item("function_call_arguments.done", name=name, arguments=arguments)]
+            case CustomCallItem(input=text):
+                delta = self.of_item("custom_tool_call_input.delta", delta=text)
+                return [delta, self.of_item("custom_tool_call_input.done", input=text)]
+
+    def of_part(self, kind: str, text: str) -> list[dict[str, Any]]:
+        """The only part of an item that has parts."""
+        match self.item:
+            case MessageItem():
+                return [self.of_item(f"content_part.{kind}", content_index=0, part=OutputText(text))]
+            case ReasoningItem():
+                return [self.of_item(f"content_part.{kind}", content_index=0, part=ReasoningText(text))]
+        return []
+
+    def of_item(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """An event about a piece of the item."""
+        return self.numbered(kind, item_id=self.item.id, output_index=len(self.output), **fields)
+
+    def of_output(self, kind: str) -> dict[str, Any]:
+        """An event about the item as a whole."""
+        return self.numbered(f"output_item.{kind}", output_index=len(self.output), item=self.item)
+
+    def about(self, response: Response, kind: str) -> dict[str, Any]:
+        """An event about the response."""
+        return self.numbered(kind, response=response)
+
+    def numbered(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """The next event."""
+        self.sent += 1
+        return {"type": f"response.{kind}", "sequence_number": self.sent - 1, **fields}
+
+
+def content(block: OutputBlock) -> tuple[str, str]:
+    """What the deltas of a block would have brought: its text and its signature."""
+    match block:
+        case TextBlock(text):
+            return text, ""
+        case ThinkingBlock(text, signature):
+            return text, signature
+        case ToolUseBlock(input=arguments):
+            return msgspec.json.encode(arguments).decode(), ""
+
+
+def complete(item: Item, text: str, signature: str) -> Item:
+    """An item with its content."""
+    match item:
+        case MessageItem():
+            return replace(item, status="completed", content=(OutputText(text),))
+        case ReasoningItem():
+            return replace(
+                item, status="completed", content=(ReasoningText(text),), encrypted_content=signature or None
+            )
+        case FunctionCallItem():
+            return replace(item, status="completed", arguments=text)
+        case CustomCallItem():
+            return replace(item, status="completed", input=custom_input(text))
+
+
+def custom_input(arguments: str) -> str:
+    """The text that a custom tool takes, out of the arguments that the model wrote; all of them if it is not there."""
+    text = msgspec.json.decode(arguments).get("input")
+    return text if isinstance(text, str) else arguments
+
+
+def response_usage(usage: Usage) -> ResponseUsage:
+    """Token counts in OpenAI's form."""
+    prompt = prompt_tokens(usage)
+    return ResponseUsage(
+        input_tokens=prompt,
+        input_tokens_details=InputDetails(usage.cache_read_input_tokens, usage.cache_creation_input_tokens),
+        output_tokens=usage.output_tokens,
+        output_tokens_details=OutputDetails(),
+        total_tokens=prompt + usage.output_tokens,
+    )

@@ -1,0 +1,133 @@
+"""`python -m serve audit FILE --model DIR`: replay what an audit found wrong."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import queue
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cache.keys import root_key
+from cache.lmdb_env import StoreError
+from cache.tiers import Tiers
+from model import checkpoint
+from model.params import unstacked
+from serve.audit.auditor import LEAST_PAGES, AuditSettings, attach, auditor_of
+from serve.audit.case import Case, read
+from serve.audit.findings import Mismatch
+from serve.engine.cost import Constants
+from serve.engine.engine import Engine, EngineSettings
+from serve.engine.request import Event, Failed, GenerationRequest, Sampled, Started
+
+
+def main(argv: Sequence[str]) -> None:
+    """Replay a case: compute its sequence, take it from the cache, and say what differs. Exit status 1 if it does."""
+    cli = argparse.ArgumentParser(prog="python -m serve audit", description=__doc__)
+    cli.add_argument("file", type=Path, metavar="FILE", help="what an audit wrote")
+    cli.add_argument("--model", required=True, metavar="DIR_OR_ID", help="the checkpoint that it was written for")
+    cli.add_argument("--store", metavar="DIR_OR_URL", help="take the pages from there; nothing is written to it")
+    cli.add_argument("--store-bytes", type=int, default=1 << 40, help=argparse.SUPPRESS)
+    cli.add_argument("--salt", default="", help="the cache salt, where the sequence had one")
+    args = cli.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        lines, differs = replay(read(args.file), args.model, args.store, args.store_bytes, args.salt.encode())
+    except (OSError, ValueError, StoreError) as error:
+        sys.exit(f"audit: {error}")
+    print("\n".join(lines))
+    sys.exit(1 if differs else 0)
+
+
+def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: bytes) -> tuple[list[str], bool]:
+    """What a cold and a warm engine make of a case, in lines, and whether they differ.
+
+    Raises ValueError where model or salt are not the file's, and what loading a checkpoint and opening a store raise.
+    """
+    folder = checkpoint.resolve(model)
+    config, params = checkpoint.load(folder, jax.numpy.dtype(case.dtype))
+    fingerprint = checkpoint.fingerprint(config, params)
+    if fingerprint.hex() != case.fingerprint:
+        raise ValueError(f"--model: {folder} has fingerprint {fingerprint.hex()}, the file {case.fingerprint}")
+    if root_key(fingerprint, case.page_size, salt).hex() != case.root:
+        raise ValueError("--salt: it is not the one of the file's sequence")
+    params = unstacked(params) if jax.default_backend() == "cpu" else params
+    tokens = np.asarray(case.tokens, np.int32)
+    pages = -(-(len(tokens) + 2) // case.page_size)
+    settings = EngineSettings(
+        num_pages=pages + 2,
+        max_model_len=len(tokens) + 1,
+        page_size=case.page_size,
+        max_batch=1,
+        prefill_chunk=case.prefill_chunk,
+        dtype=case.dtype,
+        audit_pages=max(pages + 2, LEAST_PAGES),
+    )
+    audit = AuditSettings(share=float("inf"), quiet_s=0.0, max_tokens=len(tokens))
+    # To compute a token costs more than any tier: what there is, is read back.
+    never = Constants(fixed=0.0, linear=1e5, attention=0.0)
+    request = GenerationRequest(tokens, 1, salt=salt)
+
+    def answers(tiers: Any, times: int) -> tuple[list[tuple[int, Any]], Any]:
+        engine = Engine(params, config, settings, fingerprint, tiers, costs=never)
+        attach(engine, audit)
+        try:
+            return [answered(engine, request) for _ in range(times)], audited(engine)
+        finally:
+            if tiers:
+                tiers.close()
+
+    lines = [f"{len(tokens)} tokens, {case.reused} of them reused; found {case.time}: {summary(case)}"]
+    if store:
+        tiers = Tiers(store, store_bytes, 0)
+        for tier in tiers.pages.tiers:
+            for change in ("put_many", "delete"):
+                setattr(tier, change, lambda *_: None)
+        ((cold, _),), _ = answers(None, 1)
+        ((warm, started),), wrong = answers(tiers, 1)
+    else:
+        ((cold, _), (warm, started)), wrong = answers(None, 2)
+    taken = ", ".join(f"{count} from {tier}" for tier, count in started.restored.items()) or "from the device"
+    lines.append(f"cold: token {cold}; warm: token {warm}, {started.reused_tokens} tokens reused ({taken})")
+    lines.append(f"differs: {wrong}" if wrong else "what was reused is what the model computes")
+    return lines, wrong is not None or cold != warm
+
+
+def summary(case: Case) -> str:
+    """What was found, in a few words."""
+    return str(Mismatch(case.witness, case.source, case.position, 0, case.layer, case.part, case.error, case.scale))
+
+
+def answered(engine: Engine, request: Any) -> tuple[int, Any]:
+    """Run one request by turning the loop of an engine that was not started: its first token, and Started."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    engine.submit(request, events.put)
+    while engine.waiting or engine.running or engine.inbox.submissions or (engine.pager and engine.pager.parked):
+        engine.drop(engine.receive() or set())
+        engine.step()
+    engine.land()
+    found = [events.get() for _ in range(events.qsize())]
+    if failed := [event for event in found if isinstance(event, Failed)]:
+        raise ValueError(f"the engine failed: {failed[0].message}")
+    return (
+        next(event.token for event in found if isinstance(event, Sampled)),
+        next(event for event in found if isinstance(event, Started)),
+    )
+
+
+def audited(engine: Engine) -> Mismatch | None:
+    """Audit the latest request by hand: what is wrong with what it reused."""
+    auditor = auditor_of(engine)
+    assert auditor is not None
+    while auditor.records or auditor.audit:
+        auditor.turn(engine)
+        if auditor.failures:
+            raise ValueError("the audit itself failed, see above")
+        if auditor.waits is not None:
+            auditor.waits.result()
+    return auditor.latest

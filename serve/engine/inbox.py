@@ -1,0 +1,65 @@
+"""What other threads tell the engine's: requests, cancellations, that something has arrived, and to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+from serve.engine.sequence import Sequence
+
+
+class Overloaded(Exception):
+    """The engine takes no more requests: its queue is full, or it has stopped."""
+
+
+@dataclass
+class Inbox:
+    """Everything in it is guarded by `changed`, on which the engine's thread sleeps when it has nothing to do."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    submissions: deque[Sequence] = field(default_factory=deque)
+    cancellations: set[int] = field(default_factory=set)
+    woken: bool = False  # something that the engine waits for has arrived
+    stopping: bool = False
+
+    def submit(self, sequence: Sequence) -> None:
+        """Hand over a request. Raises Overloaded once the engine is to stop."""
+        with self.changed:
+            if self.stopping:
+                raise Overloaded("the engine has stopped")
+            self.submissions.append(sequence)
+            self.changed.notify()
+
+    def cancel(self, number: int) -> None:
+        """Ask for the end of a request."""
+        with self.changed:
+            self.cancellations.add(number)
+            self.changed.notify()
+
+    def wake(self) -> None:
+        """Say that something has arrived that the engine may be waiting for."""
+        with self.changed:
+            self.woken = True
+            self.changed.notify()
+
+    def stop(self) -> None:
+        """Ask the engine to end."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify()
+
+    def sleep(self, seconds: float | None) -> None:
+        """Return when there is anything to read, or after so many seconds."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.stopping or self.submissions or self.cancellations or self.woken, seconds
+            )
+
+    def read(self) -> tuple[deque[Sequence], set[int]]:
+        """Empty it: the requests and the numbers of those to cancel."""
+        with self.changed:
+            submissions, self.submissions = self.submissions, deque()
+            cancellations, self.cancellations = self.cancellations, set()
+            self.woken = False
+        return submissions, cancellations

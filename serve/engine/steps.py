@@ -1,0 +1,307 @@
+"""The compiled steps: a short ladder of batch shapes, and the packing of sequences into one of them.
+
+A step runs the model over a padded batch, samples one token per sequence and hands the pool back. What the step before
+has sampled is an argument that stays on the device: the next step can be launched before anybody has read it. So what a
+step does may not depend on a number on the device, which a GPU's host would have to wait for. Every shape is compiled
+before the first request, so that no request pays for a compilation.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cache.pool import slots_for
+from model.batch import Batch
+from model.config import ModelConfig
+from model.decoder import forward
+from model.kernels.dispatch import on_cpu
+from model.kv import KVPool, copy_pages
+from model.params import Params
+from model.sampling import Sampling, greedy, sample
+
+EVERY_TOKEN = 0xFFFFFFFF  # a word of a mask that allows all its tokens
+PREFILL_CHUNKS: tuple[int, ...] = (16, 32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
+# Of a chunk that shares its step with sequences that decode, and the most of these in the smaller of its two shapes.
+MIXED_CHUNKS: tuple[int, ...] = (32, 64, 128, 256)
+# Where there is a GPU: up to here, tokens take no longer than to read the weights that they are multiplied with.
+GPU_CHUNK = 128
+FEW_SINGLES = 4
+# Tokens in front of the chunks that warm up a step: enough for every branch of the attention over a prefix.
+WARM_UP_PREFIX = 4096
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A compiled batch shape: `seqs` sequences with at most `chunk` new tokens each, and `singles` with at most one.
+
+    A token is sampled behind the last new token of each sequence, or behind every token.
+    """
+
+    seqs: int
+    chunk: int
+    singles: int = 0
+    every: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Sequences in all."""
+        return self.seqs + self.singles
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all, padding included."""
+        return self.seqs * self.chunk + self.singles
+
+    @property
+    def samples(self) -> int:
+        """Tokens that it samples, padding included."""
+        return self.tokens if self.every else self.rows
+
+    def holds(self, counts: Sequence[int]) -> bool:
+        """Whether it has room for sequences with these numbers of new tokens, in this order."""
+        chunks, singles = counts[: self.seqs], counts[self.seqs :]
+        return len(singles) <= self.singles and max(chunks) <= self.chunk and max(singles, default=1) == 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request wants its tokens sampled; temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence's share of a step."""
+
+    tokens: np.ndarray  # [new tokens] int32; -1 - i for sample i of the step before
+    prefix: int  # tokens that are in the pool already
+    pages: np.ndarray  # [pages] int32
+    sampling: SamplingParams
+    draft: int = 0  # of the new tokens, the last so many are guesses: a token is sampled behind each, and before them
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Compiled functions: `run[bucket](params, pool, batch, sampling, before)` and `copy(pool, sources, targets)`.
+
+    A step returns what it sampled, [samples] int32, as many as the largest shape has, and the pool; `before` is what an
+    earlier one returned, or `nothing`.
+    """
+
+    run: Mapping[Bucket, CompiledStep]
+    copy: Callable
+    table_pages: int  # width of every block table
+    nothing: jax.Array  # [samples] int32
+
+
+def ladder(max_batch: int, max_chunk: int, mixed_chunk: int = 0, draft: int = 0) -> tuple[Bucket, ...]:
+    """The shapes that serve up to `max_batch` sequences at a time.
+
+    They all decode, with up to `draft` guesses each, or one of them prefills a chunk of up to `max_chunk` tokens, or
+    one prefills up to `mixed_chunk` while the others decode.
+    """
+    doublings = [1 << i for i in range(max_batch.bit_length())]
+    widths = sorted({*(n for n in doublings if n < max_batch), max_batch})
+    decode = [Bucket(seqs, 1) for seqs in widths]
+    if draft:
+        decode += [Bucket(seqs, 1 + draft, every=True) for seqs in widths]
+    prefills, shares = PREFILL_CHUNKS, MIXED_CHUNKS
+    if not on_cpu():
+        prefills = shares = tuple(GPU_CHUNK << i for i in range(max_chunk.bit_length()))
+    chunks = sorted({*(n for n in prefills if n < max_chunk), max_chunk} - {1})
+    shared = sorted({*(n for n in shares if n < mixed_chunk), mixed_chunk} - {0, 1})
+    others = sorted({min(FEW_SINGLES, max_batch - 1), max_batch - 1} - {0})
+    mixed = [Bucket(1, chunk, singles) for chunk in shared for singles in others]
+    return tuple(decode + [Bucket(1, chunk) for chunk in chunks] + mixed)
+
+
+def fit(buckets: Sequence[Bucket], counts: Sequence[int], every: bool = False) -> Bucket:
+    """The smallest bucket that holds sequences with these numbers of new tokens, the longest first where one chunks."""
+    fitting = [bucket for bucket in buckets if bucket.every == every and bucket.holds(counts)]
+    assert fitting, f"no compiled shape holds sequences of {counts} tokens"
+    return min(fitting, key=lambda bucket: (bucket.tokens, bucket))
+
+
+def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, Sampling]:
+    """Lay the rows out as one padded batch of numpy arrays; the sampling has no mask, for which see `pack_masks`.
+
+    What is sampled lies in the order of the rows, one token each and one more for each guess.
+    """
+    counts = [len(row.tokens) for row in rows]
+    starts = np.full(bucket.rows + 1, sum(counts), np.int32)
+    starts[: len(rows) + 1] = np.concatenate([[0], np.cumsum(counts)])
+    tokens = np.zeros(bucket.tokens, np.int32)
+    tokens[: starts[-1]] = np.concatenate([row.tokens for row in rows])
+    table = np.zeros((bucket.rows, table_pages), np.int32)
+    for i, row in enumerate(rows):
+        table[i, : len(row.pages)] = row.pages
+    sampled = [1 + row.draft for row in rows]
+    # Back from the end of its row, for each sampled token: 0 for the last.
+    back = np.concatenate([np.arange(count)[::-1] for count in sampled])
+
+    def by_row(values: list, dtype: type) -> np.ndarray:  # [rows]
+        return np.pad(np.asarray(values, dtype), (0, bucket.rows - len(rows)))
+
+    def by_sample(values: list, dtype: type) -> np.ndarray:  # [samples]
+        return np.pad(np.repeat(np.asarray(values, dtype), sampled), (0, bucket.samples - len(back)))
+
+    ends = by_sample(starts[1 : len(rows) + 1].tolist(), np.int32)
+    positions = by_sample([row.prefix + len(row.tokens) for row in rows], np.int32)
+    ends[: len(back)] -= back + 1
+    positions[: len(back)] -= back
+    batch = Batch(
+        tokens=tokens,
+        starts=starts,
+        prefix=by_row([row.prefix for row in rows], np.int32),
+        block_table=table,
+        rows=ends.astype(np.int32),
+        max_chunk=bucket.chunk,
+        singles=bucket.singles,
+    )
+    sampling = Sampling(
+        temperature=by_sample([row.sampling.temperature for row in rows], np.float32),
+        top_k=by_sample([row.sampling.top_k for row in rows], np.int32),
+        top_p=by_sample([row.sampling.top_p for row in rows], np.float32),
+        seeds=by_sample([row.sampling.seed for row in rows], np.uint32),
+        positions=positions.astype(np.int32),
+    )
+    return batch, sampling
+
+
+def pack_masks(masks: Sequence[np.ndarray | None], samples: int) -> np.ndarray | None:
+    """Masks for a batch of so many samples, [samples, words] uint32; None if no sample has one.
+
+    Each is [ceil(vocab / 32)] uint32, of which bit t of word w allows token 32w + t, or None, which allows all tokens.
+    """
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    packed = np.full((samples, len(given[0])), EVERY_TOKEN, np.uint32)
+    for i, mask in enumerate(masks):
+        if mask is not None:
+            packed[i] = mask
+    return packed
+
+
+def logits_step(
+    params: Params, pool: KVPool, batch: Batch, before: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, KVPool]:
+    """One pass of the model: logits [samples, vocab] float32, and the pool."""
+    known = jnp.where(batch.tokens < 0, before[-1 - batch.tokens], batch.tokens)
+    return forward(params, replace(batch, tokens=known), pool, config)
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A step as two compiled programs: the model's pass, and a way to pick from its logits.
+
+    What may be picked need not be known before the pass runs. The sort behind top-k and top-p costs more than a small
+    model's layer: a greedy batch does without.
+    """
+
+    forward: Callable[..., tuple[jax.Array, KVPool]]  # (params, pool, batch, before): see `logits_step`
+    greedy: Callable[[jax.Array, Sampling], jax.Array]
+    drawn: Callable[[jax.Array, Sampling], jax.Array]
+    unmasked: jax.Array  # [samples, words] uint32, on the device: the mask of a batch that brings none
+
+    def pick(self, logits: jax.Array, sampling: Sampling) -> jax.Array:
+        """What is sampled from logits [samples, vocab]: [samples of the largest shape] int32."""
+        masked = sampling if sampling.mask is not None else replace(sampling, mask=self.unmasked)
+        return (self.drawn if np.any(sampling.temperature > 0) else self.greedy)(logits, masked)
+
+    def __call__(
+        self, params: Params, pool: KVPool, batch: Batch, sampling: Sampling, before: jax.Array
+    ) -> tuple[jax.Array, KVPool]:
+        """Both at once: what is sampled, and the pool to go on with."""
+        logits, pool = self.forward(params, pool, batch, before)
+        return self.pick(logits, sampling), pool
+
+
+def compile_steps(
+    params: Params,
+    pool: KVPool,
+    config: ModelConfig,
+    buckets: Sequence[Bucket],
+    max_model_len: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Steps:
+    """Compile every shape of the ladder. Each call donates the pool: use the one it hands back."""
+    table_pages = -(-max_model_len // pool.page_size)
+    jitted = jax.jit(partial(logits_step, config=config), donate_argnums=1)
+    words = -(-config.vocab_size // 32)
+    nothing = jnp.zeros(max(b.samples for b in buckets), jnp.int32)
+
+    def blank(bucket: Bucket) -> tuple[Batch, Sampling]:
+        return pack([Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())], bucket, table_pages)
+
+    def picking(bucket: Bucket) -> tuple[Callable, Callable, jax.Array]:
+        """The two ways to pick, each run once, and the mask of a batch without one, for as many samples."""
+        logits = jnp.zeros((bucket.samples, config.vocab_size), jnp.float32)
+        unmasked = jnp.full((bucket.samples, words), EVERY_TOKEN, jnp.uint32)
+        masked = replace(blank(bucket)[1], mask=unmasked)
+        ways = []
+        for pick in (greedy, sample):
+            padded = jax.jit(lambda logits, sampling, pick=pick: nothing.at[: len(logits)].set(pick(logits, sampling)))
+            ways.append(padded.lower(logits, masked).compile())
+            jax.block_until_ready(ways[-1](logits, masked))
+        return ways[0], ways[1], unmasked
+
+    pickers = {bucket.samples: picking(bucket) for bucket in {b.samples: b for b in buckets}.values()}
+
+    def compiled(bucket: Bucket) -> CompiledStep:
+        program = jitted.lower(params, pool, blank(bucket)[0], nothing).compile()
+        return CompiledStep(program, *pickers[bucket.samples])
+
+    on_progress(0, len(buckets))
+    run = {}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # XLA compiles without Python's lock
+        for bucket, function in zip(buckets, threads.map(compiled, buckets), strict=True):
+            run[bucket] = function
+            on_progress(len(run), len(buckets))
+    page = jax.ShapeDtypeStruct((1,), jnp.int32)
+    copy = jax.jit(copy_pages, donate_argnums=0).lower(pool, page, page).compile()
+    return Steps(run=run, copy=copy, table_pages=table_pages, nothing=nothing)
+
+
+def warm_up(steps: Steps, params: Params, pool: KVPool, max_model_len: int) -> tuple[KVPool, tuple[int, int], float]:
+    """Run every compiled step once, so that no request pays for a first run, and the one of the longest chunk again.
+
+    It writes to pages that nobody holds. Returns the pool, and that chunk's tokens [start, stop) and seconds.
+    """
+    largest = max(steps.run, key=lambda bucket: bucket.chunk)
+    for bucket in [*steps.run, largest]:
+        count = min(bucket.chunk, max_model_len)
+        before = min(WARM_UP_PREFIX, max_model_len - count)
+        pool, seconds = run_alone(steps, params, pool, bucket, np.zeros(count, np.int32), before)
+    return pool, (before, before + count), seconds
+
+
+def run_alone(
+    steps: Steps, params: Params, pool: KVPool, bucket: Bucket, tokens: np.ndarray, prefix: int, draft: int = 0
+) -> tuple[KVPool, float]:
+    """One sequence, in the pool's first pages, through a step that nobody shares: the pool, and the seconds it took.
+
+    `tokens` are [new tokens] int32 behind `prefix` that are in the pool; the last `draft` of them are guesses.
+    """
+    pages = np.arange(slots_for(prefix + len(tokens), pool.page_size), dtype=np.int32)
+    batch, sampling = pack([Row(tokens, prefix, pages, GREEDY, draft=draft)], bucket, steps.table_pages)
+    begin = time.perf_counter()
+    sampled, pool = steps.run[bucket](params, pool, batch, sampling, steps.nothing)
+    np.asarray(sampled)
+    return pool, time.perf_counter() - begin

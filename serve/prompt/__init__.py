@@ -1,0 +1,1 @@
+"""A request to token ids, and to the grammar of its answer."""

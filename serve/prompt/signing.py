@@ -1,0 +1,66 @@
+"""The key that signs thinking, and the signatures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+import secrets
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from cache.lmdb_env import StoreError
+from serve.prompt.replay import FOLDER, LENGTH
+
+KEY_FILE = "signing.key"
+KEY_BYTES = 32
+
+
+def signing_key(directory: Path | None) -> bytes:
+    """The key of the store below `directory`, made on first use; without a store, one for this process only.
+
+    Raises StoreError if there is a key file that holds no key, OSError if it cannot be read or made.
+    """
+    if directory is None:
+        return secrets.token_bytes(KEY_BYTES)
+    path = directory / FOLDER / KEY_FILE
+    if not path.exists():
+        # Written beside its place and linked there, so that nobody reads half a key and of two makers one wins.
+        scratch = path.with_name(f".{KEY_FILE}.{secrets.token_hex(8)}")
+        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(scratch, path)
+        scratch.unlink()
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise StoreError(f"{path}: found {len(key)} bytes, expected a key of {KEY_BYTES}: delete it to have a new one")
+    return key
+
+
+def sign(key: bytes, tokens: np.ndarray | Sequence[int]) -> str:
+    """The signature of a thinking block: how many ids its turn had when it ended, and HMAC-SHA256 over them, in base64.
+
+    `tokens` are these ids, begun ones included.
+    """
+    mac = hmac.new(key, np.asarray(tokens, "<i4").tobytes(), hashlib.sha256)
+    return base64.b64encode(LENGTH.pack(len(tokens)) + mac.digest()).decode()
+
+
+def verify(key: bytes, tokens: np.ndarray | Sequence[int], signature: str) -> bool:
+    """Whether `sign` made this signature for a block of the turn with these ids.
+
+    One that it did not make is no error: the block is plain thinking text.
+    """
+    try:
+        (count,) = LENGTH.unpack_from(base64.b64decode(signature.encode(), validate=True))
+    except (ValueError, struct.error):
+        return False
+    return hmac.compare_digest(sign(key, tokens[:count]).encode(), signature.encode())

@@ -1,0 +1,207 @@
+"""A checkpoint's tokenizer with a remembering encode: text to token ids, exactly as over the whole text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from cache.disk import DiskTier
+from cache.lmdb_env import RECORDS, check_directory
+from cache.tier import Tier
+from cache.worker import Worker
+from serve.limits.bounds import DEFAULT_BOUNDS
+from serve.limits.recent import Recent
+from serve.prompt.template import Template, study
+
+# Of one text between two control tokens. To take the ids of more from the tokenizer holds the interpreter too long.
+MOST_TOKENS = 2**20
+# The tokens of longer texts are counted slice by slice first: all of them at once may be 30 million.
+LONG_CHARS, COUNTED_CHARS, COUNTED_TOGETHER = 2**21, 2**16, 2**18
+NUMPY_BYTES = 200  # of an array beside its values, and of a text beside its characters
+SEGMENT_FOLDER = "segments"  # below the store directory
+STORED_BYTES = 64 * 2**20  # of ids on disk
+STORED_CHARS = 1000  # shorter segments are sooner tokenised than read
+
+
+class TooManyTokens(ValueError):
+    """A text has more than MOST_TOKENS tokens."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer with its chat template and a remembering `encode`."""
+
+    hf: Any
+    encode: Callable[[str], np.ndarray]  # text -> [tokens] int32, special tokens recognised, none added
+    follow: Callable[[str], np.ndarray]  # the same for text that has something in front
+    template: Template
+    longest: int  # characters that a token stands for, at most
+    segments: Recent[str, np.ndarray]  # [tokens] int32 by text: what `encode` remembers
+
+
+def load_tokenizer(
+    folder: str,
+    format_name: str | None = None,
+    store: Path | None = None,
+    segment_bytes: int = DEFAULT_BOUNDS.segments,
+) -> Tokenizer:
+    """Read the tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `formats.choose`).
+
+    Segments that were tokenised are remembered, in so many bytes of memory. With a `store` directory, long ones are
+    found there again after a restart. Raises ValueError
+    if the tokenizer is not a fast one, has no chat template or the format is unknown, StoreError for a directory of
+    another program or version.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(folder, "tokenizer.json").is_file():
+        raise ValueError(
+            f"{folder}: expected a tokenizer.json, found none: write one with transformers' save_pretrained"
+        )
+    hf = AutoTokenizer.from_pretrained(folder)
+    if not getattr(hf, "is_fast", False):
+        raise ValueError(f"{folder}: expected a tokenizer.json, found a slow tokenizer: convert it with transformers")
+    if not hf.chat_template:
+        raise ValueError(
+            f"{folder}: the tokenizer has no chat_template, which chat requests are rendered with: add one"
+        )
+    if store is None:
+        return make_tokenizer(hf, format_name, None, segment_bytes)
+    check_directory(store)
+    return make_tokenizer(hf, format_name, DiskTier(store / SEGMENT_FOLDER, STORED_BYTES, name=RECORDS), segment_bytes)
+
+
+def make_tokenizer(
+    hf: Any,
+    format_name: str | None = None,
+    segments: Tier | None = None,
+    segment_bytes: int = DEFAULT_BOUNDS.segments,
+) -> Tokenizer:
+    """Study a fast Hugging Face tokenizer and its chat template; a tier of `segments` keeps the long ones."""
+    memory = segment_memory(segment_bytes)
+    encode = make_encoder(hf, segments, memory)
+    longest = max(map(len, hf.get_vocab()))
+    return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name), longest, memory)
+
+
+def make_encoder(
+    hf: Any, segments: Tier | None = None, memory: Recent[str, np.ndarray] | None = None
+) -> Callable[[str], np.ndarray]:
+    """`encode` for a tokenizer: by segments remembered in `memory` where that is exact, else over the whole text."""
+
+    def whole(text: str) -> np.ndarray:
+        # The fast way, which counts no characters, is there for batches only.
+        fast = partial(hf.backend_tokenizer.encode_batch_fast, add_special_tokens=False)
+        if len(text) > LONG_CHARS:
+            refuse_many(text, lambda slices: sum(map(len, fast(slices))))
+        (encoding,) = fast([text])
+        if len(encoding) > MOST_TOKENS:
+            raise TooManyTokens(f"a text of {len(encoding)} tokens, expected at most {MOST_TOKENS}")
+        return np.asarray(encoding.ids, np.int32)
+
+    if not splits_at_added_tokens(hf):
+        return whole
+    added = {str(token): index for index, token in hf.added_tokens_decoder.items()}
+    single = {token: np.asarray([index], np.int32) for token, index in added.items()}
+    # Longest first, as the tokenizer itself prefers them.
+    cut = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
+    tokenize = stored(whole, identity(hf), segments) if segments else whole
+    memory = segment_memory(DEFAULT_BOUNDS.segments) if memory is None else memory
+
+    def remembered(text: str) -> np.ndarray:
+        if (ids := memory.get(text)) is None:
+            ids = tokenize(text)
+            memory.put(text, ids)
+        return ids
+
+    def encode(text: str) -> np.ndarray:
+        ids, at = [np.zeros(0, np.int32)], 0
+        for found in cut.finditer(text):
+            if found.start() > at:
+                ids.append(remembered(text[at : found.start()]))
+            ids.append(single[found[0]])
+            at = found.end()
+        if at < len(text):
+            ids.append(remembered(text[at:]))
+        return np.concatenate(ids)
+
+    return encode
+
+
+def segment_memory(most_bytes: int) -> Recent[str, np.ndarray]:
+    """Room for segments; bounded by size and not by number, as it is the clients who choose how long a segment is."""
+    return Recent(most_bytes, lambda ids: NUMPY_BYTES + 2 * ids.nbytes)
+
+
+def refuse_many(text: str, count: Callable[[list[str]], int]) -> None:
+    """Raise TooManyTokens for a text that has far more than MOST_TOKENS, without tokenising all of it.
+
+    `count` tells the tokens of some texts together. Cut into slices a text has a few more.
+    """
+    tokens = 0
+    for start in range(0, len(text), COUNTED_TOGETHER):
+        ends = range(start, min(start + COUNTED_TOGETHER, len(text)), COUNTED_CHARS)
+        tokens += count([text[at : at + COUNTED_CHARS] for at in ends])
+        if tokens > 1.25 * MOST_TOKENS:
+            raise TooManyTokens(f"a text of over {MOST_TOKENS} tokens, expected at most {MOST_TOKENS}")
+
+
+def stored(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) -> Callable[[str], np.ndarray]:
+    """`tokenize`, whose results for long texts are kept in a tier under the tokenizer's identity and the text."""
+    writer = Worker("segments")
+
+    def recall(text: str) -> np.ndarray:
+        if len(text) < STORED_CHARS:
+            return tokenize(text)
+        key = hashlib.blake2b(tokenizer + text.encode(), digest_size=32).digest()
+        (record,) = tier.get_many([key])
+        if record is not None:
+            return np.frombuffer(record, "<i4").astype(np.int32)
+        ids = tokenize(text)
+        writer.submit(tier.put_many, [(key, ids.astype("<i4").tobytes())])
+        return ids
+
+    return recall
+
+
+def identity(hf: Any) -> bytes:
+    """What tells a tokenizer from all that might give other ids: 32 bytes."""
+    described = f"{tokenizers.__version__}\n{hf.backend_tokenizer.to_str()}"
+    return hashlib.blake2b(described.encode(), digest_size=32).digest()
+
+
+def make_follower(hf: Any, encode: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """`follow` for a tokenizer: where the start of a text gets a blank, a special token in front keeps it away."""
+    anchors = [(str(t), i) for i, t in hf.added_tokens_decoder.items() if t.special and not (t.rstrip or t.single_word)]
+    if splits_at_added_tokens(hf) or not anchors:
+        return encode
+    token, index = anchors[0]
+
+    def follow(text: str) -> np.ndarray:
+        ids = encode(token + text)
+        return ids[1:] if len(ids) and ids[0] == index else encode(text)
+
+    return follow
+
+
+def splits_at_added_tokens(hf: Any) -> bool:
+    """Whether tokenising the pieces between added tokens is the same as tokenising the whole text.
+
+    It is for byte-level tokenizers whose added tokens match verbatim; a tokenizer that puts a blank before the first
+    word only (Metaspace, Prepend), or whose tokens swallow the blanks around them, sees a piece's context.
+    """
+    tokens = hf.added_tokens_decoder.values()
+    if not tokens or any(t.lstrip or t.rstrip or t.single_word or t.normalized for t in tokens):
+        return False
+    spec = json.loads(hf.backend_tokenizer.to_str())
+    parts = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
+    return not any(name in parts for name in ('"Metaspace"', '"Prepend"', '"Strip"', '"add_prefix_space": true'))

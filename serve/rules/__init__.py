@@ -1,0 +1,1 @@
+"""Prompt-stability rules, on decoded requests and on a body's bytes."""

@@ -1,0 +1,1 @@
+"""The server: a request from its body to its answer."""

@@ -1,0 +1,104 @@
+"""Pieces of an answer to the API's content blocks and their events, in the order in which the model wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from serve.api.messages import (
+    BlockEvent,
+    ContentBlockDelta,
+    ContentBlockStart,
+    ContentBlockStop,
+    CountTokensRequest,
+    InputJsonDelta,
+    OutputBlock,
+    SignatureDelta,
+    TextBlock,
+    TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
+    ToolUseBlock,
+)
+from serve.formats.readers import Call
+from serve.formats.stream import Piece, Text, Thinking, ThinkingEnd
+
+# What a client sees of thinking: its text, only that there was some, or nothing.
+Shown = Literal["text", "signature", "nothing"]
+
+
+def shown(request: CountTokensRequest) -> Shown:
+    """What a request wants to see of thinking; one that did not ask for any gets none, though the model may think."""
+    if request.thinking is None or request.thinking.type == "disabled":
+        return "nothing"
+    return "signature" if request.thinking.display == "omitted" else "text"
+
+
+class BlockStream:
+    """The blocks of one answer; a block opens with its first piece, and the next kind of piece closes it.
+
+    `sign` makes the signature of the thinking that has just ended.
+    """
+
+    def __init__(self, thinking: Shown, sign: Callable[[], str]) -> None:
+        self.thinking, self.sign = thinking, sign
+        self.blocks: list[OutputBlock] = []  # those that are complete
+        self.open: type[TextBlock] | type[ThinkingBlock] | None = None
+        self.parts: list[str] = []  # the text of the open block
+
+    @property
+    def calls(self) -> int:
+        """How many tool calls there are so far."""
+        return sum(isinstance(block, ToolUseBlock) for block in self.blocks)
+
+    def add(self, piece: Piece) -> list[BlockEvent]:
+        """The events that a piece brings."""
+        match piece:
+            case Text(text):
+                return self.grow(TextBlock, text, TextDelta(text))
+            case Thinking(text) if self.thinking == "text":
+                return self.grow(ThinkingBlock, text, ThinkingDelta(text))
+            case Thinking() if self.thinking == "signature":
+                return self.begin(ThinkingBlock)
+            case ThinkingEnd():
+                return self.close() if self.open is ThinkingBlock else []
+            case Call(id, name, input, arguments):
+                closed = self.close()
+                index = len(self.blocks)
+                self.blocks.append(ToolUseBlock(id, name, input))
+                return [
+                    *closed,
+                    ContentBlockStart(index, ToolUseBlock(id, name, {})),
+                    ContentBlockDelta(index, InputJsonDelta(arguments)),
+                    ContentBlockStop(index),
+                ]
+        return []
+
+    def begin(self, kind: type[TextBlock] | type[ThinkingBlock]) -> list[BlockEvent]:
+        """Open a block of this kind, unless one is open."""
+        if self.open is kind:
+            return []
+        closed = self.close()
+        self.open = kind
+        return [*closed, ContentBlockStart(len(self.blocks), kind(""))]
+
+    def grow(
+        self, kind: type[TextBlock] | type[ThinkingBlock], text: str, delta: TextDelta | ThinkingDelta
+    ) -> list[BlockEvent]:
+        """Add to the open block of this kind, or open one."""
+        begun = self.begin(kind)
+        self.parts.append(text)
+        return [*begun, ContentBlockDelta(len(self.blocks), delta)]
+
+    def close(self) -> list[BlockEvent]:
+        """Complete the open block, if there is one."""
+        kind, text, index = self.open, "".join(self.parts), len(self.blocks)
+        self.open, self.parts = None, []
+        if kind is None:
+            return []
+        if kind is TextBlock:
+            self.blocks.append(TextBlock(text))
+            return [ContentBlockStop(index)]
+        signature = self.sign()
+        self.blocks.append(ThinkingBlock(text, signature))
+        return [ContentBlockDelta(index, SignatureDelta(signature)), ContentBlockStop(index)]

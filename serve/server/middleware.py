@@ -1,0 +1,68 @@
+"""What stands in front of every route: the key, the size of the body, and errors in the form of the route's API."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.server.metrics import ServerMetrics
+from serve.web.access import OPEN_PATHS, admits, error_response
+
+log = logging.getLogger("tokenzero.app")
+
+
+class TooLarge(Exception):
+    """The body exceeds the server's limit."""
+
+
+class Gate:
+    """Before any route: the key and the body's size. After it: a request id, a count of the answer, 500 for a fault."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, metrics: ServerMetrics) -> None:
+        self.app, self.key, self.limit, self.metrics = app, api_key, max_body_bytes, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        read, answered = 0, False
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                raise TooLarge(f"request body: expected at most {self.limit} bytes, got more")
+            return message
+
+        async def labelled(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = True
+                id = f"req_{secrets.token_hex(12)}".encode()
+                message["headers"] += [(b"request-id", id), (b"x-request-id", id)]
+                # Unknown paths share one label: a client must not be able to grow the metrics.
+                path = scope["path"] if scope.get("endpoint") else "other"
+                for name, value in scope.get("path_params", {}).items():
+                    path = path.removesuffix(value) + f"{{{name}}}"
+                self.metrics.responses.labels(path, message["status"]).inc()
+            await send(message)
+
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.limit:
+            text = f"request body: expected at most {self.limit} bytes, got {int(declared)}"
+            await error_response(scope, 413, text)(scope, receive, labelled)
+        elif self.key and scope["path"] not in OPEN_PATHS and not admits(self.key, headers):
+            await error_response(scope, 401, "invalid x-api-key")(scope, receive, labelled)
+        else:
+            try:
+                await self.app(scope, limited, labelled)
+            except Exception as error:
+                if answered:
+                    raise
+                log.exception("%s %s failed", scope["method"], scope["path"])
+                await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, labelled)

@@ -1,0 +1,33 @@
+"""Who may ask, and errors in the form of the API that a request is for."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+
+from starlette.responses import Response
+from starlette.types import Scope
+
+from serve.api.messages import ERROR_TYPES, Error, ErrorDetail, encode
+from serve.api.openai.errors import error_body, is_openai, status_of
+from serve.web.assets import ASSETS
+
+OPEN_PATHS = ("/", "/health", "/api/hello", *ASSETS)  # the dashboard asks for the key itself
+
+
+def admits(key: str, headers: Mapping[bytes, bytes]) -> bool:
+    """Whether x-api-key or a Bearer token equals the key, compared in constant time; clients may send both."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    bearer = token.strip() if scheme.lower() == b"bearer" else b""
+    expected = key.encode()
+    return hmac.compare_digest(headers.get(b"x-api-key", b""), expected) | hmac.compare_digest(bearer, expected)
+
+
+def error_response(scope: Scope, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """An error in the form of the API that the request is for."""
+    path = scope["path"]
+    if is_openai(path, dict(scope["headers"])):
+        return Response(error_body(status, message, path), status_of(status), headers, media_type="application/json")
+    kind = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    body = encode(Error(ErrorDetail(kind, message)))
+    return Response(body, status, headers, media_type="application/json")

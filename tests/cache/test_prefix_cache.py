@@ -1,0 +1,330 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cache.keys import page_keys, root_key
+from cache.pool import PoolExhausted, slots_for
+from cache.prefix_cache import Lease, PageCopy, PrefixStore
+
+
+def ids(text: str) -> np.ndarray:
+    return np.array([ord(c) for c in text], np.int32)
+
+
+def serve(store: PrefixStore, text: str, salt: bytes = b"") -> int:
+    """Run one whole request; returns the tokens it reused."""
+    lease = store.match(ids(text[:-1]), salt)
+    lease, _ = store.extend(lease, len(text))
+    store.insert(lease, ids(text))
+    store.release(lease)
+    store.check()
+    return lease.reused
+
+
+def test_the_second_request_reuses_all_but_the_token_that_it_must_compute():
+    store = PrefixStore(16, 4)
+    assert serve(store, "abcdefghij") == 0
+    assert serve(store, "abcdefghij") == 9
+    assert serve(store, "abcdefgXij") == 7
+
+
+def test_a_partly_matched_page_is_copied_and_its_source_let_go():
+    store = PrefixStore(16, 4)
+    serve(store, "abcdefgh")
+    lease = store.match(ids("abcdefXY"))
+    source = lease.pages[1]
+    extended, copies = store.extend(lease, 9)
+    assert copies == [PageCopy(source, extended.pages[1])]
+    assert extended.pages[0] == lease.pages[0]
+    assert (extended.length, extended.reused) == (12, 6)
+    assert store.pool.ref_counts[source] == 1
+    store.check()
+
+
+def test_a_match_on_a_page_boundary_needs_no_copy():
+    store = PrefixStore(16, 4)
+    serve(store, "abcdefgh")
+    assert store.extend(store.match(ids("abcdefgh")), 9)[1] == []
+
+
+def test_extending_within_the_lease_changes_nothing():
+    store = PrefixStore(16, 4)
+    lease, _ = store.extend(store.match(ids("abc")), 5)
+    assert store.extend(lease, 8) == (lease, [])
+    assert store.extend(lease, 9)[0] is not lease
+
+
+def test_a_growing_sequence_is_published_while_its_last_page_is_still_being_filled():
+    store = PrefixStore(16, 4)
+    lease, _ = store.extend(store.match(ids("")), 8)
+    for end in range(1, 9):
+        store.insert(lease, ids("abcdefgh"[:end]))
+        reader = store.match(ids("abcdefgh"))
+        assert reader.reused == end
+        store.release(reader)
+        store.check()
+
+
+def test_a_reader_may_continue_a_page_that_its_owner_continues_differently():
+    store = PrefixStore(16, 4)
+    owner, _ = store.extend(store.match(ids("")), 8)
+    store.insert(owner, ids("abcde"))
+    reader, copies = store.extend(store.match(ids("abcdeX")), 8)
+    assert len(copies) == 1
+    store.insert(reader, ids("abcdeXY"))
+    store.insert(owner, ids("abcdefgh"))
+    store.check()
+    assert store.match(ids("abcdeXY")).pages.tolist() == reader.pages.tolist()
+    assert store.match(ids("abcdefgh")).pages.tolist() == owner.pages.tolist()
+
+
+def test_salts_are_isolated():
+    store = PrefixStore(16, 4)
+    serve(store, "abcdefgh", b"one")
+    assert serve(store, "abcdefgh", b"two") == 0
+    assert serve(store, "abcdefgh", b"two") == 7
+
+
+def test_exhaustion_leaves_the_lease_valid_and_the_cache_in_place():
+    store = PrefixStore(4, 4)
+    serve(store, "abcdefgh")
+    lease = store.match(ids("abcdef"))
+    with pytest.raises(PoolExhausted, match="needed"):
+        store.extend(lease, 17)
+    store.check()
+    assert store.stats().pages_evicted == 0
+    store.insert(lease, ids("abcdef"))
+    store.release(lease)
+    assert store.match(ids("abcdefgh")).reused == 8
+
+
+def test_eviction_makes_room_but_never_takes_a_page_in_use():
+    store = PrefixStore(5, 4)
+    serve(store, "abcdefgh")
+    reader = store.match(ids("abcd"))
+    lease, _ = store.extend(store.match(ids("")), 16)
+    assert store.stats().pages_evicted == 1
+    assert not set(reader.pages.tolist()) & set(lease.pages.tolist())
+    with pytest.raises(PoolExhausted):
+        store.extend(lease, 17)
+    store.release(reader)
+    lease, _ = store.extend(lease, 17)
+    store.check()
+
+
+def test_a_store_without_leases_gives_up_every_page():
+    store = PrefixStore(12, 4)
+    for text in ("abcdefgh", "abcdefXY", "abcQ", "other"):
+        serve(store, text)
+    lease, _ = store.extend(store.match(ids("")), 48)
+    assert len(lease.pages) == 12
+    assert store.stats().pages_cached == 0
+
+
+def test_a_lease_cannot_be_used_after_it_was_extended_or_released():
+    store = PrefixStore(16, 4)
+    old = store.match(ids("a"))
+    new, _ = store.extend(old, 1)
+    with pytest.raises(AssertionError, match="lease 0 was released or extended"):
+        store.release(old)
+    store.release(new)
+    with pytest.raises(AssertionError, match="lease 0 was released or extended"):
+        store.release(new)
+
+
+def test_more_tokens_than_the_lease_has_room_for_are_refused():
+    store = PrefixStore(16, 4)
+    serve(store, "abcdefgh")
+    lease = store.match(ids("abcde"))
+    with pytest.raises(ValueError, match="6 tokens inserted, the lease has room for 5"):
+        store.insert(lease, ids("abcdeX"))
+
+
+def test_the_stats_add_up():
+    store = PrefixStore(16, 4)
+    serve(store, "abcdefgh")
+    store.extend(store.match(ids("abcdX")), 5)
+    stats = store.stats()
+    assert (stats.pages_free, stats.pages_cached, stats.pages_in_use) == (13, 1, 2)
+    assert stats.pages_total == stats.pages_free + stats.pages_cached + stats.pages_in_use
+
+
+def test_the_keys_are_those_of_the_chain_under_the_stores_fingerprint():
+    store = PrefixStore(4, 2, fingerprint=b"model")
+    assert store.keys(ids("abcde"), b"s") == page_keys(root_key(b"model", 2, b"s"), ids("abcde"), 2)
+
+
+def shared_length(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@dataclass
+class Request:
+    lease: Lease
+    tokens: list[int]
+    written: int
+    inserted: int
+
+
+class StoreAgainstBruteForce(RuleBasedStateMachine):
+    """Requests in any interleaving over a simulated device pool, where computing a token writes its id into its slot.
+
+    Ids carry their salt, so that a page read across salts would show.
+    """
+
+    @initialize(page_size=st.integers(1, 4), num_pages=st.integers(2, 14))
+    def start(self, page_size, num_pages):
+        self.store = PrefixStore(num_pages, page_size)
+        self.device = np.full((num_pages, page_size), -1, np.int32)  # [pages, page_size] int32
+        self.page_size = page_size
+        self.requests: list[Request] = []
+        self.published: list[list[int]] = []
+
+    def contents(self, pages: np.ndarray, length: int) -> list[int]:
+        return self.device[pages].reshape(-1)[:length].tolist()
+
+    def extended(self, lease: Lease, length: int) -> Lease | None:
+        before = self.store.pool.ref_counts.copy()
+        try:
+            lease, copies = self.store.extend(lease, length)
+        except PoolExhausted:
+            short = slots_for(length, self.page_size) - lease.length // self.page_size - self.store.pool.free_pages
+            assert short > self.store.index.idle_pages() or self.store.index.evict(1) == 0
+            # Whatever the tree gave up on the way, every lease holds what it held.
+            assert (before >= self.store.pool.ref_counts).all()
+            assert self.store.live[lease.number] is lease
+            return None
+        for copy in copies:
+            self.device[copy.target] = self.device[copy.source]
+        return lease
+
+    def matched(self, tokens: list[int], salt: bytes) -> Lease:
+        lease = self.store.match(np.array(tokens, np.int32), salt)
+        best = max((shared_length(tokens, other) for other in self.published), default=0)
+        assert lease.reused <= best
+        if self.store.stats().pages_evicted == 0:
+            assert lease.reused == best
+        assert len(lease.pages) == slots_for(lease.reused, self.page_size)
+        assert self.contents(lease.pages, lease.reused) == tokens[: lease.reused]
+        return lease
+
+    def compute(self, request: Request, count: int) -> None:
+        for at in range(request.written, min(request.written + count, len(request.tokens))):
+            assert at // self.page_size >= request.lease.reused // self.page_size, "wrote a page it did not allocate"
+            self.device[request.lease.pages[at // self.page_size], at % self.page_size] = request.tokens[at]
+            request.written = at + 1
+
+    def publish(self, request: Request) -> None:
+        self.store.insert(request.lease, np.array(request.tokens[: request.written], np.int32))
+        self.published.append(request.tokens[: request.written])
+        request.inserted = request.written
+
+    @precondition(lambda self: len(self.requests) < 4)
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=14), salt=st.sampled_from([0, 0, 0, 1]))
+    def admit(self, tokens, salt):
+        tokens = [token + 10 * salt for token in tokens]
+        lease = self.matched(tokens[:-1], bytes([salt]))
+        extended = self.extended(lease, len(tokens))
+        if extended is None:
+            self.store.release(lease)
+        else:
+            self.requests.append(Request(extended, tokens, lease.reused, 0))
+
+    @precondition(lambda self: self.published)
+    @rule(data=st.data(), tail=st.lists(st.integers(0, 2), max_size=4))
+    def admit_a_variation_of_what_was_published(self, data, tail):
+        base = data.draw(st.sampled_from(self.published))
+        base = base[: data.draw(st.integers(0, len(base)))]
+        salt = int(bool(base) and base[0] >= 10)
+        if len(self.requests) < 4 and base + tail:
+            self.admit([token - 10 * salt for token in base] + tail, salt)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), count=st.integers(1, 6), publish=st.booleans())
+    def prefill_a_chunk(self, data, count, publish):
+        request = data.draw(st.sampled_from(self.requests))
+        self.compute(request, count)
+        if publish:
+            self.publish(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), token=st.integers(0, 2), publish=st.booleans())
+    def decode_a_token(self, data, token, publish):
+        request = data.draw(st.sampled_from(self.requests))
+        lease = self.extended(request.lease, len(request.tokens) + 1)
+        if lease is None:
+            return
+        request.lease = lease
+        request.tokens.append(token + 10 * lease.salt[0])
+        self.compute(request, len(request.tokens))
+        if publish:
+            self.publish(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), publish=st.booleans())
+    def finish(self, data, publish):
+        request = data.draw(st.sampled_from(self.requests))
+        if publish:
+            self.publish(request)
+        self.store.release(request.lease)
+        self.requests.remove(request)
+
+    @rule(tokens=st.lists(st.integers(0, 2), max_size=14), salt=st.integers(0, 1))
+    def look_up(self, tokens, salt):
+        self.store.release(self.matched([token + 10 * salt for token in tokens], bytes([salt])))
+
+    @rule(count=st.integers(0, 3))
+    def evict(self, count):
+        before = self.store.pool.free_pages
+        freed = self.store.index.evict(count)
+        assert self.store.pool.free_pages == before + freed
+
+    @precondition(lambda self: self.published)
+    @rule(data=st.data())
+    def drop(self, data):
+        """From a page on, which takes along what begins as this sequence does up to there, and no other."""
+        tokens = data.draw(st.sampled_from(self.published))
+        if not tokens:
+            return
+        salt = bytes([int(tokens[0] >= 10)])
+        start = data.draw(st.integers(0, (len(tokens) - 1) // self.page_size)) * self.page_size
+        dropped = self.store.drop(np.array(tokens, np.int32), start, salt)
+        assert all(sequence[: start + 1].tolist() == tokens[: start + 1] for sequence in dropped)
+        self.published = [p[:start] if p[: start + 1] == tokens[: start + 1] else p for p in self.published]
+
+    @invariant()
+    def everything_adds_up(self):
+        self.store.check()
+
+    @invariant()
+    def every_request_still_has_its_own_tokens(self):
+        for request in self.requests:
+            assert self.contents(request.lease.pages, request.written) == request.tokens[: request.written]
+
+    @invariant()
+    def every_path_of_the_tree_holds_its_tokens(self):
+        for node in self.store.index.nodes():
+            path = [node]
+            while path[0].parent is not None:
+                path.insert(0, path[0].parent)
+            pages = np.concatenate([each.pages for each in path])
+            tokens = np.concatenate([each.tokens for each in path])
+            covered = min(len(tokens), len(pages) * self.page_size)
+            assert self.contents(pages, covered) == tokens[:covered].tolist()
+
+    def teardown(self):
+        if not hasattr(self, "store"):
+            return
+        for request in self.requests:
+            self.store.release(request.lease)
+        self.store.index.evict(self.store.pool.num_pages)
+        assert self.store.pool.free_pages == self.store.pool.num_pages
+        self.store.check()
+
+
+TestStoreAgainstBruteForce = StoreAgainstBruteForce.TestCase
+TestStoreAgainstBruteForce.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

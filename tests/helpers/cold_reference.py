@@ -1,0 +1,181 @@
+"""What is right: keys, values and logits of any tokens from one cold pass, and whether a cache holds the same.
+
+Of each kind of place, device pages, records of a tier and the logits behind cached pages, one function lists what is
+wrong there. Text alone would be too weak a witness: few wrong pages change the likeliest token.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cache.disk import DiskTier
+from cache.keys import page_keys, root_key, tail_key
+from cache.remote import RemoteTier
+from cache.tier import SEAL
+from model.batch import Batch
+from model.checkpoint import layout
+from model.config import ModelConfig, RopeConfig
+from model.decoder import forward
+from model.kv import empty_pool
+from model.params import unstacked
+from serve.engine.engine import Engine, EngineSettings
+
+# Short prompts on small pages: one wrong page is a large part of what a token attends to.
+PAGE, LIMIT, VOCAB = 4, 64, 128
+FINGERPRINT = b"reuse under loss"
+SETTINGS = EngineSettings(
+    num_pages=20, max_model_len=LIMIT, page_size=PAGE, max_batch=3, prefill_chunk=16, mixed_chunk=8, guesses=2
+)
+CONFIG = ModelConfig("qwen3", VOCAB, 64, 96, 2, 4, 2, 16, 4096, 1e-6, RopeConfig(), qk_norm=True, tie_embeddings=True)
+PAGE_SHAPE = (2, CONFIG.num_layers, CONFIG.num_kv_heads, PAGE, CONFIG.head_dim)
+PAGE_BYTES = 4 * int(np.prod(PAGE_SHAPE))
+# Of the largest number in the page or among the logits: what another chunking may change by rounding.
+TOLERANCE = 1e-4
+
+one_shot = jax.jit(forward, static_argnames="config")
+
+
+@cache
+def parameters():
+    """The model's weights, random."""
+    rng = np.random.default_rng(0)
+
+    def leaf(spec):
+        norm = len(spec.shape) <= 2 and "norm" in spec.parts[0].name
+        return jnp.ones(spec.shape) if norm else jnp.asarray(rng.normal(size=spec.shape) * 0.2, jnp.float32)
+
+    return unstacked(jax.tree.map(leaf, layout(CONFIG)))
+
+
+def records(tier) -> dict[bytes, bytes]:
+    """All pages that a tier holds, by key, read behind its back: not a use."""
+    tier = getattr(tier, "tier", tier)
+    if isinstance(tier, DiskTier):
+
+        def scan(dbs):
+            with dbs.env.begin() as txn, txn.cursor(dbs.pages) as cursor:
+                return dict(cursor)
+
+        return tier.store.attempt("read", scan, {})
+    if isinstance(tier, RemoteTier):
+        files = [path for path in Path(tier.url.removeprefix("file://")).rglob("*") if len(path.name) == 64]
+        found = {}
+        for path in files:
+            with suppress(FileNotFoundError):  # another process may have removed it
+                found[bytes.fromhex(path.name)] = path.read_bytes()[SEAL.size :]
+        return found
+    return dict(tier.pages)
+
+
+def differs(actual: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether any number is off by more than rounding; NaN is."""
+    return not np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def begins(tokens: np.ndarray, start: np.ndarray) -> bool:
+    """Whether tokens ([tokens] int32) begin with others."""
+    return np.array_equal(tokens[: len(start)], start)
+
+
+class Truth:
+    """Keys, values and logits of any tokens, each in one shot on an empty pool, and what their pages are called."""
+
+    def __init__(self):
+        self.known: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}  # by the bytes of a prefix
+        self.names: dict[bytes, np.ndarray] = {}  # the prefix that ends in a page, by the page's key
+        self.shots = 0
+
+    def of(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values, [2, layers, kv_heads, LIMIT, head_dim], and the logits behind each token, [LIMIT, vocab].
+
+        Good for the positions of `tokens` ([tokens] int32), whatever lies behind.
+        """
+        found = self.known.get(tokens.tobytes())
+        if found is None:
+            self.shots += 1
+            pages = LIMIT // PAGE
+            batch = Batch(
+                tokens=np.pad(tokens, (0, LIMIT - len(tokens))),
+                starts=np.asarray([0, len(tokens)], np.int32),
+                prefix=np.zeros(1, np.int32),
+                block_table=np.arange(pages, dtype=np.int32)[None],
+                rows=np.arange(LIMIT, dtype=np.int32),
+                max_chunk=LIMIT,
+            )
+            logits, pool = one_shot(parameters(), batch, empty_pool(CONFIG, pages, PAGE, jnp.float32), CONFIG)
+            kv = np.stack([np.asarray(pool.k), np.asarray(pool.v)])  # [2, layers, pages, kv_heads, page, head_dim]
+            kv = np.moveaxis(kv, 2, 3).reshape(*PAGE_SHAPE[:3], LIMIT, CONFIG.head_dim)
+            found = kv, np.asarray(logits)
+            for length in range(1, len(tokens) + 1):
+                self.known.setdefault(tokens[:length].tobytes(), found)
+        return found
+
+    def page(self, tokens: np.ndarray) -> np.ndarray:
+        """The last page of `tokens`, as far as they fill it: [2, layers, kv_heads, filled, head_dim]."""
+        return self.of(tokens)[0][:, :, :, (len(tokens) - 1) // PAGE * PAGE : len(tokens)]
+
+    def learn(self, tokens: np.ndarray, salt: bytes) -> None:
+        """Note that this was said, so that its pages are known by their names, the partly filled ones too."""
+        root = root_key(FINGERPRINT, PAGE, salt)
+        keys = page_keys(root, tokens, PAGE)
+        for length in range(1, len(tokens) + 1):
+            full = length // PAGE
+            rest = tokens[full * PAGE : length]
+            key = tail_key(keys[full - 1] if full else root, rest) if len(rest) else keys[full - 1]
+            self.names.setdefault(key, tokens[:length])
+
+
+def wrong_records(tier, truth: Truth, only_known: bool = False) -> list[str]:
+    """What is wrong with the records of a tier: each must hold what its key stands for."""
+    found = []
+    for key, payload in records(tier).items():
+        tokens = truth.names.get(key)
+        if tokens is None:
+            found += [] if only_known else [f"{tier.name}: {key.hex()[:8]} is the key of nothing that was said"]
+            continue
+        right = truth.page(tokens)
+        page = np.frombuffer(payload, np.float32).reshape(PAGE_SHAPE)
+        if differs(page[:, :, :, : right.shape[3]], right):
+            found.append(f"{tier.name}: the record of tokens up to {len(tokens)} is wrong: {tokens.tolist()}")
+    return found
+
+
+def wrong_pages(engine: Engine, truth: Truth) -> list[str]:
+    """What is wrong with the pages that an engine's radix tree lists, as far as it says that they are filled."""
+    kv = np.stack([np.array(engine.pool.k), np.array(engine.pool.v)])  # [2, layers, pages, kv_heads, page, head_dim]
+    paths, found = {}, []
+    for node in engine.store.index.nodes():
+        path = paths[id(node)] = np.concatenate([paths.get(id(node.parent), node.tokens[:0]), node.tokens])
+        for slot, page in enumerate(node.pages, node.start // PAGE):
+            tokens = path[: (slot + 1) * PAGE]
+            right = truth.page(tokens)
+            if differs(kv[:, :, page, :, : right.shape[3]], right):
+                found.append(f"the device's page of tokens up to {len(tokens)} is wrong: {tokens.tolist()}")
+    return found
+
+
+def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) -> list[str]:
+    """What is wrong with the logits of the token that follows what the engine has of `tokens`, over its pages."""
+    pages, length = engine.store.index.match(tokens[:-1], salt)
+    if not length:
+        return []
+    others = np.setdiff1d(np.arange(SETTINGS.num_pages), pages)
+    table = np.full(LIMIT // PAGE, others[0], np.int32)  # the token's own page, where the match ends with a page
+    table[: len(pages)] = pages
+    batch = Batch(
+        tokens=tokens[length : length + 1],
+        starts=np.asarray([0, 1], np.int32),
+        prefix=np.asarray([length], np.int32),
+        block_table=table[None],
+        rows=np.zeros(1, np.int32),
+        max_chunk=1,
+    )
+    logits = np.asarray(one_shot(parameters(), batch, engine.pool, CONFIG)[0])[0]
+    right = truth.of(tokens)[1][length]
+    return [f"logits behind {length} cached tokens of {tokens.tolist()}"] if differs(logits, right) else []

@@ -1,0 +1,106 @@
+"""The official OpenAI client in front of scripted answers, and one answer of the Messages API with everything in it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import httpx2
+import openai
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from serve.api import messages as wire
+
+USAGE = wire.Usage(3, 5, 7, 11)
+ANSWER = wire.Message(
+    id="msg_1",
+    model="local/model",
+    content=(
+        wire.ThinkingBlock("Let me\u2028see", "c2lnbmVk"),
+        wire.TextBlock("Hi 😀\r\n\n"),
+        wire.ToolUseBlock("toolu_1", "read", {"path": "a\nb", "n": 1.5}),
+        wire.ToolUseBlock("toolu_2", "now", {}),
+    ),
+    stop_reason="tool_use",
+    usage=USAGE,
+)
+EVENTS: list[wire.Event] = [
+    wire.Ping(),
+    wire.MessageStart(wire.Message(id=ANSWER.id, model=ANSWER.model, usage=wire.Usage(3, 5, 7, 0))),
+    wire.ContentBlockStart(0, wire.ThinkingBlock("")),
+    wire.ContentBlockDelta(0, wire.ThinkingDelta("Let me\u2028")),
+    wire.Ping(),
+    wire.ContentBlockDelta(0, wire.ThinkingDelta("see")),
+    wire.ContentBlockDelta(0, wire.SignatureDelta("c2lnbmVk")),
+    wire.ContentBlockStop(0),
+    wire.ContentBlockStart(1, wire.TextBlock("")),
+    wire.ContentBlockDelta(1, wire.TextDelta("Hi 😀")),
+    wire.ContentBlockDelta(1, wire.TextDelta("\r\n\n")),
+    wire.ContentBlockStop(1),
+    wire.ContentBlockStart(2, wire.ToolUseBlock("toolu_1", "read", {})),
+    wire.ContentBlockDelta(2, wire.InputJsonDelta('{"path":"a\\nb",')),
+    wire.ContentBlockDelta(2, wire.InputJsonDelta('"n":1.5}')),
+    wire.ContentBlockStop(2),
+    wire.ContentBlockStart(3, wire.ToolUseBlock("toolu_2", "now", {})),
+    wire.ContentBlockDelta(3, wire.InputJsonDelta("{}")),
+    wire.ContentBlockStop(3),
+    wire.MessageDelta(wire.Stop("tool_use"), USAGE),
+    wire.MessageStop(),
+]
+BROKEN = wire.Error(wire.ErrorDetail("api_error", "the device is gone"))
+
+
+def client_of(body: bytes, status: int = 200, kind: str = "application/json") -> openai.OpenAI:
+    """The official client in front of a server that always gives this answer."""
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(status, content=body, headers={"content-type": kind}, request=request)
+
+    http_client = openai.DefaultHttpxClient(transport=httpx2.MockTransport(answer))
+    return openai.OpenAI(api_key="none", base_url="http://test/v1", max_retries=0, http_client=http_client)
+
+
+def streaming(body: bytes) -> openai.OpenAI:
+    """The same for a stream of events."""
+    return client_of(body, kind="text/event-stream")
+
+
+def data_of(stream: bytes) -> list[bytes]:
+    """The data of a stream's events; asserts that nothing but comments and names stands beside it."""
+    assert stream.endswith(b"\n\n")
+    lines = [line for line in stream.split(b"\n") if line and not line.startswith((b":", b"event: "))]
+    assert all(line.startswith(b"data: ") for line in lines)
+    return [line.removeprefix(b"data: ") for line in lines]
+
+
+WORDS = ["", "text", "input_text", "function", "message", "user", "assistant", "reasoning"]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(WORDS),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=4),
+    max_leaves=12,
+)
+
+
+ANY_REQUEST = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def served_or_refused(client: httpx.Client, path: str, body: Any, limit: str) -> None:
+    """Assert that a real server answers a body, or refuses it as OpenAI would; the answer has few tokens."""
+    if type(body.get(limit)) in (int, type(None)):
+        body[limit] = min(body.get(limit) or 2, 2)
+    response = client.post(path, content=json.dumps(body))
+    if response.status_code == 200 and body.get("stream"):
+        assert b"finish_reason" in response.content or b"response.incomplete" in response.content
+    elif response.status_code == 200:
+        assert response.json()["object"] in ("chat.completion", "response")
+    else:
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert (sorted(error), error["type"]) == (["code", "message", "param", "type"], "invalid_request_error")

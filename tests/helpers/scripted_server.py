@@ -1,0 +1,92 @@
+"""Answers forced on a random model: a constraint that allows one token at a time, in a server of this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+
+from model.config import ModelConfig
+from model.params import Params
+from serve.api.messages import MessagesRequest
+from serve.engine import engine as engines
+from serve.engine.engine import Engine, EngineSettings
+from serve.engine.request import GenerationRequest
+from serve.prompt.tokenizer import Tokenizer
+from serve.server.app import create_app
+from serve.server.context import Constrain, Serving, make_serving
+from tests.helpers.forced_answers import Script
+from tests.helpers.http import eventually
+
+SIZES = EngineSettings(
+    num_pages=1200, max_model_len=18_000, page_size=16, max_batch=2, prefill_chunk=64, mixed_chunk=64
+)
+
+
+@contextmanager
+def steps_compiled_once() -> Iterator[None]:
+    """Engines of one model and shape share their compiled steps."""
+    compile_steps, compiled = engines.compile_steps, {}
+
+    def remembered(params: Any, pool: Any, config: Any, buckets: Any, *rest: Any) -> Any:
+        if buckets not in compiled:
+            compiled[buckets] = compile_steps(params, pool, config, buckets, *rest)
+        return compiled[buckets]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "compile_steps", remembered)
+        yield
+
+
+class Recording(Engine):
+    """An engine that keeps the requests it was given."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.asked: list[GenerationRequest] = []
+
+    def submit(self, request: GenerationRequest, emit: Callable) -> int:
+        """Keep it, and go on as ever."""
+        self.asked.append(request)
+        return super().submit(request, emit)
+
+
+def saying(tokenizer: Tokenizer, vocab: int, answer: Callable[[MessagesRequest, bool], list[int]]) -> Constrain:
+    """The constraint that makes any model sample `answer`'s tokens and end its turn."""
+    end = tokenizer.hf.eos_token_id
+    return lambda request, thinking_opened: Script([*answer(request, thinking_opened), end], vocab)
+
+
+def listening(serving: Serving) -> AbstractContextManager[str]:
+    """The application over an engine, as `answering` runs it."""
+    return answering(create_app(serving))
+
+
+@contextmanager
+def answering(app: Starlette) -> Iterator[str]:
+    """An application in a thread of this process, on a port of its own; its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started, "the server listens")
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive(), "the server ended when it was told to"
+
+
+def serving_over(
+    model: tuple[ModelConfig, Params], tokenizer: Tokenizer, constrain: Constrain | None = None, **options: object
+) -> tuple[Recording, Serving]:
+    """An engine over a model, and what serves it."""
+    config, params = model
+    engine = Recording(params, config, SIZES, b"tiny")
+    stops = {tokenizer.hf.eos_token_id}
+    return engine, make_serving(engine, tokenizer, "tiny", stops, constrain=constrain, **options)  # type: ignore[arg-type]

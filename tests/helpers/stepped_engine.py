@@ -1,0 +1,107 @@
+"""Engines and tiers in which nothing happens by itself: look-ups, reads, writes and the clock wait to be told.
+
+So whatever may come between two of them can be made to, and the same way each time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import jax.numpy as jnp
+import pytest
+
+from cache.tiers import Tiers
+from cache.worker import Worker
+from model.kv import empty_pool
+from serve.engine.paging import compile_moves
+from serve.engine.steps import compile_steps, ladder
+from tests.helpers.cold_reference import CONFIG, LIMIT, PAGE, SETTINGS, parameters
+
+
+@cache
+def compiled():
+    """The steps and the page copies of every engine here: all have one shape."""
+    pool = empty_pool(CONFIG, SETTINGS.num_pages, PAGE, jnp.float32)
+    shapes = ladder(SETTINGS.max_batch, SETTINGS.prefill_chunk, SETTINGS.mixed_chunk, SETTINGS.guesses)
+    return compile_steps(parameters(), pool, CONFIG, shapes, LIMIT), compile_moves(pool)
+
+
+class Clock:
+    """Stands in for the module `time`: what is stamped is stamped by the case's clock, which may jump."""
+
+    def __init__(self):
+        self.now = 1_700_000_000 * 10**9  # nanoseconds
+
+    def time_ns(self):
+        self.now += 1000
+        return self.now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+@contextmanager
+def by_hand() -> Iterator[Clock]:
+    """Engines that are compiled once, stores whose trees nobody walks, and the clock of their stamps."""
+    steps, moves = compiled()
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serve.engine.engine.compile_steps", lambda *_: steps)
+        patch.setattr("serve.engine.engine.warm_up", lambda steps, params, pool, limit: (pool, (0, 1), 1.0))
+        patch.setattr("serve.engine.paging.compile_moves", lambda pool: moves)
+        patch.setattr("serve.engine.paging.PATIENCE_SECONDS", 0.0)
+        for module in ("tiers", "disk"):
+            patch.setattr(f"cache.{module}.time", clock)
+        patch.setattr("cache.lmdb_env.check_tree", lambda path, seconds: "")
+        yield clock
+    compiled.cache_clear()
+    parameters.cache_clear()
+
+
+class Later(Worker):
+    """Runs what it was given when it is told to, on the thread that tells it."""
+
+    def _run(self):
+        pass
+
+    def turn(self) -> bool:
+        """Run what has waited longest; False if nothing has."""
+        if not self.queued:
+            return False
+        future, call = self.queued.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+        return True
+
+
+class Shared:
+    """A tier that several engines use, and that outlives each of them."""
+
+    def __init__(self, tier):
+        self.tier = tier
+
+    def __getattr__(self, name):
+        return getattr(self.tier, name)
+
+    def close(self):
+        self.tier.sync()
+
+
+def tiers_over(lower, host_bytes: int, queue_bytes: int) -> Tiers:
+    """Host memory, if any, over a tier, if any; nothing is looked up, read or written unless it is asked for."""
+    tiers = Tiers(None, 0, host_bytes or 1, flush_seconds=1e6, queue_bytes=queue_bytes)
+    used = (*(tiers.pages.tiers if host_bytes or lower is None else ()), *([] if lower is None else [Shared(lower)]))
+    tiers.pages.tiers = tiers.writer.tiers = used
+    tiers.searcher.stop()
+    tiers.pages.reader.stop()
+    tiers.searcher, tiers.pages.reader = Later("look-up"), Later("restore")
+    tiers.writer._in_a_hurry = tiers.writer._has_work = lambda: (
+        tiers.writer.asked > tiers.writer.done or tiers.writer.closing
+    )
+    return tiers

@@ -1,0 +1,96 @@
+"""Agent sessions over HTTP with the official SDK: what was sampled comes back, and every prompt extends the last."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anthropic
+import numpy as np
+import pytest
+
+from model.config import ModelConfig
+from model.params import Params
+from serve.api.messages import Block, MessagesRequest, TextBlock, ThinkingBlock, ToolUseBlock
+from serve.prompt.conversation import answers
+from tests.helpers.conversations import OPENING, answer_of, body_of, generated, is_extension, message, next_messages
+from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
+from tests.helpers.scripted_server import listening, saying, serving_over, steps_compiled_once
+
+Json = dict[str, Any]
+Model = tuple[ModelConfig, Params]
+TURNS = 30
+VOCAB = 384  # room for the tokens of every family, so that all share one model and its compiled steps
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Callable[[int], Model]) -> Iterator[Model]:
+    """The model, whose steps are compiled once for all of this file's engines."""
+    with steps_compiled_once():
+        yield tiny_model(VOCAB)
+
+
+def returned(content: list[Any]) -> list[Json]:
+    """An answer's blocks as the SDK sends them back, numbers as JavaScript writes them."""
+    whole = {"limit": 1}
+    blocks = [block.to_dict() for block in content]
+    return [b | {"input": b["input"] | whole} if b["type"] == "tool_use" else b for b in blocks]
+
+
+def said(content: list[Any]) -> list[tuple]:
+    """What an answer says, ids and signatures left out."""
+    kinds = {"text": ("text",), "thinking": ("thinking",), "tool_use": ("name", "input")}
+    return [(block.type, *(getattr(block, name) for name in kinds[block.type])) for block in content]
+
+
+def meant(answer: tuple[Block, ...]) -> list[tuple]:
+    """The same of what the model was made to say."""
+    parts: list[tuple] = []
+    for block in answer:
+        match block:
+            case TextBlock(text):
+                parts.append(("text", text))
+            case ThinkingBlock(thinking):
+                parts.append(("thinking", thinking))
+            case ToolUseBlock(_, name, input):
+                parts.append(("tool_use", name, input))
+    return parts
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_thirty_turns_of_an_agent(family: Family, small: Model) -> None:
+    tokenizer, rng = tokenizer_of(family), random.Random(family.name)
+    planned = [answer_of(turn, rng, family.thinks) for turn in range(TURNS)]
+    forced: list[list[int]] = []
+
+    def next_answer(request: MessagesRequest, thinking_opened: bool) -> list[int]:
+        turn = len(answers(request.messages))
+        forced.append(generated(planned[turn], thinking_opened, tokenizer).tolist())
+        return forced[-1]
+
+    engine, serving = serving_over(small, tokenizer, saying(tokenizer, VOCAB, next_answer))
+    messages, previous = list(OPENING), np.zeros(0, np.int32)
+    with listening(serving) as url, anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as sdk:
+        for turn in range(TURNS):
+            body = body_of(messages, family.thinks, turn)
+            counted = sdk.messages.count_tokens(**body).input_tokens
+            with sdk.messages.stream(**body | {"max_tokens": 2000}) as stream:
+                final = stream.get_final_message()
+            asked = engine.asked[-1].tokens
+            assert is_extension(asked, previous), f"turn {turn}"
+            usage = final.usage
+            total = usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
+            assert counted == total == len(asked)
+            # The last token of an answer, its end, is sampled and never computed.
+            assert usage.cache_read_input_tokens >= len(previous) - 1
+            assert said(final.content) == meant(planned[turn])
+            calls = any(block.type == "tool_use" for block in final.content)
+            assert final.stop_reason == ("tool_use" if calls else "end_turn")
+            assert usage.output_tokens == len(forced[-1]) + 1
+            previous = np.concatenate([asked, np.asarray(forced[-1], np.int32)])
+            messages += [message("assistant", *returned(final.content))]
+            messages += next_messages(
+                turn, tuple(ToolUseBlock(b.id, b.name, b.input) for b in final.content if b.type == "tool_use")
+            )
+    assert len(engine.asked) == TURNS

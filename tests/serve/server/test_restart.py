@@ -1,0 +1,94 @@
+"""A server with a store: what it computed survives a restart and a kill -9; a store that breaks costs hits alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from experiments.harness.server import running_server, scrape
+from tests.helpers.http import FLAGS, ask, eventually, post, prompt_tokens, text_of
+
+PAGE = int(FLAGS[FLAGS.index("--page-size") + 1])
+TEXT = "a prompt of a few pages " * 60
+
+
+def restored(message):
+    """Tokens of an answer's prompt that came from disk."""
+    return message["usage"]["cache_read_by_tier"].get("disk", 0)
+
+
+def metric(client, name, tier="disk"):
+    """A tier's figure on the metrics page."""
+    page = client.get("/metrics").text
+    return float(re.search(rf'^{name}\{{tier="{tier}"\}} (\S+)$', page, re.MULTILINE)[1])
+
+
+def written(client):
+    """Whether no page waits to be written."""
+    return scrape(client)["tokenzero_write_queue_bytes"] == 0
+
+
+def serving(folder, store, log):
+    return running_server(folder, *FLAGS, "--store", str(store), "--flush-seconds", "0.2", log=log)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_ended_answers_the_same_from_its_store(model_folder, tmp_path, end):
+    with serving(model_folder, tmp_path / "store", tmp_path / "log") as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            first = post(client, ask(TEXT))
+            if end == signal.SIGKILL:  # the time that a killed server may lose
+                pages = prompt_tokens(first["usage"]) // PAGE
+                eventually(lambda: metric(client, "tokenzero_tier_pages") >= pages, "the pages are on disk")
+                eventually(lambda: written(client), "nothing waits to be written")
+        server.process.send_signal(end)
+        server.process.wait(30)
+    with (
+        serving(model_folder, tmp_path / "store", tmp_path / "log") as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        again = post(client, ask(TEXT))
+        assert text_of(again) == text_of(first)
+        usage = again["usage"]
+        assert restored(again) == usage["cache_read_input_tokens"]
+        # All but what a page and the last token take.
+        assert restored(again) > usage["cache_creation_input_tokens"] * 10
+        assert metric(client, "tokenzero_restored_tokens_total") == restored(again)
+        assert metric(client, "tokenzero_restore_seconds_count") > 0
+
+
+def test_a_store_that_vanishes_under_the_server_costs_hits_and_one_warning(model_folder, tmp_path):
+    store, log = tmp_path / "store", tmp_path / "log"
+    with serving(model_folder, store, log) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        first = post(client, ask(TEXT))
+        eventually(lambda: metric(client, "tokenzero_tier_pages") > 5, "the pages are on disk")
+        shutil.rmtree(store)
+        assert text_of(post(client, ask(TEXT))) == text_of(first)
+        for number in range(3):
+            post(client, ask(f"{number} {TEXT}"))
+            eventually(lambda: written(client), "nothing waits to be written")
+        assert metric(client, "tokenzero_tier_errors_total") > 0
+    assert "Traceback" not in log.read_text()
+    # The environments of pages, sampled turns and tokenised segments, each with its path.
+    warned = re.findall(r"(\S+): \w+ fails, going on without", log.read_text())
+    assert all(path.startswith(str(store)) for path in warned)
+    assert 1 <= len(set(warned)) == len(warned) <= 3
+
+
+def test_a_directory_of_another_program_is_refused_and_left_as_it_was(model_folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear reader")
+    command = [sys.executable, "-m", "serve", "--model", str(model_folder), *FLAGS, "--store", str(other)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0
+    assert str(other) in ended.stderr
+    assert "letter.txt" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert [path.name for path in other.iterdir()] == ["letter.txt"]
