@@ -10,7 +10,7 @@ class PoolExhausted(RuntimeError):
     """More pages were asked for than are free."""
 
 
-def slots_for(length: int, page_size: int) -> int:
+def pages_for(length: int, page_size: int) -> int:
     """Page slots that `length` tokens occupy, the last one perhaps partly."""
     return -(-length // page_size)
 

@@ -1,4 +1,4 @@
-"""PrefixStore: match, extend, insert, release; the one face of the cache that the engine uses.
+"""PrefixCache: match, extend, insert, release; the one face of the cache that the engine uses.
 
 Not thread-safe: only the engine's thread calls it, but for `stats`, which anybody may read at the price of a torn
 figure. It says which device page to copy where and never touches the device.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache.keys import page_keys, root_key
-from cache.pool import PagePool, slots_for
+from cache.pool import PagePool, pages_for
 from cache.radix_tree import NO_PAGES, RadixIndex
 
 
@@ -49,7 +49,7 @@ class StoreStats:
     pages_evicted: int
 
 
-class PrefixStore:
+class PrefixCache:
     """The prefix-keyed KV store over `num_pages` device pages of `page_size` tokens each."""
 
     def __init__(self, num_pages: int, page_size: int, fingerprint: bytes = b"") -> None:
@@ -103,7 +103,7 @@ class PrefixStore:
             return lease, []
         # Only a match may end inside a page, and that page is another's to write: it gives way to a copy.
         kept, partial = np.split(lease.pages, [lease.length // self.page_size])
-        needed = slots_for(length, self.page_size) - len(kept)
+        needed = pages_for(length, self.page_size) - len(kept)
         short = needed - self.pool.free_pages
         # A request that cannot be served anyway must not empty the cache.
         if 0 < short <= self.index.idle_pages():
@@ -124,7 +124,7 @@ class PrefixStore:
         tokens = np.asarray(tokens, np.int32)
         if len(tokens) > lease.length:
             raise ValueError(f"{len(tokens)} tokens inserted, the lease has room for {lease.length}: extend it first")
-        self.index.insert(tokens, lease.pages[: slots_for(len(tokens), self.page_size)], lease.salt)
+        self.index.insert(tokens, lease.pages[: pages_for(len(tokens), self.page_size)], lease.salt)
 
     def release(self, lease: Lease) -> None:
         """End the lease. Pages that were inserted stay cached until they are evicted; the others become free."""
@@ -156,7 +156,7 @@ class PrefixStore:
         assert np.array_equal(counts, self.pool.ref_counts), "reference counts differ from what tree and leases hold"
 
     def _enter(self, lease: Lease) -> Lease:
-        assert len(lease.pages) == slots_for(lease.length, self.page_size)
+        assert len(lease.pages) == pages_for(lease.length, self.page_size)
         self.live[lease.number] = lease
         return lease
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cache.pool import PagePool, slots_for
+from cache.pool import PagePool, pages_for
 
 NO_TOKENS = np.zeros(0, np.int32)  # [0] int32
 NO_PAGES = np.zeros(0, np.int32)  # [0] int32
@@ -97,7 +97,7 @@ class RadixIndex:
         What the tree has already keeps its pages. From the first new token's slot on, the tree lists the given pages,
         which hold that slot's earlier tokens too. They may be filled further later, but what they hold must stay.
         """
-        assert len(pages) == slots_for(len(tokens), self.page_size), "pages must cover the tokens and no more"
+        assert len(pages) == pages_for(len(tokens), self.page_size), "pages must cover the tokens and no more"
         if not len(tokens):
             return
         root = self.top.children.setdefault(salt, Node(salt, 0, NO_TOKENS, NO_PAGES, self.top))
@@ -194,7 +194,7 @@ class RadixIndex:
             assert node.key == node.tokens[0]
             assert node.start == node.parent.end
             assert node.last_used <= node.parent.last_used or not len(node.parent.tokens)
-            slots = slots_for(node.end, self.page_size) if node.is_leaf else node.end // self.page_size
+            slots = pages_for(node.end, self.page_size) if node.is_leaf else node.end // self.page_size
             assert len(node.pages) == slots - node.start // self.page_size
             listed = np.concatenate([listed, node.pages])
             if node.is_leaf:
@@ -217,7 +217,7 @@ class RadixIndex:
 
     def _table(self, path: list[Node], length: int) -> np.ndarray:
         """The pages of a path's first `length` tokens, [slots] int32."""
-        slots = slots_for(length, self.page_size)
+        slots = pages_for(length, self.page_size)
         pages = np.concatenate([node.pages for node in path])[:slots]
         if len(pages) < slots:  # the match ends in a page slot that an inner node leaves to its children
             below = path[-1]

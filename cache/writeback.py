@@ -16,7 +16,7 @@ MAX_USES = 1 << 16  # pages whose use waits to be recorded
 
 
 @dataclass(frozen=True)
-class Batch:
+class WriteJob:
     """Pages that are on their way: `load` runs on the write-back thread and returns one payload a key."""
 
     keys: Sequence[bytes]
@@ -37,7 +37,7 @@ class WriteBack:
         self.tiers = tuple(tiers)
         self.flush_seconds = flush_seconds
         self.queue_bytes = queue_bytes
-        self.queued: deque[Batch] = deque()
+        self.queued: deque[WriteJob] = deque()
         self.queued_bytes = 0  # the batch that is being written is still in it
         self.used: list[tuple[Sequence[bytes], Sequence[int]]] = []  # keys and stamps of pages in front of these
         self.used_pages = 0
@@ -62,7 +62,7 @@ class WriteBack:
             if not self.has_room(size):
                 self.dropped += len(keys)
                 return False
-            self.queued.append(Batch(keys, stamps_now(len(keys)) if stamps is None else stamps, size, load))
+            self.queued.append(WriteJob(keys, stamps_now(len(keys)) if stamps is None else stamps, size, load))
             self.queued_bytes += size
             self.changed.notify_all()
             return True
@@ -135,7 +135,7 @@ class WriteBack:
     def _use(self, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         self._each(f"uses of {len(keys)} pages are lost", lambda tier: tier.touch_many(keys, stamps))
 
-    def _write(self, batch: Batch) -> None:
+    def _write(self, batch: WriteJob) -> None:
         lost, nothing = f"{len(batch.keys)} pages are lost", list[Item]()
         items = self.failures.guard(
             f"{lost}: they could not be loaded",

@@ -76,7 +76,7 @@ DEVICES = {
 
 
 def prefill_flops(config: ModelConfig, prompt: int, cached: int = 0) -> float:
-    """FLOPs of a prompt of which some tokens are cached: those of serve.engine.cost, and the head for the last token."""
+    """FLOPs of a prompt with so many tokens cached: those of serve.engine.cost, and the head for the last token."""
     return cost_model(config).flops(cached, prompt) + 2.0 * config.vocab_size * config.embed_size
 
 

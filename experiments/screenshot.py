@@ -30,7 +30,7 @@ PICTURE = Path(__file__).parent / "results" / "dashboard.png"
 # One process and no GPU: what a headless Chromium needs in a container.
 ARGUMENTS = ("--no-sandbox", "--no-zygote", "--headless=shell", "--disable-gpu")
 # The pool holds two of the three sessions, so that host memory is read, too.
-FLAGS = ("--kv-pool-bytes", "80MiB", "--host-bytes", "1GB", "--max-batch", "4", "--max-model-len", "30000")
+FLAGS = ("--kv-pool-bytes", "80MiB", "--host-cache-bytes", "1GB", "--max-num-seqs", "4", "--max-model-len", "30000")
 TURNS = 10
 
 

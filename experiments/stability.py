@@ -18,7 +18,7 @@ from experiments.workloads import sessions
 from experiments.workloads.sessions import RELEASES, Session
 from experiments.workloads.synthetic import Json, text_block
 from serve.api.messages import decode_count_tokens
-from serve.diagnosis.compare import Outcome, characters, compare
+from serve.diagnosis.compare import Comparison, characters, compare
 from serve.diagnosis.sections import CHARACTERS
 from serve.rules.normalize import DEFAULT_RULES
 
@@ -95,13 +95,13 @@ def turned(tool: Json) -> Json:
     return tool | {"input_schema": dict(reversed(tool["input_schema"].items()))}
 
 
-def outcome(case: Case, rules: frozenset[str]) -> Outcome:
+def outcome(case: Case, rules: frozenset[str]) -> Comparison:
     """How far a case's second request matches its first under a set of rules."""
     old, new = (decode_count_tokens(json.dumps(body).encode()) for body in (case.old, case.new))
     return compare(old, new, rules, characters, CHARACTERS)
 
 
-def told(found: Outcome) -> str:
+def told(found: Comparison) -> str:
     """An outcome in a cell."""
     if found.cause is None:
         return "all"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from model.batch import Batch, apart
+from model.batch import Batch, split_prefill_decode
 from model.kernels.dispatch import kernel_for
 from model.kernels.xla import blockwise
 from model.kv import KVPool
@@ -28,7 +28,7 @@ def paged_attention(
     if kernel := kernel_for(q, pool, batch):
         return kernel(q, pool, layer, batch)
     if batch.singles:
-        chunks, singles = apart(batch)
+        chunks, singles = split_prefill_decode(batch)
         first, second = (paged_attention(q, k, v, pool, layer, part) for part in (chunks, singles))
         in_chunk = jnp.arange(q.shape[0]) < chunks.starts[-1]
         return jnp.where(in_chunk[:, None, None, None], first, second)

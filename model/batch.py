@@ -50,7 +50,7 @@ def locate(batch: Batch, pool: KVPool) -> tuple[jax.Array, jax.Array, jax.Array]
     return jnp.where(real, positions, 0), jnp.where(real, pages, pool.num_pages), positions % pool.page_size
 
 
-def apart(batch: Batch) -> tuple[Batch, Batch]:
+def split_prefill_decode(batch: Batch) -> tuple[Batch, Batch]:
     """A batch's sequences of chunks and its sequences of single tokens; both know their tokens in the whole batch."""
     cut = batch.prefix.shape[0] - batch.singles
     first, last = (

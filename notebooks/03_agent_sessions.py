@@ -25,7 +25,7 @@ import numpy as np
 from IPython.display import Image, display
 from rich.table import Table
 
-from cache.prefix_cache import PrefixStore
+from cache.prefix_cache import PrefixCache
 from experiments.harness.figures import COLOURS, subplots
 from experiments.replay.capacity import CAPACITIES, COST_MODEL, PAGE_TOKENS, capacity_table, compare_capacities, replay
 from experiments.sweep.notebook import MODEL, SMOKE, console, show, sweep
@@ -60,7 +60,7 @@ def prompts(session: Session, rules: frozenset[str]) -> list[np.ndarray]:
 one = Session(seed=1, release="2.1.179")
 figure, axes = subplots()
 for name, rules, colour in (("stripped", {"strip-preamble"}, COLOURS[0]), ("kept", set(), COLOURS[1])):
-    tokens, reused = replay(prompts(one, frozenset(rules)), PrefixStore(40_000, PAGE_TOKENS)).T
+    tokens, reused = replay(prompts(one, frozenset(rules)), PrefixCache(40_000, PAGE_TOKENS)).T
     rates = 100 * reused / tokens
     axes.plot(range(1, len(rates) + 1), rates, color=colour)
     axes.annotate(name, (len(rates), rates[-1]), xytext=(5, 0), textcoords="offset points", color=colour, va="center")

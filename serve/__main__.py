@@ -31,7 +31,7 @@ log = logging.getLogger("tokenzero")
 DEVICE_MARGIN_BYTES = 3 * 2**30
 CPU_POOL_BYTES = 2**30
 HOST_BYTES = 4 * 10**9
-MAX_GUESSES = 15
+MAX_SPECULATIVE_TOKENS = 15
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_rules(prompt)
     prompt.add_argument(
-        "--template-history",
+        "--render-history-with-template",
         action="store_true",
         help="leave earlier answers to the chat template, which may drop thinking (default: they stay as sampled)",
     )
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
         help="budget of a directory (default: %(default)s)",
     )
     store.add_argument(
-        "--host-bytes",
+        "--host-cache-bytes",
         type=parse_bytes,
         metavar="SIZE",
         help="pages kept in host memory (default: 4GB beside a GPU, but a quarter of memory at most; none on CPU)",
@@ -176,10 +176,15 @@ def parser() -> argparse.ArgumentParser:
     )
     numbers = (
         ("--page-size", 64, "TOKENS", "tokens in a KV page"),
-        ("--max-batch", 16, "N", "requests that run at the same time"),
-        ("--max-waiting", 256, "N", "requests that may queue; a further one gets 529"),
-        ("--prefill-chunk", 1024, "TOKENS", "tokens in a prefill step"),
-        ("--guesses", 0, "N", "tokens to run on trial where an answer repeats earlier text; changes no token"),
+        ("--max-num-seqs", 16, "N", "requests that run at the same time"),
+        ("--max-queue", 256, "N", "requests that may queue; a further one gets 529"),
+        ("--max-prefill-tokens", 1024, "TOKENS", "tokens in a prefill step"),
+        (
+            "--speculative-tokens",
+            0,
+            "N",
+            "tokens to run on trial where an answer repeats earlier text; changes no token",
+        ),
     )
     for name, default, unit, text in numbers:
         engine.add_argument(name, type=int, default=default, metavar=unit, help=f"{text} (default: %(default)s)")
@@ -190,11 +195,11 @@ def check(args: argparse.Namespace) -> str | None:
     """What is wrong with the arguments, or None."""
     if problem := check_address(args):
         return problem
-    for name in ("page_size", "max_batch", "max_waiting", "prefill_chunk"):
+    for name in ("page_size", "max_num_seqs", "max_queue", "max_prefill_tokens"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
-    if not 0 <= args.guesses <= MAX_GUESSES:
-        return f"--guesses: expected 0 to {MAX_GUESSES}, got {args.guesses}"
+    if not 0 <= args.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+        return f"--speculative-tokens: expected 0 to {MAX_SPECULATIVE_TOKENS}, got {args.speculative_tokens}"
     try:
         rules_of(args)
     except ValueError as error:
@@ -229,7 +234,7 @@ def open_tiers(args: argparse.Namespace, on_cpu: bool) -> Tiers | None:
     from cache.tiers import Tiers
 
     spare = 0 if on_cpu else min(HOST_BYTES, psutil.virtual_memory().total // 4)
-    host_bytes = spare if args.host_bytes is None else args.host_bytes
+    host_bytes = spare if args.host_cache_bytes is None else args.host_cache_bytes
     if not args.store and not host_bytes:
         return None
     return Tiers(args.store, args.store_bytes, host_bytes, args.flush_seconds, args.write_queue_bytes)
@@ -285,10 +290,10 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
         num_pages=pages - own,
         max_model_len=min(wanted, longest - own * args.page_size),
         page_size=args.page_size,
-        max_batch=args.max_batch,
-        max_waiting=args.max_waiting,
-        prefill_chunk=args.prefill_chunk,
-        guesses=args.guesses,
+        max_num_seqs=args.max_num_seqs,
+        max_queue=args.max_queue,
+        max_prefill_tokens=args.max_prefill_tokens,
+        speculative_tokens=args.speculative_tokens,
         restore_bytes=args.restore_bytes,
         stop_seconds=args.stop_seconds,
         dtype=dtype,
@@ -345,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     from serve.engine.engine import Engine
     from serve.prompt.tokenizer import load_tokenizer
     from serve.server.app import create_app
-    from serve.server.context import make_serving
+    from serve.server.context import make_context
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
@@ -377,14 +382,14 @@ def main(argv: list[str] | None = None) -> None:
                 costs=costs,
             )
             attach(engine, audit_settings(args))
-            serving = make_serving(
+            serving = make_context(
                 engine,
                 tokenizer,
                 args.model_name or Path(args.model).name,
                 stop_ids(config.eos_token_ids, tokenizer.hf),
                 rules=rules_of(args),
                 store=store_folder(args.store),
-                template_history=args.template_history,
+                render_history_with_template=args.render_history_with_template,
                 dispatch=args.enable_streaming_tool_dispatch,
                 trace_text=args.trace_text == "on",
                 bounds=bounds,

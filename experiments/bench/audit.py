@@ -98,7 +98,7 @@ def run(engine: Engine, config: Config, number: int, arm: str) -> Round:
     Raises RuntimeError if an audit fails or finds something wrong.
     """
     settings, share = engine.settings, replace(AuditSettings(), share=ARMS[arm])
-    auditor = Auditor(share, engine.pool, settings.audit_pages, settings.dtype, settings.mixed_chunk)
+    auditor = Auditor(share, engine.pool, settings.audit_pages, settings.dtype, settings.max_mixed_prefill_tokens)
     engine.idle_work = auditor
     waits = np.random.default_rng(number).exponential(config.pause, (config.sessions, config.turns))
     seeds = [[number, list(ARMS).index(arm), i] for i in range(config.sessions)]

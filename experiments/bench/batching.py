@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cache.pool import slots_for
+from cache.pool import pages_for
 from experiments.bench.timing import Asked, Passes
 from experiments.gpu.model import random_params
 from experiments.harness.provenance import machine, provenance
@@ -126,8 +126,8 @@ def decode(args: argparse.Namespace, console: Console) -> Json:
     config = LLAMAS[args.llama]
     params = replace(unstacked(random_params(config, jnp.dtype("float32"))), lm_head=None)
     most, length = max(args.sessions), args.context + args.output
-    pages = (most + 1) * (slots_for(length, PAGE) + 1)
-    settings = EngineSettings(pages, length, PAGE, max_batch=most, prefill_chunk=min(args.chunk, args.context))
+    pages = (most + 1) * (pages_for(length, PAGE) + 1)
+    settings = EngineSettings(pages, length, PAGE, max_num_seqs=most, max_prefill_tokens=min(args.chunk, args.context))
     draw = drawing(0, config.vocab_size)
     contexts = [draw(args.context) for _ in range(most)]
     rates: dict[int, list[float]] = {n: [] for n in args.sessions}
@@ -157,8 +157,8 @@ def demo_engine(folder: Path, args: argparse.Namespace, guesses: int = 0) -> Eng
     """The demo model's engine, not started, with room for a few of the long prompts."""
     config, params = checkpoint.load(folder, "float32")
     longest = max(args.tokens, args.shared + TAIL, args.context) + 4 * GOAL_CHUNK
-    pages = 4 * slots_for(longest, PAGE) + args.company * slots_for(2 * args.context, PAGE)
-    settings = EngineSettings(pages, longest, PAGE, prefill_chunk=args.chunk, guesses=guesses)
+    pages = 4 * pages_for(longest, PAGE) + args.company * pages_for(2 * args.context, PAGE)
+    settings = EngineSettings(pages, longest, PAGE, max_prefill_tokens=args.chunk, speculative_tokens=guesses)
     return Engine(unstacked(params), config, settings)
 
 
@@ -261,13 +261,16 @@ class Served:
     def counted(self) -> list[float]:
         """The server's counts of tokens that it generated, guessed, and guessed right."""
         samples = scrape(self.client, self.url)
-        return [samples[f"tokenzero_{name}_total"] for name in ("generated_tokens", "guessed_tokens", "right_guesses")]
+        return [
+            samples[f"tokenzero_{name}_total"]
+            for name in ("generated_tokens", "spec_decode_draft_tokens", "spec_decode_accepted_tokens")
+        ]
 
 
 @contextmanager
 def served(folder: Path, args: argparse.Namespace, guesses: int = 0) -> Iterator[Served]:
     """A server on the model, as the engine in this process is, with an agent's prompt of `args.tokens` cached."""
-    flags = ("--prefill-chunk", str(args.chunk), "--guesses", str(guesses))
+    flags = ("--max-prefill-tokens", str(args.chunk), "--speculative-tokens", str(guesses))
     with running_server(folder, *flags) as server, httpx.Client(timeout=600) as client:
         count = lambda request: count_tokens(client, server.url, request)  # noqa: E731
         prompt = stable_request(Session(num_tools=20), args.tokens, count, args.new)
@@ -311,13 +314,16 @@ def guesses(folder: Path, args: argparse.Namespace, console: Console) -> Json:
     The weights are random, so how often a guess is right says nothing of a trained model. `break_even` does not depend
     on that: of the guesses of a step on trial, how many must be right on average for the step to be worth its time.
     """
-    engine = demo_engine(folder, args, args.guesses)
+    engine = demo_engine(folder, args, args.speculative_tokens)
     passes = Passes(engine, drawing(2, engine.config.vocab_size)(args.tokens))
-    last = args.tokens - 1 - args.guesses
-    steps = [median(passes.seconds(last, 1 + draft, draft) for _ in range(4 * PASSES)) for draft in (0, args.guesses)]
+    last = args.tokens - 1 - args.speculative_tokens
+    steps = [
+        median(passes.seconds(last, 1 + draft, draft) for _ in range(4 * PASSES))
+        for draft in (0, args.speculative_tokens)
+    ]
     del engine, passes
     rounds: list[Json] = []
-    with served(folder, args) as plain, served(folder, args, args.guesses) as trying:
+    with served(folder, args) as plain, served(folder, args, args.speculative_tokens) as trying:
         for number in track(range(args.repeats), description="guesses", console=console):
             without = plain.ask(1 + number, args.output)
             before = trying.counted()
@@ -338,7 +344,7 @@ def guesses(folder: Path, args: argparse.Namespace, console: Console) -> Json:
             )
     found = {"step_ms": 1e3 * steps[0], "trial_ms": 1e3 * steps[1], "break_even": steps[1] / steps[0] - 1}
     found = {name: round(value, 4) for name, value in found.items()}
-    return {"tokens": args.tokens, "guesses": args.guesses} | found | medians(rounds)
+    return {"tokens": args.tokens, "guesses": args.speculative_tokens} | found | medians(rounds)
 
 
 def best_pass(passes: Passes, prefix: int, count: int) -> float:
@@ -452,7 +458,9 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--shared", type=int, default=16_384, help="shared: tokens of the prefix (default: 16384)")
     cli.add_argument("--sharers", type=int, default=8, help="shared: requests at once (default: 8)")
     cli.add_argument("--new", type=int, default=300, help="warm: tokens behind the cached prefix (default: 300)")
-    cli.add_argument("--guesses", type=int, default=4, help="guesses: tokens on trial in each step (default: 4)")
+    cli.add_argument(
+        "--speculative-tokens", type=int, default=4, help="guesses: tokens on trial in each step (default: 4)"
+    )
     cli.add_argument("--no-http", dest="http", action="store_false", help="warm: leave the server out")
     cli.add_argument("--out", type=Path, default=RESULTS)
     args = cli.parse_args(argv)

@@ -25,13 +25,13 @@ from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.sessions import Session
 from experiments.workloads.synthetic import Json
 from serve.api.messages import decode_count_tokens
-from serve.diagnosis.divergence import REMEMBERED, Divergences, Kept, Seen, nearest
+from serve.diagnosis.divergence import REMEMBERED, Divergences, Kept, RememberedRequest, nearest
 from serve.diagnosis.sections import vocabulary_of
 from serve.diagnosis.volatility import Volatility
 from serve.formats.families import write_turn
 from serve.prompt.conversation import answers
 from serve.prompt.render import prompt
-from serve.prompt.replay import Sampled
+from serve.prompt.replay import RecordedAnswer
 from serve.prompt.tokenizer import Tokenizer, load_tokenizer
 
 PAGE = 64
@@ -49,10 +49,10 @@ def cases(tokens: int, tokenizer: Tokenizer) -> dict[str, list[Json]]:
     blocks, tools = asked["system"], asked["tools"]
     return {
         "preamble": [sessions.with_header(asked, f"{sessions.HEADER} cch={n:05x};") for n in numbers],
-        "system changed": [asked | {"system": [*blocks, sessions.text_block(f"Folder {n:04}")]} for n in numbers],
-        "tools changed": [asked | {"tools": [*tools, tools[0] | {"name": f"Tool{n:02}"}]} for n in numbers],
-        "tools reordered": [asked | {"tools": reordered(tools, n)} for n in numbers],
-        "first sight": [sessions.with_question(stable, n) for n in numbers],
+        "system_changed": [asked | {"system": [*blocks, sessions.text_block(f"Folder {n:04}")]} for n in numbers],
+        "tools_changed": [asked | {"tools": [*tools, tools[0] | {"name": f"Tool{n:02}"}]} for n in numbers],
+        "tools_reordered": [asked | {"tools": reordered(tools, n)} for n in numbers],
+        "new_content": [sessions.with_question(stable, n) for n in numbers],
     }
 
 
@@ -62,13 +62,13 @@ def reordered(tools: list[Json], number: int) -> list[Json]:
     return [*rest, first] if number == REMEMBERED else [first, *random.Random(number).sample(rest, len(rest))]
 
 
-def seen(id: str, body: Json, tokenizer: Tokenizer) -> Seen:
+def seen(id: str, body: Json, tokenizer: Tokenizer) -> RememberedRequest:
     """A body as the server holds it, its answers as sampled; nothing of it is shared with another."""
     request = decode_count_tokens(json.dumps(body).encode())
     form = tokenizer.template.format
-    recalled = [Sampled("", tokenizer.encode(write_turn(form, answer))) for answer in answers(request.messages)]
+    recalled = [RecordedAnswer("", tokenizer.encode(write_turn(form, answer))) for answer in answers(request.messages)]
     made = prompt(request, tokenizer, recalled)
-    return Seen(id, request, made, made.tokens, "model")
+    return RememberedRequest(id, request, made, made.tokens, "model")
 
 
 def measure(bodies: list[Json], tokenizer: Tokenizer, repeats: int) -> tuple[str, int, list[float], list[float]]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cache.prefix_cache import PrefixStore
+from cache.prefix_cache import PrefixCache
 from experiments.harness.provenance import provenance
 from experiments.workloads.demo_model import write_demo_model
 from experiments.workloads.sessions import Json, Session, requests, with_question
@@ -58,7 +58,7 @@ class Host:
 
     tokenizer: Tokenizer
     replay: ReplayLog
-    store: PrefixStore
+    store: PrefixCache
 
 
 def session_of(tokens: int) -> Json:
@@ -89,7 +89,7 @@ def take(host: Host, body: Json) -> Timed:
 
 def measure(tokenizer_of: Callable[[], Tokenizer], tokens: int, repeats: int) -> tuple[Timed, list[Timed]]:
     """A cold request to a new host, and the warm ones after it."""
-    host = Host(tokenizer_of(), ReplayLog(), PrefixStore(2 * tokens // PAGE + 100 * repeats, PAGE, b""))
+    host = Host(tokenizer_of(), ReplayLog(), PrefixCache(2 * tokens // PAGE + 100 * repeats, PAGE, b""))
     body = session_of(tokens) | {"max_tokens": 8}
     cold = take(host, with_question(body, 0))
     return cold, [take(host, with_question(body, 1 + number)) for number in range(repeats)]

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from cache.pool import slots_for
-from cache.prefix_cache import PrefixStore
+from cache.pool import pages_for
+from cache.prefix_cache import PrefixCache
 from experiments.harness.provenance import provenance
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def trunk_of_sessions(config: Config, rng: np.random.Generator) -> list[np.ndarr
     return prompts
 
 
-def request(store: PrefixStore, prompt: np.ndarray) -> None:
+def request(store: PrefixCache, prompt: np.ndarray) -> None:
     """One request as the engine leads it through the store."""
     lease, _ = store.extend(store.match(prompt[:-1]), len(prompt))
     store.insert(lease, prompt)
@@ -82,10 +82,10 @@ def turns(config: Config, rng: np.random.Generator) -> Iterator[np.ndarray]:
             yield from (prompt[:end] for prompt in prompts)
 
 
-def fill(config: Config, pages: int, progress: Progress) -> tuple[PrefixStore, list[np.ndarray]]:
+def fill(config: Config, pages: int, progress: Progress) -> tuple[PrefixCache, list[np.ndarray]]:
     """A store whose pages are all cached, but for room for one request, and some whole prompts that are in it."""
     rng = np.random.default_rng(0)
-    store = PrefixStore(pages + slots_for(config.prompt + config.chunk, config.page) + 1, config.page)
+    store = PrefixCache(pages + pages_for(config.prompt + config.chunk, config.page) + 1, config.page)
     task = progress.add_task(f"filling {pages:,} pages", total=pages)
     whole: list[np.ndarray] = []
     for prompt in turns(config, rng):
@@ -107,7 +107,7 @@ def timed(function: Callable[[], T]) -> tuple[float, T]:
     return 1e3 * (time.perf_counter() - begin), made
 
 
-def time_matches(store: PrefixStore, whole: list[np.ndarray], config: Config) -> dict[str, list[float]]:
+def time_matches(store: PrefixCache, whole: list[np.ndarray], config: Config) -> dict[str, list[float]]:
     """Milliseconds of matching a prompt that is there up to each case's position; prompts and cases take turns."""
     rng = np.random.default_rng(1)
     times: dict[str, list[float]] = {case: [] for case in config.cases}
@@ -124,7 +124,7 @@ def time_matches(store: PrefixStore, whole: list[np.ndarray], config: Config) ->
     return times
 
 
-def time_growth(store: PrefixStore, whole: list[np.ndarray], config: Config) -> dict[str, list[float]]:
+def time_growth(store: PrefixCache, whole: list[np.ndarray], config: Config) -> dict[str, list[float]]:
     """Milliseconds of each step of a request that adds a chunk to a cached prompt, while the store is full."""
     rng = np.random.default_rng(2)
     filler = store.extend(store.match(draw(rng, 1)), store.pool.free_pages * config.page)[0]
@@ -143,7 +143,7 @@ def time_growth(store: PrefixStore, whole: list[np.ndarray], config: Config) -> 
     return times
 
 
-def tree_bytes(store: PrefixStore) -> int:
+def tree_bytes(store: PrefixCache) -> int:
     """Bytes that tree and pool hold: arrays, each buffer once, nodes and their tables; evicted tails still count."""
     pool, index = store.pool, store.index
     buffers = {id(array): array.nbytes for array in (pool.ref_counts, pool.free_stack, index.held)}

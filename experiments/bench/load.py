@@ -321,7 +321,7 @@ def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(
         prog="python -m experiments.bench.load",
         description=__doc__,
-        epilog="What follows -- goes to the server: -- --max-batch 8 --max-waiting 16",
+        epilog="What follows -- goes to the server: -- --max-num-seqs 8 --max-queue 16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = Config()

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from cache.keys import page_keys, root_key
-from cache.prefix_cache import PrefixStore
+from cache.prefix_cache import PrefixCache
 from experiments.bench.host_path import session_of
 from experiments.harness.provenance import PACKAGES, provenance
 from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.sessions import with_question
 from serve.api.messages import ContentBlockDelta, MessagesRequest, TextDelta, decode_request, encode_event
-from serve.engine.steps import GREEDY, Bucket, Row, pack
+from serve.engine.steps import GREEDY, Bucket, SequenceInput, pack
 from serve.prompt.render import prompt
 from serve.prompt.tokenizer import Tokenizer, load_tokenizer
 from serve.rules.normalize import normalize
@@ -108,7 +108,7 @@ def test_hash_the_pages_of_52k_tokens(benchmark: Time) -> None:
 
 def test_match_and_release_52k_tokens(benchmark: Time) -> None:
     """A full hit in a store that holds only this; `experiments.bench.index` fills one to a million pages."""
-    store, tokens = PrefixStore(2 * TOKENS // PAGE, PAGE), ids(TOKENS)
+    store, tokens = PrefixCache(2 * TOKENS // PAGE, PAGE), ids(TOKENS)
     lease, _ = store.extend(store.match(tokens), TOKENS)
     store.insert(lease, tokens)
     store.release(lease)
@@ -124,7 +124,7 @@ def test_match_and_release_52k_tokens(benchmark: Time) -> None:
 def test_pack_a_batch_of_8_that_decode_behind_52k_tokens(benchmark: Time) -> None:
     """What the engine does on the host between two steps."""
     pages = np.arange(TOKENS // PAGE + 1, dtype=np.int32)
-    rows = [Row(ids(1), TOKENS, pages, GREEDY) for _ in range(8)]
+    rows = [SequenceInput(ids(1), TOKENS, pages, GREEDY) for _ in range(8)]
     batch, _ = benchmark(pack, rows, Bucket(8, 1), len(pages))
     assert batch.block_table.shape == (8, len(pages))
 

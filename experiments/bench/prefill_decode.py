@@ -93,7 +93,7 @@ def make_engine(folder: Path, tokens: int) -> Engine:
     """Our engine on the checkpoint, started, with room for one sequence of `tokens` and what came before it."""
     config, params = checkpoint.load(folder, "float32")
     pages = 3 * (tokens // 64 + 2)
-    engine = Engine(unstacked(params), config, EngineSettings(num_pages=pages, max_model_len=tokens, max_batch=1))
+    engine = Engine(unstacked(params), config, EngineSettings(num_pages=pages, max_model_len=tokens, max_num_seqs=1))
     engine.start()
     return engine
 

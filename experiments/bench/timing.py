@@ -10,8 +10,8 @@ import numpy as np
 
 from model.kv import empty_pool
 from serve.engine.engine import Engine
-from serve.engine.request import Event, Failed, Finished, GenerationRequest, Sampled, Started
-from serve.engine.steps import fit, run_alone
+from serve.engine.request import Event, Failed, Finished, GenerationRequest, Started, TokenEvent
+from serve.engine.steps import run_alone, smallest_bucket
 
 
 class Asked:
@@ -35,7 +35,7 @@ class Asked:
         with self.changed:
             if isinstance(event, Started):
                 self.started = event
-            elif isinstance(event, Sampled):
+            elif isinstance(event, TokenEvent):
                 self.times.append(now)
                 self.tokens.append(event.token)
             elif isinstance(event, Finished | Failed):
@@ -67,18 +67,18 @@ class Passes:
         settings = engine.settings
         self.engine, self.prompt = engine, prompt
         self.pool = empty_pool(engine.config, settings.num_pages, settings.page_size, jnp.dtype(settings.dtype))
-        for start in range(0, len(prompt), settings.prefill_chunk):
-            self.seconds(start, min(settings.prefill_chunk, len(prompt) - start))
+        for start in range(0, len(prompt), settings.max_prefill_tokens):
+            self.seconds(start, min(settings.max_prefill_tokens, len(prompt) - start))
 
     def seconds(self, prefix: int, count: int, draft: int = 0) -> float:
         """Run tokens [prefix, prefix + count) of the prompt in the fewest chunks: seconds until all is computed.
 
         With a draft, the last so many are guesses and all are one chunk.
         """
-        engine, taken, largest = self.engine, 0.0, self.engine.settings.prefill_chunk
+        engine, taken, largest = self.engine, 0.0, self.engine.settings.max_prefill_tokens
         for start in range(prefix, prefix + count, largest):
             tokens = self.prompt[start : min(start + largest, prefix + count)]
-            bucket = fit(engine.buckets, [len(tokens)], every=draft > 0)
+            bucket = smallest_bucket(engine.buckets, [len(tokens)], every=draft > 0)
             self.pool, seconds = run_alone(engine.steps, engine.params, self.pool, bucket, tokens, start, draft)
             taken += seconds
         return taken

@@ -113,8 +113,8 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
         num_pages=pages,
         max_model_len=sizes.context + sizes.page,
         page_size=sizes.page,
-        max_batch=1,
-        prefill_chunk=sizes.engine_chunk,
+        max_num_seqs=1,
+        max_prefill_tokens=sizes.engine_chunk,
         dtype=sizes.dtype,
     )
     engine = Engine(random_params(sizes.model, jnp.dtype(sizes.dtype)), sizes.model, settings)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cache.pool import slots_for
-from cache.prefix_cache import PrefixStore
+from cache.pool import pages_for
+from cache.prefix_cache import PrefixCache
 from experiments.harness.server import prompt_counts
 from experiments.workloads.traces import Call
 from serve.engine.cost import Constants
@@ -26,7 +26,7 @@ CAPACITIES = (250_000, 500_000, 1_000_000, 2_000_000, 4_000_000)  # tokens
 ALL_PAGES = 2**22  # 268M tokens: more than 10^5 calls of agents write
 
 
-def replay(prompts: Iterable[np.ndarray], store: PrefixStore) -> np.ndarray:
+def replay(prompts: Iterable[np.ndarray], store: PrefixCache) -> np.ndarray:
     """Tokens of each prompt ([tokens] int32), and how many of them the store had: [calls, 2] int64.
 
     One prompt after another is matched, as the engine does it, and kept. An answer is not: the next prompt brings it.
@@ -85,12 +85,12 @@ def compare_capacities(
     Headers stripped, and then kept where calls have one. Capacities below the longest prompt are left out.
     """
 
-    def run(header: bool, store: PrefixStore) -> dict[str, Any]:
+    def run(header: bool, store: PrefixCache) -> dict[str, Any]:
         name = f"{'kept' if header else 'stripped'}, {store.pool.num_pages * PAGE_TOKENS:,} tokens"
         prompts = (call.tokens(header) for call in track(calls, name, console=console, transient=True))
         return outcome(calls, replay(prompts, store), costs)
 
-    store = PrefixStore(ALL_PAGES, PAGE_TOKENS)
+    store = PrefixCache(ALL_PAGES, PAGE_TOKENS)
     unlimited = run(False, store)
     # One page more: a page that is filled further is copied first.
     needed = (ALL_PAGES - store.pool.free_pages + 1) * PAGE_TOKENS
@@ -108,15 +108,15 @@ def compare_capacities(
     }
 
 
-def sized_store(capacity: int) -> PrefixStore:
+def sized_store(capacity: int) -> PrefixCache:
     """An empty store with room for `capacity` tokens, in whole pages."""
-    return PrefixStore(capacity // PAGE_TOKENS, PAGE_TOKENS)
+    return PrefixCache(capacity // PAGE_TOKENS, PAGE_TOKENS)
 
 
 def least_capacity(calls: Iterable[Call]) -> int:
     """Tokens that the longest prompt with its header needs, in whole pages, and the one that a copy may take."""
     longest = max(int(call.header[:, 1].sum() + call.blocks[:, 1].sum()) for call in calls)
-    return (slots_for(longest, PAGE_TOKENS) + 1) * PAGE_TOKENS
+    return (pages_for(longest, PAGE_TOKENS) + 1) * PAGE_TOKENS
 
 
 def capacity_table(summary: dict[str, Any]) -> Table:

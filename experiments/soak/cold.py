@@ -36,7 +36,7 @@ from serve.prompt.replay import ReplayLog
 from serve.prompt.signing import signing_key
 from serve.prompt.tokenizer import load_tokenizer
 from serve.rules.normalize import DEFAULT_RULES, normalize
-from serve.server.context import Caller
+from serve.server.context import RequestContext
 from serve.server.prepare import scope_of, trusted
 
 NEAR = 1e-4
@@ -116,7 +116,9 @@ class Cold:
     def prompt(self, kept: Kept) -> tuple[MessagesRequest, bytes, Prompt]:
         """The request behind an answer as its server saw it: after the rules, whose it was, its prompt."""
         headers = kept.headers
-        caller = Caller(DEFAULT_RULES, headers.get(SALT_HEADER, "").encode(), headers.get("x-api-key", "").encode())
+        caller = RequestContext(
+            DEFAULT_RULES, headers.get(SALT_HEADER, "").encode(), headers.get("x-api-key", "").encode()
+        )
         request = normalize(decode_request(json.dumps(kept.body).encode()), DEFAULT_RULES).request
         scope = scope_of(self.fingerprint, caller)
         recalled = trusted(self.replay.recall(scope, request.messages), request, self.key)

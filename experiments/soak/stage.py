@@ -111,14 +111,14 @@ def figures(samples: Mapping[str, float]) -> dict[str, float]:
     tiers = [key.split('"')[1] for key in samples if key.startswith("tokenzero_tier_pages{")]
     below = {tier: total("tokenzero_restored_tokens_total", f'tier="{tier}"') for tier in tiers}
     found = {
-        "answers": total("tokenzero_responses_total"),
-        "server_errors": total("tokenzero_responses_total", 'status="5'),
+        "answers": total("tokenzero_http_responses_total"),
+        "server_errors": total("tokenzero_http_responses_total", 'status="5'),
         "failed_requests": total("tokenzero_failed_requests_total"),
         "preemptions": total("tokenzero_preemptions_total"),
-        "running": total("tokenzero_running"),
-        "waiting": total("tokenzero_waiting"),
+        "running": total("tokenzero_num_requests_running"),
+        "waiting": total("tokenzero_num_requests_waiting"),
         "pages_in_use": total("tokenzero_pages", 'state="in_use"'),
-        "unsaved_pages": total("tokenzero_unsaved_pages_total"),
+        "unsaved_pages": total("tokenzero_write_dropped_pages_total"),
         "prompt_tokens": total("tokenzero_prompt_tokens_total"),
         "hits_device": total("tokenzero_reused_tokens_total") - sum(below.values()),
         "evicted_device": total("tokenzero_pages_evicted_total"),

@@ -1,7 +1,7 @@
 """The cost model of a run: constants with intervals, how well they predict, and what a volatile token costs.
 
-`python -m experiments.sweep.fit RUN` fits TTFT(n, p) of serve.engine.cost to a sweep's medians and writes RUN/cost_model.json, which
-`python -m serve --cost-model` loads.
+`python -m experiments.sweep.fit RUN` fits TTFT(n, p) of serve.engine.cost to a sweep's medians and writes
+RUN/cost_model.json, which `python -m serve --cost-model` loads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 from experiments.sweep.run_folder import Cell, RunError, cells, load
 from model.config import ModelConfig
 from serve.engine.cost import Constants, cost_model, file_contents
-from serve.engine.cost_fit import TERMS, accuracy, fit, held_out, intervals
+from serve.engine.cost_fit import TERMS, accuracy, fit_cost_model, held_out, intervals
 
 FILE = "cost_model.json"
 # Where in a prompt a volatile token is priced.
@@ -43,7 +43,7 @@ def fit_cells(found: Sequence[Cell], config: ModelConfig | None, seed: int = 0) 
     if len({(cell.point.model, cell.point.page_size) for cell in found}) != 1:
         raise ValueError("a cost model is of one model and page size: choose with --model and --page-size")
     samples = [cell.sample() for cell in found]
-    constants = fit(samples)
+    constants = fit_cost_model(samples)
     return file_contents(
         constants,
         config,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from experiments.harness.provenance import provenance
 from experiments.sweep.config import Config, groups, schedule
-from experiments.sweep.prompts import Piece, Point, expected_cached, layout, shared
+from experiments.sweep.prompts import Point, PromptPart, expected_cached, layout, shared
 from experiments.sweep.run_folder import Measurement, Run
 from experiments.sweep.targets import (
     ATTEMPTS,
@@ -39,7 +39,7 @@ def measure_point(target: Target, point: Point, tools_tokens: int, nonce: str) -
         fresh = f"{nonce} {attempt}"
         try:
             if prefix := shared(pieces):
-                prepare(target, [*prefix, Piece("question", 1, place="user")], f"{fresh} first")
+                prepare(target, [*prefix, PromptPart("question", 1, place="user")], f"{fresh} first")
             if point.arm == "restarted":
                 target.restart()
             elif point.arm == "evicted":

@@ -50,7 +50,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptPart:
     """A run of tokens: its text, where it stands in a chat, and whether each request brings another one."""
 
     text: Literal["base", "header", "billing", "thought", "question"]
@@ -60,37 +60,37 @@ class Piece:
     place: Literal["system", "assistant", "user"] = "system"
 
 
-def layout(point: Point, tools_tokens: int = 0) -> list[Piece]:
+def layout(point: Point, tools_tokens: int = 0) -> list[PromptPart]:
     """The pieces of an arm's prompt; the first `tools_tokens` of the stable text stand for the tools."""
 
-    def base(start: int, stop: int, place: Literal["system", "user"] = "system") -> Piece:
-        return Piece("base", stop - start, start, fresh=False, place=place)
+    def base(start: int, stop: int, place: Literal["system", "user"] = "system") -> PromptPart:
+        return PromptPart("base", stop - start, start, fresh=False, place=place)
 
     end, length = point.stable_tokens, point.header_tokens
-    question = Piece("question", point.suffix_tokens, place="user")
+    question = PromptPart("question", point.suffix_tokens, place="user")
     match point.arm:
         case "varying":
-            pieces = [base(0, point.position), Piece("header", length), base(point.position, end)]
+            pieces = [base(0, point.position), PromptPart("header", length), base(point.position, end)]
         case "tools-first":
-            pieces = [base(0, tools_tokens), Piece("header", length), base(tools_tokens, end)]
+            pieces = [base(0, tools_tokens), PromptPart("header", length), base(tools_tokens, end)]
         case "relocated":
-            pieces = [base(0, end), Piece("header", length, place="user")]
+            pieces = [base(0, end), PromptPart("header", length, place="user")]
         case "stripped":
-            pieces = [Piece("billing", length), base(0, end)]
+            pieces = [PromptPart("billing", length), base(0, end)]
         case "mutated-thinking":
-            thought = Piece("thought", length, place="assistant")
+            thought = PromptPart("thought", length, place="assistant")
             pieces = [base(0, point.position), thought, base(point.position, end, "user")]
         case _:
-            pieces = [Piece("header", length, fresh=False), base(0, end)]
+            pieces = [PromptPart("header", length, fresh=False), base(0, end)]
     return [piece for piece in [*pieces, question] if piece.tokens]
 
 
-def shared(pieces: Sequence[Piece]) -> list[Piece]:
+def shared(pieces: Sequence[PromptPart]) -> list[PromptPart]:
     """The pieces in front of the first fresh one: what every request of the arm can find in the cache.
 
     A billing header is no piece of the prompt where it is stripped.
     """
-    kept: list[Piece] = []
+    kept: list[PromptPart] = []
     for piece in pieces:
         if piece.fresh and piece.text != "billing":
             break
@@ -98,12 +98,12 @@ def shared(pieces: Sequence[Piece]) -> list[Piece]:
     return kept
 
 
-def expected_cached(pieces: Sequence[Piece]) -> int:
+def expected_cached(pieces: Sequence[PromptPart]) -> int:
     """Tokens that a cache of all that came before holds of a prompt."""
     return sum(piece.tokens for piece in shared(pieces) if piece.text != "billing")
 
 
-def tokens_of(pieces: Sequence[Piece], vocab: int, seed: int, fresh: np.random.Generator) -> np.ndarray:
+def tokens_of(pieces: Sequence[PromptPart], vocab: int, seed: int, fresh: np.random.Generator) -> np.ndarray:
     """Random token ids, [tokens] int32; what a normaliser strips is left out.
 
     Costs do not depend on which tokens they are, so no tokenizer has a part in it.
@@ -124,7 +124,7 @@ def base_text(seed: int, chars: int = BASE_CHARS) -> str:
     return prose(random.Random(f"base {seed}"), chars)
 
 
-def text_of(piece: Piece, chars_per_token: float, seed: int, fresh: random.Random) -> str:
+def text_of(piece: PromptPart, chars_per_token: float, seed: int, fresh: random.Random) -> str:
     """A piece as text of about its tokens; a billing header is as long as clients write it."""
     chars = round(piece.tokens * chars_per_token)
     rng = fresh if piece.fresh else random.Random(f"fixed {seed}")
@@ -141,7 +141,7 @@ def text_of(piece: Piece, chars_per_token: float, seed: int, fresh: random.Rando
             return f"{rng.getrandbits(32):08x}: {prose(rng, max(1, chars - 10))}"
 
 
-def messages(pieces: Sequence[Piece], chars_per_token: float, seed: int, fresh: random.Random) -> list[Json]:
+def messages(pieces: Sequence[PromptPart], chars_per_token: float, seed: int, fresh: random.Random) -> list[Json]:
     """The pieces as chat messages, in OpenAI's form: system, assistant with `reasoning_content`, and user.
 
     What stands in front of an assistant's turn is the system text and a word from the user.

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from experiments.harness.server import NoText, measure, running_server, timed_events
-from experiments.sweep.prompts import Piece, messages, tokens_of
+from experiments.sweep.prompts import PromptPart, messages, tokens_of
 
 # A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text. Random
 # weights end their turn at once in some answers of a hundred.
@@ -44,7 +44,7 @@ class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["in-process", "server", "messages", "openai"] = "in-process"
     url: str = ""  # messages, openai: up to and without `/v1`
     key_variable: str = ""  # messages, openai: the environment variable that holds the API key
-    prefill_chunk: int = 1024  # in-process, server
+    max_prefill_tokens: int = 1024  # in-process, server
     flags: tuple[str, ...] = ()  # server: more of `python -m serve`'s
 
     @property
@@ -74,7 +74,7 @@ class Answer:
 class Target(Protocol):
     """What a sweep needs of those it asks."""
 
-    def ask(self, pieces: Sequence[Piece], nonce: str) -> Answer:
+    def ask(self, pieces: Sequence[PromptPart], nonce: str) -> Answer:
         """Ask once. Pieces that are fresh depend on `nonce`. Raises TargetError."""
 
     def restart(self) -> None:
@@ -138,15 +138,15 @@ class InProcess:
             num_pages=self.sizes.pages,
             max_model_len=self.sizes.context,
             page_size=self.sizes.page_size,
-            max_batch=1,
-            prefill_chunk=self.target.prefill_chunk,
+            max_num_seqs=1,
+            max_prefill_tokens=self.target.max_prefill_tokens,
             dtype=self.dtype,
         )
         tiers = Tiers(str(self.folder / "store"), 20 * 10**9, 0) if self.sizes.stored else None
         self.engine = Engine(self.params, self.config, settings, self.fingerprint, tiers)
         self.engine.start()
 
-    def ask(self, pieces: Sequence[Piece], nonce: str) -> Answer:
+    def ask(self, pieces: Sequence[PromptPart], nonce: str) -> Answer:
         """See Target: from the submission to the first event, which the engine's thread sends."""
         from serve.engine.request import Event, Failed, Finished, GenerationRequest, Started
 
@@ -210,13 +210,13 @@ class Endpoint:
 
     def probe(self, size: int) -> Answer:
         """Ask about a text of so many tokens; another question where one has no answer. Raises TargetError at last."""
-        pieces = [Piece("base", size, fresh=False), Piece("question", 16, place="user")]
+        pieces = [PromptPart("base", size, fresh=False), PromptPart("question", 16, place="user")]
         for attempt in range(ATTEMPTS - 1):
             with suppress(EmptyAnswer):
                 return self.ask(pieces, f"probe {size} {attempt}")
         return self.ask(pieces, f"probe {size}")
 
-    def ask(self, pieces: Sequence[Piece], nonce: str) -> Answer:
+    def ask(self, pieces: Sequence[PromptPart], nonce: str) -> Answer:
         """See Target: the time is that to the first piece of an answer's text or thinking."""
         chat = messages(pieces, self.chars_per_token, self.seed, random.Random(nonce))
         body = {"model": self.model, "max_tokens": OUTPUT_TOKENS, "temperature": 0}
@@ -305,7 +305,7 @@ class OwnServer(Endpoint):
         store = ("--store", str(folder / "store")) if sizes.stored else ()
         self.flags = (
             *("--page-size", str(sizes.page_size), "--kv-pool-bytes", str(sizes.pages * page)),
-            *("--max-model-len", str(sizes.context), "--prefill-chunk", str(config.prefill_chunk)),
+            *("--max-model-len", str(sizes.context), "--max-prefill-tokens", str(config.max_prefill_tokens)),
             *(*store, *config.flags),
         )
         self.sizes, self.log = sizes, folder / "server.log"
@@ -353,7 +353,7 @@ def open_target(model: str, config: TargetConfig, sizes: Sizes, folder: Path, se
     return endpoint
 
 
-def prepare(target: Target, pieces: Sequence[Piece], nonce: str) -> None:
+def prepare(target: Target, pieces: Sequence[PromptPart], nonce: str) -> None:
     """Ask for what the answer leaves in the cache, be it empty."""
     with suppress(EmptyAnswer):
         target.ask(pieces, nonce)
@@ -362,4 +362,4 @@ def prepare(target: Target, pieces: Sequence[Piece], nonce: str) -> None:
 def ask_fillers(target: Target, sizes: Sizes, pages: int, nonce: str) -> None:
     """Ask for other prompts of the longest size, as many as fill a pool of `pages`, and one more."""
     for number in range(pages * sizes.page_size // sizes.longest + 1):
-        prepare(target, [Piece("question", sizes.longest, place="user")], f"{nonce} filler {number}")
+        prepare(target, [PromptPart("question", sizes.longest, place="user")], f"{nonce} filler {number}")

@@ -1,6 +1,7 @@
 """What synthetic sessions are made of: sentences, tool definitions, and tool calls on the standard library's files.
 
-Every function draws from the generator that it is given and nothing else; `experiments.workloads.sessions` arranges the pieces.
+Every function draws from the generator that it is given and nothing else; `experiments.workloads.sessions` arranges
+the pieces.
 """
 
 import base64

@@ -19,7 +19,7 @@ import jax
 
 from model.batch import Batch
 from model.kernels.cpu import build, linear, paged_attention
-from model.kernels.limits import QUERY_ROWS, why_not
+from model.kernels.limits import QUERY_ROWS, unsupported_reason
 from model.kv import KVPool
 
 log = logging.getLogger("tokenzero.kernels")
@@ -34,13 +34,13 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
     if on_cpu():
         if not build.available():
             return None
-        if reason := paged_attention.why_not(q, pool):
+        if reason := paged_attention.unsupported_reason(q, pool):
             warn_once("CPU kernel", reason)
             return None
         return paged_attention.paged_attention
     if not on_hopper() or batch.singles:
         return None
-    if reason := why_not(q, pool):
+    if reason := unsupported_reason(q, pool):
         warn_once("GPU kernels", reason)
         return None
     # Late, because these bring Mosaic along.
@@ -54,7 +54,7 @@ def linear_for(x: jax.Array, weight: jax.Array) -> Callable[..., jax.Array] | No
     """The kernel to call with (x, weight) for so few tokens on a CPU, or None where XLA is to do it."""
     if not on_cpu():
         return None
-    if x.shape[0] > linear.MOST_TOKENS or linear.why_not(x, weight) or not build.available():
+    if x.shape[0] > linear.MOST_TOKENS or linear.unsupported_reason(x, weight) or not build.available():
         return None
     return linear.linear
 

@@ -14,7 +14,7 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
 QUERY_ROWS = 64  # of one wgmma tile: it holds all query heads of a KV head
 
 
-def why_not(q: jax.Array, pool: KVPool) -> str | None:
+def unsupported_reason(q: jax.Array, pool: KVPool) -> str | None:
     """Why the GPU kernels cannot compute this, with what they can; None if they can."""
     found: list[tuple[str, str, object]] = [
         ("head_dim", "head_dim", q.shape[-1]),
@@ -31,6 +31,6 @@ def why_not(q: jax.Array, pool: KVPool) -> str | None:
 
 def refuse_unsupported(q: jax.Array, pool: KVPool) -> None:
     """Raise ValueError with what the kernels take, if this is not it."""
-    reason = why_not(q, pool)
+    reason = unsupported_reason(q, pool)
     if reason is not None:
         raise ValueError(reason)

@@ -1,7 +1,7 @@
 """Attention over the paged pool in XLA: the blockwise path, which runs everywhere.
 
-It is FlashAttention's online softmax (Dao et al., 2022, algorithm 1, https://arxiv.org/abs/2205.14135): keys are gathered
-from the pool a block of pages at a time, so memory grows with the chunk and not with the square of the prompt.
+It is FlashAttention's online softmax (Dao et al., 2022, algorithm 1, https://arxiv.org/abs/2205.14135): keys are
+gathered from the pool a block of pages at a time, so memory grows with the chunk, not with the square of the prompt.
 """
 
 from __future__ import annotations

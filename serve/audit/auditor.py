@@ -33,14 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cache.keys import page_keys, root_key, tail_key
-from cache.pool import slots_for
+from cache.pool import pages_for
 from cache.tier import Payload
 from model.kv import KVPool, gather_pages
 from serve.audit.case import Case, keep
 from serve.audit.findings import Mismatch, Reuse
 from serve.engine.engine import Engine
 from serve.engine.sequence import Sequence as Running
-from serve.engine.steps import GREEDY, Row
+from serve.engine.steps import GREEDY, SequenceInput
 from serve.limits.bounds import DEFAULT_BOUNDS
 
 log = logging.getLogger("tokenzero.audit")
@@ -114,7 +114,9 @@ def attach(engine: Engine, settings: AuditSettings) -> None:
     """Give an engine that is not started yet an auditor, if it has pages for one."""
     sizes = engine.settings
     if sizes.audit_pages:
-        engine.idle_work = Auditor(settings, engine.pool, sizes.audit_pages, sizes.dtype, sizes.mixed_chunk)
+        engine.idle_work = Auditor(
+            settings, engine.pool, sizes.audit_pages, sizes.dtype, sizes.max_mixed_prefill_tokens
+        )
 
 
 def auditor_of(engine: Engine) -> Auditor | None:
@@ -278,7 +280,7 @@ class Auditor:
         reuse = self.auditing = self.records[at]
         del self.records[at]
         self.record_bytes -= reuse.size
-        more = slots_for(max(0, reuse.reused - self.window), self.page_size)
+        more = pages_for(max(0, reuse.reused - self.window), self.page_size)
         start = self.random.randint(0, more) * self.page_size
         held = engine.store.find(reuse.tokens[: reuse.reused], reuse.salt)[1]
         self.start = start if start <= held else 0
@@ -304,7 +306,7 @@ class Auditor:
             if wrong := self.differs_from_device(engine, cached, start, at, min(at + count, held)):
                 return wrong
             if held < at + count:
-                unseen.update(range(max(held, at) // self.page_size, slots_for(at + count, self.page_size)))
+                unseen.update(range(max(held, at) // self.page_size, pages_for(at + count, self.page_size)))
             at += count
             yield None
         if unseen and engine.pager:
@@ -330,7 +332,7 @@ class Auditor:
             if stop % self.page_size:
                 engine.copy_page(int(cached[full]), self.spare)
             behind = np.append(cached[:full], self.spare).astype(np.int32)
-            found = engine.compute(Row(tokens[stop : stop + 1], stop, behind, GREEDY))
+            found = engine.compute(SequenceInput(tokens[stop : stop + 1], stop, behind, GREEDY))
             error, scale = float(np.abs(found - logits).max()), float(np.abs(logits).max())
             if self.beyond(error, scale):
                 return Mismatch("logits", "device", stop, 0, error=error, scale=scale)
@@ -355,8 +357,8 @@ class Auditor:
 
     def compute(self, engine: Engine, tokens: np.ndarray, at: int, stop: int, front: np.ndarray) -> np.ndarray:
         """Run tokens [at, stop) in the own pages, behind cached ones ([pages] int32): logits [vocab] float32."""
-        table = np.concatenate([front, self.pages])[: slots_for(stop, self.page_size)].astype(np.int32)
-        return engine.compute(Row(tokens[at:stop], at, table, GREEDY))
+        table = np.concatenate([front, self.pages])[: pages_for(stop, self.page_size)].astype(np.int32)
+        return engine.compute(SequenceInput(tokens[at:stop], at, table, GREEDY))
 
     def misnamed(self, engine: Engine, reuse: Reuse) -> Mismatch | None:
         """Whether a request's pages were found under another salt's name, or under names of other tokens."""
@@ -374,8 +376,8 @@ class Auditor:
         size = self.page_size
         if high <= low:  # the device has lost what was computed here
             return None
-        for first in range(low // size, slots_for(high, size), COMPARED):
-            indices = range(first, min(first + COMPARED, slots_for(high, size)))
+        for first in range(low // size, pages_for(high, size), COMPARED):
+            indices = range(first, min(first + COMPARED, pages_for(high, size)))
             ours = self.gather(engine.pool, [int(self.pages[i - start // size]) for i in indices])
             theirs = self.gather(engine.pool, [int(cached[i]) for i in indices])
             if wrong := self.differs("device", indices, ours, theirs, start, low, high):

@@ -34,7 +34,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str  # of the model, hexadecimal
     root: str  # key of the pages' parent, hexadecimal: a digest of fingerprint, page size and salt
     page_size: int
-    prefill_chunk: int
+    max_prefill_tokens: int
     dtype: str
     device: str
     jax: str
@@ -59,7 +59,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
             fingerprint=engine.fingerprint.hex(),
             root=root.hex(),
             page_size=settings.page_size,
-            prefill_chunk=settings.prefill_chunk,
+            max_prefill_tokens=settings.max_prefill_tokens,
             dtype=settings.dtype,
             device=jax.devices()[0].device_kind,
             jax=jax.__version__,

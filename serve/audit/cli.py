@@ -23,7 +23,7 @@ from serve.audit.case import Case, read
 from serve.audit.findings import Mismatch
 from serve.engine.cost import Constants
 from serve.engine.engine import Engine, EngineSettings
-from serve.engine.request import Event, Failed, GenerationRequest, Sampled, Started
+from serve.engine.request import Event, Failed, GenerationRequest, Started, TokenEvent
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,8 +63,8 @@ def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: by
         num_pages=pages + 2,
         max_model_len=len(tokens) + 1,
         page_size=case.page_size,
-        max_batch=1,
-        prefill_chunk=case.prefill_chunk,
+        max_num_seqs=1,
+        max_prefill_tokens=case.max_prefill_tokens,
         dtype=case.dtype,
         audit_pages=max(pages + 2, LEAST_PAGES),
     )
@@ -115,7 +115,7 @@ def answered(engine: Engine, request: Any) -> tuple[int, Any]:
     if failed := [event for event in found if isinstance(event, Failed)]:
         raise ValueError(f"the engine failed: {failed[0].message}")
     return (
-        next(event.token for event in found if isinstance(event, Sampled)),
+        next(event.token for event in found if isinstance(event, TokenEvent)),
         next(event for event in found if isinstance(event, Started)),
     )
 

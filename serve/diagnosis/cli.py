@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from serve.api.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
-from serve.diagnosis.compare import Outcome, characters, compare, rule_sets
+from serve.diagnosis.compare import Comparison, characters, compare, rule_sets
 from serve.diagnosis.divergence import CAUSES
 from serve.diagnosis.sections import CHARACTERS, vocabulary_of
 from serve.prompt.render import Prompt, prompt
@@ -55,9 +55,9 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("paths", nargs="+", type=Path, metavar="FILE", help="two requests, or a folder of them")
     cli.add_argument("--model", metavar="DIR", help="checkpoint whose tokenizer counts (default: characters)")
     cli.add_argument("--normalize", metavar="RULES", help="one set of rules, comma-separated (default: compare many)")
-    cli.add_argument("--picture", type=Path, metavar="FILE", help="write the tables as an SVG picture, too")
+    cli.add_argument("--svg", type=Path, metavar="FILE", help="write the tables as an SVG picture, too")
     args = cli.parse_args(argv)
-    console = Console(record=args.picture is not None)
+    console = Console(record=args.svg is not None)
     render, vocabulary, unit = characters, CHARACTERS, "characters"
     try:
         named = {args.normalize: parse_rules(args.normalize)} if args.normalize else rule_sets()
@@ -72,13 +72,13 @@ def main(argv: Sequence[str]) -> None:
         for older, newer, old, new in requests:
             outcomes = {name: compare(old, new, rules, render, vocabulary) for name, rules in named.items()}
             show(console, f"{older.name} -> {newer.name}, in {unit}", outcomes)
-        if args.picture:
-            console.save_svg(str(args.picture), title="tokenzero explain")
+        if args.svg:
+            console.save_svg(str(args.svg), title="tokenzero explain")
     except (OSError, ValueError, InvalidRequest, RecursionError) as error:
         sys.exit(f"explain: {error}")
 
 
-def show(console: Any, title: str, outcomes: dict[str, Outcome]) -> None:
+def show(console: Any, title: str, outcomes: dict[str, Comparison]) -> None:
     """Print how far one request matches another, a row for each set of rules, and what the causes mean."""
     from rich.markup import escape
     from rich.table import Table

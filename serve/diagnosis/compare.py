@@ -15,7 +15,7 @@ import numpy as np
 
 from cache.radix_tree import common_prefix
 from serve.api.messages import Block, CountTokensRequest, InvalidRequest, ToolUseBlock
-from serve.diagnosis.divergence import Seen, difference, sections_of
+from serve.diagnosis.divergence import RememberedRequest, difference, sections_of
 from serve.diagnosis.sections import Vocabulary, message_parts, said, system_parts
 from serve.prompt.conversation import blocks, tool_definitions
 from serve.prompt.render import Prompt
@@ -25,7 +25,7 @@ Render = Callable[[CountTokensRequest, bool], Prompt]  # the flag: tools ahead o
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Comparison:
     """How far a request matches the one before it. `cause` is None where it only goes on."""
 
     position: int = 0
@@ -45,25 +45,25 @@ def rule_sets() -> dict[str, frozenset[str]]:
 
 def compare(
     old: CountTokensRequest, new: CountTokensRequest, rules: frozenset[str], render: Render, vocabulary: Vocabulary
-) -> Outcome:
+) -> Comparison:
     """How far `new` matches `old` once the rules are applied to both."""
     before, after = (normalize(request, rules).request for request in (old, new))
     try:
         was, now = (seen(request, render(request, "tools-first" in rules)) for request in (before, after))
     except InvalidRequest as error:
-        return Outcome(refused=str(error))
+        return Comparison(refused=str(error))
     shared, length = common_prefix(now.tokens, was.tokens), len(now.tokens)
     # The start of an answer is no part of what was said.
     opening = len(was.prompt.opening.encode()) if was.prompt.opening else 0
     if shared == length or shared >= len(was.tokens) - (opening if extends(after, before) else 0):
-        return Outcome(shared, length)
+        return Comparison(shared, length)
     found = difference(now, was, shared, sections_of(now, vocabulary))
-    return Outcome(shared, length, found.section, found.cause, found.here, found.there)
+    return Comparison(shared, length, found.section, found.cause, found.here, found.there)
 
 
-def seen(request: CountTokensRequest, made: Prompt) -> Seen:
+def seen(request: CountTokensRequest, made: Prompt) -> RememberedRequest:
     """A request of a file; here a model is what it is called."""
-    return Seen("", request, made, made.tokens, request.model)
+    return RememberedRequest("", request, made, made.tokens, request.model)
 
 
 def extends(new: CountTokensRequest, old: CountTokensRequest) -> bool:

@@ -37,7 +37,7 @@ from serve.diagnosis.sections import Sections, Vocabulary, system_parts
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
 from serve.prompt.conversation import block_text, blocks
-from serve.prompt.render import Piece, Prompt
+from serve.prompt.render import Prompt, PromptSegment
 from serve.rules.normalize import strip_preamble
 
 log = logging.getLogger("tokenzero.divergence")
@@ -45,30 +45,30 @@ log = logging.getLogger("tokenzero.divergence")
 REMEMBERED = 32  # requests that each new one is compared with, at most
 REPORT_BYTES = 2**20  # of the reports on the latest requests, about 2 KB each
 NAMED = 200  # characters of a section's name, which holds that of a tool
-RULES_TOLD = 32  # that changed a request
+MAX_LISTED_RULES = 32  # that changed a request
 SHOWN = 12  # tokens of either side
 BEGINNING = 64  # characters of a system text
 
 CAUSES = {
     "preamble": "a billing header in front of the system text differs",
-    "system changed": "the system text differs",
-    "tools reordered": "the same tools, in another order or with their keys in another order",
-    "tools changed": "the tools differ",
-    "history edited": "an earlier message or answer differs from what was said",
-    "settings changed": "the same words, rendered in another way: thinking or tool_choice differ",
-    "first sight": "nobody has said this before",
-    "too short": "the prompt is shorter than a page",
+    "system_changed": "the system text differs",
+    "tools_reordered": "the same tools, in another order or with their keys in another order",
+    "tools_changed": "the tools differ",
+    "history_edited": "an earlier message or answer differs from what was said",
+    "settings_changed": "the same words, rendered in another way: thinking or tool_choice differ",
+    "new_content": "nobody has said this before",
+    "below_page_size": "the prompt is shorter than a page",
     "evicted": "it was cached, and had to make room",
-    "forgotten": "the nearest sequence is cached, and no longer remembered by this report",
-    "model changed": "the nearest sequence is another model's",
+    "no_longer_tracked": "the nearest sequence is cached, and no longer remembered by this report",
+    "model_changed": "the nearest sequence is another model's",
     "salt": "the nearest sequence has another cache salt",
 }
 # Nothing that was computed before is computed again, as far as is known.
-UNAVOIDABLE = ("first sight", "too short", "forgotten")
+UNAVOIDABLE = ("new_content", "below_page_size", "no_longer_tracked")
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class RememberedRequest:
     """A request as it was rendered, and what was sampled for it."""
 
     id: str  # of its message
@@ -85,15 +85,15 @@ class Kept:
 
     id: str
     body: bytes  # JSON of the request as the rules left it
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PromptSegment, ...]
     counts: tuple[int, ...]
     prompt_tokens: int
-    tokens: np.ndarray  # [tokens] int32, as in Seen
+    tokens: np.ndarray  # [tokens] int32, as in RememberedRequest
     model: str
     salt: bytes
 
     @staticmethod
-    def of(seen: Seen) -> Kept:
+    def of(seen: RememberedRequest) -> Kept:
         """What to remember of a request."""
         made = seen.prompt
         body = msgspec.json.encode(seen.request)
@@ -105,11 +105,11 @@ class Kept:
         pieces = sum(map(sys.getsizeof, self.pieces)) + 40 * len(self.counts)
         return sys.getsizeof(self.body) + pieces + self.tokens.nbytes + len(self.model) + len(self.salt) + 1000
 
-    def seen(self) -> Seen:
+    def seen(self) -> RememberedRequest:
         """The request as it was."""
         tokens = self.tokens[: self.prompt_tokens]
         made = Prompt(self.pieces, tokens, self.counts, None, tokens[:0], False)
-        return Seen(self.id, decode_count_tokens(self.body), made, self.tokens, self.model, self.salt)
+        return RememberedRequest(self.id, decode_count_tokens(self.body), made, self.tokens, self.model, self.salt)
 
 
 @dataclass(frozen=True)
@@ -154,23 +154,28 @@ class Divergences:
         vocabulary: Vocabulary,
         page_size: int,
         prefill_s: Callable[[int, int], float] = lambda start, stop: math.inf,
-        show_text: bool = True,
+        show_prompt_text: bool = True,
         unit: str = "tokens",
         most_bytes: int = DEFAULT_BOUNDS.reports,
     ) -> None:
-        self.vocabulary, self.page_size, self.prefill_s, self.show_text = vocabulary, page_size, prefill_s, show_text
+        self.vocabulary, self.page_size, self.prefill_s, self.show_prompt_text = (
+            vocabulary,
+            page_size,
+            prefill_s,
+            show_prompt_text,
+        )
         self.unit = unit
         self.kept: Recent[str, Kept] = Recent(most_bytes, lambda kept: kept.bytes, REMEMBERED)
         self.reports: Recent[str, Report] = Recent(REPORT_BYTES, lambda made: 1000 + len(msgspec.json.encode(made)))
 
-    def started(self, new: Seen, by_tier: Mapping[str, int], rules: tuple[str, ...] = ()) -> Report:
+    def started(self, new: RememberedRequest, by_tier: Mapping[str, int], rules: tuple[str, ...] = ()) -> Report:
         """Report on a request whose prompt is computed, `by_tier` of it reused, and remember it."""
         others = self.kept.values()
         self.kept.put(new.id, Kept.of(new))
         made = report(new, others, by_tier, self.vocabulary, self.page_size, self.prefill_s)
-        hidden = {} if self.show_text else {"here": None, "there": None}
+        hidden = {} if self.show_prompt_text else {"here": None, "there": None}
         section = made.section and made.section[:NAMED]
-        made = msgspec.structs.replace(made, section=section, rules=rules[:RULES_TOLD], unit=self.unit, **hidden)
+        made = msgspec.structs.replace(made, section=section, rules=rules[:MAX_LISTED_RULES], unit=self.unit, **hidden)
         self.reports.put(made.id, made)
         if made.cause and made.cause not in UNAVOIDABLE:
             log.info("%s", sentence(made))
@@ -200,7 +205,7 @@ class Divergences:
             return None
         return made, sections_of(kept.seen(), self.vocabulary).ranges() if kept else None
 
-    def diagnose(self, new: Seen, previous_id: str | None, reused: int) -> Diagnostics | None:
+    def diagnose(self, new: RememberedRequest, previous_id: str | None, reused: int) -> Diagnostics | None:
         """The API's answer to `diagnostics.previous_message_id`; None if nothing was missed."""
         if previous_id is None:
             return None
@@ -231,7 +236,7 @@ def nearest(tokens: np.ndarray, others: Iterable[Kept]) -> tuple[Kept | None, in
 
 
 def report(
-    new: Seen,
+    new: RememberedRequest,
     others: Sequence[Kept],
     by_tier: Mapping[str, int],
     vocabulary: Vocabulary,
@@ -263,7 +268,7 @@ def report(
     gone = min(shared, limit) - reused
     behind = min(len(old.tokens), limit) - shared if old else 0
     if stranger and further > max(shared, reused) and sections.at(further - 1) != "template":
-        foreign = "model changed" if stranger.model != new.model else "salt"
+        foreign = "model_changed" if stranger.model != new.model else "salt"
         old, at, held = stranger, reused, min(further, limit)
         found = Difference(sections.at(at), foreign, shown(new, at, vocabulary), "")
     elif old and gone > 1 and gone >= behind and sections.at(shared - 1) != "template":
@@ -274,9 +279,9 @@ def report(
         found = difference(new, old.seen(), at, sections)
     else:
         old, at, held = None, reused, reused
-        cause = "forgotten" if reused else "first sight"
+        cause = "no_longer_tracked" if reused else "new_content"
         found = Difference(sections.at(at), cause, shown(new, at, vocabulary), "")
-    cause = "too short" if len(tokens) <= page_size else found.cause
+    cause = "below_page_size" if len(tokens) <= page_size else found.cause
     lost = 0 if cause in UNAVOIDABLE else max(0, held - reused)
     seconds = prefill_s(reused, reused + lost)
     return msgspec.structs.replace(
@@ -292,17 +297,17 @@ def report(
     )
 
 
-def sections_of(seen: Seen, vocabulary: Vocabulary) -> Sections:
+def sections_of(seen: RememberedRequest, vocabulary: Vocabulary) -> Sections:
     """The sections of a request's prompt."""
     return Sections(seen.request, seen.prompt.pieces, seen.prompt.counts, seen.prompt.tokens, vocabulary)
 
 
-def shown(seen: Seen, at: int, vocabulary: Vocabulary) -> str:
+def shown(seen: RememberedRequest, at: int, vocabulary: Vocabulary) -> str:
     """A few tokens of a sequence."""
     return vocabulary.text(seen.tokens[at : at + SHOWN])
 
 
-def difference(new: Seen, old: Seen, at: int, sections: Sections) -> Difference:
+def difference(new: RememberedRequest, old: RememberedRequest, at: int, sections: Sections) -> Difference:
     """Why a prompt, which has these sections, and a sequence that share `at` tokens share no more."""
     here, there = (sections.vocabulary.data(seen.tokens[at : at + SHOWN]) for seen in (new, old))
     # Tokens may begin alike and differ in their last byte.
@@ -310,8 +315,8 @@ def difference(new: Seen, old: Seen, at: int, sections: Sections) -> Difference:
     section, cause = why(new, old, sections.at(at, into))
     begins = not sections.marks or at == 0 or sections.at(at, into - 1) == "template"
     strangers = cause == "preamble" and beginning(new.request) != beginning(old.request)
-    if strangers or (begins and cause in ("system changed", "tools changed", "tools reordered")):
-        cause = "first sight"
+    if strangers or (begins and cause in ("system_changed", "tools_changed", "tools_reordered")):
+        cause = "new_content"
     return Difference(section, cause, here.decode("utf-8", "replace"), there.decode("utf-8", "replace"))
 
 
@@ -320,10 +325,10 @@ def beginning(request: CountTokensRequest) -> str:
     return "".join(strip_preamble(text).kept for _, text in system_parts(request))[:BEGINNING]
 
 
-def why(new: Seen, old: Seen, section: str) -> tuple[str, str]:
+def why(new: RememberedRequest, old: RememberedRequest, section: str) -> tuple[str, str]:
     """The section and the cause of a difference that was found in `section`, where the template may have moved it."""
     if new.model != old.model:
-        return section, "model changed"
+        return section, "model_changed"
     if new.salt != old.salt:
         return section, "salt"
     kind = section.partition("[")[0]
@@ -331,7 +336,7 @@ def why(new: Seen, old: Seen, section: str) -> tuple[str, str]:
     for part in sorted(checks, key=lambda part: part != kind):
         if cause := checks[part](new.request, old.request, section):
             return (section if part == kind else part), cause
-    return section, "settings changed"
+    return section, "settings_changed"
 
 
 def system_cause(new: CountTokensRequest, old: CountTokensRequest, section: str) -> str | None:
@@ -344,7 +349,7 @@ def text_cause(ours: Sequence[str], theirs: Sequence[str]) -> str:
     """Whether system texts differ in a header in front of one of them, or in what follows."""
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     headers = [strip_preamble(text).removed for texts in (ours, theirs) for text in texts[at : at + 1]]
-    return "preamble" if any(headers) and (len(headers) == 1 or headers[0] != headers[1]) else "system changed"
+    return "preamble" if any(headers) and (len(headers) == 1 or headers[0] != headers[1]) else "system_changed"
 
 
 def tools_cause(new: CountTokensRequest, old: CountTokensRequest, section: str) -> str | None:
@@ -360,7 +365,7 @@ def tools_cause(new: CountTokensRequest, old: CountTokensRequest, section: str) 
         same = sorted(written(ours, "sorted")) == sorted(written(theirs, "sorted"))
     except RecursionError:  # schemas that nest too deeply to be compared
         same = False
-    return "tools reordered" if same else "tools changed"
+    return "tools_reordered" if same else "tools_changed"
 
 
 def messages_cause(new: CountTokensRequest, old: CountTokensRequest, section: str) -> str | None:
@@ -372,15 +377,15 @@ def messages_cause(new: CountTokensRequest, old: CountTokensRequest, section: st
         at += 1
     if at == len(ours) or named < at == len(theirs):
         if section.endswith(("assistant", "thinking", "tool_use")):
-            return "history edited"  # the same content: the answer was not rendered as it was sampled
-        return "first sight" if section.startswith("messages") and len(ours) < len(theirs) else None
+            return "history_edited"  # the same content: the answer was not rendered as it was sampled
+        return "new_content" if section.startswith("messages") and len(ours) < len(theirs) else None
     if ours[at].role == "system" and at < len(theirs):
         cause = text_cause(system_texts(ours[at]), system_texts(theirs[at]))
         if cause == "preamble":
             return cause
     again = at > 0 or any(blocks(a) == blocks(b) for a, b in zip(ours[at + 1 :], theirs[at + 1 :], strict=False))
     edited = again and any(message.role == "assistant" for message in ours[at:])
-    return "history edited" if edited else "first sight"
+    return "history_edited" if edited else "new_content"
 
 
 def system_texts(message: InputMessage) -> list[str]:
@@ -390,13 +395,13 @@ def system_texts(message: InputMessage) -> list[str]:
 
 def miss_reason(cause: str, missed: int) -> CacheMissReason:
     """A cause in the API's terms, which know no more than which part changed."""
-    if cause == "model changed":
+    if cause == "model_changed":
         return ModelChanged(missed)
-    if cause in ("preamble", "system changed"):
+    if cause in ("preamble", "system_changed"):
         return SystemChanged(missed)
-    if cause in ("tools reordered", "tools changed"):
+    if cause in ("tools_reordered", "tools_changed"):
         return ToolsChanged(missed)
-    if cause in ("history edited", "first sight"):
+    if cause in ("history_edited", "new_content"):
         return MessagesChanged(missed)
     return Unavailable()
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from serve.api.messages import Block, CountTokensRequest, TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock
 from serve.prompt.conversation import block_text, blocks, result_text
-from serve.prompt.render import Piece
+from serve.prompt.render import PromptSegment
 
 PROBE = 64  # characters that a part is recognised by
 WINDOW = 2**18  # bytes behind one message in which the next one begins
@@ -88,7 +88,7 @@ class Sections:
     """The sections of one prompt. Nothing is computed before it is asked for."""
 
     request: CountTokensRequest
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PromptSegment, ...]
     counts: tuple[int, ...]  # tokens of each piece
     tokens: np.ndarray  # [tokens] int32
     vocabulary: Vocabulary

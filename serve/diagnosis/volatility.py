@@ -69,8 +69,8 @@ class Client:
 class Volatility:
     """Compares each client's consecutive requests. Any thread may use it."""
 
-    def __init__(self, show_text: bool = True, most_bytes: int = DEFAULT_BOUNDS.volatility) -> None:
-        self.show_text = show_text
+    def __init__(self, show_prompt_text: bool = True, most_bytes: int = DEFAULT_BOUNDS.volatility) -> None:
+        self.show_prompt_text = show_prompt_text
         self.clients: Recent[bytes, Client] = Recent(most_bytes, lambda client: client.bytes)
         self.found: list[Volatile] = []
         self.lock = Lock()
@@ -89,7 +89,7 @@ class Volatility:
                     section,
                     line,
                     client.requests,
-                    *((before, after) if self.show_text else ()),
+                    *((before, after) if self.show_prompt_text else ()),
                 )
                 for (section, line), before, after in follow(client, segments)
             ]

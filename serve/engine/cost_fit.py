@@ -27,7 +27,7 @@ class Sample:
         return (1.0, n - p, (n**2 - p**2) / 2, p, self.restored)
 
 
-def fit(samples: Sequence[Sample]) -> Constants:
+def fit_cost_model(samples: Sequence[Sample]) -> Constants:
     """The constants with the least squared relative error: a millisecond counts for more in a short request.
 
     Nothing costs less than nothing: a term that comes out negative is left out and the others are fitted again.
@@ -55,7 +55,7 @@ def intervals(samples: Sequence[Sample], seed: int = 0, rounds: int = 1000) -> d
     for _ in range(rounds):
         chosen = [samples[i] for i in rng.integers(0, len(samples), len(samples))]
         try:
-            drawn.append(astuple(fit(chosen)))
+            drawn.append(astuple(fit_cost_model(chosen)))
         except ValueError:  # a draw of few different samples
             continue
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
@@ -68,7 +68,7 @@ def held_out(samples: Sequence[Sample], seed: int = 0, folds: int = 5) -> np.nda
     predicted = np.zeros(len(samples))
     for fold in range(folds):
         hidden = set(order[fold::folds].tolist())
-        constants = fit([s for i, s in enumerate(samples) if i not in hidden])
+        constants = fit_cost_model([s for i, s in enumerate(samples) if i not in hidden])
         for i in hidden:
             predicted[i] = constants.ttft_s(samples[i].prompt, samples[i].cached, samples[i].restored)
     return predicted

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from cache.pool import PoolExhausted
-from cache.prefix_cache import PrefixStore
+from cache.prefix_cache import PrefixCache
 from cache.tiers import Tiers
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
@@ -30,11 +30,11 @@ from model.params import Params
 from serve.engine.cost import Constants, cost_model
 from serve.engine.inbox import Inbox, Overloaded
 from serve.engine.paging import Pager
-from serve.engine.prompt_lookup import guess
-from serve.engine.request import Event, Failed, Finished, GenerationRequest, Sampled, Started, Waiting
+from serve.engine.prompt_lookup import propose_draft
+from serve.engine.request import Event, Failed, Finished, GenerationRequest, Started, TokenEvent, Waiting
 from serve.engine.schedule import by_urgency, most_urgent
-from serve.engine.sequence import Flight, Seat, Sequence, Turn, Unpicked
-from serve.engine.steps import Row, compile_steps, fit, ladder, pack, pack_masks, warm_up
+from serve.engine.sequence import InFlightStep, ScheduledSequence, Sequence, SequenceOutput, UnsampledStep
+from serve.engine.steps import SequenceInput, batch_buckets, compile_steps, pack, pack_masks, smallest_bucket, warm_up
 
 log = logging.getLogger("tokenzero.engine")
 
@@ -55,13 +55,13 @@ class EngineSettings:
     num_pages: int
     max_model_len: int  # tokens of prompt and output together
     page_size: int = 64
-    max_batch: int = 16  # sequences that run at the same time
-    max_waiting: int = 256  # requests that may queue before new ones are refused
-    prefill_chunk: int = 1024
+    max_num_seqs: int = 16  # sequences that run at the same time
+    max_queue: int = 256  # requests that may queue before new ones are refused
+    max_prefill_tokens: int = 1024
     # Chunk while others decode: what their next token may have to wait for.
-    mixed_chunk: int = 256
+    max_mixed_prefill_tokens: int = 256
     # Tokens that a decoding sequence runs on trial in each step, where its text repeats itself; 0 for none.
-    guesses: int = 0
+    speculative_tokens: int = 0
     restore_bytes: int = 1 << 30  # of pages that were read back and are not in the pool yet
     stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
@@ -69,7 +69,9 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         """No chunk is longer in company than alone."""
-        object.__setattr__(self, "mixed_chunk", min(self.mixed_chunk, self.prefill_chunk))
+        object.__setattr__(
+            self, "max_mixed_prefill_tokens", min(self.max_mixed_prefill_tokens, self.max_prefill_tokens)
+        )
 
 
 @dataclass
@@ -82,14 +84,14 @@ class Counters:
     reused_tokens: int = 0
     prefilled_tokens: int = 0
     generated_tokens: int = 0
-    guessed_tokens: int = 0
-    right_guesses: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     failures: int = 0
 
 
 class IdleWork(Protocol):
-    """Work that the engine's thread does while it has no requests, one short step at a time. Its methods never raise."""
+    """Work for the engine's thread while it has no requests, one short step at a time. Its methods never raise."""
 
     def turn(self, engine: Engine) -> None:
         """Do one step, if the engine is idle."""
@@ -122,8 +124,13 @@ class Engine:
             )
         self.params, self.config, self.settings, self.fingerprint = params, config, settings, fingerprint
         self.pool = self.fresh_pool()
-        self.store = PrefixStore(settings.num_pages, settings.page_size, fingerprint)
-        self.buckets = ladder(settings.max_batch, settings.prefill_chunk, settings.mixed_chunk, settings.guesses)
+        self.store = PrefixCache(settings.num_pages, settings.page_size, fingerprint)
+        self.buckets = batch_buckets(
+            settings.max_num_seqs,
+            settings.max_prefill_tokens,
+            settings.max_mixed_prefill_tokens,
+            settings.speculative_tokens,
+        )
         self.steps = compile_steps(params, self.pool, config, self.buckets, settings.max_model_len, on_progress)
         self.cost = cost_model(config, costs)
         self.inbox = Inbox()
@@ -132,7 +139,7 @@ class Engine:
         )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.flight: Flight | None = None
+        self.flight: InFlightStep | None = None
         self.answer_s = 0.0  # what answers take, from first token to last: a moving mean
         self.landed_at = 0.0  # when the latest step had been read, by `time.perf_counter`
         self.full = False  # the next request has no room until one that runs has ended
@@ -184,8 +191,8 @@ class Engine:
         tokens = np.zeros(len(prompt) + min(request.max_tokens, room), np.int32)
         tokens[: len(prompt)] = prompt
         with self.inbox.changed:
-            if len(self.inbox.submissions) + len(self.waiting) >= self.settings.max_waiting:
-                raise Overloaded(f"{self.settings.max_waiting} requests are waiting already")
+            if len(self.inbox.submissions) + len(self.waiting) >= self.settings.max_queue:
+                raise Overloaded(f"{self.settings.max_queue} requests are waiting already")
             self.numbers += 1
             sequence = Sequence(self.numbers, request, emit, tokens, len(prompt), submitted=time.perf_counter())
             self.inbox.submit(sequence)
@@ -246,7 +253,7 @@ class Engine:
     def step(self) -> None:
         """Admit, launch a step for all that decodes and one prefill chunk, then read the step before it."""
         read = self.landed_at
-        if self.settings.guesses:
+        if self.settings.speculative_tokens:
             self.land()  # what may come next depends on what came
         self.admit()
         restored = self.restore_pages()
@@ -260,32 +267,34 @@ class Engine:
         self.idle = not (launched or restored or self.landed_at > read)
         self.counters.steps += 1
 
-    def plan(self) -> list[Turn]:
+    def plan(self) -> list[ScheduledSequence]:
         """Who runs in the next step, and what: all that decode, behind a chunk of one that prefills."""
         decoding = [s for s in self.running if s.decodes]
         prefilling = [s for s in self.running if s.pending > 1 and not (self.pager and self.pager.blocked(s))]
         if not prefilling:
-            return [Turn(s, 1, self.guesses(s)) for s in decoding]
+            return [ScheduledSequence(s, 1, self.guesses(s)) for s in decoding]
         now = time.perf_counter()
         sequence = most_urgent(
             prefilling, lambda s: now - s.submitted, lambda s: self.cost.prefill_s(s.computed, s.length)
         )
         self.adopt(sequence)
-        count = min(sequence.pending, self.settings.mixed_chunk if decoding else self.settings.prefill_chunk)
+        count = min(
+            sequence.pending, self.settings.max_mixed_prefill_tokens if decoding else self.settings.max_prefill_tokens
+        )
         if self.pager:
             count = min(count, self.pager.until_restore(sequence) or count)
-        return [Turn(sequence, count), *(Turn(s, 1) for s in decoding)]
+        return [ScheduledSequence(sequence, count), *(ScheduledSequence(s, 1) for s in decoding)]
 
     def guesses(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens that may come next but one in a sequence, to be run on trial."""
-        if not self.settings.guesses or sequence.request.constraint:
+        if not self.settings.speculative_tokens or sequence.request.constraint:
             return ()
-        count = min(self.settings.guesses, sequence.room - 1)
-        return tuple(guess(sequence.tokens[: sequence.length], count).tolist())
+        count = min(self.settings.speculative_tokens, sequence.room - 1)
+        return tuple(propose_draft(sequence.tokens[: sequence.length], count).tolist())
 
     def admit(self) -> None:
         """Move waiting sequences to the running ones while there is room for their prompts."""
-        while self.waiting and len(self.running) < self.settings.max_batch and not self.full:
+        while self.waiting and len(self.running) < self.settings.max_num_seqs and not self.full:
             sequence, others = self.in_line()[0], list(self.running)
             self.waiting.remove(sequence)
             # Counted as running before anything can raise: a request that breaks a step must not be tried again.
@@ -371,14 +380,14 @@ class Engine:
         sequence.lease = lease
         sequence.take_over(lease.reused, self.settings.page_size)
 
-    def launch(self, plan: list[Turn]) -> Flight | None:
+    def launch(self, plan: list[ScheduledSequence]) -> InFlightStep | None:
         """Start the step that a plan asks for; None if there is nothing to run."""
         chosen = [t for t in plan if self.make_room(t.sequence, t.sequence.computed + t.count + len(t.guesses))]
         # A later one may have preempted an earlier one.
         rows = [(t, self.row(t)) for t in chosen if t.sequence.lease is not None]
         if not rows:
             return None
-        bucket = fit(self.buckets, [len(row.tokens) for _, row in rows], any(row.draft for _, row in rows))
+        bucket = smallest_bucket(self.buckets, [len(row.tokens) for _, row in rows], any(row.draft for _, row in rows))
         batch, sampling = pack([row for _, row in rows], bucket, self.steps.table_pages)
         before = self.steps.nothing
         if self.flight:
@@ -389,15 +398,15 @@ class Engine:
         logits, self.pool = step.forward(self.params, self.pool, batch, before)
         (turn, first), alone = rows[0], len(rows) == 1
         chunk = (first.prefix, first.prefix + turn.count) if alone and turn.count > 1 else None
-        flight, at = Flight([], launched, chunk, Unpicked(step, logits, sampling)), 0
+        flight, at = InFlightStep([], launched, chunk, UnsampledStep(step, logits, sampling)), 0
         for turn, _ in rows:
             sequence, prefills = turn.sequence, turn.sequence.pending > 1
             sequence.computed += turn.count
             samples = sequence.computed >= sequence.length
             sequence.flight = flight if samples else None
-            flight.seats.append(Seat(sequence, at, turn.guesses, samples))
+            flight.seats.append(SequenceOutput(sequence, at, turn.guesses, samples))
             at += 1 + len(turn.guesses)
-            self.counters.guessed_tokens += len(turn.guesses)
+            self.counters.draft_tokens += len(turn.guesses)
             if prefills:
                 self.counters.prefilled_tokens += turn.count
                 self.publish(sequence)
@@ -405,7 +414,7 @@ class Engine:
             self.pick(flight)
         return flight
 
-    def pick(self, flight: Flight) -> None:
+    def pick(self, flight: InFlightStep) -> None:
         """Sample from the logits of a step whose sequences' tokens are all known, once.
 
         A sequence whose constraint cannot go on ends here.
@@ -417,7 +426,7 @@ class Engine:
         sampling = replace(unpicked.sampling, mask=pack_masks(masks, len(unpicked.sampling.seeds)))
         flight.sampled = unpicked.step.pick(unpicked.logits, sampling)
 
-    def mask(self, seat: Seat) -> np.ndarray | None:
+    def mask(self, seat: SequenceOutput) -> np.ndarray | None:
         """The tokens that a sequence in a step may go on with, as `pack_masks` wants them."""
         sequence, constraint = seat.sequence, seat.sequence.request.constraint
         if constraint is None or not seat.samples or sequence.lease is None:
@@ -466,11 +475,11 @@ class Engine:
         for token, right, behind in zip(guesses, sampled, sampled[1:], strict=False):
             if token != right or sequence.lease is None:
                 return
-            self.counters.right_guesses += 1
+            self.counters.accepted_tokens += 1
             sequence.computed += 1
             self.take(sequence, behind)
 
-    def row(self, turn: Turn) -> Row:
+    def row(self, turn: ScheduledSequence) -> SequenceInput:
         """A sequence's share of a step."""
         sequence = turn.sequence
         assert sequence.lease is not None
@@ -480,7 +489,7 @@ class Engine:
             new = sequence.tokens[sequence.computed : sequence.computed + turn.count]
         if turn.guesses:
             new = np.concatenate([new, np.asarray(turn.guesses, np.int32)])
-        return Row(new, sequence.computed, sequence.lease.pages, sequence.request.sampling, len(turn.guesses))
+        return SequenceInput(new, sequence.computed, sequence.lease.pages, sequence.request.sampling, len(turn.guesses))
 
     def make_room(self, sequence: Sequence, length: int) -> bool:
         """Extend a sequence's lease to `length` tokens, preempting the youngest sequences where the pool is full.
@@ -504,9 +513,9 @@ class Engine:
         """Copy one page of the pool to another, over all layers."""
         self.pool = self.steps.copy(self.pool, np.asarray([source], np.int32), np.asarray([target], np.int32))
 
-    def compute(self, row: Row) -> np.ndarray:
+    def compute(self, row: SequenceInput) -> np.ndarray:
         """Run a row alone, in a shape that is compiled anyway: the logits behind its last token, [vocab] float32."""
-        bucket = fit(self.buckets, [len(row.tokens)])
+        bucket = smallest_bucket(self.buckets, [len(row.tokens)])
         batch, _ = pack([row], bucket, self.steps.table_pages)
         logits, self.pool = self.steps.run[bucket].forward(self.params, self.pool, batch, self.steps.nothing)
         return np.asarray(logits)[0]
@@ -579,7 +588,7 @@ class Engine:
         self.counters.generated_tokens += 1
         stopped = token in sequence.request.stop_ids
         if not stopped:
-            self.tell(sequence, Sampled(token))
+            self.tell(sequence, TokenEvent(token))
         if stopped or sequence.length == len(sequence.tokens):
             self.answer_s += ANSWER_SHARE * (time.perf_counter() - sequence.answered - self.answer_s)
             self.retire(sequence)
@@ -611,7 +620,7 @@ class Engine:
             for lost in jax.tree.leaves(self.pool):
                 lost.delete()  # there may be no room for two
             self.pool = self.fresh_pool()
-            self.store = PrefixStore(self.settings.num_pages, self.settings.page_size, self.fingerprint)
+            self.store = PrefixCache(self.settings.num_pages, self.settings.page_size, self.fingerprint)
             if self.pager:
                 self.pager.parked.clear()
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cache.keys import page_keys, root_key, tail_key
-from cache.pool import slots_for
-from cache.prefix_cache import Lease, PrefixStore
+from cache.pool import pages_for
+from cache.prefix_cache import Lease, PrefixCache
 from cache.tier import Fetched
 from cache.tiers import StoredPage, Tiers
 from cache.worker import Failures
@@ -51,7 +51,7 @@ MEASURE_AGAIN_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Moves:
+class PageCopies:
     """Compiled copies by count of pages: `gather[n](pool, pages)` and `scatter[n](pool, pages, data)`."""
 
     gather: Mapping[int, Callable]
@@ -65,7 +65,7 @@ class Moves:
         return int(np.prod(self.page_shape)) * self.dtype.itemsize
 
 
-def compile_moves(pool: KVPool) -> Moves:
+def compile_page_copies(pool: KVPool) -> PageCopies:
     """Compile the copies for a pool of this shape. A scatter donates the pool: use the one it hands back."""
     layers, _, *tile = pool.k.shape
     shape = (2, layers, *tile)
@@ -75,7 +75,7 @@ def compile_moves(pool: KVPool) -> Moves:
         data = jax.ShapeDtypeStruct((count, *shape), pool.k.dtype)
         gather[count] = jax.jit(gather_pages).lower(pool, pages).compile()
         scatter[count] = jax.jit(scatter_pages, donate_argnums=0).lower(pool, pages, data).compile()
-    return Moves(gather, scatter, shape, np.dtype(pool.k.dtype))
+    return PageCopies(gather, scatter, shape, np.dtype(pool.k.dtype))
 
 
 def batches(count: int) -> list[int]:
@@ -95,7 +95,7 @@ def staging(count: int, page_bytes: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Unsaved:
+class PendingWrite:
     """Pages of a sequence that has ended, held by its lease until the writer takes them."""
 
     lease: Lease
@@ -121,7 +121,7 @@ class Pager:
     ) -> None:
         self.tiers, self.fingerprint, self.cost, self.wake = tiers, fingerprint, cost, wake
         self.page_size = pool.page_size
-        self.moves = compile_moves(pool)
+        self.moves = compile_page_copies(pool)
         self.restore_bytes = max(restore_bytes, 4 * self.moves.page_bytes)
         self.slice_pages = min(BATCHES[0], self.restore_bytes // (4 * self.moves.page_bytes))
         # Bytes of the slices that are being read, or were and are not copied in yet.
@@ -130,7 +130,7 @@ class Pager:
         self.measuring: Future[Fetched] | None = None  # a read for the time that it takes alone
         self.measured_at: dict[str, float] = {}  # by tier, when it was read last, by `time.monotonic`
         self.failures = Failures()
-        self.parked: deque[Unsaved] = deque()
+        self.parked: deque[PendingWrite] = deque()
         self.restored_tokens: Counter[str] = Counter()  # by tier
         self.read_seconds: defaultdict[str, float] = defaultdict(float)  # by tier
         self.reads: Counter[str] = Counter()  # by tier
@@ -303,7 +303,7 @@ class Pager:
         before, at = sequence.computed, loaded.first
         if loaded.stop <= before:  # others have brought all of it
             return pool
-        assert at + sum(map(len, loaded.arrays)) == slots_for(loaded.stop, self.page_size), (
+        assert at + sum(map(len, loaded.arrays)) == pages_for(loaded.stop, self.page_size), (
             "only the last loaded page may be partly filled: the tokens that another one lacks would count as computed"
         )
         # Pages that are full by now are not this lease's to write: they go to a page out of range.
@@ -359,7 +359,7 @@ class Pager:
         queued = set(ready[:taken])
         sequence.unsaved = [i for i in sequence.unsaved if i not in queued]
 
-    def retire(self, sequence: Sequence, pool: KVPool, store: PrefixStore) -> None:
+    def retire(self, sequence: Sequence, pool: KVPool, store: PrefixCache) -> None:
         """Queue what a sequence that ends has not saved, its partly filled page too, and end its lease when all is."""
         lease = sequence.lease
         assert lease is not None
@@ -369,24 +369,24 @@ class Pager:
         rest = sequence.tokens[full * self.page_size : sequence.computed]
         if len(rest) and sequence.computed > sequence.reused:
             pages.append((tail_key(self.parent(sequence, full), rest), int(lease.pages[full]), sequence.used - full))
-        self.parked.append(Unsaved(lease, pages))
+        self.parked.append(PendingWrite(lease, pages))
         sequence.lease = None  # whatever fails from here on must not end it twice
         self.save_parked(pool, store)
 
-    def save_parked(self, pool: KVPool, store: PrefixStore) -> bool:
+    def save_parked(self, pool: KVPool, store: PrefixCache) -> bool:
         """Queue pages of sequences that have ended, and end the leases of those that are done. Whether any was."""
         before = len(self.parked)
         while self.parked:
             lease, pages = self.parked[0].lease, self.parked[0].pages
             rest = pages[self.submit(pages, pool) :]
             if rest:
-                self.parked[0] = Unsaved(lease, rest)
+                self.parked[0] = PendingWrite(lease, rest)
                 break
             self.parked.popleft()
             store.release(lease)
         return len(self.parked) < before
 
-    def drain(self, pool: KVPool, store: PrefixStore, seconds: float) -> None:
+    def drain(self, pool: KVPool, store: PrefixCache, seconds: float) -> None:
         """Wait until the writer has taken all pages of sequences that have ended, but no longer than `seconds`."""
         end = time.monotonic() + seconds
         self.save_parked(pool, store)
@@ -396,7 +396,7 @@ class Pager:
         while self.drop_parked(store):
             pass
 
-    def drop_parked(self, store: PrefixStore) -> bool:
+    def drop_parked(self, store: PrefixCache) -> bool:
         """Give up the oldest pages that the writer was too slow for; False if there are none."""
         if not self.parked:
             return False

@@ -13,7 +13,7 @@ import numpy as np
 NGRAM = 3
 
 
-def guess(
+def propose_draft(
     tokens: np.ndarray,  # [tokens] int32
     count: int,
 ) -> np.ndarray:

@@ -50,7 +50,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class TokenEvent:
     """One more token."""
 
     token: int
@@ -75,4 +75,4 @@ class Waiting:
     """Nothing has happened for a while, and the request is still alive."""
 
 
-Event = Waiting | Started | Sampled | Finished | Failed
+Event = Waiting | Started | TokenEvent | Finished | Failed

@@ -18,7 +18,7 @@ from serve.engine.steps import CompiledStep
 
 
 @dataclass(frozen=True)
-class Turn:
+class ScheduledSequence:
     """What a sequence runs in the next step: its next `count` tokens, and guesses behind them."""
 
     sequence: Sequence
@@ -27,7 +27,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Seat:
+class SequenceOutput:
     """A sequence's place in a step that was launched."""
 
     sequence: Sequence
@@ -37,7 +37,7 @@ class Seat:
 
 
 @dataclass(frozen=True, eq=False)
-class Unpicked:
+class UnsampledStep:
     """What the model's pass of a step came to, before anything is picked from it."""
 
     step: CompiledStep
@@ -46,13 +46,13 @@ class Unpicked:
 
 
 @dataclass(eq=False)
-class Flight:
+class InFlightStep:
     """A step that was launched and that nobody has read."""
 
-    seats: list[Seat]
+    seats: list[SequenceOutput]
     launched: float  # by `time.perf_counter`
     chunk: tuple[int, int] | None  # tokens [start, stop) of a prompt, where the step runs nothing else
-    unpicked: Unpicked | None  # until what constrains its tokens is known
+    unpicked: UnsampledStep | None  # until what constrains its tokens is known
     sampled: jax.Array | None = None  # [samples] int32, from then on
 
     def at(self, sequence: Sequence) -> int:
@@ -78,7 +78,7 @@ class Sequence:
     taken_over: int = 0  # the last of these ends here; what comes between them it has computed itself
     restored: Counter[str] = field(default_factory=Counter)  # of those, the ones that came from a tier, by its name
     sampled: int = 0
-    flight: Flight | None = None  # the step that samples its next token, which then is the one behind `length`
+    flight: InFlightStep | None = None  # the step that samples its next token, which then is the one behind `length`
     keys: list[bytes] = field(default_factory=list)  # of its full pages, as far as they are known
     restore: Restore | None = None
     used: int = field(default_factory=time.time_ns)  # ns since 1970: page i has the stamp `used - i` in the tiers

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cache.pool import slots_for
+from cache.pool import pages_for
 from model.batch import Batch
 from model.config import ModelConfig
 from model.decoder import forward
@@ -86,7 +86,7 @@ GREEDY = SamplingParams()
 
 
 @dataclass(frozen=True)
-class Row:
+class SequenceInput:
     """One sequence's share of a step."""
 
     tokens: np.ndarray  # [new tokens] int32; -1 - i for sample i of the step before
@@ -110,14 +110,16 @@ class Steps:
     nothing: jax.Array  # [samples] int32
 
 
-def ladder(max_batch: int, max_chunk: int, mixed_chunk: int = 0, draft: int = 0) -> tuple[Bucket, ...]:
-    """The shapes that serve up to `max_batch` sequences at a time.
+def batch_buckets(
+    max_num_seqs: int, max_chunk: int, max_mixed_prefill_tokens: int = 0, draft: int = 0
+) -> tuple[Bucket, ...]:
+    """The shapes that serve up to `max_num_seqs` sequences at a time.
 
     They all decode, with up to `draft` guesses each, or one of them prefills a chunk of up to `max_chunk` tokens, or
-    one prefills up to `mixed_chunk` while the others decode.
+    one prefills up to `max_mixed_prefill_tokens` while the others decode.
     """
-    doublings = [1 << i for i in range(max_batch.bit_length())]
-    widths = sorted({*(n for n in doublings if n < max_batch), max_batch})
+    doublings = [1 << i for i in range(max_num_seqs.bit_length())]
+    widths = sorted({*(n for n in doublings if n < max_num_seqs), max_num_seqs})
     decode = [Bucket(seqs, 1) for seqs in widths]
     if draft:
         decode += [Bucket(seqs, 1 + draft, every=True) for seqs in widths]
@@ -125,20 +127,20 @@ def ladder(max_batch: int, max_chunk: int, mixed_chunk: int = 0, draft: int = 0)
     if not on_cpu():
         prefills = shares = tuple(GPU_CHUNK << i for i in range(max_chunk.bit_length()))
     chunks = sorted({*(n for n in prefills if n < max_chunk), max_chunk} - {1})
-    shared = sorted({*(n for n in shares if n < mixed_chunk), mixed_chunk} - {0, 1})
-    others = sorted({min(FEW_SINGLES, max_batch - 1), max_batch - 1} - {0})
+    shared = sorted({*(n for n in shares if n < max_mixed_prefill_tokens), max_mixed_prefill_tokens} - {0, 1})
+    others = sorted({min(FEW_SINGLES, max_num_seqs - 1), max_num_seqs - 1} - {0})
     mixed = [Bucket(1, chunk, singles) for chunk in shared for singles in others]
     return tuple(decode + [Bucket(1, chunk) for chunk in chunks] + mixed)
 
 
-def fit(buckets: Sequence[Bucket], counts: Sequence[int], every: bool = False) -> Bucket:
+def smallest_bucket(buckets: Sequence[Bucket], counts: Sequence[int], every: bool = False) -> Bucket:
     """The smallest bucket that holds sequences with these numbers of new tokens, the longest first where one chunks."""
     fitting = [bucket for bucket in buckets if bucket.every == every and bucket.holds(counts)]
     assert fitting, f"no compiled shape holds sequences of {counts} tokens"
     return min(fitting, key=lambda bucket: (bucket.tokens, bucket))
 
 
-def pack(rows: Sequence[Row], bucket: Bucket, table_pages: int) -> tuple[Batch, Sampling]:
+def pack(rows: Sequence[SequenceInput], bucket: Bucket, table_pages: int) -> tuple[Batch, Sampling]:
     """Lay the rows out as one padded batch of numpy arrays; the sampling has no mask, for which see `pack_masks`.
 
     What is sampled lies in the order of the rows, one token each and one more for each guess.
@@ -248,7 +250,9 @@ def compile_steps(
     nothing = jnp.zeros(max(b.samples for b in buckets), jnp.int32)
 
     def blank(bucket: Bucket) -> tuple[Batch, Sampling]:
-        return pack([Row(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())], bucket, table_pages)
+        return pack(
+            [SequenceInput(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())], bucket, table_pages
+        )
 
     def picking(bucket: Bucket) -> tuple[Callable, Callable, jax.Array]:
         """The two ways to pick, each run once, and the mask of a batch without one, for as many samples."""
@@ -299,8 +303,8 @@ def run_alone(
 
     `tokens` are [new tokens] int32 behind `prefix` that are in the pool; the last `draft` of them are guesses.
     """
-    pages = np.arange(slots_for(prefix + len(tokens), pool.page_size), dtype=np.int32)
-    batch, sampling = pack([Row(tokens, prefix, pages, GREEDY, draft=draft)], bucket, steps.table_pages)
+    pages = np.arange(pages_for(prefix + len(tokens), pool.page_size), dtype=np.int32)
+    batch, sampling = pack([SequenceInput(tokens, prefix, pages, GREEDY, draft=draft)], bucket, steps.table_pages)
     begin = time.perf_counter()
     sampled, pool = steps.run[bucket](params, pool, batch, sampling, steps.nothing)
     np.asarray(sampled)

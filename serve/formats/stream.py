@@ -54,7 +54,7 @@ class Stopped:
     sequence: str
 
 
-Piece = Text | Thinking | ThinkingEnd | Call | Stopped
+AnswerEvent = Text | Thinking | ThinkingEnd | Call | Stopped
 
 
 class CharacterStream:
@@ -154,23 +154,23 @@ class AnswerStream:
         self.reader: Calls | None = None  # who reads the call that is not complete,
         self.opened = 0  # and where its first mark stands
         self.failed = self.retries = 0  # how far calls were read that were none, and how often up to there
-        self.pieces: list[Piece] = []
+        self.pieces: list[AnswerEvent] = []
 
     @property
     def heavy(self) -> bool:
         """Whether the next token may take long, which is no work for an event loop."""
         return self.reader is not None and len(self.source.text) - self.opened > HEAVY_CHARS
 
-    def feed(self, token: int) -> list[Piece]:
+    def feed(self, token: int) -> list[AnswerEvent]:
         """What the next token adds; nothing after a stop sequence."""
         return self.read(self.characters.feed(token))
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[AnswerEvent]:
         """What was held back, at the end of the answer."""
         self.source.ended = True
         return self.read("")
 
-    def read(self, characters: str) -> list[Piece]:
+    def read(self, characters: str) -> list[AnswerEvent]:
         """The pieces that more characters complete."""
         self.source.add(characters)
         while not self.stopped and (self.read_call(self.reader) if self.reader else self.read_block()):

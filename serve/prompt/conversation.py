@@ -19,7 +19,7 @@ from serve.api.messages import (
     ToolUseBlock,
 )
 
-Turn = dict[str, Any]  # one message as chat templates take it
+ChatMessage = dict[str, Any]  # one message as chat templates take it
 
 
 def is_prefilled(request: CountTokensRequest) -> bool:
@@ -61,18 +61,18 @@ def tool_definitions(request: CountTokensRequest) -> list[dict] | None:
     ]
 
 
-def conversation(request: CountTokensRequest) -> list[Turn]:
+def conversation(request: CountTokensRequest) -> list[ChatMessage]:
     """The request as a chat template's messages: the system text first, tool results as turns of role `tool`."""
     system = request.system if isinstance(request.system, str) else join(request.system or ())
     head = [{"role": "system", "content": system}] if system else []
     return head + [turn for message in joined(request.messages) for turn in turns(message)]
 
 
-def turns(message: InputMessage) -> list[Turn]:
+def turns(message: InputMessage) -> list[ChatMessage]:
     """One message of the API as one or more of a chat template."""
     if message.role == "assistant":
         return [assistant_turn(message)]
-    result: list[Turn] = []
+    result: list[ChatMessage] = []
     texts: list[Block] = []
     for block in blocks(message):
         if isinstance(block, ToolResultBlock):
@@ -87,9 +87,9 @@ def turns(message: InputMessage) -> list[Turn]:
     return result
 
 
-def assistant_turn(message: InputMessage) -> Turn:
+def assistant_turn(message: InputMessage) -> ChatMessage:
     """An assistant message: text, reasoning and tool calls."""
-    turn: Turn = {"role": "assistant", "content": join(blocks(message))}
+    turn: ChatMessage = {"role": "assistant", "content": join(blocks(message))}
     thoughts = "\n\n".join(b.thinking for b in blocks(message) if isinstance(b, ThinkingBlock))
     calls = [
         {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}

@@ -22,23 +22,23 @@ import numpy as np
 
 from serve.api.messages import Block, CountTokensRequest, InvalidRequest, ToolUseBlock
 from serve.formats.families import Format, within_thinking, write_turn
-from serve.prompt.conversation import Turn, answers, conversation, is_prefilled, tool_definitions, wants_thinking
-from serve.prompt.replay import Sampled
+from serve.prompt.conversation import ChatMessage, answers, conversation, is_prefilled, tool_definitions, wants_thinking
+from serve.prompt.replay import RecordedAnswer
 from serve.prompt.template import Opening, Refused, Template, apply, fold, marker_turn, tools_ahead
 from serve.prompt.tokenizer import Tokenizer, TooManyTokens
 
 log = logging.getLogger("tokenzero.render")
 
 
-Recalled = Sequence[Sampled | None]  # what was sampled for each answer in a request, None where it is not known
-Piece = str | np.ndarray  # text to be tokenised by itself, or the ids themselves
+Recalled = Sequence[RecordedAnswer | None]  # what was sampled for each answer in a request, None where it is not known
+PromptSegment = str | np.ndarray  # text to be tokenised by itself, or the ids themselves
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered request. The turn that answers it is recorded as Sampled(opening, begun and then what is sampled)."""
+    """A rendered request. Its answer is recorded as RecordedAnswer(opening, begun and then what is sampled)."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PromptSegment, ...]
     tokens: np.ndarray  # [tokens] int32, of all pieces
     counts: tuple[int, ...]  # tokens of each piece
     # What the prompt ends with that the history of a conversation would not hold, such as `<think>\n`. None if that is
@@ -52,11 +52,11 @@ def render(
     request: CountTokensRequest,
     tokenizer: Tokenizer,
     recalled: Recalled | None = None,
-    template_history: bool = False,
+    render_history_with_template: bool = False,
     tools_first: bool = False,
 ) -> np.ndarray:
     """The prompt's token ids, [tokens] int32: see `prompt`."""
-    return prompt(request, tokenizer, recalled, template_history, tools_first).tokens
+    return prompt(request, tokenizer, recalled, render_history_with_template, tools_first).tokens
 
 
 def render_text(request: CountTokensRequest, tokenizer: Tokenizer) -> str:
@@ -68,19 +68,19 @@ def prompt(
     request: CountTokensRequest,
     tokenizer: Tokenizer,
     recalled: Recalled | None = None,
-    template_history: bool = False,
+    render_history_with_template: bool = False,
     tools_first: bool = False,
 ) -> Prompt:
     """Render a request with the answers that are recalled, one item for each (see `ReplayLog.recall`).
 
-    `template_history` leaves the answers in the history to the chat template's own logic. The same happens, and is
-    logged, where the template cannot be made to take marks in their place. `tools_first` renders tools ahead of the
+    `render_history_with_template` leaves the answers in the history to the chat template's own logic. The same happens,
+    and is logged, where the template cannot be made to take marks in their place. `tools_first` renders tools ahead of the
     system text. Raises InvalidRequest if the template refuses the conversation, or cannot render it so.
     """
     try:
         conversed = Conversation.of(request, tokenizer.template, tools_first)
-        template_history = template_history or not conversed.writable(tokenizer.template.format)
-        if not template_history:
+        render_history_with_template = render_history_with_template or not conversed.writable(tokenizer.template.format)
+        if not render_history_with_template:
             try:
                 return around_answers(conversed, tokenizer, recalled or [None] * len(conversed.answers))
             except Refused as error:
@@ -106,7 +106,7 @@ class Conversation:
     """A request as its chat template takes it. Every string in it is guarded: see `guard`."""
 
     mark: str  # random letters and digits: no text of the request holds them
-    turns: list[Turn]
+    turns: list[ChatMessage]
     answers: list[tuple[Block, ...]]  # the blocks of the turns of role assistant, as the client sent them
     tools: list[dict] | None
     thinking: bool
@@ -182,7 +182,7 @@ def around_answers(conversed: Conversation, tokenizer: Tokenizer, recalled: Reca
         raise Refused(f"expected {len(at)} answers in their order, found {', '.join(texts[1::2]) or 'none'}")
     texts = texts[::2]
 
-    pieces: list[Piece] = []
+    pieces: list[PromptSegment] = []
     for n, (i, answer, sampled) in enumerate(zip(at, c.answers, recalled, strict=True)):
         opening, ahead = template.opening(c.role_ahead(i), c.thinking), texts[n]
         begun = c.prefilled and n == len(at) - 1
@@ -204,7 +204,7 @@ def around_answers(conversed: Conversation, tokenizer: Tokenizer, recalled: Reca
     return tokenized([*pieces, texts[-1]], c.mark, tokenizer, opening.answer)
 
 
-def thought_through(header: str, kept: str, text: str, thinking: Opening, format: Format) -> list[Piece]:
+def thought_through(header: str, kept: str, text: str, thinking: Opening, format: Format) -> list[PromptSegment]:
     """A header, what follows it and a written answer; one that begins with thinking begins as prompts for thinking do.
 
     What follows may open and close thinking at once, for answers that have none.
@@ -217,7 +217,7 @@ def thought_through(header: str, kept: str, text: str, thinking: Opening, format
     return [header + kept, text]
 
 
-def whole_text(tokenizer: Tokenizer, turns: Sequence[Turn], first: int | None, c: Conversation) -> str:
+def whole_text(tokenizer: Tokenizer, turns: Sequence[ChatMessage], first: int | None, c: Conversation) -> str:
     """The template's text for a conversation whose first answer is the turn `first`.
 
     Where the template would move tools and system text on to the last question, they stay at the first: the turns ahead
@@ -232,7 +232,7 @@ def whole_text(tokenizer: Tokenizer, turns: Sequence[Turn], first: int | None, c
     return head + without_start(rest, apply(tokenizer.hf, lead, thinking=c.thinking))
 
 
-def framed(tokenizer: Tokenizer, turns: Sequence[Turn], c: Conversation, **how: bool) -> str:
+def framed(tokenizer: Tokenizer, turns: Sequence[ChatMessage], c: Conversation, **how: bool) -> str:
     """The template's text for turns from the first on, its tools ahead of the system text where that is wanted."""
     if not c.tools_first or not c.tools or turns[0]["role"] != "system":
         return apply(tokenizer.hf, turns, c.tools, **how)
@@ -264,10 +264,10 @@ def guard_block(block: Block, template: Template, mark: str) -> Block:
 
 
 def tokenized(
-    pieces: Sequence[Piece], mark: str, tokenizer: Tokenizer, opening: str | None, begun: bool = False
+    pieces: Sequence[PromptSegment], mark: str, tokenizer: Tokenizer, opening: str | None, begun: bool = False
 ) -> Prompt:
     """The prompt of pieces that still hold marks; the last piece is an answer that was begun, if so."""
-    cut: list[Piece] = []
+    cut: list[PromptSegment] = []
     for piece in pieces:
         last = len(cut)
         cut += [piece] if isinstance(piece, np.ndarray) else piece.split(mark)

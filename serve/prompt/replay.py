@@ -43,7 +43,7 @@ LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True, eq=False)
-class Sampled:
+class RecordedAnswer:
     """One answered turn: what the prompt wrote of the turn ahead of the model, and what the model wrote."""
 
     opening: str  # as `render.Prompt.opening`
@@ -66,7 +66,7 @@ class ReplayLog:
         queue_bytes: int = DEFAULT_BOUNDS.unwritten_turns,
         on_lost: Callable[[], object] = lambda: None,
     ) -> None:
-        self.memory: LRUCache[bytes, Sampled] = LRUCache(
+        self.memory: LRUCache[bytes, RecordedAnswer] = LRUCache(
             memory_bytes, getsizeof=lambda sampled: RECORD_BYTES + len(sampled.opening) + sampled.tokens.nbytes
         )
         self.lock = Lock()
@@ -76,7 +76,9 @@ class ReplayLog:
         self.on_lost = on_lost
         self.synced = time.monotonic()
 
-    def put(self, scope: bytes, messages: Sequence[InputMessage], answer: Sequence[Block], sampled: Sampled) -> None:
+    def put(
+        self, scope: bytes, messages: Sequence[InputMessage], answer: Sequence[Block], sampled: RecordedAnswer
+    ) -> None:
         """Remember the answer to a conversation; of two with the same content, the later one.
 
         `answer` is what the client is sent, without what it has begun itself. Returns before the record is on disk.
@@ -86,7 +88,7 @@ class ReplayLog:
         if self.disk:
             self._queue(self.disk, key, pack(sampled))
 
-    def recall(self, scope: bytes, messages: Sequence[InputMessage]) -> list[Sampled | None]:
+    def recall(self, scope: bytes, messages: Sequence[InputMessage]) -> list[RecordedAnswer | None]:
         """What was sampled for each of a conversation's answers, None where that is not known."""
         wanted = keys(scope, messages)
         with self.lock:
@@ -139,7 +141,7 @@ class ReplayLog:
 
         self.writer.submit(self._write, disk, key, record).add_done_callback(done)
 
-    def _keep(self, key: bytes, sampled: Sampled) -> None:
+    def _keep(self, key: bytes, sampled: RecordedAnswer) -> None:
         with self.lock, suppress(ValueError):  # larger than the whole memory
             self.memory[key] = sampled
 
@@ -215,13 +217,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-def pack(sampled: Sampled) -> bytes:
+def pack(sampled: RecordedAnswer) -> bytes:
     """A record: a version byte, the opening's length and UTF-8, the tokens as little-endian int32."""
     opening = sampled.opening.encode()
     return VERSION + LENGTH.pack(len(opening)) + opening + np.asarray(sampled.tokens, "<i4").tobytes()
 
 
-def unpack(record: bytes) -> Sampled | None:
+def unpack(record: bytes) -> RecordedAnswer | None:
     """The turn of a record; None if it is not one."""
     start = len(VERSION) + LENGTH.size
     if len(record) < start or not record.startswith(VERSION):
@@ -230,6 +232,6 @@ def unpack(record: bytes) -> Sampled | None:
     if end > len(record) or (len(record) - end) % 4:
         return None
     try:
-        return Sampled(record[start:end].decode(), np.frombuffer(record[end:], "<i4").astype(np.int32))
+        return RecordedAnswer(record[start:end].decode(), np.frombuffer(record[end:], "<i4").astype(np.int32))
     except UnicodeDecodeError:
         return None

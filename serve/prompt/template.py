@@ -1,8 +1,8 @@
 """What a checkpoint's chat template takes and writes, found out once by rendering small conversations with it.
 
 Templates differ in what they refuse (a system message in the middle, two user turns in a row, a tool result without
-its call), in what they move, and in how a past answer begins. `study` asks; `fold` writes a conversation so that the
-template takes it, each run of turns between two answers always in the same way, whatever follows it.
+its call), in what they move, and in how a past answer begins. `probe_template` asks; `fold` writes a conversation so
+that the template takes it, each run of turns between two answers always in the same way, whatever follows it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 
 from serve.formats.families import Format, choose, mistral_id
-from serve.prompt.conversation import Turn
+from serve.prompt.conversation import ChatMessage
 
 CALL_ID = "call00000"  # nine letters and digits, since Mistral's templates take no other id
 
@@ -72,7 +72,7 @@ class Template:
 
 def apply(
     hf: Any,
-    turns: Sequence[Turn],
+    turns: Sequence[ChatMessage],
     tools: list[dict] | None = None,
     *,
     answer: bool = False,
@@ -97,7 +97,7 @@ def apply(
     return str(text)
 
 
-def marker_turn(mark: str, as_call: bool, call_id: str = CALL_ID) -> Turn:
+def marker_turn(mark: str, as_call: bool, call_id: str = CALL_ID) -> ChatMessage:
     """An answer that is nothing but a mark, which shows where its text goes."""
     if not as_call:
         return {"role": "assistant", "content": mark}
@@ -105,7 +105,7 @@ def marker_turn(mark: str, as_call: bool, call_id: str = CALL_ID) -> Turn:
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-def study(hf: Any, format_name: str | None = None) -> Template:
+def probe_template(hf: Any, format_name: str | None = None) -> Template:
     """Render small conversations with the tokenizer's chat template and see what it makes of them."""
     manners = [as_call for as_call in (False, True) if takes(hf, *tool_loop(as_call), ANSWER, LAST)]
     as_call = manners[:1] == [True]
@@ -134,12 +134,12 @@ def study(hf: Any, format_name: str | None = None) -> Template:
     )
 
 
-def tool_loop(as_call: bool, call_id: str = CALL_ID) -> list[Turn]:
+def tool_loop(as_call: bool, call_id: str = CALL_ID) -> list[ChatMessage]:
     """A question, an answer that calls a tool, and the result."""
     return [USER, marker_turn("word2", as_call, call_id), {"role": "tool", "tool_call_id": call_id, "content": "word3"}]
 
 
-def attempt(hf: Any, turns: Sequence[Turn], tools: list[dict] | None = None, **how: bool) -> str:
+def attempt(hf: Any, turns: Sequence[ChatMessage], tools: list[dict] | None = None, **how: bool) -> str:
     """The template's text, or none if it refuses."""
     try:
         return apply(hf, turns, tools, **how)
@@ -147,12 +147,12 @@ def attempt(hf: Any, turns: Sequence[Turn], tools: list[dict] | None = None, **h
         return ""
 
 
-def takes(hf: Any, *turns: Turn) -> bool:
+def takes(hf: Any, *turns: ChatMessage) -> bool:
     """Whether the template writes every turn once and in its place."""
     return WORD.findall(attempt(hf, turns)) == [word for turn in turns for word in WORD.findall(str(turn))]
 
 
-def moves(hf: Any, head: Sequence[Turn]) -> bool:
+def moves(hf: Any, head: Sequence[ChatMessage]) -> bool:
     """Whether tools or the texts ahead of the first answer stand elsewhere once the conversation goes on."""
     short, longer = (attempt(hf, turns, [TOOL]) for turns in (head, [*head, ANSWER, LAST]))
     stays = shared(short, longer.partition("word6")[0])
@@ -187,10 +187,10 @@ def tools_can_lead(hf: Any) -> bool:
     return [word for word in WORD.findall(text) if word != "word1"] == ["word9", "word0"]
 
 
-def opening(hf: Any, before: Sequence[Turn], thinking: bool, as_call: bool) -> Opening:
+def opening(hf: Any, before: Sequence[ChatMessage], thinking: bool, as_call: bool) -> Opening:
     """How answers begin behind the turns `before`."""
 
-    def ahead(*turns: Turn) -> str:
+    def ahead(*turns: ChatMessage) -> str:
         text, mark, _ = attempt(hf, [*before, *turns], thinking=thinking).partition("word6")
         return text if mark else ""
 
@@ -232,16 +232,16 @@ def after_call(hf: Any) -> str:
     return called.partition(end)[0] if end else ""
 
 
-def fold(turns: Sequence[Turn], template: Template) -> list[Turn]:
+def fold(turns: Sequence[ChatMessage], template: Template) -> list[ChatMessage]:
     """The conversation as the template takes it: what it refuses in its place becomes part of the turn beside it."""
-    folded: list[Turn] = []
+    folded: list[ChatMessage] = []
     for answers, group in groupby(turns, lambda turn: turn["role"] == "assistant"):
         run = list(group)
         folded += run if answers else fold_run(run, template, first=not folded)
     return [shorten(turn) for turn in folded] if template.short_ids else folded
 
 
-def fold_run(run: Sequence[Turn], template: Template, first: bool) -> list[Turn]:
+def fold_run(run: Sequence[ChatMessage], template: Template, first: bool) -> list[ChatMessage]:
     """The turns between two answers, or ahead of the first: system texts as user turns, user turns joined."""
     turns = []
     for i, turn in enumerate(run):
@@ -260,18 +260,18 @@ def fold_run(run: Sequence[Turn], template: Template, first: bool) -> list[Turn]
     return turns
 
 
-def join_users(run: Sequence[Turn]) -> list[Turn]:
+def join_users(run: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Neighbouring user turns as one."""
-    turns: list[Turn] = []
+    turns: list[ChatMessage] = []
     for users, group in groupby(run, lambda turn: turn["role"] == "user"):
         same = list(group)
         turns += [{"role": "user", "content": "\n\n".join(turn["content"] for turn in same)}] if users else same
     return turns
 
 
-def into_results(run: Sequence[Turn]) -> list[Turn]:
+def into_results(run: Sequence[ChatMessage]) -> list[ChatMessage]:
     """User turns beside tool results as part of the result ahead of them, or else of the one behind."""
-    turns: list[Turn] = []
+    turns: list[ChatMessage] = []
     waiting: list[str] = []
     for turn in run:
         if turn["role"] == "tool":
@@ -287,7 +287,7 @@ def into_results(run: Sequence[Turn]) -> list[Turn]:
     return turns + [{"role": "user", "content": text} for text in waiting]
 
 
-def shorten(turn: Turn) -> Turn:
+def shorten(turn: ChatMessage) -> ChatMessage:
     """The turn with ids of tool calls in the short form."""
     if turn["role"] == "tool":
         return turn | {"tool_call_id": mistral_id(turn["tool_call_id"])}

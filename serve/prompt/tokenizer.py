@@ -20,7 +20,7 @@ from cache.tier import Tier
 from cache.worker import Worker
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
-from serve.prompt.template import Template, study
+from serve.prompt.template import Template, probe_template
 
 # Of one text between two control tokens. To take the ids of more from the tokenizer holds the interpreter too long.
 MOST_TOKENS = 2**20
@@ -90,7 +90,7 @@ def make_tokenizer(
     memory = segment_memory(segment_bytes)
     encode = make_encoder(hf, segments, memory)
     longest = max(map(len, hf.get_vocab()))
-    return Tokenizer(hf, encode, make_follower(hf, encode), study(hf, format_name), longest, memory)
+    return Tokenizer(hf, encode, make_follower(hf, encode), probe_template(hf, format_name), longest, memory)
 
 
 def make_encoder(

@@ -28,7 +28,15 @@ from serve.rules.body import FIELDS, normalize_body
 from serve.rules.log import warn_once
 from serve.web.access import OPEN_PATHS, admits, error_response
 from serve.web.assets import PAGE
-from serve.web.pages import ASSET_ROUTES, MAX_BODY_BYTES, get_asset, get_request, get_requests, unless_gone, wants_page
+from serve.web.pages import (
+    ASSET_ROUTES,
+    MAX_BODY_BYTES,
+    get_asset,
+    get_request,
+    get_requests,
+    until_disconnect,
+    wants_page,
+)
 
 log = logging.getLogger("tokenzero.proxy")
 
@@ -53,7 +61,9 @@ def create_proxy(
         await run_in_threadpool(reports.thread.shutdown, cancel_futures=True)
 
     forward = Proxy(upstream, pool, rules, reports)
-    app = Starlette(routes=routes(forward), middleware=[Middleware(Locked, api_key=api_key)], lifespan=lifespan)
+    app = Starlette(
+        routes=routes(forward), middleware=[Middleware(ApiKeyMiddleware, api_key=api_key)], lifespan=lifespan
+    )
     app.state.records = reports
     return app
 
@@ -82,7 +92,7 @@ class Root:
         await app(scope, receive, send)
 
 
-class Locked:
+class ApiKeyMiddleware:
     """In front of every route: the key."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
@@ -119,7 +129,7 @@ class Proxy:
         try:
             request = Request(scope, receive)
             content = await self.read(request)
-            await unless_gone(Request(scope, after_upload), self.exchange(request, content, uploaded, send))
+            await until_disconnect(Request(scope, after_upload), self.exchange(request, content, uploaded, send))
         except ClientDisconnect:
             log.debug("%s: the client went away while it sent its body", scope["path"])
 

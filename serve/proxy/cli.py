@@ -45,16 +45,16 @@ def parser() -> argparse.ArgumentParser:
     return cli
 
 
-def reports_of(model: str | None, show_text: bool) -> Reports:
+def reports_of(model: str | None, show_prompt_text: bool) -> Reports:
     """Reports in tokens of a checkpoint's tokenizer, or in characters; raises ValueError for a folder without one."""
     if not model:
-        return Reports(show_text=show_text)
+        return Reports(show_prompt_text=show_prompt_text)
     tokenizer = load_tokenizer(model)
 
     def render(request: CountTokensRequest, tools_first: bool) -> Prompt:
         return prompt(request, tokenizer, tools_first=tools_first)
 
-    return Reports(render, vocabulary_of(tokenizer.hf), "tokens", show_text)
+    return Reports(render, vocabulary_of(tokenizer.hf), "tokens", show_prompt_text)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from serve.api.messages import Error, ErrorDetail, encode_event
 from serve.api.openai.errors import error_body
 from serve.proxy.reports import READERS, Chat
 from serve.proxy.upstream import UpstreamFault, end_to_end, pieces
-from serve.web.pages import RULES_TOLD
-from serve.web.request_status import Outcomes
+from serve.web.pages import MAX_LISTED_RULES
+from serve.web.request_status import RequestStatuses
 from serve.web.timing import server_timing
 
 log = logging.getLogger("tokenzero.proxy")
@@ -45,14 +45,14 @@ async def relay(answer: httpcore.Response, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, outcomes: Outcomes) -> None:
+async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, outcomes: RequestStatuses) -> None:
     """Hand on the answer to a chat request: event by event, or whole. Raises UpstreamFault before anything is sent."""
     given = {name.lower(): value for name, value in answer.headers}
     headers = end_to_end(answer.headers, b"content-length")
     headers.append((b"server-timing", server_timing({"proxy": chat.held_s}).encode()))
     headers += [(REPORT_HEADER, chat.id.encode())] if chat.path in READERS else []
     if chat.applied:
-        headers.append((b"x-tokenzero-normalized", ", ".join(chat.applied[:RULES_TOLD]).encode()))
+        headers.append((b"x-tokenzero-normalized", ", ".join(chat.applied[:MAX_LISTED_RULES]).encode()))
     encoded = b"content-encoding" in given
     kind = given.get(b"content-type", b"").partition(b";")[0].strip().lower()
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
@@ -67,7 +67,7 @@ async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, outcomes
         return
     await send(start)
     sent = pending = counted = b""
-    waiting, state = True, "broken off"
+    waiting, state = True, "aborted"
     try:
         async for piece in pieces(answer):
             # Whole events only: an error must not end up within one.

@@ -11,10 +11,10 @@ from threading import Lock
 from serve.api.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
 from serve.api.openai import read_chat, read_responses
 from serve.diagnosis.compare import Render, characters
-from serve.diagnosis.divergence import Divergences, Seen, nearest
+from serve.diagnosis.divergence import Divergences, RememberedRequest, nearest
 from serve.diagnosis.sections import CHARACTERS, Vocabulary
 from serve.diagnosis.volatility import Volatility
-from serve.web.request_status import Outcomes
+from serve.web.request_status import RequestStatuses
 
 log = logging.getLogger("tokenzero.proxy")
 
@@ -53,12 +53,12 @@ class Reports:
         render: Render = characters,
         vocabulary: Vocabulary = CHARACTERS,
         unit: str = "characters",
-        show_text: bool = True,
+        show_prompt_text: bool = True,
     ) -> None:
         self.render = render
-        self.divergences = Divergences(vocabulary, page_size=0, show_text=show_text, unit=unit)
-        self.volatility = Volatility(show_text)
-        self.outcomes = Outcomes()
+        self.divergences = Divergences(vocabulary, page_size=0, show_prompt_text=show_prompt_text, unit=unit)
+        self.volatility = Volatility(show_prompt_text)
+        self.outcomes = RequestStatuses()
         self.thread = ThreadPoolExecutor(1, "reports")
         self.waiting: dict[str, int] = {}  # bytes of the bodies that wait, by request
         self.lock = Lock()
@@ -77,7 +77,7 @@ class Reports:
         try:
             request = READERS[chat.path](chat.body)
             made = self.render(request, False)
-            new = Seen(chat.id, request, made, made.tokens, request.model)
+            new = RememberedRequest(chat.id, request, made, made.tokens, request.model)
             # What the engine's cache holds is not known here: at best, what the nearest prompt shares.
             _, shared = nearest(new.tokens, [old for old in self.divergences.kept.values() if old.model == new.model])
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)

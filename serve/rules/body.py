@@ -40,7 +40,7 @@ class Body(Struct):
     tools: Raw = ABSENT
 
 
-class Turn(Struct):
+class RawMessage(Struct):
     """A message, or an item of the Responses API, which may have no role."""
 
     role: str = ""
@@ -75,7 +75,7 @@ class ToolSpec(Struct):
         return self.function.parameters if self.function else self.input_schema or self.parameters
 
 
-class Splice(NamedTuple):
+class ByteEdit(NamedTuple):
     """New bytes in place of those in [start, stop)."""
 
     start: int
@@ -83,7 +83,7 @@ class Splice(NamedTuple):
     new: bytes
 
 
-class Spliced(NamedTuple):
+class EditedBody(NamedTuple):
     """A body after the rules: the very same object if none applied."""
 
     body: bytes | bytearray
@@ -94,12 +94,12 @@ class Spliced(NamedTuple):
 Edit = Callable[[str, str], str]  # a text and its path -> the text to keep
 _BODY = msgspec.json.Decoder(Body)
 _ELEMENTS = msgspec.json.Decoder(list[Raw])
-_TURN = msgspec.json.Decoder(Turn)
+_TURN = msgspec.json.Decoder(RawMessage)
 _PART = msgspec.json.Decoder(Part)
 _TOOL = msgspec.json.Decoder(ToolSpec)
 
 
-def normalize_body(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Spliced:
+def normalize_body(body: bytes | bytearray, path: str, rules: frozenset[str]) -> EditedBody:
     """Apply the rules to the body of a POST to `path`, one of FIELDS; what is no chat request stays as it is.
 
     So does one of more parts than the server would read.
@@ -107,19 +107,19 @@ def normalize_body(body: bytes | bytearray, path: str, rules: frozenset[str]) ->
     As in `normalize`: a text that becomes empty goes, with its message, but one message always stays.
     """
     if excess(body):
-        return Spliced(body)
+        return EditedBody(body)
     try:
         return _normalized(body, path, rules)
     except (ValueError, RecursionError):  # not JSON, or not of this API's shape
-        return Spliced(body)
+        return EditedBody(body)
 
 
-def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Spliced:
+def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> EditedBody:
     fields = _BODY.decode(body)
     system_field, turns_field = FIELDS[path]
     system, conversation = getattr(fields, system_field), getattr(fields, turns_field)
     if not _is_list(conversation) and not (path == "/v1/responses" and _is_text(conversation)):
-        return Spliced(body)
+        return EditedBody(body)
     where = Ranges(body)
     notes: list[Applied | Unparsed] = []
     moved: list[str] = []
@@ -133,7 +133,7 @@ def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Sp
 
         return edit
 
-    splices: list[Splice] = []
+    splices: list[ByteEdit] = []
     edited = content_splices(system, system_field, editing(True), where)
     splices += [where.replaced(system, b"[]" if _is_list(system) else b'""')] if edited is None else edited
     if _is_list(conversation):
@@ -164,10 +164,10 @@ def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Sp
         splices += tool_splices(_ELEMENTS.decode(fields.tools), rules, notes, where)
     applied = tuple(note for note in notes if isinstance(note, Applied))
     unparsed = tuple(note for note in notes if isinstance(note, Unparsed))
-    return Spliced(spliced(body, splices) if splices else body, applied, unparsed)
+    return EditedBody(spliced(body, splices) if splices else body, applied, unparsed)
 
 
-def content_splices(content: Raw, path: str, edit: Edit, where: Ranges) -> list[Splice] | None:
+def content_splices(content: Raw, path: str, edit: Edit, where: Ranges) -> list[ByteEdit] | None:
     """What editing the texts of a string or of a list of blocks changes; None if nothing would be left of it."""
     if _is_text(content):
         text = msgspec.json.decode(content, type=str)
@@ -177,7 +177,7 @@ def content_splices(content: Raw, path: str, edit: Edit, where: Ranges) -> list[
         return [where.replaced(content, msgspec.json.encode(kept))] if kept else None
     if not _is_list(content):
         return []
-    splices: list[Splice] = []
+    splices: list[ByteEdit] = []
     dropped: set[int] = set()
     elements = _ELEMENTS.decode(content)
     for i, element in enumerate(elements):
@@ -193,7 +193,7 @@ def content_splices(content: Raw, path: str, edit: Edit, where: Ranges) -> list[
 
 def tool_splices(
     elements: Sequence[Raw], rules: frozenset[str], notes: list[Applied | Unparsed], where: Ranges
-) -> Iterator[Splice]:
+) -> Iterator[ByteEdit]:
     """What the rules change in the tools' definitions; notes which ones did."""
     wanted = {name: rule.arrange for name, rule in RULES.items() if name in rules and rule.arrange}
     if not wanted:
@@ -231,30 +231,30 @@ class Ranges:
         start = _address(value) - self.base
         return start, start + len(memoryview(value))
 
-    def replaced(self, value: Raw, new: bytes) -> Splice:
+    def replaced(self, value: Raw, new: bytes) -> ByteEdit:
         """Another value in place of one."""
-        return Splice(*self.of(value), new)
+        return ByteEdit(*self.of(value), new)
 
-    def inserted(self, elements: Sequence[Raw], at: int, new: bytes) -> Splice:
+    def inserted(self, elements: Sequence[Raw], at: int, new: bytes) -> ByteEdit:
         """A new element of a list, ahead of number `at` or at its end."""
         if at < len(elements):
             start, _ = self.of(elements[at])
-            return Splice(start, start, new + b",")
+            return ByteEdit(start, start, new + b",")
         _, end = self.of(elements[-1])
-        return Splice(end, end, b"," + new)
+        return ByteEdit(end, end, b"," + new)
 
-    def without(self, elements: Sequence[Raw], dropped: set[int]) -> Iterator[Splice]:
+    def without(self, elements: Sequence[Raw], dropped: set[int]) -> Iterator[ByteEdit]:
         """A list without some of its elements, each with the comma beside it."""
         last = max((i for i in range(len(elements)) if i not in dropped), default=-1)
         for i in sorted(dropped):
             start, stop = self.of(elements[i])
             if i < last:
-                yield Splice(start, self.of(elements[i + 1])[0], b"")
+                yield ByteEdit(start, self.of(elements[i + 1])[0], b"")
             else:
-                yield Splice(self.of(elements[i - 1])[1] if i else start, stop, b"")
+                yield ByteEdit(self.of(elements[i - 1])[1] if i else start, stop, b"")
 
 
-def spliced(body: bytes | bytearray, splices: Sequence[Splice]) -> bytes:
+def spliced(body: bytes | bytearray, splices: Sequence[ByteEdit]) -> bytes:
     """The body with these ranges replaced; none overlaps another."""
     parts, done = [], 0
     for start, stop, new in sorted(splices):

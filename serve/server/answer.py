@@ -46,16 +46,16 @@ from serve.api.messages import (
     ToolUseBlock,
     Usage,
 )
-from serve.diagnosis.divergence import Seen
+from serve.diagnosis.divergence import RememberedRequest
 from serve.engine import engine as eng
 from serve.formats.families import behind_call, of_json
 from serve.formats.stream import AnswerStream, Call, Stopped
-from serve.prompt.replay import Sampled
+from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import sign
 from serve.server.blocks import BlockStream, shown
-from serve.server.context import Serving
+from serve.server.context import ServerContext
 from serve.server.prepare import Prepared
-from serve.web.request_status import followed
+from serve.web.request_status import track
 from serve.web.timing import Phases
 
 log = logging.getLogger("tokenzero.serving")
@@ -63,9 +63,9 @@ log = logging.getLogger("tokenzero.serving")
 PING_SECONDS = 5.0
 
 
-def answer(serving: Serving, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
+def answer(serving: ServerContext, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
     """The answer as the API's events, in their order: pings while the prompt is computed, then the message."""
-    return followed(
+    return track(
         generated(serving, prepared, phases),
         prepared.id,
         phases,
@@ -78,7 +78,7 @@ def answer(serving: Serving, prepared: Prepared, phases: Phases) -> AsyncGenerat
     )
 
 
-async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
+async def generated(serving: ServerContext, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
     """The events of an answer; `message_start` comes with the first token, when the counts of its usage are known."""
     message, pieces = prepared.message, answer_stream(serving, prepared)
     one_call = message.tool_choice is not None and message.tool_choice.disable_parallel_tool_use
@@ -111,7 +111,7 @@ async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> Asy
                     yield MessageStart(
                         Message(id=prepared.id, model=message.model, usage=usage, diagnostics=diagnostics)
                     )
-                case eng.Sampled(token):
+                case eng.TokenEvent(token):
                     now = time.perf_counter()
                     if sampled:
                         serving.metrics.itl.observe(now - sampled_at)
@@ -155,8 +155,8 @@ async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> Asy
         reason = "tool_use"
     serving.divergences.answered(prepared.id, ids[len(prepared.prompt.begun) :])
     # What a stop sequence cut off was sampled, but is no part of the answer.
-    if stop is None and prepared.prompt.opening is not None and not serving.template_history:
-        turn = Sampled(prepared.prompt.opening, np.asarray(ids, np.int32))
+    if stop is None and prepared.prompt.opening is not None and not serving.render_history_with_template:
+        turn = RecordedAnswer(prepared.prompt.opening, np.asarray(ids, np.int32))
         await run_in_threadpool(serving.replay.put, prepared.scope, message.messages, content.blocks, turn)
     phases.seconds["generate"] = time.perf_counter() - started_at
     yield MessageDelta(Stop(reason, stop), msgspec.structs.replace(usage, output_tokens=sampled))
@@ -164,17 +164,17 @@ async def generated(serving: Serving, prepared: Prepared, phases: Phases) -> Asy
 
 
 async def traced_in(
-    phases: Phases, serving: Serving, prepared: Prepared, by_tier: dict[str, int]
+    phases: Phases, serving: ServerContext, prepared: Prepared, by_tier: dict[str, int]
 ) -> Diagnostics | UnsetType | None:
     """What `trace` returns, from a thread, as a phase of the request."""
     with phases.timed("trace"):
         return await run_in_threadpool(trace, serving, prepared, by_tier)
 
 
-def trace(serving: Serving, prepared: Prepared, by_tier: dict[str, int]) -> Diagnostics | UnsetType | None:
+def trace(serving: ServerContext, prepared: Prepared, by_tier: dict[str, int]) -> Diagnostics | UnsetType | None:
     """Report what a request found in the cache and what kept it from more; answers the request's own question."""
     request, rendered, salt = prepared.message, prepared.prompt, prepared.generation.salt
-    new = Seen(prepared.id, request, rendered, rendered.tokens, serving.engine.fingerprint.hex(), salt)
+    new = RememberedRequest(prepared.id, request, rendered, rendered.tokens, serving.engine.fingerprint.hex(), salt)
     asked = request.diagnostics
     diagnostics: Diagnostics | UnsetType | None = UNSET
     try:
@@ -190,7 +190,7 @@ def trace(serving: Serving, prepared: Prepared, by_tier: dict[str, int]) -> Diag
     return diagnostics
 
 
-def note_savings(serving: Serving, prepared: Prepared, reused: int) -> None:
+def note_savings(serving: ServerContext, prepared: Prepared, reused: int) -> None:
     """Count what each rule saved a request."""
     caller, length = prepared.caller, len(prepared.prompt.tokens)
     try:
@@ -205,7 +205,7 @@ def note_savings(serving: Serving, prepared: Prepared, reused: int) -> None:
         serving.metrics.saved_seconds.labels(rule).inc(seconds if isfinite(seconds) else 0)
 
 
-def answer_stream(serving: Serving, prepared: Prepared) -> AnswerStream:
+def answer_stream(serving: ServerContext, prepared: Prepared) -> AnswerStream:
     """What reads the answer to a request."""
     message, form = prepared.message, serving.tokenizer.template.format
     choice, config = message.tool_choice, message.output_config

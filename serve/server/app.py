@@ -42,9 +42,9 @@ from serve.api.openai.models import model_body, models_body
 from serve.engine.inbox import Overloaded
 from serve.rules.normalize import parse_rules
 from serve.server.answer import answer, collect
-from serve.server.context import Caller, Serving, unrendered
+from serve.server.context import RequestContext, ServerContext, unrendered
 from serve.server.heartbeat import beating
-from serve.server.middleware import Gate, TooLarge
+from serve.server.middleware import RequestGuardMiddleware, TooLarge
 from serve.server.prepare import Prepared, prepare, prompt_length
 from serve.server.trim import trimming
 from serve.web.access import error_response
@@ -52,11 +52,11 @@ from serve.web.assets import PAGE
 from serve.web.pages import (
     ASSET_ROUTES,
     MAX_BODY_BYTES,
-    RULES_TOLD,
+    MAX_LISTED_RULES,
     get_asset,
     get_request,
     get_requests,
-    unless_gone,
+    until_disconnect,
     wants_page,
 )
 from serve.web.timing import Phases
@@ -69,7 +69,7 @@ RULES_HEADER = "x-tokenzero-normalize"
 SALT_HEADER = "x-tokenzero-cache-salt"
 
 
-def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
+def create_app(serving: ServerContext, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
     """The application over an engine that is not started yet; it starts with the application and ends with it."""
 
     @asynccontextmanager
@@ -104,7 +104,9 @@ def create_app(serving: Serving, api_key: str | None = None, max_body_bytes: int
             Route("/", get_root, methods=["GET"]),
             *ASSET_ROUTES,
         ],
-        middleware=[Middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, metrics=serving.metrics)],
+        middleware=[
+            Middleware(RequestGuardMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=serving.metrics)
+        ],
         exception_handlers={
             InvalidRequest: lambda request, error: error_response(request.scope, 400, str(error)),
             TooLarge: lambda request, error: error_response(request.scope, 413, str(error)),
@@ -145,7 +147,7 @@ def read_messages(body: bytes | bytearray) -> tuple[MessagesRequest, Writer]:
 
 async def post_answer(read: Reader, request: Request) -> Response:
     """Generate the answer to a body that `read` reads, as JSON or as a stream of events."""
-    serving: Serving = request.app.state.serving
+    serving: ServerContext = request.app.state.serving
     body, phases = await body_of(request), Phases()
     caller = caller_of(request, serving)
 
@@ -157,7 +159,7 @@ async def post_answer(read: Reader, request: Request) -> Response:
     prepared, writer = await run_in_threadpool(ready)
     events = answer(serving, prepared, phases)
     # The first event is asked for here: a request that the engine refuses is answered by a status, not by a stream.
-    first = await unless_gone(request, anext(events))
+    first = await until_disconnect(request, anext(events))
     if first is None:
         return Response(status_code=499)
     if prepared.message.stream and not isinstance(first, Error):
@@ -166,7 +168,7 @@ async def post_answer(read: Reader, request: Request) -> Response:
             media_type="text/event-stream",
             headers=headers_of(prepared, phases) | {"cache-control": "no-cache"},
         )
-    result = await unless_gone(request, collect(first, events))
+    result = await until_disconnect(request, collect(first, events))
     if result is None:
         return Response(status_code=499)
     if isinstance(result, Error):
@@ -184,13 +186,13 @@ async def body_of(request: Request) -> bytearray:
 
 def headers_of(prepared: Prepared, phases: Phases) -> dict[str, str]:
     """What an answer's headers tell: where the time went until now, and the rules that changed the request."""
-    applied = {"x-tokenzero-normalized": ", ".join(prepared.applied[:RULES_TOLD])} if prepared.applied else {}
+    applied = {"x-tokenzero-normalized": ", ".join(prepared.applied[:MAX_LISTED_RULES])} if prepared.applied else {}
     return {"server-timing": phases.header()} | applied
 
 
 async def post_count_tokens(request: Request) -> Response:
     """`POST /v1/messages/count_tokens`: the length of the rendered prompt."""
-    serving: Serving = request.app.state.serving
+    serving: ServerContext = request.app.state.serving
     body, phases = await body_of(request), Phases()
     caller = caller_of(request, serving)
 
@@ -205,7 +207,7 @@ async def post_count_tokens(request: Request) -> Response:
 
 async def get_models(request: Request) -> Response:
     """`GET /v1/models`: the one model; requests may call it by any name."""
-    serving: Serving = request.app.state.serving
+    serving: ServerContext = request.app.state.serving
     name, context = serving.model_name, serving.engine.settings.max_model_len
     if is_openai(request.url.path, dict(request.scope["headers"])):
         return Response(models_body(name, context), media_type="application/json")
@@ -258,15 +260,15 @@ async def get_hello(request: Request) -> Response:
     return JSONResponse({"name": "tokenzero"})
 
 
-def caller_of(request: Request, serving: Serving) -> Caller:
+def caller_of(request: Request, serving: ServerContext) -> RequestContext:
     """What the request's headers say."""
     headers = request.headers
     key = headers.get("x-api-key") or headers.get("authorization") or ""
     salt, agent = headers.get(SALT_HEADER, ""), headers.get("user-agent", "")
-    return Caller(rules_of(request, serving), salt.encode(), key.encode(), agent)
+    return RequestContext(rules_of(request, serving), salt.encode(), key.encode(), agent)
 
 
-def rules_of(request: Request, serving: Serving) -> frozenset[str]:
+def rules_of(request: Request, serving: ServerContext) -> frozenset[str]:
     """The normaliser's rules for this request: the server's, or those its header names."""
     header = request.headers.get(RULES_HEADER)
     if header is None:

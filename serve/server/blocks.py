@@ -21,7 +21,7 @@ from serve.api.messages import (
     ToolUseBlock,
 )
 from serve.formats.readers import Call
-from serve.formats.stream import Piece, Text, Thinking, ThinkingEnd
+from serve.formats.stream import AnswerEvent, Text, Thinking, ThinkingEnd
 
 # What a client sees of thinking: its text, only that there was some, or nothing.
 Shown = Literal["text", "signature", "nothing"]
@@ -51,7 +51,7 @@ class BlockStream:
         """How many tool calls there are so far."""
         return sum(isinstance(block, ToolUseBlock) for block in self.blocks)
 
-    def add(self, piece: Piece) -> list[BlockEvent]:
+    def add(self, piece: AnswerEvent) -> list[BlockEvent]:
         """The events that a piece brings."""
         match piece:
             case Text(text):

@@ -22,14 +22,14 @@ from serve.prompt.tokenizer import Tokenizer
 from serve.rules.log import SHAPE_BYTES, SHAPES
 from serve.rules.normalize import DEFAULT_RULES
 from serve.server.metrics import Memory, MemoryCollector, ServerMetrics
-from serve.web.request_status import Outcomes
+from serve.web.request_status import RequestStatuses
 
 # The constraint of a request's answer; the flag says that the prompt ends inside thinking.
 Constrain = Callable[[MessagesRequest, bool], Constraint | None]
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServerContext:
     """Everything that a request needs on its way."""
 
     engine: eng.Engine
@@ -43,15 +43,17 @@ class Serving:
     metrics: ServerMetrics
     divergences: Divergences
     volatility: Volatility
-    outcomes: Outcomes = field(default_factory=Outcomes)
+    outcomes: RequestStatuses = field(default_factory=RequestStatuses)
     savings: Savings = field(default_factory=Savings)
-    template_history: bool = False  # answers in the history are the chat template's business, nothing is replayed
+    render_history_with_template: bool = (
+        False  # answers in the history are the chat template's business, nothing is replayed
+    )
     dispatch: bool = False  # tell each tool call as an event of its own
     reported: set[str] = field(default_factory=set)  # shapes of unparsed preambles that were logged already
 
 
 @dataclass(frozen=True)
-class Caller:
+class RequestContext:
     """What a request says outside of its body: who asks, and how the prompt is to be made."""
 
     rules: frozenset[str]  # of the normaliser
@@ -60,7 +62,7 @@ class Caller:
     agent: str = ""  # the client's name, as its user agent has it
 
 
-def make_serving(
+def make_context(
     engine: eng.Engine,
     tokenizer: Tokenizer,
     model_name: str,
@@ -69,11 +71,11 @@ def make_serving(
     rules: Collection[str] = DEFAULT_RULES,
     store: Path | None = None,
     constrain: Constrain | None = None,
-    template_history: bool = False,
+    render_history_with_template: bool = False,
     dispatch: bool = False,
     trace_text: bool = True,
     bounds: Bounds = DEFAULT_BOUNDS,
-) -> Serving:
+) -> ServerContext:
     """Open what a server needs beside its engine: the log of sampled turns below `store`, the key that signs, masks.
 
     `bounds` are of what it remembers in memory, the tokenizer's segments excepted, which come with it. `constrain`
@@ -93,7 +95,7 @@ def make_serving(
             return constraint_of(request, constrainer, tokenizer.template.format, thinking_opened)
 
     metrics = ServerMetrics(engine)
-    serving = Serving(
+    serving = ServerContext(
         engine=engine,
         tokenizer=tokenizer,
         model_name=model_name,
@@ -116,16 +118,16 @@ def make_serving(
             most_bytes=bounds.reports,
         ),
         volatility=Volatility(trace_text, bounds.volatility),
-        outcomes=Outcomes(bounds.outcomes),
+        outcomes=RequestStatuses(bounds.outcomes),
         savings=Savings(bounds.savings),
-        template_history=template_history,
+        render_history_with_template=render_history_with_template,
         dispatch=dispatch,
     )
     serving.metrics.registry.register(MemoryCollector(memories(serving) | grammars))
     return serving
 
 
-def memories(serving: Serving) -> dict[str, Memory]:
+def memories(serving: ServerContext) -> dict[str, Memory]:
     """What a server remembers of requests, by name; `serve/README.md` has the table of it."""
     segments, replay, reports = serving.tokenizer.segments, serving.replay, serving.divergences
     volatility, outcomes, savings = serving.volatility, serving.outcomes, serving.savings

@@ -35,16 +35,20 @@ class EngineCollector(Collector):
             "reused_tokens": ("Prompt tokens whose KV was reused", counters.reused_tokens),
             "prefilled_tokens": ("Tokens computed in prefill chunks", counters.prefilled_tokens),
             "generated_tokens": ("Tokens sampled", counters.generated_tokens),
-            "guessed_tokens": ("Tokens run on trial", counters.guessed_tokens),
-            "right_guesses": ("Of these, the ones that were sampled", counters.right_guesses),
+            "spec_decode_draft_tokens": ("Draft tokens that were verified", counters.draft_tokens),
+            "spec_decode_accepted_tokens": ("Of these, the ones that were accepted", counters.accepted_tokens),
             "preemptions": ("Sequences sent back to the queue for want of pages", counters.preemptions),
             "failed_requests": ("Requests ended by a failed step or constraint", counters.failures),
             "pages_evicted": ("Cached pages given up for new ones", store.pages_evicted),
         }
         for name, (text, value) in counted.items():
             yield CounterMetricFamily(f"tokenzero_{name}", text, value=value)
-        yield GaugeMetricFamily("tokenzero_running", "Sequences in the batch", value=len(self.engine.running))
-        yield GaugeMetricFamily("tokenzero_waiting", "Requests in the queue", value=len(self.engine.waiting))
+        yield GaugeMetricFamily(
+            "tokenzero_num_requests_running", "Sequences in the batch", value=len(self.engine.running)
+        )
+        yield GaugeMetricFamily(
+            "tokenzero_num_requests_waiting", "Requests in the queue", value=len(self.engine.waiting)
+        )
         pages = GaugeMetricFamily("tokenzero_pages", "Pages of the device pool by state", labels=["state"])
         for state, value in (
             ("free", store.pages_free),
@@ -103,7 +107,7 @@ def tier_metrics(pager: Pager) -> Iterator[Metric]:
     yield latency
     writer = pager.tiers.writer
     yield CounterMetricFamily(
-        "tokenzero_unsaved_pages",
+        "tokenzero_write_dropped_pages",
         "Pages that the writer was too slow for, or that could not be copied",
         value=writer.dropped,
     )
@@ -182,9 +186,11 @@ class ServerMetrics:
             registry=self.registry,
         )
         self.responses = Counter(
-            "tokenzero_responses", "Answers by path and status", ["path", "status"], registry=self.registry
+            "tokenzero_http_responses", "Answers by path and status", ["path", "status"], registry=self.registry
         )
-        self.normalized = Counter("tokenzero_normalized", "Texts that a rule changed", ["rule"], registry=self.registry)
+        self.normalized = Counter(
+            "tokenzero_rule_applications", "Texts that a rule changed", ["rule"], registry=self.registry
+        )
         self.saved_tokens = Counter(
             "tokenzero_rule_saved_tokens", "Tokens reused thanks to this rule alone", ["rule"], registry=self.registry
         )
@@ -195,13 +201,13 @@ class ServerMetrics:
             registry=self.registry,
         )
         self.divergences = Counter(
-            "tokenzero_divergences",
+            "tokenzero_cache_misses",
             "Requests that reused less than the nearest sequence held, or had none, by cause",
             ["cause"],
             registry=self.registry,
         )
         self.lost = Counter(
-            "tokenzero_lost_tokens",
+            "tokenzero_cache_miss_tokens",
             "Tokens computed that the nearest sequence held behind the mismatch, by cause",
             ["cause"],
             registry=self.registry,
@@ -212,7 +218,7 @@ class ServerMetrics:
             registry=self.registry,
         )
         self.lost_turns = Counter(
-            "tokenzero_lost_turns", "Sampled turns that the disk was too slow for", registry=self.registry
+            "tokenzero_write_dropped_answers", "Sampled turns that the disk was too slow for", registry=self.registry
         )
         self.unparsed = Counter(
             "tokenzero_unparsed_preambles",

@@ -17,7 +17,7 @@ class TooLarge(Exception):
     """The body exceeds the server's limit."""
 
 
-class Gate:
+class RequestGuardMiddleware:
     """Before any route: the key and the body's size. After it: a request id, a count of the answer, 500 for a fault."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, metrics: ServerMetrics) -> None:

@@ -18,11 +18,11 @@ from serve.engine import engine as eng
 from serve.engine.steps import SamplingParams
 from serve.prompt.conversation import answers
 from serve.prompt.render import Prompt, Recalled, prompt
-from serve.prompt.replay import Sampled
+from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import verify
 from serve.rules.log import warn_once
 from serve.rules.normalize import Normalized, normalize
-from serve.server.context import Caller, Serving
+from serve.server.context import RequestContext, ServerContext
 from serve.web.timing import Phases
 
 log = logging.getLogger("tokenzero.serving")
@@ -33,7 +33,7 @@ class Prepared:
     """A request that is ready for the engine."""
 
     id: str  # of the message that answers it
-    caller: Caller
+    caller: RequestContext
     original: MessagesRequest  # as it came
     message: MessagesRequest  # as the rules left it
     prompt: Prompt
@@ -44,7 +44,7 @@ class Prepared:
     clamped: bool  # the context has less room than `max_tokens`
 
 
-def prepare(serving: Serving, message: MessagesRequest, caller: Caller, phases: Phases) -> Prepared:
+def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestContext, phases: Phases) -> Prepared:
     """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
     with phases.timed("normalize"):
         normalized = normalize(message, caller.rules)
@@ -87,7 +87,7 @@ def prepare(serving: Serving, message: MessagesRequest, caller: Caller, phases: 
     )
 
 
-def prompt_length(serving: Serving, request: CountTokensRequest, caller: Caller, phases: Phases) -> int:
+def prompt_length(serving: ServerContext, request: CountTokensRequest, caller: RequestContext, phases: Phases) -> int:
     """The length of the prompt that the request would have."""
     with phases.timed("normalize"):
         normalized = normalize(request, caller.rules).request
@@ -106,14 +106,14 @@ def seed_of(message: MessagesRequest) -> int:
     return int.from_bytes(hashlib.blake2b(written, digest_size=4).digest(), "little")
 
 
-def scope_of(fingerprint: bytes, caller: Caller) -> bytes:
+def scope_of(fingerprint: bytes, caller: RequestContext) -> bytes:
     """What separates those who may share sampled turns: the model's fingerprint, the caller's salt and key."""
     parts = (fingerprint, caller.salt, caller.key)
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def rendered_prompt(
-    serving: Serving, request: CountTokensRequest, scope: bytes, rules: frozenset[str], phases: Phases
+    serving: ServerContext, request: CountTokensRequest, scope: bytes, rules: frozenset[str], phases: Phases
 ) -> Prompt:
     """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
     most = serving.engine.settings.max_model_len - 1
@@ -122,7 +122,9 @@ def rendered_prompt(
     with phases.timed("recall"):
         recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
     with phases.timed("render"):
-        return prompt(request, serving.tokenizer, recalled, serving.template_history, "tools-first" in rules)
+        return prompt(
+            request, serving.tokenizer, recalled, serving.render_history_with_template, "tools-first" in rules
+        )
 
 
 def least_tokens(request: CountTokensRequest, longest: int) -> int:
@@ -141,7 +143,7 @@ def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Reca
     Clients that keep no signatures send empty ones, which prove nothing and harm nothing.
     """
 
-    def ours(sampled: Sampled, block: Any) -> bool:
+    def ours(sampled: RecordedAnswer, block: Any) -> bool:
         signature = block.signature if isinstance(block, ThinkingBlock) else ""
         return not signature or verify(key, sampled.tokens, signature)
 
@@ -151,7 +153,7 @@ def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Reca
     ]
 
 
-def report(serving: Serving, normalized: Normalized) -> None:
+def report(serving: ServerContext, normalized: Normalized) -> None:
     """Count what the rules did, and log once what they could not read."""
     for odd in normalized.unparsed:
         serving.metrics.unparsed.inc()

@@ -17,11 +17,11 @@ from serve.diagnosis.divergence import CAUSES, Divergences, Report
 from serve.diagnosis.volatility import Volatility
 from serve.web.access import error_response
 from serve.web.assets import ASSET_HEADERS, ASSETS
-from serve.web.request_status import Outcomes
+from serve.web.request_status import RequestStatuses
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 # Applied rules that a response lists: a header has limits, and proxies have lower ones.
-RULES_TOLD = 32
+MAX_LISTED_RULES = 32
 T = TypeVar("T")
 
 
@@ -37,7 +37,7 @@ class RequestRecords(Protocol):
         """The parts of prompts that change in every request."""
 
     @property
-    def outcomes(self) -> Outcomes:
+    def outcomes(self) -> RequestStatuses:
         """How they went."""
 
 
@@ -46,13 +46,13 @@ async def get_requests(request: Request) -> Response:
     records: RequestRecords = request.app.state.records
 
     def listed() -> bytes:
-        data = [told(records, report) for report in records.divergences.latest()]
+        data = [request_record(records, report) for report in records.divergences.latest()]
         return msgspec.json.encode({"data": data, "volatile": records.volatility.latest(), "causes": CAUSES})
 
     return Response(await run_in_threadpool(listed), media_type="application/json")
 
 
-def told(records: RequestRecords, report: Report) -> dict[str, Any]:
+def request_record(records: RequestRecords, report: Report) -> dict[str, Any]:
     """What is told of a request: the report on its prompt, and its outcome."""
     return msgspec.to_builtins(report) | msgspec.to_builtins(records.outcomes.of(report.id))
 
@@ -67,7 +67,7 @@ async def get_request(request: Request) -> Response:
             return None
         report, ranges = known
         sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]
-        return msgspec.json.encode(told(records, report) | {"sections": sections if ranges else None})
+        return msgspec.json.encode(request_record(records, report) | {"sections": sections if ranges else None})
 
     body = await run_in_threadpool(found)
     if body is None:
@@ -89,7 +89,7 @@ async def get_asset(path: str, request: Request) -> Response:
 ASSET_ROUTES = [Route(path, partial(get_asset, path), methods=["GET"]) for path in ASSETS]
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T | None:
     """What `work` returns, or None if the client goes away first; `work` is cancelled then."""
     done, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
     try:

@@ -18,21 +18,21 @@ from serve.web.timing import Phases
 OUTCOME_BYTES = 1700  # that an outcome takes, about: numbers alone, whatever the request was
 
 
-class Outcome(Struct, frozen=True, omit_defaults=True):
+class RequestStatus(Struct, frozen=True, omit_defaults=True):
     """What became of one request."""
 
-    state: Literal["running", "done", "broken off"] = "running"
+    state: Literal["running", "done", "aborted"] = "running"
     ttft_ms: float | None = None  # None until there is a first content_block_delta
     phases_ms: Mapping[str, float] = MappingProxyType({})  # what each phase took, as far as it got
     generated_tokens: int = 0  # known when it is done
     saved_tokens: Mapping[str, int] = MappingProxyType({})  # reused thanks to each rule alone
 
 
-class Outcomes:
+class RequestStatuses:
     """The latest outcomes by the ids of their messages. Any thread may use it."""
 
     def __init__(self, most_bytes: int = DEFAULT_BOUNDS.outcomes) -> None:
-        self.known: Recent[str, Outcome] = Recent(most_bytes, lambda outcome: OUTCOME_BYTES)
+        self.known: Recent[str, RequestStatus] = Recent(most_bytes, lambda outcome: OUTCOME_BYTES)
 
     @property
     def bytes(self) -> int:
@@ -41,18 +41,18 @@ class Outcomes:
 
     def note(self, id: str, **fields: Any) -> None:
         """Set fields of a request's outcome."""
-        self.known.change(id, lambda known: msgspec.structs.replace(known or Outcome(), **fields))
+        self.known.change(id, lambda known: msgspec.structs.replace(known or RequestStatus(), **fields))
 
-    def of(self, id: str) -> Outcome:
+    def of(self, id: str) -> RequestStatus:
         """What is known of a request."""
-        return self.known.get(id) or Outcome()
+        return self.known.get(id) or RequestStatus()
 
 
-async def followed(
+async def track(
     events: AsyncGenerator[Event, None],
     id: str,
     phases: Phases,
-    outcomes: Outcomes,
+    outcomes: RequestStatuses,
     first: Callable[[float], object],
     done: Callable[[Usage], object],
     ended: Callable[[Mapping[str, float]], object],
@@ -62,7 +62,7 @@ async def followed(
     `first` is told the TTFT in seconds; `done` is told the usage when the answer is complete; `ended` is told the
     seconds of each phase, whether it is complete or not.
     """
-    waiting, state = True, "broken off"
+    waiting, state = True, "aborted"
     async with aclosing(events):
         try:
             async for event in events:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.pool import PagePool, PoolExhausted, slots_for
+from cache.pool import PagePool, PoolExhausted, pages_for
 
 
 def test_a_fresh_pool_hands_out_every_page_once():
@@ -62,7 +62,7 @@ def test_a_pool_without_pages_is_refused():
 
 
 def test_a_partial_page_takes_a_whole_slot():
-    assert [slots_for(n, 4) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
+    assert [pages_for(n, 4) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["allocate", "retain", "release"]), st.integers(0, 7)), max_size=60))

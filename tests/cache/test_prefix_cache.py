@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cache.keys import page_keys, root_key
-from cache.pool import PoolExhausted, slots_for
-from cache.prefix_cache import Lease, PageCopy, PrefixStore
+from cache.pool import PoolExhausted, pages_for
+from cache.prefix_cache import Lease, PageCopy, PrefixCache
 
 
 def ids(text: str) -> np.ndarray:
     return np.array([ord(c) for c in text], np.int32)
 
 
-def serve(store: PrefixStore, text: str, salt: bytes = b"") -> int:
+def serve(store: PrefixCache, text: str, salt: bytes = b"") -> int:
     """Run one whole request; returns the tokens it reused."""
     lease = store.match(ids(text[:-1]), salt)
     lease, _ = store.extend(lease, len(text))
@@ -26,14 +26,14 @@ def serve(store: PrefixStore, text: str, salt: bytes = b"") -> int:
 
 
 def test_the_second_request_reuses_all_but_the_token_that_it_must_compute():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     assert serve(store, "abcdefghij") == 0
     assert serve(store, "abcdefghij") == 9
     assert serve(store, "abcdefgXij") == 7
 
 
 def test_a_partly_matched_page_is_copied_and_its_source_let_go():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     serve(store, "abcdefgh")
     lease = store.match(ids("abcdefXY"))
     source = lease.pages[1]
@@ -46,20 +46,20 @@ def test_a_partly_matched_page_is_copied_and_its_source_let_go():
 
 
 def test_a_match_on_a_page_boundary_needs_no_copy():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     serve(store, "abcdefgh")
     assert store.extend(store.match(ids("abcdefgh")), 9)[1] == []
 
 
 def test_extending_within_the_lease_changes_nothing():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     lease, _ = store.extend(store.match(ids("abc")), 5)
     assert store.extend(lease, 8) == (lease, [])
     assert store.extend(lease, 9)[0] is not lease
 
 
 def test_a_growing_sequence_is_published_while_its_last_page_is_still_being_filled():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     lease, _ = store.extend(store.match(ids("")), 8)
     for end in range(1, 9):
         store.insert(lease, ids("abcdefgh"[:end]))
@@ -70,7 +70,7 @@ def test_a_growing_sequence_is_published_while_its_last_page_is_still_being_fill
 
 
 def test_a_reader_may_continue_a_page_that_its_owner_continues_differently():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     owner, _ = store.extend(store.match(ids("")), 8)
     store.insert(owner, ids("abcde"))
     reader, copies = store.extend(store.match(ids("abcdeX")), 8)
@@ -83,14 +83,14 @@ def test_a_reader_may_continue_a_page_that_its_owner_continues_differently():
 
 
 def test_salts_are_isolated():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     serve(store, "abcdefgh", b"one")
     assert serve(store, "abcdefgh", b"two") == 0
     assert serve(store, "abcdefgh", b"two") == 7
 
 
 def test_exhaustion_leaves_the_lease_valid_and_the_cache_in_place():
-    store = PrefixStore(4, 4)
+    store = PrefixCache(4, 4)
     serve(store, "abcdefgh")
     lease = store.match(ids("abcdef"))
     with pytest.raises(PoolExhausted, match="needed"):
@@ -103,7 +103,7 @@ def test_exhaustion_leaves_the_lease_valid_and_the_cache_in_place():
 
 
 def test_eviction_makes_room_but_never_takes_a_page_in_use():
-    store = PrefixStore(5, 4)
+    store = PrefixCache(5, 4)
     serve(store, "abcdefgh")
     reader = store.match(ids("abcd"))
     lease, _ = store.extend(store.match(ids("")), 16)
@@ -117,7 +117,7 @@ def test_eviction_makes_room_but_never_takes_a_page_in_use():
 
 
 def test_a_store_without_leases_gives_up_every_page():
-    store = PrefixStore(12, 4)
+    store = PrefixCache(12, 4)
     for text in ("abcdefgh", "abcdefXY", "abcQ", "other"):
         serve(store, text)
     lease, _ = store.extend(store.match(ids("")), 48)
@@ -126,7 +126,7 @@ def test_a_store_without_leases_gives_up_every_page():
 
 
 def test_a_lease_cannot_be_used_after_it_was_extended_or_released():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     old = store.match(ids("a"))
     new, _ = store.extend(old, 1)
     with pytest.raises(AssertionError, match="lease 0 was released or extended"):
@@ -137,7 +137,7 @@ def test_a_lease_cannot_be_used_after_it_was_extended_or_released():
 
 
 def test_more_tokens_than_the_lease_has_room_for_are_refused():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     serve(store, "abcdefgh")
     lease = store.match(ids("abcde"))
     with pytest.raises(ValueError, match="6 tokens inserted, the lease has room for 5"):
@@ -145,7 +145,7 @@ def test_more_tokens_than_the_lease_has_room_for_are_refused():
 
 
 def test_the_stats_add_up():
-    store = PrefixStore(16, 4)
+    store = PrefixCache(16, 4)
     serve(store, "abcdefgh")
     store.extend(store.match(ids("abcdX")), 5)
     stats = store.stats()
@@ -154,7 +154,7 @@ def test_the_stats_add_up():
 
 
 def test_the_keys_are_those_of_the_chain_under_the_stores_fingerprint():
-    store = PrefixStore(4, 2, fingerprint=b"model")
+    store = PrefixCache(4, 2, fingerprint=b"model")
     assert store.keys(ids("abcde"), b"s") == page_keys(root_key(b"model", 2, b"s"), ids("abcde"), 2)
 
 
@@ -178,7 +178,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
 
     @initialize(page_size=st.integers(1, 4), num_pages=st.integers(2, 14))
     def start(self, page_size, num_pages):
-        self.store = PrefixStore(num_pages, page_size)
+        self.store = PrefixCache(num_pages, page_size)
         self.device = np.full((num_pages, page_size), -1, np.int32)  # [pages, page_size] int32
         self.page_size = page_size
         self.requests: list[Request] = []
@@ -192,7 +192,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         try:
             lease, copies = self.store.extend(lease, length)
         except PoolExhausted:
-            short = slots_for(length, self.page_size) - lease.length // self.page_size - self.store.pool.free_pages
+            short = pages_for(length, self.page_size) - lease.length // self.page_size - self.store.pool.free_pages
             assert short > self.store.index.idle_pages() or self.store.index.evict(1) == 0
             # Whatever the tree gave up on the way, every lease holds what it held.
             assert (before >= self.store.pool.ref_counts).all()
@@ -208,7 +208,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         assert lease.reused <= best
         if self.store.stats().pages_evicted == 0:
             assert lease.reused == best
-        assert len(lease.pages) == slots_for(lease.reused, self.page_size)
+        assert len(lease.pages) == pages_for(lease.reused, self.page_size)
         assert self.contents(lease.pages, lease.reused) == tokens[: lease.reused]
         return lease
 

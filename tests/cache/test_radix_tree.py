@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.pool import PagePool, slots_for
+from cache.pool import PagePool, pages_for
 from cache.radix_tree import RadixIndex, common_prefix
 
 SALT = b""
@@ -18,7 +18,7 @@ def small_index(num_pages: int = 32, page_size: int = 4) -> RadixIndex:
 
 def put(index: RadixIndex, text: str, salt: bytes = SALT) -> np.ndarray:
     """Insert `text` on pages of its own, which nobody but the tree holds afterwards."""
-    pages = index.pool.allocate(slots_for(len(text), index.page_size))
+    pages = index.pool.allocate(pages_for(len(text), index.page_size))
     index.insert(ids(text), pages, salt)
     index.pool.release(pages)
     index.check()
@@ -59,7 +59,7 @@ def test_a_sequence_inserted_chunk_by_chunk_is_one_node():
     text = "abcdefghijklmn"
     pages = index.pool.allocate(4)
     for end in (1, 2, 5, 8, 11, 14):
-        index.insert(ids(text[:end]), pages[: slots_for(end, 4)], SALT)
+        index.insert(ids(text[:end]), pages[: pages_for(end, 4)], SALT)
         index.check()
     assert runs(index) == [text]
     assert index.match(ids(text), SALT)[0].tolist() == pages.tolist()

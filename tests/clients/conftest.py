@@ -23,7 +23,7 @@ OFFLINE = re.compile("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|EH
 # As small as it gets, as the clients' prompts take tens of thousands of tokens.
 MODEL = DemoConfig(32, 1, 1, 1, 32, 64, vocab=8192, positions=65_536, corpus_chars=2_000_000)
 # With an event that is not the API's: clients that do not know it must not mind.
-FLAGS = ("--kv-pool-bytes", "128MiB", "--max-batch", "4", "--enable-streaming-tool-dispatch")
+FLAGS = ("--kv-pool-bytes", "128MiB", "--max-num-seqs", "4", "--enable-streaming-tool-dispatch")
 
 
 @pytest.fixture(scope="session")

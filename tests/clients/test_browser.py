@@ -23,7 +23,7 @@ pytestmark = pytest.mark.clients
 
 Json = dict[str, Any]
 
-FLAGS = ("--kv-pool-bytes", "16MiB", "--max-model-len", "4096", "--page-size", "16", "--host-bytes", "16MB")
+FLAGS = ("--kv-pool-bytes", "16MiB", "--max-model-len", "4096", "--page-size", "16", "--host-cache-bytes", "16MB")
 KEY = "a key, not a secret"
 HEADER = "x-anthropic-billing-header: cc_version=2.1.179.471; cc_entrypoint=sdk-cli; cch={:05x};"
 KEEP = {"x-tokenzero-normalize": "none"}

@@ -30,7 +30,13 @@ from serve.engine.engine import Engine, EngineSettings
 PAGE, LIMIT, VOCAB = 4, 64, 128
 FINGERPRINT = b"reuse under loss"
 SETTINGS = EngineSettings(
-    num_pages=20, max_model_len=LIMIT, page_size=PAGE, max_batch=3, prefill_chunk=16, mixed_chunk=8, guesses=2
+    num_pages=20,
+    max_model_len=LIMIT,
+    page_size=PAGE,
+    max_num_seqs=3,
+    max_prefill_tokens=16,
+    max_mixed_prefill_tokens=8,
+    speculative_tokens=2,
 )
 CONFIG = ModelConfig("qwen3", VOCAB, 64, 96, 2, 4, 2, 16, 4096, 1e-6, RopeConfig(), qk_norm=True, tie_embeddings=True)
 PAGE_SHAPE = (2, CONFIG.num_layers, CONFIG.num_kv_heads, PAGE, CONFIG.head_dim)

@@ -24,7 +24,7 @@ BODY_LIMIT = 256 * 1024
 # Few compiled shapes, so that it starts soon; small chunks, so that a long prompt takes a while.
 FLAGS = (
     *("--max-model-len", str(CONTEXT), "--kv-pool-bytes", "16MiB", "--page-size", "16"),
-    *("--max-batch", "4", "--prefill-chunk", "32", "--max-body-bytes", str(BODY_LIMIT)),
+    *("--max-num-seqs", "4", "--max-prefill-tokens", "32", "--max-body-bytes", str(BODY_LIMIT)),
 )
 BILLING = "x-anthropic-billing-header: cc_version=2.1.179.471; cc_entrypoint=sdk-cli; cch={:05x};"
 
@@ -111,7 +111,12 @@ def stream(client: httpx.Client, body: Json, **headers: str) -> Streamed:
 def is_idle(client: httpx.Client) -> bool:
     """Whether nothing runs, nothing waits and no page is held."""
     now = scrape(client)
-    return now["tokenzero_running"] == now["tokenzero_waiting"] == now['tokenzero_pages{state="in_use"}'] == 0
+    return (
+        now["tokenzero_num_requests_running"]
+        == now["tokenzero_num_requests_waiting"]
+        == now['tokenzero_pages{state="in_use"}']
+        == 0
+    )
 
 
 def eventually(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:

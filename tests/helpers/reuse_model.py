@@ -23,7 +23,7 @@ from cache.disk import DiskTier
 from cache.remote import RemoteTier
 from serve.engine import paging
 from serve.engine.engine import Engine
-from serve.engine.request import Failed, Finished, GenerationRequest, Sampled, Started
+from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 from tests.helpers.cold_reference import (
     CONFIG,
     FINGERPRINT,
@@ -73,7 +73,7 @@ class Asked:
     @property
     def said(self) -> np.ndarray:
         """Prompt and answer so far, [tokens] int32."""
-        answer = [event.token for event in self.events if isinstance(event, Sampled)]
+        answer = [event.token for event in self.events if isinstance(event, TokenEvent)]
         return np.append(self.prompt, np.asarray(answer, np.int32))
 
     @property
@@ -128,7 +128,7 @@ def case_of(seed: int, lower: str | None = None) -> Case:
         store_bytes=rng.choice([150_000, LARGE, LARGE]),
         queue_bytes=rng.choice([5 * PAGE_BYTES, LARGE, LARGE]),
         engines=rng.choice([1, 1, 2]),
-        guesses=rng.choice([0, SETTINGS.guesses]),
+        guesses=rng.choice([0, SETTINGS.speculative_tokens]),
         patient=rng.random() < 0.7,
         operations=tuple(
             (name, rng.randrange(1 << 30))
@@ -162,7 +162,7 @@ class World:
     def engine(self) -> Engine:
         """An engine on the store, which is not started."""
         tiers = tiers_over(self.lower, self.case.host_bytes, self.case.queue_bytes)
-        settings = replace(SETTINGS, guesses=self.case.guesses)
+        settings = replace(SETTINGS, speculative_tokens=self.case.guesses)
         engine = Engine(parameters(), CONFIG, settings, FINGERPRINT, tiers)
         engine.cost = engine.pager.cost = Always(1.0, 1.0)
         return engine

@@ -16,7 +16,7 @@ from serve.api.messages import MessagesRequest, TextBlock
 from serve.engine.engine import Engine
 from serve.prompt.conversation import blocks, joined
 from serve.prompt.tokenizer import Tokenizer
-from serve.server.context import Serving
+from serve.server.context import ServerContext
 from tests.helpers.forced_answers import Script
 
 # What is said to each prompt, and then to the results of its calls, as Qwen3 writes it. Clients send calls back as
@@ -73,8 +73,8 @@ def spell(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def scripted(
-    make_serving: Callable[..., Serving], engine: Engine, tokenizer: Tokenizer, *rest: Any, **named: Any
-) -> Serving:
+    make_serving: Callable[..., ServerContext], engine: Engine, tokenizer: Tokenizer, *rest: Any, **named: Any
+) -> ServerContext:
     """What the command line wants to serve, with every answer forced."""
 
     def constrain(request: MessagesRequest, thinking_opened: bool) -> Script:
@@ -86,5 +86,5 @@ def scripted(
 
 
 if __name__ == "__main__":
-    serve.server.context.make_serving = partial(scripted, serve.server.context.make_serving)
+    serve.server.context.make_context = partial(scripted, serve.server.context.make_context)
     serve.__main__.main()

@@ -19,12 +19,17 @@ from serve.engine.engine import Engine, EngineSettings
 from serve.engine.request import GenerationRequest
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.app import create_app
-from serve.server.context import Constrain, Serving, make_serving
+from serve.server.context import Constrain, ServerContext, make_context
 from tests.helpers.forced_answers import Script
 from tests.helpers.http import eventually
 
 SIZES = EngineSettings(
-    num_pages=1200, max_model_len=18_000, page_size=16, max_batch=2, prefill_chunk=64, mixed_chunk=64
+    num_pages=1200,
+    max_model_len=18_000,
+    page_size=16,
+    max_num_seqs=2,
+    max_prefill_tokens=64,
+    max_mixed_prefill_tokens=64,
 )
 
 
@@ -62,7 +67,7 @@ def saying(tokenizer: Tokenizer, vocab: int, answer: Callable[[MessagesRequest, 
     return lambda request, thinking_opened: Script([*answer(request, thinking_opened), end], vocab)
 
 
-def listening(serving: Serving) -> AbstractContextManager[str]:
+def listening(serving: ServerContext) -> AbstractContextManager[str]:
     """The application over an engine, as `answering` runs it."""
     return answering(create_app(serving))
 
@@ -84,9 +89,9 @@ def answering(app: Starlette) -> Iterator[str]:
 
 def serving_over(
     model: tuple[ModelConfig, Params], tokenizer: Tokenizer, constrain: Constrain | None = None, **options: object
-) -> tuple[Recording, Serving]:
+) -> tuple[Recording, ServerContext]:
     """An engine over a model, and what serves it."""
     config, params = model
     engine = Recording(params, config, SIZES, b"tiny")
     stops = {tokenizer.hf.eos_token_id}
-    return engine, make_serving(engine, tokenizer, "tiny", stops, constrain=constrain, **options)  # type: ignore[arg-type]
+    return engine, make_context(engine, tokenizer, "tiny", stops, constrain=constrain, **options)  # type: ignore[arg-type]

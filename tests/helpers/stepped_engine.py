@@ -16,8 +16,8 @@ import pytest
 from cache.tiers import Tiers
 from cache.worker import Worker
 from model.kv import empty_pool
-from serve.engine.paging import compile_moves
-from serve.engine.steps import compile_steps, ladder
+from serve.engine.paging import compile_page_copies
+from serve.engine.steps import batch_buckets, compile_steps
 from tests.helpers.cold_reference import CONFIG, LIMIT, PAGE, SETTINGS, parameters
 
 
@@ -25,8 +25,13 @@ from tests.helpers.cold_reference import CONFIG, LIMIT, PAGE, SETTINGS, paramete
 def compiled():
     """The steps and the page copies of every engine here: all have one shape."""
     pool = empty_pool(CONFIG, SETTINGS.num_pages, PAGE, jnp.float32)
-    shapes = ladder(SETTINGS.max_batch, SETTINGS.prefill_chunk, SETTINGS.mixed_chunk, SETTINGS.guesses)
-    return compile_steps(parameters(), pool, CONFIG, shapes, LIMIT), compile_moves(pool)
+    shapes = batch_buckets(
+        SETTINGS.max_num_seqs,
+        SETTINGS.max_prefill_tokens,
+        SETTINGS.max_mixed_prefill_tokens,
+        SETTINGS.speculative_tokens,
+    )
+    return compile_steps(parameters(), pool, CONFIG, shapes, LIMIT), compile_page_copies(pool)
 
 
 class Clock:
@@ -51,7 +56,7 @@ def by_hand() -> Iterator[Clock]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("serve.engine.engine.compile_steps", lambda *_: steps)
         patch.setattr("serve.engine.engine.warm_up", lambda steps, params, pool, limit: (pool, (0, 1), 1.0))
-        patch.setattr("serve.engine.paging.compile_moves", lambda pool: moves)
+        patch.setattr("serve.engine.paging.compile_page_copies", lambda pool: moves)
         patch.setattr("serve.engine.paging.PATIENCE_SECONDS", 0.0)
         for module in ("tiers", "disk"):
             patch.setattr(f"cache.{module}.time", clock)

@@ -13,10 +13,12 @@ from model.decoder import forward
 from model.kv import empty_pool
 from serve.engine.cost import CostModel
 from serve.engine.engine import EngineSettings
-from serve.engine.request import GenerationRequest, Sampled, Started
+from serve.engine.request import GenerationRequest, Started, TokenEvent
 
 VOCAB, PAGE = 128, 8
-SMALL = EngineSettings(num_pages=96, max_model_len=320, page_size=PAGE, max_batch=4, prefill_chunk=32, mixed_chunk=16)
+SMALL = EngineSettings(
+    num_pages=96, max_model_len=320, page_size=PAGE, max_num_seqs=4, max_prefill_tokens=32, max_mixed_prefill_tokens=16
+)
 
 
 one_shot = jax.jit(forward, static_argnames="config")
@@ -36,7 +38,7 @@ def outcome(events):
         event = events.get(timeout=60)
         if isinstance(event, Started):
             started = event
-        elif isinstance(event, Sampled):
+        elif isinstance(event, TokenEvent):
             tokens.append(event.token)
         else:
             return tokens, started, event

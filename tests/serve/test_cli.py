@@ -50,7 +50,7 @@ class TestHelp:
     def test_it_names_every_flag_with_a_description(self, shown: str) -> None:
         for flag in (
             *("--model", "--port", "--host", "--api-key", "--dtype", "--max-model-len", "--kv-pool-bytes"),
-            *("--strip-anthropic-preamble", "--no-strip-anthropic-preamble", "--max-waiting"),
+            *("--strip-anthropic-preamble", "--no-strip-anthropic-preamble", "--max-queue"),
         ):
             assert flag in shown
         assert all(action.help for action in parser()._actions)
@@ -69,7 +69,7 @@ class TestFlags:
 
     def test_the_defaults_are_the_engines_own(self) -> None:
         args, own = parser().parse_args(["--model", "m"]), EngineSettings(num_pages=2, max_model_len=2)
-        for name in ("page_size", "max_batch", "max_waiting", "prefill_chunk"):
+        for name in ("page_size", "max_num_seqs", "max_queue", "max_prefill_tokens"):
             assert getattr(args, name) == getattr(own, name)
 
     @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ class TestFlags:
         [
             (["--kv-pool-bytes", "lots"], "--kv-pool-bytes: expected a size such as 4GB or 512MiB, got 'lots'"),
             (["--page-size", "0"], "--page-size: expected at least 1, got 0"),
-            (["--max-batch", "-1"], "--max-batch: expected at least 1, got -1"),
-            (["--max-waiting", "0"], "--max-waiting: expected at least 1, got 0"),
-            (["--prefill-chunk", "0"], "--prefill-chunk: expected at least 1, got 0"),
-            (["--guesses", "16"], "--guesses: expected 0 to 15, got 16"),
+            (["--max-num-seqs", "-1"], "--max-num-seqs: expected at least 1, got -1"),
+            (["--max-queue", "0"], "--max-queue: expected at least 1, got 0"),
+            (["--max-prefill-tokens", "0"], "--max-prefill-tokens: expected at least 1, got 0"),
+            (["--speculative-tokens", "16"], "--speculative-tokens: expected 0 to 15, got 16"),
             (["--max-model-len", "1"], "--max-model-len: expected at least 2, got 1"),
             (["--max-model-len", "many"], "--max-model-len: invalid int value: 'many'"),
             (["--port", "65536"], "--port: expected 0 to 65535, got 65536"),
@@ -161,8 +161,10 @@ class TestSizes:
         assert self.sized(loaded, "--kv-pool-bytes", "64MiB", "--max-model-len", "100").max_model_len == 100
 
     def test_small_prefill_chunks_bound_the_mixed_ones(self, loaded: tuple[ModelConfig, Params]) -> None:
-        assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--prefill-chunk", "32").mixed_chunk == 32
-        assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--guesses", "4").guesses == 4
+        assert (
+            self.sized(loaded, "--kv-pool-bytes", "1MiB", "--max-prefill-tokens", "32").max_mixed_prefill_tokens == 32
+        )
+        assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--speculative-tokens", "4").guesses == 4
 
     def test_the_auditor_has_a_small_share_of_the_pages_and_none_of_a_context_that_was_asked_for(
         self, loaded: tuple[ModelConfig, Params]

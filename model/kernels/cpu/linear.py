@@ -20,12 +20,12 @@ def linear(
 
     Raises ValueError for what the kernel does not take.
     """
-    if reason := why_not(x, weight):
+    if reason := unsupported_reason(x, weight):
         raise ValueError(reason)
     return jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), x.dtype))(x, weight)
 
 
-def why_not(x: jax.Array, weight: jax.Array) -> str | None:
+def unsupported_reason(x: jax.Array, weight: jax.Array) -> str | None:
     """Why the kernel cannot compute this, with what it can; None if it can."""
     for name, array in (("x", x), ("weight", weight)):
         if array.dtype != jnp.float32:

@@ -27,14 +27,14 @@ def paged_attention(
     See `model.attention.paged_attention`. A sequence gets the same bits in any batch and with any number of threads, if
     the same of its tokens are new. Raises ValueError for what the kernel does not take.
     """
-    if reason := why_not(q, pool):
+    if reason := unsupported_reason(q, pool):
         raise ValueError(reason)
     call = jax.ffi.ffi_call(PAGED_ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
     integers = (jnp.asarray(x, jnp.int32) for x in (layer, batch.starts, batch.prefix, batch.block_table))
     return call(q, pool.k, pool.v, *integers)
 
 
-def why_not(q: jax.Array, pool: KVPool) -> str | None:
+def unsupported_reason(q: jax.Array, pool: KVPool) -> str | None:
     """Why the kernel cannot compute this, with what it can; None if it can."""
     for name, array in (("q", q), ("k", pool.k), ("v", pool.v)):
         if array.dtype != jnp.float32:

@@ -51,7 +51,7 @@ function draw() {
 
 function drawTiles(all) {
   const [prompt, reused] = [total("tokenzero_prompt_tokens_total"), total("tokenzero_reused_tokens_total")];
-  const causes = (answer.metrics.get("tokenzero_lost_tokens_total") ?? []).filter(({ value }) => value);
+  const causes = (answer.metrics.get("tokenzero_cache_miss_tokens_total") ?? []).filter(({ value }) => value);
   const lost = causes.reduce((sum, { value }) => sum + value, 0);
   const worst = causes.sort((a, b) => b.value - a.value)[0];
   const times = all.flatMap(({ ttft_ms }) => ttft_ms ?? []).sort((a, b) => a - b);
@@ -60,7 +60,7 @@ function drawTiles(all) {
     ["median first token", times.length ? duration(times[Math.floor(times.length / 2)]) : "–", `of ${count(times.length)} requests here`],
     ["lost to mismatches", short(lost), worst ? `tokens, most to: ${worst.labels.cause}` : "tokens"],
     ["generated", short(total("tokenzero_generated_tokens_total")), `tokens, for ${count(total("tokenzero_requests_total"))} requests`],
-    ["running", count(total("tokenzero_running")), `${count(total("tokenzero_waiting"))} waiting`],
+    ["running", count(total("tokenzero_num_requests_running")), `${count(total("tokenzero_num_requests_waiting"))} waiting`],
   ];
   if (answer.metrics.has("tokenzero_audited_requests_total")) {
     const wrong = total("tokenzero_audit_mismatches_total");
@@ -73,7 +73,7 @@ function drawTiles(all) {
 }
 
 function drawRules() {
-  const applied = answer.metrics.get("tokenzero_normalized_total") ?? [];
+  const applied = answer.metrics.get("tokenzero_rule_applications_total") ?? [];
   const saved = (rule) => total("tokenzero_rule_saved_tokens_total", (labels) => labels.rule === rule);
   const rules = applied.map(({ labels, value }) => ({ rule: labels.rule, texts: value, tokens: saved(labels.rule) }));
   if (!rules.length) return $("rules").replaceChildren(make("p", { class: "nothing" }, "No rule has changed a request yet."));

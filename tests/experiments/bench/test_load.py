@@ -18,7 +18,7 @@ from experiments.harness.server import free_port, running_server
 from experiments.workloads.demo_model import TINY, write_demo_model
 
 SMALL = Config(seconds=40, ramp=0, scale=0.02, turns=2)
-FLAGS = ("--max-model-len", "24576", "--kv-pool-bytes", "64MiB", "--prefill-chunk", "256")
+FLAGS = ("--max-model-len", "24576", "--kv-pool-bytes", "64MiB", "--max-prefill-tokens", "256")
 DONE = Asked("completed", ttft_ms=100, gaps_ms=(10, 30), prompt_tokens=100, cached_tokens=60, output_tokens=3)
 
 
@@ -193,7 +193,7 @@ class TestRuns:
     ) -> None:
         sizes = "--rates 30 --seconds 2 --ramp 0 --turns 1 --scale 0.02 --max-tokens 200"
         path = tmp_path / "load.json"
-        with running_server(model, *FLAGS, "--max-batch", "1", "--max-waiting", "1") as server:
+        with running_server(model, *FLAGS, "--max-num-seqs", "1", "--max-queue", "1") as server:
             assert main(["--url", f"{server.url}/", *sizes.split(), "--out", str(path)]) == 0
         (row,) = json.loads(path.read_text())["rows"]
         assert row["refused"] > 0 < row["completed"]
@@ -221,7 +221,14 @@ class TestRuns:
 
     @pytest.mark.parametrize(
         "wrong",
-        ["--rates 0", "--rates 1 1", "--seconds 0", "--turns 0.5", "--itl-slo -1", "--url http://x -- --max-batch 8"],
+        [
+            "--rates 0",
+            "--rates 1 1",
+            "--seconds 0",
+            "--turns 0.5",
+            "--itl-slo -1",
+            "--url http://x -- --max-num-seqs 8",
+        ],
     )
     def test_a_size_that_means_nothing_is_refused_by_name(self, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):

@@ -28,7 +28,7 @@ def test_every_case_has_a_name_of_its_own() -> None:
 @pytest.mark.slow
 def test_a_case_is_counted_on_a_real_server(tmp_path: Path) -> None:
     write_demo_model(tmp_path / "model", config=TINY)
-    with running_server(tmp_path / "model", "--kv-pool-bytes", "16MiB", "--max-batch", "2") as server:
+    with running_server(tmp_path / "model", "--kv-pool-bytes", "16MiB", "--max-num-seqs", "2") as server:
         row = measured(server.url, "a long word", posted(ask("a" * MIB)))
     assert row.statuses == [400]
     assert row.beats > 0

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cache.prefix_cache import PrefixStore
+from cache.prefix_cache import PrefixCache
 from experiments.harness.server import running_server
 from experiments.replay.__main__ import main
 from experiments.replay.capacity import PAGE_TOKENS, compare_capacities, replay
@@ -50,7 +50,7 @@ def test_the_store_finds_what_brute_force_finds_token_for_token(
         [token for token, length in (front if header else []) + blocks for _ in range(length)]
         for blocks, front in trace
     ]
-    store = PrefixStore(400, page)
+    store = PrefixCache(400, page)
     found = replay((call.tokens(header) for call in calls), store)
     assert found[:, 0].tolist() == [len(prompt) for prompt in prompts]
     assert found[:, 1].tolist() == brute_force(prompts)
@@ -61,7 +61,7 @@ def test_the_store_finds_what_brute_force_finds_token_for_token(
 @given(st.lists(BLOCKS, min_size=1, max_size=8), st.integers(25, 60))
 def test_a_small_store_finds_no_more_than_brute_force(trace: list[list[tuple[int, int]]], pages: int) -> None:
     prompts = [Call("one", 0.0, as_blocks(blocks)).tokens() for blocks in trace]
-    found = replay(prompts, PrefixStore(pages, 1))
+    found = replay(prompts, PrefixCache(pages, 1))
     assert (found[:, 1] <= brute_force([prompt.tolist() for prompt in prompts])).all()
 
 
@@ -97,7 +97,7 @@ def test_a_kept_header_costs_what_stripping_saves_and_room_helps() -> None:
     assert rates[-1] > 0.7
     assert max(row["hit_rate"] for row in kept) < 0.01
     assert stripped[-1]["ms_saved_per_call"] > 50 * kept[-1]["ms_saved_per_call"]
-    largest = PrefixStore(stripped[-1]["capacity"] // PAGE_TOKENS, PAGE_TOKENS)
+    largest = PrefixCache(stripped[-1]["capacity"] // PAGE_TOKENS, PAGE_TOKENS)
     replay((call.tokens() for call in calls), largest)
     assert largest.stats().pages_evicted == 0, "the last holds everything"
     assert largest.stats().pages_free == 1
@@ -116,7 +116,7 @@ SECOND = {"timestamp": 1500, "input_length": 1536, "output_length": 5, "hash_ids
 def test_a_mooncake_trace_is_read_and_equal_ids_are_found(tmp_path: Path) -> None:
     calls = read_mooncake(mooncake(tmp_path, SECOND, FIRST))
     assert [call.time_s for call in calls] == [0.0, 1.5]
-    found = replay((call.tokens() for call in calls), PrefixStore(100, 64))
+    found = replay((call.tokens() for call in calls), PrefixCache(100, 64))
     assert found.tolist() == [[1100, 0], [1536, 1024]]
 
 
@@ -151,7 +151,7 @@ def test_ten_thousand_calls_take_seconds(tmp_path: Path) -> None:
     ]
     calls = read_mooncake(mooncake(tmp_path, *lines))
     start = time.process_time()
-    found = replay((call.tokens() for call in calls), PrefixStore(100_000, 64))
+    found = replay((call.tokens() for call in calls), PrefixCache(100_000, 64))
     assert time.process_time() - start < 30
     assert found[:, 1].sum() == 100 * 512 * sum(range(100))
 

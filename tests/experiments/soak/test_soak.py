@@ -28,7 +28,7 @@ from experiments.soak.stage import Broken, Life, Sample, Stage, Up, ends, figure
 from experiments.soak.talk import BAD, FORMATS, TOOLS, Topics, branched, demand, disobeys, edited, following, opening
 from experiments.workloads.demo_model import TINY, write_demo_model
 from serve.api.messages import decode_request
-from serve.prompt.replay import Sampled
+from serve.prompt.replay import RecordedAnswer
 
 RESTING = {"running": 0, "waiting": 0, "pages_in_use": 0}
 BUSY = {"answers": 9, "hits_device": 5, "evicted_device": 4, "hits_disk": 3, "evicted_disk": 2, "errors_disk": 0}
@@ -364,8 +364,8 @@ class TestStage:
                 'tokenzero_restored_tokens_total{tier="disk"}': 30,
                 'tokenzero_tier_evicted_total{tier="disk"}': 8,
                 'tokenzero_tier_errors_total{tier="host"}': 2,
-                'tokenzero_responses_total{path="/health",status="200"}': 5,
-                'tokenzero_responses_total{path="/v1/messages",status="503"}': 1,
+                'tokenzero_http_responses_total{path="/health",status="200"}': 5,
+                'tokenzero_http_responses_total{path="/v1/messages",status="503"}': 1,
                 'tokenzero_pages{state="in_use"}': 4,
                 'tokenzero_pages{state="free"}': 9,
                 "tokenzero_audit_mismatches_total": 3,
@@ -419,7 +419,7 @@ class TestCold:
                 whole = body | {"messages": [*messages, {"role": "assistant", "content": one.message["content"]}]}
                 (*_, said) = decode_request(json.dumps(whole).encode()).messages
                 assert not isinstance(said.content, str)
-                sampled = Sampled(made.opening or "", np.asarray(tokens, np.int32))
+                sampled = RecordedAnswer(made.opening or "", np.asarray(tokens, np.int32))
                 cold.replay.put(scope, request.messages, said.content, sampled)
                 return one
 

@@ -385,8 +385,8 @@ class TestWhatIsFound:
 
 def case_of(number: int) -> Case:
     return Case(
-        time=f"2026-01-0{number + 1}T00:00:00+00:00", fingerprint="", root="00" * 32, page_size=PAGE, prefill_chunk=32,
-        dtype="float32", device="cpu", jax="0", tokens=[1, 2], reused=1, first=None, witness="page", source="device",
+        time=f"2026-01-0{number + 1}T00:00:00+00:00", fingerprint="", root="00" * 32, page_size=PAGE,
+        max_prefill_tokens=32, dtype="float32", device="cpu", jax="0", tokens=[1, 2], reused=1, first=None, witness="page", source="device",
         position=0, layer=0, part="keys", error=1.0, scale=1.0,
     )  # fmt: skip
 
@@ -447,7 +447,7 @@ class TestRequestsGoFirst:
         auditor.turn(engine)
         auditor.turn(engine)
         before = auditor.tokens
-        assert 0 < before <= 2 * ROOMY.mixed_chunk
+        assert 0 < before <= 2 * ROOMY.max_mixed_prefill_tokens
         events, _ = submit(engine, prompt(4), 30)
         while tick(engine):
             auditor.turn(engine)
@@ -624,7 +624,7 @@ class TestNoFalseAlarm:
         self, make: Make, model: tuple[ModelConfig, Params]
     ) -> None:
         narrow = jax.tree.map(lambda array: array.astype("bfloat16"), model[1])
-        engine = make(settings=replace(ROOMY, dtype="bfloat16", prefill_chunk=256), params=narrow)
+        engine = make(settings=replace(ROOMY, dtype="bfloat16", max_prefill_tokens=256), params=narrow)
         auditor = engine.idle_work
         assert auditor is not None
         auditor.bound = TOLERANCE["bfloat16"] / 4

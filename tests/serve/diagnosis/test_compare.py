@@ -12,7 +12,7 @@ from experiments.stability import Case, cases, outcome, sent
 from experiments.workloads.sessions import Session
 from serve.__main__ import main
 from serve.api.messages import CountTokensRequest, decode_count_tokens
-from serve.diagnosis.compare import Outcome, characters, compare, rule_sets
+from serve.diagnosis.compare import Comparison, characters, compare, rule_sets
 from serve.diagnosis.sections import vocabulary_of
 from serve.prompt.render import prompt
 from serve.prompt.tokenizer import Tokenizer
@@ -27,11 +27,11 @@ def decoded(body: dict) -> CountTokensRequest:
     return decode_count_tokens(json.dumps(body).encode())
 
 
-def share(found: Outcome) -> float:
+def share(found: Comparison) -> float:
     return found.position / found.length
 
 
-def kept_and_stripped(case: Case) -> tuple[Outcome, Outcome]:
+def kept_and_stripped(case: Case) -> tuple[Comparison, Comparison]:
     """As sent and by default; asserts that the position is the first difference, found the slow way."""
     kept = outcome(case, NOTHING)
     texts = ["".join(map(chr, characters(decoded(body), False).tokens)) for body in (case.old, case.new)]
@@ -57,7 +57,7 @@ class TestDivergenceTable:
         kept, stripped = kept_and_stripped(CASES[release]["same folder, other prompt"])
         assert (kept.cause, kept.section) == ("preamble", "system[0]")
         assert 40 < kept.position < 55, "the version's suffix is the session's"
-        assert (stripped.section, stripped.cause) == ("messages[0] user", "first sight")
+        assert (stripped.section, stripped.cause) == ("messages[0] user", "new_content")
         assert share(stripped) == pytest.approx({FRESH: 0.93, FIXED: 0.81}[release], abs=0.03)
 
     @pytest.mark.parametrize("release", [FRESH, FIXED])
@@ -66,10 +66,10 @@ class TestDivergenceTable:
         kept, stripped = kept_and_stripped(case)
         assert kept.cause == "preamble"
         # The folder's name, a few thousand characters into the system text and ahead of all tools.
-        assert (stripped.section, stripped.cause) == ("system[1]", "system changed")
+        assert (stripped.section, stripped.cause) == ("system[1]", "system_changed")
         assert share(stripped) == pytest.approx({FRESH: 0.027, FIXED: 0.08}[release], abs=0.04)
         repaired = outcome(case, DEFAULT_RULES | {"tools-first"})
-        assert (repaired.section, repaired.cause) == ("system[1]", "system changed")
+        assert (repaired.section, repaired.cause) == ("system[1]", "system_changed")
         assert share(repaired) == pytest.approx({FRESH: 0.88, FIXED: 0.73}[release], abs=0.03)
 
     @pytest.mark.parametrize(("release", "cause"), [(FRESH, "preamble"), (FIXED, None)])
@@ -83,14 +83,14 @@ class TestDivergenceTable:
         kept, stripped = kept_and_stripped(CASES[FIXED]["main agent, then sub-agent"])
         assert (kept.cause, kept.section) == ("preamble", "system[0]")
         assert 40 < kept.position < 55
-        assert (stripped.cause, stripped.section) == ("system changed", "system[1]")
+        assert (stripped.cause, stripped.section) == ("system_changed", "system[1]")
         assert 60 < stripped.position < 80
 
     def test_a_tool_that_is_loaded_midway(self) -> None:
         case = CASES[FIXED]["a tool is loaded midway"]
         loaded = case.new["tools"][6]["name"]
         for found in kept_and_stripped(case):
-            assert (found.cause, found.section) == ("tools changed", f"tools[6] {loaded}")
+            assert (found.cause, found.section) == ("tools_changed", f"tools[6] {loaded}")
             assert 0.3 < share(found) < 0.7
 
 
@@ -99,9 +99,9 @@ class TestEachRule:
         ("name", "rule", "cause"),
         [
             ("fresh session, same prompt", "strip-preamble", "preamble"),
-            ("token countdown", "fold-reminders", "system changed"),
-            ("keys of schemas", "sort-schema-keys", "tools reordered"),
-            ("order of tools", "sort-tools", "tools reordered"),
+            ("token countdown", "fold-reminders", "system_changed"),
+            ("keys of schemas", "sort-schema-keys", "tools_reordered"),
+            ("order of tools", "sort-tools", "tools_reordered"),
         ],
     )
     def test_it_makes_two_requests_one_and_no_other_rule_does(self, name: str, rule: str, cause: str) -> None:
@@ -115,7 +115,7 @@ class TestEachRule:
     def test_volatile_last_moves_the_date_behind_the_tools(self, release: str) -> None:
         case = CASES[release]["another day"]
         before, after = (outcome(case, rules) for rules in (DEFAULT_RULES, DEFAULT_RULES | {"volatile-last"}))
-        assert (before.section, before.cause) == ("system[1]", "system changed")
+        assert (before.section, before.cause) == ("system[1]", "system_changed")
         assert after.section == "messages[1] system"
         assert share(before) < 0.01
         assert share(after) > 0.8
@@ -176,7 +176,7 @@ class TestCommand:
         assert shown.count("system[0]") == 2
 
     def test_a_picture_shows_the_same(self, files: list[str], tmp_path: Path) -> None:
-        main(["explain", *files[:2], "--picture", str(tmp_path / "why.svg")])
+        main(["explain", *files[:2], "--svg", str(tmp_path / "why.svg")])
         drawn = ElementTree.parse(tmp_path / "why.svg").getroot()
         assert drawn.tag.endswith("svg")
         assert "preamble" in "".join(drawn.itertext())

@@ -22,10 +22,20 @@ from serve.api.messages import (
     ToolsChanged,
     decode_count_tokens,
 )
-from serve.diagnosis.divergence import CAUSES, NAMED, REMEMBERED, RULES_TOLD, Divergences, Kept, Report, Seen, nearest
+from serve.diagnosis.divergence import (
+    CAUSES,
+    MAX_LISTED_RULES,
+    NAMED,
+    REMEMBERED,
+    Divergences,
+    Kept,
+    RememberedRequest,
+    Report,
+    nearest,
+)
 from serve.diagnosis.sections import vocabulary_of
 from serve.prompt.render import prompt
-from serve.prompt.replay import Sampled
+from serve.prompt.replay import RecordedAnswer
 from serve.prompt.tokenizer import Tokenizer, make_tokenizer
 from serve.rules.normalize import normalize
 from tests.helpers.http import BILLING, text_block
@@ -57,11 +67,11 @@ class Server:
         self.divergences = Divergences(VOCABULARY, PAGE, lambda start, stop: (stop - start) / 1000, **options)
         self.number = 0
 
-    def seen(self, asked: Json, recalled: Any = None, model: str = "weights", salt: bytes = b"") -> Seen:
+    def seen(self, asked: Json, recalled: Any = None, model: str = "weights", salt: bytes = b"") -> RememberedRequest:
         request = normalize(decode_count_tokens(json.dumps(asked).encode()), self.rules).request
         made = prompt(request, self.tokenizer, recalled, tools_first="tools-first" in self.rules)
         self.number += 1
-        return Seen(f"msg_{self.number}", request, made, made.tokens, model, salt)
+        return RememberedRequest(f"msg_{self.number}", request, made, made.tokens, model, salt)
 
     def ask(self, asked: Json, answer: str | None = None, reused: int | None = None, **how: Any) -> Report:
         new = self.seen(asked, **how)
@@ -94,17 +104,17 @@ class TestCauses:
             (
                 body(system=f"{BILLING.format(1)}\nYou are."),
                 body(system=f"{BILLING.format(1)}\nYou were."),
-                "system changed",
+                "system_changed",
                 "system",
             ),
             (
                 body(),
                 body(system=[SYSTEM[0], text_block("Work in /home/b.\nBe brief.")]),
-                "system changed",
+                "system_changed",
                 "system[1]",
             ),
-            (body(), body(system=[*SYSTEM, text_block("Git: dirty")]), "system changed", "system[2]"),
-            (body(), body(tools=[TOOLS[0], TOOLS[2], TOOLS[1]]), "tools reordered", "tools[1] Bash"),
+            (body(), body(system=[*SYSTEM, text_block("Git: dirty")]), "system_changed", "system[2]"),
+            (body(), body(tools=[TOOLS[0], TOOLS[2], TOOLS[1]]), "tools_reordered", "tools[1] Bash"),
             (
                 body(),
                 body(
@@ -114,28 +124,28 @@ class TestCauses:
                         TOOLS[2],
                     ]
                 ),
-                "tools reordered",
+                "tools_reordered",
                 "tools[1] Edit",
             ),
-            (body(), body(tools=[TOOLS[0], TOOLS[0] | {"name": "New"}, *TOOLS[1:]]), "tools changed", "tools[1] New"),
-            (body(), body(tools=[*TOOLS, TOOLS[0] | {"name": "New"}]), "tools changed", "tools[3] New"),
-            (body(), body(tools=None), "tools changed", "tools"),
-            (body("A", "B", "C"), body("A", "B", "C?", "D", "E"), "history edited", "messages[2] user"),
+            (body(), body(tools=[TOOLS[0], TOOLS[0] | {"name": "New"}, *TOOLS[1:]]), "tools_changed", "tools[1] New"),
+            (body(), body(tools=[*TOOLS, TOOLS[0] | {"name": "New"}]), "tools_changed", "tools[3] New"),
+            (body(), body(tools=None), "tools_changed", "tools"),
+            (body("A", "B", "C"), body("A", "B", "C?", "D", "E"), "history_edited", "messages[2] user"),
             (
                 body("A", "B", "C", "D", "E"),
                 body("A2", "B", "C", "D", "E", "F", "G"),
-                "history edited",
+                "history_edited",
                 "messages[0] user",
             ),
-            (body("A", "B", "C"), body("A", "Other", "C"), "history edited", "messages[1] assistant"),
-            (body("Hello, you"), body("Hello, there"), "first sight", "messages[0] user"),
-            (body("Hello, you"), body("Good day", "Hi", "What now?"), "first sight", "messages[0] user"),
-            (body("A", "B", "C"), body("A", "B", "D"), "first sight", "messages[2] user"),
+            (body("A", "B", "C"), body("A", "Other", "C"), "history_edited", "messages[1] assistant"),
+            (body("Hello, you"), body("Hello, there"), "new_content", "messages[0] user"),
+            (body("Hello, you"), body("Good day", "Hi", "What now?"), "new_content", "messages[0] user"),
+            (body("A", "B", "C"), body("A", "B", "D"), "new_content", "messages[2] user"),
         ],
     )
     def test_the_report_names_cause_and_section(self, before: Json, after: Json, cause: str, section: str) -> None:
         server = Server()
-        assert server.ask(before).cause == "first sight"
+        assert server.ask(before).cause == "new_content"
         report = server.ask(after)
         assert (report.cause, report.section) == (cause, section)
         first, second = (seen.tokens for seen in server.divergences.kept.values())
@@ -148,15 +158,20 @@ class TestCauses:
     def test_every_cause_has_an_explanation_and_a_test(self) -> None:
         parametrized = {
             "preamble",
-            "system changed",
-            "tools reordered",
-            "tools changed",
-            "history edited",
-            "first sight",
+            "system_changed",
+            "tools_reordered",
+            "tools_changed",
+            "history_edited",
+            "new_content",
         }
-        assert parametrized | {"too short", "evicted", "forgotten", "model changed", "salt", "settings changed"} == set(
-            CAUSES
-        )
+        assert parametrized | {
+            "below_page_size",
+            "evicted",
+            "no_longer_tracked",
+            "model_changed",
+            "salt",
+            "settings_changed",
+        } == set(CAUSES)
 
     def test_evicted(self) -> None:
         server = Server()
@@ -173,7 +188,7 @@ class TestCauses:
         assert (report.cause, report.position) == ("preamble", shared)
         assert report.lost_tokens == report.prompt_tokens - 1 - (shared - 5)
 
-    @pytest.mark.parametrize(("agent", "cause"), [("Once there was.", "first sight"), ("You review code.", "preamble")])
+    @pytest.mark.parametrize(("agent", "cause"), [("Once there was.", "new_content"), ("You review code.", "preamble")])
     def test_another_agents_header_is_no_cause(self, agent: str, cause: str) -> None:
         server = Server()
         server.ask(body(system=f"{BILLING.format(1)}\nYou review code."))
@@ -190,17 +205,17 @@ class TestCauses:
     def test_another_salt_that_has_nothing_of_it_is_no_cause(self) -> None:
         server = Server()
         server.ask(body(system="You are."), salt=b"a")
-        assert server.ask(body(system="Once there was."), salt=b"b").cause == "first sight"
+        assert server.ask(body(system="Once there was."), salt=b"b").cause == "new_content"
 
     def test_another_model(self) -> None:
         server = Server()
         server.ask(body(), model="a")
-        assert server.ask(body(), model="b").cause == "model changed"
+        assert server.ask(body(), model="b").cause == "model_changed"
 
     def test_too_short(self) -> None:
         report = Server().ask({"model": "m", "messages": [{"role": "user", "content": "Hi"}]})
         assert report.prompt_tokens <= PAGE
-        assert (report.cause, report.lost_tokens) == ("too short", 0)
+        assert (report.cause, report.lost_tokens) == ("below_page_size", 0)
 
     def test_the_same_words_rendered_for_thinking(self) -> None:
         hf = copy.deepcopy(QWEN3.hf)
@@ -208,18 +223,18 @@ class TestCauses:
         server = Server(tokenizer=make_tokenizer(hf))
         server.ask(body("A", "B", "C"))
         report = server.ask(body("A", "B", "C", thinking={"type": "adaptive"}))
-        assert (report.cause, report.section, report.here[:4]) == ("settings changed", "template", "True")
+        assert (report.cause, report.section, report.here[:4]) == ("settings_changed", "template", "True")
 
     def test_a_conversation_that_is_taken_up_earlier_has_lost_nothing(self) -> None:
         server = Server()
         server.ask(body("A", "B", "C"))
-        assert server.ask(body("A")).cause == "first sight"
+        assert server.ask(body("A")).cause == "new_content"
 
     def test_a_conversation_that_goes_on_misses_nothing(self) -> None:
         server = Server()
-        assert server.ask(body("A"), answer="B").cause == "first sight"
+        assert server.ask(body("A"), answer="B").cause == "new_content"
         thought = "<think>\n\n</think>\n\n"
-        recalled = [Sampled(thought, QWEN3.encode("B"))]
+        recalled = [RecordedAnswer(thought, QWEN3.encode("B"))]
         report = server.ask(body("A", "B", "C"), recalled=recalled)
         assert (report.cause, report.section, report.lost_tokens) == (None, None, 0)
         assert report.position == len(server.divergences.kept.values()[0].tokens) == report.reused_tokens
@@ -228,7 +243,7 @@ class TestCauses:
         server = Server()
         server.ask(body("A"), answer="a b  c")
         report = server.ask(body("A", "a b c", "C"))
-        assert (report.cause, report.section) == ("history edited", "messages[1] assistant")
+        assert (report.cause, report.section) == ("history_edited", "messages[1] assistant")
 
     def test_asking_the_same_again_misses_nothing(self) -> None:
         server = Server()
@@ -240,11 +255,11 @@ class TestCauses:
         server = Server()
         server.ask(body("A", "B", "C"))
         hoisted = body("A", "B", "C", "D", "E", system=[*SYSTEM, text_block("Token usage: 5000/200000")])
-        assert server.ask(hoisted).cause == "system changed"
+        assert server.ask(hoisted).cause == "system_changed"
 
     def test_a_store_that_knows_more_than_the_report_remembers(self) -> None:
         report = Server().ask(body("A" * 200), reused=40)
-        assert (report.cause, report.position, report.lost_tokens) == ("forgotten", 40, 0)
+        assert (report.cause, report.position, report.lost_tokens) == ("no_longer_tracked", 40, 0)
 
 
 class TestReport:
@@ -266,12 +281,12 @@ class TestReport:
         caplog.set_level(logging.INFO, "tokenzero.divergence")
         for show in (True, False):
             caplog.clear()
-            server = Server(show_text=show)
+            server = Server(show_prompt_text=show)
             server.ask(body(system="A secret: swordfish"))
             report = server.ask(body(system="A secret: kingfisher"))
             shown = msgspec.json.encode(server.divergences.latest()).decode() + caplog.text
             assert ("fisher" in shown) is ("swordfish"[:4] in shown) is show
-            assert report.cause == "system changed"
+            assert report.cause == "system_changed"
             assert len(caplog.records) == 1, "one line, and none for what could not be avoided"
             assert "\n" not in caplog.records[0].getMessage()
 
@@ -308,7 +323,7 @@ class TestReport:
         new = server.seen(body(tools=[TOOLS[0] | {"name": "N" * 10_000 + "O"}, *TOOLS]))
         made = server.divergences.started(new, {"device": 0}, tuple(f"strip-preamble {n}" for n in range(1000)))
         assert len(made.section or "") <= NAMED
-        assert len(made.rules) == RULES_TOLD
+        assert len(made.rules) == MAX_LISTED_RULES
         assert server.divergences.reports.bytes < 10_000
 
     def test_sections_of_a_remembered_request(self) -> None:

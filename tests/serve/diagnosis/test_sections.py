@@ -15,7 +15,7 @@ from experiments.workloads.sessions import Session
 from serve.api.messages import CountTokensRequest, decode_count_tokens
 from serve.diagnosis.sections import CHARACTERS, MISSES, Sections, find, sentencepiece_bytes, vocabulary_of
 from serve.prompt.render import Prompt, prompt
-from serve.prompt.replay import Sampled
+from serve.prompt.replay import RecordedAnswer
 from serve.prompt.tokenizer import Tokenizer
 from tests.helpers.conversations import OPENING, answer_of, back, generated, next_messages, sent
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
@@ -47,7 +47,7 @@ def test_the_parts_of_a_conversation_are_found_in_every_family(family: Family) -
         opened = made.thinking
         if tokenizer.template.format.call is None:
             answer = tuple(block for block in answer if block.__struct_config__.tag != "tool_use")
-        recalled.append(Sampled(made.opening or "", generated(answer, opened, tokenizer)) if turn % 2 else None)
+        recalled.append(RecordedAnswer(made.opening or "", generated(answer, opened, tokenizer)) if turn % 2 else None)
         messages += [{"role": "assistant", "content": back(answer)}, *next_messages(turn, answer)]
     sections = sections_of(request, made, tokenizer)
     texts = texts_of(sections)

@@ -110,7 +110,7 @@ def test_clients_are_told_apart_by_agent_and_tools() -> None:
 
 
 def test_texts_can_be_hidden() -> None:
-    volatility = Volatility(show_text=False)
+    volatility = Volatility(show_prompt_text=False)
     for number, body in enumerate(turns(5)):
         observe(volatility, drifting(body, number))
     (found,) = volatility.latest()

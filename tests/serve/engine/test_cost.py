@@ -16,7 +16,7 @@ from serve.engine.cost import (
     load_constants,
     weighted_median,
 )
-from serve.engine.cost_fit import TERMS, Sample, accuracy, fit, held_out, intervals
+from serve.engine.cost_fit import TERMS, Sample, accuracy, fit_cost_model, held_out, intervals
 
 TRUE = Constants(fixed=4e-3, linear=2e-5, attention=8e-9, match=3e-7, restore=2e-6)
 SHAPE = ModelConfig("llama", 100, 32, 64, 2, 4, 2, 8, 512, 1e-6, RopeConfig())
@@ -43,14 +43,14 @@ def test_the_formula_adds_what_each_token_costs() -> None:
 
 
 def test_the_fit_recovers_a_known_model_exactly_without_noise() -> None:
-    found = fit(samples(0))
+    found = fit_cost_model(samples(0))
     for term in TERMS:
         assert getattr(found, term) == pytest.approx(getattr(TRUE, term), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fit_recovers_a_known_model_from_noisy_samples(seed: int) -> None:
-    found = fit(samples(0.03, seed=seed))
+    found = fit_cost_model(samples(0.03, seed=seed))
     for term in ("fixed", "linear", "attention"):
         assert getattr(found, term) == pytest.approx(getattr(TRUE, term), rel=0.1)
 
@@ -86,18 +86,18 @@ def test_points_that_the_fit_has_not_seen_are_predicted_by_the_others() -> None:
 def test_no_constant_is_negative() -> None:
     # A request that gets quicker with every cached token beyond what it saves.
     odd = [replace(s, seconds=s.seconds - 2e-7 * s.cached) for s in samples(0, replace(TRUE, match=0.0), False)]
-    found = fit(odd)
+    found = fit_cost_model(odd)
     assert min(asdict(found).values()) >= 0
     assert found.match == 0
 
 
 def test_a_term_that_no_sample_has_stays_zero() -> None:
-    assert fit(samples(0, restored=False)).restore == 0
+    assert fit_cost_model(samples(0, restored=False)).restore == 0
 
 
 def test_one_length_at_one_position_settles_no_model() -> None:
     with pytest.raises(ValueError, match="more lengths and positions: 3 samples"):
-        fit([Sample(1024, 0, 0, 0.1)] * 3)
+        fit_cost_model([Sample(1024, 0, 0, 0.1)] * 3)
 
 
 def test_behind_the_crossover_a_restored_token_is_cheaper_than_a_computed_one() -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from serve.engine.engine import Engine, EngineSettings
 from serve.engine.inbox import Overloaded
-from serve.engine.request import Failed, Finished, GenerationRequest, Sampled
+from serve.engine.request import Failed, Finished, GenerationRequest, TokenEvent
 from serve.engine.steps import SamplingParams
 from tests.helpers.forced_answers import Script
 from tests.helpers.tiny_engine import PAGE, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
@@ -69,7 +69,7 @@ def test_concurrent_requests_with_evictions_and_preemptions_are_exact(engine, mo
 
 def test_a_full_pool_preempts_and_resumes(model):
     config, params = model
-    cramped = EngineSettings(num_pages=41, max_model_len=320, page_size=PAGE, max_batch=4, prefill_chunk=32)
+    cramped = EngineSettings(num_pages=41, max_model_len=320, page_size=PAGE, max_num_seqs=4, max_prefill_tokens=32)
     engine = Engine(params, config, cramped)
     engine.start()
     rng, known, flips = np.random.default_rng(9), {}, []
@@ -88,7 +88,7 @@ def test_a_full_pool_preempts_and_resumes(model):
 
 def test_a_constraint_outlives_preemption_and_takes_each_token_once(model):
     config, params = model
-    cramped = EngineSettings(num_pages=41, max_model_len=320, page_size=PAGE, max_batch=4, prefill_chunk=32)
+    cramped = EngineSettings(num_pages=41, max_model_len=320, page_size=PAGE, max_num_seqs=4, max_prefill_tokens=32)
     engine = Engine(params, config, cramped)
     engine.start()
     rng, pending = np.random.default_rng(10), []
@@ -174,7 +174,7 @@ def test_the_next_step_is_launched_before_a_token_is_read(engine):
     seen, done = [], threading.Event()
 
     def emit(event):
-        seen.append(len(launched)) if isinstance(event, Sampled) else None
+        seen.append(len(launched)) if isinstance(event, TokenEvent) else None
         done.set() if isinstance(event, Finished) else None
 
     with launches(engine) as launched:
@@ -197,13 +197,13 @@ def test_a_prompt_is_prefilled_in_the_steps_of_those_that_decode(engine, model):
     rng, known, flips = np.random.default_rng(31), {}, []
     prompts = [rng.integers(3, VOCAB, 20), rng.integers(3, VOCAB, 100)]
     first, _ = submit(engine, prompts[0], 150)
-    while not isinstance(first.get(timeout=60), Sampled):
+    while not isinstance(first.get(timeout=60), TokenEvent):
         pass
     with launches(engine) as launched:
         second, _, _ = generate(engine, prompts[1], 20)
     rest = outcome(first)[0]
     chunks = [bucket for bucket in launched if bucket.chunk > 1]
-    assert len(chunks) == -(-100 // SMALL.mixed_chunk)
+    assert len(chunks) == -(-100 // SMALL.max_mixed_prefill_tokens)
     assert all(bucket.singles for bucket in chunks)
     for prompt, tokens in ((prompts[0], rest), (prompts[1], second)):
         expected = reference(model, prompt, 150 if tokens is rest else 20, known)
@@ -212,7 +212,7 @@ def test_a_prompt_is_prefilled_in_the_steps_of_those_that_decode(engine, model):
 
 def test_a_prompt_that_is_cached_passes_a_long_one_that_is_not(model):
     config, params = model
-    engine = Engine(params, config, EngineSettings(**{**vars(SMALL), "max_batch": 1}))
+    engine = Engine(params, config, EngineSettings(**{**vars(SMALL), "max_num_seqs": 1}))
     engine.start()
     rng, order = np.random.default_rng(32), queue.Queue()
     cached = rng.integers(3, VOCAB, 280)
@@ -229,7 +229,7 @@ def test_a_prompt_that_is_cached_passes_a_long_one_that_is_not(model):
 def guessing(model):
     """An engine that runs guesses on trial."""
     config, params = model
-    running = Engine(params, config, replace(SMALL, guesses=4))
+    running = Engine(params, config, replace(SMALL, speculative_tokens=4))
     running.start()
     yield running
     running.stop()
@@ -245,18 +245,18 @@ def test_guesses_change_no_token_of_greedy_answers(guessing, model, seed):
         assert last == Finished("length")
         assert_same_or_tied(model, prompt, tokens, reference(model, prompt, 60, known), flips)
     print(f"flips: {len(flips)} of {len(prompts)} prompts")
-    assert 0 < guessing.counters.right_guesses < guessing.counters.guessed_tokens
+    assert 0 < guessing.counters.accepted_tokens < guessing.counters.draft_tokens
     assert guessing.store.stats().pages_in_use == 0
     guessing.store.check()
 
 
 def test_guesses_change_no_token_that_is_drawn_by_chance(engine, guessing):
-    prompt, before = np.tile(np.arange(3, 12), 9), guessing.counters.guessed_tokens
+    prompt, before = np.tile(np.arange(3, 12), 9), guessing.counters.draft_tokens
     for seed in range(4):
         warm = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, seed=seed)
         answers = [generate(e, prompt, 50, sampling=warm, salt=b"drawn")[0] for e in (engine, guessing)]
         assert answers[0] == answers[1]
-    assert guessing.counters.guessed_tokens > before
+    assert guessing.counters.draft_tokens > before
 
 
 def test_an_answer_that_repeats_itself_takes_fewer_steps_with_guesses(guessing, model):
@@ -312,7 +312,7 @@ def test_a_prompt_without_room_for_one_token_is_refused(engine, length):
 
 def test_a_full_queue_refuses_and_recovers(model):
     config, params = model
-    engine = Engine(params, config, EngineSettings(**{**vars(SMALL), "max_waiting": 2}))
+    engine = Engine(params, config, EngineSettings(**{**vars(SMALL), "max_queue": 2}))
     pending = [submit(engine, [5, 6, 7, i], 2)[0] for i in range(2)]
     with pytest.raises(Overloaded):
         submit(engine, [1, 2], 2)
@@ -325,7 +325,7 @@ def test_a_full_queue_refuses_and_recovers(model):
 def test_a_cancelled_request_leaves_its_work_in_the_store_and_holds_no_page(engine):
     prompt = np.random.default_rng(27).integers(3, VOCAB, 100)
     events, number = submit(engine, prompt, 200)
-    while not isinstance(events.get(timeout=60), Sampled):
+    while not isinstance(events.get(timeout=60), TokenEvent):
         pass
     engine.cancel(number)
     _, started, _ = generate(engine, prompt, 1)

@@ -9,7 +9,7 @@ import pytest
 
 from cache.keys import all_keys, root_key
 from serve.engine.engine import Engine
-from serve.engine.request import Failed, Finished, GenerationRequest, Sampled, Started
+from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 from serve.engine.steps import SamplingParams
 from tests.helpers.forced_answers import Script
 from tests.helpers.tiny_engine import SMALL, VOCAB, Always, generate, outcome, prompt, submit, tick, tiers_of
@@ -64,7 +64,7 @@ def test_two_that_restore_one_prefix_bring_it_once_and_both_fit_in_the_end(make,
 
 
 def test_no_prompt_reuses_more_than_it_has_though_it_was_preempted_before_its_first_token(make):
-    engine = make(replace(CRAMPED, mixed_chunk=2), tiers_of(None, host=64 << 20))
+    engine = make(replace(CRAMPED, max_mixed_prefill_tokens=2), tiers_of(None, host=64 << 20))
     tokens = prompt(7, 160)
     submit(engine, tokens[:100], 1)
     finish(engine)
@@ -100,7 +100,7 @@ def test_what_was_read_ahead_stays_while_others_have_the_room(make, tmp_path):
 
 
 def test_a_constrained_request_costs_nobody_the_step_that_runs_ahead(make):
-    engine = make(replace(SMALL, max_batch=2))
+    engine = make(replace(SMALL, max_num_seqs=2))
     submit(engine, prompt(1, 20), 60)
     scripted, _ = submit(engine, prompt(2, 20), 60, constraint=(script := Script([5, 9, 7] * 20, VOCAB)))
     for _ in range(6):
@@ -122,7 +122,7 @@ def test_a_constrained_request_costs_nobody_the_step_that_runs_ahead(make):
 
 
 def test_a_prompt_that_prefills_token_by_token_is_there_for_others_as_it_grows(make):
-    engine = make(replace(SMALL, prefill_chunk=1, mixed_chunk=1))
+    engine = make(replace(SMALL, max_prefill_tokens=1, max_mixed_prefill_tokens=1))
     tokens = prompt(4, 60)
     submit(engine, tokens, 2)
     for _ in range(41):
@@ -135,7 +135,7 @@ def test_a_prompt_that_prefills_token_by_token_is_there_for_others_as_it_grows(m
 def test_what_is_read_ahead_is_what_comes_next(make, tmp_path):
     short = prompt(41, 40)
     store(make, tmp_path, short)
-    engine = make(replace(CRAMPED, max_batch=1), tiers_of(tmp_path))
+    engine = make(replace(CRAMPED, max_num_seqs=1), tiers_of(tmp_path))
     submit(engine, prompt(1, 20), 60)
     for _ in range(3):
         tick(engine)
@@ -328,7 +328,7 @@ def test_numbers_that_no_step_can_take_are_refused_by_name(make, count, sampling
 
 def test_a_cold_prompt_is_not_passed_for_long_by_cached_ones(make):
     """Four callers ask again and again for answers behind cached prompts, with room for two at a time."""
-    engine = make(replace(SMALL, max_batch=2))
+    engine = make(replace(SMALL, max_num_seqs=2))
     cached = [prompt(100 + i, 200) for i in range(4)]
     for tokens in cached:
         submit(engine, tokens, 1)
@@ -350,6 +350,6 @@ def test_a_cold_prompt_is_not_passed_for_long_by_cached_ones(make):
         tick(engine)
     asked, _ = submit(engine, cold, 1)
     before = len(order)
-    while not any(isinstance(event, Sampled) for event in list(asked.queue)):
+    while not any(isinstance(event, TokenEvent) for event in list(asked.queue)):
         tick(engine)
         assert len(order) - before < 40, "each of the others has passed it ten times"

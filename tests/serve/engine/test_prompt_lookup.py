@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine.prompt_lookup import NGRAM, guess
+from serve.engine.prompt_lookup import NGRAM, propose_draft
 
 
 def guessed(tokens: list[int], count: int) -> list[int]:
-    return guess(np.asarray(tokens, np.int32), count).tolist()
+    return propose_draft(np.asarray(tokens, np.int32), count).tolist()
 
 
 def test_what_followed_the_latest_words_is_guessed() -> None:

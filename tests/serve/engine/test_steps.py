@@ -19,44 +19,44 @@ from serve.engine.steps import (
     MIXED_CHUNKS,
     PREFILL_CHUNKS,
     Bucket,
-    Row,
     SamplingParams,
+    SequenceInput,
     Steps,
+    batch_buckets,
     compile_steps,
-    fit,
-    ladder,
     pack,
     pack_masks,
+    smallest_bucket,
 )
 
 BATCHES, CHUNKS = st.integers(1, 200), st.integers(1, 3000)
 
 
-@given(max_batch=BATCHES, max_chunk=CHUNKS, data=st.data())
-def test_the_ladder_holds_every_step_the_engine_takes(max_batch: int, max_chunk: int, data: st.DataObject) -> None:
+@given(max_num_seqs=BATCHES, max_chunk=CHUNKS, data=st.data())
+def test_the_ladder_holds_every_step_the_engine_takes(max_num_seqs: int, max_chunk: int, data: st.DataObject) -> None:
     mixed = data.draw(st.integers(1, max_chunk))
-    buckets = ladder(max_batch, max_chunk, mixed)
-    seqs, chunk = data.draw(st.integers(1, max_batch)), data.draw(st.integers(1, max_chunk))
+    buckets = batch_buckets(max_num_seqs, max_chunk, mixed)
+    seqs, chunk = data.draw(st.integers(1, max_num_seqs)), data.draw(st.integers(1, max_chunk))
     for wanted in ([1] * seqs, [chunk], [min(chunk, mixed), *[1] * (seqs - 1)]):
-        bucket = fit(buckets, wanted)
+        bucket = smallest_bucket(buckets, wanted)
         assert bucket.rows >= len(wanted)
         assert bucket.chunk >= wanted[0]
         assert not [b for b in buckets if b.tokens < bucket.tokens and b.holds(wanted)]
 
 
-@given(max_batch=BATCHES, max_chunk=CHUNKS)
-def test_the_ladder_is_short_and_wastes_less_than_half_of_a_decoding_batch(max_batch: int, max_chunk: int) -> None:
-    buckets = ladder(max_batch, max_chunk, max_chunk)
-    most = max_batch.bit_length() + 1 + len(PREFILL_CHUNKS) + 1 + 2 * (len(MIXED_CHUNKS) + 1)
+@given(max_num_seqs=BATCHES, max_chunk=CHUNKS)
+def test_the_ladder_is_short_and_wastes_less_than_half_of_a_decoding_batch(max_num_seqs: int, max_chunk: int) -> None:
+    buckets = batch_buckets(max_num_seqs, max_chunk, max_chunk)
+    most = max_num_seqs.bit_length() + 1 + len(PREFILL_CHUNKS) + 1 + 2 * (len(MIXED_CHUNKS) + 1)
     assert len(set(buckets)) == len(buckets) <= most
-    assert max(b.seqs for b in buckets) == max_batch
+    assert max(b.seqs for b in buckets) == max_num_seqs
     assert max(b.chunk for b in buckets) == max_chunk
-    for seqs in range(1, max_batch + 1):
-        assert fit(buckets, [1] * seqs).seqs < 2 * seqs
+    for seqs in range(1, max_num_seqs + 1):
+        assert smallest_bucket(buckets, [1] * seqs).seqs < 2 * seqs
 
 
 def test_the_ladder_of_the_defaults() -> None:
-    buckets = ladder(16, 1024, 256)
+    buckets = batch_buckets(16, 1024, 256)
     assert [b.seqs for b in buckets if b.chunk == 1] == [1, 2, 4, 8, 16]
     assert [b.chunk for b in buckets if b.chunk > 1 and not b.singles] == list(PREFILL_CHUNKS)
     assert [(b.chunk, b.singles) for b in buckets if b.singles] == [(n, s) for n in MIXED_CHUNKS for s in (4, 15)]
@@ -64,14 +64,14 @@ def test_the_ladder_of_the_defaults() -> None:
 
 def test_on_a_gpu_chunks_start_where_tokens_begin_to_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.engine.steps.on_cpu", lambda: False)
-    buckets = ladder(8, 1000, 256)
+    buckets = batch_buckets(8, 1000, 256)
     assert [b.chunk for b in buckets if b.chunk > 1 and not b.singles] == [128, 256, 512, 1000]
     assert [(b.chunk, b.singles) for b in buckets if b.singles] == [(n, s) for n in (128, 256) for s in (4, 7)]
 
 
 MASKS = st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4).map(lambda words: np.asarray(words, np.uint32))
 ROWS = st.builds(
-    Row,
+    SequenceInput,
     tokens=st.lists(st.integers(0, 1000), min_size=1, max_size=6).map(lambda ids: np.asarray(ids, np.int32)),
     prefix=st.integers(0, 50),
     pages=st.lists(st.integers(0, 90), min_size=1, max_size=7).map(lambda ids: np.asarray(ids, np.int32)),
@@ -86,7 +86,9 @@ ROWS = st.builds(
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=5), data=st.data())
-def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(rows: list[Row], data: st.DataObject) -> None:
+def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(
+    rows: list[SequenceInput], data: st.DataObject
+) -> None:
     seqs = data.draw(st.integers(len(rows), 8))
     chunk = data.draw(st.integers(max(len(row.tokens) for row in rows), 8))
     batch, sampling = pack(rows, Bucket(seqs, chunk), table_pages=7)
@@ -111,7 +113,7 @@ def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(rows: list[
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=4), data=st.data())
-def test_a_token_is_sampled_before_and_behind_each_guess(rows: list[Row], data: st.DataObject) -> None:
+def test_a_token_is_sampled_before_and_behind_each_guess(rows: list[SequenceInput], data: st.DataObject) -> None:
     rows = [replace(row, draft=data.draw(st.integers(0, len(row.tokens) - 1))) for row in rows]
     bucket = Bucket(len(rows) + 1, 6, every=True)
     batch, sampling = pack(rows, bucket, table_pages=7)
@@ -140,7 +142,7 @@ def test_packed_masks_allow_all_tokens_where_there_is_none(masks: list[np.ndarra
 
 
 def test_every_column_has_the_type_that_was_compiled_for() -> None:
-    row = Row(np.asarray([1], np.int32), 0, np.asarray([0], np.int32), GREEDY)
+    row = SequenceInput(np.asarray([1], np.int32), 0, np.asarray([0], np.int32), GREEDY)
     for rows in ([row], [row, row]):
         batch, sampling = pack(rows, Bucket(2, 1), table_pages=3)
         ints = (
@@ -187,7 +189,9 @@ def test_a_compiled_step_obeys_the_masks_of_the_rows_that_have_one(small: tuple[
     params, steps = small
 
     def sampled(*masks: np.ndarray | None) -> list[int]:
-        rows = [Row(np.asarray([7], np.int32), 0, np.asarray([i], np.int32), GREEDY) for i in range(len(masks))]
+        rows = [
+            SequenceInput(np.asarray([7], np.int32), 0, np.asarray([i], np.int32), GREEDY) for i in range(len(masks))
+        ]
         batch, sampling = pack(rows, Bucket(3, 1), steps.table_pages)
         sampling = replace(sampling, mask=pack_masks(masks, 3))
         pool = empty_pool(SMALL, 4, 8, jnp.float32)

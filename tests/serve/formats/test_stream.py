@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.api.stops import Stops
 from serve.formats.families import NONE
-from serve.formats.stream import AnswerStream, Piece, Stopped, Text, overlap
+from serve.formats.stream import AnswerEvent, AnswerStream, Stopped, Text, overlap
 
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "a"), ("Ã", "©"), ("ð", "Ł"), ("Ġ", "Ã"), ("©", "Ã")]
 
@@ -40,7 +40,7 @@ def run(ids: list[int], stops: list[str] = ()) -> tuple[list[str], str | None]:
     return [*pieces, said(stream.finish())[0]], None
 
 
-def said(pieces: list[Piece]) -> tuple[str, str | None]:
+def said(pieces: list[AnswerEvent]) -> tuple[str, str | None]:
     """The text of some pieces, and the stop sequence that ended them."""
     stops = [piece.sequence for piece in pieces if isinstance(piece, Stopped)]
     return "".join(piece.text for piece in pieces if isinstance(piece, Text)), stops[0] if stops else None

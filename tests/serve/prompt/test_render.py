@@ -23,7 +23,7 @@ from cache.host import HostTier
 from serve.api.messages import CountTokensRequest, InputMessage, InvalidRequest, TextBlock, decode_count_tokens
 from serve.prompt.conversation import conversation, joined, tool_definitions
 from serve.prompt.render import prompt, render, render_text, say_once
-from serve.prompt.replay import Sampled
+from serve.prompt.replay import RecordedAnswer
 from serve.prompt.template import into_results, join_users
 from serve.prompt.tokenizer import (
     STORED_CHARS,
@@ -514,7 +514,7 @@ class TestFamilies:
         own, rendered = by_template(asked, family(name)), render_text(asked, family(name))
         assert own.count(theirs) == rendered.count(ours) == 1
         assert rendered == own.replace(theirs, ours)
-        history = prompt(asked, family(name), template_history=True)
+        history = prompt(asked, family(name), render_history_with_template=True)
         if "system" not in case:
             assert history.pieces == (own,)
 
@@ -538,14 +538,14 @@ class TestFamilies:
         say_once.cache_clear()
         loud = make_tokenizer(byte_level_with("{% for m in messages %}{{ m.role }}: " + form + "<|end|>{% endfor %}"))
         asked = request(USER, says(text("a")), USER, says(text("a")), USER)
-        rendered = prompt(asked, loud, [Sampled("", np.asarray([1], np.int32))] * 2)
+        rendered = prompt(asked, loud, [RecordedAnswer("", np.asarray([1], np.int32))] * 2)
         assert rendered.pieces == (by_template(asked, loud),)
         assert f"assistant: {written}<|end|>" in rendered.pieces[0]
         assert "nothing sampled is replayed" in caplog.text
 
     def test_an_answer_that_the_template_continues_is_not_to_be_recorded(self, tokenizer: Tokenizer) -> None:
         begun = request(USER, says(text("Yes, ")))
-        made = prompt(begun, tokenizer, template_history=True)
+        made = prompt(begun, tokenizer, render_history_with_template=True)
         assert (made.opening, len(made.begun)) == (None, 0)
         assert made.pieces == (TURN + ANSWER + "Yes, ",)
         marked = prompt(begun, tokenizer)
@@ -675,7 +675,7 @@ class TestPieces:
 
     def test_what_was_sampled_stands_where_the_answer_stood(self, tokenizer: Tokenizer) -> None:
         ids = np.asarray([300, 301, 302], np.int32)
-        made = prompt(request(USER, says(text("A")), USER), tokenizer, [Sampled("<think>\n", ids)])
+        made = prompt(request(USER, says(text("A")), USER), tokenizer, [RecordedAnswer("<think>\n", ids)])
         front, middle, end = made.pieces
         assert front == TURN + ANSWER + "<think>\n"
         assert middle is ids

@@ -33,7 +33,7 @@ from serve.api.messages import (
 )
 from serve.formats.families import write_turn
 from serve.prompt.render import Prompt, prompt
-from serve.prompt.replay import ReplayLog, Sampled, keys, pack, unpack
+from serve.prompt.replay import RecordedAnswer, ReplayLog, keys, pack, unpack
 from serve.prompt.signing import sign, signing_key, verify
 from tests.helpers.conversations import (
     OPENING,
@@ -53,8 +53,8 @@ SCOPE = b"key and model"
 ANSWER = (TextBlock("Done."),)
 
 
-def sampled(*ids: int, opening: str = "") -> Sampled:
-    return Sampled(opening, np.asarray(ids, np.int32))
+def sampled(*ids: int, opening: str = "") -> RecordedAnswer:
+    return RecordedAnswer(opening, np.asarray(ids, np.int32))
 
 
 QUESTION = (InputMessage("user", "Fix the bug."),)
@@ -69,7 +69,7 @@ def key(answer: Any, scope: bytes = SCOPE) -> bytes:
     return keys(scope, talk(answer))[-1]
 
 
-def as_tuple(found: Sampled | None) -> tuple[str, list[int]] | None:
+def as_tuple(found: RecordedAnswer | None) -> tuple[str, list[int]] | None:
     return found and (found.opening, found.tokens.tolist())
 
 
@@ -161,7 +161,7 @@ class TestRecord:
         assert found is None or pack(found) == record
 
 
-def look(log: ReplayLog, answer: Any, scope: bytes = SCOPE) -> Sampled | None:
+def look(log: ReplayLog, answer: Any, scope: bytes = SCOPE) -> RecordedAnswer | None:
     (found,) = log.recall(scope, talk(answer))
     return found
 
@@ -213,10 +213,10 @@ import signal, sys
 from pathlib import Path
 import numpy as np
 from serve.api.messages import InputMessage, TextBlock
-from serve.prompt.replay import ReplayLog, Sampled
+from serve.prompt.replay import ReplayLog, RecordedAnswer
 log = ReplayLog(Path(sys.argv[1]))
 question = [InputMessage("user", "Fix the bug.")]
-log.put(b"key and model", question, [TextBlock("Done.")], Sampled("", np.arange(3, dtype=np.int32)))
+log.put(b"key and model", question, [TextBlock("Done.")], RecordedAnswer("", np.arange(3, dtype=np.int32)))
 log.writer.submit(int).result()  # behind the record
 print("ready", flush=True)
 signal.pause()
@@ -320,7 +320,7 @@ class TestSessions:
             ids = generated(answer, made.opening.endswith("<think>\n"), tokenizer)
             uncommon += not np.array_equal(ids, tokenizer.encode(write_turn(tokenizer.template.format, answer)))
             previous = np.concatenate([made.tokens, ids])
-            log.put(SCOPE, request.messages, answer, Sampled(made.opening, ids))
+            log.put(SCOPE, request.messages, answer, RecordedAnswer(made.opening, ids))
             messages += [message("assistant", *back(answer)), *next_messages(turn, answer)]
         assert uncommon == 30, "no turn was sampled the way in which its text would be tokenised"
 
@@ -347,7 +347,7 @@ class TestSessions:
         messages, ids = list(OPENING), [np.full(5, 7 + n, np.int32) for n in range(3)]
         for turn in (0, 1, 2):
             answer = answer_of(turn, rng, False)
-            log.put(SCOPE, sent(messages, False, 0).messages, answer, Sampled("", ids[turn]))
+            log.put(SCOPE, sent(messages, False, 0).messages, answer, RecordedAnswer("", ids[turn]))
             messages += [message("assistant", *back(answer)), *next_messages(turn, answer)]
         edited = json.loads(json.dumps(messages).replace("at the file, turn 1", "at the file. Edited."))
 
@@ -368,7 +368,7 @@ class TestSessions:
             assert is_extension(made.tokens, previous)
             ids = np.arange(50 + turn, 60, dtype=np.int32)
             previous = np.concatenate([made.tokens, ids])
-            log.put(SCOPE, request.messages, ANSWER, Sampled(made.opening, ids))
+            log.put(SCOPE, request.messages, ANSWER, RecordedAnswer(made.opening, ids))
             messages += [message("assistant", text("Done.")), message("user", text("Again."))]
 
     def test_an_answer_that_the_client_continues_is_replayed(self, family: Family) -> None:
@@ -381,12 +381,12 @@ class TestSessions:
         question, rest = message("user", text("Write.")), np.asarray([42], np.int32)
         request, first = made(question)
         cut = np.asarray([40, 41], np.int32)
-        log.put(SCOPE, request.messages, [TextBlock("One,")], Sampled(first.opening, cut))
+        log.put(SCOPE, request.messages, [TextBlock("One,")], RecordedAnswer(first.opening, cut))
         request, second = made(question, message("assistant", text("One,")))
         assert is_extension(second.tokens, np.concatenate([first.tokens, cut]))
         assert second.begun.tolist() == cut.tolist()
         whole = np.concatenate([second.begun, rest])
-        log.put(SCOPE, request.messages, [TextBlock(" two.")], Sampled(second.opening, whole))
+        log.put(SCOPE, request.messages, [TextBlock(" two.")], RecordedAnswer(second.opening, whole))
         # The client may join the two parts, in one block or in two, or send two messages.
         for answers in (
             [message("assistant", text("One, two."))],
@@ -402,7 +402,12 @@ class TestSessions:
         request = sent([question, message("assistant", text("Begun "))], False, 0)
         made = prompt(request, tokenizer, log.recall(SCOPE, request.messages))
         assert made.begun.tolist() == tokenizer.encode("Begun ").tolist()
-        log.put(SCOPE, request.messages, [TextBlock("well")], Sampled(made.opening, np.concatenate([made.begun, rest])))
+        log.put(
+            SCOPE,
+            request.messages,
+            [TextBlock("well")],
+            RecordedAnswer(made.opening, np.concatenate([made.begun, rest])),
+        )
         request = sent([question, message("assistant", text("Begun well")), question], False, 0)
         after = prompt(request, tokenizer, log.recall(SCOPE, request.messages))
         assert is_extension(after.tokens, np.concatenate([made.tokens, rest]))

@@ -127,11 +127,11 @@ class TestToolsFirst:
     REQUEST = request("You are <s> an agent.", tools=(tool("Read"), tool("Edit")))
 
     @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
-    @pytest.mark.parametrize("template_history", [False, True])
-    def test_the_same_words_stand_in_another_order(self, name: str, template_history: bool) -> None:
+    @pytest.mark.parametrize("render_history_with_template", [False, True])
+    def test_the_same_words_stand_in_another_order(self, name: str, render_history_with_template: bool) -> None:
         tokenizer = tokenizer_of(BY_NAME[name])
         before, after = (
-            "".join(prompt(self.REQUEST, tokenizer, None, template_history, first).pieces)  # type: ignore[arg-type]
+            "".join(prompt(self.REQUEST, tokenizer, None, render_history_with_template, first).pieces)  # type: ignore[arg-type]
             for first in (False, True)
         )
         assert before.index("You are <s> an agent.") < before.index('"Read"') < before.index('"Edit"')

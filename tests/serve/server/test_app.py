@@ -230,8 +230,8 @@ class TestMetrics:
         assert moved("tokenzero_steps_total") >= 10
         assert moved("tokenzero_ttft_seconds_count") == 2
         assert 0 < moved("tokenzero_ttft_seconds_sum") < 60
-        assert moved('tokenzero_responses_total{path="/v1/messages",status="200"}') == 2
-        assert moved('tokenzero_responses_total{path="/v1/messages",status="400"}') == 1
+        assert moved('tokenzero_http_responses_total{path="/v1/messages",status="200"}') == 2
+        assert moved('tokenzero_http_responses_total{path="/v1/messages",status="400"}') == 1
         pages = [after[f'tokenzero_pages{{state="{state}"}}'] for state in ("free", "cached", "in_use", "auditor")]
         assert sum(pages) == 2048, "the pool of 16 MiB"
         assert pages[1] > 0
@@ -241,7 +241,7 @@ class TestMetrics:
         response = client.post("/v1/messages", json=with_header(7))
         assert response.headers["x-tokenzero-normalized"] == "strip-preamble system[0]"
         assert "x-tokenzero-normalized" not in client.post("/v1/messages", json=ask("Hi")).headers
-        name = 'tokenzero_normalized_total{rule="strip-preamble"}'
+        name = 'tokenzero_rule_applications_total{rule="strip-preamble"}'
         assert scrape(client)[name] == before.get(name, 0) + 1
 
     def test_the_list_of_applied_rules_fits_a_header(self, client: httpx.Client) -> None:
@@ -269,7 +269,7 @@ class TestMetrics:
         client.get("/v1/models/two")
         after = scrape(client)
         assert set(after) == set(before)
-        name = 'tokenzero_responses_total{path="other",status="404"}'
+        name = 'tokenzero_http_responses_total{path="other",status="404"}'
         assert after[name] == before[name] + 1
 
 
@@ -452,7 +452,7 @@ class TestCancelling:
         body = ask(long(50 + streaming), 50, stream=streaming)
         tokens, before = counted(client, body), scrape(client)
         connection = open_request(server.url, body)
-        eventually(lambda: scrape(client)["tokenzero_running"] == 1, "the request runs")
+        eventually(lambda: scrape(client)["tokenzero_num_requests_running"] == 1, "the request runs")
         connection.close()
         eventually(lambda: is_idle(client), "the request is given up")
         after = scrape(client)
@@ -491,14 +491,14 @@ class TestCancelling:
 
     def test_a_client_that_leaves_the_queue_never_runs(self, client: httpx.Client, server: Server) -> None:
         running = [open_request(server.url, ask(long(number, 6000), 1)) for number in (60, 61, 62, 63)]
-        eventually(lambda: scrape(client)["tokenzero_running"] == 4, "the batch is full")
+        eventually(lambda: scrape(client)["tokenzero_num_requests_running"] == 4, "the batch is full")
         queued = [open_request(server.url, ask("I shall not wait", 5)) for _ in range(3)]
-        eventually(lambda: scrape(client)["tokenzero_waiting"] == 3, "three wait")
+        eventually(lambda: scrape(client)["tokenzero_num_requests_waiting"] == 3, "three wait")
         before = scrape(client)["tokenzero_requests_total"]
         for connection in queued:
             connection.close()
-        eventually(lambda: scrape(client)["tokenzero_waiting"] == 0, "the queue is empty")
-        assert scrape(client)["tokenzero_running"] == 4
+        eventually(lambda: scrape(client)["tokenzero_num_requests_waiting"] == 0, "the queue is empty")
+        assert scrape(client)["tokenzero_num_requests_running"] == 4
         for connection in running:
             connection.close()
         eventually(lambda: is_idle(client), "all are given up")

@@ -27,7 +27,7 @@ from model import checkpoint
 from model.params import unstacked
 from serve.engine.engine import Engine, EngineSettings, Sampled, generate
 from serve.prompt.tokenizer import Tokenizer
-from serve.server.context import make_serving
+from serve.server.context import make_context
 from tests.helpers.http import (
     FLAGS,
     Json,
@@ -47,7 +47,14 @@ from tests.helpers.http import (
 from tests.helpers.scripted_server import listening, steps_compiled_once
 
 MakeEngine = Callable[..., Engine]
-SIZES = {"num_pages": 64, "max_model_len": 512, "page_size": 16, "max_batch": 2, "prefill_chunk": 16, "mixed_chunk": 16}
+SIZES = {
+    "num_pages": 64,
+    "max_model_len": 512,
+    "page_size": 16,
+    "max_num_seqs": 2,
+    "max_prefill_tokens": 16,
+    "max_mixed_prefill_tokens": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def serve(tokenizer: Tokenizer) -> Callable[..., Any]:
     def serving(engine: Engine) -> Iterator[httpx.Client]:
         stop_ids = {tokenizer.hf.convert_tokens_to_ids("<|im_end|>")}
         with (
-            listening(make_serving(engine, tokenizer, "in-process", stop_ids)) as url,
+            listening(make_context(engine, tokenizer, "in-process", stop_ids)) as url,
             httpx.Client(base_url=url, timeout=30) as client,
         ):
             yield client
@@ -120,7 +127,7 @@ class TestAStepThatRaises:
             assert "a fault of the test" in error_of(response, 500, "api_error")
             wrapped.fault = None
             assert text_of(post(client, ask("Hi")))
-            assert scrape(client)['tokenzero_responses_total{path="/v1/messages",status="500"}'] == 1
+            assert scrape(client)['tokenzero_http_responses_total{path="/v1/messages",status="500"}'] == 1
             eventually(lambda: is_idle(client), "no page is held")
         engine.store.check()
 
@@ -203,7 +210,7 @@ class TestOverload:
     def test_a_request_beyond_the_queue_is_told_to_come_back(
         self, streaming: bool, make_engine: MakeEngine, serve: Any
     ) -> None:
-        engine = make_engine(max_waiting=2)
+        engine = make_engine(max_queue=2)
         wrapped = Wrapped(engine)
         with serve(engine) as client, ThreadPoolExecutor(3) as pool:
             wrapped.gate.clear()
@@ -227,7 +234,7 @@ class TestOverload:
             wrapped.gate.set()
             assert all(text_of(answer.result()) for answer in served)
             assert text_of(post(client, ask("Later")))
-            assert scrape(client)['tokenzero_responses_total{path="/v1/messages",status="529"}'] == 2
+            assert scrape(client)['tokenzero_http_responses_total{path="/v1/messages",status="529"}'] == 2
 
 
 class TestWaiting:
@@ -318,8 +325,8 @@ class TestTheServersOwnFaults:
                     text = error_of(client.post(path, json=ask("Hi")), 500, "api_error")
                     assert "a fault of the test" in text
             samples = scrape(client)
-            assert samples['tokenzero_responses_total{path="/v1/messages",status="500"}'] == 1
-            assert samples['tokenzero_responses_total{path="/v1/messages/count_tokens",status="500"}'] == 1
+            assert samples['tokenzero_http_responses_total{path="/v1/messages",status="500"}'] == 1
+            assert samples['tokenzero_http_responses_total{path="/v1/messages/count_tokens",status="500"}'] == 1
             assert text_of(post(client, ask("Hi")))
 
     def test_health_tells_when_the_engine_has_stopped(self, make_engine: MakeEngine, serve: Any) -> None:
@@ -366,25 +373,25 @@ def endless(server: Server) -> Json:
 class TestManyClients:
     def test_a_full_queue_refuses_and_then_serves_all_that_it_took(self, model_folder: Path) -> None:
         with (
-            running_server(model_folder, *FLAGS, "--max-batch", "1", "--max-waiting", "2") as server,
+            running_server(model_folder, *FLAGS, "--max-num-seqs", "1", "--max-queue", "2") as server,
             httpx.Client(base_url=server.url, timeout=60) as client,
             ThreadPoolExecutor(2) as pool,
         ):
             running = open_request(server.url, ask(long(1), 1))
-            eventually(lambda: scrape(client)["tokenzero_running"] == 1, "one runs, and for long")
+            eventually(lambda: scrape(client)["tokenzero_num_requests_running"] == 1, "one runs, and for long")
             queued = [pool.submit(post, client, ask(f"Number {number}")) for number in range(2)]
-            eventually(lambda: scrape(client)["tokenzero_waiting"] == 2, "the queue is full")
+            eventually(lambda: scrape(client)["tokenzero_num_requests_waiting"] == 2, "the queue is full")
             for streaming in (False, True):
                 response = client.post("/v1/messages", json=ask("One too many", stream=streaming))
                 assert "2 requests are waiting" in error_of(response, 529, "overloaded_error")
                 assert int(response.headers["retry-after"]) >= 1
-            assert scrape(client)["tokenzero_waiting"] == 2
+            assert scrape(client)["tokenzero_num_requests_waiting"] == 2
             read_until(running, b'"output_tokens"')
             running.close()
             assert all(text_of(answer.result()) for answer in queued)
             assert text_of(post(client, ask("One too many")))
             eventually(lambda: is_idle(client), "nothing runs or waits, and no page is held")
-            assert scrape(client)['tokenzero_responses_total{path="/v1/messages",status="529"}'] == 2
+            assert scrape(client)['tokenzero_http_responses_total{path="/v1/messages",status="529"}'] == 2
 
 
 class TestClientsThatDoNotListen:
@@ -423,9 +430,11 @@ class TestClientsThatDoNotListen:
         read_until(leaving, DELTA, times=3)
         with ThreadPoolExecutor(2) as pool:
             beside = [pool.submit(stream, client, body, **{"x-tokenzero-cache-salt": "beside"}) for body in others]
-            eventually(lambda: scrape(client)["tokenzero_running"] == 3, "all three run")
+            eventually(lambda: scrape(client)["tokenzero_num_requests_running"] == 3, "all three run")
             leaving.close()
-            eventually(lambda: scrape(client)["tokenzero_running"] == 2, "one has left, and the others go on")
+            eventually(
+                lambda: scrape(client)["tokenzero_num_requests_running"] == 2, "one has left, and the others go on"
+            )
             assert [answer.result().text for answer in beside] == alone
         eventually(lambda: is_idle(client), "no page is held")
         assert scrape(client)["tokenzero_generated_tokens_total"] - before < 4000

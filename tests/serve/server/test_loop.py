@@ -24,7 +24,7 @@ from model import checkpoint
 from model.params import unstacked
 from serve.diagnosis.divergence import Divergences
 from serve.prompt.tokenizer import Tokenizer
-from serve.server.context import Serving
+from serve.server.context import ServerContext
 from serve.server.heartbeat import PERIOD_SECONDS, beating
 from serve.server.metrics import EngineCollector
 from tests.helpers.http import ask, eventually, post
@@ -32,14 +32,14 @@ from tests.helpers.scripted_server import listening, serving_over
 
 
 @pytest.fixture(scope="module")
-def serving(model_folder: Path, tokenizer: Tokenizer) -> Serving:
+def serving(model_folder: Path, tokenizer: Tokenizer) -> ServerContext:
     """What serves the tiny model in this process."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
     return serving_over((config, unstacked(params)), tokenizer)[1]
 
 
 @pytest.fixture(scope="module")
-def url(serving: Serving) -> Iterator[str]:
+def url(serving: ServerContext) -> Iterator[str]:
     """Where it listens."""
     with listening(serving) as url:
         yield url

@@ -351,7 +351,7 @@ class TestHistory:
         written = "<think>\nA long thought about what is in the file.\n</think>\n\nYes."
         with talk(written, written) as sdk:
             kept = self.second_turn(sdk)
-        with talk(written, written, template_history=True) as sdk:
+        with talk(written, written, render_history_with_template=True) as sdk:
             dropped = self.second_turn(sdk)
         totals = [u.cache_read_input_tokens + u.cache_creation_input_tokens for u in (kept, dropped)]
         assert totals[0] > totals[1]

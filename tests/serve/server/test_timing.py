@@ -165,7 +165,7 @@ class TestOutcome:
             head = read_until(connection, b"content_block_delta")
             path = f"/v1/requests/{re.search(rb'msg_[0-9a-f]+', head)[0].decode()}"  # type: ignore[index]
             eventually(lambda: client.get(path).status_code == 200, "there is a report")
-        eventually(lambda: client.get(path).json()["state"] == "broken off", "the request is over")
+        eventually(lambda: client.get(path).json()["state"] == "aborted", "the request is over")
         assert tuple(client.get(path).json()["phases_ms"]) == (*FIRST, "trace")
 
 

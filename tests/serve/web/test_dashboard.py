@@ -93,7 +93,7 @@ class TestOutcomes:
         with open_request(str(client.base_url), ask("7", max_tokens=10_000, stream=True)) as connection:
             id = re.search(rb'"id":\s*"(msg_\w+)"', read_until(connection, b"content_block_delta"))[1].decode()
             assert told(client, id).get("state", "running") == "running"
-        eventually(lambda: told(client, id)["state"] == "broken off", "the request is over")
+        eventually(lambda: told(client, id)["state"] == "aborted", "the request is over")
 
     def test_what_a_rule_saved_is_told_and_counted(self, client: httpx.Client) -> None:
         name = f'tokenzero_rule_saved_tokens_total{{rule="{STRIP}"}}'

@@ -35,7 +35,7 @@ def with_header(number: int, said: str = "What now?", **more: Any) -> Json:
 def discreet(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, Path]]:
     """A client with the key of a server that shows no text, and the server's log."""
     log = tmp_path_factory.mktemp("discreet") / "server.log"
-    flags = (*FLAGS, "--trace-text", "off", "--api-key", "k", "--host-bytes", "16MB")
+    flags = (*FLAGS, "--trace-text", "off", "--api-key", "k", "--host-cache-bytes", "16MB")
     with (
         running_server(model_folder, *flags, log=log) as running,
         httpx.Client(base_url=running.url, headers={"x-api-key": "k"}, timeout=60) as client,
@@ -57,7 +57,7 @@ class TestRoutes:
         assert report["recomputed_tokens"] == usage["cache_creation_input_tokens"]
         assert report["lost_tokens"] == report["prompt_tokens"] - report["position"] - 1
         after = scrape(client)
-        name = 'tokenzero_divergences_total{cause="preamble"}'
+        name = 'tokenzero_cache_misses_total{cause="preamble"}'
         assert after[name] == before.get(name, 0) + 1
         (line,) = [line for line in server_log.read_text().splitlines() if answer["id"] in line]
         assert re.search(r"mismatch at \d+ in system\[0\]: preamble; up to \d+ tokens, \d+ ms lost", line)
@@ -85,7 +85,9 @@ class TestRoutes:
     def test_ids_are_no_labels_of_the_metrics(self, client: httpx.Client) -> None:
         client.get("/v1/requests/msg_a")
         client.get("/v1/requests/msg_b")
-        paths = [key for key in scrape(client) if key.startswith("tokenzero_responses_total") and "requests/" in key]
+        paths = [
+            key for key in scrape(client) if key.startswith("tokenzero_http_responses_total") and "requests/" in key
+        ]
         assert all('path="/v1/requests/{id}"' in key for key in paths)
 
     def test_the_conversation_goes_on_without_a_divergence(self, client: httpx.Client) -> None:
