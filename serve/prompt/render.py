@@ -74,8 +74,8 @@ def prompt(
     """Render a request with the answers that are recalled, one item for each (see `ReplayLog.recall`).
 
     `render_history_with_template` leaves the answers in the history to the chat template's own logic. The same happens,
-    and is logged, where the template cannot be made to take marks in their place. `tools_first` renders tools ahead of the
-    system text. Raises InvalidRequest if the template refuses the conversation, or cannot render it so.
+    and is logged, where the template cannot be made to take marks in their place. `tools_first` renders tools
+    before the system text. Raises InvalidRequest if the template refuses the conversation, or cannot render it so.
     """
     try:
         conversed = Conversation.of(request, tokenizer.template, tools_first)

@@ -386,8 +386,8 @@ class TestWhatIsFound:
 def case_of(number: int) -> Case:
     return Case(
         time=f"2026-01-0{number + 1}T00:00:00+00:00", fingerprint="", root="00" * 32, page_size=PAGE,
-        max_prefill_tokens=32, dtype="float32", device="cpu", jax="0", tokens=[1, 2], reused=1, first=None, witness="page", source="device",
-        position=0, layer=0, part="keys", error=1.0, scale=1.0,
+        max_prefill_tokens=32, dtype="float32", device="cpu", jax="0", tokens=[1, 2], reused=1, first=None,
+        witness="page", source="device", position=0, layer=0, part="keys", error=1.0, scale=1.0,
     )  # fmt: skip
 
 
