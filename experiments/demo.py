@@ -32,7 +32,8 @@ from rich.table import Table
 from experiments.bench.tiers import forget
 from experiments.harness.provenance import provenance
 from experiments.harness.server import Server, Timing, count_tokens, measure, running_server
-from experiments.workloads.sessions import Json, Session, billing_header, stable_request, with_header, with_question
+from experiments.workloads.sessions import Session, billing_header, stable_request, with_header, with_question
+from experiments.workloads.synthetic import Json
 
 RESULTS = Path("experiments/results/demo")
 # NVIDIA Dynamo's published means: a 52K-token prompt, Nemotron-3-Super-120B on one B200.

@@ -23,7 +23,7 @@ from rich.table import Table
 from experiments.workloads import sessions
 from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.sessions import Session
-from experiments.workloads.synthetic import Json
+from experiments.workloads.synthetic import Json, text_block
 from serve.api.messages import decode_count_tokens
 from serve.diagnosis.divergence import REMEMBERED, Divergences, Kept, RememberedRequest, nearest
 from serve.diagnosis.sections import vocabulary_of
@@ -49,7 +49,7 @@ def cases(tokens: int, tokenizer: Tokenizer) -> dict[str, list[Json]]:
     blocks, tools = asked["system"], asked["tools"]
     return {
         "preamble": [sessions.with_header(asked, f"{sessions.HEADER} cch={n:05x};") for n in numbers],
-        "system_changed": [asked | {"system": [*blocks, sessions.text_block(f"Folder {n:04}")]} for n in numbers],
+        "system_changed": [asked | {"system": [*blocks, text_block(f"Folder {n:04}")]} for n in numbers],
         "tools_changed": [asked | {"tools": [*tools, tools[0] | {"name": f"Tool{n:02}"}]} for n in numbers],
         "tools_reordered": [asked | {"tools": reordered(tools, n)} for n in numbers],
         "new_content": [sessions.with_question(stable, n) for n in numbers],

@@ -24,7 +24,8 @@ from rich.table import Table
 from cache.prefix_cache import PrefixCache
 from experiments.harness.provenance import provenance
 from experiments.workloads.demo_model import write_demo_model
-from experiments.workloads.sessions import Json, Session, requests, with_question
+from experiments.workloads.sessions import Session, requests, with_question
+from experiments.workloads.synthetic import Json
 from serve.api.messages import decode_request
 from serve.prompt.render import prompt
 from serve.prompt.replay import ReplayLog

@@ -142,7 +142,7 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
 
 def first_token(engine: Engine, prompt: np.ndarray) -> Json:
     """Submit a prompt for two greedy tokens and wait for the first; raises RuntimeError where the engine fails."""
-    from serve.engine.engine import Failed, Finished, GenerationRequest, Sampled, Started
+    from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 
     events: queue.Queue = queue.Queue()
     found: Json = {}
@@ -152,7 +152,7 @@ def first_token(engine: Engine, prompt: np.ndarray) -> Json:
         match event := events.get():
             case Started():
                 found |= {"prompt": event.prompt_tokens, "reused": event.reused_tokens}
-            case Sampled():
+            case TokenEvent():
                 found.setdefault("seconds", time.perf_counter() - start)
             case Finished():
                 return found

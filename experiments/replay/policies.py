@@ -20,7 +20,8 @@ from cache.host import HostTier
 from cache.keys import page_keys, root_key
 from experiments.harness.provenance import provenance
 from experiments.replay.capacity import PAGE_TOKENS
-from experiments.workloads.sessions import RELEASES, Json, Session, requests
+from experiments.workloads.sessions import RELEASES, Session, requests
+from experiments.workloads.synthetic import Json
 from serve.api.messages import decode_request
 from serve.prompt.render import render
 from serve.prompt.tokenizer import load_tokenizer

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from experiments.harness.figures import DPI
 from experiments.sweep import __main__ as sweeps
+from experiments.sweep.config import points, read_config
 from experiments.sweep.run_folder import RunError, load
 from experiments.workloads.demo_model import write_demo_model
 
@@ -38,9 +39,9 @@ def sweep(name: str) -> Path:
     """
     config, folder = CONFIGS / f"{name}.toml", sweeps.RESULTS / name
     write_demo_model(MODEL, console=console)  # its shape is part of every fit
-    wanted = sweeps.read_config(config.read_bytes())
+    wanted = read_config(config.read_bytes())
     measured = load(folder) if (folder / "measurements.jsonl").exists() else []
-    missing = len(sweeps.points(wanted)) * wanted.repeats - len(measured)
+    missing = len(points(wanted)) * wanted.repeats - len(measured)
     if missing and (status := sweeps.main([str(config)])):
         raise RunError(f"python -m experiments.sweep {config} ended with status {status}")
     return Path(shutil.copytree(folder, scratch() / name)) if SMOKE else folder

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.workloads.sessions import Json, billing_header
-from experiments.workloads.synthetic import prose
+from experiments.workloads.sessions import billing_header
+from experiments.workloads.synthetic import Json, prose
 
 Arm = Literal["stable", "varying", "stripped", "tools-first", "relocated", "restarted", "evicted", "mutated-thinking"]
 # Arms in which the header stands where the axis `position` says; in the others the arm itself says it.

@@ -19,8 +19,8 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from experiments.workloads.sessions import Json, Session, request, session_header, turn_messages
-from experiments.workloads.synthetic import prose
+from experiments.workloads.sessions import Session, request, session_header, turn_messages
+from experiments.workloads.synthetic import Json, prose
 
 CHARS_PER_TOKEN = 4  # of prose, code and JSON together, about
 CALLS_PER_TASK = 8  # in the mean; then a person reads the answer and thinks

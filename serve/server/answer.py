@@ -47,9 +47,11 @@ from serve.api.messages import (
     Usage,
 )
 from serve.diagnosis.divergence import RememberedRequest
-from serve.engine import engine as eng
+from serve.engine.engine import generate
+from serve.engine.request import Failed, Finished, Started, TokenEvent, Waiting
 from serve.formats.families import behind_call, of_json
-from serve.formats.stream import AnswerStream, Call, Stopped
+from serve.formats.readers import Call
+from serve.formats.stream import AnswerStream, Stopped
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import sign
 from serve.server.blocks import BlockStream, shown
@@ -90,16 +92,16 @@ async def generated(serving: ServerContext, prepared: Prepared, phases: Phases) 
     stop: str | None = None
     by_tier: dict[str, int] = {}
     traced = False
-    async with aclosing(eng.generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
+    async with aclosing(generate(serving.engine, prepared.generation, PING_SECONDS)) as events:
         async for event in events:
             new = []
             match event:
-                case eng.Waiting():
+                case Waiting():
                     silent_since = -inf
-                case eng.Failed(problem):
+                case Failed(problem):
                     yield Error(ErrorDetail("api_error", problem))
                     return
-                case eng.Started(prompt_tokens, reused) as started:
+                case Started(prompt_tokens, reused) as started:
                     # The last prompt token runs through the model for its logits; its KV is stored with the others.
                     by_tier = {"device": reused - sum(started.restored.values()), **started.restored}
                     usage = Usage(0, prompt_tokens - reused, reused, 0, by_tier)
@@ -111,7 +113,7 @@ async def generated(serving: ServerContext, prepared: Prepared, phases: Phases) 
                     yield MessageStart(
                         Message(id=prepared.id, model=message.model, usage=usage, diagnostics=diagnostics)
                     )
-                case eng.TokenEvent(token):
+                case TokenEvent(token):
                     now = time.perf_counter()
                     if sampled:
                         serving.metrics.itl.observe(now - sampled_at)
@@ -119,7 +121,7 @@ async def generated(serving: ServerContext, prepared: Prepared, phases: Phases) 
                     sampled += 1
                     ids.append(token)
                     new = await run_in_threadpool(pieces.feed, token) if pieces.heavy else pieces.feed(token)
-                case eng.Finished(why):
+                case Finished(why):
                     sampled += why == "stop"
                     if why != "stop":
                         reason = "model_context_window_exceeded" if prepared.clamped else "max_tokens"

@@ -12,7 +12,7 @@ from serve.diagnosis.divergence import REPORT_BYTES, Divergences
 from serve.diagnosis.savings import LINK_BYTES, Savings
 from serve.diagnosis.sections import vocabulary_of
 from serve.diagnosis.volatility import FOUND_BYTES, REPORTED, Volatility
-from serve.engine import engine as eng
+from serve.engine.engine import Engine
 from serve.engine.request import Constraint
 from serve.limits.bounds import DEFAULT_BOUNDS, Bounds
 from serve.prompt.grammar import constraint_of, make_constrainer
@@ -32,7 +32,7 @@ Constrain = Callable[[MessagesRequest, bool], Constraint | None]
 class ServerContext:
     """Everything that a request needs on its way."""
 
-    engine: eng.Engine
+    engine: Engine
     tokenizer: Tokenizer
     model_name: str
     stop_ids: frozenset[int]
@@ -63,7 +63,7 @@ class RequestContext:
 
 
 def make_context(
-    engine: eng.Engine,
+    engine: Engine,
     tokenizer: Tokenizer,
     model_name: str,
     stop_ids: Collection[int],

@@ -14,7 +14,7 @@ from typing import Any
 from serve.api.messages import CountTokensRequest, InvalidRequest, MessagesRequest, SeededRequest, ThinkingBlock, new_id
 from serve.api.stops import Stops
 from serve.diagnosis.sections import message_parts, said, system_parts
-from serve.engine import engine as eng
+from serve.engine.request import GenerationRequest
 from serve.engine.steps import SamplingParams
 from serve.prompt.conversation import answers
 from serve.prompt.render import Prompt, Recalled, prompt
@@ -37,7 +37,7 @@ class Prepared:
     original: MessagesRequest  # as it came
     message: MessagesRequest  # as the rules left it
     prompt: Prompt
-    generation: eng.GenerationRequest
+    generation: GenerationRequest
     stops: Stops  # that end its text
     scope: bytes  # whose sampled turns it shares
     applied: tuple[str, ...]  # the rules that changed it, in order, with their places
@@ -59,7 +59,7 @@ def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestCon
         )
     with phases.timed("constrain"):
         constraint = serving.constrain(normalized.request, rendered.thinking)
-    generation = eng.GenerationRequest(
+    generation = GenerationRequest(
         tokens=rendered.tokens,
         max_tokens=min(message.max_tokens, room),
         stop_ids=serving.stop_ids,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.gpu.aot import MODEL, forward_with, keys_beside_pool, pool_sized, variants
-from model.batch import Batch
+from model.batch import MASKED, Batch
 from model.kernels import dispatch
 from model.kernels.hopper import compat, online_softmax
 from model.kernels.hopper import decode as paged_decode
@@ -161,7 +161,7 @@ def test_merged_parts_equal_the_whole_softmax():
     peaks = scores.max(-1)
     exponentials = np.exp2(scores - peaks[..., None])
     totals = exponentials @ values
-    empty = np.zeros_like(totals[:1]), np.full_like(peaks[:1], online_softmax.MASKED), np.zeros_like(peaks[:1])
+    empty = np.zeros_like(totals[:1]), np.full_like(peaks[:1], MASKED), np.zeros_like(peaks[:1])
     states = (totals, peaks, exponentials.sum(-1))
     merged = online_softmax.merge(*(jnp.concatenate(pair) for pair in zip(states, empty, strict=True)))
     probs = np.exp2(scores - peaks.max(0)[:, None])

@@ -8,12 +8,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from cache.sizes import parse_bytes
 from experiments.harness.server import running_server
 from model import checkpoint
 from model.config import ModelConfig
 from model.params import Params
 from serve import __main__ as command
-from serve.__main__ import check, main, parse_bytes, parser, settings
+from serve.__main__ import check, main, parser, settings
 from serve.engine.engine import EngineSettings
 from serve.web.flags import is_loopback
 from tests.helpers.http import CONTEXT

@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from experiments import gpu_bench
+from experiments.gpu import sections
 from experiments.gpu.baselines import jax_attention, torch_attention
+from experiments.gpu.figure import draw
 from experiments.gpu.sections import add_shares, paged, poisoned
 from experiments.gpu.sizes import FULL, SMOKE
 from experiments.gpu_bench import main, run
@@ -42,7 +44,7 @@ def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path):
         "decode": [{"batch": 1, "bytes_per_s": 3e12, "torch": {"missing": "x"}}, {"failed": "out of memory"}],
         "arms": [{"failed": "out of memory"}],
     }
-    gpu_bench.draw(result, tmp_path / "drawn.png")
+    draw(result, tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").stat().st_size > 1000
 
 
@@ -65,8 +67,8 @@ def test_a_wrong_result_is_kept_with_all_others_and_fails_the_run(tmp_path, monk
     def wrong(q, pool, layer, batch):
         return jnp.zeros_like(q)
 
-    monkeypatch.setattr(gpu_bench, "attention", lambda *_: (wrong, "nobody"))
-    found = list(gpu_bench.correctness(SMOKE))
+    monkeypatch.setattr(sections, "attention", lambda *_: (wrong, "nobody"))
+    found = list(sections.correctness(SMOKE))
     assert [row["wrong"].startswith("nobody is off by") for row in found] == [True, True]
     monkeypatch.setattr(gpu_bench, "section", lambda name, *_, **__: iter(found if name == "correctness" else [{}]))
     with pytest.raises(AssertionError, match="nobody is off by"):
@@ -76,7 +78,7 @@ def test_a_wrong_result_is_kept_with_all_others_and_fails_the_run(tmp_path, monk
 
 
 def test_a_pool_has_as_many_layers_as_the_memory_holds():
-    assert [gpu_bench.layers_for(FULL, seqs * FULL.context) for seqs in (1, 8, 64)] == [8, 8, 1]
+    assert [sections.layers_for(FULL, seqs * FULL.context) for seqs in (1, 8, 64)] == [8, 8, 1]
 
 
 def test_it_starts_without_the_packages_of_the_server():

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.api.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.api.stops import Stops
-from serve.formats.families import BY_NAME, SPACE, behind_call, choose, mistral_id, of_json, within_thinking, write_turn
-from serve.formats.readers import Call
+from serve.formats.families import BY_NAME, behind_call, choose, mistral_id, of_json, within_thinking, write_turn
+from serve.formats.readers import SPACE, Call
 from serve.formats.schemas import types_of
 from serve.formats.stream import NO_STOPS, AnswerStream, Stopped, Text, Thinking, ThinkingEnd
 from tests.helpers.model_families import FAMILIES, tokenizer_of

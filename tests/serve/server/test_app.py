@@ -13,7 +13,7 @@ import anthropic
 import httpx
 import pytest
 
-from experiments.harness.server import Server, running_server
+from experiments.harness.server import Server, running_server, scrape
 from experiments.workloads import sessions
 from experiments.workloads.sessions import RELEASES, Session
 from tests.helpers.http import (
@@ -31,7 +31,6 @@ from tests.helpers.http import (
     post,
     prompt_tokens,
     read_until,
-    scrape,
     stream,
     text_block,
     text_of,

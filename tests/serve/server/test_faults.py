@@ -22,10 +22,11 @@ import httpx
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness.server import Server, running_server
+from experiments.harness.server import Server, running_server, scrape
 from model import checkpoint
 from model.params import unstacked
-from serve.engine.engine import Engine, EngineSettings, Sampled, generate
+from serve.engine.engine import Engine, EngineSettings, generate
+from serve.engine.request import TokenEvent
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.context import make_context
 from tests.helpers.http import (
@@ -40,7 +41,6 @@ from tests.helpers.http import (
     post,
     prompt_tokens,
     read_until,
-    scrape,
     stream,
     text_of,
 )
@@ -299,7 +299,7 @@ class TestLeaving:
             listening = asyncio.ensure_future(listen())
             for _ in range(5):
                 await asyncio.sleep(0)
-            engine.emit(Sampled(1))
+            engine.emit(TokenEvent(1))
             for _ in range(turns):
                 await asyncio.sleep(0)
             listening.cancel()

@@ -10,10 +10,10 @@ import anthropic
 import httpx
 import pytest
 
-from experiments.harness.server import Server
+from experiments.harness.server import Server, scrape
 from experiments.workloads import sessions
 from experiments.workloads.sessions import Session
-from tests.helpers.http import BODY_LIMIT, CONTEXT, ask, eventually, is_idle, long, post, scrape, text_of
+from tests.helpers.http import BODY_LIMIT, CONTEXT, ask, eventually, is_idle, long, post, text_of
 
 
 @pytest.fixture

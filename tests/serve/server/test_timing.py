@@ -11,7 +11,7 @@ import httpx
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness.server import Server
+from experiments.harness.server import Server, scrape
 from model import checkpoint
 from model.params import unstacked
 from serve.prompt.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from serve.proxy.app import create_proxy
 from serve.proxy.upstream import parse_upstream
 from serve.rules.normalize import DEFAULT_RULES
 from serve.web.timing import Phases
-from tests.helpers.http import Json, ask, eventually, is_idle, long, open_request, read_until, scrape
+from tests.helpers.http import Json, ask, eventually, is_idle, long, open_request, read_until
 from tests.helpers.scripted_server import answering, listening, serving_over
 
 CHATS = ("/v1/messages", "/v1/chat/completions", "/v1/responses")

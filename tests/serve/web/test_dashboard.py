@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from experiments.harness.server import running_server
+from experiments.harness.server import running_server, scrape
 from serve.api.messages import CountTokensRequest, decode_count_tokens, encode
 from serve.diagnosis.savings import CHUNK, LINK_BYTES, Savings
 from serve.web.assets import ASSETS
-from tests.helpers.http import BILLING, FLAGS, Json, ask, eventually, open_request, post, read_until, scrape, text_block
+from tests.helpers.http import BILLING, FLAGS, Json, ask, eventually, open_request, post, read_until, text_block
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 STRIP = "strip-preamble"

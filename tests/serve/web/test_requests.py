@@ -11,8 +11,8 @@ import anthropic
 import httpx
 import pytest
 
-from experiments.harness.server import Server, running_server
-from tests.helpers.http import BILLING, FLAGS, Json, ask, error_of, post, scrape, stream, text_block
+from experiments.harness.server import Server, running_server, scrape
+from tests.helpers.http import BILLING, FLAGS, Json, ask, error_of, post, stream, text_block
 
 KEEP = {"x-tokenzero-normalize": "none"}
 TOOL = {"name": "Read", "description": "Reads a file.", "input_schema": {"type": "object", "properties": {}}}
