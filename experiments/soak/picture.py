@@ -23,7 +23,11 @@ def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
 
     figure, axes = plt.subplots(3, 2, figsize=(WIDTH * 1.3, 1.7 * HEIGHT), sharex=True, layout="constrained")
     memory, open_files, answers, in_use, hits, evicted = axes.flat
-    held(memory, samples, [("resident", lambda s: s.rss / 2**20)])
+    held(
+        memory,
+        samples,
+        [("its own", lambda s: (s.rss - s.mapped) / 2**20), ("with mapped files", lambda s: s.rss / 2**20)],
+    )
     held(open_files, samples, [("descriptors", lambda s: s.descriptors), ("threads", lambda s: s.threads)])
     done(answers, samples, ["answers"])
     held(

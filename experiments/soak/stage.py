@@ -42,7 +42,8 @@ class Sample:
 
     at_s: float  # since the run's start
     life: int
-    rss: int  # bytes
+    rss: int  # bytes of resident memory
+    mapped: int  # of these, pages of mapped files: the stores' pages, and code
     descriptors: int
     threads: int
     figures: Mapping[str, float]
@@ -197,13 +198,15 @@ async def sample(stage: Stage, up: Up) -> Sample | None:
             if metrics.status_code != 200 or reports.status_code != 200:
                 raise Broken(f"/metrics answers {metrics.status_code}, /v1/requests {reports.status_code}")
         with up.process.oneshot():
-            rss, threads = up.process.memory_info().rss, up.process.num_threads()
+            memory, threads = up.process.memory_info(), up.process.num_threads()
         descriptors = up.process.num_fds()
     except (Broken, httpx.HTTPError, TimeoutError, psutil.Error):
         if up.ending or not up.process.is_running() or up.process.status() == psutil.STATUS_ZOMBIE:
             return None
         raise
-    return Sample(stage.passed(), up.number, rss, descriptors, threads, figures(samples_of(metrics.text)))
+    return Sample(
+        stage.passed(), up.number, memory.rss, memory.shared, descriptors, threads, figures(samples_of(metrics.text))
+    )
 
 
 async def until_quiet(stage: Stage) -> Sample | None:

@@ -42,6 +42,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+MAPPED = 100 << 20
+
+
 def life_of(
     seconds: float = 300, mib: float = 800, growth: float = 0, files: float = 30, more: float = 0
 ) -> list[Sample]:
@@ -51,7 +54,8 @@ def life_of(
         Sample(
             at * seconds,
             0,
-            int(mib * 2**20 * (1 + growth * at)),
+            int(mib * 2**20 * (1 + growth * at)) + MAPPED,
+            MAPPED,
             round(files + more * at),
             round(files + more * at),
             BUSY,
@@ -61,6 +65,11 @@ def life_of(
 
 
 class TestChecks:
+    def test_mapped_files_are_not_the_servers_memory(self) -> None:
+        growing = [replace(s, rss=s.rss + i * 2**20, mapped=s.mapped + i * 2**20) for i, s in enumerate(life_of())]
+        assert checks.memory(growing).passed is True
+        assert checks.memory([replace(s, mapped=MAPPED) for s in growing]).passed is False
+
     def test_memory_may_grow_by_less_than_two_percent_between_the_fifths(self) -> None:
         assert checks.memory(life_of(growth=0.03)).passed is True, "1.8% between the middles of the two"
         failed = checks.memory(life_of(growth=0.04))
@@ -385,7 +394,7 @@ class TestStage:
 
     def test_rates_are_within_a_life_and_a_picture_is_drawn_of_several(self, tmp_path: Path) -> None:
         counts = BUSY | RESTING
-        one = [Sample(at, 0, 1 << 30, 9, 9, counts | {"answers": 10 * at}) for at in range(5)]
+        one = [Sample(at, 0, 1 << 30, 1 << 29, 9, 9, counts | {"answers": 10 * at}) for at in range(5)]
         two = [replace(s, life=1, at_s=s.at_s + 10) for s in one]
         assert list(rates(one, "answers")) == [(at + 0.5, 10) for at in range(4)]
         lives = [Life(0, 0, 5, "kill -9", -9, Path()), Life(1, 10, 15, "SIGTERM", 0, Path())]
