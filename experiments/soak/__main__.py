@@ -90,13 +90,13 @@ class Soaked:
 def flags(model: str, store: Path | None) -> list[str]:
     """The soaked server's flags; without a store, those of its twin."""
     token = bytes_per_token(load_config(model), "float32")
-    sizes = {"max-model-len": CONTEXT, "page-size": PAGE, "prefill-chunk": 128, "max-body-bytes": BODY_BYTES}
+    sizes = {"max-model-len": CONTEXT, "page-size": PAGE, "max-prefill-tokens": 128, "max-body-bytes": BODY_BYTES}
     if store is None:
-        small = {"kv-pool-bytes": 8 * POOL_TOKENS * token, "max-batch": 4}
+        small = {"kv-pool-bytes": 8 * POOL_TOKENS * token, "max-num-seqs": 4}
     else:
-        tiers = {"host-bytes": HOST_TOKENS * token, "store": store, "store-bytes": store_bytes(model)}
+        tiers = {"host-cache-bytes": HOST_TOKENS * token, "store": store, "store-bytes": store_bytes(model)}
         audits = {"audit-share": AUDIT_SHARE, "memory-bytes": MEMORY_BYTES}
-        small = {"kv-pool-bytes": POOL_TOKENS * token, "max-batch": 4, **tiers, "flush-seconds": 0.3, **audits}
+        small = {"kv-pool-bytes": POOL_TOKENS * token, "max-num-seqs": 4, **tiers, "flush-seconds": 0.3, **audits}
     return [str(part) for name, value in {**sizes, **small}.items() for part in (f"--{name}", value)]
 
 

@@ -45,7 +45,7 @@ header_tokens = [8]
 suffix_tokens = [8]
 page_size = [16]
 """
-IN_PROCESS = 'kind = "in-process"\nprefill_chunk = 64'
+IN_PROCESS = 'kind = "in-process"\nmax_prefill_tokens = 64'
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +387,7 @@ def test_an_empty_answer_is_asked_for_again(tmp_path: Path) -> None:
 
 def test_our_server_is_started_measured_and_restarted(tmp_path: Path, model: Path) -> None:
     arms = ("stable", "varying", "stripped", "relocated", "mutated-thinking", "restarted")
-    target = 'kind = "server"\nprefill_chunk = 128\nflags = ["--max-num-seqs", "1"]'
+    target = 'kind = "server"\nmax_prefill_tokens = 128\nflags = ["--max-num-seqs", "1"]'
     path = write(tmp_path, config(model, arms, target=target, warmups=0, repeats=1, lengths=[800]))
     assert main([str(path), "--out", str(tmp_path / "run")]) == 0
     found = load(tmp_path / "run")
