@@ -16,7 +16,7 @@ import numpy as np
 
 from cache.keys import page_keys, root_key
 from cache.pool import PagePool, pages_for
-from cache.radix_tree import NO_PAGES, RadixIndex
+from cache.radix_tree import NO_PAGES, RadixTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class PageCopy:
 
 
 @dataclass(frozen=True)
-class StoreStats:
+class PrefixCacheStats:
     """Pages now (total = free + cached + in use), and evicted since the start."""
 
     pages_total: int
@@ -58,7 +58,7 @@ class PrefixCache:
         self.page_size = page_size
         self.fingerprint = fingerprint
         self.pool = PagePool(num_pages)
-        self.index = RadixIndex(self.pool, page_size)
+        self.tree = RadixTree(self.pool, page_size)
         self.live: dict[int, Lease] = {}
         self.numbers = itertools.count()
 
@@ -69,20 +69,20 @@ class PrefixCache:
         through the model for the first logits.
         """
         tokens = np.asarray(tokens, np.int32)
-        pages, reused = self.index.match(tokens, salt)
+        pages, reused = self.tree.match(tokens, salt)
         self.pool.retain(pages)
         return self._enter(Lease(next(self.numbers), pages, reused, reused, salt))
 
     def peek(self, tokens: np.ndarray, salt: bytes = b"") -> int:
         """How many of `tokens` ([tokens] int32) are cached, as `match` finds them, without a lease or a use."""
-        return self.index.length(np.asarray(tokens, np.int32), salt)
+        return self.tree.length(np.asarray(tokens, np.int32), salt)
 
     def find(self, tokens: np.ndarray, salt: bytes = b"") -> tuple[np.ndarray, int]:
         """The pages ([slots] int32) that hold the longest cached prefix of `tokens`, and its length.
 
         No lease and no use: good until the next call that changes the store.
         """
-        return self.index.find(np.asarray(tokens, np.int32), salt)
+        return self.tree.find(np.asarray(tokens, np.int32), salt)
 
     def drop(self, tokens: np.ndarray, start: int, salt: bytes = b"") -> list[np.ndarray]:
         """Forget what was published from position `start` on, of all sequences that begin with `tokens[: start + 1]`.
@@ -90,7 +90,7 @@ class PrefixCache:
         `start` is a multiple of the page size. Returns those sequences, whole, each [tokens] int32. A live lease keeps
         its pages, and would publish them again: call it while there is none that could.
         """
-        return self.index.drop(np.asarray(tokens, np.int32), start, salt)
+        return self.tree.drop(np.asarray(tokens, np.int32), start, salt)
 
     def extend(self, lease: Lease, length: int) -> tuple[Lease, list[PageCopy]]:
         """Make room for `length` tokens in total, evicting cached pages as needed.
@@ -106,8 +106,8 @@ class PrefixCache:
         needed = pages_for(length, self.page_size) - len(kept)
         short = needed - self.pool.free_pages
         # A request that cannot be served anyway must not empty the cache.
-        if 0 < short <= self.index.idle_pages():
-            self.index.evict(short)
+        if 0 < short <= self.tree.idle_pages():
+            self.tree.evict(short)
         fresh = self.pool.allocate(needed)
         copies = [PageCopy(int(source), int(target)) for source, target in zip(partial, fresh, strict=False)]
         # The device runs in the order of enqueueing, so the copy reads its source before any later owner can write it.
@@ -124,7 +124,7 @@ class PrefixCache:
         tokens = np.asarray(tokens, np.int32)
         if len(tokens) > lease.length:
             raise ValueError(f"{len(tokens)} tokens inserted, the lease has room for {lease.length}: extend it first")
-        self.index.insert(tokens, lease.pages[: pages_for(len(tokens), self.page_size)], lease.salt)
+        self.tree.insert(tokens, lease.pages[: pages_for(len(tokens), self.page_size)], lease.salt)
 
     def release(self, lease: Lease) -> None:
         """End the lease. Pages that were inserted stay cached until they are evicted; the others become free."""
@@ -136,22 +136,22 @@ class PrefixCache:
         """Content keys of the full pages of `tokens` ([tokens] int32), 32 bytes each."""
         return page_keys(root_key(self.fingerprint, self.page_size, salt), tokens, self.page_size)
 
-    def stats(self) -> StoreStats:
+    def stats(self) -> PrefixCacheStats:
         """Page counts now, and how many were evicted since the start."""
-        cached = self.index.idle_pages()
-        return StoreStats(
+        cached = self.tree.idle_pages()
+        return PrefixCacheStats(
             pages_total=self.pool.num_pages,
             pages_free=self.pool.free_pages,
             pages_cached=cached,
             pages_in_use=self.pool.num_pages - self.pool.free_pages - cached,
-            pages_evicted=self.index.evicted_pages,
+            pages_evicted=self.tree.evicted_pages,
         )
 
     def check(self) -> None:
         """Assert all invariants of pool, tree and leases; slow, for tests."""
         self.pool.check()
-        self.index.check()
-        held = [node.pages for node in self.index.nodes()] + [lease.pages for lease in self.live.values()]
+        self.tree.check()
+        held = [node.pages for node in self.tree.nodes()] + [lease.pages for lease in self.live.values()]
         counts = np.bincount(np.concatenate([NO_PAGES, *held]), minlength=self.pool.num_pages)  # [pages] int64
         assert np.array_equal(counts, self.pool.ref_counts), "reference counts differ from what tree and leases hold"
 

@@ -52,7 +52,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return first if length and differs[first] else length
 
 
-class RadixIndex:
+class RadixTree:
     """One radix tree per cache salt, all over one page pool."""
 
     def __init__(self, pool: PagePool, page_size: int) -> None:

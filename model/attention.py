@@ -27,9 +27,9 @@ def paged_attention(
     """
     if kernel := kernel_for(q, pool, batch):
         return kernel(q, pool, layer, batch)
-    if batch.singles:
-        chunks, singles = split_prefill_decode(batch)
-        first, second = (paged_attention(q, k, v, pool, layer, part) for part in (chunks, singles))
+    if batch.decode_seqs:
+        chunks, decodes = split_prefill_decode(batch)
+        first, second = (paged_attention(q, k, v, pool, layer, part) for part in (chunks, decodes))
         in_chunk = jnp.arange(q.shape[0]) < chunks.starts[-1]
         return jnp.where(in_chunk[:, None, None, None], first, second)
     return blockwise(q, k, v, pool, layer, batch)

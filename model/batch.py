@@ -21,17 +21,17 @@ MASKED = -1e30
 class Batch:
     """A ragged batch: the new tokens of several sequences, back to back, each behind its own cached prefix.
 
-    Sequences beyond the real ones are empty (equal starts), tokens beyond the last start are padding. Prefill chunks
-    and decode tokens can share a batch: the former come first, and `singles` counts the latter.
+    Sequences after the real ones are empty (equal starts), tokens after the last start are padding. Prefill chunks and
+    decode tokens can share a batch: the chunks come first.
     """
 
     tokens: Array  # [tokens] int32
     starts: Array  # [seqs + 1] int32: sequence s owns tokens starts[s]:starts[s + 1]
     prefix: Array  # [seqs] int32: tokens of the sequence that are in the pool already
     block_table: Array  # [seqs, pages] int32: the sequence's pages in order of position
-    rows: Array  # [rows] int32: the tokens whose logits are wanted
+    logit_indices: Array  # [logits] int32: the tokens whose logits are wanted
     max_chunk: int = struct.field(pytree_node=False)  # no sequence has more new tokens than this
-    singles: int = struct.field(pytree_node=False, default=0)  # the last so many sequences have at most one new token
+    decode_seqs: int = struct.field(pytree_node=False, default=0)  # the last so many have at most one new token
 
     @property
     def lengths(self) -> Array:
@@ -52,7 +52,7 @@ def locate(batch: Batch, pool: KVPool) -> tuple[jax.Array, jax.Array, jax.Array]
 
 def split_prefill_decode(batch: Batch) -> tuple[Batch, Batch]:
     """A batch's sequences of chunks and its sequences of single tokens; both know their tokens in the whole batch."""
-    cut = batch.prefix.shape[0] - batch.singles
+    cut = batch.prefix.shape[0] - batch.decode_seqs
     first, last = (
         replace(
             batch,
@@ -60,9 +60,9 @@ def split_prefill_decode(batch: Batch) -> tuple[Batch, Batch]:
             prefix=batch.prefix[part],
             block_table=batch.block_table[part],
             max_chunk=chunk,
-            singles=0,
+            decode_seqs=0,
         )
-        for part, chunk in ((slice(0, cut), batch.max_chunk), (slice(cut, cut + batch.singles), 1))
+        for part, chunk in ((slice(0, cut), batch.max_chunk), (slice(cut, cut + batch.decode_seqs), 1))
     )
     return first, last
 

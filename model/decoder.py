@@ -21,7 +21,7 @@ from model.params import Layer, Params
 def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> tuple[jax.Array, KVPool]:
     """Run the batch's new tokens through the model.
 
-    Writes their keys and values into the pool and returns float32 logits [rows, vocab] for the tokens in `batch.rows`.
+    Writes their keys and values into the pool and returns float32 logits [logits, vocab] for `batch.logit_indices`.
     """
     positions, pages, offsets = locate(batch, pool)
     cos, sin = rope.angles(positions, *rope.inverse_frequencies(config.rope, config.head_dim))
@@ -36,7 +36,7 @@ def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> 
         return x + mlp(layer, x, config), pool
 
     x, pool = over_layers(step, (params.embed[batch.tokens], pool), params.layers)
-    x = rms_norm(x[batch.rows], params.final_norm, config.norm_eps)
+    x = rms_norm(x[batch.logit_indices], params.final_norm, config.norm_eps)
     head = params.embed if params.lm_head is None else params.lm_head
     return product(x, head, jnp.float32), pool
 

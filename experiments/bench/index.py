@@ -145,7 +145,7 @@ def time_growth(store: PrefixCache, whole: list[np.ndarray], config: Config) -> 
 
 def tree_bytes(store: PrefixCache) -> int:
     """Bytes that tree and pool hold: arrays, each buffer once, nodes and their tables; evicted tails still count."""
-    pool, index = store.pool, store.index
+    pool, index = store.pool, store.tree
     buffers = {id(array): array.nbytes for array in (pool.ref_counts, pool.free_stack, index.held)}
     held = 0
     for node in index.nodes():
@@ -164,7 +164,7 @@ def quantiles(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 def measure(config: Config, pages: int, progress: Progress) -> dict[str, Any]:
     """One row: a store of so many pages filled, matched in and grown."""
     seconds, (store, whole) = timed(lambda: fill(config, pages, progress))
-    nodes = sum(1 for _ in store.index.nodes())
+    nodes = sum(1 for _ in store.tree.nodes())
     cached = store.pool.num_pages - store.pool.free_pages
     return {
         "pages": cached,

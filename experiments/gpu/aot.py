@@ -87,7 +87,7 @@ class Variant:
             starts=array((self.seqs + 1,), jnp.int32),
             prefix=array((self.seqs,), jnp.int32),
             block_table=array((self.seqs, pages), jnp.int32),
-            rows=array((self.seqs,), jnp.int32),
+            logit_indices=array((self.seqs,), jnp.int32),
             max_chunk=self.chunk,
         )
         queries = array((tokens, kv_heads, self.group, self.head_dim), jnp.bfloat16)

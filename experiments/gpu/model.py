@@ -68,7 +68,7 @@ def forward_passes(sizes: Sizes) -> Iterator[Json]:
                 starts=jnp.asarray([0, chunk], jnp.int32),
                 prefix=jnp.asarray([prefix], jnp.int32),
                 block_table=jnp.asarray(np.random.default_rng(0).permutation(width)[None].astype(np.int32)),
-                rows=jnp.asarray([chunk - 1], jnp.int32),
+                logit_indices=jnp.asarray([chunk - 1], jnp.int32),
                 max_chunk=chunk,
             )
             taken, pool = donated_seconds(partial(step, params, batch), pool)

@@ -71,7 +71,7 @@ def paged(
         starts=jnp.asarray(np.cumsum([0, *chunks]), jnp.int32),
         prefix=jnp.asarray(prefixes, jnp.int32),
         block_table=jnp.asarray(pages.reshape(-1, width)),
-        rows=jnp.zeros(1, jnp.int32),
+        logit_indices=jnp.zeros(1, jnp.int32),
         max_chunk=max(chunks),
     )
     return q, pool, jnp.int32(layers - 1), batch

@@ -133,7 +133,7 @@ class Cold:
             starts=np.asarray([0, length], np.int32),
             prefix=np.zeros(1, np.int32),
             block_table=np.arange(self.pages, dtype=np.int32)[None],
-            rows=np.pad(rows, (0, ROWS - count), mode="edge"),
+            logit_indices=np.pad(rows, (0, ROWS - count), mode="edge"),
             max_chunk=size,
         )
         pool = empty_pool(self.config, self.pages, PAGE, np.dtype(np.float32))

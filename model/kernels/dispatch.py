@@ -38,7 +38,7 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
             warn_once("CPU kernel", reason)
             return None
         return paged_attention.paged_attention
-    if not on_hopper() or batch.singles:
+    if not on_hopper() or batch.decode_seqs:
         return None
     if reason := unsupported_reason(q, pool):
         warn_once("GPU kernels", reason)

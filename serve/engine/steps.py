@@ -172,9 +172,9 @@ def pack(rows: Sequence[SequenceInput], bucket: Bucket, table_pages: int) -> tup
         starts=starts,
         prefix=by_row([row.prefix for row in rows], np.int32),
         block_table=table,
-        rows=ends.astype(np.int32),
+        logit_indices=ends.astype(np.int32),
         max_chunk=bucket.chunk,
-        singles=bucket.singles,
+        decode_seqs=bucket.singles,
     )
     sampling = Sampling(
         temperature=by_sample([row.sampling.temperature for row in rows], np.float32),

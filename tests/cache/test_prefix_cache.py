@@ -193,7 +193,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
             lease, copies = self.store.extend(lease, length)
         except PoolExhausted:
             short = pages_for(length, self.page_size) - lease.length // self.page_size - self.store.pool.free_pages
-            assert short > self.store.index.idle_pages() or self.store.index.evict(1) == 0
+            assert short > self.store.tree.idle_pages() or self.store.tree.evict(1) == 0
             # Whatever the tree gave up on the way, every lease holds what it held.
             assert (before >= self.store.pool.ref_counts).all()
             assert self.store.live[lease.number] is lease
@@ -280,7 +280,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
     @rule(count=st.integers(0, 3))
     def evict(self, count):
         before = self.store.pool.free_pages
-        freed = self.store.index.evict(count)
+        freed = self.store.tree.evict(count)
         assert self.store.pool.free_pages == before + freed
 
     @precondition(lambda self: self.published)
@@ -307,7 +307,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
 
     @invariant()
     def every_path_of_the_tree_holds_its_tokens(self):
-        for node in self.store.index.nodes():
+        for node in self.store.tree.nodes():
             path = [node]
             while path[0].parent is not None:
                 path.insert(0, path[0].parent)
@@ -321,7 +321,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
             return
         for request in self.requests:
             self.store.release(request.lease)
-        self.store.index.evict(self.store.pool.num_pages)
+        self.store.tree.evict(self.store.pool.num_pages)
         assert self.store.pool.free_pages == self.store.pool.num_pages
         self.store.check()
 

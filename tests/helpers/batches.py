@@ -51,7 +51,7 @@ def ragged(
         starts=jnp.asarray(starts),
         prefix=jnp.asarray([*prefixes, *[0] * spare_seqs], jnp.int32),
         block_table=jnp.asarray(table),
-        rows=jnp.zeros(1, jnp.int32),
+        logit_indices=jnp.zeros(1, jnp.int32),
         max_chunk=max(chunks),
     )
     q = jnp.asarray(rng.normal(size=(tokens, kv_heads, group, head_dim)), dtype)

@@ -111,7 +111,7 @@ class Truth:
                 starts=np.asarray([0, len(tokens)], np.int32),
                 prefix=np.zeros(1, np.int32),
                 block_table=np.arange(pages, dtype=np.int32)[None],
-                rows=np.arange(LIMIT, dtype=np.int32),
+                logit_indices=np.arange(LIMIT, dtype=np.int32),
                 max_chunk=LIMIT,
             )
             logits, pool = one_shot(parameters(), batch, empty_pool(CONFIG, pages, PAGE, jnp.float32), CONFIG)
@@ -156,7 +156,7 @@ def wrong_pages(engine: Engine, truth: Truth) -> list[str]:
     """What is wrong with the pages that an engine's radix tree lists, as far as it says that they are filled."""
     kv = np.stack([np.array(engine.pool.k), np.array(engine.pool.v)])  # [2, layers, pages, kv_heads, page, head_dim]
     paths, found = {}, []
-    for node in engine.store.index.nodes():
+    for node in engine.store.tree.nodes():
         path = paths[id(node)] = np.concatenate([paths.get(id(node.parent), node.tokens[:0]), node.tokens])
         for slot, page in enumerate(node.pages, node.start // PAGE):
             tokens = path[: (slot + 1) * PAGE]
@@ -168,7 +168,7 @@ def wrong_pages(engine: Engine, truth: Truth) -> list[str]:
 
 def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) -> list[str]:
     """What is wrong with the logits of the token that follows what the engine has of `tokens`, over its pages."""
-    pages, length = engine.store.index.match(tokens[:-1], salt)
+    pages, length = engine.store.tree.match(tokens[:-1], salt)
     if not length:
         return []
     others = np.setdiff1d(np.arange(SETTINGS.num_pages), pages)
@@ -179,7 +179,7 @@ def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) 
         starts=np.asarray([0, 1], np.int32),
         prefix=np.asarray([length], np.int32),
         block_table=table[None],
-        rows=np.zeros(1, np.int32),
+        logit_indices=np.zeros(1, np.int32),
         max_chunk=1,
     )
     logits = np.asarray(one_shot(parameters(), batch, engine.pool, CONFIG)[0])[0]

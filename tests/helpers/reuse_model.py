@@ -300,7 +300,7 @@ class World:
         self.counts["lost"] += len(lost)
         if rng.random() < 0.6:  # or the next request finds them on the device, and they are written again
             for engine in self.engines:
-                engine.store.index.evict(SETTINGS.num_pages)
+                engine.store.tree.evict(SETTINGS.num_pages)
 
     def holes(self, rng: random.Random) -> None:
         """Go on with a conversation of which no device has anything, and every tier has lost the same pages."""
@@ -311,7 +311,7 @@ class World:
         conversation = rng.choice(self.conversations)
         for engine in self.engines:
             engine.pager.tiers.writer.flush()
-            engine.store.index.evict(SETTINGS.num_pages)
+            engine.store.tree.evict(SETTINGS.num_pages)
         chain = [(key, said) for key, said in self.truth.names.items() if begins(conversation.tokens, said)]
         lost = [key for key, said in chain if rng.random() < (0.1 if len(said) % PAGE else 0.25)]
         for tier in self.tiers():
@@ -320,7 +320,7 @@ class World:
 
     def forget(self, rng: random.Random) -> None:
         """Evict pages of a device, as a larger prompt would."""
-        index = rng.choice(self.engines).store.index
+        index = rng.choice(self.engines).store.tree
         self.counts["evicted"] += index.evict(rng.choice([1, 5, SETTINGS.num_pages, SETTINGS.num_pages]))
 
     def evict(self, rng: random.Random) -> None:

@@ -57,7 +57,7 @@ def logits_of(model, tokens):
         starts=np.asarray([0, len(tokens)], np.int32),
         prefix=np.zeros(1, np.int32),
         block_table=np.arange(pages, dtype=np.int32)[None],
-        rows=np.asarray([len(tokens) - 1], np.int32),
+        logit_indices=np.asarray([len(tokens) - 1], np.int32),
         max_chunk=size,
     )
     return np.asarray(one_shot(params, batch, empty_pool(config, pages, PAGE, jnp.float32), config)[0])[0]

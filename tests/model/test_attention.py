@@ -59,7 +59,7 @@ def test_a_mixed_batch_with_padding_matches_the_reference():
 @pytest.mark.parametrize(("prefixes", "chunks", "spare"), [([700, 3, 16, 900], [33, 1, 1, 1], 4), ([0, 40], [5, 1], 0)])
 def test_a_chunk_and_single_tokens_in_one_batch_match_the_reference(prefixes, chunks, spare):
     q, pool, batch = ragged(prefixes, chunks, spare_seqs=spare, spare_tokens=spare)
-    assert_matches_reference(q, pool, batch.replace(singles=len(chunks) - 1 + spare, max_chunk=64))
+    assert_matches_reference(q, pool, batch.replace(decode_seqs=len(chunks) - 1 + spare, max_chunk=64))
 
 
 def test_a_decode_batch_with_empty_rows_matches_the_reference():

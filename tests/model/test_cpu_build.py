@@ -75,8 +75,10 @@ def test_a_library_is_named_after_the_processor_that_it_is_built_for(tmp_path, m
 ATTEND = """
 import logging
 import jax
-from model.attention import Batch, paged_attention, reference
+from model.attention import paged_attention
+from model.batch import Batch
 from model.kernels.cpu.build import available
+from model.kernels.reference import reference
 from model.kv import KVPool
 logging.basicConfig(format="%(message)s")
 pool = KVPool(*jax.random.normal(jax.random.key(0), (2, 1, 2, 1, 16, 16)))

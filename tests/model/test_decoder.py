@@ -44,7 +44,7 @@ class Runner:
             starts=np.asarray([0, count], np.int32),
             prefix=np.asarray([prefix], np.int32),
             block_table=np.asarray(pages, np.int32)[None],
-            rows=np.arange(bucket, dtype=np.int32),
+            logit_indices=np.arange(bucket, dtype=np.int32),
             max_chunk=bucket,
         )
         logits, self.pool = self.forward(self.params, batch, self.pool)
@@ -129,7 +129,7 @@ def test_a_ragged_batch_equals_its_sequences_alone(variant_case, prompt):
         starts=np.asarray([0, 1, 65, 76], np.int32),
         prefix=np.asarray([50, 0, 9], np.int32),
         block_table=pages.astype(np.int32),
-        rows=np.asarray([0, 64, 75], np.int32),
+        logit_indices=np.asarray([0, 64, 75], np.int32),
         max_chunk=64,
     )
     logits, _ = runner.forward(runner.params, batch, runner.pool)
@@ -145,7 +145,7 @@ def test_padding_tokens_leave_the_pool_alone(variant_case, prompt):
         starts=np.asarray([0, 1], np.int32),
         prefix=np.asarray([0], np.int32),
         block_table=np.asarray([[3, 0]], np.int32),
-        rows=np.zeros(1, np.int32),
+        logit_indices=np.zeros(1, np.int32),
         max_chunk=4,
     )
     _, pool = runner.forward(runner.params, batch, runner.pool)
@@ -162,7 +162,7 @@ def test_the_compiled_step_copies_no_pool(variant_case):
         starts=np.asarray([0, 64], np.int32),
         prefix=np.asarray([0], np.int32),
         block_table=np.zeros((1, 64), np.int32),
-        rows=np.zeros(1, np.int32),
+        logit_indices=np.zeros(1, np.int32),
         max_chunk=64,
     )
     compiled = runner.forward.lower(runner.params, batch, runner.pool).compile()

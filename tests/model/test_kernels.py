@@ -213,7 +213,7 @@ def test_chunks_and_single_tokens_in_one_batch_are_not_for_one_kernel(monkeypatc
     monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     q, pool, batch = ragged([3, 8], [17, 1])
-    assert dispatch.kernel_for(q, pool, batch.replace(singles=1)) is None
+    assert dispatch.kernel_for(q, pool, batch.replace(decode_seqs=1)) is None
 
 
 def test_a_gpu_that_is_no_hopper_gets_no_kernel(monkeypatch):

@@ -107,7 +107,7 @@ def test_the_kernel_reads_the_last_pages_of_a_large_pool(chunk):
         starts=jnp.asarray([0, chunk]),
         prefix=jnp.asarray([prefix]),
         block_table=jnp.asarray([[2, 0, 1]]),
-        rows=jnp.zeros(1, jnp.int32),
+        logit_indices=jnp.zeros(1, jnp.int32),
         max_chunk=chunk,
     )
     q = jnp.asarray(rng.normal(size=(chunk, HEADS, 2, DIM)), jnp.float32)

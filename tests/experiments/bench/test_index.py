@@ -20,7 +20,7 @@ def test_the_store_is_filled_to_the_pages_and_holds_the_prompts_that_are_matched
     assert 300 <= store.stats().pages_cached < 300 + CONFIG.prompt // CONFIG.page
     assert len(whole) > 3
     assert all(store.peek(prompt) == CONFIG.prompt for prompt in whole)
-    branches = sum(len(node.children) > 1 for node in store.index.nodes())
+    branches = sum(len(node.children) > 1 for node in store.tree.nodes())
     assert branches >= 4, "sessions share trunks and branch"
     assert tree_bytes(store) > 300 * 4 * CONFIG.page
 

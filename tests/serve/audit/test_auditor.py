@@ -475,13 +475,13 @@ class TestRequestsGoFirst:
         finish(engine)
         submit(engine, tokens, 1)
         finish(engine)
-        stats, clock = engine.store.stats(), engine.store.index.clock
+        stats, clock = engine.store.stats(), engine.store.tree.clock
         auditor = engine.idle_work
         assert auditor is not None
         while auditor.records or auditor.audit:
             auditor.turn(engine)
             assert engine.store.stats() == stats
-        assert engine.store.index.clock == clock
+        assert engine.store.tree.clock == clock
         assert auditor.requests == 1
 
     def test_it_keeps_to_its_share_of_the_device(self, make: Make) -> None:

@@ -155,7 +155,7 @@ def test_looking_at_what_is_cached_keeps_nothing_from_eviction(make):
         submit(engine, tokens, 1)
         finish(engine)
     engine.store.peek(old)
-    engine.store.index.evict(1)
+    engine.store.tree.evict(1)
     assert engine.store.peek(old) < engine.store.peek(new)
 
 

@@ -333,7 +333,7 @@ def test_reads_that_fail_take_no_room_from_those_that_follow(model, tmp_path, mo
             for tokens in prompts:
                 assert generate(engine, tokens, 2)[2] == Finished("length")
             monkeypatch.undo()
-            engine.store.index.evict(SMALL.num_pages)
+            engine.store.tree.evict(SMALL.num_pages)
             assert generate(engine, prompts[0], 2)[1].restored["disk"] > 200
     finally:
         gc.enable()
@@ -388,7 +388,7 @@ def test_a_tier_that_was_too_slow_is_measured_again_and_taken_back(model, tmp_pa
         assert pager.measuring is None  # it was read a moment ago
         pager.measured_at["disk"] -= MEASURE_AGAIN_SECONDS
         for _ in range(REMEMBERED):
-            engine.store.index.evict(SMALL.num_pages)
+            engine.store.tree.evict(SMALL.num_pages)
             assert generate(engine, tokens, 2)[2] == Finished("length")
             if pager.measuring:
                 pager.measuring.result(60)

@@ -151,7 +151,7 @@ def test_a_wrong_page_under_a_valid_seal_is_seen_on_disk_on_the_device_and_in_th
         wrong = {keys[i]: page.tobytes() for i, page in damage(right, at).items()}
         put(world, stored | wrong)
         assert len(wrong_records(world.lower, world.truth)) == len(wrong)
-        engine.store.index.evict(SETTINGS.num_pages)
+        engine.store.tree.evict(SETTINGS.num_pages)
         world.ask(random.Random(at), talk, before)
         while world.advance(random.Random(at), engine):
             pass

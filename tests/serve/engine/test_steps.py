@@ -100,7 +100,7 @@ def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(
     for i, row in enumerate(rows):
         first, last = batch.starts[i], batch.starts[i + 1]
         assert np.array_equal(batch.tokens[first:last], row.tokens)
-        assert batch.rows[i] == last - 1
+        assert batch.logit_indices[i] == last - 1
         assert batch.prefix[i] == row.prefix
         assert np.array_equal(batch.block_table[i, : len(row.pages)], row.pages)
         assert sampling.positions[i] == row.prefix + len(row.tokens)
@@ -122,9 +122,9 @@ def test_a_token_is_sampled_before_and_behind_each_guess(rows: list[SequenceInpu
         for i, row in enumerate(rows)
         for back in range(row.draft, -1, -1)
     ]
-    assert len(batch.rows) == len(sampling.positions) == len(sampling.seeds) == bucket.samples == bucket.tokens
+    assert len(batch.logit_indices) == len(sampling.positions) == len(sampling.seeds) == bucket.samples == bucket.tokens
     for i, (place, position, seed) in enumerate(wanted):
-        assert (batch.rows[i], sampling.positions[i], sampling.seeds[i]) == (place, position, seed)
+        assert (batch.logit_indices[i], sampling.positions[i], sampling.seeds[i]) == (place, position, seed)
     assert not sampling.temperature[len(wanted) :].any()
 
 
@@ -150,7 +150,7 @@ def test_every_column_has_the_type_that_was_compiled_for() -> None:
             batch.starts,
             batch.prefix,
             batch.block_table,
-            batch.rows,
+            batch.logit_indices,
             sampling.top_k,
             sampling.positions,
         )
