@@ -5,16 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
-import pytest
 import uvicorn
 from starlette.applications import Starlette
 
 from model.config import ModelConfig
 from model.params import Params
 from serve.api.messages import MessagesRequest
-from serve.engine import engine as engines
 from serve.engine.engine import Engine, EngineSettings
 from serve.engine.request import GenerationRequest
 from serve.prompt.tokenizer import Tokenizer
@@ -31,21 +28,6 @@ SIZES = EngineSettings(
     max_prefill_tokens=64,
     max_mixed_prefill_tokens=64,
 )
-
-
-@contextmanager
-def steps_compiled_once() -> Iterator[None]:
-    """Engines of one model and shape share their compiled steps."""
-    compile_steps, compiled = engines.compile_steps, {}
-
-    def remembered(params: Any, pool: Any, config: Any, buckets: Any, *rest: Any) -> Any:
-        if buckets not in compiled:
-            compiled[buckets] = compile_steps(params, pool, config, buckets, *rest)
-        return compiled[buckets]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "compile_steps", remembered)
-        yield
 
 
 class Recording(Engine):

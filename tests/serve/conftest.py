@@ -15,12 +15,20 @@ from model import checkpoint
 from model.config import ModelConfig
 from model.params import Params, unstacked
 from serve.prompt.tokenizer import Tokenizer, load_tokenizer
+from tests.helpers.compiled_once import compiled_once
 from tests.helpers.http import FLAGS, MODEL, eventually, is_idle
 from tests.helpers.tiny_engine import VOCAB
 
 # The machine may be busy: how long an example takes says nothing.
 settings.register_profile("serve", deadline=None)
 settings.load_profile("serve")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once() -> Iterator[None]:
+    """The engines of a module share what is compiled for them."""
+    with compiled_once():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,10 @@ from cache.keys import root_key
 from cache.tiers import StoredPage, Tiers
 from model import checkpoint
 from model.config import ModelConfig
-from model.kv import KVPool
 from model.params import Params, unstacked
-from serve.audit import auditor as audits
 from serve.audit.auditor import TOLERANCE, AuditSettings, attach, audit_pages
 from serve.audit.case import Case, keep, read
 from serve.audit.cli import main
-from serve.engine import engine as engines
 from serve.engine import paging
 from serve.engine.engine import Engine
 from serve.engine.paging import Pager
@@ -43,31 +40,8 @@ MOST = 1000  # audited requests within which a fault has to be found
 TRUNK = 96  # tokens that sessions of one kind share
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[None]:
-    """Engines of one shape share what is compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((engines, "compile_steps"), (paging, "compile_moves"), (audits, "compile_comparison")):
-            patch.setattr(module, name, once(getattr(module, name)))
-        yield
-
-
-def once(compile: Callable) -> Callable:
-    """Remembers what was compiled for pools of each shape, and steps for each ladder."""
-    known: dict[Any, Any] = {}
-
-    def remembered(*given: Any) -> Any:
-        pool = next(each for each in given if isinstance(each, KVPool))
-        key = (pool.k.shape, pool.k.dtype, *(each for each in given if isinstance(each, tuple)))
-        if key not in known:
-            known[key] = compile(*given)
-        return known[key]
-
-    return remembered
-
-
 @pytest.fixture
-def make(model: tuple[ModelConfig, Params], compiled: None) -> Iterator[Make]:
+def make(model: tuple[ModelConfig, Params]) -> Iterator[Make]:
     """Makes engines with an auditor, which are not started; the tiers of all are closed at the end."""
     made = []
 

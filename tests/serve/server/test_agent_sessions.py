@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import anthropic
@@ -16,7 +16,7 @@ from serve.api.messages import Block, MessagesRequest, TextBlock, ThinkingBlock,
 from serve.prompt.conversation import answers
 from tests.helpers.conversations import OPENING, answer_of, body_of, generated, is_extension, message, next_messages
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
-from tests.helpers.scripted_server import listening, saying, serving_over, steps_compiled_once
+from tests.helpers.scripted_server import listening, saying, serving_over
 
 Json = dict[str, Any]
 Model = tuple[ModelConfig, Params]
@@ -25,10 +25,9 @@ VOCAB = 384  # room for the tokens of every family, so that all share one model 
 
 
 @pytest.fixture(scope="module")
-def small(tiny_model: Callable[[int], Model]) -> Iterator[Model]:
-    """The model, whose steps are compiled once for all of this file's engines."""
-    with steps_compiled_once():
-        yield tiny_model(VOCAB)
+def small(tiny_model: Callable[[int], Model]) -> Model:
+    """The model of this file's engines."""
+    return tiny_model(VOCAB)
 
 
 def returned(content: list[Any]) -> list[Json]:

@@ -44,7 +44,7 @@ from tests.helpers.http import (
     stream,
     text_of,
 )
-from tests.helpers.scripted_server import listening, steps_compiled_once
+from tests.helpers.scripted_server import listening
 
 MakeEngine = Callable[..., Engine]
 SIZES = {
@@ -58,12 +58,11 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def make_engine(model_folder: Path) -> Iterator[MakeEngine]:
-    """Engines that are not started yet; all of one shape share their compiled steps."""
+def make_engine(model_folder: Path) -> MakeEngine:
+    """Engines that are not started yet."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
     params = unstacked(params)
-    with steps_compiled_once():
-        yield lambda **sizes: Engine(params, config, EngineSettings(**SIZES | sizes))
+    return lambda **sizes: Engine(params, config, EngineSettings(**SIZES | sizes))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from serve.formats.families import write_turn
 from serve.prompt.signing import verify
 from serve.prompt.tokenizer import Tokenizer
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
-from tests.helpers.scripted_server import listening, saying, serving_over, steps_compiled_once
+from tests.helpers.scripted_server import listening, saying, serving_over
 
 Json = dict[str, Any]
 Model = tuple[ModelConfig, Params]
@@ -45,10 +45,9 @@ ONE_CALL = {"type": "auto", "disable_parallel_tool_use": True}
 
 
 @pytest.fixture(scope="module")
-def small(tiny_model: Callable[[int], Model]) -> Iterator[Model]:
-    """The model, whose steps are compiled once for all of this file's engines."""
-    with steps_compiled_once():
-        yield tiny_model(VOCAB)
+def small(tiny_model: Callable[[int], Model]) -> Model:
+    """The model of this file's engines."""
+    return tiny_model(VOCAB)
 
 
 @pytest.fixture
