@@ -6,14 +6,18 @@ JAX ?= 0.10.2
 TOKENS ?= 52000
 MODEL ?= .cache/demo-model
 PORT ?= 8000
+# Processes that run the tests; each file's tests run in one of them.
+WORKERS ?= 2
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile -p no:benchmark
 
 # The GPU extra follows the driver: CUDA 13 needs driver 580 or newer.
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test test-slow test-clients notebooks kernels-interpreted kernels-aot gpu-bench \
-	bench-small lint clean
+.PHONY: help install demo serve test test-slow test-clients coverage notebooks kernels-interpreted kernels-aot \
+	gpu-bench bench-small lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 21
@@ -26,14 +30,19 @@ demo: .venv/.installed $(MODEL)/config.json ## serve a 52K-token agent prompt in
 serve: .venv/.installed $(MODEL)/config.json ## serve the demo model on PORT
 	$(BIN)/python -m serve --model $(MODEL) --port $(PORT)
 
-test: .venv/.installed-test ## run the tests
-	$(BIN)/python -m pytest
+test: .venv/.installed-test ## run the tests, in WORKERS processes
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: .venv/.installed-test ## run the tests that take over a minute each
 	$(BIN)/python -m pytest -m slow
 
 test-clients: .venv/.installed-clients ## run Claude Code, Codex and Chromium on the server; fetches 1 GB from npm, once
 	$(BIN)/python -m pytest -m clients tests/clients
+
+coverage: .venv/.installed-test ## run the tests and print what they cover, by wing; fails below the floors
+	rm -f .cache/coverage*
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=
+	$(BIN)/python -m tests.helpers.coverage_by_wing
 
 notebooks: .venv/.installed-notebooks ## run all notebooks anew, and what they measure that is not measured yet
 	$(BIN)/jupytext --to ipynb --execute --run-path . notebooks/*.py
@@ -73,18 +82,18 @@ $(MODEL)/config.json: | .venv/.installed
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version}"'
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-.venv/.installed: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[experiments$(CUDA)]'
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[experiments$(CUDA)]'
 	@touch $@
 
-.venv/.installed-clients: pyproject.toml .venv/.installed-test
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[clients]'
+.venv/.installed-clients: pyproject.toml constraints.txt .venv/.installed-test
+	$(PIP) --editable '.[clients]'
 	@touch $@
 
-.venv/.installed-test: pyproject.toml .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+.venv/.installed-test: pyproject.toml constraints.txt .venv/.installed
+	$(PIP) --editable '.[test]'
 	@touch $@
 
-.venv/.installed-notebooks: pyproject.toml .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+.venv/.installed-notebooks: pyproject.toml constraints.txt .venv/.installed
+	$(PIP) --editable '.[notebooks]'
 	@touch $@

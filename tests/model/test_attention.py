@@ -9,8 +9,9 @@ from model.attention import paged_attention
 from model.batch import locate
 from model.kernels import dispatch
 from model.kernels.cpu import build
-from model.kernels.reference import reference
+from model.kernels.reference import reference as in_jax
 from tests.helpers import batches
+from tests.helpers.attention_oracle import attention as reference
 
 PAGE = 16
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=PAGE, dtype=jnp.float32)
@@ -74,6 +75,12 @@ def test_random_ragged_batches_match_the_reference(seed):
     chunks = [int(n) for n in rng.integers(1, 90, count)]
     page = int(rng.choice([1, 8, 64]))
     assert_matches_reference(*ragged(prefixes, chunks, page=page, spare_tokens=int(rng.integers(0, 9)), seed=seed))
+
+
+def test_the_kernels_own_reference_agrees():
+    q, pool, batch = ragged([3, 700, 0], [5, 1, 33], spare_seqs=1, spare_tokens=2)
+    found = np.asarray(in_jax(q, pool, 1, batch))[:39]
+    np.testing.assert_allclose(found, reference(q, pool, 1, batch)[:39], atol=2e-6)
 
 
 def test_memory_grows_with_the_chunk_and_not_with_the_prompt_squared():

@@ -15,9 +15,9 @@ import pytest
 from model.batch import Batch
 from model.kernels.cpu import build
 from model.kernels.cpu.paged_attention import paged_attention
-from model.kernels.reference import reference
 from model.kv import KVPool
 from tests.helpers import batches
+from tests.helpers.attention_oracle import attention as reference
 
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernel cannot be built here")
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=16, dtype=jnp.float32)
@@ -114,7 +114,8 @@ def test_a_sequence_gets_the_same_bits_in_any_company(prefixes, chunks):
 
 THREADS = """
 import sys
-import batches, jax, numpy as np
+import jax, numpy as np
+from tests.helpers import batches
 from model.kernels.cpu.paged_attention import paged_attention
 q, pool, batch = batches.ragged(
     [6000, 2500, 0], [300, 1, 700], kv_heads=2, group=3, head_dim=16, page=64, dtype=jax.numpy.float32
