@@ -325,6 +325,8 @@ def _fill(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress:
             done += place.nbytes
             progress(done, total)
         # Waiting lets the host copy go before the next leaf is allocated.
-        return jax.device_put(array).block_until_ready()
+        on_device: jax.Array = jax.device_put(array).block_until_ready()
+        return on_device
 
-    return jax.tree.map(fill, leaves)
+    filled: Params = jax.tree.map(fill, leaves)
+    return filled

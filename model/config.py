@@ -216,7 +216,7 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
     """The window that transformers would apply to some layer, in tokens; None where attention is full."""
     if config["model_type"] == "llama":
         return None
-    window = config.get("sliding_window", 4096)
+    window: int | None = config.get("sliding_window", 4096)
     if config["model_type"] == "mistral":
         return window
     windowed_layers = config.get("num_hidden_layers", 32) > config.get("max_window_layers", 28)

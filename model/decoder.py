@@ -6,6 +6,8 @@ it. Compilation and donation happen at the edge, in `serve/steps.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,9 @@ from model.kernels.dispatch import linear_for
 from model.kv import KVPool
 from model.params import Layer, Params
 
+Carry = tuple[jax.Array, KVPool]  # activations [tokens, embed], and the pool
+LayerStep = Callable[[Carry, Layer, jax.Array | int], Carry]
+
 
 def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> tuple[jax.Array, KVPool]:
     """Run the batch's new tokens through the model.
@@ -26,7 +31,7 @@ def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> 
     positions, pages, offsets = locate(batch, pool)
     cos, sin = rope.angles(positions, *rope.inverse_frequencies(config.rope, config.head_dim))
 
-    def step(carry: tuple[jax.Array, KVPool], layer: Layer, index: jax.Array | int) -> tuple[jax.Array, KVPool]:
+    def step(carry: Carry, layer: Layer, index: jax.Array | int) -> Carry:
         x, pool = carry
         q, k, v = project(layer, x, config)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
@@ -41,7 +46,7 @@ def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> 
     return product(x, head, jnp.float32), pool
 
 
-def over_layers(step, carry, layers):  # type: ignore[no-untyped-def]
+def over_layers(step: LayerStep, carry: Carry, layers: Layer | tuple[Layer, ...]) -> Carry:
     """Fold `step(carry, layer, index)` over stacked layers with a scan, or over separate ones in line."""
     if isinstance(layers, tuple):
         for index, layer in enumerate(layers):

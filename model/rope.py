@@ -94,7 +94,8 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
         high += 0.001  # the ramp's slope stays finite
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     keep = 1 - np.clip(ramp, 0, 1)
-    return (slowed * (1 - keep) + kept * keep).astype(np.float32)
+    blended: np.ndarray = (slowed * (1 - keep) + kept * keep).astype(np.float32)
+    return blended
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:

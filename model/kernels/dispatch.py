@@ -61,7 +61,7 @@ def linear_for(x: jax.Array, weight: jax.Array) -> Callable[..., jax.Array] | No
 
 def on_cpu() -> bool:
     """Whether the device is a CPU."""
-    return jax.devices()[0].platform == "cpu"
+    return bool(jax.devices()[0].platform == "cpu")
 
 
 @functools.cache

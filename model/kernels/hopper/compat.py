@@ -78,7 +78,7 @@ def interpreter(detect_races: bool = False) -> Any:
     return plgpu.InterpretGPUParams(detect_races=detect_races)
 
 
-def hopper() -> contextlib.AbstractContextManager:
+def hopper() -> contextlib.AbstractContextManager[None]:
     """A context in which kernels lower for an H200 on a machine that has none."""
     if JAX_VERSION < (0, 11):
         return contextlib.nullcontext()
