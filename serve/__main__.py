@@ -221,10 +221,10 @@ def pool_bytes(device: jax.Device, taken: int) -> int:
     """
     stats = device.memory_stats()
     if device.platform != "cpu" and stats:
-        return max(0, stats["bytes_limit"] - taken - DEVICE_MARGIN_BYTES)
+        return max(0, int(stats["bytes_limit"]) - taken - DEVICE_MARGIN_BYTES)
     import psutil
 
-    return min(CPU_POOL_BYTES, psutil.virtual_memory().available // 2)
+    return min(CPU_POOL_BYTES, int(psutil.virtual_memory().available) // 2)
 
 
 def open_tiers(args: argparse.Namespace, on_cpu: bool) -> Tiers | None:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,15 +79,15 @@ def audit_pages(pages: int, page_size: int, settings: AuditSettings) -> int:
     return found if settings.share > 0 and found >= LEAST_PAGES else 0
 
 
-Audit = Generator[Future | None, None, Mismatch | None]
+Audit = Generator[Future[Any] | None, None, Mismatch | None]
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Compiled: `gather(pool, pages)` copies COMPARED pages, `measure(ours, theirs)` is `distances` of such copies."""
 
-    gather: Callable
-    measure: Callable
+    gather: Callable[..., jax.Array]
+    measure: Callable[..., jax.Array]
     shape: tuple[int, ...]  # COMPARED, k and v, layers, kv_heads, page_size, head_dim
     dtype: np.dtype
 
@@ -143,7 +144,7 @@ class Auditor:
         self.audit: Audit | None = None
         self.auditing: Reuse | None = None
         self.start = 0  # of the window under way
-        self.waits: Future | None = None  # what the audit under way waits for
+        self.waits: Future[Any] | None = None  # what the audit under way waits for
         self.waits_since = 0.0  # by `time.perf_counter`
         self.quiet_since: float | None = None
         self.submitted = 0  # requests that the engine had been given when it was last looked at

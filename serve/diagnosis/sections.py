@@ -108,7 +108,8 @@ class Sections:
         counts, sizes = np.asarray(self.counts), np.fromiter(map(len, self.rendered), np.int64, len(self.rendered))
         filled = counts > 0
         counts, begins = counts[filled], (np.cumsum(sizes) - sizes)[filled]
-        return starts + np.repeat(begins - starts[np.cumsum(counts) - counts], counts)
+        moved: np.ndarray = starts + np.repeat(begins - starts[np.cumsum(counts) - counts], counts)
+        return moved
 
     @cached_property
     def marks(self) -> list[tuple[int, str]]:

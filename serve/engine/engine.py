@@ -518,7 +518,8 @@ class Engine:
         bucket = smallest_bucket(self.buckets, [len(row.tokens)])
         batch, _ = pack([row], bucket, self.steps.table_pages)
         logits, self.pool = self.steps.run[bucket].forward(self.params, self.pool, batch, self.steps.nothing)
-        return np.asarray(logits)[0]
+        last: np.ndarray = np.asarray(logits)[0]
+        return last
 
     @property
     def quiet(self) -> bool:

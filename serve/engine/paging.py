@@ -54,8 +54,8 @@ MEASURE_AGAIN_SECONDS = 30.0
 class PageCopies:
     """Compiled copies by count of pages: `gather[n](pool, pages)` and `scatter[n](pool, pages, data)`."""
 
-    gather: Mapping[int, Callable]
-    scatter: Mapping[int, Callable]
+    gather: Mapping[int, Callable[..., jax.Array]]
+    scatter: Mapping[int, Callable[..., KVPool]]
     page_shape: tuple[int, ...]
     dtype: np.dtype
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ class Steps:
     """
 
     run: Mapping[Bucket, CompiledStep]
-    copy: Callable
+    copy: Callable[..., KVPool]
     table_pages: int  # width of every block table
     nothing: jax.Array  # [samples] int32
 
@@ -157,10 +158,10 @@ def pack(rows: Sequence[SequenceInput], bucket: Bucket, table_pages: int) -> tup
     # Back from the end of its row, for each sampled token: 0 for the last.
     back = np.concatenate([np.arange(count)[::-1] for count in sampled])
 
-    def by_row(values: list, dtype: type) -> np.ndarray:  # [rows]
+    def by_row(values: list[Any], dtype: type) -> np.ndarray:  # [rows]
         return np.pad(np.asarray(values, dtype), (0, bucket.rows - len(rows)))
 
-    def by_sample(values: list, dtype: type) -> np.ndarray:  # [samples]
+    def by_sample(values: list[Any], dtype: type) -> np.ndarray:  # [samples]
         return np.pad(np.repeat(np.asarray(values, dtype), sampled), (0, bucket.samples - len(back)))
 
     ends = by_sample(starts[1 : len(rows) + 1].tolist(), np.int32)
@@ -254,7 +255,7 @@ def compile_steps(
             [SequenceInput(np.zeros(1, np.int32), 0, np.zeros(1, np.int32), SamplingParams())], bucket, table_pages
         )
 
-    def picking(bucket: Bucket) -> tuple[Callable, Callable, jax.Array]:
+    def picking(bucket: Bucket) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array], jax.Array]:
         """The two ways to pick, each run once, and the mask of a batch without one, for as many samples."""
         logits = jnp.zeros((bucket.samples, config.vocab_size), jnp.float32)
         unmasked = jnp.full((bucket.samples, words), EVERY_TOKEN, jnp.uint32)

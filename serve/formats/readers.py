@@ -172,7 +172,8 @@ def read_object(source: Source) -> Reading[dict[str, Any]]:
         elif sign != closing.pop():
             raise Malformed
     try:
-        return decode_json(source.text[start : source.at])
+        read: dict[str, Any] = decode_json(source.text[start : source.at])
+        return read
     except ValueError:
         raise Malformed from None
 

@@ -79,7 +79,7 @@ class CharacterStream:
             held = 0
         if len(self.ids) - self.settled >= PATIENCE:
             held = min(held, 1)
-        new = text[self.taken : len(text) - held]
+        new: str = text[self.taken : len(text) - held]
         if new:
             self.ids = self.ids[self.settled :]
             self.settled = len(self.ids)

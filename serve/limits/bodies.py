@@ -54,4 +54,5 @@ def escapes(body: bytes | bytearray) -> int:
 
 def structure(piece: np.ndarray) -> np.ndarray:
     """Which bytes of [n] uint8 are commas or opening brackets, [n] bool."""
-    return (piece == COMMA) | (piece == BRACKET) | (piece == BRACE)
+    found: np.ndarray = (piece == COMMA) | (piece == BRACKET) | (piece == BRACE)
+    return found

@@ -108,7 +108,7 @@ class Conversation:
     mark: str  # random letters and digits: no text of the request holds them
     turns: list[ChatMessage]
     answers: list[tuple[Block, ...]]  # the blocks of the turns of role assistant, as the client sent them
-    tools: list[dict] | None
+    tools: list[dict[str, Any]] | None
     thinking: bool
     prefilled: bool
     tools_first: bool = False
@@ -239,7 +239,7 @@ def framed(tokenizer: Tokenizer, turns: Sequence[ChatMessage], c: Conversation, 
     place = f"{c.mark}-system"
     text = apply(tokenizer.hf, [turns[0] | {"content": place}, *turns[1:]], c.tools, **how)
     head, _, rest = tools_ahead(tokenizer.hf, text, place, c.tools).rpartition(place)
-    return head + turns[0]["content"] + rest
+    return f"{head}{turns[0]['content']}{rest}"
 
 
 def without_end(ahead: str, header: str, written: str) -> str:

@@ -73,7 +73,7 @@ class Template:
 def apply(
     hf: Any,
     turns: Sequence[ChatMessage],
-    tools: list[dict] | None = None,
+    tools: list[dict[str, Any]] | None = None,
     *,
     answer: bool = False,
     prefill: bool = False,
@@ -139,7 +139,7 @@ def tool_loop(as_call: bool, call_id: str = CALL_ID) -> list[ChatMessage]:
     return [USER, marker_turn("word2", as_call, call_id), {"role": "tool", "tool_call_id": call_id, "content": "word3"}]
 
 
-def attempt(hf: Any, turns: Sequence[ChatMessage], tools: list[dict] | None = None, **how: bool) -> str:
+def attempt(hf: Any, turns: Sequence[ChatMessage], tools: list[dict[str, Any]] | None = None, **how: bool) -> str:
     """The template's text, or none if it refuses."""
     try:
         return apply(hf, turns, tools, **how)
@@ -159,7 +159,7 @@ def moves(hf: Any, head: Sequence[ChatMessage]) -> bool:
     return any(word not in stays for word in WORD.findall(short))
 
 
-def tools_ahead(hf: Any, text: str, place: str, tools: list[dict]) -> str:
+def tools_ahead(hf: Any, text: str, place: str, tools: list[dict[str, Any]]) -> str:
     """A conversation's text with the tools ahead of the system text, which `place` stands for; raises Refused.
 
     It is possible where the template writes the tools right behind the system text, in the same turn; nothing changes

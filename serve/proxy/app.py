@@ -238,4 +238,5 @@ async def read_whole(stream: AsyncIterator[bytes]) -> tuple[bytes | bytearray, A
 def target(scope: Scope) -> bytes:
     """Path and query as the client wrote them."""
     query = scope["query_string"]
-    return scope["raw_path"] + (b"?" + query if query else b"")
+    path: bytes = scope["raw_path"]
+    return path + (b"?" + query if query else b"")

@@ -264,7 +264,8 @@ def spliced(body: bytes | bytearray, splices: Sequence[ByteEdit]) -> bytes:
 
 
 def _address(buffer: Any) -> int:
-    return np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    return address
 
 
 def _is_list(value: Raw) -> bool:

@@ -144,10 +144,11 @@ class MemoryCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The bytes taken, and the most that may be."""
-        for name, text, value in (
+        figures: tuple[tuple[str, str, Callable[[Memory], int]], ...] = (
             ("tokenzero_memory_bytes", "Memory taken by what is remembered of requests, about", lambda m: m.bytes()),
             ("tokenzero_memory_limit_bytes", "The most that it may take", lambda m: m.most),
-        ):
+        )
+        for name, text, value in figures:
             family = GaugeMetricFamily(name, text, labels=["of"])
             for of, memory in self.memories.items():
                 family.add_metric([of], value(memory))

@@ -153,7 +153,7 @@ def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Reca
     ]
 
 
-def report(serving: ServerContext, normalized: Normalized) -> None:
+def report(serving: ServerContext, normalized: Normalized[Any]) -> None:
     """Count what the rules did, and log once what they could not read."""
     for odd in normalized.unparsed:
         serving.metrics.unparsed.inc()

@@ -54,7 +54,8 @@ async def get_requests(request: Request) -> Response:
 
 def request_record(records: RequestRecords, report: Report) -> dict[str, Any]:
     """What is told of a request: the report on its prompt, and its outcome."""
-    return msgspec.to_builtins(report) | msgspec.to_builtins(records.outcomes.of(report.id))
+    record: dict[str, Any] = msgspec.to_builtins(report) | msgspec.to_builtins(records.outcomes.of(report.id))
+    return record
 
 
 async def get_request(request: Request) -> Response:
