@@ -1,1 +1,1 @@
-"""The decoder: pure functions on pytrees. Nothing here knows of cache policy, text or HTTP."""
+"""The decoder: pure functions on pytrees, which know nothing of cache policy, text or HTTP."""

@@ -1,1 +1,1 @@
-"""The APIs on the wire: requests in, answers and errors out, as structs. No tokens, no HTTP."""
+"""The APIs on the wire: requests in, answers and errors out, as structs without tokens or HTTP."""

@@ -1,1 +1,1 @@
-"""Token ids in, token ids out: the step loop over one device. No text, no HTTP."""
+"""Token ids in, token ids out: the step loop over one device, without text or HTTP."""
