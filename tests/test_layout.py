@@ -54,7 +54,6 @@ LONG_FILES = dict.fromkeys(
     (
         "experiments/bench/batching.py",
         "serve/__main__.py",
-        "serve/api/messages.py",
         "serve/audit/auditor.py",
         "serve/diagnosis/divergence.py",
         "serve/engine/engine.py",

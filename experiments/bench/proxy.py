@@ -35,7 +35,7 @@ from experiments.workloads import sessions
 from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.sessions import Session
 from experiments.workloads.synthetic import Json
-from serve.api.messages import (
+from serve.api.answers import (
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
@@ -45,12 +45,11 @@ from serve.api.messages import (
     MessageStart,
     MessageStop,
     Stop,
-    TextBlock,
     TextDelta,
     Usage,
-    decode_count_tokens,
     encode_event,
 )
+from serve.api.messages import TextBlock, decode_count_tokens
 from serve.prompt.render import prompt
 from serve.prompt.tokenizer import load_tokenizer
 

@@ -19,20 +19,17 @@ import numpy as np
 from msgspec import Struct
 
 from cache.radix_tree import common_prefix
-from serve.api.messages import (
+from serve.api.answers import (
     CacheMissReason,
-    CountTokensRequest,
     Diagnostics,
-    InputMessage,
     MessagesChanged,
     ModelChanged,
     PreviousMessageNotFound,
     SystemChanged,
-    Tool,
     ToolsChanged,
     Unavailable,
-    decode_count_tokens,
 )
+from serve.api.messages import CountTokensRequest, InputMessage, Tool, decode_count_tokens
 from serve.diagnosis.sections import Sections, Vocabulary, system_parts
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from serve.api.messages import new_id
+from serve.api.answers import new_id
 from serve.formats.schemas import decode_json, member, typed, types_of
 
 SPACE = " \t\r\n"  # beside a mark it belongs to the mark, not to the blocks

@@ -217,7 +217,7 @@ class AnswerStream:
         """Look for stop sequences up to `end`, each character once; the one that is complete."""
         if self.scanned < self.sent:  # a mark or a call came between
             self.scanned, self.matched = self.sent, 0
-        self.matched, count = self.stops.read(self.matched, whole[self.scanned : end])
+        self.matched, count = self.stops.scan(self.matched, whole[self.scanned : end])
         self.scanned += count
         return self.stops.complete[self.matched]
 

@@ -11,7 +11,7 @@ import httpcore
 import msgspec
 from starlette.types import Message, Send
 
-from serve.api.messages import Error, ErrorDetail, encode_event
+from serve.api.answers import Error, ErrorDetail, encode_event
 from serve.api.openai.errors import error_body
 from serve.proxy.reports import READERS, Chat
 from serve.proxy.upstream import UpstreamFault, end_to_end, pieces

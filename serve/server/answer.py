@@ -17,12 +17,11 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 from starlette.concurrency import run_in_threadpool
 
-from serve.api.messages import (
+from serve.api.answers import (
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
     Diagnostics,
-    DiagnosticsRequest,
     DispatchedCall,
     Error,
     ErrorDetail,
@@ -33,19 +32,16 @@ from serve.api.messages import (
     MessageDelta,
     MessageStart,
     MessageStop,
-    OutputBlock,
     Ping,
     SignatureDelta,
     Stop,
     StopReason,
-    TextBlock,
     TextDelta,
-    ThinkingBlock,
     ThinkingDelta,
     ToolCallDispatch,
-    ToolUseBlock,
     Usage,
 )
+from serve.api.messages import DiagnosticsRequest, OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.diagnosis.divergence import RememberedRequest
 from serve.engine.engine import generate
 from serve.engine.request import Failed, Finished, Started, TokenEvent, Waiting

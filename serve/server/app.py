@@ -23,19 +23,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serve.api.messages import (
-    Error,
-    ErrorDetail,
-    Event,
-    InvalidRequest,
-    Message,
-    MessagesRequest,
-    TokenCount,
-    decode_count_tokens,
-    decode_request,
-    encode,
-    encode_event,
-)
+from serve.api.answers import Error, ErrorDetail, Event, Message, TokenCount, encode, encode_event
+from serve.api.messages import InvalidRequest, MessagesRequest, decode_count_tokens, decode_request
 from serve.api.openai import read_chat, read_responses
 from serve.api.openai.errors import is_openai
 from serve.api.openai.models import model_body, models_body

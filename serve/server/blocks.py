@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from serve.api.messages import (
+from serve.api.answers import (
     BlockEvent,
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
-    CountTokensRequest,
     InputJsonDelta,
-    OutputBlock,
     SignatureDelta,
-    TextBlock,
     TextDelta,
-    ThinkingBlock,
     ThinkingDelta,
-    ToolUseBlock,
 )
+from serve.api.messages import CountTokensRequest, OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.formats.readers import Call
 from serve.formats.stream import AnswerEvent, Text, Thinking, ThinkingEnd
 

@@ -11,7 +11,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from serve.api.messages import CountTokensRequest, InvalidRequest, MessagesRequest, SeededRequest, ThinkingBlock, new_id
+from serve.api.answers import new_id
+from serve.api.messages import CountTokensRequest, InvalidRequest, MessagesRequest, SeededRequest, ThinkingBlock
 from serve.api.stops import Stops
 from serve.diagnosis.sections import message_parts, said, system_parts
 from serve.engine.request import GenerationRequest

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from starlette.responses import Response
 from starlette.types import Scope
 
-from serve.api.messages import ERROR_TYPES, Error, ErrorDetail, encode
+from serve.api.answers import ERROR_TYPES, Error, ErrorDetail, encode
 from serve.api.openai.errors import error_body, is_openai, status_of
 from serve.web.assets import ASSETS
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from serve.api.messages import ContentBlockDelta, Event, MessageDelta, Usage
+from serve.api.answers import ContentBlockDelta, Event, MessageDelta, Usage
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
 from serve.web.timing import Phases

@@ -11,10 +11,11 @@ import openai
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from serve.api import answers
 from serve.api import messages as wire
 
-USAGE = wire.Usage(3, 5, 7, 11)
-ANSWER = wire.Message(
+USAGE = answers.Usage(3, 5, 7, 11)
+ANSWER = answers.Message(
     id="msg_1",
     model="local/model",
     content=(
@@ -26,30 +27,30 @@ ANSWER = wire.Message(
     stop_reason="tool_use",
     usage=USAGE,
 )
-EVENTS: list[wire.Event] = [
-    wire.Ping(),
-    wire.MessageStart(wire.Message(id=ANSWER.id, model=ANSWER.model, usage=wire.Usage(3, 5, 7, 0))),
-    wire.ContentBlockStart(0, wire.ThinkingBlock("")),
-    wire.ContentBlockDelta(0, wire.ThinkingDelta("Let me\u2028")),
-    wire.Ping(),
-    wire.ContentBlockDelta(0, wire.ThinkingDelta("see")),
-    wire.ContentBlockDelta(0, wire.SignatureDelta("c2lnbmVk")),
-    wire.ContentBlockStop(0),
-    wire.ContentBlockStart(1, wire.TextBlock("")),
-    wire.ContentBlockDelta(1, wire.TextDelta("Hi 😀")),
-    wire.ContentBlockDelta(1, wire.TextDelta("\r\n\n")),
-    wire.ContentBlockStop(1),
-    wire.ContentBlockStart(2, wire.ToolUseBlock("toolu_1", "read", {})),
-    wire.ContentBlockDelta(2, wire.InputJsonDelta('{"path":"a\\nb",')),
-    wire.ContentBlockDelta(2, wire.InputJsonDelta('"n":1.5}')),
-    wire.ContentBlockStop(2),
-    wire.ContentBlockStart(3, wire.ToolUseBlock("toolu_2", "now", {})),
-    wire.ContentBlockDelta(3, wire.InputJsonDelta("{}")),
-    wire.ContentBlockStop(3),
-    wire.MessageDelta(wire.Stop("tool_use"), USAGE),
-    wire.MessageStop(),
+EVENTS: list[answers.Event] = [
+    answers.Ping(),
+    answers.MessageStart(answers.Message(id=ANSWER.id, model=ANSWER.model, usage=answers.Usage(3, 5, 7, 0))),
+    answers.ContentBlockStart(0, wire.ThinkingBlock("")),
+    answers.ContentBlockDelta(0, answers.ThinkingDelta("Let me\u2028")),
+    answers.Ping(),
+    answers.ContentBlockDelta(0, answers.ThinkingDelta("see")),
+    answers.ContentBlockDelta(0, answers.SignatureDelta("c2lnbmVk")),
+    answers.ContentBlockStop(0),
+    answers.ContentBlockStart(1, wire.TextBlock("")),
+    answers.ContentBlockDelta(1, answers.TextDelta("Hi 😀")),
+    answers.ContentBlockDelta(1, answers.TextDelta("\r\n\n")),
+    answers.ContentBlockStop(1),
+    answers.ContentBlockStart(2, wire.ToolUseBlock("toolu_1", "read", {})),
+    answers.ContentBlockDelta(2, answers.InputJsonDelta('{"path":"a\\nb",')),
+    answers.ContentBlockDelta(2, answers.InputJsonDelta('"n":1.5}')),
+    answers.ContentBlockStop(2),
+    answers.ContentBlockStart(3, wire.ToolUseBlock("toolu_2", "now", {})),
+    answers.ContentBlockDelta(3, answers.InputJsonDelta("{}")),
+    answers.ContentBlockStop(3),
+    answers.MessageDelta(answers.Stop("tool_use"), USAGE),
+    answers.MessageStop(),
 ]
-BROKEN = wire.Error(wire.ErrorDetail("api_error", "the device is gone"))
+BROKEN = answers.Error(answers.ErrorDetail("api_error", "the device is gone"))
 
 
 def client_of(body: bytes, status: int = 200, kind: str = "application/json") -> openai.OpenAI:

@@ -1,7 +1,7 @@
-"""OpenAI's APIs as faces of the Messages API: their requests become its requests, its answers become theirs.
+"""OpenAI's two APIs, translated: their requests to requests of the Messages API, its answers to their answers.
 
-Everything is a translation. Nothing here knows tokens, templates or HTTP, and what a face does not know it ignores, but
-for what would change the meaning of an answer, which is refused by name.
+Nothing here knows tokens, templates or HTTP. Unknown fields are ignored. Known fields that cannot be obeyed and would
+change the meaning of an answer are refused by name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from serve.api.openai.responses_answer import ResponseWriter
 
 
 def read_chat(body: bytes | bytearray) -> tuple[MessagesRequest, ChatWriter]:
-    """What a body of `POST /v1/chat/completions` asks for, and what writes the answer.
+    """The request in a body of `POST /v1/chat/completions`, and the writer of its answer.
 
-    Raises InvalidRequest, naming the field, if it is no such body or asks for what is not here.
+    Raises InvalidRequest, which names the field, for another body, or one that asks for something unsupported.
     """
     chat = decode(chat_request.DECODER, body, chat_request.CHOICES)
     with_usage = chat.stream_options is not None and chat.stream_options.include_usage is True
@@ -26,6 +26,6 @@ def read_chat(body: bytes | bytearray) -> tuple[MessagesRequest, ChatWriter]:
 
 
 def read_responses(body: bytes | bytearray) -> tuple[MessagesRequest, ResponseWriter]:
-    """What a body of `POST /v1/responses` asks for, and what writes the answer; raises InvalidRequest likewise."""
+    """The request in a body of `POST /v1/responses`, and the writer of its answer. Raises InvalidRequest likewise."""
     request = decode(responses_request.DECODER, body, responses_request.CHOICES)
     return responses_request.to_messages(request), ResponseWriter(request, secrets.token_hex(12), int(time.time()))

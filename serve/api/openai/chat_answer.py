@@ -1,6 +1,7 @@
-"""The answer of Chat Completions, made from that of the Messages API: chunks from its events, or a whole completion.
+"""The answer of Chat Completions, translated from the Messages API: a stream of chunks, or a whole completion.
 
-Formats: https://platform.openai.com/docs/api-reference/chat-streaming and chat/object.
+Formats: https://platform.openai.com/docs/api-reference/chat/object and
+https://platform.openai.com/docs/api-reference/chat-streaming.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from serve.api.messages import (
+from serve.api.answers import (
     ERROR_STATUS,
     ContentBlockDelta,
     ContentBlockStart,
@@ -24,13 +25,11 @@ from serve.api.messages import (
     MessageStop,
     Ping,
     StopReason,
-    TextBlock,
     TextDelta,
-    ThinkingBlock,
     ThinkingDelta,
-    ToolUseBlock,
     Usage,
 )
+from serve.api.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.api.openai.common import PING, prompt_tokens
 from serve.api.openai.errors import error_of
 
@@ -44,13 +43,13 @@ FINISH: dict[StopReason | None, FinishReason] = {
 
 
 class PromptTokensDetails(Struct, frozen=True):
-    """How much of the prompt was read from the cache."""
+    """How many tokens of the prompt were read from the cache."""
 
     cached_tokens: int
 
 
 class ChatUsage(Struct, frozen=True):
-    """Token counts; the prompt counts whole, cached or not."""
+    """Token counts. The prompt is counted whole, cached or not."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -59,14 +58,14 @@ class ChatUsage(Struct, frozen=True):
 
 
 class PartialFunction(Struct, frozen=True, omit_defaults=True):
-    """The name of a function, in its first chunk, and more of its arguments."""
+    """More of a function's arguments, and in its first chunk its name."""
 
     arguments: str
     name: str | None = None
 
 
 class PartialCall(Struct, frozen=True, omit_defaults=True):
-    """More of call number `index`; the first chunk has its id."""
+    """More of call number `index`. Its first chunk has the id."""
 
     index: int
     function: PartialFunction
@@ -92,7 +91,7 @@ class ChunkChoice(Struct, frozen=True):
 
 
 class Chunk(Struct, frozen=True, kw_only=True):
-    """One piece of a stream. Where usage is asked for, all chunks have the field and the last one the counts."""
+    """One piece of a stream. If usage is asked for, all chunks have the field, and the last one has the counts."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -103,7 +102,7 @@ class Chunk(Struct, frozen=True, kw_only=True):
 
 
 class CompleteCall(Struct, frozen=True):
-    """A call of the answer."""
+    """A tool call of the answer."""
 
     id: str
     function: FunctionCall
@@ -141,31 +140,31 @@ class Completion(Struct, frozen=True, kw_only=True):
 
 
 class ChatWriter:
-    """Writes one answer in OpenAI's form, as a stream's chunks or whole."""
+    """Writes one answer in the form of Chat Completions, as chunks or whole."""
 
     def __init__(self, created: int, with_usage: bool = False) -> None:
         self.created = created  # seconds since 1970
         self.with_usage = with_usage
         self.id = self.model = ""
-        self.calls = 0
+        self.calls = 0  # that have begun
 
     def event(self, event: Event) -> bytes:
-        """One event of the Messages API as server-sent events: none, one or several."""
+        """An event of the Messages API as server-sent events: none, one or several."""
         match event:
             case Ping():
                 return PING
             case Error(detail):
-                return sent(error_of(ERROR_STATUS.get(detail.type, 500), detail.message))
+                return sse_data(error_of(ERROR_STATUS.get(detail.type, 500), detail.message))
             case MessageStop():
                 return b"data: [DONE]\n\n"
-        return b"".join(sent(chunk) for chunk in self.chunks(event))
+        return b"".join(sse_data(chunk) for chunk in self.chunks(event))
 
     def whole(self, message: Message) -> bytes:
         """The body of a chat completion."""
         return msgspec.json.encode(completion(message, self.created))
 
     def chunks(self, event: Event) -> list[Chunk]:
-        """The chunks that an event brings."""
+        """The chunks for an event of the Messages API."""
         match event:
             case MessageStart(message):
                 self.id, self.model = completion_id(message), message.model
@@ -198,7 +197,7 @@ class ChatWriter:
 
 
 def completion(message: Message, created: int) -> Completion:
-    """A whole message as a chat completion, made at `created` seconds since 1970."""
+    """A message as a chat completion. `created` is in seconds since 1970."""
     text = "".join(block.text for block in message.content if isinstance(block, TextBlock))
     thinking = "".join(block.thinking for block in message.content if isinstance(block, ThinkingBlock))
     calls = tuple(
@@ -221,7 +220,7 @@ def completion(message: Message, created: int) -> Completion:
 
 
 def completion_id(message: Message) -> str:
-    """The id of the completion that a message is."""
+    """The id of a message's completion."""
     return f"chatcmpl-{message.id.removeprefix('msg_')}"
 
 
@@ -231,6 +230,6 @@ def chat_usage(usage: Usage) -> ChatUsage:
     return ChatUsage(prompt, output, prompt + output, PromptTokensDetails(usage.cache_read_input_tokens))
 
 
-def sent(data: Struct) -> bytes:
+def sse_data(data: Struct) -> bytes:
     """A server-sent event without a name."""
     return b"data: " + msgspec.json.encode(data) + b"\n\n"

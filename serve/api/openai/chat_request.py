@@ -1,4 +1,4 @@
-"""The request of Chat Completions, and what it is in the Messages API.
+"""The request of Chat Completions, and its translation to the Messages API.
 
 Format: https://platform.openai.com/docs/api-reference/chat/create.
 """
@@ -42,11 +42,11 @@ from serve.api.openai.common import (
 
 
 class ImagePart(ImageBlock, frozen=True, tag="image_url"):
-    """An image, refused by name as everywhere."""
+    """An image, which is refused."""
 
 
 class SystemMessage(Struct, frozen=True, tag_field="role", tag="system"):
-    """Instructions; at the head of the conversation or anywhere in it."""
+    """Instructions, at the start of the conversation or anywhere in it."""
 
     content: str | tuple[TextBlock, ...]
 
@@ -56,27 +56,27 @@ class DeveloperMessage(SystemMessage, frozen=True, tag_field="role", tag="develo
 
 
 class UserMessage(Struct, frozen=True, tag_field="role", tag="user"):
-    """What the user says."""
+    """A message of the user."""
 
     content: str | tuple[TextBlock | ImagePart, ...]
 
 
 class CalledFunction(Struct, frozen=True):
-    """A function and its arguments, a JSON object as text."""
+    """A function's name, and its arguments: a JSON object as text."""
 
     name: NonEmptyStr
     arguments: str
 
 
 class ToolCall(Struct, frozen=True, tag="function"):
-    """A call of the assistant."""
+    """A tool call of the assistant."""
 
     id: str
     function: CalledFunction
 
 
 class AssistantMessage(Struct, frozen=True, tag_field="role", tag="assistant"):
-    """An earlier answer. Its reasoning is not OpenAI's: clients that keep it send it back under this name."""
+    """An earlier answer. `reasoning_content` is not in OpenAI's API; clients that keep reasoning send it so."""
 
     content: str | tuple[TextBlock | RefusalPart, ...] | None = None
     reasoning_content: str | None = None
@@ -84,7 +84,7 @@ class AssistantMessage(Struct, frozen=True, tag_field="role", tag="assistant"):
 
 
 class ToolMessage(Struct, frozen=True, tag_field="role", tag="tool"):
-    """What a tool returned for a call."""
+    """The result of a tool call."""
 
     tool_call_id: str
     content: str | tuple[TextBlock | ImagePart, ...]
@@ -94,7 +94,7 @@ ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage 
 
 
 class Function(Struct, frozen=True):
-    """A function that the client runs; without parameters it takes none."""
+    """A function that the client runs. Without `parameters` it takes none."""
 
     name: NonEmptyStr
     description: str | None = None
@@ -102,7 +102,7 @@ class Function(Struct, frozen=True):
 
 
 class FunctionTool(Struct, frozen=True, tag="function"):
-    """A tool; other types than functions are refused."""
+    """A tool. Types other than function are refused."""
 
     function: Function
 
@@ -120,13 +120,13 @@ class NamedTool(Struct, frozen=True, tag="function"):
 
 
 class JsonSchema(Struct, frozen=True):
-    """A schema by its name, which says nothing here."""
+    """A schema. Its name is ignored."""
 
     schema: dict[str, Any] | None = None
 
 
 class SchemaFormat(Struct, frozen=True, tag="json_schema"):
-    """The answer is JSON that obeys a schema, strict or not."""
+    """The answer is JSON that satisfies a schema, whether `strict` is set or not."""
 
     json_schema: JsonSchema
 
@@ -158,7 +158,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     n: Literal[1] | None = None
 
 
-# What the fields with a fixed set of values accept, for messages only: the structs above are what decides.
+# The accepted values of fields that have a fixed set, for error texts only: the structs above decide.
 CHOICES = {
     "messages.role": "system, developer, user, assistant, tool",
     "messages.content.type": "text",
@@ -174,7 +174,7 @@ DECODER = msgspec.json.Decoder(ChatRequest)
 
 
 def to_messages(chat: ChatRequest) -> SeededRequest:
-    """A chat request as one of the Messages API; raises InvalidRequest for what the schema cannot tell."""
+    """A chat request as one of the Messages API. Raises InvalidRequest for errors that the schema does not catch."""
     head, rest = split_system([to_message(message, f"messages[{i}]") for i, message in enumerate(chat.messages)])
     tools = tuple(to_tool(tool.function) for tool in chat.tools or ())
     named = chat.tool_choice.function.name if isinstance(chat.tool_choice, NamedTool) else None
@@ -197,7 +197,7 @@ def to_messages(chat: ChatRequest) -> SeededRequest:
 
 
 def to_message(message: ChatMessage, where: str) -> InputMessage:
-    """One message of a chat, which stands at `where`."""
+    """One message of a chat; `where` is its path."""
     match message:
         case SystemMessage(content):
             return InputMessage("system", content)
@@ -210,7 +210,7 @@ def to_message(message: ChatMessage, where: str) -> InputMessage:
 
 
 def answer_blocks(answer: AssistantMessage, where: str) -> list[Block]:
-    """An earlier answer in the order in which models write: reasoning, text, calls."""
+    """The blocks of an earlier answer, in the order in which models write them: reasoning, text, calls."""
     blocks: list[Block] = []
     if answer.reasoning_content:
         blocks.append(ThinkingBlock(answer.reasoning_content))
@@ -229,7 +229,7 @@ def to_tool(function: Function) -> Tool:
 
 
 def wanted_schema(format: TextFormat | JsonFormat | SchemaFormat | None) -> dict[str, Any] | None:
-    """The schema that the answer must obey."""
+    """The schema that the answer must satisfy, or None."""
     match format:
         case JsonFormat():
             return ANY_OBJECT

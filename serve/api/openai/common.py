@@ -1,4 +1,4 @@
-"""What the requests and answers of OpenAI's two APIs have in common."""
+"""What OpenAI's two APIs share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from serve.api.answers import Usage
 from serve.api.messages import (
     InputMessage,
     InvalidRequest,
@@ -18,14 +19,13 @@ from serve.api.messages import (
     Thinking,
     Tool,
     ToolChoice,
-    Usage,
 )
 
-# What an answer may have that names no limit: all the room that the context has, as the Messages API clamps it.
+# max_tokens of a request without a limit. The server reduces it to the room that is left in the context.
 UNLIMITED = 2**31 - 1
 ANY_OBJECT = {"type": "object"}
-NO_INPUT = {"type": "object", "properties": {}}  # of a function that declares no parameters
-PING = b": ping\n\n"  # a comment, which clients skip
+NO_INPUT = {"type": "object", "properties": {}}  # for a function without parameters
+PING = b": ping\n\n"  # a comment, which clients ignore
 
 ToolMode = Literal["none", "auto", "required"]
 
@@ -39,7 +39,7 @@ class JsonFormat(Struct, frozen=True, tag="json_object"):
 
 
 class RefusalPart(Struct, frozen=True, tag="refusal"):
-    """What the assistant said instead of an answer; text like any other."""
+    """What the assistant said instead of an answer. It is read as text."""
 
     refusal: str
 
@@ -50,23 +50,23 @@ class RefusalPart(Struct, frozen=True, tag="refusal"):
 
 
 def split_system(messages: Sequence[InputMessage]) -> tuple[tuple[TextBlock, ...], tuple[InputMessage, ...]]:
-    """The system text that a conversation begins with, and the rest of it, which is never empty.
+    """The system text at the start of a conversation, and the rest of it, which is never empty.
 
-    Instructions in mid-conversation stay where they are.
+    Later system messages stay where they are.
     """
     head = list(takewhile(lambda message: message.role == "system", messages[:-1]))
-    return tuple(block for message in head for block in texts(message)), tuple(messages[len(head) :])
+    return tuple(block for message in head for block in text_blocks(message)), tuple(messages[len(head) :])
 
 
-def texts(message: InputMessage) -> list[TextBlock]:
-    """A message's texts."""
+def text_blocks(message: InputMessage) -> list[TextBlock]:
+    """The text blocks of a message."""
     if isinstance(message.content, str):
         return [TextBlock(message.content)]
     return [block for block in message.content if isinstance(block, TextBlock)]
 
 
 def parse_arguments(text: str, where: str) -> dict[str, Any]:
-    """A call's arguments; no text stands for none. Raises InvalidRequest unless they are a JSON object."""
+    """The arguments of a call; an empty text has none. Raises InvalidRequest unless they are a JSON object."""
     try:
         return msgspec.json.decode(text or "{}", type=dict[str, Any])
     except (ValueError, RecursionError):
@@ -76,7 +76,7 @@ def parse_arguments(text: str, where: str) -> dict[str, Any]:
 def to_tool_choice(
     mode: ToolMode | None, named: str | None, parallel: bool | None, tools: Sequence[Tool]
 ) -> ToolChoice | None:
-    """`tool_choice`, a mode or a tool's name, and `parallel_tool_calls`. Raises InvalidRequest without such a tool."""
+    """The tool choice for a mode or a tool's name. Raises InvalidRequest if the tools that it needs are missing."""
     if named is not None and named not in {tool.name for tool in tools}:
         raise InvalidRequest(f"tool_choice: expected the name of one of tools, got {named!r:.80}")
     if mode == "required" and not tools:
@@ -88,17 +88,17 @@ def to_tool_choice(
 
 
 def to_thinking(effort: str | None) -> Thinking | None:
-    """Whether the model reasons first: as OpenAI's models do, unless `none`, but only if the request speaks of it."""
+    """Whether the model reasons first: None if the request names no effort, else not for `none` only."""
     return None if effort is None else Thinking("disabled" if effort == "none" else "adaptive")
 
 
 def to_output_config(effort: str | None, schema: dict[str, Any] | None) -> OutputConfig | None:
-    """The effort and the schema, if there are any."""
+    """The effort and the schema, or None if there is neither."""
     wanted = None if effort == "none" else effort
     format = None if schema is None else JsonSchemaFormat(schema)
     return OutputConfig(wanted, format) if wanted or format else None
 
 
 def prompt_tokens(usage: Usage) -> int:
-    """The length of the whole prompt."""
+    """The length of the whole prompt in tokens."""
     return usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens

@@ -1,4 +1,7 @@
-"""Errors in OpenAI's form, such that its clients raise what they would raise for OpenAI."""
+"""Errors in OpenAI's form: its clients raise the same exceptions as for OpenAI's own server.
+
+Codes: https://platform.openai.com/docs/guides/error-codes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from msgspec import Struct
 
 
 class ErrorObject(Struct, frozen=True):
-    """What went wrong, the field that is to blame and a name for programs."""
+    """What went wrong, the field at fault, and a code for programs."""
 
     message: str
     type: str
@@ -19,13 +22,13 @@ class ErrorObject(Struct, frozen=True):
 
 
 class ErrorBody(Struct, frozen=True):
-    """Body of a failed request, and the last event of a stream that fails midway."""
+    """Body of a failed request; also the last event of a stream that fails."""
 
     error: ErrorObject
 
 
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
-# Fields of the Messages API and what each face calls them.
+# Fields of the Messages API, and their names in each of the two APIs.
 CHAT_FIELDS = {
     "output_config.format.schema": "response_format.json_schema.schema",
     "output_config.format": "response_format",
@@ -36,7 +39,7 @@ FIELD = re.compile(r"(?!body:)([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): "
 
 
 def error_of(status: int, message: str, path: str = "/v1/chat/completions") -> ErrorBody:
-    """An error in OpenAI's form; the fields that `message` names are called as the route at `path` calls them."""
+    """An error in OpenAI's form. Fields named in `message` get the names that the API at `path` has for them."""
     for ours, theirs in (RESPONSES_FIELDS if path.startswith("/v1/responses") else CHAT_FIELDS).items():
         message = message.replace(ours, theirs)
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
@@ -46,17 +49,17 @@ def error_of(status: int, message: str, path: str = "/v1/chat/completions") -> E
 
 
 def error_body(status: int, message: str, path: str) -> bytes:
-    """The JSON body of an error; to be sent with `status_of(status)`."""
+    """The JSON body of an error, to be sent with the status `status_of(status)`."""
     return msgspec.json.encode(error_of(status, message, path))
 
 
 def status_of(status: int) -> int:
-    """The status that OpenAI's clients know: theirs for an overloaded server is 503."""
+    """The HTTP status in OpenAI's API, which has 503 for an overloaded server."""
     return 503 if status == 529 else status
 
 
 def is_openai(path: str, headers: Container[bytes]) -> bool:
-    """Whether a request is to be answered in OpenAI's form; where both APIs have the path, by the names of its headers.
+    """Whether a request is to be answered in OpenAI's form. The headers decide where both APIs have the path.
 
     Clients of the Messages API send `anthropic-version` with every request.
     """

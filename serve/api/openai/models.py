@@ -1,4 +1,4 @@
-"""The list of models in OpenAI's form."""
+"""The list of models, in OpenAI's form: https://platform.openai.com/docs/api-reference/models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import Struct
 
 
 class Model(Struct, frozen=True, kw_only=True):
-    """A model that can be asked for, with its limits in tokens, which are not OpenAI's."""
+    """A model. Its limits, in tokens, are not in OpenAI's API."""
 
     id: str
     object: Literal["model"] = "model"
@@ -27,15 +27,15 @@ class ModelList(Struct, frozen=True):
 
 
 def model_body(name: str, context: int) -> bytes:
-    """Body of `GET /v1/models/{id}`; prompt and answer share `context` tokens."""
-    return msgspec.json.encode(model_of(name, context))
+    """Body of `GET /v1/models/{id}`. Prompt and answer together have at most `context` tokens."""
+    return msgspec.json.encode(model_entry(name, context))
 
 
 def models_body(name: str, context: int) -> bytes:
     """Body of `GET /v1/models`."""
-    return msgspec.json.encode(ModelList((model_of(name, context),)))
+    return msgspec.json.encode(ModelList((model_entry(name, context),)))
 
 
-def model_of(name: str, context: int) -> Model:
-    """The one model, under the name it is called by."""
+def model_entry(name: str, context: int) -> Model:
+    """The entry of the only model."""
     return Model(id=name, context_window=context, max_output_tokens=context - 1)

@@ -1,6 +1,7 @@
-"""The answer of the Responses API, made from that of the Messages API: its events, or a whole response.
+"""The answer of the Responses API, translated from the Messages API: a stream of events, or a whole response.
 
-Formats: https://platform.openai.com/docs/api-reference/responses-streaming and responses/object.
+Formats: https://platform.openai.com/docs/api-reference/responses/object and
+https://platform.openai.com/docs/api-reference/responses-streaming.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from serve.api.messages import (
+from serve.api.answers import (
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
@@ -20,17 +21,14 @@ from serve.api.messages import (
     InputJsonDelta,
     Message,
     MessageDelta,
-    OutputBlock,
     Ping,
     SignatureDelta,
     StopReason,
-    TextBlock,
     TextDelta,
-    ThinkingBlock,
     ThinkingDelta,
-    ToolUseBlock,
     Usage,
 )
+from serve.api.messages import OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.api.openai.common import PING, ToolMode, prompt_tokens
 from serve.api.openai.responses_request import (
     CALLABLE,
@@ -41,7 +39,7 @@ from serve.api.openai.responses_request import (
     ResponsesRequest,
     SummaryText,
     ToolSpec,
-    offered,
+    callable_tools,
 )
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -57,7 +55,7 @@ class MessageItem(Struct, frozen=True, tag="message"):
 
 
 class ReasoningItem(Struct, frozen=True, tag="reasoning"):
-    """Reasoning of the answer. What OpenAI encrypts is its signature here; clients send back both."""
+    """Reasoning of the answer. `encrypted_content` is its signature here; clients send back both."""
 
     id: str
     status: Status = "in_progress"
@@ -92,20 +90,20 @@ Item = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
 
 
 class InputDetails(Struct, frozen=True):
-    """How much of the prompt was read from the cache, and how much was written to it."""
+    """How many tokens of the prompt were read from the cache, and how many were written to it."""
 
     cached_tokens: int
     cache_write_tokens: int
 
 
 class OutputDetails(Struct, frozen=True):
-    """Reasoning, which is not counted apart here."""
+    """Tokens of reasoning, which are not counted separately here."""
 
     reasoning_tokens: int = 0
 
 
 class ResponseUsage(Struct, frozen=True):
-    """Token counts; the input counts whole, cached or not."""
+    """Token counts. The input is counted whole, cached or not."""
 
     input_tokens: int
     input_tokens_details: InputDetails
@@ -135,7 +133,7 @@ CUT_SHORT: dict[StopReason | None, IncompleteDetails] = {
 
 
 class Response(Struct, frozen=True, kw_only=True):
-    """A response, whole or as far as it is made."""
+    """A response, complete or in progress."""
 
     id: str
     object: Literal["response"] = "response"
@@ -157,14 +155,14 @@ class Response(Struct, frozen=True, kw_only=True):
 
 
 class ResponseWriter:
-    """Writes the answer to one request in OpenAI's form, as the events of a stream or whole.
+    """Writes the answer to one request in the form of the Responses API, as events or whole.
 
-    `id` makes the answer's ids unique; `created` is in seconds since 1970.
+    `id` is part of every id in the answer; `created` is in seconds since 1970.
     """
 
     def __init__(self, request: ResponsesRequest, id: str, created: int) -> None:
         self.id = id
-        self.offered = offered(request.tools or ())
+        self.tools = callable_tools(request.tools or ())
         self.response = Response(
             id=f"resp_{id}",
             created_at=created,
@@ -178,66 +176,72 @@ class ResponseWriter:
             tools=tuple(tool for tool in request.tools or () if tool.type in CALLABLE),
             top_p=request.top_p,
         )
-        self.sent = 0  # events
-        self.output: list[Item] = []  # those that are complete
-        self.item: Item = MessageItem("")  # the one that grows
-        self.parts: list[str] = []  # of its text
+        self.num_sent = 0  # events
+        self.output: list[Item] = []  # the complete items
+        self.item: Item = MessageItem("")  # the item in progress
+        self.parts: list[str] = []  # its text so far
         self.signature = ""
 
     def event(self, event: Event) -> bytes:
-        """One event of the Messages API as server-sent events: none, one or several."""
-        events = [] if self.sent else [self.about(self.response, "created"), self.about(self.response, "in_progress")]
+        """An event of the Messages API as server-sent events: none, one or several."""
+        events = (
+            []
+            if self.num_sent
+            else [self.response_event(self.response, "created"), self.response_event(self.response, "in_progress")]
+        )
         events += self.events(event)
         data = b"".join(f"event: {e['type']}\ndata: ".encode() + msgspec.json.encode(e) + b"\n\n" for e in events)
         return data + PING if isinstance(event, Ping) else data
 
     def whole(self, message: Message) -> bytes:
         """The body of a response."""
-        items = [complete(self.begun(block, i), *content(block)) for i, block in enumerate(message.content)]
-        return msgspec.json.encode(self.ended(message.stop_reason, message.usage, items))
+        items = [
+            completed_item(self.empty_item(block, i), *block_content(block)) for i, block in enumerate(message.content)
+        ]
+        return msgspec.json.encode(self.final_response(message.stop_reason, message.usage, items))
 
     def events(self, event: Event) -> list[dict[str, Any]]:
-        """The events that an event of the Messages API brings."""
+        """The events for an event of the Messages API."""
         match event:
             case ContentBlockStart(_, block):
-                self.item, self.parts, self.signature = self.begun(block, len(self.output)), [], ""
-                return [self.of_output("added"), *self.of_part("added", "")]
+                self.item, self.parts, self.signature = self.empty_item(block, len(self.output)), [], ""
+                return [self.output_event("added"), *self.part_events("added", "")]
             case ContentBlockDelta(_, SignatureDelta(signature)):
                 self.signature = signature
             case ContentBlockDelta(_, TextDelta(more) | ThinkingDelta(more) | InputJsonDelta(more)):
                 self.parts.append(more)
-                return self.grown(more)
+                return self.delta_events(more)
             case ContentBlockStop():
                 text = "".join(self.parts)
-                self.item = complete(self.item, text, self.signature)
-                events = [*self.finished(text), *self.of_part("done", text), self.of_output("done")]
+                self.item = completed_item(self.item, text, self.signature)
+                events = [*self.done_events(text), *self.part_events("done", text), self.output_event("done")]
                 self.output.append(self.item)
                 return events
             case MessageDelta(stop, usage):
-                response = self.ended(stop.stop_reason, usage, self.output)
-                return [self.about(response, response.status)]
+                response = self.final_response(stop.stop_reason, usage, self.output)
+                return [self.response_event(response, response.status)]
             case Error(detail):
                 error = ResponseError(detail.message)
                 failed = replace(self.response, status="failed", error=error, output=tuple(self.output))
-                return [self.about(failed, "failed")]
+                return [self.response_event(failed, "failed")]
         return []
 
-    def begun(self, block: OutputBlock, index: int) -> Item:
-        """The item, still empty, that a block is in the output, where it has number `index`."""
+    def empty_item(self, block: OutputBlock, index: int) -> Item:
+        """The item for a block, without content; `index` is its place in the output."""
         match block:
             case TextBlock():
                 return MessageItem(f"msg_{self.id}_{index}")
             case ThinkingBlock():
                 return ReasoningItem(f"rs_{self.id}_{index}")
             case ToolUseBlock(call, name):
-                tool = self.offered.get(name)
+                tool = self.tools.get(name)
                 own, namespace = (tool.spec.name, tool.namespace) if tool else (name, None)
                 if tool and tool.custom:
                     return CustomCallItem(f"ctc_{self.id}_{index}", call, own, namespace)
                 return FunctionCallItem(f"fc_{self.id}_{index}", call, own, namespace)
 
-    def ended(self, reason: StopReason | None, usage: Usage, output: list[Item]) -> Response:
-        """The response at its end."""
+    def final_response(self, reason: StopReason | None, usage: Usage, output: list[Item]) -> Response:
+        """The response when it is complete or cut short."""
         cut = CUT_SHORT.get(reason)
         return replace(
             self.response,
@@ -247,59 +251,59 @@ class ResponseWriter:
             usage=response_usage(usage),
         )
 
-    def grown(self, more: str) -> list[dict[str, Any]]:
-        """The item's text grows; what a custom tool takes is known only when it is whole."""
+    def delta_events(self, more: str) -> list[dict[str, Any]]:
+        """Events for more text of the item. A custom tool's input is sent only when it is complete."""
         match self.item:
             case MessageItem():
-                return [self.of_item("output_text.delta", content_index=0, delta=more, logprobs=())]
+                return [self.item_event("output_text.delta", content_index=0, delta=more, logprobs=())]
             case ReasoningItem():
-                return [self.of_item("reasoning_text.delta", content_index=0, delta=more)]
+                return [self.item_event("reasoning_text.delta", content_index=0, delta=more)]
             case FunctionCallItem():
-                return [self.of_item("function_call_arguments.delta", delta=more)]
+                return [self.item_event("function_call_arguments.delta", delta=more)]
         return []
 
-    def finished(self, text: str) -> list[dict[str, Any]]:
-        """The item's text is complete."""
+    def done_events(self, text: str) -> list[dict[str, Any]]:
+        """Events for the end of the item's text."""
         match self.item:
             case MessageItem():
-                return [self.of_item("output_text.done", content_index=0, text=text, logprobs=())]
+                return [self.item_event("output_text.done", content_index=0, text=text, logprobs=())]
             case ReasoningItem():
-                return [self.of_item("reasoning_text.done", content_index=0, text=text)]
+                return [self.item_event("reasoning_text.done", content_index=0, text=text)]
             case FunctionCallItem(name=name, arguments=arguments):
-                return [self.of_item("function_call_arguments.done", name=name, arguments=arguments)]
+                return [self.item_event("function_call_arguments.done", name=name, arguments=arguments)]
             case CustomCallItem(input=text):
-                delta = self.of_item("custom_tool_call_input.delta", delta=text)
-                return [delta, self.of_item("custom_tool_call_input.done", input=text)]
+                delta = self.item_event("custom_tool_call_input.delta", delta=text)
+                return [delta, self.item_event("custom_tool_call_input.done", input=text)]
 
-    def of_part(self, kind: str, text: str) -> list[dict[str, Any]]:
-        """The only part of an item that has parts."""
+    def part_events(self, kind: str, text: str) -> list[dict[str, Any]]:
+        """The event about an item's only part, if it has parts."""
         match self.item:
             case MessageItem():
-                return [self.of_item(f"content_part.{kind}", content_index=0, part=OutputText(text))]
+                return [self.item_event(f"content_part.{kind}", content_index=0, part=OutputText(text))]
             case ReasoningItem():
-                return [self.of_item(f"content_part.{kind}", content_index=0, part=ReasoningText(text))]
+                return [self.item_event(f"content_part.{kind}", content_index=0, part=ReasoningText(text))]
         return []
 
-    def of_item(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """An event about a piece of the item."""
-        return self.numbered(kind, item_id=self.item.id, output_index=len(self.output), **fields)
+    def item_event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """An event about the content of the item."""
+        return self.numbered_event(kind, item_id=self.item.id, output_index=len(self.output), **fields)
 
-    def of_output(self, kind: str) -> dict[str, Any]:
+    def output_event(self, kind: str) -> dict[str, Any]:
         """An event about the item as a whole."""
-        return self.numbered(f"output_item.{kind}", output_index=len(self.output), item=self.item)
+        return self.numbered_event(f"output_item.{kind}", output_index=len(self.output), item=self.item)
 
-    def about(self, response: Response, kind: str) -> dict[str, Any]:
+    def response_event(self, response: Response, kind: str) -> dict[str, Any]:
         """An event about the response."""
-        return self.numbered(kind, response=response)
+        return self.numbered_event(kind, response=response)
 
-    def numbered(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """The next event."""
-        self.sent += 1
-        return {"type": f"response.{kind}", "sequence_number": self.sent - 1, **fields}
+    def numbered_event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """The next event, with its number."""
+        self.num_sent += 1
+        return {"type": f"response.{kind}", "sequence_number": self.num_sent - 1, **fields}
 
 
-def content(block: OutputBlock) -> tuple[str, str]:
-    """What the deltas of a block would have brought: its text and its signature."""
+def block_content(block: OutputBlock) -> tuple[str, str]:
+    """The text and the signature of a block, as its deltas would have sent them."""
     match block:
         case TextBlock(text):
             return text, ""
@@ -309,7 +313,7 @@ def content(block: OutputBlock) -> tuple[str, str]:
             return msgspec.json.encode(arguments).decode(), ""
 
 
-def complete(item: Item, text: str, signature: str) -> Item:
+def completed_item(item: Item, text: str, signature: str) -> Item:
     """An item with its content."""
     match item:
         case MessageItem():
@@ -325,7 +329,7 @@ def complete(item: Item, text: str, signature: str) -> Item:
 
 
 def custom_input(arguments: str) -> str:
-    """The text that a custom tool takes, out of the arguments that the model wrote; all of them if it is not there."""
+    """The text for a custom tool: `input` of the arguments that the model wrote, or all of them without one."""
     text = msgspec.json.decode(arguments).get("input")
     return text if isinstance(text, str) else arguments
 

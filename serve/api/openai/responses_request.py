@@ -1,6 +1,6 @@
-"""The request of the Responses API, and what it is in the Messages API; as far as agents need it to run their tools.
+"""The request of the Responses API, and its translation to the Messages API, as far as agents with tools need it.
 
-Nothing is stored: a request brings its whole conversation, its reasoning included.
+Responses are not stored: each request brings its whole conversation, reasoning included.
 Format: https://platform.openai.com/docs/api-reference/responses/create.
 """
 
@@ -50,14 +50,14 @@ class InputText(Struct, frozen=True, tag="input_text"):
 
 
 class OutputText(Struct, frozen=True, tag="output_text"):
-    """Text of the assistant; in requests and in responses."""
+    """Text of the assistant, in requests and in responses."""
 
     text: str
     annotations: tuple[Any, ...] = ()
 
 
 class ReasoningText(Struct, frozen=True, tag="reasoning_text"):
-    """The model's reasoning; in requests and in responses."""
+    """The model's reasoning, in requests and in responses."""
 
     text: str
 
@@ -69,7 +69,7 @@ class SummaryText(Struct, frozen=True, tag="summary_text"):
 
 
 class InputImage(ImageBlock, frozen=True, tag="input_image"):
-    """An image, refused by name as everywhere."""
+    """An image, which is refused."""
 
 
 CALLABLE = ("function", "custom", "namespace")  # the types of tools that are offered to the model
@@ -89,7 +89,7 @@ ITEMS: Mapping[str, tuple[str, ...]] = {
 
 
 class Item(Struct, frozen=True, kw_only=True):
-    """One item of the conversation; one without a type is a message."""
+    """One item of the conversation. Without a type it is a message."""
 
     type: str = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
@@ -104,7 +104,7 @@ class Item(Struct, frozen=True, kw_only=True):
     output: str | tuple[Part, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse other types, and items that lack something."""
+        """Raise ValueError for other types and for missing fields."""
         if self.type not in ITEMS:
             raise ValueError(f"expected an item of type {', '.join(ITEMS)}, got {self.type!r:.80}")
         for field in ITEMS[self.type]:
@@ -113,7 +113,7 @@ class Item(Struct, frozen=True, kw_only=True):
 
 
 class ToolSpec(Struct, frozen=True, omit_defaults=True):
-    """A tool: a `function`, a `custom` one that takes any text, or a `namespace` of these; others are not offered."""
+    """A tool: a `function`, a `custom` tool that takes any text, or a `namespace` of these. Others are ignored."""
 
     type: str
     name: str = ""
@@ -123,7 +123,7 @@ class ToolSpec(Struct, frozen=True, omit_defaults=True):
     tools: tuple[ToolSpec, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse tools that cannot be called."""
+        """Raise ValueError for a tool without a name."""
         if self.type in CALLABLE and not self.name:
             raise ValueError(f"expected a name in a tool of type {self.type}, got none")
 
@@ -136,19 +136,19 @@ class NamedTool(Struct, frozen=True):
 
 
 class SchemaFormat(Struct, frozen=True, tag="json_schema"):
-    """The answer is JSON that obeys a schema, strict or not."""
+    """The answer is JSON that satisfies a schema, whether `strict` is set or not."""
 
     schema: dict[str, Any]
 
 
 class TextOptions(Struct, frozen=True):
-    """What the answer's text must be."""
+    """The format of the answer's text."""
 
     format: TextFormat | JsonFormat | SchemaFormat | None = None
 
 
 class Reasoning(Struct, frozen=True):
-    """How much to reason. Whoever asks for a summary gets the reasoning itself."""
+    """How much to reason. A client that asks for a summary gets the reasoning itself."""
 
     effort: str | None = None
     summary: str | None = None
@@ -175,13 +175,13 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     background: bool | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what would need a store of responses."""
+        """Raise ValueError for fields that need stored responses."""
         for field in ("previous_response_id", "conversation", "prompt", "background"):
             if getattr(self, field):
                 raise ValueError(f"{field}: expected none, as nothing is stored here: send the whole input")
 
 
-# What the fields with a fixed set of values accept, for messages only: the structs above are what decides.
+# The accepted values of fields that have a fixed set, for error texts only: the structs above decide.
 CHOICES = {
     "input.role": "user, assistant, system, developer",
     "input.content.type": "input_text, output_text, reasoning_text, text, refusal",
@@ -198,7 +198,7 @@ DECODER = msgspec.json.Decoder(ResponsesRequest)
 def to_messages(request: ResponsesRequest) -> MessagesRequest:
     """A request of the Responses API as one of the Messages API.
 
-    Raises InvalidRequest for what the schema cannot tell.
+    Raises InvalidRequest for errors that the schema does not catch.
     """
     items = (Item(role="user", content=request.input),) if isinstance(request.input, str) else request.input
     said = [message for i, item in enumerate(items) if (message := to_message(item, f"input[{i}]"))]
@@ -206,7 +206,7 @@ def to_messages(request: ResponsesRequest) -> MessagesRequest:
         raise InvalidRequest("input: expected at least one message, got only reasoning that is not here")
     head, rest = split_system(said)
     instructions = (TextBlock(request.instructions),) if request.instructions else ()
-    tools = tuple(to_tool(name, tool) for name, tool in offered(request.tools or ()).items())
+    tools = tuple(to_tool(name, tool) for name, tool in callable_tools(request.tools or ()).items())
     reasoning = request.reasoning or Reasoning()
     return MessagesRequest(
         model=request.model,
@@ -229,28 +229,30 @@ def to_messages(request: ResponsesRequest) -> MessagesRequest:
 
 
 def to_message(item: Item, where: str) -> InputMessage | None:
-    """One item, which stands at `where`, as a message; those of one turn are joined later. None if it says nothing."""
+    """An item as a message, or None if it is empty. `where` is its path. Messages of one turn are joined later."""
     match item:
         case Item(type="message", role=role, content=content):
             assert role is not None
             role = "system" if role == "developer" else role
-            return InputMessage(role, content if isinstance(content, str) else as_text(content or ()))
+            return InputMessage(role, content if isinstance(content, str) else text_blocks(content or ()))
         case Item(type="reasoning"):
-            return reasoned(item)
+            return reasoning_message(item)
         case Item(type="function_call", call_id=str(id), name=str(name), arguments=str(arguments)):
             called = parse_arguments(arguments, f"{where}.arguments")
             return InputMessage("assistant", (ToolUseBlock(id, full_name(item.namespace, name), called),))
         case Item(type="custom_tool_call", call_id=str(id), name=str(name), input=text):
             return InputMessage("assistant", (ToolUseBlock(id, full_name(item.namespace, name), {"input": text}),))
         case Item(call_id=str(id), output=output):
-            result = output if isinstance(output, str) else as_text(output or ())
+            result = output if isinstance(output, str) else text_blocks(output or ())
             return InputMessage("user", (ToolResultBlock(id, result),))
     raise AssertionError(f"an item of type {item.type} has its fields")
 
 
-def reasoned(item: Item) -> InputMessage | None:
-    """Reasoning that comes back: what was signed here, a text, another server's secret, or nothing."""
-    content = item.content if isinstance(item.content, str) else "".join(p.text for p in as_text(item.content or ()))
+def reasoning_message(item: Item) -> InputMessage | None:
+    """The message of a reasoning item: its text, another server's encrypted reasoning, or None without either."""
+    content = (
+        item.content if isinstance(item.content, str) else "".join(p.text for p in text_blocks(item.content or ()))
+    )
     thinking = content or "\n\n".join(part.text for part in item.summary or ())
     if thinking:
         return InputMessage("assistant", (ThinkingBlock(thinking, item.encrypted_content or ""),))
@@ -259,13 +261,13 @@ def reasoned(item: Item) -> InputMessage | None:
     return None
 
 
-def as_text(parts: Sequence[Part]) -> tuple[TextBlock, ...]:
-    """The parts of an item as blocks."""
+def text_blocks(parts: Sequence[Part]) -> tuple[TextBlock, ...]:
+    """The text blocks of an item's parts."""
     return tuple(TextBlock(part.text) for part in parts if not isinstance(part, InputImage))
 
 
 def wanted_schema(text: TextOptions | None) -> dict[str, Any] | None:
-    """The schema that the answer must obey."""
+    """The schema that the answer must satisfy, or None."""
     match text and text.format:
         case JsonFormat():
             return ANY_OBJECT
@@ -275,38 +277,38 @@ def wanted_schema(text: TextOptions | None) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Offered:
-    """A tool that the model can call, as the client knows it."""
+class CallableTool:
+    """A tool that the model can call, and its namespace."""
 
     spec: ToolSpec
     namespace: str | None
 
     @property
     def custom(self) -> bool:
-        """Whether it takes any text, not JSON."""
+        """Whether its input is any text instead of JSON."""
         return self.spec.type == "custom"
 
 
-def offered(tools: Sequence[ToolSpec], namespace: str | None = None) -> dict[str, Offered]:
-    """The tools that the model can call, by the names under which it knows them.
+def callable_tools(tools: Sequence[ToolSpec], namespace: str | None = None) -> dict[str, CallableTool]:
+    """The tools that the model can call, by the names that it calls them by.
 
-    The vendor's own, such as its web search, are left out: agents list them whatever the server has.
+    OpenAI's own tools, such as its web search, are left out: agents list them for every server.
     """
-    found: dict[str, Offered] = {}
+    tools_by_name: dict[str, CallableTool] = {}
     for spec in tools:
         if spec.type == "namespace":
-            found |= offered(spec.tools, spec.name)
+            tools_by_name |= callable_tools(spec.tools, spec.name)
         elif spec.type in CALLABLE:
-            found[full_name(namespace, spec.name)] = Offered(spec, namespace)
-    return found
+            tools_by_name[full_name(namespace, spec.name)] = CallableTool(spec, namespace)
+    return tools_by_name
 
 
 def full_name(namespace: str | None, name: str) -> str:
-    """The name under which the model knows a tool."""
+    """The name by which the model calls a tool."""
     return f"{namespace}__{name}" if namespace else name
 
 
-def to_tool(name: str, tool: Offered) -> Tool:
-    """A tool of the Messages API; one that takes any text takes it as its only argument, `input`."""
+def to_tool(name: str, tool: CallableTool) -> Tool:
+    """A tool of the Messages API. A custom tool gets its text as its only argument, `input`."""
     schema = TEXT_INPUT if tool.custom else tool.spec.parameters
     return Tool(name, NO_INPUT if schema is None else schema, tool.spec.description)

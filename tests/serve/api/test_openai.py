@@ -16,6 +16,7 @@ from openai.types import Model as SdkModel
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from experiments.harness.server import Server
+from serve.api import answers
 from serve.api import messages as wire
 from serve.api.messages import InputMessage, InvalidRequest, MessagesRequest, TextBlock, decode_request
 from serve.api.openai import read_chat
@@ -288,7 +289,7 @@ def test_a_mutated_request_is_read_or_refused(body: object) -> None:
         read_chat(encoded(body))
 
 
-def written(events: list[wire.Event], with_usage: bool = False) -> bytes:
+def written(events: list[answers.Event], with_usage: bool = False) -> bytes:
     writer = ChatWriter(1_700_000_000, with_usage)
     return b"".join(map(writer.event, events))
 
@@ -330,7 +331,7 @@ class TestAnswers:
         assert (asked.with_usage, read_chat(encoded(MINIMAL))[1].with_usage) == (True, False)
 
     def test_pings_are_comments(self) -> None:
-        assert written([wire.Ping()]) == b": ping\n\n"
+        assert written([answers.Ping()]) == b": ping\n\n"
 
     def test_the_official_client_assembles_the_stream_to_the_whole_answer(self) -> None:
         asked = {"model": "m", "messages": [USER]}
@@ -388,11 +389,11 @@ class TestAnswers:
             ("refusal", "content_filter"),
         ],
     )
-    def test_reasons_to_finish(self, stop: wire.StopReason, finish: str) -> None:
-        message = wire.Message(id="msg_1", model="m", stop_reason=stop, usage=wire.Usage(1))
+    def test_reasons_to_finish(self, stop: answers.StopReason, finish: str) -> None:
+        message = answers.Message(id="msg_1", model="m", stop_reason=stop, usage=answers.Usage(1))
         (choice,) = json.loads(ChatWriter(0).whole(message))["choices"]
         assert (choice["finish_reason"], choice["message"]["content"]) == (finish, "")
-        (chunk,) = data_of(written([wire.MessageDelta(wire.Stop(stop), wire.Usage(1))]))
+        (chunk,) = data_of(written([answers.MessageDelta(answers.Stop(stop), answers.Usage(1))]))
         assert json.loads(chunk)["choices"][0]["finish_reason"] == finish
 
     def test_a_stream_that_breaks_raises_in_the_official_client(self) -> None:

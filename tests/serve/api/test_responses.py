@@ -17,6 +17,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from experiments.harness.server import Server
+from serve.api import answers
 from serve.api import messages as wire
 from serve.api.messages import InputMessage, InvalidRequest, MessagesRequest, TextBlock
 from serve.api.openai import read_responses
@@ -243,21 +244,21 @@ def writer(**fields: Any) -> ResponseWriter:
     return ResponseWriter(msgspec.json.decode(asked, type=ResponsesRequest), "1", 1_700_000_000)
 
 
-def written(events: list[wire.Event], **fields: Any) -> bytes:
+def written(events: list[answers.Event], **fields: Any) -> bytes:
     asked = writer(**fields)
     return b"".join(map(asked.event, events))
 
 
-def told(events: list[wire.Event], **fields: Any) -> list[dict[str, Any]]:
+def told(events: list[answers.Event], **fields: Any) -> list[dict[str, Any]]:
     return [json.loads(data) for data in data_of(written(events, **fields))]
 
 
-def calling(name: str, arguments: str) -> list[wire.Event]:
+def calling(name: str, arguments: str) -> list[answers.Event]:
     """The events of a block that calls a tool."""
     return [
-        wire.ContentBlockStart(0, wire.ToolUseBlock("toolu_1", name, {})),
-        wire.ContentBlockDelta(0, wire.InputJsonDelta(arguments)),
-        wire.ContentBlockStop(0),
+        answers.ContentBlockStart(0, wire.ToolUseBlock("toolu_1", name, {})),
+        answers.ContentBlockDelta(0, answers.InputJsonDelta(arguments)),
+        answers.ContentBlockStop(0),
     ]
 
 
@@ -305,7 +306,7 @@ class TestAnswers:
                 assert json.loads(read.model_dump_json(exclude_unset=True, by_alias=True)) == fields
 
     def test_a_ping_is_a_comment_behind_the_response_that_it_keeps_alive(self) -> None:
-        stream = written([wire.Ping(), wire.Ping()])
+        stream = written([answers.Ping(), answers.Ping()])
         assert stream.endswith(b"\n\n: ping\n\n: ping\n\n")
         assert [json.loads(data)["type"] for data in data_of(stream)] == ["response.created", "response.in_progress"]
 
@@ -420,15 +421,15 @@ class TestAnswers:
             ("refusal", "incomplete", "content_filter"),
         ],
     )
-    def test_how_a_response_ends(self, stop: wire.StopReason, status: str, reason: str | None) -> None:
-        *_, event = told([wire.MessageDelta(wire.Stop(stop), USAGE), wire.MessageStop()])
+    def test_how_a_response_ends(self, stop: answers.StopReason, status: str, reason: str | None) -> None:
+        *_, event = told([answers.MessageDelta(answers.Stop(stop), USAGE), answers.MessageStop()])
         assert (event["type"], event["response"]["status"]) == (f"response.{status}", status)
         assert event["response"]["incomplete_details"] == (reason and {"reason": reason})
-        whole = json.loads(writer().whole(wire.Message(id="msg_1", model="m", stop_reason=stop, usage=USAGE)))
+        whole = json.loads(writer().whole(answers.Message(id="msg_1", model="m", stop_reason=stop, usage=USAGE)))
         assert (whole["status"], whole["incomplete_details"]) == (status, reason and {"reason": reason})
 
     @pytest.mark.parametrize("before", [[], EVENTS[:8]])
-    def test_a_stream_that_breaks_ends_with_a_failed_response(self, before: list[wire.Event]) -> None:
+    def test_a_stream_that_breaks_ends_with_a_failed_response(self, before: list[answers.Event]) -> None:
         with streaming(written([*before, BROKEN])).responses.create(**MINIMAL, stream=True) as stream:
             *_, failed = stream
         assert (failed.type, failed.response.status) == ("response.failed", "failed")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api.stops import LONGEST, MOST, Stops
+from serve.api.stops import MAX_STOP_CHARS, MAX_STOPS, Stops
 from serve.formats.stream import overlap
 
 LETTERS = st.sampled_from("abé🙂")
@@ -27,7 +27,7 @@ def test_it_finds_what_a_plain_search_finds_however_the_text_is_cut(
 ) -> None:
     automaton, state, done = Stops(stops), 0, 0
     for cut in sorted([*cuts, len(text)]):
-        state, count = automaton.read(state, text[done : max(done, cut)])
+        state, count = automaton.scan(state, text[done : max(done, cut)])
         done += count
         if (found := automaton.complete[state]) is not None:
             assert plain_first(text, stops) == (done - len(found), found)
@@ -51,16 +51,16 @@ class Counting(dict):
 
 
 def test_a_character_costs_two_lookups_whatever_the_stop_sequences_and_whatever_is_held() -> None:
-    few = ["a" * LONGEST]
-    many = ["a" * (LONGEST - len(str(n))) + str(n) for n in range(MOST)]
-    text = ("a" * (LONGEST - 1) + "b") * 40
+    few = ["a" * MAX_STOP_CHARS]
+    many = ["a" * (MAX_STOP_CHARS - len(str(n))) + str(n) for n in range(MAX_STOPS)]
+    text = ("a" * (MAX_STOP_CHARS - 1) + "b") * 40
     for stops in (few, many):
         automaton = Stops(stops)
         automaton.edges = Counting(automaton.edges)
-        automaton.read(0, text)
+        automaton.scan(0, text)
         assert automaton.edges.asked["times"] <= 2 * len(text)
 
 
 def test_the_automaton_grows_with_the_characters_of_its_sequences() -> None:
-    stops = Stops([chr(0x4E00 + n) * LONGEST for n in range(MOST)])
-    assert len(stops.depth) == MOST * LONGEST + 1
+    stops = Stops([chr(0x4E00 + n) * MAX_STOP_CHARS for n in range(MAX_STOPS)])
+    assert len(stops.depth) == MAX_STOPS * MAX_STOP_CHARS + 1

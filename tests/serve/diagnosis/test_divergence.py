@@ -14,14 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from serve.api.messages import (
-    Diagnostics,
-    MessagesChanged,
-    PreviousMessageNotFound,
-    SystemChanged,
-    ToolsChanged,
-    decode_count_tokens,
-)
+from serve.api.answers import Diagnostics, MessagesChanged, PreviousMessageNotFound, SystemChanged, ToolsChanged
+from serve.api.messages import decode_count_tokens
 from serve.diagnosis.divergence import (
     CAUSES,
     MAX_LISTED_RULES,

@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from experiments.harness.server import running_server, scrape
-from serve.api.messages import CountTokensRequest, decode_count_tokens, encode
+from serve.api.answers import encode
+from serve.api.messages import CountTokensRequest, decode_count_tokens
 from serve.diagnosis.savings import CHUNK, LINK_BYTES, Savings
 from serve.web.assets import ASSETS
 from tests.helpers.http import BILLING, FLAGS, Json, ask, eventually, open_request, post, read_until, text_block
