@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
     from model.params import Params
     from serve.audit.auditor import AuditSettings
-    from serve.engine.engine import EngineSettings
+    from serve.engine.settings import EngineSettings
 
 log = logging.getLogger("tokenzero")
 
@@ -265,7 +265,7 @@ def settings(args: argparse.Namespace, config: ModelConfig, params: Params, dtyp
 
     from model.kv import bytes_per_token
     from serve.audit.auditor import audit_pages
-    from serve.engine.engine import EngineSettings
+    from serve.engine.settings import EngineSettings
 
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     taken = weights + args.restore_bytes + args.write_queue_bytes

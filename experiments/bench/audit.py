@@ -30,8 +30,9 @@ from experiments.harness.provenance import provenance
 from model import checkpoint
 from model.params import unstacked
 from serve.audit.auditor import Auditor, AuditSettings, attach, audit_pages
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
 from serve.engine.runtime import set_up_jax
+from serve.engine.settings import EngineSettings
 
 RESULTS = Path("experiments/results/bench/audit.json")
 PAGE_TOKENS = 64
@@ -98,7 +99,8 @@ def run(engine: Engine, config: Config, number: int, arm: str) -> Round:
     Raises RuntimeError if an audit fails or finds something wrong.
     """
     settings, share = engine.settings, replace(AuditSettings(), share=ARMS[arm])
-    auditor = Auditor(share, engine.pool, settings.audit_pages, settings.dtype, settings.max_mixed_prefill_tokens)
+    pool, chunk = engine.core.memory.pool, settings.max_mixed_prefill_tokens
+    auditor = Auditor(share, pool, settings.audit_pages, settings.dtype, chunk)
     engine.idle_work = auditor
     waits = np.random.default_rng(number).exponential(config.pause, (config.sessions, config.turns))
     seeds = [[number, list(ARMS).index(arm), i] for i in range(config.sessions)]

@@ -35,8 +35,9 @@ from experiments.workloads.sessions import Session, stable_request, with_questio
 from model import checkpoint
 from model.config import ModelConfig, RopeConfig
 from model.params import unstacked
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
 from serve.engine.runtime import set_up_jax
+from serve.engine.settings import EngineSettings
 
 RESULTS = Path("experiments/results/bench/batching.json")
 PARTS = ("decode", "interference", "shared", "warm", "guesses")

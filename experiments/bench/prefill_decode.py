@@ -33,7 +33,8 @@ from experiments.roofline import kv_bytes, prefill_flops, weight_bytes
 from model import checkpoint
 from model.config import ModelConfig
 from model.params import unstacked
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
+from serve.engine.settings import EngineSettings
 
 RESULTS = Path("experiments/results/bench/prefill_decode.json")
 PHASES = ("prefill", "decode")

@@ -75,11 +75,11 @@ class Passes:
 
         With a draft, the last so many are guesses and all are one chunk.
         """
-        engine, taken, largest = self.engine, 0.0, self.engine.settings.max_prefill_tokens
+        runner, taken, largest = self.engine.core.runner, 0.0, self.engine.settings.max_prefill_tokens
         for start in range(prefix, prefix + count, largest):
             tokens = self.prompt[start : min(start + largest, prefix + count)]
-            bucket = smallest_bucket(engine.buckets, [len(tokens)], every=draft > 0)
-            self.pool, seconds = run_alone(engine.steps, engine.params, self.pool, bucket, tokens, start, draft)
+            bucket = smallest_bucket(runner.buckets, [len(tokens)], sample_all_tokens=draft > 0)
+            self.pool, seconds = run_alone(runner.steps, runner.params, self.pool, bucket, tokens, start, draft)
             taken += seconds
         return taken
 

@@ -28,7 +28,8 @@ from experiments.bench.timing import timed_tokens
 from experiments.harness.provenance import provenance
 from model import checkpoint
 from model.params import unstacked
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
+from serve.engine.settings import EngineSettings
 
 RESULTS = Path("experiments/results/bench/write_back.json")
 PAGE_TOKENS = 64
@@ -81,8 +82,8 @@ def measure(engines: dict[str, Engine], config: Config, console: Console) -> dic
         for name in order.sample(list(engines), len(engines)):
             answered = ask(engines[name], tokens, config.output_tokens)
             answers[name] += [answered] if number else []
-            if pager := engines[name].pager:
-                pager.tiers.writer.flush()
+            if tiers := engines[name].core.tiers:
+                tiers.writer.flush()
     return answers
 
 

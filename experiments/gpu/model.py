@@ -104,7 +104,8 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
     an arm fills the cache and is not counted.
     """
     # Late: the engine's packages are more than a machine needs for the other figures.
-    from serve.engine.engine import Engine, EngineSettings
+    from serve.engine.engine import Engine
+    from serve.engine.settings import EngineSettings
 
     rng = np.random.default_rng(0)
     draw = partial(rng.integers, 0, sizes.model.vocab_size, dtype=np.int32)

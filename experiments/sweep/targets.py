@@ -132,7 +132,8 @@ class InProcess:
     def start(self) -> None:
         """An engine with an empty pool."""
         from cache.tiers import Tiers
-        from serve.engine.engine import Engine, EngineSettings
+        from serve.engine.engine import Engine
+        from serve.engine.settings import EngineSettings
 
         settings = EngineSettings(
             num_pages=self.sizes.pages,

@@ -1,8 +1,8 @@
 """Sequences that an audit found wrong, as files; `python -m serve audit FILE --model DIR` replays one (cli.py).
 
-A file holds the prompt as token ids, whatever `--trace-text` says: without them nothing could be computed again. So
-only its owner may read it (mode 0600), and the latest FILES of them are kept. The salt is in it as a digest only: the
-root key of its pages, from which their other keys follow. The replay of a salted sequence takes the salt.
+A file always holds the prompt as token ids, since these are what is computed again. So only its owner may read it (mode
+0600), and only the latest FILES of them are kept. The salt is in it only as a digest, the root key of its pages, from
+which their other keys follow. The replay of a salted sequence takes the salt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import msgspec
 
 from cache.keys import root_key
-from serve.audit.findings import Mismatch, Reuse
+from serve.audit.findings import Mismatch, ReusedPrefix
 from serve.engine.engine import Engine
 
 log = logging.getLogger("tokenzero.audit")
@@ -27,7 +27,7 @@ BYTES = 16 << 20  # of all files together; the latest stays in any case
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """A sequence that was found wrong, and all that it takes to look at it again."""
+    """A sequence that was found wrong, and all that its replay needs."""
 
     version: int = VERSION
     time: str  # ISO 8601, UTC
@@ -50,10 +50,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     scale: float
 
     @staticmethod
-    def of(engine: Engine, reuse: Reuse, wrong: Mismatch) -> Case:
+    def of(engine: Engine, record: ReusedPrefix, wrong: Mismatch) -> Case:
         """The case of a mismatch."""
         settings = engine.settings
-        root = root_key(engine.fingerprint, settings.page_size, reuse.salt)
+        root = root_key(engine.fingerprint, settings.page_size, record.salt)
         return Case(
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             fingerprint=engine.fingerprint.hex(),
@@ -63,9 +63,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
             dtype=settings.dtype,
             device=jax.devices()[0].device_kind,
             jax=jax.__version__,
-            tokens=reuse.tokens.tolist(),
-            reused=reuse.reused,
-            first=reuse.first,
+            tokens=record.tokens.tolist(),
+            reused=record.reused,
+            first=record.first,
             witness=wrong.witness,
             source=wrong.source,
             position=wrong.position,
@@ -76,8 +76,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def keep(folder: Path | None, case: Case) -> Path | None:
-    """Write a case to a file of its own in the folder, and let the oldest ones go; None if that is not possible."""
+def write_case(folder: Path | None, case: Case) -> Path | None:
+    """Write a case to a new file in the folder, and delete the oldest ones. Returns its path; None if that failed."""
     if folder is None:
         return None
     try:
@@ -86,9 +86,9 @@ def keep(folder: Path | None, case: Case) -> Path | None:
         path = next(p for i in range(1000) if not (p := folder / f"{stem}-{i:03}.json").exists())
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(msgspec.json.encode(case))
-        found = sorted(folder.glob("*-*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
+        written = sorted(folder.glob("*-*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
         total = 0
-        for i, each in enumerate(found):
+        for i, each in enumerate(written):
             total += each.stat().st_size
             if i >= FILES or (i and total > BYTES):
                 each.unlink()
@@ -98,7 +98,7 @@ def keep(folder: Path | None, case: Case) -> Path | None:
     return path
 
 
-def read(path: Path) -> Case:
+def read_case(path: Path) -> Case:
     """The case in a file. Raises OSError if it cannot be read, ValueError if it is not a case."""
     try:
         case = msgspec.json.decode(path.read_bytes(), type=Case)

@@ -18,16 +18,17 @@ from cache.lmdb_env import StoreError
 from cache.tiers import Tiers
 from model import checkpoint
 from model.params import unstacked
-from serve.audit.auditor import LEAST_PAGES, AuditSettings, attach, auditor_of
-from serve.audit.case import Case, read
+from serve.audit.auditor import MIN_PAGES, AuditSettings, attach, auditor_of
+from serve.audit.case import Case, read_case
 from serve.audit.findings import Mismatch
 from serve.engine.cost import Constants
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
 from serve.engine.request import Event, Failed, GenerationRequest, Started, TokenEvent
+from serve.engine.settings import EngineSettings
 
 
 def main(argv: Sequence[str]) -> None:
-    """Replay a case: compute its sequence, take it from the cache, and say what differs. Exit status 1 if it does."""
+    """Replay a case: compute its sequence, restore it, and print the difference; exit status 1 if there is one."""
     cli = argparse.ArgumentParser(prog="python -m serve audit", description=__doc__)
     cli.add_argument("file", type=Path, metavar="FILE", help="what an audit wrote")
     cli.add_argument("--model", required=True, metavar="DIR_OR_ID", help="the checkpoint that it was written for")
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     args = cli.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        lines, differs = replay(read(args.file), args.model, args.store, args.store_bytes, args.salt.encode())
+        lines, differs = replay(read_case(args.file), args.model, args.store, args.store_bytes, args.salt.encode())
     except (OSError, ValueError, StoreError) as error:
         sys.exit(f"audit: {error}")
     print("\n".join(lines))
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: bytes) -> tuple[list[str], bool]:
-    """What a cold and a warm engine make of a case, in lines, and whether they differ.
+    """Compare a cold and a warm engine on a case. Returns lines to print, and whether the two differ.
 
     Raises ValueError where model or salt are not the file's, and what loading a checkpoint and opening a store raise.
     """
@@ -66,15 +67,15 @@ def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: by
         max_num_seqs=1,
         max_prefill_tokens=case.max_prefill_tokens,
         dtype=case.dtype,
-        audit_pages=max(pages + 2, LEAST_PAGES),
+        audit_pages=max(pages + 2, MIN_PAGES),
     )
     audit = AuditSettings(share=float("inf"), quiet_s=0.0, max_tokens=len(tokens))
-    # To compute a token costs more than any tier: what there is, is read back.
-    never = Constants(fixed=0.0, linear=1e5, attention=0.0)
+    # Computing a token takes longer than any tier, so all stored pages are read back.
+    slow = Constants(fixed=0.0, linear=1e5, attention=0.0)
     request = GenerationRequest(tokens, 1, salt=salt)
 
     def answers(tiers: Any, times: int) -> tuple[list[tuple[int, Any]], Any]:
-        engine = Engine(params, config, settings, fingerprint, tiers, costs=never)
+        engine = Engine(params, config, settings, fingerprint, tiers, costs=slow)
         attach(engine, audit)
         try:
             return [answered(engine, request) for _ in range(times)], audited(engine)
@@ -99,18 +100,18 @@ def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: by
 
 
 def summary(case: Case) -> str:
-    """What was found, in a few words."""
+    """The mismatch of a case, in a few words."""
     return str(Mismatch(case.witness, case.source, case.position, 0, case.layer, case.part, case.error, case.scale))
 
 
 def answered(engine: Engine, request: Any) -> tuple[int, Any]:
-    """Run one request by turning the loop of an engine that was not started: its first token, and Started."""
+    """Run one request on an engine that was not started, step by step. Returns its first token, and Started."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     engine.submit(request, events.put)
-    while engine.waiting or engine.running or engine.inbox.submissions or (engine.pager and engine.pager.parked):
-        engine.drop(engine.receive() or set())
-        engine.step()
-    engine.land()
+    while engine.core.unfinished or engine.inbox.submissions:
+        engine.core.cancel(engine.receive() or set())
+        engine.core.step()
+    engine.core.collect()
     found = [events.get() for _ in range(events.qsize())]
     if failed := [event for event in found if isinstance(event, Failed)]:
         raise ValueError(f"the engine failed: {failed[0].message}")
@@ -121,11 +122,11 @@ def answered(engine: Engine, request: Any) -> tuple[int, Any]:
 
 
 def audited(engine: Engine) -> Mismatch | None:
-    """Audit the latest request by hand: what is wrong with what it reused."""
+    """Audit all recorded requests. Returns what was wrong with the last one."""
     auditor = auditor_of(engine)
     assert auditor is not None
     while auditor.records or auditor.audit:
-        auditor.turn(engine)
+        auditor.step(engine)
         if auditor.failures:
             raise ValueError("the audit itself failed, see above")
         if auditor.waits is not None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
-# Bytes that a record takes beside its arrays, about.
+# Bytes that a record takes in addition to its arrays, about.
 RECORD_BYTES = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Reuse:
+class ReusedPrefix:
     """A request that reused a prefix."""
 
     tokens: np.ndarray  # [prompt tokens] int32
-    reused: int  # up to here; holes between may have been computed
+    reused: int  # length of the prefix; gaps in it may have been computed
     salt: bytes
     leased: bytes  # the salt under which its pages were found
     keys: tuple[bytes, ...]  # by which the tiers were asked for the reused full pages, as far as they were
@@ -25,6 +28,44 @@ class Reuse:
     def size(self) -> int:
         """Bytes that the record takes, about."""
         return self.tokens.nbytes + 32 * len(self.keys) + RECORD_BYTES
+
+
+@dataclass
+class Records:
+    """The latest reused prefixes, up to `max_bytes`, from which audits are sampled."""
+
+    max_bytes: int
+    random: random.Random
+    records: deque[ReusedPrefix] = field(default_factory=deque)
+    bytes: int = 0
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[ReusedPrefix]:
+        """The records, the oldest first."""
+        return iter(self.records)
+
+    def add(self, record: ReusedPrefix) -> None:
+        """Add one, and drop the oldest ones that there is no room for."""
+        self.records.append(record)
+        self.bytes += record.size
+        while self.bytes > self.max_bytes:
+            self.bytes -= self.records.popleft().size
+
+    def take_random(self) -> ReusedPrefix:
+        """Remove one at random and return it. Raises ValueError without records."""
+        at = self.random.randrange(len(self.records))
+        record = self.records[at]
+        del self.records[at]
+        self.bytes -= record.size
+        return record
+
+    def clear(self) -> None:
+        """Drop all."""
+        self.records.clear()
+        self.bytes = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +79,7 @@ class Mismatch:
     layer: int | None = None
     part: str | None = None  # keys or values
     error: float = 0.0
-    scale: float = 0.0  # of the right values
+    scale: float = 0.0  # the largest of the right values
 
     def __str__(self) -> str:
         """What is wrong, where, and by how much."""

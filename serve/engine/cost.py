@@ -1,9 +1,9 @@
-"""What a prompt's tokens cost to compute and to read back, in seconds: the grounds for restore-or-recompute.
+"""Seconds to compute a prompt's tokens and to read them back: the basis of the choice to restore or to recompute.
 
 The cost model is TTFT(n, p) = fixed + linear (n - p) + attention (n^2 - p^2)/2 + match p + restore r for a prompt of n
-tokens, p of them cached and r of these read back from a tier. Its constants come from a sweep (`fit`), as a file that
-the server loads. Without one, FLOPs follow from the model's shape, and how many a second is measured as the server
-runs; how many bytes a second each tier reads always is. The newest measurements count most, a single slow one nothing.
+tokens, p of them cached and r of these read back from a tier. Its constants come from a sweep (serve.engine.cost_fit),
+as a file that the server loads. Without one, FLOPs follow from the model's shape, and FLOPs a second are measured while
+the server runs. Each tier's bytes a second are always measured. Only the latest measurements count, by their median.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 
 from model.config import ModelConfig
 
-# Measurements that a rate is taken from, the latest ones.
+# The latest measurements, from which a rate is taken.
 REMEMBERED = 16
-# Bytes a second, until a tier was read for the first time: a memory copy, a disk, a network.
+# Bytes a second, assumed until a tier was read for the first time: a memory copy, a disk, a network.
 EXPECTED_BYTES_PER_S = {"host": 5e9, "disk": 1e9, "remote": 1e8}
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e6)]
@@ -29,13 +29,13 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e6)]
 
 @dataclass(frozen=True)
 class Rate:
-    """Units a second: the median of the latest measurements, each weighed by its units.
+    """Units a second: the median of the latest measurements, each weighted by its units.
 
-    In a mean, one stall of a minute (a suspended machine, a busy disk, a collection of garbage) would outweigh a
-    thousand reads, and it says nothing of the rate.
+    In a mean, one stall of a minute (a suspended machine, a busy disk, a garbage collection) would outweigh a thousand
+    reads, though it says nothing about the rate.
     """
 
-    per_second: float = 0.0  # 0 as long as nothing was measured
+    per_second: float = 0.0  # 0 until something was measured
     latest: tuple[tuple[float, float], ...] = ()  # (units a second, units), the newest last
 
     def observed(self, units: float, seconds: float) -> Rate:
@@ -45,7 +45,7 @@ class Rate:
 
 
 def weighted_median(values: Sequence[tuple[float, float]]) -> float:
-    """The value of the pairs (value, weight) that has half of the weight on either side; of two such, the larger."""
+    """The value of the pairs (value, weight) with half of the weight on either side; the larger one of two such."""
     ordered = sorted(values, reverse=True)
     reached = np.cumsum([weight for _, weight in ordered])
     return ordered[int(np.searchsorted(reached, reached[-1] / 2))][0]
@@ -53,7 +53,7 @@ def weighted_median(values: Sequence[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True)
 class Constants:
-    """The cost model's constants, in seconds, of one model on one machine."""
+    """The cost model's constants for one model on one machine, in seconds for one of what each comment names."""
 
     fixed: Seconds  # a request
     linear: Seconds  # a computed token
@@ -62,17 +62,17 @@ class Constants:
     restore: Seconds = 0.0  # a cached token that was read back from a tier
 
     def compute_s(self, start: int, stop: int) -> float:
-        """Seconds to compute tokens [start, stop) of a prompt: the price of a mismatch at `start`."""
+        """Seconds to compute tokens [start, stop) of a prompt, which is what a mismatch at `start` costs."""
         return self.linear * (stop - start) + self.attention * (stop**2 - start**2) / 2
 
     def ttft_s(self, prompt: int, cached: int, restored: int = 0) -> float:
-        """Seconds to the first token behind `prompt` tokens, `cached` of them cached and `restored` of these read."""
+        """Seconds to the first token after `prompt` tokens, `cached` of them cached and `restored` of these read."""
         return self.fixed + self.compute_s(cached, prompt) + self.match * cached + self.restore * restored
 
     def crossover(self, restore_s: float) -> float:
-        """The position from which on reading a token back, `restore_s` seconds each, beats computing it.
+        """The position from which on a token is read back (in `restore_s` seconds) faster than it is computed.
 
-        0 where it always does, infinite where it never does.
+        0 where it always is, infinite where it never is.
         """
         if restore_s <= self.linear:
             return 0.0
@@ -81,20 +81,20 @@ class Constants:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of prefill and of reading pages back. Immutable: a measurement makes a new one."""
+    """Seconds to prefill and to read pages back. Immutable: a measurement makes a new model."""
 
-    linear_flops: float  # a token, in the layers' matrices
-    attention_flops: float  # a pair of query and key token, over all layers
+    linear_flops: float  # for a token, in the layers' matrices
+    attention_flops: float  # for a pair of query and key token, over all layers
     prefill: Rate = Rate()  # FLOPs
     reads: Mapping[str, Rate] = field(default_factory=lambda: MappingProxyType({}))  # bytes, by tier
-    constants: Constants | None = None  # from a sweep; they take the place of the rate of prefill
+    constants: Constants | None = None  # from a sweep; used instead of the rate of prefill
 
     def flops(self, start: int, stop: int) -> float:
-        """FLOPs to prefill tokens [start, stop) behind `start` others: causal attention sees a triangle and a block."""
+        """FLOPs to prefill tokens [start, stop) after `start` others: causal attention is a triangle and a block."""
         return self.linear_flops * (stop - start) + self.attention_flops * (stop**2 - start**2) / 2
 
     def prefill_s(self, start: int, stop: int) -> float:
-        """Seconds to compute tokens [start, stop); infinite as long as neither a sweep nor a prefill was measured."""
+        """Seconds to compute tokens [start, stop); infinite until a sweep or a prefill was measured."""
         if self.constants:
             return self.constants.compute_s(start, stop)
         rate = self.prefill.per_second
@@ -106,7 +106,7 @@ class CostModel:
         return size / (measured or EXPECTED_BYTES_PER_S[tier])
 
     def worth_restoring(self, tier: str, start: int, stop: int, size: int) -> bool:
-        """Whether the page of tokens [start, stop), `size` bytes, comes sooner from the tier than from the model."""
+        """Whether reading the page of tokens [start, stop), `size` bytes, from the tier is faster than computing it."""
         return self.read_s(tier, size) < self.prefill_s(start, stop)
 
     def prefilled(self, start: int, stop: int, seconds: float) -> CostModel:
@@ -119,8 +119,23 @@ class CostModel:
         return replace(self, reads=MappingProxyType({**self.reads, tier: rate}))
 
 
+class CostTracker:
+    """One engine's cost model, the only one: prefills and reads refine it as they are measured."""
+
+    def __init__(self, model: CostModel) -> None:
+        self.model = model
+
+    def prefilled(self, start: int, stop: int, seconds: float) -> None:
+        """Learn from a prefill chunk of tokens [start, stop)."""
+        self.model = self.model.prefilled(start, stop, seconds)
+
+    def was_read(self, tier: str, size: int, seconds: float) -> None:
+        """Learn from a read of `size` bytes from a tier."""
+        self.model = self.model.was_read(tier, size, seconds)
+
+
 def cost_model(config: ModelConfig, constants: Constants | None = None) -> CostModel:
-    """The FLOPs of a decoder of this shape, two for each multiply-add, and what a sweep measured, if one did.
+    """The cost model of a decoder of this shape, two FLOPs for each multiply-add, and a sweep's constants if given.
 
     Matrices: q, k, v, o and the gated feed-forward's three; the embedding is a lookup and the head runs once a step.
     Attention: a query-key product and a value sum of head_dim for each query head.
@@ -135,15 +150,15 @@ def cost_model(config: ModelConfig, constants: Constants | None = None) -> CostM
 
 
 class CostFile(msgspec.Struct, frozen=True):
-    """What the server reads of a cost model's file; fits keep more in it, for people."""
+    """The part of a cost model's file that the server reads; a fit writes more, for people."""
 
     constants: Constants
-    linear_flops: float | None  # the model's, to know it by; None: of an endpoint whose model nobody knows
+    linear_flops: float | None  # identify the model; None for an endpoint whose model is unknown
     attention_flops: float | None
 
 
 def file_contents(constants: Constants, config: ModelConfig | None, **about: Any) -> dict[str, Any]:
-    """A cost model's file as JSON values; `config` is the measured model's, and `about` what else to keep."""
+    """A cost model's file as JSON values; `config` is the measured model's, `about` is written beside it."""
     model = cost_model(config) if config else None
     return {
         "constants": asdict(constants),
@@ -156,13 +171,13 @@ def file_contents(constants: Constants, config: ModelConfig | None, **about: Any
 def load_constants(path: str | Path, config: ModelConfig) -> Constants:
     """The constants in a cost model's file, for a server of this model.
 
-    Raises OSError for a file that cannot be read, ValueError for one that is no cost model, or another model's.
+    Raises OSError for a file that cannot be read, ValueError for one that is not a cost model, or another model's.
     """
     try:
         found = msgspec.json.decode(Path(path).read_bytes(), type=CostFile)
     except msgspec.MsgspecError as error:
         raise ValueError(
-            f"{path} is no cost model: {error}; write one with `python -m experiments.sweep.fit`"
+            f"{path} is not a cost model: {error}; write one with `python -m experiments.sweep.fit`"
         ) from None
     model = cost_model(config)
     if (found.linear_flops, found.attention_flops) != (model.linear_flops, model.attention_flops):

@@ -1,4 +1,4 @@
-"""The constants of a cost model from measurements: least squares, intervals, and how well they predict."""
+"""Fit a cost model's constants to measurements: least squares, intervals, and how well they predict."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Sample:
     seconds: float
 
     def terms(self) -> tuple[float, ...]:
-        """What each of TERMS is multiplied with."""
+        """The factor of each of TERMS."""
         n, p = self.prompt, self.cached
         return (1.0, n - p, (n**2 - p**2) / 2, p, self.restored)
 
 
 def fit_cost_model(samples: Sequence[Sample]) -> Constants:
-    """The constants with the least squared relative error: a millisecond counts for more in a short request.
+    """The constants with the least squared relative error, so a millisecond counts for more in a short request.
 
-    Nothing costs less than nothing: a term that comes out negative is left out and the others are fitted again.
-    Raises ValueError where the samples do not tell prompt length and position apart.
+    No constant is negative: a term that comes out negative is left out, and the others are fitted again. Raises
+    ValueError where the samples do not separate prompt length from position.
     """
     terms = np.array([s.terms() for s in samples]) / np.array([[s.seconds] for s in samples])  # [samples, terms]
     used = [i for i in range(len(TERMS)) if terms[:, i].any()]
@@ -50,7 +50,7 @@ def fit_cost_model(samples: Sequence[Sample]) -> Constants:
 
 
 def intervals(samples: Sequence[Sample], seed: int = 0, rounds: int = 1000) -> dict[str, tuple[float, float]]:
-    """A 95% interval for each constant: fits of as many samples, drawn with replacement (the pairs bootstrap)."""
+    """A 95% interval for each constant, by the pairs bootstrap: fits of as many samples, drawn with replacement."""
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(rounds):
         chosen = [samples[i] for i in rng.integers(0, len(samples), len(samples))]
@@ -63,7 +63,7 @@ def intervals(samples: Sequence[Sample], seed: int = 0, rounds: int = 1000) -> d
 
 
 def held_out(samples: Sequence[Sample], seed: int = 0, folds: int = 5) -> np.ndarray:
-    """Predicted seconds, [samples]: each sample by a fit of the other folds, which has not seen it."""
+    """Predicted seconds, [samples]; each sample is predicted by a fit of the folds that do not contain it."""
     order = np.random.default_rng(seed).permutation(len(samples))
     predicted = np.zeros(len(samples))
     for fold in range(folds):
@@ -75,7 +75,7 @@ def held_out(samples: Sequence[Sample], seed: int = 0, folds: int = 5) -> np.nda
 
 
 def accuracy(measured: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Median and largest relative error, and R^2: the share of the variance that the prediction explains."""
+    """Median and largest relative error, and R^2, the share of the variance that the prediction explains."""
     errors = np.abs(predicted - measured) / measured
     explained = 1 - np.sum((predicted - measured) ** 2) / np.sum((measured - measured.mean()) ** 2)
     return {

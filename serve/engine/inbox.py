@@ -1,4 +1,4 @@
-"""What other threads tell the engine's: requests, cancellations, that something has arrived, and to stop."""
+"""What other threads leave for the engine's: requests, cancellations, wake-ups, and the request to stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Overloaded(Exception):
 
 @dataclass
 class Inbox:
-    """Everything in it is guarded by `changed`, on which the engine's thread sleeps when it has nothing to do."""
+    """A mailbox; `changed` guards all fields, and the engine's thread sleeps on it when it has nothing to do."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     submissions: deque[Sequence] = field(default_factory=deque)
@@ -38,7 +38,7 @@ class Inbox:
             self.changed.notify()
 
     def wake(self) -> None:
-        """Say that something has arrived that the engine may be waiting for."""
+        """Wake the engine: something has arrived that it may be waiting for."""
         with self.changed:
             self.woken = True
             self.changed.notify()

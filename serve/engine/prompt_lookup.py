@@ -1,15 +1,15 @@
-"""Guesses at the next tokens of an answer: what followed the same words before.
+"""Draft tokens for speculative decoding: the tokens that followed the latest ones where these occurred before.
 
-Prompt lookup decoding (Saxena, 2023): agents copy long runs of what they have read into edits and calls, so the tokens
-behind an earlier occurrence of the latest ones are likely to come again. The model runs over the guesses in one step
-and keeps those that it would have sampled, which changes nothing but the time.
+Prompt lookup decoding (Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding): agents copy long runs of
+what they have read into edits and calls, so the same tokens are likely to follow again. The model runs over the draft
+in one step and accepts the tokens that it would have sampled itself, so only the time changes.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# Tokens that have to agree: with fewer, most guesses are chance.
+# Tokens that have to agree: with fewer, most drafts are wrong.
 NGRAM = 3
 
 
@@ -17,14 +17,14 @@ def propose_draft(
     tokens: np.ndarray,  # [tokens] int32
     count: int,
 ) -> np.ndarray:
-    """Up to `count` tokens that may follow, [guesses] int32: those behind the latest earlier place that reads alike.
+    """Up to `count` tokens that may follow, [draft tokens] int32: those after an earlier occurrence of the last NGRAM.
 
-    Of places, the latest one with `count` tokens behind it, or else the first, which has the most.
+    It is the latest occurrence with `count` tokens after it, or else the first one, which has the most.
     """
     length = len(tokens)
     if count < 1 or length <= NGRAM:
         return tokens[:0]
-    alike = np.ones(length - NGRAM, bool)  # by the place where an n-gram starts; the last one itself is left out
+    alike = np.ones(length - NGRAM, bool)  # by the start of an n-gram; the last n-gram itself is left out
     for i in range(NGRAM):
         alike &= tokens[i : i + length - NGRAM] == tokens[length - NGRAM + i]
     places = np.flatnonzero(alike)

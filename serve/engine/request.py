@@ -1,4 +1,4 @@
-"""What the engine is asked for, and the events with which it answers."""
+"""What the engine is asked for, and the events that answer it; no state."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from serve.engine.steps import GREEDY, SamplingParams
 
 
 class Constraint(Protocol):
-    """Which tokens an answer may go on with. It belongs to one request and is asked on the engine's thread only.
+    """Which tokens may come next in one request's answer. Only the engine's thread calls it.
 
-    A mask is asked for when all tokens before are known: the model's pass over the latest one may be under way by then.
-
-    Whatever either method raises ends that request and no other.
+    `mask` is called when all tokens before are known; the model's forward pass over the latest one may be under way.
+    An exception in either method ends that request and no other.
     """
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next, as `pack_masks` wants them; asking twice changes nothing."""
+        """The tokens that may come next, [ceil(vocab / 32)] uint32: bit t of word w allows token 32w + t.
+
+        A second call without `accept` in between returns the same.
+        """
 
     def accept(self, token: int) -> None:
-        """Take the token that was sampled, stop ids included."""
+        """Go on after the token that was sampled; stop ids are passed as well."""
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
     """What to generate, in tokens."""
 
-    tokens: np.ndarray  # [tokens] int32
-    max_tokens: int
-    stop_ids: frozenset[int] = frozenset()
+    tokens: np.ndarray  # the prompt, [tokens] int32
+    max_tokens: int  # of the answer
+    stop_ids: frozenset[int] = frozenset()  # the answer ends before one of these
     sampling: SamplingParams = GREEDY
-    salt: bytes = b""
+    salt: bytes = b""  # only requests of the same salt share pages
     constraint: Constraint | None = None
 
 
@@ -46,7 +48,7 @@ class Started:
     reused_tokens: int
     queued_s: float  # from submission to the first step
     prefill_s: float  # from the first step to the first token
-    restored: Mapping[str, int] = field(default_factory=dict)  # of these, what came from a tier, by its name
+    restored: Mapping[str, int] = field(default_factory=dict)  # of the reused ones, tokens from each tier, by its name
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request that ended well: reason is `stop` (a stop id was sampled) or `length`."""
+    """The last event of a request that succeeded: reason is `stop` (a stop id was sampled) or `length`."""
 
     reason: str
 

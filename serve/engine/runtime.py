@@ -1,4 +1,4 @@
-"""JAX set up for one process that serves."""
+"""How JAX is set up in a process that serves."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """Where this user's programs keep what can be made again."""
+    """The folder for files of this user that can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenzero"
 
 
 def set_up_jax() -> None:
-    """Before JAX is imported: leave the GPU's memory to one pool; then keep every compiled step on disk."""
+    """Set JAX up, before it is imported: one pool gets the GPU's memory, and compiled steps are kept on disk."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     import jax
 

@@ -141,7 +141,7 @@ def memories(serving: ServerContext) -> dict[str, Memory]:
         "outcomes": Memory(lambda: outcomes.bytes, outcomes.known.most_bytes),
         "volatility": Memory(lambda: volatility.bytes, volatility.clients.most_bytes + REPORTED * FOUND_BYTES),
         "savings": Memory(lambda: savings.bytes, savings.most * LINK_BYTES),
-        "audits": Memory(lambda: auditor.record_bytes if auditor else 0, audited),
+        "audits": Memory(lambda: auditor.records.bytes if auditor else 0, audited),
         "preambles": Memory(lambda: SHAPE_BYTES * len(serving.reported), SHAPE_BYTES * SHAPES),
     }
 

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from serve.audit.auditor import Auditor, auditor_of
 from serve.engine.engine import Engine
-from serve.engine.paging import Pager
+from serve.engine.restore import Restorer
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 60)
 ITL_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -27,7 +27,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every figure of the engine and the store."""
-        counters, store = self.engine.counters, self.engine.store.stats()
+        counters, store = self.engine.counters, self.engine.core.memory.prefix_cache.stats()
         counted = {
             "steps": ("Steps of the engine's loop", counters.steps),
             "requests": ("Requests that produced a first token", counters.requests),
@@ -62,8 +62,8 @@ class EngineCollector(Collector):
         yield pages
         if auditor:
             yield from audit_metrics(auditor)
-        if self.engine.pager:
-            yield from tier_metrics(self.engine.pager)
+        if self.engine.core.restorer:
+            yield from tier_metrics(self.engine.core.restorer)
 
 
 def audit_metrics(auditor: Auditor) -> Iterator[Metric]:
@@ -78,9 +78,9 @@ def audit_metrics(auditor: Auditor) -> Iterator[Metric]:
         yield CounterMetricFamily(f"tokenzero_{name}", text, value=value)
 
 
-def tier_metrics(pager: Pager) -> Iterator[Metric]:
+def tier_metrics(restorer: Restorer) -> Iterator[Metric]:
     """What the tiers below the device hold and did, and what the engine took from them."""
-    stats = pager.tiers.pages.stats()
+    stats = restorer.tiers.pages.stats()
     for family, name, text in (
         (GaugeMetricFamily, "pages", "Pages in a tier"),
         (GaugeMetricFamily, "bytes", "Bytes that a tier occupies"),
@@ -101,18 +101,20 @@ def tier_metrics(pager: Pager) -> Iterator[Metric]:
     restored = CounterMetricFamily("tokenzero_restored_tokens", "Tokens copied in from a tier", labels=["tier"])
     latency = SummaryMetricFamily("tokenzero_restore_seconds", "Reading one slice of pages", labels=["tier"])
     for tier in stats:
-        restored.add_metric([tier.name], pager.restored_tokens[tier.name])
-        latency.add_metric([tier.name], pager.reads[tier.name], pager.read_seconds[tier.name])
+        restored.add_metric([tier.name], restorer.restored_tokens[tier.name])
+        latency.add_metric([tier.name], restorer.reads[tier.name], restorer.read_seconds[tier.name])
     yield restored
     yield latency
-    writer = pager.tiers.writer
+    writer = restorer.tiers.writer
     yield CounterMetricFamily(
         "tokenzero_write_dropped_pages",
         "Pages that the writer was too slow for, or that could not be copied",
         value=writer.dropped,
     )
     yield CounterMetricFamily(
-        "tokenzero_recomputed_pages", "Stored pages that were sooner computed than read", value=pager.recomputed_pages
+        "tokenzero_recomputed_pages",
+        "Stored pages that were sooner computed than read",
+        value=restorer.recomputed_pages,
     )
     yield CounterMetricFamily(
         "tokenzero_failed_pages", "Pages that could not be loaded, or that a tier failed on", value=writer.failed
@@ -120,11 +122,11 @@ def tier_metrics(pager: Pager) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "tokenzero_tier_exceptions",
         "Exceptions that tiers raised",
-        value=writer.failures.count + pager.tiers.pages.failures.count,
+        value=writer.failures.count + restorer.tiers.pages.failures.count,
     )
     yield GaugeMetricFamily("tokenzero_write_queue_bytes", "Payload waiting to be written", value=writer.queued_bytes)
     yield GaugeMetricFamily(
-        "tokenzero_restore_queue_bytes", "Payload being read back or waiting to be used", value=pager.staged_bytes
+        "tokenzero_restore_queue_bytes", "Payload being read back or waiting to be used", value=restorer.staged_bytes
     )
 
 

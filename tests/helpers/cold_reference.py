@@ -24,7 +24,8 @@ from model.config import ModelConfig, RopeConfig
 from model.decoder import forward
 from model.kv import empty_pool
 from model.params import unstacked
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
+from serve.engine.settings import EngineSettings
 
 # Short prompts on small pages: one wrong page is a large part of what a token attends to.
 PAGE, LIMIT, VOCAB = 4, 64, 128
@@ -154,9 +155,10 @@ def wrong_records(tier, truth: Truth, only_known: bool = False) -> list[str]:
 
 def wrong_pages(engine: Engine, truth: Truth) -> list[str]:
     """What is wrong with the pages that an engine's radix tree lists, as far as it says that they are filled."""
-    kv = np.stack([np.array(engine.pool.k), np.array(engine.pool.v)])  # [2, layers, pages, kv_heads, page, head_dim]
+    pool = engine.core.memory.pool
+    kv = np.stack([np.array(pool.k), np.array(pool.v)])  # [2, layers, pages, kv_heads, page, head_dim]
     paths, found = {}, []
-    for node in engine.store.tree.nodes():
+    for node in engine.core.memory.prefix_cache.tree.nodes():
         path = paths[id(node)] = np.concatenate([paths.get(id(node.parent), node.tokens[:0]), node.tokens])
         for slot, page in enumerate(node.pages, node.start // PAGE):
             tokens = path[: (slot + 1) * PAGE]
@@ -168,7 +170,7 @@ def wrong_pages(engine: Engine, truth: Truth) -> list[str]:
 
 def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) -> list[str]:
     """What is wrong with the logits of the token that follows what the engine has of `tokens`, over its pages."""
-    pages, length = engine.store.tree.match(tokens[:-1], salt)
+    pages, length = engine.core.memory.prefix_cache.tree.match(tokens[:-1], salt)
     if not length:
         return []
     others = np.setdiff1d(np.arange(SETTINGS.num_pages), pages)
@@ -182,6 +184,6 @@ def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) 
         logit_indices=np.zeros(1, np.int32),
         max_chunk=1,
     )
-    logits = np.asarray(one_shot(parameters(), batch, engine.pool, CONFIG)[0])[0]
+    logits = np.asarray(one_shot(parameters(), batch, engine.core.memory.pool, CONFIG)[0])[0]
     right = truth.of(tokens)[1][length]
     return [f"logits behind {length} cached tokens of {tokens.tolist()}"] if differs(logits, right) else []

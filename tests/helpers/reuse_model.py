@@ -21,7 +21,7 @@ import numpy as np
 
 from cache.disk import DiskTier
 from cache.remote import RemoteTier
-from serve.engine import paging
+from serve.engine import restore
 from serve.engine.engine import Engine
 from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 from tests.helpers.cold_reference import (
@@ -142,7 +142,7 @@ class World:
 
     def __init__(self, case: Case, folder: Path, clock: Clock, only_known: bool = False):
         self.case, self.folder, self.clock, self.only_known = case, folder, clock, only_known
-        paging.PATIENCE_SECONDS = 1e9 if case.patient else 0.0
+        restore.PATIENCE_SECONDS = 1e9 if case.patient else 0.0
         self.truth, self.counts, self.flips = Truth(), Counter(), []
         self.conversations: list[Conversation] = []
         self.open: list[Asked] = []
@@ -164,12 +164,12 @@ class World:
         tiers = tiers_over(self.lower, self.case.host_bytes, self.case.queue_bytes)
         settings = replace(SETTINGS, speculative_tokens=self.case.guesses)
         engine = Engine(parameters(), CONFIG, settings, FINGERPRINT, tiers)
-        engine.cost = engine.pager.cost = Always(1.0, 1.0)
+        engine.core.costs.model = Always(1.0, 1.0)
         return engine
 
     def tiers(self) -> list:
         """All tiers there are, each once."""
-        hosts = [tier for e in self.engines for tier in e.pager.tiers.pages.tiers if tier.name == "host"]
+        hosts = [tier for e in self.engines for tier in e.core.tiers.pages.tiers if tier.name == "host"]
         return hosts + ([self.lower] if self.lower is not None else [])
 
     # What may happen.
@@ -250,17 +250,17 @@ class World:
         self.collect()
         assert not self.open, "a request was forgotten"
         for engine in self.engines:
-            assert not engine.store.live, "a lease is held"
+            assert not engine.core.memory.prefix_cache.live, "a lease is held"
             if rng.random() < 0.7:
-                engine.pager.tiers.writer.flush()
+                engine.core.tiers.writer.flush()
 
     def advance(self, rng: random.Random, engine: Engine) -> bool:
         """Some of what the tiers have to do, and one step; False if the engine has nothing to do."""
-        tiers, chance = engine.pager.tiers, rng.random
+        tiers, chance = engine.core.tiers, rng.random
         ran = [pool.turn() for pool in (tiers.searcher, tiers.pages.reader) if chance() < 0.5]
-        if engine.idle and not any(ran):
+        if engine.core.idle and not any(ran):
             _ = tiers.searcher.turn() or tiers.pages.reader.turn() or tiers.writer.flush()
-        engine.idle = False
+        engine.core.idle = False
         return tick(engine)
 
     def cancel(self, rng: random.Random) -> None:
@@ -300,7 +300,7 @@ class World:
         self.counts["lost"] += len(lost)
         if rng.random() < 0.6:  # or the next request finds them on the device, and they are written again
             for engine in self.engines:
-                engine.store.tree.evict(SETTINGS.num_pages)
+                engine.core.memory.prefix_cache.tree.evict(SETTINGS.num_pages)
 
     def holes(self, rng: random.Random) -> None:
         """Go on with a conversation of which no device has anything, and every tier has lost the same pages."""
@@ -310,8 +310,8 @@ class World:
             return
         conversation = rng.choice(self.conversations)
         for engine in self.engines:
-            engine.pager.tiers.writer.flush()
-            engine.store.tree.evict(SETTINGS.num_pages)
+            engine.core.tiers.writer.flush()
+            engine.core.memory.prefix_cache.tree.evict(SETTINGS.num_pages)
         chain = [(key, said) for key, said in self.truth.names.items() if begins(conversation.tokens, said)]
         lost = [key for key, said in chain if rng.random() < (0.1 if len(said) % PAGE else 0.25)]
         for tier in self.tiers():
@@ -320,7 +320,7 @@ class World:
 
     def forget(self, rng: random.Random) -> None:
         """Evict pages of a device, as a larger prompt would."""
-        index = rng.choice(self.engines).store.tree
+        index = rng.choice(self.engines).core.memory.prefix_cache.tree
         self.counts["evicted"] += index.evict(rng.choice([1, 5, SETTINGS.num_pages, SETTINGS.num_pages]))
 
     def evict(self, rng: random.Random) -> None:
@@ -344,7 +344,7 @@ class World:
 
     def write(self, rng: random.Random) -> None:
         """Let an engine's writer write what it has."""
-        rng.choice(self.engines).pager.tiers.writer.flush()
+        rng.choice(self.engines).core.tiers.writer.flush()
 
     def restart(self, rng: random.Random) -> None:
         """End an engine when it is at rest, having written everything, and start another."""
@@ -361,8 +361,8 @@ class World:
         for asked in [asked for asked in self.open if asked.engine == index]:
             self.open.remove(asked)
             self.settle(asked)
-        self.engines[index].pager.tiers.writer.tiers = ()
-        self.engines[index].pager.tiers.close()
+        self.engines[index].core.tiers.writer.tiers = ()
+        self.engines[index].core.tiers.close()
         self.engines[index] = self.engine()
         self.counts["deaths"] += 1
 
@@ -375,10 +375,10 @@ class World:
 
     def end(self, engine: Engine) -> None:
         """Write everything, and close what is the engine's own. Nothing may have raised: here no disk fails."""
-        engine.pager.drain(engine.pool, engine.store, 60.0)
-        tiers = engine.pager.tiers
+        engine.core.saver.drain(60.0)
+        tiers = engine.core.tiers
         tiers.close()
-        swallowed = [owner for owner in (engine.pager, tiers.pages, tiers.writer) if owner.failures.count]
+        swallowed = [owner for owner in (engine.core.saver, tiers.pages, tiers.writer) if owner.failures.count]
         assert not swallowed, f"an exception was kept from costing anything: {swallowed}"
 
     def close(self) -> None:
@@ -429,7 +429,7 @@ class World:
 
     def check_device(self, engine: Engine, asked: list[Asked]) -> None:
         """Every page in the tree, the tree itself, and the logits of a token behind what is cached."""
-        engine.store.check()
+        engine.core.memory.prefix_cache.check()
         wrong = wrong_pages(engine, self.truth)
         for one in asked:
             wrong += wrong_logits(engine, self.truth, one.said, one.conversation.salt)
@@ -448,8 +448,8 @@ class World:
             getattr(self, name)(random.Random(seed))
         self.finish(random.Random(self.case.seed))
         for engine in self.engines:
-            engine.pager.drain(engine.pool, engine.store, 60.0)
-            engine.pager.tiers.writer.flush()
+            engine.core.saver.drain(60.0)
+            engine.core.tiers.writer.flush()
             self.check_device(engine, [])
             self.counts["preempted"] += engine.counters.preemptions
         self.check_records()
@@ -463,7 +463,7 @@ def run(case: Case, clock: Clock, folder: Path | None = None) -> World:
             world.live()
         finally:
             for engine in world.engines:
-                engine.pager.tiers.writer.tiers = ()
+                engine.core.tiers.writer.tiers = ()
             world.close()
         return world
 

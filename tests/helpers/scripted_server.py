@@ -12,8 +12,9 @@ from starlette.applications import Starlette
 from model.config import ModelConfig
 from model.params import Params
 from serve.api.messages import MessagesRequest
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
 from serve.engine.request import GenerationRequest
+from serve.engine.settings import EngineSettings
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.app import create_app
 from serve.server.context import Constrain, ServerContext, make_context

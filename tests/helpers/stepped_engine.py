@@ -16,7 +16,7 @@ import pytest
 from cache.tiers import Tiers
 from cache.worker import Worker
 from model.kv import empty_pool
-from serve.engine.paging import compile_page_copies
+from serve.engine.page_copies import compile_page_copies
 from serve.engine.steps import batch_buckets, compile_steps
 from tests.helpers.cold_reference import CONFIG, LIMIT, PAGE, SETTINGS, parameters
 
@@ -51,13 +51,13 @@ class Clock:
 @contextmanager
 def by_hand() -> Iterator[Clock]:
     """Engines that are compiled once, stores whose trees nobody walks, and the clock of their stamps."""
-    steps, moves = compiled()
+    steps, copies = compiled()
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serve.engine.engine.compile_steps", lambda *_: steps)
-        patch.setattr("serve.engine.engine.warm_up", lambda steps, params, pool, limit: (pool, (0, 1), 1.0))
-        patch.setattr("serve.engine.paging.compile_page_copies", lambda pool: moves)
-        patch.setattr("serve.engine.paging.PATIENCE_SECONDS", 0.0)
+        patch.setattr("serve.engine.core.compile_steps", lambda *_: steps)
+        patch.setattr("serve.engine.core.warm_up", lambda steps, params, pool, limit: (pool, (0, 1), 1.0))
+        patch.setattr("serve.engine.core.compile_page_copies", lambda pool: copies)
+        patch.setattr("serve.engine.restore.PATIENCE_SECONDS", 0.0)
         for module in ("tiers", "disk"):
             patch.setattr(f"cache.{module}.time", clock)
         patch.setattr("cache.lmdb_env.check_tree", lambda path, seconds: "")

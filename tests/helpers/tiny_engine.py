@@ -11,9 +11,9 @@ from cache.tiers import Tiers
 from model.batch import Batch
 from model.decoder import forward
 from model.kv import empty_pool
-from serve.engine.cost import CostModel
-from serve.engine.engine import EngineSettings
+from serve.engine.cost import CostModel, Rate
 from serve.engine.request import GenerationRequest, Started, TokenEvent
+from serve.engine.settings import EngineSettings
 
 VOCAB, PAGE = 128, 8
 SMALL = EngineSettings(
@@ -99,18 +99,21 @@ class Always(CostModel):
         return self
 
 
+# A token takes a second to compute.
+ALWAYS = Always(1.0, 0.0, Rate(1.0))
+
+
 def prompt(seed, length=200):
     return np.random.default_rng(seed).integers(3, VOCAB, length).astype(np.int32)
 
 
 def tick(engine):
     """One turn of the loop of an engine that was not started; False where it has nothing to do."""
-    pending = engine.waiting or engine.running or engine.inbox.submissions or engine.inbox.cancellations
-    if not pending and not (engine.pager and engine.pager.parked):
+    if not engine.core.unfinished and not engine.inbox.submissions and not engine.inbox.cancellations:
         return False
-    if engine.idle:
+    if engine.core.idle:
         time.sleep(0.002)
-        engine.idle = False
-    engine.drop(engine.receive())
-    engine.step()
+        engine.core.idle = False
+    engine.core.cancel(engine.receive())
+    engine.core.step()
     return True

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.params import Params
 from serve import __main__ as command
 from serve.__main__ import check, main, parser, settings
-from serve.engine.engine import EngineSettings
+from serve.engine.settings import EngineSettings
 from serve.web.flags import is_loopback
 from tests.helpers.http import CONTEXT
 

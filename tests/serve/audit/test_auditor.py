@@ -19,16 +19,17 @@ from cache.tiers import StoredPage, Tiers
 from model import checkpoint
 from model.config import ModelConfig
 from model.params import Params, unstacked
-from serve.audit.auditor import TOLERANCE, AuditSettings, attach, audit_pages
-from serve.audit.case import Case, keep, read
+from serve.audit.auditor import AuditSettings, attach, audit_pages
+from serve.audit.case import Case, read_case, write_case
 from serve.audit.cli import main
-from serve.engine import paging
+from serve.audit.comparison import TOLERANCE
+from serve.engine import restore
 from serve.engine.engine import Engine
-from serve.engine.paging import Pager
+from serve.engine.page_names import PageNames
 from serve.engine.request import Finished
-from serve.engine.restore import Slice
+from serve.engine.restore import Restorer, Slice
 from serve.engine.steps import SamplingParams
-from tests.helpers.tiny_engine import PAGE, SMALL, VOCAB, Always, generate, outcome, prompt, submit, tick, tiers_of
+from tests.helpers.tiny_engine import ALWAYS, PAGE, SMALL, VOCAB, generate, outcome, prompt, submit, tick, tiers_of
 
 Make = Callable[..., Engine]
 # One pool's shape for all, and so one set of compiled steps: requests have all, or little, and the auditor the rest.
@@ -51,8 +52,7 @@ def make(model: tuple[ModelConfig, Params]) -> Iterator[Make]:
         engine = Engine(params or model[1], model[0], settings, b"fingerprint", tiers)
         attach(engine, audit)
         if tiers:
-            assert engine.pager is not None
-            engine.pager.cost = Always(1.0, 1.0)
+            engine.core.costs.model = ALWAYS
             made.append(tiers)
         return engine
 
@@ -65,7 +65,7 @@ def finish(engine: Engine) -> None:
     """Turn the loop until there is nothing to do."""
     while tick(engine):
         pass
-    engine.land()
+    engine.core.collect()
 
 
 def audit(engine: Engine) -> None:
@@ -73,13 +73,13 @@ def audit(engine: Engine) -> None:
     auditor = engine.idle_work
     assert auditor is not None
     while auditor.records or auditor.audit:
-        auditor.turn(engine)
+        auditor.step(engine)
         assert auditor.failures == 0
         if auditor.waits is not None:
             auditor.waits.result(60)
-    if auditor.keeping:
-        auditor.keeping.join(60)
-    engine.store.check()
+    if auditor.writing:
+        auditor.writing.join(60)
+    engine.core.memory.prefix_cache.check()
 
 
 def ask(engine: Engine, tokens: np.ndarray, count: int = 2, **options: Any) -> list[int]:
@@ -101,7 +101,7 @@ def stored(make: Make, folder: Path, prompts: list[np.ndarray], **options: Any) 
         finish(engine)
     assert tiers.writer.flush(60)
     tiers.close()
-    return [engine.store.keys(tokens, options.get("salt", b"")) for tokens in prompts]
+    return [engine.core.memory.prefix_cache.keys(tokens, options.get("salt", b"")) for tokens in prompts]
 
 
 def sessions(count: int) -> list[np.ndarray]:
@@ -165,19 +165,19 @@ class TestInjections:
         keys = stored(make, tmp_path, prompts)
         tiers = tiers_of(tmp_path)
         tiers.pages.tiers[0].delete([keys[6][TRUNK // PAGE]])  # a hole, and the tail of an earlier turn in its place
-        monkeypatch.setattr(paging, "slices_of", careless)
+        monkeypatch.setattr(restore, "slices_of", careless)
         audited_until_found(make(tiers), prompts)
 
     def test_a_restore_that_is_off_by_one(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         prompts = sessions(24)
         stored(make, tmp_path, prompts)
-        load = Pager.load
+        load = Restorer.load
 
-        def shifted(self: Pager, pages: list[StoredPage], data: np.ndarray, fetched: Any) -> Any:
+        def shifted(self: Restorer, pages: list[StoredPage], data: np.ndarray, fetched: Any) -> Any:
             data[1:] = data[:-1].copy()
             return load(self, pages, data, fetched)
 
-        monkeypatch.setattr(Pager, "load", shifted)
+        monkeypatch.setattr(Restorer, "load", shifted)
         audited_until_found(make(tiers_of(tmp_path)), prompts)
 
     def test_a_page_that_another_salt_has_computed(self, make: Make, tmp_path: Path) -> None:
@@ -193,19 +193,19 @@ class TestInjections:
         """They hold what the salt's own pages would: only their names tell."""
         prompts = sessions(4)
         stored(make, tmp_path, prompts, salt=b"a")
-        parent = Pager.parent
+        parent = PageNames.parent
         engine = make(tiers_of(tmp_path))
 
-        def confused(self: Pager, sequence: Any, index: int) -> bytes:
+        def confused(self: PageNames, sequence: Any, index: int) -> bytes:
             return parent(self, sequence, index) if index else root_key(b"fingerprint", PAGE, b"a")
 
-        monkeypatch.setattr(Pager, "parent", confused)
+        monkeypatch.setattr(PageNames, "parent", confused)
         assert audited_until_found(engine, prompts, salt=b"b") == 1
 
     def test_the_same_tokens_of_another_salt_on_the_device(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         engine = make()
-        match = engine.store.match
-        monkeypatch.setattr(engine.store, "match", lambda tokens, salt=b"": match(tokens))
+        match = engine.core.memory.prefix_cache.match
+        monkeypatch.setattr(engine.core.memory.prefix_cache, "match", lambda tokens, salt=b"": match(tokens))
         ask(engine, prompt(1), salt=b"a")
         assert audited_until_found(engine, [prompt(1)], salt=b"b") == 1
 
@@ -232,19 +232,19 @@ class TestInjections:
             submit(engine, tokens, 2)
             finish(engine)
         tiers.writer.flush(60)
-        key, right = engine.store.keys(tokens)[7], None
+        key, right = engine.core.memory.prefix_cache.keys(tokens)[7], None
         (disk,) = tiers.pages.tiers
         right = bytes(disk.get_many([key])[0])
         disk.delete([key])
         disk.put_many([(key, right[::-1])])
-        engine.store.drop(tokens, 0)
+        engine.core.memory.prefix_cache.drop(tokens, 0)
         audit(engine)
         assert engine.idle_work is not None
         assert (engine.idle_work.latest.source, engine.idle_work.latest.position) == ("disk", 7 * PAGE)
         tiers.writer.flush(60)
         tiers.searcher.submit(int).result(60)
-        assert not any(disk.contains_many(engine.store.keys(tokens)[7:]))
-        assert all(disk.contains_many(engine.store.keys(tokens)[:7]))
+        assert not any(disk.contains_many(engine.core.memory.prefix_cache.keys(tokens)[7:]))
+        assert all(disk.contains_many(engine.core.memory.prefix_cache.keys(tokens)[:7]))
 
     def test_where_nothing_is_left_the_first_token_tells(self, make: Make, model: tuple[ModelConfig, Params]) -> None:
         engine, tokens = make(), prompt(3)
@@ -252,7 +252,7 @@ class TestInjections:
         spoil(engine, tokens, 0)
         submit(engine, tokens, 2)
         finish(engine)
-        engine.store.drop(tokens, 0)
+        engine.core.memory.prefix_cache.drop(tokens, 0)
         audit(engine)
         assert engine.idle_work is not None
         assert engine.idle_work.latest.witness == "token"
@@ -266,8 +266,8 @@ def careless(pages: list[StoredPage], page_size: int, most: int) -> list[Slice]:
 
 def spoil(engine: Engine, tokens: np.ndarray, slot: int) -> None:
     """Write something else into a cached page."""
-    page = int(engine.store.find(tokens)[0][slot])
-    engine.pool = replace(engine.pool, v=engine.pool.v.at[:, page].multiply(-1.0))
+    page = int(engine.core.memory.prefix_cache.find(tokens)[0][slot])
+    engine.core.memory.pool = replace(engine.core.memory.pool, v=engine.core.memory.pool.v.at[:, page].multiply(-1.0))
 
 
 class TestWhatIsFound:
@@ -284,7 +284,7 @@ class TestWhatIsFound:
         ask(engine, tokens, 6)
         assert engine.idle_work is not None
         assert engine.idle_work.mismatches == 1
-        assert engine.store.peek(tokens) == 10 * PAGE
+        assert engine.core.memory.prefix_cache.peek(tokens) == 10 * PAGE
         assert ask(engine, tokens, 6) == right
         assert engine.idle_work.mismatches == 1
         tiers.writer.flush(60)
@@ -303,7 +303,7 @@ class TestWhatIsFound:
         finish(engine)
         assert engine.idle_work is not None
         while not engine.idle_work.mismatches:
-            engine.idle_work.turn(engine)
+            engine.idle_work.step(engine)
         events, _ = submit(engine, tokens, 2)
         finish(engine)
         assert outcome(events)[1].reused_tokens == 0
@@ -314,8 +314,9 @@ class TestWhatIsFound:
         folder = tmp_path / "audits"
         engine, tokens = make(audit=replace(UNLIMITED, folder=folder)), prompt(3)
         ask(engine, tokens, salt=b"secret")
-        page = int(engine.store.find(tokens, b"secret")[0][11])
-        engine.pool = replace(engine.pool, v=engine.pool.v.at[1, page, :, 4].add(1.0))
+        page = int(engine.core.memory.prefix_cache.find(tokens, b"secret")[0][11])
+        pool = engine.core.memory.pool
+        engine.core.memory.pool = replace(pool, v=pool.v.at[1, page, :, 4].add(1.0))
         with caplog.at_level(logging.WARNING):
             ask(engine, tokens, salt=b"secret")
         (line,) = caplog.messages
@@ -323,7 +324,7 @@ class TestWhatIsFound:
         (path,) = folder.iterdir()
         assert str(path) in line
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        case = read(path)
+        case = read_case(path)
         assert case.tokens == tokens.tolist()
         assert (case.reused, case.position, case.layer, case.part) == (199, 92, 1, "values")
         assert case.root == root_key(b"fingerprint", PAGE, b"secret").hex()
@@ -331,10 +332,10 @@ class TestWhatIsFound:
 
     def test_files_are_bounded_in_number_and_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("serve.audit.case.FILES", 3)
-        paths = [keep(tmp_path, case_of(i)) for i in range(5)]
+        paths = [write_case(tmp_path, case_of(i)) for i in range(5)]
         assert sorted(tmp_path.iterdir()) == paths[2:]
         monkeypatch.setattr("serve.audit.case.BYTES", 1)
-        newest = keep(tmp_path, case_of(9))
+        newest = write_case(tmp_path, case_of(9))
         assert list(tmp_path.iterdir()) == [newest]
 
     def test_a_folder_that_cannot_be_written_costs_the_file_alone(
@@ -354,7 +355,7 @@ class TestWhatIsFound:
         path = tmp_path / "case.json"
         path.write_text(text)
         with pytest.raises(ValueError, match=r"case\.json: expected"):
-            read(path)
+            read_case(path)
 
 
 def case_of(number: int) -> Case:
@@ -380,7 +381,7 @@ class TestReplay:
             submit(engine, tokens, 1)
             finish(engine)
             assert tiers.writer.flush(60)
-            keys = engine.store.keys(tokens)
+            keys = engine.core.memory.prefix_cache.keys(tokens)
             tiers.close()
         replaced(wrong, {keys[9]: payload(wrong, keys[8])[0]})
         engine = Engine(params, config, ROOMY, fingerprint)
@@ -418,13 +419,13 @@ class TestRequestsGoFirst:
         finish(engine)
         auditor = engine.idle_work
         assert auditor is not None
-        auditor.turn(engine)
-        auditor.turn(engine)
+        auditor.step(engine)
+        auditor.step(engine)
         before = auditor.tokens
         assert 0 < before <= 2 * ROOMY.max_mixed_prefill_tokens
         events, _ = submit(engine, prompt(4), 30)
         while tick(engine):
-            auditor.turn(engine)
+            auditor.step(engine)
             assert auditor.tokens == before or not engine.running
         assert outcome(events)[2] == Finished("length")
         audit(engine)
@@ -437,10 +438,10 @@ class TestRequestsGoFirst:
         while not auditor.start:
             submit(engine, tokens, 1)
             finish(engine)
-            auditor.turn(engine)
+            auditor.step(engine)
         submit(engine, prompt(4), 1)
         finish(engine)
-        auditor.turn(engine)
+        auditor.step(engine)
         assert auditor.audit is None or not auditor.start
 
     def test_it_takes_no_page_of_the_requests_and_is_no_use_of_what_it_reads(self, make: Make) -> None:
@@ -449,13 +450,13 @@ class TestRequestsGoFirst:
         finish(engine)
         submit(engine, tokens, 1)
         finish(engine)
-        stats, clock = engine.store.stats(), engine.store.tree.clock
+        stats, clock = engine.core.memory.prefix_cache.stats(), engine.core.memory.prefix_cache.tree.clock
         auditor = engine.idle_work
         assert auditor is not None
         while auditor.records or auditor.audit:
-            auditor.turn(engine)
-            assert engine.store.stats() == stats
-        assert engine.store.tree.clock == clock
+            auditor.step(engine)
+            assert engine.core.memory.prefix_cache.stats() == stats
+        assert engine.core.memory.prefix_cache.tree.clock == clock
         assert auditor.requests == 1
 
     def test_it_keeps_to_its_share_of_the_device(self, make: Make) -> None:
@@ -465,11 +466,11 @@ class TestRequestsGoFirst:
         for _ in range(40):
             submit(engine, prompt(3, 300), 3)
             finish(engine)
-            while auditor.nap(engine) is not None:
-                auditor.turn(engine)
+            while auditor.sleep_s(engine) is not None:
+                auditor.step(engine)
         assert auditor.requests > 0
         # An audit begins when its expected cost fits; what it takes in truth may be more, once.
-        assert auditor.records or auditor.seconds <= 0.5 * engine.device_s
+        assert auditor.records or auditor.seconds <= 0.5 * engine.core.runner.device_s
 
     def test_no_share_is_no_audit(self, make: Make) -> None:
         engine = make(audit=replace(UNLIMITED, share=0.0))
@@ -477,8 +478,8 @@ class TestRequestsGoFirst:
             submit(engine, prompt(3), 2)
             finish(engine)
         assert engine.idle_work is not None
-        assert engine.idle_work.nap(engine) is None
-        engine.idle_work.turn(engine)
+        assert engine.idle_work.sleep_s(engine) is None
+        engine.idle_work.step(engine)
         assert engine.idle_work.tokens == 0
 
     def test_it_begins_only_when_nothing_was_asked_for_a_moment(self, make: Make) -> None:
@@ -488,11 +489,11 @@ class TestRequestsGoFirst:
             finish(engine)
         auditor = engine.idle_work
         assert auditor is not None
-        auditor.turn(engine)
+        auditor.step(engine)
         assert auditor.tokens == 0
-        assert 0 < auditor.nap(engine) <= 1000
+        assert 0 < auditor.sleep_s(engine) <= 1000
         auditor.quiet_since -= 1000
-        auditor.turn(engine)
+        auditor.step(engine)
         assert auditor.tokens > 0
 
     def test_a_running_engine_audits_by_itself_and_stops(self, make: Make) -> None:
@@ -518,10 +519,10 @@ class TestRequestsGoFirst:
         auditor = engine.idle_work
         assert auditor is not None
         right = ask(engine, prompt(3), 5)
-        monkeypatch.setattr(engine, "compute", lambda row: 1 / 0)
+        monkeypatch.setattr(engine.core.runner, "compute", lambda row: 1 / 0)
         submit(engine, prompt(3), 5)
         finish(engine)
-        auditor.turn(engine)
+        auditor.step(engine)
         assert (auditor.failures, auditor.requests) == (1, 0)
         monkeypatch.undo()
         events, _ = submit(engine, prompt(3), 5)
@@ -529,23 +530,23 @@ class TestRequestsGoFirst:
         tokens, started, _ = outcome(events)
         assert tokens == right
         assert started.reused_tokens > 0
-        auditor.turn(engine)
+        auditor.step(engine)
         assert auditor.tokens == 0, "it rests"
-        assert auditor.nap(engine) is None
+        assert auditor.sleep_s(engine) is None
 
     def test_a_pool_that_an_audit_lost_is_made_anew(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         engine = make()
         right = ask(engine, prompt(3), 5)
 
         def lost(row: Any) -> None:
-            jax.tree.map(lambda array: array.delete(), engine.pool)
+            jax.tree.map(lambda array: array.delete(), engine.core.memory.pool)
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(engine, "compute", lost)
+        monkeypatch.setattr(engine.core.runner, "compute", lost)
         submit(engine, prompt(3), 5)
         finish(engine)
         assert engine.idle_work is not None
-        engine.idle_work.turn(engine)
+        engine.idle_work.step(engine)
         monkeypatch.undo()
         assert engine.idle_work.failures == 1
         events, _ = submit(engine, prompt(3), 5)
@@ -559,10 +560,10 @@ class TestRequestsGoFirst:
             finish(engine)
         auditor = engine.idle_work
         assert auditor is not None
-        auditor.turn(engine)
-        jax.tree.map(lambda array: array.delete(), engine.pool)
-        engine.recover("lost")
-        auditor.turn(engine)
+        auditor.step(engine)
+        jax.tree.map(lambda array: array.delete(), engine.core.memory.pool)
+        engine.core.recover("lost")
+        auditor.step(engine)
         ask(engine, prompt(3))
         ask(engine, prompt(3))
         assert (auditor.mismatches, auditor.failures) == (0, 0)
@@ -574,7 +575,7 @@ class TestRequestsGoFirst:
             finish(engine)
         auditor = engine.idle_work
         assert auditor is not None
-        assert 0 < auditor.record_bytes == sum(reuse.size for reuse in auditor.records) <= 5000
+        assert 0 < auditor.records.bytes == sum(reuse.size for reuse in auditor.records) <= 5000
 
     def test_the_pool_is_large_enough_or_it_is_off(self) -> None:
         assert audit_pages(100_000, 64, UNLIMITED) == 8192 // 64 + 2
@@ -601,7 +602,8 @@ class TestNoFalseAlarm:
         engine = make(settings=replace(ROOMY, dtype="bfloat16", max_prefill_tokens=256), params=narrow)
         auditor = engine.idle_work
         assert auditor is not None
-        auditor.bound = TOLERANCE["bfloat16"] / 4
+        comparison = replace(auditor.work.comparison, bound=TOLERANCE["bfloat16"] / 4)
+        auditor.work = replace(auditor.work, comparison=comparison)
         for seed in range(8):
             ask(engine, prompt(seed, 250), 30)
             ask(engine, prompt(seed, 250), 30)
@@ -630,7 +632,7 @@ def wander(make: Make, folder: Path, wanted: int, seed: int = 0) -> int:
                 asked.append((tokens, submit(engine, tokens, int(rng.integers(1, 50)), salt=salt, sampling=sampling)))
                 for _ in range(int(rng.integers(0, 4))):
                     tick(engine)
-                    auditor.turn(engine)
+                    auditor.step(engine)
             for _, (_, number) in asked:
                 if rng.random() < 0.1:
                     engine.cancel(number)
@@ -640,12 +642,12 @@ def wander(make: Make, folder: Path, wanted: int, seed: int = 0) -> int:
                 histories.append(np.concatenate([tokens, outcome(events)[0]]).astype(np.int32)[:250])
             histories = histories[-40:]
             for _ in range(int(rng.integers(0, 30))):
-                auditor.turn(engine)
+                auditor.step(engine)
                 if auditor.waits is not None:
                     auditor.waits.result(60)
             assert auditor.mismatches == 0, auditor.latest
             assert auditor.failures == 0
-            engine.store.check()
+            engine.core.memory.prefix_cache.check()
             if total + auditor.tokens >= wanted:
                 break
         total += auditor.tokens

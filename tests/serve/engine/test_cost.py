@@ -178,5 +178,5 @@ def test_another_models_file_is_refused(tmp_path) -> None:
 def test_a_file_that_is_no_cost_model_is_refused_by_its_field(tmp_path, text, message) -> None:
     path = tmp_path / "cost_model.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"(?s)cost_model.json is no cost model: .*{message}"):
+    with pytest.raises(ValueError, match=f"(?s)cost_model.json is not a cost model: .*{message}"):
         load_constants(path, SHAPE)

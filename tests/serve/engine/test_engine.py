@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
 from serve.engine.inbox import Overloaded
 from serve.engine.request import Failed, Finished, GenerationRequest, TokenEvent
+from serve.engine.settings import EngineSettings
 from serve.engine.steps import SamplingParams
 from tests.helpers.forced_answers import Script
 from tests.helpers.tiny_engine import PAGE, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
@@ -48,7 +49,7 @@ def test_greedy_output_with_reuse_equals_output_without(engine, model, seed, rec
     record_property("flips", len(flips))
     print(f"flips: {len(flips)} of 12 prompts")
     assert reused > 0
-    engine.store.check()
+    engine.core.memory.prefix_cache.check()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -56,15 +57,15 @@ def test_concurrent_requests_with_evictions_and_preemptions_are_exact(engine, mo
     """More prompts at once than the pool holds, so pages are evicted and sequences preempted on the way."""
     rng, known, flips = np.random.default_rng(50 + seed), {}, []
     prompts = [*family(rng, 8, shared=150), *(rng.integers(3, VOCAB, 180) for _ in range(4))]
-    evicted = engine.store.stats().pages_evicted
+    evicted = engine.core.memory.prefix_cache.stats().pages_evicted
     pending = [(prompt, submit(engine, prompt, 40)[0]) for prompt in prompts]
     for prompt, events in pending:
         tokens, _, last = outcome(events)
         assert last == Finished("length")
         assert_same_or_tied(model, prompt, tokens, reference(model, prompt, len(tokens), known), flips)
-    assert engine.store.stats().pages_evicted > evicted
+    assert engine.core.memory.prefix_cache.stats().pages_evicted > evicted
     print(f"flips: {len(flips)} of {len(prompts)} prompts")
-    engine.store.check()
+    engine.core.memory.prefix_cache.check()
 
 
 def test_a_full_pool_preempts_and_resumes(model):
@@ -81,8 +82,8 @@ def test_a_full_pool_preempts_and_resumes(model):
         assert len(tokens) == 120
         assert_same_or_tied(model, prompt, tokens, reference(model, prompt, 120, known), flips)
     assert engine.counters.preemptions > 0
-    assert engine.store.stats().pages_in_use == 0
-    engine.store.check()
+    assert engine.core.memory.prefix_cache.stats().pages_in_use == 0
+    engine.core.memory.prefix_cache.check()
     engine.stop()
 
 
@@ -100,7 +101,7 @@ def test_a_constraint_outlives_preemption_and_takes_each_token_once(model):
         assert (tokens, last) == (script.tokens, Finished("length"))
         assert script.at == 120
     assert engine.counters.preemptions > 0
-    assert engine.store.stats().pages_in_use == 0
+    assert engine.core.memory.prefix_cache.stats().pages_in_use == 0
     engine.stop()
 
 
@@ -113,7 +114,7 @@ def test_a_constraint_that_allows_nothing_ends_its_request_alone(engine):
     _, started, last = generate(engine, [5, 6, 8], constraint=Nothing([9], VOCAB))
     assert (started, last) == (None, Failed("AssertionError: expected token 9, got 0"))
     assert outcome(free)[2] == Finished("length")
-    assert engine.store.stats().pages_in_use == 0
+    assert engine.core.memory.prefix_cache.stats().pages_in_use == 0
 
 
 def test_prompt_and_generated_tokens_are_reused_by_the_next_turn(engine):
@@ -153,31 +154,31 @@ def test_simultaneous_requests_share_the_prefill_of_a_common_prefix(model):
 
 
 @contextmanager
-def launches(engine):
-    """The shapes of the steps that the engine launches from here on, in their order."""
-    launched, steps = [], engine.steps
+def dispatches(engine):
+    """The shapes of the steps that the engine dispatches from here on, in their order."""
+    dispatched, steps = [], engine.core.runner.steps
 
     def noted(bucket, step):
         def forward(*args):
-            launched.append(bucket)
+            dispatched.append(bucket)
             return step.forward(*args)
 
         return replace(step, forward=forward)
 
-    engine.steps = replace(steps, run={bucket: noted(bucket, step) for bucket, step in steps.run.items()})
-    yield launched
-    engine.steps = steps
+    engine.core.runner.steps = replace(steps, run={bucket: noted(bucket, step) for bucket, step in steps.run.items()})
+    yield dispatched
+    engine.core.runner.steps = steps
 
 
-def test_the_next_step_is_launched_before_a_token_is_read(engine):
+def test_the_next_step_is_dispatched_before_a_token_is_read(engine):
     """All but the last token of an answer, behind which there is nothing to run."""
     seen, done = [], threading.Event()
 
     def emit(event):
-        seen.append(len(launched)) if isinstance(event, TokenEvent) else None
+        seen.append(len(dispatched)) if isinstance(event, TokenEvent) else None
         done.set() if isinstance(event, Finished) else None
 
-    with launches(engine) as launched:
+    with dispatches(engine) as dispatched:
         engine.submit(GenerationRequest(np.arange(3, 20, dtype=np.int32), 5), emit)
         assert done.wait(60)
     assert seen == [2, 3, 4, 5, 5]
@@ -199,12 +200,12 @@ def test_a_prompt_is_prefilled_in_the_steps_of_those_that_decode(engine, model):
     first, _ = submit(engine, prompts[0], 150)
     while not isinstance(first.get(timeout=60), TokenEvent):
         pass
-    with launches(engine) as launched:
+    with dispatches(engine) as dispatched:
         second, _, _ = generate(engine, prompts[1], 20)
     rest = outcome(first)[0]
-    chunks = [bucket for bucket in launched if bucket.chunk > 1]
+    chunks = [bucket for bucket in dispatched if bucket.chunk > 1]
     assert len(chunks) == -(-100 // SMALL.max_mixed_prefill_tokens)
-    assert all(bucket.singles for bucket in chunks)
+    assert all(bucket.decode_seqs for bucket in chunks)
     for prompt, tokens in ((prompts[0], rest), (prompts[1], second)):
         expected = reference(model, prompt, 150 if tokens is rest else 20, known)
         assert_same_or_tied(model, prompt, tokens, expected[-len(tokens) :], flips)
@@ -246,8 +247,8 @@ def test_guesses_change_no_token_of_greedy_answers(guessing, model, seed):
         assert_same_or_tied(model, prompt, tokens, reference(model, prompt, 60, known), flips)
     print(f"flips: {len(flips)} of {len(prompts)} prompts")
     assert 0 < guessing.counters.accepted_tokens < guessing.counters.draft_tokens
-    assert guessing.store.stats().pages_in_use == 0
-    guessing.store.check()
+    assert guessing.core.memory.prefix_cache.stats().pages_in_use == 0
+    guessing.core.memory.prefix_cache.check()
 
 
 def test_guesses_change_no_token_that_is_drawn_by_chance(engine, guessing):
@@ -263,10 +264,10 @@ def test_an_answer_that_repeats_itself_takes_fewer_steps_with_guesses(guessing, 
     """Until it does, greedy output of a small random model falls into a loop."""
     prompt = np.tile(np.arange(20, 25), 20)
     looping = [*prompt, *generate(guessing, prompt, 100)[0]]
-    with launches(guessing) as launched:
+    with dispatches(guessing) as dispatched:
         tokens, _, _ = generate(guessing, looping, 60)
     assert len(tokens) == 60
-    assert len(launched) < 40
+    assert len(dispatched) < 40
 
 
 def test_right_guesses_behind_a_stop_id_are_not_part_of_the_answer(engine, guessing):
@@ -330,39 +331,39 @@ def test_a_cancelled_request_leaves_its_work_in_the_store_and_holds_no_page(engi
     engine.cancel(number)
     _, started, _ = generate(engine, prompt, 1)
     assert started.reused_tokens == 99
-    assert engine.store.stats().pages_in_use == 0
+    assert engine.core.memory.prefix_cache.stats().pages_in_use == 0
 
 
 def test_a_step_that_raises_fails_what_was_running_and_nothing_else(model, monkeypatch):
     config, params = model
     engine = Engine(params, config, SMALL)
-    broken, launch = threading.Event(), engine.launch
+    broken, dispatch = threading.Event(), engine.core.dispatch
 
     def fail_once(plan):
         if not broken.is_set():
             broken.set()
             raise RuntimeError("injected")
-        return launch(plan)
+        return dispatch(plan)
 
-    monkeypatch.setattr(engine, "launch", fail_once)
+    monkeypatch.setattr(engine.core, "dispatch", fail_once)
     engine.start()
     assert generate(engine, [5, 6, 7], 2)[2] == Failed("RuntimeError: injected")
     assert generate(engine, [5, 6, 7], 2)[2] == Finished("length")
-    assert engine.store.stats().pages_in_use == 0
+    assert engine.core.memory.prefix_cache.stats().pages_in_use == 0
     engine.stop()
 
 
 def test_a_request_that_breaks_its_admission_fails_alone(model, monkeypatch):
     config, params = model
     engine = Engine(params, config, SMALL)
-    match = engine.store.match
+    match = engine.core.memory.prefix_cache.match
 
     def refuse(tokens, salt):
         if salt == b"bad":
             raise RuntimeError("injected")
         return match(tokens, salt)
 
-    monkeypatch.setattr(engine.store, "match", refuse)
+    monkeypatch.setattr(engine.core.memory.prefix_cache, "match", refuse)
     first, second = submit(engine, [5, 6, 7], 2, salt=b"bad")[0], submit(engine, [5, 6, 7], 2)[0]
     engine.start()
     assert outcome(first)[2] == Failed("RuntimeError: injected")
@@ -385,19 +386,19 @@ def test_a_lost_pool_is_replaced(model, monkeypatch):
     """A step that raises after its donation took the pool along: the engine goes on with an empty one."""
     config, params = model
     engine = Engine(params, config, SMALL)
-    lost, launch = threading.Event(), engine.launch
+    lost, dispatch = threading.Event(), engine.core.dispatch
 
     def lose_once(plan):
-        launched = launch(plan)
+        dispatched = dispatch(plan)
         if not lost.is_set():
             lost.set()
-            engine.pool.k.delete()
+            engine.core.memory.pool.k.delete()
             raise RuntimeError("injected")
-        return launched
+        return dispatched
 
     engine.start()
     expected = generate(engine, [5, 6, 7], 4)[0]
-    monkeypatch.setattr(engine, "launch", lose_once)
+    monkeypatch.setattr(engine.core, "dispatch", lose_once)
     assert generate(engine, [5, 6, 7, 8, 9], 4)[2] == Failed("RuntimeError: injected")
     tokens, started, _ = generate(engine, [5, 6, 7], 4)
     assert (tokens, started.reused_tokens) == (expected, 0)
@@ -417,5 +418,5 @@ def test_no_page_leaks_whatever_is_submitted_and_cancelled(engine, plan):
     for events in pending:
         assert outcome(events)[2] == Finished("length")
     generate(engine, [5, 6], 1)  # by now the cancellations have been seen
-    assert engine.store.stats().pages_in_use == 0
-    engine.store.check()
+    assert engine.core.memory.prefix_cache.stats().pages_in_use == 0
+    engine.core.memory.prefix_cache.check()

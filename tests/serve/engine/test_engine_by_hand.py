@@ -12,7 +12,7 @@ from serve.engine.engine import Engine
 from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 from serve.engine.steps import SamplingParams
 from tests.helpers.forced_answers import Script
-from tests.helpers.tiny_engine import SMALL, VOCAB, Always, generate, outcome, prompt, submit, tick, tiers_of
+from tests.helpers.tiny_engine import ALWAYS, SMALL, VOCAB, generate, outcome, prompt, submit, tick, tiers_of
 
 CRAMPED = replace(SMALL, num_pages=41)  # room for one sequence of `max_model_len`
 
@@ -25,7 +25,7 @@ def make(model):
     def make(settings=SMALL, tiers=None):
         engine = Engine(model[1], model[0], settings, b"fingerprint", tiers)
         if tiers:
-            engine.pager.cost = Always(1.0, 1.0)
+            engine.core.costs.model = ALWAYS
             made.append(tiers)
         return engine
 
@@ -38,8 +38,8 @@ def finish(engine):
     """Turn the loop until there is nothing to do; then nothing may be held."""
     while tick(engine):
         pass
-    engine.store.check()
-    assert not engine.store.live
+    engine.core.memory.prefix_cache.check()
+    assert not engine.core.memory.prefix_cache.live
 
 
 def store(make, folder, tokens):
@@ -49,7 +49,7 @@ def store(make, folder, tokens):
     submit(engine, tokens, 1)
     finish(engine)
     tiers.close()
-    return engine.store.keys(tokens)
+    return engine.core.memory.prefix_cache.keys(tokens)
 
 
 def test_two_that_restore_one_prefix_bring_it_once_and_both_fit_in_the_end(make, tmp_path):
@@ -60,7 +60,7 @@ def test_two_that_restore_one_prefix_bring_it_once_and_both_fit_in_the_end(make,
     asked = [submit(engine, tokens, count)[0] for tokens, count in zip(prompts, (30, 190), strict=True)]
     finish(engine)
     assert [outcome(events)[2] for events in asked] == [Finished("length")] * 2
-    assert engine.pager.restored_tokens == {"disk": 120}
+    assert engine.core.restorer.restored_tokens == {"disk": 120}
 
 
 def test_no_prompt_reuses_more_than_it_has_though_it_was_preempted_before_its_first_token(make):
@@ -68,7 +68,7 @@ def test_no_prompt_reuses_more_than_it_has_though_it_was_preempted_before_its_fi
     tokens = prompt(7, 160)
     submit(engine, tokens[:100], 1)
     finish(engine)
-    engine.pager.tiers.writer.flush()
+    engine.core.tiers.writer.flush()
     submit(engine, prompt(1, 150), 170)
     for _ in range(8):
         tick(engine)
@@ -105,18 +105,18 @@ def test_a_constrained_request_costs_nobody_the_step_that_runs_ahead(make):
     scripted, _ = submit(engine, prompt(2, 20), 60, constraint=(script := Script([5, 9, 7] * 20, VOCAB)))
     for _ in range(6):
         tick(engine)
-    order, steps, land = [], engine.steps, engine.land
+    order, steps, collect = [], engine.core.runner.steps, engine.core.collect
 
     def forward(step):
-        return lambda *args: (order.append("launch"), step.forward(*args))[1]
+        return lambda *args: (order.append("dispatch"), step.forward(*args))[1]
 
     run = {bucket: replace(step, forward=forward(step)) for bucket, step in steps.run.items()}
-    engine.steps = replace(steps, run=run)
-    engine.land = lambda: (order.append("read"), land())[1]
+    engine.core.runner.steps = replace(steps, run=run)
+    engine.core.collect = lambda: (order.append("read"), collect())[1]
     for _ in range(4):
         tick(engine)
-    assert order == ["launch", "read"] * 4
-    engine.steps, engine.land = steps, land
+    assert order == ["dispatch", "read"] * 4
+    engine.core.runner.steps, engine.core.collect = steps, collect
     finish(engine)
     assert outcome(scripted)[0] == script.tokens
 
@@ -127,7 +127,7 @@ def test_a_prompt_that_prefills_token_by_token_is_there_for_others_as_it_grows(m
     submit(engine, tokens, 2)
     for _ in range(41):
         tick(engine)
-    assert engine.store.peek(tokens) >= 40
+    assert engine.core.memory.prefix_cache.peek(tokens) >= 40
     assert engine.counters.prefilled_tokens >= 40
     finish(engine)
 
@@ -143,8 +143,8 @@ def test_what_is_read_ahead_is_what_comes_next(make, tmp_path):
         submit(engine, prompt(50 + i, 290), 2)
     submit(engine, short, 2)  # the last of those that wait, and the first to be admitted
     tick(engine)
-    assert engine.in_line()[0].number == 5
-    assert engine.in_line()[0].restore is not None
+    assert engine.core.in_line()[0].number == 5
+    assert engine.core.restorer.looked_up(engine.core.in_line()[0])
     finish(engine)
 
 
@@ -154,9 +154,9 @@ def test_looking_at_what_is_cached_keeps_nothing_from_eviction(make):
     for tokens in (old, new):
         submit(engine, tokens, 1)
         finish(engine)
-    engine.store.peek(old)
-    engine.store.tree.evict(1)
-    assert engine.store.peek(old) < engine.store.peek(new)
+    engine.core.memory.prefix_cache.peek(old)
+    engine.core.memory.prefix_cache.tree.evict(1)
+    assert engine.core.memory.prefix_cache.peek(old) < engine.core.memory.prefix_cache.peek(new)
 
 
 @pytest.mark.parametrize("at", range(1, 9))
@@ -175,7 +175,7 @@ def test_a_constraint_that_breaks_leaves_nothing_in_the_cache_that_nobody_has_sa
     assert isinstance(outcome(asked)[2], Failed)
     said = [*tokens, *script[: at - 1]]
     # The pass that ran ahead had computed a token that was never taken: a zero stands in its place.
-    assert engine.store.peek(np.asarray([*said, 0], np.int32)) == len(said)
+    assert engine.core.memory.prefix_cache.peek(np.asarray([*said, 0], np.int32)) == len(said)
     assert tiers.writer.flush(60)
     root = root_key(b"fingerprint", 8, b"")
     unsaid = set(all_keys(root, np.asarray([*said, 0], np.int32), 8)) - set(
@@ -192,7 +192,7 @@ def test_the_engine_rests_with_no_step_in_the_air(make):
     stop = outcome(first)[0][3]
     submit(engine, prompt(5, 20), 8, stop_ids=frozenset([stop]))
     finish(engine)
-    assert engine.flight is None, "a step that nobody waits for would last until the next request"
+    assert engine.core.in_flight is None, "a step that nobody waits for would last until the next request"
 
 
 @pytest.mark.parametrize("company", [False, True])
@@ -222,7 +222,7 @@ def test_a_request_is_admitted_once_the_writer_has_let_go_of_the_pages_it_needs(
     submit(engine, prompt(2, 200), 2)
     while engine.inbox.submissions or engine.running or engine.waiting:
         tick(engine)
-    assert engine.pager.parked, "the writer is too slow"
+    assert engine.core.saver.pending_writes, "the writer is too slow"
     submit(engine, prompt(1, 20), 280)
     for _ in range(4):
         tick(engine)
@@ -231,7 +231,7 @@ def test_a_request_is_admitted_once_the_writer_has_let_go_of_the_pages_it_needs(
         tick(engine)
     assert engine.waiting
     go.set()
-    while engine.pager.parked:
+    while engine.core.saver.pending_writes:
         assert tiers.writer.flush(60)
         tick(engine)
     tick(engine)
@@ -241,17 +241,17 @@ def test_a_request_is_admitted_once_the_writer_has_let_go_of_the_pages_it_needs(
 
 def test_a_copy_that_fails_as_a_request_ends_costs_no_request_after_it(make, tmp_path):
     engine = make(SMALL, tiers_of(tmp_path))
-    gather, faults = engine.pager.moves.gather, []
+    gather, faults = engine.core.saver.copies.gather, []
 
     def once(count):
         def run(pool, pages):
-            if engine.pager.parked and faults:
+            if engine.core.saver.pending_writes and faults:
                 raise RuntimeError(faults.pop())
             return gather[count](pool, pages)
 
         return run
 
-    engine.pager.moves = replace(engine.pager.moves, gather={count: once(count) for count in gather})
+    engine.core.saver.copies = replace(engine.core.saver.copies, gather={count: once(count) for count in gather})
     engine.start()
     faults.append("no memory for the copy")
     generate(engine, prompt(4, 100), 3)
@@ -259,7 +259,7 @@ def test_a_copy_that_fails_as_a_request_ends_costs_no_request_after_it(make, tmp
     for seed in range(10, 13):
         assert generate(engine, prompt(seed, 90), 5)[2] == Finished("length")
     engine.stop()
-    assert not engine.store.live
+    assert not engine.core.memory.prefix_cache.live
 
 
 def test_a_read_that_fails_is_computed_instead_and_costs_nobody_an_answer(make, tmp_path):
@@ -270,7 +270,7 @@ def test_a_read_that_fails_is_computed_instead_and_costs_nobody_an_answer(make, 
     def load(*_):
         raise MemoryError("nowhere to put it")
 
-    engine.pager.load = load
+    engine.core.restorer.load = load
     beside, _ = submit(engine, prompt(1, 20), 40)
     asked, _ = submit(engine, tokens, 4)
     finish(engine)
@@ -303,7 +303,7 @@ def test_a_step_that_fails_tells_all_though_one_cannot_be_told(make, monkeypatch
 
     engine.submit(GenerationRequest(prompt(1, 30), 60), deaf)
     beside, _ = submit(engine, prompt(2, 30), 60)
-    monkeypatch.setattr(engine, "land", lambda: 1 / 0)
+    monkeypatch.setattr(engine.core, "collect", lambda: 1 / 0)
     engine.start()
     assert isinstance(outcome(beside)[2], Failed)
     monkeypatch.undo()

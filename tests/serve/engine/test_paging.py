@@ -11,13 +11,13 @@ import pytest
 from cache.tiers import StoredPage
 from serve.engine.cost import REMEMBERED, CostModel
 from serve.engine.engine import Engine
-from serve.engine.paging import MEASURE_AGAIN_SECONDS, slices_of
 from serve.engine.request import Finished, GenerationRequest
+from serve.engine.restore import MEASURE_AGAIN_SECONDS, slices_of
 from tests.helpers.http import eventually
 from tests.helpers.tiny_engine import (
+    ALWAYS,
     PAGE,
     SMALL,
-    Always,
     assert_same_or_tied,
     generate,
     outcome,
@@ -38,7 +38,7 @@ class Running:
         config, params = model
         self.engine = Engine(params, config, settings, b"fingerprint", tiers)
         if always:  # such a small model computes faster than any disk reads: restore all the same
-            self.engine.pager.cost = Always(1.0, 1.0)
+            self.engine.core.costs.model = ALWAYS
         self.tiers = tiers
 
     def __enter__(self):
@@ -47,16 +47,16 @@ class Running:
 
     def __exit__(self, *_):
         self.engine.stop()
-        self.engine.store.check()
-        assert not self.engine.store.live
-        assert not self.engine.pager.parked
+        self.engine.core.memory.prefix_cache.check()
+        assert not self.engine.core.memory.prefix_cache.live
+        assert not self.engine.core.saver.pending_writes
 
 
 def stored(model, folder, tokens):
     """Let an engine compute a prompt and store its pages; the keys of the full ones."""
     with Running(model, tiers_of(folder)) as engine:
         generate(engine, tokens, 4)
-        return engine.store.keys(tokens)
+        return engine.core.memory.prefix_cache.keys(tokens)
 
 
 def test_a_restarted_engine_answers_the_same_and_computes_only_the_last_token(model, tmp_path):
@@ -88,8 +88,8 @@ def test_what_was_evicted_from_the_device_comes_back_from_host_memory(model):
                 output, started, _ = generate(engine, tokens, 6)
                 assert_same_or_tied(model, tokens, output, reference(model, tokens, 6, KNOWN), flips)
         assert started.restored["host"] > 200
-        assert engine.store.stats().pages_evicted > 100
-        assert engine.pager.tiers.writer.dropped == 0
+        assert engine.core.memory.prefix_cache.stats().pages_evicted > 100
+        assert engine.core.tiers.writer.dropped == 0
 
 
 def test_a_hole_is_computed_and_what_lies_behind_it_is_restored(model, tmp_path):
@@ -109,7 +109,7 @@ def test_a_partly_filled_page_in_a_hole_is_never_taken_for_the_full_page_that_wa
     for length in (PAGE + 2, len(tokens)):  # the first turn ends in page 1, and the second fills it
         with Running(model, tiers_of(tmp_path)) as engine:
             generate(engine, tokens[:length], 1)
-            keys = engine.store.keys(tokens)
+            keys = engine.core.memory.prefix_cache.keys(tokens)
     tiers = tiers_of(tmp_path)
     (disk,) = tiers.pages.tiers
     (whole,) = disk.get_many([keys[1]])
@@ -198,7 +198,7 @@ def test_a_page_that_the_disk_lost_while_the_device_has_it_is_written_again(mode
     with Running(model, tiers) as engine:
         generate(engine, tokens, 2)
         tiers.writer.flush()
-        keys = engine.store.keys(tokens)
+        keys = engine.core.memory.prefix_cache.keys(tokens)
         tiers.pages.tiers[0].delete(keys[:5])
         generate(engine, tokens, 20)
         tiers.writer.flush()
@@ -230,7 +230,7 @@ def test_pages_that_the_writer_is_too_slow_for_stay_in_the_pool_until_they_are_w
     with Running(model, tiers) as engine:
         tokens = prompt(12)
         generate(engine, tokens, 2)
-        assert engine.pager.parked
+        assert engine.core.saver.pending_writes
         # A full pool gives them up rather than refusing a request.
         for seed in range(20, 24):
             assert generate(engine, prompt(seed, 280), 4)[2] == Finished("length")
@@ -244,10 +244,10 @@ def test_a_page_that_is_sooner_computed_than_read_is_computed(model, tmp_path):
     tiers = tiers_of(tmp_path)
     running = Running(model, tiers, always=False)
     cost = CostModel(1.0, 0.0).prefilled(0, 1_000_000, 1.0).was_read("disk", 1, 1.0)  # a microsecond, a byte a second
-    running.engine.pager.cost = cost
+    running.engine.core.costs.model = cost
     with running as engine:
         assert generate(engine, tokens, 2)[1].restored == {}
-        assert engine.pager.recomputed_pages == (len(tokens) - 1) // PAGE
+        assert engine.core.restorer.recomputed_pages == (len(tokens) - 1) // PAGE
 
 
 def broken(*_):
@@ -260,10 +260,9 @@ def test_what_fails_on_the_way_to_the_tiers_or_back_costs_hits_and_no_answers(mo
     stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
     running = Running(model, tiers)
-    pager = running.engine.pager
-    moves = pager.moves
+    saver = running.engine.core.saver
     if fault == "gather":
-        pager.moves = replace(moves, gather=dict.fromkeys(moves.gather, broken))
+        saver.copies = replace(saver.copies, gather=dict.fromkeys(saver.copies.gather, broken))
     else:
         owner = {"submit": tiers.writer, "look": tiers, "fetch": tiers.pages}[fault]
         setattr(owner, fault, broken)
@@ -290,8 +289,8 @@ def test_stopping_ends_in_time_though_a_tier_hangs(model):
     ended = not stopper.is_alive()
     go.set()
     assert ended
-    assert not running.engine.store.live
-    assert not running.engine.pager.parked
+    assert not running.engine.core.memory.prefix_cache.live
+    assert not running.engine.core.saver.pending_writes
 
 
 def test_what_is_read_ahead_stays_within_its_budget(model, tmp_path):
@@ -300,12 +299,12 @@ def test_what_is_read_ahead_stays_within_its_budget(model, tmp_path):
         stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
     running = Running(model, tiers)
-    page_bytes = running.engine.pager.moves.page_bytes
+    page_bytes = running.engine.core.restorer.page_bytes
     running = Running(model, tiers, replace(SMALL, restore_bytes=8 * page_bytes))
-    pager, most, fetch = running.engine.pager, [], tiers.pages.fetch
+    restorer, most, fetch = running.engine.core.restorer, [], tiers.pages.fetch
 
     def counted(keys, *rest):
-        most.append(pager.staged_bytes + len(keys) * page_bytes)
+        most.append(restorer.staged_bytes + len(keys) * page_bytes)
         return fetch(keys, *rest)
 
     tiers.pages.fetch = counted
@@ -315,7 +314,7 @@ def test_what_is_read_ahead_stays_within_its_budget(model, tmp_path):
             output, started, _ = outcome(events)
             assert started.reused_tokens == 248
             assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])
-        eventually(lambda: pager.staged_bytes == 0, "nothing is staged")
+        eventually(lambda: restorer.staged_bytes == 0, "nothing is staged")
     assert 4 * page_bytes <= max(most) <= 8 * page_bytes
 
 
@@ -324,23 +323,23 @@ def test_reads_that_fail_take_no_room_from_those_that_follow(model, tmp_path, mo
     for tokens in prompts:
         stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
-    page_bytes = Running(model, tiers).engine.pager.moves.page_bytes
+    page_bytes = Running(model, tiers).engine.core.restorer.page_bytes
     running = Running(model, tiers, replace(SMALL, restore_bytes=8 * page_bytes))
-    monkeypatch.setattr(running.engine.pager, "load", broken)
+    monkeypatch.setattr(running.engine.core.restorer, "load", broken)
     gc.disable()
     try:
         with running as engine:
             for tokens in prompts:
                 assert generate(engine, tokens, 2)[2] == Finished("length")
             monkeypatch.undo()
-            engine.store.tree.evict(SMALL.num_pages)
+            engine.core.memory.prefix_cache.tree.evict(SMALL.num_pages)
             assert generate(engine, prompts[0], 2)[1].restored["disk"] > 200
     finally:
         gc.enable()
 
 
 def test_a_tier_that_hangs_in_a_read_holds_a_request_for_a_while_and_no_longer(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("serve.engine.paging.STALLED_SECONDS", 0.2)
+    monkeypatch.setattr("serve.engine.restore.STALLED_SECONDS", 0.2)
     tokens = prompt(91)
     stored(model, tmp_path, tokens)
     tiers, go = tiers_of(tmp_path), threading.Event()
@@ -362,14 +361,14 @@ def test_draining_ends_once_the_writer_has(model):
     engine.start()
     generate(engine, prompt(92), 4)
     assert hung.wait(60)
-    eventually(lambda: bool(engine.pager.parked), "pages wait for the writer")
+    eventually(lambda: bool(engine.core.saver.pending_writes), "pages wait for the writer")
     tiers.writer.close(0.1)
     drained = threading.Thread(target=engine.stop, daemon=True)
     drained.start()
     drained.join(60)
     go.set()
     assert not drained.is_alive()
-    assert not engine.pager.parked
+    assert not engine.core.saver.pending_writes
 
 
 def test_a_tier_that_was_too_slow_is_measured_again_and_taken_back(model, tmp_path, monkeypatch):
@@ -377,25 +376,25 @@ def test_a_tier_that_was_too_slow_is_measured_again_and_taken_back(model, tmp_pa
     stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
     running = Running(model, tiers, always=False)
-    pager = running.engine.pager
-    pager.cost = CostModel(1.0, 0.0).prefilled(0, 1000, 1.0).was_read("disk", 1, 1.0)  # a millisecond, a byte a second
+    restorer, costs = running.engine.core.restorer, running.engine.core.costs
+    costs.model = CostModel(1.0, 0.0).prefilled(0, 1000, 1.0).was_read("disk", 1, 1.0)  # a millisecond, a byte a second
     for _ in range(REMEMBERED):
-        pager.cost = pager.cost.was_read("disk", 1, 1.0)
-    monkeypatch.setattr(running.engine, "prefilled", lambda *_: None)
-    pager.measured_at["disk"] = time.monotonic()
+        costs.model = costs.model.was_read("disk", 1, 1.0)
+    monkeypatch.setattr(costs, "prefilled", lambda *_: None)
+    restorer.measured_at["disk"] = time.monotonic()
     with running as engine:
         assert generate(engine, tokens, 2)[1].restored == {}
-        assert pager.measuring is None  # it was read a moment ago
-        pager.measured_at["disk"] -= MEASURE_AGAIN_SECONDS
+        assert restorer.measuring is None  # it was read a moment ago
+        restorer.measured_at["disk"] -= MEASURE_AGAIN_SECONDS
         for _ in range(REMEMBERED):
-            engine.store.tree.evict(SMALL.num_pages)
+            engine.core.memory.prefix_cache.tree.evict(SMALL.num_pages)
             assert generate(engine, tokens, 2)[2] == Finished("length")
-            if pager.measuring:
-                pager.measuring.result(60)
-            pager.measured_at["disk"] = time.monotonic() - MEASURE_AGAIN_SECONDS
-            if pager.restored_tokens["disk"]:
+            if restorer.measuring:
+                restorer.measuring.result(60)
+            restorer.measured_at["disk"] = time.monotonic() - MEASURE_AGAIN_SECONDS
+            if restorer.restored_tokens["disk"]:
                 break
-        assert pager.restored_tokens["disk"] > 0
+        assert restorer.restored_tokens["disk"] > 0
 
 
 @pytest.mark.parametrize("fault", ["write", "read"])

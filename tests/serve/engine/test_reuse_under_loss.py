@@ -125,7 +125,7 @@ def told(clock, tmp_path):
     for seed in range(10, 17):
         world.ask(random.Random(seed), talk, talk.tokens)
         world.finish(random.Random(seed))
-    world.engines[0].pager.tiers.writer.flush()
+    world.engines[0].core.tiers.writer.flush()
     yield world, talk, records(world.lower)
     world.close()
 
@@ -144,14 +144,14 @@ def put(world: World, pages: Mapping[bytes, bytes]) -> None:
 def test_a_wrong_page_under_a_valid_seal_is_seen_on_disk_on_the_device_and_in_the_logits(told, damage, in_logits):
     world, talk, stored = told
     engine, before = world.engines[0], talk.tokens
-    keys = engine.store.keys(before[:-1])
+    keys = engine.core.memory.prefix_cache.keys(before[:-1])
     right = [np.frombuffer(stored[key], np.float32).reshape(PAGE_SHAPE) for key in keys]
     seen_in_text = 0
     for at in range(len(keys)):
         wrong = {keys[i]: page.tobytes() for i, page in damage(right, at).items()}
         put(world, stored | wrong)
         assert len(wrong_records(world.lower, world.truth)) == len(wrong)
-        engine.store.tree.evict(SETTINGS.num_pages)
+        engine.core.memory.prefix_cache.tree.evict(SETTINGS.num_pages)
         world.ask(random.Random(at), talk, before)
         while world.advance(random.Random(at), engine):
             pass
@@ -163,7 +163,7 @@ def test_a_wrong_page_under_a_valid_seal_is_seen_on_disk_on_the_device_and_in_th
             world.check_answer(asked)
         except AssertionError:
             seen_in_text += 1
-        engine.pager.tiers.writer.flush()
+        engine.core.tiers.writer.flush()
     put(world, stored)
     assert not wrong_records(world.lower, world.truth)
     print(f"{damage.__name__}: of {len(keys)} wrong pages, {seen_in_text} are seen in the answer, too")

@@ -39,9 +39,9 @@ def test_the_ladder_holds_every_step_the_engine_takes(max_num_seqs: int, max_chu
     seqs, chunk = data.draw(st.integers(1, max_num_seqs)), data.draw(st.integers(1, max_chunk))
     for wanted in ([1] * seqs, [chunk], [min(chunk, mixed), *[1] * (seqs - 1)]):
         bucket = smallest_bucket(buckets, wanted)
-        assert bucket.rows >= len(wanted)
+        assert bucket.num_seqs >= len(wanted)
         assert bucket.chunk >= wanted[0]
-        assert not [b for b in buckets if b.tokens < bucket.tokens and b.holds(wanted)]
+        assert not [b for b in buckets if b.tokens < bucket.tokens and b.fits(wanted)]
 
 
 @given(max_num_seqs=BATCHES, max_chunk=CHUNKS)
@@ -58,15 +58,17 @@ def test_the_ladder_is_short_and_wastes_less_than_half_of_a_decoding_batch(max_n
 def test_the_ladder_of_the_defaults() -> None:
     buckets = batch_buckets(16, 1024, 256)
     assert [b.seqs for b in buckets if b.chunk == 1] == [1, 2, 4, 8, 16]
-    assert [b.chunk for b in buckets if b.chunk > 1 and not b.singles] == list(PREFILL_CHUNKS)
-    assert [(b.chunk, b.singles) for b in buckets if b.singles] == [(n, s) for n in MIXED_CHUNKS for s in (4, 15)]
+    assert [b.chunk for b in buckets if b.chunk > 1 and not b.decode_seqs] == list(PREFILL_CHUNKS)
+    assert [(b.chunk, b.decode_seqs) for b in buckets if b.decode_seqs] == [
+        (n, s) for n in MIXED_CHUNKS for s in (4, 15)
+    ]
 
 
 def test_on_a_gpu_chunks_start_where_tokens_begin_to_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.engine.steps.on_cpu", lambda: False)
     buckets = batch_buckets(8, 1000, 256)
-    assert [b.chunk for b in buckets if b.chunk > 1 and not b.singles] == [128, 256, 512, 1000]
-    assert [(b.chunk, b.singles) for b in buckets if b.singles] == [(n, s) for n in (128, 256) for s in (4, 7)]
+    assert [b.chunk for b in buckets if b.chunk > 1 and not b.decode_seqs] == [128, 256, 512, 1000]
+    assert [(b.chunk, b.decode_seqs) for b in buckets if b.decode_seqs] == [(n, s) for n in (128, 256) for s in (4, 7)]
 
 
 MASKS = st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4).map(lambda words: np.asarray(words, np.uint32))
@@ -114,13 +116,13 @@ def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=4), data=st.data())
 def test_a_token_is_sampled_before_and_behind_each_guess(rows: list[SequenceInput], data: st.DataObject) -> None:
-    rows = [replace(row, draft=data.draw(st.integers(0, len(row.tokens) - 1))) for row in rows]
-    bucket = Bucket(len(rows) + 1, 6, every=True)
+    rows = [replace(row, draft_tokens=data.draw(st.integers(0, len(row.tokens) - 1))) for row in rows]
+    bucket = Bucket(len(rows) + 1, 6, sample_all_tokens=True)
     batch, sampling = pack(rows, bucket, table_pages=7)
     wanted = [
         (batch.starts[i + 1] - 1 - back, row.prefix + len(row.tokens) - back, row.sampling.seed)
         for i, row in enumerate(rows)
-        for back in range(row.draft, -1, -1)
+        for back in range(row.draft_tokens, -1, -1)
     ]
     assert len(batch.logit_indices) == len(sampling.positions) == len(sampling.seeds) == bucket.samples == bucket.tokens
     for i, (place, position, seed) in enumerate(wanted):

@@ -25,8 +25,9 @@ import pytest
 from experiments.harness.server import Server, running_server, scrape
 from model import checkpoint
 from model.params import unstacked
-from serve.engine.engine import Engine, EngineSettings, generate
+from serve.engine.engine import Engine, generate
 from serve.engine.request import TokenEvent
+from serve.engine.settings import EngineSettings
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.context import make_context
 from tests.helpers.http import (
@@ -90,8 +91,9 @@ class Wrapped:
         self.gate.set()
         self.entered = 0
         self.fault: Callable[[int, Callable, tuple], Any] | None = None  # (sequences, step, its arguments)
-        run = {bucket: replace(step, forward=self.wrap(step.forward)) for bucket, step in engine.steps.run.items()}
-        engine.steps = replace(engine.steps, run=run)
+        runner = engine.core.runner
+        run = {bucket: replace(step, forward=self.wrap(step.forward)) for bucket, step in runner.steps.run.items()}
+        runner.steps = replace(runner.steps, run=run)
 
     def wrap(self, step: Callable) -> Callable:
         def run(*args: Any) -> Any:
@@ -128,7 +130,7 @@ class TestAStepThatRaises:
             assert text_of(post(client, ask("Hi")))
             assert scrape(client)['tokenzero_http_responses_total{path="/v1/messages",status="500"}'] == 1
             eventually(lambda: is_idle(client), "no page is held")
-        engine.store.check()
+        engine.core.memory.prefix_cache.check()
 
     @pytest.mark.parametrize("fault", [raise_before, raise_after])
     def test_those_that_run_end_with_an_error_and_those_that_wait_are_served(
@@ -170,7 +172,7 @@ class TestAStepThatRaises:
             assert scrape(client)["tokenzero_failed_requests_total"] == 2
             assert text_of(post(client, bodies[2])) == expected
             eventually(lambda: is_idle(client), "no page is held")
-        engine.store.check()
+        engine.core.memory.prefix_cache.check()
 
     def test_what_was_cached_survives_a_step_that_left_the_pool_alone(
         self, make_engine: MakeEngine, serve: Any
@@ -201,7 +203,7 @@ class TestAStepThatRaises:
             second = post(client, body)
             assert second["usage"]["cache_read_input_tokens"] == 0
             assert text_of(second) == text_of(first)
-        engine.store.check()
+        engine.core.memory.prefix_cache.check()
 
 
 class TestOverload:
@@ -263,7 +265,7 @@ class TestWaiting:
             for number, streaming in ((1, True), (2, False)):
                 connection = open_request(str(client.base_url), ask("Hi", 3, stream=streaming))
                 eventually(
-                    lambda n=number: engine.numbers == n and wrapped.entered > 0, "it is there, a step under way"
+                    lambda n=number: engine.submitted == n and wrapped.entered > 0, "it is there, a step under way"
                 )
                 connection.close()
                 eventually(lambda n=number: n in engine.inbox.cancellations, "it is cancelled")

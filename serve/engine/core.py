@@ -1,0 +1,398 @@
+"""The engine's core: sequences that wait and run, and one turn of the step loop. Only the engine's thread calls it.
+
+One turn, `EngineCore.step`:
+
+    admit        waiting sequences, while the pool has pages for their prompts        scheduler, memory
+    restore      copy in what the tiers brought, read ahead for those next in line    restorer
+    plan         all that decode, and one chunk of a sequence that prefills           scheduler
+    dispatch     make room, run the model over the plan's tokens, publish the chunk   memory, runner
+    collect      read the tokens of the step dispatched the turn before, emit them    runner
+    sample       start the sampling of this turn's step                               runner
+    save         what was filled, queued for the tiers as each step is collected      saver
+
+A step without constraints is sampled as it is dispatched. A constrained one is sampled only after `collect`, since what
+may come next depends on what came; its forward pass does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from cache.prefix_cache import PrefixCache
+from cache.tiers import Tiers
+from model.config import ModelConfig
+from model.kv import KVPool, empty_pool
+from model.params import Params
+from serve.engine.cost import Constants, CostTracker, cost_model
+from serve.engine.inbox import Inbox
+from serve.engine.memory import Memory
+from serve.engine.page_copies import compile_page_copies
+from serve.engine.page_names import PageNames
+from serve.engine.request import Event, Failed, Finished, Started, TokenEvent
+from serve.engine.restore import Restorer
+from serve.engine.runner import InFlightStep, Runner, SequenceOutput
+from serve.engine.saving import Saver
+from serve.engine.scheduler import ScheduledSequence, admission_order, fits, gives_way, next_prefill, plan_step
+from serve.engine.sequence import ENDED, WAITING, InFlightToken, Sequence, SequenceState
+from serve.engine.settings import EngineSettings
+from serve.engine.steps import batch_buckets, compile_steps, warm_up
+
+log = logging.getLogger("tokenzero.engine")
+
+# Of the waiting requests, those whose pages are read ahead.
+RESTORED_WHILE_WAITING = 2
+# The weight of the latest answer in the moving mean of the time that answers take.
+ANSWER_WEIGHT = 0.1
+
+
+@dataclass
+class Counters:
+    """What the engine has done since the start; read by the metrics page."""
+
+    steps: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    failures: int = 0
+
+
+class EngineCore:
+    """The model, its memory, and the sequences that use them.
+
+    A sequence is in `waiting`, in `running`, or ended. What it has computed stays in the prefix cache, also when it is
+    preempted or cancelled.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        settings: EngineSettings,
+        fingerprint: bytes,
+        tiers: Tiers | None,
+        inbox: Inbox,
+        on_progress: Callable[[int, int], None],
+        costs: Constants | None,
+    ) -> None:
+        self.settings, self.inbox = settings, inbox
+
+        def new_pool() -> KVPool:
+            pages = settings.num_pages + settings.audit_pages
+            return empty_pool(config, pages, settings.page_size, jax.numpy.dtype(settings.dtype))
+
+        def new_cache() -> PrefixCache:
+            return PrefixCache(settings.num_pages, settings.page_size, fingerprint)
+
+        chunk, mixed = settings.max_prefill_tokens, settings.max_mixed_prefill_tokens
+        buckets = batch_buckets(settings.max_num_seqs, chunk, mixed, settings.speculative_tokens)
+        pool = new_pool()
+        steps = compile_steps(params, pool, config, buckets, settings.max_model_len, on_progress)
+        copies = compile_page_copies(pool) if tiers else None
+        pool, warmed_up, seconds = warm_up(steps, params, pool, settings.max_model_len)
+        self.costs = CostTracker(cost_model(config, costs))
+        self.costs.prefilled(*warmed_up, seconds)
+        self.memory = Memory(pool, new_pool, steps.copy, new_cache)
+        self.runner = Runner(params, steps, buckets, self.memory)
+        self.tiers, self.restorer, self.saver = tiers, None, None
+        if tiers and copies:
+            names = PageNames(fingerprint, settings.page_size)
+            self.restorer = Restorer(tiers, copies, names, self.costs, inbox.wake, settings.restore_bytes)
+            self.saver = Saver(tiers.writer, self.memory, copies, names)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.in_flight: InFlightStep | None = None
+        self.answer_s = 0.0  # seconds from an answer's first token to its last: a moving mean
+        self.full = False  # the next request has no room until a running one has ended
+        self.idle = False  # the last step found nothing to do, because all sequences wait for the tiers
+        self.counters = Counters()
+        self.on_first_token: Callable[[Sequence, int], None] = lambda sequence, token: None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request is in the engine, or any page of one waits to be saved."""
+        return bool(self.waiting or self.running or (self.saver and self.saver.pending_writes))
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is left to do, and no step is in flight."""
+        return not self.unfinished and self.in_flight is None
+
+    # One turn.
+
+    def step(self) -> None:
+        """One turn of the loop, see the top of this file."""
+        collected_at = self.runner.collected_at
+        if self.settings.speculative_tokens:
+            self.collect()  # the draft that comes next depends on what came
+        self.admit()
+        restored = self.restore()
+        dispatched = self.dispatch(self.plan())
+        self.collect()
+        if dispatched:
+            self.runner.sample(dispatched, self.mask)
+        self.in_flight = dispatched
+        if dispatched and not any(output.sequence.in_flight for output in dispatched.outputs):
+            self.collect()  # no client waits for its tokens, and a request that comes now waits for one chunk at most
+        self.idle = not (dispatched or restored or self.runner.collected_at > collected_at)
+        self.counters.steps += 1
+
+    def admit(self) -> None:
+        """Move waiting sequences to the running ones while there is room for their prompts."""
+        while self.waiting and len(self.running) < self.settings.max_num_seqs and not self.full:
+            sequence, others = self.in_line()[0], list(self.running)
+            self.waiting.remove(sequence)
+            # Counted as running before anything can raise: a request that breaks a step must not be tried again.
+            self.running.append(sequence)
+            lease = self.memory.match(sequence)
+            if fits(sequence.length - lease.reused, others, self.memory.free_tokens):
+                sequence.admit(lease, time.perf_counter())
+                continue
+            self.memory.release(lease)
+            self.running.remove(sequence)
+            self.waiting.appendleft(sequence)
+            self.full = True
+
+    def in_line(self) -> list[Sequence]:
+        """The next few requests to admit, in this order."""
+
+        def takes_s(sequence: Sequence) -> float:
+            return self.costs.model.prefill_s(self.memory.cached_tokens(sequence), sequence.length) + self.answer_s
+
+        return admission_order(self.waiting, time.perf_counter(), takes_s)
+
+    def restore(self) -> bool:
+        """Copy in what the tiers have brought, and read ahead, also for those next in line. Whether anything came."""
+        if self.restorer is None or self.saver is None:
+            return False
+        came = [sequence for sequence in list(self.running) if self.restore_one(self.restorer, sequence)]
+        for sequence in self.running:
+            sequence.wait_for_pages(self.restorer.waits(sequence))
+        for sequence in self.in_line()[:RESTORED_WHILE_WAITING]:
+            if not self.restorer.looked_up(sequence):
+                # Without a lease: it may wait for long, and others need the pages.
+                self.restorer.look_up(sequence, self.memory.cached_tokens(sequence))
+            self.restorer.read_ahead(sequence)
+        if self.saver.save_pending():
+            self.full = False
+        return bool(came)
+
+    def restore_one(self, restorer: Restorer, sequence: Sequence) -> bool:
+        """Read ahead for a running sequence, and copy in its next pages if they have come. Whether they have."""
+        if sequence.lease is None:
+            return False
+        if not restorer.looked_up(sequence):
+            restorer.look_up(sequence, sequence.computed)
+        restorer.read_ahead(sequence)
+        if (loaded := restorer.ready(sequence)) is None:
+            return False
+        self.memory.refresh_match(sequence)  # another may have brought the same pages meanwhile
+        restorer.read_ahead(sequence)
+        if restorer.ready(sequence) is not loaded:
+            return False
+        if self.make_room(sequence, max(loaded.stop, sequence.computed)):
+            self.memory.pool, restored = restorer.copy_in(sequence, loaded, self.memory.pool)
+            if restored:
+                sequence.mark_restored(restored.stop, restored.tokens)
+            self.memory.publish(sequence)
+        return True
+
+    def plan(self) -> list[ScheduledSequence]:
+        """Who runs in the next step, and what."""
+        decoding = [s for s in self.running if s.decodes]
+        prefill, tokens_before_page = next_prefill(self.running, time.perf_counter(), self.costs.model.prefill_s), 0
+        if prefill:
+            self.memory.refresh_match(prefill)
+            tokens_before_page = self.restorer.tokens_before_page(prefill) if self.restorer else 0
+        return plan_step(decoding, prefill, tokens_before_page, self.settings)
+
+    def dispatch(self, plan: list[ScheduledSequence]) -> InFlightStep | None:
+        """Start the step that a plan asks for; None if there is nothing to run."""
+        roomy = [t for t in plan if self.make_room(t.sequence, t.sequence.computed + t.count + len(t.draft_tokens))]
+        # A later one may have preempted an earlier one.
+        scheduled = [t for t in roomy if t.sequence.lease is not None]
+        if not scheduled:
+            return None
+        step = self.runner.dispatch(scheduled, self.in_flight)
+        for output in step.outputs:
+            sequence, prefills = output.sequence, output.sequence.pending > 1
+            sequence.dispatch(output.count, InFlightToken(step.number, output.index))
+            self.counters.draft_tokens += len(output.draft_tokens)
+            if prefills:
+                self.counters.prefilled_tokens += output.count
+                self.memory.publish(sequence)
+        if not any(output.sequence.request.constraint for output in step.outputs):
+            self.runner.sample(step, self.mask)
+        return step
+
+    def mask(self, sequence: Sequence) -> np.ndarray | None:
+        """The tokens that a sequence in a step may go on with, see `pack_masks`; fails it where it cannot go on."""
+        constraint = sequence.request.constraint
+        if constraint is None or sequence.in_flight is None:
+            return None
+        try:
+            return constraint.mask()
+        except Exception as error:
+            self.fail(sequence, error)
+            return None
+
+    def collect(self) -> bool:
+        """Wait for the step in flight, and accept the tokens that it samples. False if there is none."""
+        step, self.in_flight = self.in_flight, None
+        if step is None:
+            return False
+        tokens, seconds = self.runner.collect(step)
+        if step.chunk:
+            self.costs.prefilled(*step.chunk, seconds)
+        for output in step.outputs:
+            sequence = output.sequence
+            if sequence.lease is None:
+                continue  # it has ended while the step was in flight
+            sampled = tokens[output.index : output.index + output.num_samples].tolist()
+            sequence.collect(step.number)
+            if output.accepts:
+                self.accept_tokens(output, sampled)
+            if self.saver and sequence.lease:
+                self.saver.save(sequence)
+        return True
+
+    def accept_tokens(self, output: SequenceOutput, sampled: list[int]) -> None:
+        """Accept the first sampled token, and the one after each draft token for as long as the draft was right."""
+        sequence = output.sequence
+        self.accept_token(sequence, sampled[0])
+        for drafted, right, following in zip(output.draft_tokens, sampled, sampled[1:], strict=False):
+            if drafted != right or sequence.lease is None:
+                return
+            self.counters.accepted_tokens += 1
+            sequence.accept_draft()
+            self.accept_token(sequence, following)
+
+    def accept_token(self, sequence: Sequence, token: int) -> None:
+        """Append a sampled token, send it to the client, and finish the sequence if it was the last one."""
+        if sequence.request.constraint:
+            try:
+                sequence.request.constraint.accept(token)
+            except Exception as error:
+                self.fail(sequence, error)
+                return
+        if sequence.sampled == 0:
+            self.start_answer(sequence, token)
+        sequence.accept_token(token)
+        self.counters.generated_tokens += 1
+        stopped = token in sequence.request.stop_ids
+        if not stopped:
+            self.emit(sequence, TokenEvent(token))
+        if stopped or not sequence.remaining_tokens:
+            self.answer_s += ANSWER_WEIGHT * (time.perf_counter() - sequence.answered - self.answer_s)
+            self.release(sequence, ENDED)
+            self.emit(sequence, Finished("stop" if stopped else "length"))
+
+    def start_answer(self, sequence: Sequence, token: int) -> None:
+        """Count a prompt that is computed, and send the event that comes before its first token."""
+        now, prompt = time.perf_counter(), sequence.length
+        sequence.answered = now
+        self.counters.requests += 1
+        self.counters.prompt_tokens += prompt
+        self.counters.reused_tokens += sequence.reused
+        self.on_first_token(sequence, token)
+        queued_s, prefill_s = sequence.started - sequence.submitted, now - sequence.started
+        self.emit(sequence, Started(prompt, sequence.reused, queued_s, prefill_s, dict(sequence.restored)))
+
+    def emit(self, sequence: Sequence, event: Event) -> None:
+        """Send an event; a request whose client takes no more events is cancelled."""
+        try:
+            sequence.emit(event)
+        except Exception as error:
+            log.warning("request %d ends: its caller takes no events: %s", sequence.number, error)
+            self.inbox.cancel(sequence.number)
+
+    # Giving pages back.
+
+    def make_room(self, sequence: Sequence, length: int) -> bool:
+        """Extend a sequence's lease to `length` tokens; False if the sequence itself had to give way, or ended."""
+        return self.memory.make_room(sequence, length, self.reclaim)
+
+    def reclaim(self) -> None:
+        """Free some pages of a full pool: collect the step in flight, drop pages that wait to be saved, or preempt."""
+        if not (self.collect() or (self.saver and self.saver.drop_oldest())):
+            self.preempt(gives_way(self.running))
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to the queue; it resumes from what the prefix cache still has of it."""
+        assert len(self.running) > 1, "one sequence alone always fits: max_model_len is below the pool's size"
+        log.info("request %d is preempted at %d tokens: the pool is full", sequence.number, sequence.length)
+        self.counters.preemptions += 1
+        self.release(sequence, WAITING)
+        self.waiting.appendleft(sequence)
+
+    def release(self, sequence: Sequence, state: SequenceState) -> None:
+        """Publish what a running sequence has computed, save it, and give its pages back."""
+        self.memory.publish_last(sequence)
+        if self.restorer:
+            self.restorer.cancel(sequence)
+        if self.saver:
+            pages = self.saver.last_pages(sequence)
+            self.saver.finish(sequence.leave(state), pages)
+        else:
+            self.memory.release(sequence.leave(state))
+        self.running.remove(sequence)
+        self.full = False
+
+    def cancel(self, numbers: set[int]) -> None:
+        """End the requests with these numbers, without an event."""
+        for sequence in [s for s in self.waiting if s.number in numbers]:
+            self.waiting.remove(sequence)
+            sequence.end()
+            if self.restorer:
+                self.restorer.cancel(sequence)
+        for sequence in [s for s in self.running if s.number in numbers]:
+            self.release(sequence, ENDED)
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """End one request whose constraint cannot go on."""
+        log.warning("request %d ends with an error: %s: %s", sequence.number, type(error).__name__, error)
+        self.release(sequence, ENDED)
+        self.counters.failures += 1
+        self.emit(sequence, Failed(f"{type(error).__name__}: {error}"))
+
+    def recover(self, message: str) -> None:
+        """After a step that raised: fail what was running, and start from an empty pool if the step lost it."""
+        failed, self.running, self.in_flight, self.full = self.running, [], None, False
+        self.counters.failures += len(failed)
+        for sequence in failed:
+            if sequence.lease is not None:
+                self.memory.release(sequence.leave(ENDED))
+            sequence.end()
+            if self.restorer:
+                self.restorer.cancel(sequence)
+            self.emit(sequence, Failed(message))
+        self.check_pool()
+
+    def check_pool(self) -> None:
+        """Start from an empty pool and an empty prefix cache if the last step lost the pool."""
+        if self.memory.replace_if_lost() and self.saver:
+            self.saver.pending_writes.clear()  # their leases are of the cache that is gone
+
+    def stop(self, late: list[Sequence]) -> None:
+        """Fail all that runs and waits, and `late` submissions; then write what has been computed."""
+        for sequence in [*self.running, *self.waiting, *late]:
+            try:
+                if sequence.lease is not None:
+                    self.release(sequence, ENDED)
+                sequence.end()
+            except Exception:  # the others have to get their last event, too
+                log.exception("request %d leaves nothing in the prefix cache", sequence.number)
+            self.emit(sequence, Failed("the engine has stopped"))
+        if self.saver:
+            self.saver.drain(self.settings.stop_seconds / 2)
