@@ -40,7 +40,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     jax: str
     tokens: list[int]
     reused: int  # the prefix that was audited
-    first: int | None  # the token that was sampled behind all of `tokens`, if it was the most likely one
+    first: int | None  # the token that was sampled after all of `tokens`, if it was the most likely one
     witness: str  # these as in findings.Mismatch
     source: str
     position: int

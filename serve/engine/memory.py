@@ -19,7 +19,7 @@ from serve.engine.sequence import Sequence
 class Memory:
     """Leases for sequences: match, extend, publish, give back.
 
-    `pool` is donated to every step and every copy into it; whoever runs one stores the pool that it returns here.
+    `pool` is donated to every step and every copy into it; the caller of one stores the returned pool here.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """What is right: keys, values and logits of any tokens from one cold pass, and whether a cache holds the same.
 
-Of each kind of place, device pages, records of a tier and the logits behind cached pages, one function lists what is
+Of each kind of place, device pages, records of a tier and the logits after cached pages, one function lists what is
 wrong there. Text alone would be too weak a witness: few wrong pages change the likeliest token.
 """
 
@@ -61,7 +61,7 @@ def parameters():
 
 
 def records(tier) -> dict[bytes, bytes]:
-    """All pages that a tier holds, by key, read behind its back: not a use."""
+    """All pages that a tier holds, by key, read without its methods: not a use."""
     tier = getattr(tier, "tier", tier)
     if isinstance(tier, DiskTier):
 
@@ -99,9 +99,9 @@ class Truth:
         self.shots = 0
 
     def of(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values, [2, layers, kv_heads, LIMIT, head_dim], and the logits behind each token, [LIMIT, vocab].
+        """Keys and values, [2, layers, kv_heads, LIMIT, head_dim], and the logits after each token, [LIMIT, vocab].
 
-        Good for the positions of `tokens` ([tokens] int32), whatever lies behind.
+        Good for the positions of `tokens` ([tokens] int32), whatever comes after.
         """
         found = self.known.get(tokens.tobytes())
         if found is None:
@@ -186,4 +186,4 @@ def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) 
     )
     logits = np.asarray(one_shot(parameters(), batch, engine.core.memory.pool, CONFIG)[0])[0]
     right = truth.of(tokens)[1][length]
-    return [f"logits behind {length} cached tokens of {tokens.tolist()}"] if differs(logits, right) else []
+    return [f"logits after {length} cached tokens of {tokens.tolist()}"] if differs(logits, right) else []

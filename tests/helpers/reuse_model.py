@@ -1,4 +1,4 @@
-"""Random lives of a few conversations over stores that lose things, and the truth that every cached page is held to.
+"""Random lives of a few conversations over stores that lose things; every cached page is compared with the truth.
 
 A case is a list of operations, each a name and a seed of its own, so that leaving some out does not change the others:
 `reduced` makes a failing case short. Look-ups, reads and writes happen when the case says so and on its own thread, and
@@ -91,7 +91,7 @@ class Case:
     store_bytes: int
     queue_bytes: int
     engines: int
-    guesses: int
+    speculative_tokens: int
     patient: bool  # whether a sequence waits for a look-up, however long it takes
     operations: tuple[tuple[str, int], ...]  # each with a seed
 
@@ -128,7 +128,7 @@ def case_of(seed: int, lower: str | None = None) -> Case:
         store_bytes=rng.choice([150_000, LARGE, LARGE]),
         queue_bytes=rng.choice([5 * PAGE_BYTES, LARGE, LARGE]),
         engines=rng.choice([1, 1, 2]),
-        guesses=rng.choice([0, SETTINGS.speculative_tokens]),
+        speculative_tokens=rng.choice([0, SETTINGS.speculative_tokens]),
         patient=rng.random() < 0.7,
         operations=tuple(
             (name, rng.randrange(1 << 30))
@@ -162,7 +162,7 @@ class World:
     def engine(self) -> Engine:
         """An engine on the store, which is not started."""
         tiers = tiers_over(self.lower, self.case.host_bytes, self.case.queue_bytes)
-        settings = replace(SETTINGS, speculative_tokens=self.case.guesses)
+        settings = replace(SETTINGS, speculative_tokens=self.case.speculative_tokens)
         engine = Engine(parameters(), CONFIG, settings, FINGERPRINT, tiers)
         engine.core.costs.model = Always(1.0, 1.0)
         return engine
@@ -199,7 +199,7 @@ class World:
             self.ask(rng, new, old.tokens[: rng.randrange(len(old.tokens) + 1)])
 
     def edit(self, rng: random.Random) -> None:
-        """Say one token in the middle otherwise, and all behind it again."""
+        """Change one token in the middle, and say all after it again."""
         if self.conversations:
             old = rng.choice(self.conversations)
             tokens = old.tokens.copy()
@@ -367,7 +367,7 @@ class World:
         self.counts["deaths"] += 1
 
     def reopen(self, rng: random.Random) -> None:
-        """End all engines, and open the store anew."""
+        """End all engines, and open the store again."""
         self.finish(rng)
         self.close()
         self.lower = self.opened()
@@ -419,16 +419,16 @@ class World:
         said = asked.said
         logits = self.truth.of(said)[1]
         for at in range(len(asked.prompt), len(said)):
-            behind = logits[at - 1]
-            if behind.argmax() != said[at]:
-                gap = behind.max() - behind[said[at]]
-                assert gap <= TOLERANCE * np.abs(behind).max(), f"token {at} of an answer is wrong: {said.tolist()}"
+            before = logits[at - 1]
+            if before.argmax() != said[at]:
+                gap = before.max() - before[said[at]]
+                assert gap <= TOLERANCE * np.abs(before).max(), f"token {at} of an answer is wrong: {said.tolist()}"
                 self.flips.append((self.case.seed, at))
         if asked.events[-1] == Finished("stop"):
             assert int(logits[len(said) - 1].argmax()) in asked.stop_ids, "an answer has stopped too early"
 
     def check_device(self, engine: Engine, asked: list[Asked]) -> None:
-        """Every page in the tree, the tree itself, and the logits of a token behind what is cached."""
+        """Every page in the tree, the tree itself, and the logits of a token after what is cached."""
         engine.core.memory.prefix_cache.check()
         wrong = wrong_pages(engine, self.truth)
         for one in asked:

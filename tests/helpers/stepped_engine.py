@@ -1,6 +1,6 @@
-"""Engines and tiers in which nothing happens by itself: look-ups, reads, writes and the clock wait to be told.
+"""Engines and tiers in which nothing happens by itself: look-ups, reads, writes and the clock move when a test says so.
 
-So whatever may come between two of them can be made to, and the same way each time.
+So anything that may come between two of them can be made to, in the same way each time.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def by_hand() -> Iterator[Clock]:
 
 
 class Later(Worker):
-    """Runs what it was given when it is told to, on the thread that tells it."""
+    """Runs its jobs when `turn` is called, on the thread that calls it."""
 
     def _run(self):
         pass
 
     def turn(self) -> bool:
-        """Run what has waited longest; False if nothing has."""
+        """Run the job that has waited longest; False if there is none."""
         if not self.queued:
             return False
         future, call = self.queued.popleft()

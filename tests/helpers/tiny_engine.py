@@ -49,7 +49,7 @@ def generate(engine, tokens, max_tokens=8, **options):
 
 
 def logits_of(model, tokens):
-    """Logits [vocab] behind `tokens`, computed in one shot with no store and no engine."""
+    """Logits [vocab] after `tokens`, computed in one shot with no store and no engine."""
     config, params = model
     size, pages = SMALL.max_model_len, SMALL.max_model_len // PAGE
     batch = Batch(

@@ -165,7 +165,7 @@ class TestSizes:
         assert (
             self.sized(loaded, "--kv-pool-bytes", "1MiB", "--max-prefill-tokens", "32").max_mixed_prefill_tokens == 32
         )
-        assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--speculative-tokens", "4").guesses == 4
+        assert self.sized(loaded, "--kv-pool-bytes", "1MiB", "--speculative-tokens", "4").speculative_tokens == 4
 
     def test_the_auditor_has_a_small_share_of_the_pages_and_none_of_a_context_that_was_asked_for(
         self, loaded: tuple[ModelConfig, Params]

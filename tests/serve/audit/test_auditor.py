@@ -294,7 +294,7 @@ class TestWhatIsFound:
         assert engine.idle_work is not None
         assert (engine.idle_work.requests, engine.idle_work.mismatches) == (1, 0)
 
-    def test_a_request_right_behind_a_mismatch_finds_nothing_of_it(self, make: Make, tmp_path: Path) -> None:
+    def test_a_request_right_after_a_mismatch_finds_nothing_of_it(self, make: Make, tmp_path: Path) -> None:
         tokens = prompt(3)
         (keys,) = stored(make, tmp_path, [tokens])
         replaced(tmp_path, {keys[0]: payload(tmp_path, keys[11])[0]})
@@ -431,7 +431,7 @@ class TestRequestsGoFirst:
         audit(engine)
         assert (auditor.requests, auditor.tokens, auditor.mismatches) == (1, 299, 0)
 
-    def test_a_window_behind_cached_pages_ends_where_a_request_came_between(self, make: Make) -> None:
+    def test_a_window_after_cached_pages_ends_where_a_request_came_between(self, make: Make) -> None:
         engine, tokens = make(settings=IN_PART), prompt(3, 300)
         auditor = engine.idle_work
         assert auditor is not None
@@ -534,7 +534,7 @@ class TestRequestsGoFirst:
         assert auditor.tokens == 0, "it rests"
         assert auditor.sleep_s(engine) is None
 
-    def test_a_pool_that_an_audit_lost_is_made_anew(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_pool_that_an_audit_lost_is_replaced(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         engine = make()
         right = ask(engine, prompt(3), 5)
 

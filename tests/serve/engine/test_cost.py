@@ -100,7 +100,7 @@ def test_one_length_at_one_position_settles_no_model() -> None:
         fit_cost_model([Sample(1024, 0, 0, 0.1)] * 3)
 
 
-def test_behind_the_crossover_a_restored_token_is_cheaper_than_a_computed_one() -> None:
+def test_after_the_crossover_a_restored_token_is_cheaper_than_a_computed_one() -> None:
     restore_s = 1e-4
     at = TRUE.crossover(restore_s)
     assert (

@@ -171,7 +171,7 @@ def dispatches(engine):
 
 
 def test_the_next_step_is_dispatched_before_a_token_is_read(engine):
-    """All but the last token of an answer, behind which there is nothing to run."""
+    """All but the last token of an answer, after which there is nothing to run."""
     seen, done = [], threading.Event()
 
     def emit(event):
@@ -227,8 +227,8 @@ def test_a_prompt_that_is_cached_passes_a_long_one_that_is_not(model):
 
 
 @pytest.fixture(scope="module")
-def guessing(model):
-    """An engine that runs guesses on trial."""
+def speculating(model):
+    """An engine with speculative decoding."""
     config, params = model
     running = Engine(params, config, replace(SMALL, speculative_tokens=4))
     running.start()
@@ -237,45 +237,45 @@ def guessing(model):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_guesses_change_no_token_of_greedy_answers(guessing, model, seed):
+def test_drafts_change_no_token_of_greedy_answers(speculating, model, seed):
     rng, known, flips = np.random.default_rng(60 + seed), {}, []
     prompts = [np.tile(rng.integers(3, VOCAB, 9), 8), *family(rng, 6, shared=120)]
-    pending = [(prompt, submit(guessing, prompt, 60)[0]) for prompt in prompts]
+    pending = [(prompt, submit(speculating, prompt, 60)[0]) for prompt in prompts]
     for prompt, events in pending:
         tokens, _, last = outcome(events)
         assert last == Finished("length")
         assert_same_or_tied(model, prompt, tokens, reference(model, prompt, 60, known), flips)
     print(f"flips: {len(flips)} of {len(prompts)} prompts")
-    assert 0 < guessing.counters.accepted_tokens < guessing.counters.draft_tokens
-    assert guessing.core.memory.prefix_cache.stats().pages_in_use == 0
-    guessing.core.memory.prefix_cache.check()
+    assert 0 < speculating.counters.accepted_tokens < speculating.counters.draft_tokens
+    assert speculating.core.memory.prefix_cache.stats().pages_in_use == 0
+    speculating.core.memory.prefix_cache.check()
 
 
-def test_guesses_change_no_token_that_is_drawn_by_chance(engine, guessing):
-    prompt, before = np.tile(np.arange(3, 12), 9), guessing.counters.draft_tokens
+def test_drafts_change_no_token_that_is_sampled_at_random(engine, speculating):
+    prompt, before = np.tile(np.arange(3, 12), 9), speculating.counters.draft_tokens
     for seed in range(4):
         warm = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, seed=seed)
-        answers = [generate(e, prompt, 50, sampling=warm, salt=b"drawn")[0] for e in (engine, guessing)]
+        answers = [generate(e, prompt, 50, sampling=warm, salt=b"drawn")[0] for e in (engine, speculating)]
         assert answers[0] == answers[1]
-    assert guessing.counters.draft_tokens > before
+    assert speculating.counters.draft_tokens > before
 
 
-def test_an_answer_that_repeats_itself_takes_fewer_steps_with_guesses(guessing, model):
+def test_an_answer_that_repeats_itself_takes_fewer_steps_with_drafts(speculating, model):
     """Until it does, greedy output of a small random model falls into a loop."""
     prompt = np.tile(np.arange(20, 25), 20)
-    looping = [*prompt, *generate(guessing, prompt, 100)[0]]
-    with dispatches(guessing) as dispatched:
-        tokens, _, _ = generate(guessing, looping, 60)
+    looping = [*prompt, *generate(speculating, prompt, 100)[0]]
+    with dispatches(speculating) as dispatched:
+        tokens, _, _ = generate(speculating, looping, 60)
     assert len(tokens) == 60
     assert len(dispatched) < 40
 
 
-def test_right_guesses_behind_a_stop_id_are_not_part_of_the_answer(engine, guessing):
+def test_right_draft_tokens_after_a_stop_id_are_not_part_of_the_answer(engine, speculating):
     prompt = np.tile(np.arange(20, 25), 20)
     looping = [*prompt, *generate(engine, prompt, 100)[0]]
     free = generate(engine, looping, 40)[0]
     for stop in set(free[1:6]):
-        tokens, _, last = generate(guessing, looping, 40, stop_ids=frozenset([stop]))
+        tokens, _, last = generate(speculating, looping, 40, stop_ids=frozenset([stop]))
         assert (tokens, last) == (free[: free.index(stop)], Finished("stop"))
 
 
@@ -288,13 +288,13 @@ def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine):
     assert tokens == free[: free.index(stop)]
 
 
-def test_a_seed_gives_the_same_answer_alone_and_in_company(engine):
+def test_a_seed_gives_the_same_answer_alone_and_batched_with_others(engine):
     prompt = np.random.default_rng(26).integers(3, VOCAB, 40)
     warm = SamplingParams(temperature=1.0, top_p=0.95, seed=11)
     alone, _, _ = generate(engine, prompt, 20, sampling=warm)
-    company = [submit(engine, np.random.default_rng(i).integers(3, VOCAB, 50 + i), 20)[0] for i in range(3)]
+    others = [submit(engine, np.random.default_rng(i).integers(3, VOCAB, 50 + i), 20)[0] for i in range(3)]
     together, _, _ = generate(engine, prompt, 20, sampling=warm)
-    for events in company:
+    for events in others:
         outcome(events)
     assert alone == together
     assert alone != generate(engine, prompt, 20, sampling=SamplingParams(temperature=1.0, top_p=0.95, seed=12))[0]

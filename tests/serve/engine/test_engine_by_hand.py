@@ -185,7 +185,7 @@ def test_a_constraint_that_breaks_leaves_nothing_in_the_cache_that_nobody_has_sa
     assert not any(tiers.pages.tiers[0].contains_many(list(unsaid)))
 
 
-def test_the_engine_rests_with_no_step_in_the_air(make):
+def test_the_engine_rests_with_no_step_in_flight(make):
     engine = make(SMALL)
     first, _ = submit(engine, prompt(5, 20), 8)
     finish(engine)
@@ -195,15 +195,15 @@ def test_the_engine_rests_with_no_step_in_the_air(make):
     assert engine.core.in_flight is None, "a step that nobody waits for would last until the next request"
 
 
-@pytest.mark.parametrize("company", [False, True])
-def test_holes_are_filled_in_the_store_whoever_decodes_beside(make, tmp_path, company):
+@pytest.mark.parametrize("decoding", [False, True])
+def test_holes_are_filled_in_the_store_also_while_another_decodes(make, tmp_path, decoding):
     tokens = prompt(3, 300)
     keys = store(make, tmp_path, tokens)
     holes, tiers = [keys[4], keys[5], keys[20]], tiers_of(tmp_path)
     disk = tiers.pages.tiers[0]
     disk.delete(holes)
     engine = make(SMALL, tiers)
-    if company:
+    if decoding:
         submit(engine, prompt(9, 10), 200)
         for _ in range(5):
             tick(engine)
@@ -327,7 +327,7 @@ def test_numbers_that_no_step_can_take_are_refused_by_name(make, count, sampling
 
 
 def test_a_cold_prompt_is_not_passed_for_long_by_cached_ones(make):
-    """Four callers ask again and again for answers behind cached prompts, with room for two at a time."""
+    """Four callers ask again and again for answers to cached prompts, with room for two at a time."""
     engine = make(replace(SMALL, max_num_seqs=2))
     cached = [prompt(100 + i, 200) for i in range(4)]
     for tokens in cached:

@@ -92,7 +92,7 @@ def test_what_was_evicted_from_the_device_comes_back_from_host_memory(model):
         assert engine.core.tiers.writer.dropped == 0
 
 
-def test_a_hole_is_computed_and_what_lies_behind_it_is_restored(model, tmp_path):
+def test_a_hole_is_computed_and_what_comes_after_it_is_restored(model, tmp_path):
     tokens = prompt(3, 300)
     keys = stored(model, tmp_path, tokens)
     tiers = tiers_of(tmp_path)
@@ -116,7 +116,7 @@ def test_a_partly_filled_page_in_a_hole_is_never_taken_for_the_full_page_that_wa
     disk.delete([keys[1]])
     with Running(model, tiers) as engine:
         output, started, _ = generate(engine, tokens, 8)
-        assert started.restored["disk"] == 3 * PAGE + 2  # what lies behind the hole is read, and the tail in it
+        assert started.restored["disk"] == 3 * PAGE + 2  # what comes after the hole is read, and the tail in it
         generate(engine, tokens, 2)  # the device has the page and the disk lacks it: it is written again
         tiers.writer.flush()
         (again,) = disk.get_many([keys[1]])

@@ -1,4 +1,4 @@
-"""Nothing wrong is answered, held or stored, whatever a store has lost and whoever else is writing to it."""
+"""Nothing wrong is answered, held or stored, whatever a store has lost, while others write to it too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from tests.helpers.stepped_engine import by_hand
 # What a run must have had in it, or it has shown nothing.
 MUST_HAPPEN = ("restored", "tails", "lost", "evicted", "preempted", "cancelled", "restarts", "deaths")
 QUIET = replace(
-    case_of(0, "disk"), host_bytes=0, store_bytes=64 << 20, queue_bytes=1 << 30, engines=1, guesses=0, patient=True
+    case_of(0, "disk"),
+    host_bytes=0,
+    store_bytes=64 << 20,
+    queue_bytes=1 << 30,
+    engines=1,
+    speculative_tokens=0,
+    patient=True,
 )
 
 

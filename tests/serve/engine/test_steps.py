@@ -115,7 +115,7 @@ def test_a_packed_batch_holds_each_row_at_its_place_and_nothing_else(
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=4), data=st.data())
-def test_a_token_is_sampled_before_and_behind_each_guess(rows: list[SequenceInput], data: st.DataObject) -> None:
+def test_a_token_is_sampled_before_and_after_each_draft_token(rows: list[SequenceInput], data: st.DataObject) -> None:
     rows = [replace(row, draft_tokens=data.draw(st.integers(0, len(row.tokens) - 1))) for row in rows]
     bucket = Bucket(len(rows) + 1, 6, sample_all_tokens=True)
     batch, sampling = pack(rows, bucket, table_pages=7)
