@@ -57,7 +57,7 @@ class InFlightToken:
 class Sequence:
     """A request on its way through the engine; touched by the engine's thread only.
 
-    Only the methods of this class write to it, except that the saver and the restorer extend `keys` and `stamped`.
+    Only the methods of this class write to it, except `keys`, which PageNames extends, and `stamped`, which is Saver's.
     """
 
     number: int

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
@@ -103,6 +106,18 @@ def test_what_ended_stays_ended() -> None:
 @pytest.mark.parametrize("state", [WAITING, RESTORING, PREFILLING, DECODING])
 def test_every_state_leads_to_the_end(state: SequenceState) -> None:
     assert ENDED in NEXT_STATES[state]
+
+
+def test_no_other_module_writes_to_what_a_sequence_holds() -> None:
+    engine = Path(__file__).parents[3] / "serve" / "engine"
+    held = {"computed", "length", "lease", "state"}
+    writers = {
+        (path.name, node.attr)
+        for path in engine.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr in held
+    }
+    assert writers == {("sequence.py", name) for name in held}
 
 
 def test_pages_of_others_are_not_saved_and_own_ones_are() -> None:
