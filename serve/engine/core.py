@@ -301,7 +301,7 @@ class EngineCore:
     def start_answer(self, sequence: Sequence, token: int) -> None:
         """Count a prompt that is computed, and send the event that comes before its first token."""
         now, prompt = time.perf_counter(), sequence.length
-        sequence.answered = now
+        sequence.start_answer(now)
         self.counters.requests += 1
         self.counters.prompt_tokens += prompt
         self.counters.reused_tokens += sequence.reused

@@ -189,6 +189,10 @@ class Sequence:
         if self.in_flight and self.in_flight.step == step:
             self.in_flight = None
 
+    def start_answer(self, now: float) -> None:
+        """Note when its first token came, in seconds of `time.perf_counter`."""
+        self.answered = now
+
     def accept_token(self, token: int) -> None:
         """Append a sampled token."""
         self.tokens[self.length] = token
