@@ -20,6 +20,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class Auditor:
         self.records = Records(settings.sample_bytes, self.random)
         self.audit: Audit | None = None  # the one under way
         self.audited: WindowAudit | None = None  # what it looks at
-        self.waits: Future | None = None  # what it waits for
+        self.waits: Future[Any] | None = None  # what it waits for
         self.waits_since = 0.0  # seconds, `time.perf_counter`, like all times here
         self.quiet_since: float | None = None
         self.submitted = 0  # requests that the engine had been given at the last look

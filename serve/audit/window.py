@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from serve.engine.engine import Engine
 from serve.engine.steps import GREEDY, SequenceInput
 
 # Yields after a step of the device, or a future that is to be done before it goes on.
-Audit = Generator[Future | None, None, Mismatch | None]
+Audit = Generator[Future[Any] | None, None, Mismatch | None]
 
 
 @dataclass(frozen=True)

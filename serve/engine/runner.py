@@ -117,7 +117,8 @@ class Runner:
         batch, _ = pack([row], bucket, self.steps.table_pages)
         forward = self.steps.run[bucket].forward
         logits, self.memory.pool = forward(self.params, self.memory.pool, batch, self.steps.nothing)
-        return np.asarray(logits)[0]
+        last: np.ndarray = np.asarray(logits)[0]
+        return last
 
 
 def sequence_input(scheduled: ScheduledSequence) -> SequenceInput:
