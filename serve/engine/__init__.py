@@ -15,5 +15,6 @@
 # prompt_lookup.py  draft tokens for speculative decoding
 # cost.py           seconds to compute or to read back; cost_fit.py fits its constants
 # settings.py       sizes and limits
+# counters.py       what the metrics page shows
 # inbox.py          what other threads leave for the engine's
 # runtime.py        how JAX is set up

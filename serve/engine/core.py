@@ -20,7 +20,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -31,6 +30,7 @@ from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
 from serve.engine.cost import Constants, CostTracker, cost_model
+from serve.engine.counters import Counters
 from serve.engine.inbox import Inbox
 from serve.engine.memory import Memory
 from serve.engine.page_copies import compile_page_copies
@@ -40,7 +40,7 @@ from serve.engine.restore import Restorer
 from serve.engine.runner import InFlightStep, Runner, SequenceOutput
 from serve.engine.saving import Saver
 from serve.engine.scheduler import ScheduledSequence, admission_order, fits, gives_way, next_prefill, plan_step
-from serve.engine.sequence import ENDED, WAITING, InFlightToken, Sequence, SequenceState
+from serve.engine.sequence import DECODING, ENDED, WAITING, InFlightToken, Sequence, SequenceState
 from serve.engine.settings import EngineSettings
 from serve.engine.steps import batch_buckets, compile_steps, warm_up
 
@@ -50,22 +50,6 @@ log = logging.getLogger("tokenzero.engine")
 RESTORED_WHILE_WAITING = 2
 # The weight of the latest answer in the moving mean of the time that answers take.
 ANSWER_WEIGHT = 0.1
-
-
-@dataclass
-class Counters:
-    """What the engine has done since the start; read by the metrics page."""
-
-    steps: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    prefilled_tokens: int = 0
-    generated_tokens: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    preemptions: int = 0
-    failures: int = 0
 
 
 class EngineCore:
@@ -178,7 +162,8 @@ class EngineCore:
             return False
         came = [sequence for sequence in list(self.running) if self.restore_one(self.restorer, sequence)]
         for sequence in self.running:
-            sequence.wait_for_pages(self.restorer.waits(sequence))
+            if sequence.state is not DECODING:
+                sequence.wait_for_pages(self.restorer.waits(sequence))
         for sequence in self.in_line()[:RESTORED_WHILE_WAITING]:
             if not self.restorer.looked_up(sequence):
                 # Without a lease: it may wait for long, and others need the pages.
