@@ -30,7 +30,7 @@ from model.decoder import forward
 from model.kv import empty_pool
 from model.params import unstacked
 from serve.api.messages import MessagesRequest, decode_request
-from serve.prompt.grammar import constraint_of, make_constrainer
+from serve.prompt.masks import constraint_of, make_constrainer
 from serve.prompt.render import Prompt, prompt
 from serve.prompt.replay import ReplayLog
 from serve.prompt.signing import signing_key

@@ -94,7 +94,7 @@ class Kept:
         """What to remember of a request."""
         made = seen.prompt
         body = msgspec.json.encode(seen.request)
-        return Kept(seen.id, body, made.pieces, made.counts, len(made.tokens), seen.tokens, seen.model, seen.salt)
+        return Kept(seen.id, body, made.segments, made.counts, len(made.tokens), seen.tokens, seen.model, seen.salt)
 
     @property
     def bytes(self) -> int:
@@ -296,7 +296,7 @@ def report(
 
 def sections_of(seen: RememberedRequest, vocabulary: Vocabulary) -> Sections:
     """The sections of a request's prompt."""
-    return Sections(seen.request, seen.prompt.pieces, seen.prompt.counts, seen.prompt.tokens, vocabulary)
+    return Sections(seen.request, seen.prompt.segments, seen.prompt.counts, seen.prompt.tokens, vocabulary)
 
 
 def shown(seen: RememberedRequest, at: int, vocabulary: Vocabulary) -> str:

@@ -78,7 +78,7 @@ class Savings:
 
 def text_of(request: CountTokensRequest, rules: Collection[str]) -> bytes:
     """A request's prompt as text."""
-    return "".join(map(str, characters(request, "tools-first" in rules).pieces)).encode("utf-8", "replace")
+    return "".join(map(str, characters(request, "tools-first" in rules).segments)).encode("utf-8", "replace")
 
 
 def chain(text: bytes, salt: bytes) -> list[int]:

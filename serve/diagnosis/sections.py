@@ -88,23 +88,23 @@ class Sections:
     """The sections of one prompt. Nothing is computed before it is asked for."""
 
     request: CountTokensRequest
-    pieces: tuple[PromptSegment, ...]
-    counts: tuple[int, ...]  # tokens of each piece
+    segments: tuple[PromptSegment, ...]
+    counts: tuple[int, ...]  # tokens of each segment
     tokens: np.ndarray  # [tokens] int32
     vocabulary: Vocabulary
 
     @cached_property
     def rendered(self) -> list[bytes]:
-        """The pieces in UTF-8."""
+        """The segments in UTF-8."""
         data = self.vocabulary.data
-        return [p.encode("utf-8", "replace") if isinstance(p, str) else data(p) for p in self.pieces]
+        return [s.encode("utf-8", "replace") if isinstance(s, str) else data(s) for s in self.segments]
 
     @cached_property
     def starts(self) -> np.ndarray:
         """[tokens] int64: where in the rendered bytes each token starts."""
         lengths = self.vocabulary.lengths(self.tokens)
         starts = np.cumsum(lengths) - lengths
-        # A tokenizer may have changed a blank or an accent: each piece begins where it does.
+        # A tokenizer may have changed a blank or an accent: each segment begins where it does.
         counts, sizes = np.asarray(self.counts), np.fromiter(map(len, self.rendered), np.int64, len(self.rendered))
         filled = counts > 0
         counts, begins = counts[filled], (np.cumsum(sizes) - sizes)[filled]

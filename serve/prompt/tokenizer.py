@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +21,14 @@ from cache.tier import Tier
 from cache.worker import Worker
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
-from serve.prompt.template import Template, probe_template
+from serve.prompt.probe import probe_template
+from serve.prompt.template import Template
 
 # Of one text between two control tokens. To take the ids of more from the tokenizer holds the interpreter too long.
 MOST_TOKENS = 2**20
 # The tokens of longer texts are counted slice by slice first: all of them at once may be 30 million.
 LONG_CHARS, COUNTED_CHARS, COUNTED_TOGETHER = 2**21, 2**16, 2**18
+HEAD_BYTES = 8 * 2**20  # of texts of heads
 NUMPY_BYTES = 200  # of an array beside its values, and of a text beside its characters
 SEGMENT_FOLDER = "segments"  # below the store directory
 STORED_BYTES = 64 * 2**20  # of ids on disk
@@ -42,10 +45,11 @@ class Tokenizer:
 
     hf: Any
     encode: Callable[[str], np.ndarray]  # text -> [tokens] int32, special tokens recognised, none added
-    follow: Callable[[str], np.ndarray]  # the same for text that has something in front
+    encode_after: Callable[[str], np.ndarray]  # the same for text that follows other text
     template: Template
-    longest: int  # characters that a token stands for, at most
+    max_token_chars: int  # the most characters that a token stands for
     segments: Recent[str, np.ndarray]  # [tokens] int32 by text: what `encode` remembers
+    heads: Recent[bytes, tuple[str, ...]]  # texts of heads of conversations, see `render.kept`
 
 
 def load_tokenizer(
@@ -89,8 +93,15 @@ def make_tokenizer(
     """Study a fast Hugging Face tokenizer and its chat template; a tier of `segments` keeps the long ones."""
     memory = segment_memory(segment_bytes)
     encode = make_encoder(hf, segments, memory)
-    longest = max(map(len, hf.get_vocab()))
-    return Tokenizer(hf, encode, make_follower(hf, encode), probe_template(hf, format_name), longest, memory)
+    return Tokenizer(
+        hf,
+        encode,
+        make_encoder_after(hf, encode),
+        probe_template(hf, format_name),
+        max(map(len, hf.get_vocab())),
+        memory,
+        Recent(HEAD_BYTES, lambda texts: sum(map(sys.getsizeof, texts))),
+    )
 
 
 def make_encoder(
@@ -179,18 +190,18 @@ def identity(hf: Any) -> bytes:
     return hashlib.blake2b(described.encode(), digest_size=32).digest()
 
 
-def make_follower(hf: Any, encode: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """`follow` for a tokenizer: where the start of a text gets a blank, a special token in front keeps it away."""
+def make_encoder_after(hf: Any, encode: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """`encode_after` for a tokenizer. A special token before a text keeps away the space that its start may get."""
     anchors = [(str(t), i) for i, t in hf.added_tokens_decoder.items() if t.special and not (t.rstrip or t.single_word)]
     if splits_at_added_tokens(hf) or not anchors:
         return encode
     token, index = anchors[0]
 
-    def follow(text: str) -> np.ndarray:
+    def encode_after(text: str) -> np.ndarray:
         ids = encode(token + text)
         return ids[1:] if len(ids) and ids[0] == index else encode(text)
 
-    return follow
+    return encode_after
 
 
 def splits_at_added_tokens(hf: Any) -> bool:

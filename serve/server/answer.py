@@ -80,7 +80,7 @@ async def generated(serving: ServerContext, prepared: Prepared, phases: Phases) 
     """The events of an answer; `message_start` comes with the first token, when the counts of its usage are known."""
     message, pieces = prepared.message, answer_stream(serving, prepared)
     one_call = message.tool_choice is not None and message.tool_choice.disable_parallel_tool_use
-    ids = prepared.prompt.begun.tolist()
+    ids = prepared.prompt.prefilled_answer_ids.tolist()
     content = BlockStream(shown(message), lambda: sign(serving.signing_key, ids))
     usage, sampled = Usage(0), 0
     silent_since = started_at = sampled_at = time.perf_counter()
@@ -134,7 +134,7 @@ async def generated(serving: ServerContext, prepared: Prepared, phases: Phases) 
                     if one_call:
                         # The model does not get to close it: the history has it closed all the same.
                         closing = behind_call(pieces.format).removeprefix(pieces.source.text[pieces.sent :])
-                        ids += serving.tokenizer.follow(closing).tolist()
+                        ids += serving.tokenizer.encode_after(closing).tolist()
                         break
             if stop is not None or (content.calls and one_call):
                 break
@@ -151,7 +151,7 @@ async def generated(serving: ServerContext, prepared: Prepared, phases: Phases) 
         yield block_event
     if content.calls and reason == "end_turn":
         reason = "tool_use"
-    serving.divergences.answered(prepared.id, ids[len(prepared.prompt.begun) :])
+    serving.divergences.answered(prepared.id, ids[len(prepared.prompt.prefilled_answer_ids) :])
     # What a stop sequence cut off was sampled, but is no part of the answer.
     if stop is None and prepared.prompt.opening is not None and not serving.render_history_with_template:
         turn = RecordedAnswer(prepared.prompt.opening, np.asarray(ids, np.int32))
@@ -214,7 +214,7 @@ def answer_stream(serving: ServerContext, prepared: Prepared) -> AnswerStream:
         prepared.stops,
         {tool.name: tool.input_schema for tool in offered},
         prepared.prompt.thinking,
-        prepared.prompt.begun.tolist(),
+        prepared.prompt.prefilled_answer_ids.tolist(),
     )
 
 

@@ -15,7 +15,7 @@ from serve.diagnosis.volatility import FOUND_BYTES, REPORTED, Volatility
 from serve.engine.engine import Engine
 from serve.engine.request import Constraint
 from serve.limits.bounds import DEFAULT_BOUNDS, Bounds
-from serve.prompt.grammar import constraint_of, make_constrainer
+from serve.prompt.masks import constraint_of, make_constrainer
 from serve.prompt.replay import ReplayLog
 from serve.prompt.signing import signing_key
 from serve.prompt.tokenizer import Tokenizer

@@ -118,7 +118,7 @@ def rendered_prompt(
 ) -> Prompt:
     """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
     most = serving.engine.settings.max_model_len - 1
-    if (least := least_tokens(request, serving.tokenizer.longest)) > most:
+    if (least := least_tokens(request, serving.tokenizer.max_token_chars)) > most:
         raise InvalidRequest(f"messages: prompt is too long: at least {least} tokens, expected at most {most}")
     with phases.timed("recall"):
         recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)

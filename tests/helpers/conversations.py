@@ -99,7 +99,7 @@ def generated(answer: tuple[Block, ...], in_thinking: bool, tokenizer: Tokenizer
     written = write_turn(tokenizer.template.format, answer).replace('": ', '" :  ')
     if in_thinking:
         written = written.removeprefix("<think>\n") if written.startswith("<think>") else "\n</think>\n\n" + written
-    controls = tokenizer.template.controls
+    controls = tokenizer.template.control_tokens
     assert controls is not None
     ids: list[np.ndarray] = []
     start = 0

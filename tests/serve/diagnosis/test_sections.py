@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 
 def sections_of(request: CountTokensRequest, made: Prompt, tokenizer: Tokenizer) -> Sections:
-    return Sections(request, made.pieces, made.counts, made.tokens, vocabulary_of(tokenizer.hf))
+    return Sections(request, made.segments, made.counts, made.tokens, vocabulary_of(tokenizer.hf))
 
 
 def texts_of(sections: Sections) -> dict[str, str]:
@@ -78,7 +78,7 @@ def test_each_token_starts_where_its_text_does(tokenizer: Tokenizer) -> None:
     request = decode_count_tokens(json.dumps(body).encode())
     made = prompt(request, tokenizer)
     sections = sections_of(request, made, tokenizer)
-    whole = "".join(p for p in made.pieces if isinstance(p, str)).encode()
+    whole = "".join(p for p in made.segments if isinstance(p, str)).encode()
     for position in random.Random(1).sample(range(len(made.tokens)), 200):
         start = int(sections.starts[position])
         word = sections.vocabulary.data(made.tokens[position : position + 1])

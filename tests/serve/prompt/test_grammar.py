@@ -19,15 +19,8 @@ from serve.api.messages import InvalidRequest, ToolUseBlock, decode_request
 from serve.formats.families import BY_NAME, Format, write_turn
 from serve.formats.readers import CALLS_END, Call
 from serve.formats.stream import NO_STOPS, AnswerStream, Thinking, ThinkingEnd
-from serve.prompt.grammar import (
-    Constrainer,
-    Constraint,
-    ConstraintError,
-    Grammar,
-    constraint_of,
-    grammar_of,
-    make_constrainer,
-)
+from serve.prompt.grammar import Grammar, grammar_of
+from serve.prompt.masks import Constrainer, Constraint, ConstraintError, constraint_of, make_constrainer
 from tests.helpers.http import ask
 from tests.helpers.model_families import FAMILIES, tokenizer_of
 
@@ -59,7 +52,7 @@ def demands(format: str, thinking_opened: bool = False, **fields: Any) -> Gramma
     """The grammar of a request with these fields."""
     _, form, constrainer, _ = setting(format)
     request = decode_request(json.dumps(ask("go", **fields)).encode())
-    return grammar_of(request, form, thinking_opened, constrainer.marks)
+    return grammar_of(request, form, thinking_opened, constrainer.added_tokens)
 
 
 def wanted(schema: Any, **fields: Any) -> Json:
@@ -384,7 +377,7 @@ def test_thinking_that_nobody_wants_ends_where_the_prompt_has_opened_it(format: 
 
 def test_thinking_that_is_spelled_ends_where_its_mark_is_complete() -> None:
     hf, _, constrainer, end = setting("llama3")
-    assert "</think>" not in constrainer.marks
+    assert "</think>" not in constrainer.added_tokens
     grammar = demands("llama3", True, **wanted({"type": "null"}), thinking=THINKING)
     assert grammar
     feed(

@@ -21,10 +21,10 @@ import serve.prompt.render as render_module
 from cache.disk import DiskTier
 from cache.host import HostTier
 from serve.api.messages import CountTokensRequest, InputMessage, InvalidRequest, TextBlock, decode_count_tokens
+from serve.prompt.adapt import into_results, join_users
 from serve.prompt.conversation import conversation, joined, tool_definitions
 from serve.prompt.render import prompt, render, render_text, say_once
 from serve.prompt.replay import RecordedAnswer
-from serve.prompt.template import into_results, join_users
 from serve.prompt.tokenizer import (
     STORED_CHARS,
     Tokenizer,
@@ -281,7 +281,7 @@ class TestLength:
             for said in ("Hi", "word " * 500, " " * 900, "é🙂" * 200, "=" * 700):
                 messages = [{"role": ("user", "assistant")[n % 2], "content": said} for n in range(5)]
                 asked = request(*messages, system=said)
-                assert 5 <= least_tokens(asked, tokenizer.longest) <= len(render(asked, tokenizer))
+                assert 5 <= least_tokens(asked, tokenizer.max_token_chars) <= len(render(asked, tokenizer))
 
 
 class TestSegments:
@@ -516,7 +516,7 @@ class TestFamilies:
         assert rendered == own.replace(theirs, ours)
         history = prompt(asked, family(name), render_history_with_template=True)
         if "system" not in case:
-            assert history.pieces == (own,)
+            assert history.segments == (own,)
 
     @pytest.mark.parametrize("case", REFUSED)
     def test_what_a_template_refuses(self, case: str) -> None:
@@ -539,18 +539,18 @@ class TestFamilies:
         loud = make_tokenizer(byte_level_with("{% for m in messages %}{{ m.role }}: " + form + "<|end|>{% endfor %}"))
         asked = request(USER, says(text("a")), USER, says(text("a")), USER)
         rendered = prompt(asked, loud, [RecordedAnswer("", np.asarray([1], np.int32))] * 2)
-        assert rendered.pieces == (by_template(asked, loud),)
-        assert f"assistant: {written}<|end|>" in rendered.pieces[0]
+        assert rendered.segments == (by_template(asked, loud),)
+        assert f"assistant: {written}<|end|>" in rendered.segments[0]
         assert "nothing sampled is replayed" in caplog.text
 
     def test_an_answer_that_the_template_continues_is_not_to_be_recorded(self, tokenizer: Tokenizer) -> None:
         begun = request(USER, says(text("Yes, ")))
         made = prompt(begun, tokenizer, render_history_with_template=True)
-        assert (made.opening, len(made.begun)) == (None, 0)
-        assert made.pieces == (TURN + ANSWER + "Yes, ",)
+        assert (made.opening, len(made.prefilled_answer_ids)) == (None, 0)
+        assert made.segments == (TURN + ANSWER + "Yes, ",)
         marked = prompt(begun, tokenizer)
-        assert "".join(map(str, marked.pieces)) == TURN + ANSWER + "Yes, "
-        assert (marked.opening, marked.begun.tolist()) == ("", tokenizer.encode("Yes, ").tolist())
+        assert "".join(map(str, marked.segments)) == TURN + ANSWER + "Yes, "
+        assert (marked.opening, marked.prefilled_answer_ids.tolist()) == ("", tokenizer.encode("Yes, ").tolist())
 
     def test_calls_that_no_format_can_write_are_left_to_the_template(self) -> None:
         loop = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls }}<|end|>{% endfor %}"
@@ -572,9 +572,9 @@ class TestFamilies:
 def facts(tokenizer: Tokenizer) -> tuple[str, str, set[str]]:
     t = tokenizer.template
     flags = {
-        "as_call": t.as_call,
+        "as_call": t.answer_as_tool_call,
         "short_ids": t.short_ids,
-        "moves": t.moves,
+        "moves": t.moves_tools_to_last_turn,
         "alternates": not t.users_in_a_row,
         "ends with results": not t.users_after_results,
     }
@@ -676,7 +676,7 @@ class TestPieces:
     def test_what_was_sampled_stands_where_the_answer_stood(self, tokenizer: Tokenizer) -> None:
         ids = np.asarray([300, 301, 302], np.int32)
         made = prompt(request(USER, says(text("A")), USER), tokenizer, [RecordedAnswer("<think>\n", ids)])
-        front, middle, end = made.pieces
+        front, middle, end = made.segments
         assert front == TURN + ANSWER + "<think>\n"
         assert middle is ids
         assert end == "<|im_end|>\n" + TURN + ANSWER + NO_THOUGHT

@@ -333,7 +333,7 @@ class TestSessions:
         for turn in range(30):
             made = prompt(sent(messages, thinking, turn), tokenizer)
             assert is_extension(made.tokens, previous), f"turn {turn}"
-            *front, end = made.pieces
+            *front, end = made.segments
             assert isinstance(end, str)
             assert made.opening is not None
             assert end.endswith(made.opening)
@@ -354,7 +354,7 @@ class TestSessions:
         def replayed(messages: list[Json]) -> list[list[int]]:
             request = sent(messages, False, 0)
             made = prompt(request, tokenizer, log.recall(SCOPE, request.messages))
-            return [piece.tolist() for piece in made.pieces if isinstance(piece, np.ndarray)]
+            return [piece.tolist() for piece in made.segments if isinstance(piece, np.ndarray)]
 
         assert replayed(messages) == [piece.tolist() for piece in ids]
         assert replayed(edited) == [ids[0].tolist()]
@@ -384,8 +384,8 @@ class TestSessions:
         log.put(SCOPE, request.messages, [TextBlock("One,")], RecordedAnswer(first.opening, cut))
         request, second = made(question, message("assistant", text("One,")))
         assert is_extension(second.tokens, np.concatenate([first.tokens, cut]))
-        assert second.begun.tolist() == cut.tolist()
-        whole = np.concatenate([second.begun, rest])
+        assert second.prefilled_answer_ids.tolist() == cut.tolist()
+        whole = np.concatenate([second.prefilled_answer_ids, rest])
         log.put(SCOPE, request.messages, [TextBlock(" two.")], RecordedAnswer(second.opening, whole))
         # The client may join the two parts, in one block or in two, or send two messages.
         for answers in (
@@ -401,12 +401,12 @@ class TestSessions:
         question, rest = message("user", text("Write.")), np.asarray([42], np.int32)
         request = sent([question, message("assistant", text("Begun "))], False, 0)
         made = prompt(request, tokenizer, log.recall(SCOPE, request.messages))
-        assert made.begun.tolist() == tokenizer.encode("Begun ").tolist()
+        assert made.prefilled_answer_ids.tolist() == tokenizer.encode("Begun ").tolist()
         log.put(
             SCOPE,
             request.messages,
             [TextBlock("well")],
-            RecordedAnswer(made.opening, np.concatenate([made.begun, rest])),
+            RecordedAnswer(made.opening, np.concatenate([made.prefilled_answer_ids, rest])),
         )
         request = sent([question, message("assistant", text("Begun well")), question], False, 0)
         after = prompt(request, tokenizer, log.recall(SCOPE, request.messages))

@@ -131,7 +131,7 @@ class TestToolsFirst:
     def test_the_same_words_stand_in_another_order(self, name: str, render_history_with_template: bool) -> None:
         tokenizer = tokenizer_of(BY_NAME[name])
         before, after = (
-            "".join(prompt(self.REQUEST, tokenizer, None, render_history_with_template, first).pieces)  # type: ignore[arg-type]
+            "".join(prompt(self.REQUEST, tokenizer, None, render_history_with_template, first).segments)  # type: ignore[arg-type]
             for first in (False, True)
         )
         assert before.index("You are <s> an agent.") < before.index('"Read"') < before.index('"Edit"')
@@ -166,7 +166,7 @@ class TestToolsFirst:
         tokenizer = tokenizer_of(BY_NAME["qwen2.5"])
         for asked in (request("You are."), request(tools=(tool("Read"),))):
             plain = render_text(asked, tokenizer)
-            assert "".join(prompt(asked, tokenizer, tools_first=True).pieces) == plain  # type: ignore[arg-type]
+            assert "".join(prompt(asked, tokenizer, tools_first=True).segments) == plain  # type: ignore[arg-type]
 
 
 class TestChoice:

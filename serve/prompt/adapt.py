@@ -1,0 +1,78 @@
+"""A conversation in the form that its chat template takes.
+
+Each run of turns between two answers is written in the same way whatever follows it, so that a longer conversation
+extends a shorter one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from serve.formats.families import mistral_id
+from serve.prompt.conversation import ChatMessage
+from serve.prompt.template import Template
+
+
+def adapt_conversation(turns: Sequence[ChatMessage], template: Template) -> list[ChatMessage]:
+    """The conversation as the template takes it: a turn that it refuses becomes part of the turn next to it."""
+    adapted: list[ChatMessage] = []
+    for is_answer, group in groupby(turns, lambda turn: turn["role"] == "assistant"):
+        run = list(group)
+        adapted += run if is_answer else adapt_run(run, template, first=not adapted)
+    return [shorten_ids(turn) for turn in adapted] if template.short_ids else adapted
+
+
+def adapt_run(run: Sequence[ChatMessage], template: Template, first: bool) -> list[ChatMessage]:
+    """The turns between two answers, or before the first: system texts as user turns, user turns joined."""
+    turns = []
+    for i, turn in enumerate(run):
+        leads = first and i == 0
+        if turn["role"] != "system" or template.systems == "anywhere" or (template.systems == "first" and leads):
+            turns.append(turn)
+        else:
+            # As the first turn it is the system prompt itself; later it interrupts the user, and says so.
+            text = turn["content"]
+            content = text if leads else f"<system-reminder>\n{text}\n</system-reminder>"
+            turns.append({"role": "user", "content": content})
+    if not template.users_after_results and any(turn["role"] == "tool" for turn in turns):
+        turns = into_results(join_users(turns))
+    if not template.users_in_a_row:
+        turns = join_users(turns)
+    return turns
+
+
+def join_users(run: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The turns, with neighbouring ones of the user joined."""
+    turns: list[ChatMessage] = []
+    for is_user, group in groupby(run, lambda turn: turn["role"] == "user"):
+        same = list(group)
+        turns += [{"role": "user", "content": "\n\n".join(turn["content"] for turn in same)}] if is_user else same
+    return turns
+
+
+def into_results(run: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The turns, with those of the user moved into the tool result just before them, or else into the next one."""
+    turns: list[ChatMessage] = []
+    waiting: list[str] = []
+    for turn in run:
+        if turn["role"] == "tool":
+            turns.append(turn | {"content": "\n\n".join([*waiting, turn["content"]])})
+            waiting = []
+        elif turn["role"] == "user" and turns and turns[-1]["role"] == "tool":
+            turns[-1] = turns[-1] | {"content": f"{turns[-1]['content']}\n\n{turn['content']}"}
+        elif turn["role"] == "user":
+            waiting.append(turn["content"])
+        else:
+            turns.append(turn)
+    # After a system turn, which stands between them and the results.
+    return turns + [{"role": "user", "content": text} for text in waiting]
+
+
+def shorten_ids(turn: ChatMessage) -> ChatMessage:
+    """The turn with ids of tool calls in the short form."""
+    if turn["role"] == "tool":
+        return turn | {"tool_call_id": mistral_id(turn["tool_call_id"])}
+    if "tool_calls" in turn:
+        return turn | {"tool_calls": [call | {"id": mistral_id(call["id"])} for call in turn["tool_calls"]]}
+    return turn

@@ -1,0 +1,159 @@
+"""The tokens that may come next in an answer: compiled grammars, and a mask for each step, on the engine's thread.
+
+llguidance compiles a grammar and computes the masks: https://github.com/guidance-ai/llguidance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import llguidance.hf
+import numpy as np
+import psutil
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from serve.api.messages import InvalidRequest, MessagesRequest
+from serve.formats.families import Format
+from serve.limits.bounds import DEFAULT_BOUNDS
+from serve.limits.recent import Recent
+from serve.prompt.grammar import GRAMMAR_CHARS, Grammar, grammar_of
+
+TEXT_BYTES = 100  # of memory that a character of a grammar takes, at least
+TRIAL_STEPS = 4  # after which a grammar that has no finite text, or too many choices, has shown it
+REASON_CHARS = 300
+
+
+class ConstraintError(Exception):
+    """A constraint that cannot go on: its parser hit a limit, or was fed a token that it had not allowed."""
+
+
+def constraint_of(
+    request: MessagesRequest, constrainer: Constrainer, format: Format, thinking_opened: bool
+) -> Constraint | None:
+    """The constraint of a request's answer, None if it demands nothing: see `grammar_of`, `Constrainer.start`."""
+    grammar = grammar_of(request, format, thinking_opened, constrainer.added_tokens)
+    return constrainer.start(grammar) if grammar else None
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A grammar at its start."""
+
+    matcher: LLMatcher
+    bytes: int  # of memory, about, as llguidance does not report it
+
+
+@dataclass(frozen=True)
+class Constrainer:
+    """Grammars compiled for one tokenizer; made once, as it reads the whole vocabulary."""
+
+    added_tokens: Mapping[str, int]  # ids by text
+    words: int  # of a mask: ceil(vocab / 32)
+    compile: Callable[[str], LLMatcher]  # Lark text -> a new state, kept; raises ConstraintError; any thread
+    compiled: Recent[str, Compiled]
+
+    def start(self, grammar: Grammar) -> Constraint:
+        """The constraint of a new answer. Raises InvalidRequest, naming the field, for what does not compile.
+
+        May take some seconds for the largest schemas: not to be called on the engine's thread.
+        """
+        if len(grammar.text) > GRAMMAR_CHARS:
+            raise InvalidRequest(
+                f"tools: expected at most {GRAMMAR_CHARS} characters of schemas, got {len(grammar.text)}"
+            )
+        # Each schema by itself first, so that the error names it.
+        for field, text in (
+            *((field, f"start: %json {schema}\n") for field, schema in grammar.schemas),
+            ("tools", grammar.text),
+        ):
+            try:
+                matcher = self.compile(text)
+            except ConstraintError as error:
+                raise InvalidRequest(f"{field}: {error}") from None
+        return Constraint(matcher, self.words)
+
+
+def make_constrainer(
+    hf: Any, stop_ids: Collection[int], vocab: int, most_bytes: int = DEFAULT_BOUNDS.grammars
+) -> Constrainer:
+    """The Constrainer of a fast Hugging Face tokenizer and a model with `vocab` logits; it remembers grammars.
+
+    Raises ValueError if there is no stop id or llguidance cannot read the tokenizer.
+    """
+    tokens = max(len(hf), vocab)
+    stops = sorted(id for id in stop_ids if 0 <= id < tokens)
+    if not stops:
+        raise ValueError(f"stop ids: expected one below {tokens}, got {sorted(stop_ids)}")
+    tokenizer = llguidance.hf.from_tokenizer(hf, n_vocab=tokens, eos_token=stops)
+    compiled: Recent[str, Compiled] = Recent(most_bytes, lambda kept: kept.bytes)
+
+    def compile(text: str) -> LLMatcher:
+        if (kept := compiled.get(text)) is None:
+            kept = sized(text, tokenizer)
+            compiled.put(text, kept)
+        return kept.matcher.deep_copy()
+
+    added_tokens = {str(token): id for id, token in hf.added_tokens_decoder.items()}
+    return Constrainer(added_tokens, -(-vocab // 32), compile, compiled)
+
+
+def sized(text: str, tokenizer: LLTokenizer) -> Compiled:
+    """A grammar at its start and its bytes: the growth of the process meanwhile, at least a share of its length."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    matcher = compile_grammar(text, tokenizer)
+    return Compiled(matcher, max(process.memory_info().rss - before, TEXT_BYTES * len(text)))
+
+
+def compile_grammar(text: str, tokenizer: LLTokenizer) -> LLMatcher:
+    """A grammar at its start. Raises ConstraintError for text that is not one, or whose first tokens lead nowhere."""
+    # Short errors, as they go to clients.
+    limits = LLParserLimits(verbose_errors=False)
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=limits)
+    trial = Constraint(matcher.deep_copy(), -(-tokenizer.vocab_size // 32))
+    for _ in range(TRIAL_STEPS):
+        allowed = np.flatnonzero(np.unpackbits(trial.mask().view(np.uint8), bitorder="little"))
+        if trial.finished:
+            break
+        for token in trial.matcher.compute_ff_tokens() or [int(allowed[0])]:
+            trial.accept(token)
+    return matcher
+
+
+class Constraint:
+    """The state of one answer: which tokens may come next. It belongs to its sequence and outlives preemptions."""
+
+    def __init__(self, matcher: LLMatcher, words: int) -> None:
+        self.matcher = matcher
+        self.words = words
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next, [words] uint32 as `pack_masks` wants it; stop ids where the answer may end.
+
+        Asking twice changes nothing. Raises ConstraintError when the grammar is too complex to go on.
+        """
+        mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)[: self.words]
+        # A matcher that failed allows the end of the turn, which would pass for a complete answer.
+        if self.matcher.is_error():
+            raise ConstraintError(reason(self.matcher))
+        return mask
+
+    def accept(self, token: int) -> None:
+        """Go on after the token that was sampled. Raises ConstraintError if it was not allowed."""
+        if not self.matcher.consume_token(token):
+            raise ConstraintError(reason(self.matcher))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete: only a stop id may follow, or one has come."""
+        return self.matcher.is_stopped()
+
+
+def reason(matcher: LLMatcher) -> str:
+    """Why llguidance refuses a grammar or a token, without the excerpt of the grammar that follows."""
+    text = matcher.get_error().partition("\n   1 |")[0].removesuffix("<non-verbose/>")
+    text = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text)
+    return " ".join(text.split())[:REASON_CHARS] or "no text obeys the schema"
