@@ -1,7 +1,7 @@
 """The host path of an agent's request: from its body's bytes to the tokens and pages that the engine admits, by phase.
 
-`python -m experiments.bench.host_path` needs no GPU and runs no model. A request of each length is sent once cold, and
-then with fresh questions of 300 tokens at its end, whose tokens nobody has seen and whose prefix is cached.
+`python -m experiments.bench.host_path` needs no GPU and runs no model. A request of each length is measured once cold,
+and then with new questions of 300 tokens at its end, which are tokenised for the first time after a cached prefix.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from serve.web.timing import Phases
 
 RESULTS = Path("experiments/results/bench/host_path.json")
 PHASES = ("decode", "normalize", "recall", "render", "match")
-CHARS_PER_TOKEN = 3.5  # of a session's JSON with the demo's tokenizer, about
+CHARS_PER_TOKEN = 3.5  # in a session's JSON with the demo's tokenizer, about
 PAGE = 64
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One request: milliseconds by phase, tokens of its prompt, and those that the store had."""
+    """One request: milliseconds by phase, tokens of its prompt, and those of them that were cached."""
 
     phases: dict[str, float]
     tokens: int
@@ -55,36 +55,36 @@ class Timed:
 
 @dataclass(frozen=True)
 class Host:
-    """What a server holds between requests, but for the engine."""
+    """The state of a server between requests, without the engine."""
 
     tokenizer: Tokenizer
     replay: ReplayLog
-    store: PrefixCache
+    cache: PrefixCache
 
 
 def session_of(tokens: int) -> Json:
-    """The last request of a session that has come to about this many tokens."""
+    """The last request of a session of about this many tokens."""
     short = takewhile(lambda body: len(json.dumps(body)) < tokens * CHARS_PER_TOKEN, requests(Session()))
     return list(short)[-1]
 
 
-def take(host: Host, body: Json) -> Timed:
-    """Lead one request to where the engine would admit it, and leave its prompt in the store."""
+def measure_request(host: Host, body: Json) -> Timed:
+    """Take one request to the point where the engine would admit it, and leave its prompt in the cache."""
     raw, phases = json.dumps(body).encode(), Phases()
     with phases.timed("decode"):
         message = decode_request(raw)
     with phases.timed("normalize"):
-        normal = normalize(message, frozenset(["strip-preamble"])).request
+        normalized = normalize(message, frozenset(["strip-preamble"])).request
     with phases.timed("recall"):
-        recalled = host.replay.recall(b"", normal.messages)
+        recalled = host.replay.recall(b"", normalized.messages)
     with phases.timed("render"):
-        made = prompt(normal, host.tokenizer, recalled)
+        made = prompt(normalized, host.tokenizer, recalled)
     with phases.timed("match"):
-        lease = host.store.match(made.tokens[:-1])
+        lease = host.cache.match(made.tokens[:-1])
     cached = lease.reused
-    lease, _ = host.store.extend(lease, len(made.tokens))
-    host.store.insert(lease, made.tokens)
-    host.store.release(lease)
+    lease, _ = host.cache.extend(lease, len(made.tokens))
+    host.cache.insert(lease, made.tokens)
+    host.cache.release(lease)
     return Timed(phases.ms(), len(made.tokens), cached)
 
 
@@ -92,8 +92,8 @@ def measure(tokenizer_of: Callable[[], Tokenizer], tokens: int, repeats: int) ->
     """A cold request to a new host, and the warm ones after it."""
     host = Host(tokenizer_of(), ReplayLog(), PrefixCache(2 * tokens // PAGE + 100 * repeats, PAGE, b""))
     body = session_of(tokens) | {"max_tokens": 8}
-    cold = take(host, with_question(body, 0))
-    return cold, [take(host, with_question(body, 1 + number)) for number in range(repeats)]
+    cold = measure_request(host, with_question(body, 0))
+    return cold, [measure_request(host, with_question(body, 1 + number)) for number in range(repeats)]
 
 
 def row(cold: Timed, warm: list[Timed]) -> dict[str, Any]:

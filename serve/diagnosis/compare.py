@@ -16,7 +16,7 @@ import numpy as np
 from cache.radix_tree import common_prefix
 from serve.api.messages import Block, CountTokensRequest, InvalidRequest, ToolUseBlock
 from serve.diagnosis.divergence import RememberedRequest, difference, sections_of
-from serve.diagnosis.sections import Vocabulary, message_parts, said, system_parts
+from serve.diagnosis.sections import Vocabulary, message_parts, rendered_text, system_parts
 from serve.prompt.conversation import blocks, tool_definitions
 from serve.prompt.render import Prompt
 from serve.rules.normalize import DEFAULT_RULES, RULES, normalize
@@ -86,4 +86,4 @@ def written(block: Block) -> str:
     """A block as plain text."""
     if isinstance(block, ToolUseBlock):
         return json.dumps({"name": block.name, "arguments": block.input}, ensure_ascii=False)
-    return said(block)
+    return rendered_text(block)

@@ -310,7 +310,7 @@ def difference(new: RememberedRequest, old: RememberedRequest, at: int, sections
     # Tokens may begin alike and differ in their last byte.
     into = common_prefix(np.frombuffer(here, np.uint8), np.frombuffer(there, np.uint8))
     section, cause = why(new, old, sections.at(at, into))
-    begins = not sections.marks or at == 0 or sections.at(at, into - 1) == "template"
+    begins = not sections.section_starts or at == 0 or sections.at(at, into - 1) == "template"
     strangers = cause == "preamble" and beginning(new.request) != beginning(old.request)
     if strangers or (begins and cause in ("system_changed", "tools_changed", "tools_reordered")):
         cause = "new_content"

@@ -1,8 +1,8 @@
 """Which part of a request a token of its prompt comes from, such as `system[2]`, `tools[7] Bash`, `messages[3] user`.
 
-The parts are looked for in the rendered bytes, in their order, by the words that they begin with: so no chat template
-need be known. What a template writes between two parts counts to the first of them, and what it writes ahead of all is
-`template`. Paths are those of the request that was rendered, after the rules.
+The parts are searched in the rendered bytes, in their order, by their first words, so that no knowledge of the chat
+template is needed. Text of the template between two parts belongs to the first of them; its text before all parts is
+`template`. Paths are those of the rendered request, after the rules.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from serve.prompt.conversation import block_text, blocks, result_text
 from serve.prompt.render import PromptSegment
 
 PROBE = 64  # characters that a part is recognised by
-WINDOW = 2**18  # bytes behind one message in which the next one begins
-MISSES = 32  # parts in a row that are not found: what follows them is not looked for
-# What chat templates write of a tool ahead of its name, in the form of `turns.tool_definitions`.
+WINDOW = 2**18  # bytes after one message in which the next one begins
+MISSES = 32  # parts in a row that are not found: the search ends there
+# The text of a tool before its name in chat templates, in the form of `conversation.tool_definitions`.
 _BEFORE_NAME = re.compile(rb'\{\s*+"type":\s*+"function",\s*+"function":\s*+\{\s*+\Z')
-LOOK_BACK = 100  # bytes that this takes, at most
+LOOK_BACK = 100  # the most bytes of that text
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What tokens stand for, in UTF-8."""
+    """The bytes that tokens stand for, in UTF-8."""
 
     lengths: Callable[[np.ndarray], np.ndarray]  # tokens [n] -> bytes of each [n] int64
     data: Callable[[np.ndarray], bytes]  # of all tokens together
@@ -42,7 +42,7 @@ class Vocabulary:
 
 
 def vocabulary_of(hf: Any) -> Vocabulary:
-    """The vocabulary of a fast Hugging Face tokenizer: byte-level, or of words with `▁` for blanks."""
+    """The vocabulary of a fast Hugging Face tokenizer: byte-level, or of words with `▁` for spaces."""
     added = {index: str(token).encode() for index, token in hf.added_tokens_decoder.items()}
     byte_level = '"ByteLevel"' in json.dumps(json.loads(hf.backend_tokenizer.to_str()).get("decoder"))
     spelled = byte_level_bytes if byte_level else sentencepiece_bytes
@@ -58,12 +58,15 @@ def vocabulary_of(hf: Any) -> Vocabulary:
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """A token of a byte-level tokenizer, whose alphabet has a printable character for each byte (GPT-2's)."""
+    """The bytes of a token of a byte-level tokenizer, whose alphabet has a printable character for each byte.
+
+    The alphabet is GPT-2's: https://github.com/openai/gpt-2/blob/master/src/encoder.py.
+    """
     return bytes(_BYTE_OF.get(character, 0x3F) for character in token)
 
 
 def sentencepiece_bytes(token: str) -> bytes:
-    """A token of a tokenizer that writes blanks as `▁` and single bytes as `<0x0A>`."""
+    """The bytes of a token of a tokenizer that writes spaces as `▁` and single bytes as `<0x0A>`."""
     if re.fullmatch("<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode()
@@ -76,7 +79,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-# Every character is a token: for prompts whose tokenizer is not known.
+# Each character is a token: for prompts whose tokenizer is unknown.
 CHARACTERS = Vocabulary(
     lambda tokens: 1 + (tokens > 0x7F).astype(np.int64) + (tokens > 0x7FF) + (tokens > 0xFFFF),
     lambda tokens: "".join(map(chr, tokens.tolist())).encode("utf-8", "replace"),
@@ -85,7 +88,7 @@ CHARACTERS = Vocabulary(
 
 @dataclass(frozen=True)
 class Sections:
-    """The sections of one prompt. Nothing is computed before it is asked for."""
+    """The sections of one prompt, each value computed on first use."""
 
     request: CountTokensRequest
     segments: tuple[PromptSegment, ...]
@@ -104,7 +107,7 @@ class Sections:
         """[tokens] int64: where in the rendered bytes each token starts."""
         lengths = self.vocabulary.lengths(self.tokens)
         starts = np.cumsum(lengths) - lengths
-        # A tokenizer may have changed a blank or an accent: each segment begins where it does.
+        # A tokenizer may have changed a space or an accent: the starts are right again at each segment.
         counts, sizes = np.asarray(self.counts), np.fromiter(map(len, self.rendered), np.int64, len(self.rendered))
         filled = counts > 0
         counts, begins = counts[filled], (np.cumsum(sizes) - sizes)[filled]
@@ -112,47 +115,50 @@ class Sections:
         return moved
 
     @cached_property
-    def marks(self) -> list[tuple[int, str]]:
-        """Where in the rendered bytes each section starts, and its name, in their order there."""
-        return find(self.request, b"".join(self.rendered))
+    def section_starts(self) -> list[tuple[int, str]]:
+        """The first rendered byte and the name of each section, in the order of the bytes."""
+        return find_sections(self.request, b"".join(self.rendered))
 
     def at(self, position: int, into: int = 0) -> str:
-        """The section of the byte that lies `into` bytes behind the start of token `position`."""
+        """The section of the byte that lies `into` bytes after the start of token `position`."""
         offset = (int(self.starts[position]) if position < len(self.starts) else len(b"".join(self.rendered))) + into
-        index = bisect_right(self.marks, offset, key=lambda mark: mark[0])
-        return self.marks[index - 1][1] if index else "template"
+        index = bisect_right(self.section_starts, offset, key=lambda start: start[0])
+        return self.section_starts[index - 1][1] if index else "template"
 
     def ranges(self) -> list[tuple[str, int, int]]:
-        """The name, first token and token behind the last of each section; all tokens are in one."""
-        firsts = np.searchsorted(self.starts, [offset for offset, _ in self.marks]).tolist()
-        names = ["template", *(name for _, name in self.marks)]
+        """The name, first token and token after the last of each section; each token is in one."""
+        firsts = np.searchsorted(self.starts, [offset for offset, _ in self.section_starts]).tolist()
+        names = ["template", *(name for _, name in self.section_starts)]
         bounds = [0, *firsts, len(self.tokens)]
         return [(name, *bounds[i : i + 2]) for i, name in enumerate(names) if bounds[i] < bounds[i + 1]]
 
 
-def find(request: CountTokensRequest, text: bytes) -> list[tuple[int, str]]:
-    """Where the sections of a request start in its rendered text, and their names; what is not found is none."""
-    marks: list[tuple[int, str]] = []
-    system_end = walk(text, system_parts(request), forms_of_text, 0, len(text), marks)
+def find_sections(request: CountTokensRequest, text: bytes) -> list[tuple[int, str]]:
+    """The first byte and the name of each section of a request in its rendered text; parts not found are left out."""
+    starts: list[tuple[int, str]] = []
+    system_end = add_section_starts(text, system_parts(request), forms_of_text, 0, len(text), starts)
     tools = ((f"tools[{i}] {tool.name}", tool.name) for i, tool in enumerate(request.tools or ()))
-    tools_end = walk(text, tools, forms_of_name, 0, len(text), marks)
+    tools_end = add_section_starts(text, tools, forms_of_name, 0, len(text), starts)
     # A call is known by its tool: its JSON is as the model wrote it.
-    parts = ((n, block.name if isinstance(block, ToolUseBlock) else said(block)) for n, block in message_parts(request))
-    walk(text, parts, forms_of_text, max(system_end, tools_end), WINDOW, marks)
-    return sorted(marks)
+    parts = (
+        (n, block.name if isinstance(block, ToolUseBlock) else rendered_text(block))
+        for n, block in message_parts(request)
+    )
+    add_section_starts(text, parts, forms_of_text, max(system_end, tools_end), WINDOW, starts)
+    return sorted(starts)
 
 
-def walk(
+def add_section_starts(
     text: bytes,
     parts: Iterable[tuple[str, str]],
     forms: Callable[[str], Iterator[bytes]],
     start: int,
     window: int,
-    marks: list[tuple[int, str]],
+    section_starts: list[tuple[int, str]],
 ) -> int:
-    """Mark where parts, given by name and text, begin one behind the other; returns where the next one may.
+    """Add where parts, given by name and text, begin one after the other; return the byte where the next one may.
 
-    `forms` says how a part's start may be written. Each is looked for in the next `window` bytes.
+    `forms` has the ways in which the start of a part may be written. Each is searched in the next `window` bytes.
     """
     misses = 0
     for name, part in parts:
@@ -164,20 +170,20 @@ def walk(
             break
         if at >= 0:
             before = _BEFORE_NAME.search(text, max(start, at - LOOK_BACK), at) if name.startswith("tools") else None
-            marks.append((before.start() if before else at, name))
+            section_starts.append((before.start() if before else at, name))
             start = at + len(part)
     return start
 
 
 def forms_of_text(part: str) -> Iterator[bytes]:
-    """The start of a text as it may be rendered: as it is, or as a JSON string."""
+    """The ways to render the start of a text: as it is, or as a JSON string."""
     if probe := part.strip()[:PROBE]:
         yield probe.encode("utf-8", "replace")
         yield json.dumps(probe, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
 
 
 def forms_of_name(name: str) -> Iterator[bytes]:
-    """A tool's name as its definition may be rendered."""
+    """The ways to render a tool's name in its definition."""
     quoted = json.dumps(name, ensure_ascii=False).encode("utf-8", "replace")
     yield b'"name": ' + quoted
     yield b'"name":' + quoted
@@ -193,14 +199,14 @@ def system_parts(request: CountTokensRequest) -> Iterator[tuple[str, str]]:
 
 
 def message_parts(request: CountTokensRequest) -> Iterator[tuple[str, Block]]:
-    """Name and block of all that messages say: texts under their role, other blocks under their kind."""
+    """Name and block of each block of the messages: texts under their role, other blocks under their kind."""
     for i, message in enumerate(request.messages):
         for block in blocks(message):
             kind = message.role if isinstance(block, TextBlock) else block.__struct_config__.tag
             yield f"messages[{i}] {kind}", block
 
 
-def said(block: Block) -> str:
+def rendered_text(block: Block) -> str:
     """A block's text as it is rendered."""
     if isinstance(block, ToolResultBlock):
         return result_text(block)

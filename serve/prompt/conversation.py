@@ -1,4 +1,4 @@
-"""A request as the turns that chat templates take. Nothing here knows a template, and nothing here changes a text."""
+"""A request as the turns that chat templates take. Knows no particular template and changes no text."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def is_prefilled(request: CountTokensRequest) -> bool:
 
 
 def wants_thinking(request: CountTokensRequest) -> bool:
-    """Whether the model is to think; one that was not asked to may do so all the same."""
+    """Whether the request asks for thinking; a model may think without being asked."""
     return request.thinking is not None and request.thinking.type != "disabled"
 
 
 def joined(messages: Sequence[InputMessage]) -> list[InputMessage]:
-    """The messages, with neighbouring ones of the assistant as one: some clients split an answer."""
+    """The messages, with neighbouring ones of the assistant joined: some clients split an answer."""
     result: list[InputMessage] = []
     for role, group in groupby(messages, lambda message: message.role):
         run = list(group)
@@ -48,8 +48,8 @@ def answers(messages: Sequence[InputMessage]) -> list[tuple[Block, ...]]:
     return [blocks(message) for message in joined(messages) if message.role == "assistant"]
 
 
-def tool_definitions(request: CountTokensRequest) -> list[dict[str, Any]] | None:
-    """The tools in the form that chat templates take; None where there are none."""
+def tool_definitions(request: CountTokensRequest) -> list[dict] | None:
+    """The tools in the form that chat templates take; None without tools."""
     if not request.tools:
         return None
     return [
@@ -105,7 +105,7 @@ def blocks(message: InputMessage) -> tuple[Block, ...]:
 
 
 def result_text(block: ToolResultBlock) -> str:
-    """What a tool returned, as text; an error is marked as one."""
+    """The result of a tool as text; an error begins with `Error`."""
     text = block.content if isinstance(block.content, str) else join(block.content or ())
     return f"Error: {text}" if block.is_error and not text.startswith("Error") else text
 
@@ -116,7 +116,7 @@ def join(content: tuple[Block | ResultBlock, ...] | list[Block]) -> str:
 
 
 def block_text(block: Block | ResultBlock) -> str:
-    """What a block adds to the visible text of its turn."""
+    """The text that a block adds to the visible text of its turn."""
     if isinstance(block, TextBlock):
         return block.text
     if isinstance(block, DocumentBlock):

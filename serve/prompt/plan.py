@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from serve.api.messages import Block, CountTokensRequest, ToolUseBlock
+from serve.api.messages import Block, CountTokensRequest, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.formats.families import Format
 from serve.prompt.adapt import adapt_conversation
 from serve.prompt.conversation import ChatMessage, answers, conversation, is_prefilled, tool_definitions, wants_thinking
@@ -62,42 +62,44 @@ def plan_chat(request: CountTokensRequest, template: Template, tools_first: bool
     placeholder, answer_placeholder = secrets.token_hex(12), secrets.token_hex(12)
     prefilled, thinking = is_prefilled(request), wants_thinking(request)
     adapted = adapt_conversation(conversation(request), template)
-    roles = [turn["role"] for turn in adapted]
-    at = [i for i, role in enumerate(roles) if role == "assistant"]
-    planned = [
-        PlannedAnswer(
-            turn=i,
-            blocks=blocks,
-            opening=template.opening(role_before(roles, i), thinking),
-            thinking_opening=template.opening(role_before(roles, i), True),
-            as_tool_call=template.answer_as_tool_call and roles[i + 1 : i + 2] == ["tool"],
-            prefilled=prefilled and i == at[-1],
-        )
-        for i, blocks in zip(at, answers(request.messages), strict=True)
-    ]
-    numbers = {answer.turn: n for n, answer in enumerate(planned)}
+    given = answers(request.messages)
+    turns: list[ChatMessage] = []
+    planned: list[PlannedAnswer] = []
+    role_before = "user"  # the first turn is written as after a user
+    for turn, following in zip(adapted, [*adapted[1:], None], strict=True):
+        if turn["role"] != "assistant":
+            turns.append(break_turn(turn, template.control_tokens, placeholder))
+        else:
+            answer = PlannedAnswer(
+                turn=len(turns),
+                blocks=given[len(planned)],
+                opening=template.opening(role_before, thinking),
+                thinking_opening=template.opening(role_before, True),
+                as_tool_call=template.answer_as_tool_call and following is not None and following["role"] == "tool",
+                prefilled=prefilled and len(planned) == len(given) - 1,
+            )
+            turns.append(answer_turn(f"{answer_placeholder}{len(planned)}x", answer.as_tool_call))
+            planned.append(answer)
+        role_before = turn["role"]
     return Chat(
-        placeholder,
-        answer_placeholder,
-        adapted,
-        [
-            answer_turn(f"{answer_placeholder}{numbers[i]}x", planned[numbers[i]].as_tool_call)
-            if i in numbers
-            else break_controls(turn, template.control_tokens, placeholder)
-            for i, turn in enumerate(adapted)
-        ],
-        planned,
-        template.opening(role_before(roles, len(roles)), thinking),
-        break_controls(tool_definitions(request), template.control_tokens, placeholder),
-        thinking,
-        prefilled,
-        tools_first,
+        placeholder=placeholder,
+        answer_placeholder=answer_placeholder,
+        adapted=adapted,
+        turns=turns,
+        answers=planned,
+        next_opening=template.opening(role_before, thinking),
+        tools=break_controls(tool_definitions(request), template.control_tokens, placeholder),
+        thinking=thinking,
+        prefilled=prefilled,
+        tools_first=tools_first,
     )
 
 
-def role_before(roles: list[str], index: int) -> str:
-    """The role of the turn before a turn; before the first one, as after a user."""
-    return roles[index - 1] if index else "user"
+def break_turn(turn: ChatMessage, controls: re.Pattern[str] | None, placeholder: str) -> ChatMessage:
+    """`break_controls` for a turn, whose keys are ours."""
+    if controls is None:
+        return turn
+    return {key: break_controls(item, controls, placeholder) for key, item in turn.items()}
 
 
 def break_controls(value: Any, controls: re.Pattern[str] | None, placeholder: str) -> Any:
@@ -127,9 +129,14 @@ def break_text(text: str, controls: re.Pattern[str], placeholder: str) -> str:
 
 def break_block(block: Block, controls: re.Pattern[str] | None, placeholder: str) -> Block:
     """`break_controls` for the fields of a block that the model wrote."""
-    written = {name: getattr(block, name) for name in MODEL_FIELDS.intersection(block.__struct_fields__)}
-    broken = break_controls(written, controls, placeholder)
+    names: tuple[str, ...] = ()
+    match block:
+        case TextBlock():
+            names = ("text",)
+        case ThinkingBlock():
+            names = ("thinking",)
+        case ToolUseBlock():
+            names = ("name", "input")
+    written = {name: getattr(block, name) for name in names}
+    broken = {name: break_controls(value, controls, placeholder) for name, value in written.items()}
     return block if broken == written else msgspec.structs.replace(block, **broken)
-
-
-MODEL_FIELDS = frozenset(("text", "thinking", "name", "input"))

@@ -30,7 +30,7 @@ import numpy as np
 from serve.api.messages import CountTokensRequest, InvalidRequest
 from serve.formats.families import Format, within_thinking, write_turn
 from serve.prompt.conversation import ChatMessage
-from serve.prompt.plan import Chat, PlannedAnswer, break_block, break_controls, plan_chat
+from serve.prompt.plan import Chat, PlannedAnswer, break_block, break_turn, plan_chat
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.template import Opening, Refused, Template, apply
 from serve.prompt.tokenizer import Tokenizer, TooManyTokens
@@ -56,7 +56,7 @@ class Prompt:
     # The end of the prompt that the history of a conversation would not hold, such as `<think>\n`. None where it is not
     # known because the template itself wrote the prefilled answer: then there is nothing to record.
     opening: str | None
-    prefilled_answer_ids: np.ndarray  # [tokens] int32, the last tokens: an answer that the client has begun
+    prefilled_answer_ids: np.ndarray  # [tokens] int32, the last tokens: of an answer that the client has begun
     thinking: bool  # the model goes on inside thinking
 
 
@@ -114,7 +114,7 @@ def say_once(warning: str) -> None:
 
 def by_template(chat: Chat, tokenizer: Tokenizer) -> Prompt:
     """The prompt as the chat template writes all of it, the answers in the history, too; raises Refused."""
-    turns = break_controls(chat.adapted, tokenizer.template.control_tokens, chat.placeholder)
+    turns = [break_turn(turn, tokenizer.template.control_tokens, chat.placeholder) for turn in chat.adapted]
     text = apply_with_tools_first(turns, chat, tokenizer, **chat.template_flags, prefill=chat.prefilled)
     return tokenize([text], chat, tokenizer, None if chat.prefilled else chat.next_opening.generation)
 
@@ -211,8 +211,8 @@ def answer_segments(
     if answer.prefilled:
         return [header + written, said]
     if answer.as_tool_call and not written.startswith(opening.history):
-        # The template has begun a call (Mistral: `[TOOL_CALLS] [{"name": "call", …`), which `header` has no more. What
-        # it writes before a text answer (Mistral: a space) it did not write before that call.
+        # Mistral's template begins the call of the placeholder with `[TOOL_CALLS] [{"name": "call", `, which `header` no
+        # longer has. It writes a space before a text answer and none before a call: so none is added here.
         return join_thinking(header, "", said, answer.thinking_opening, format)
     return join_thinking(header, opening.history, said, answer.thinking_opening, format)
 
@@ -234,7 +234,7 @@ def join_thinking(header: str, past: str, said: str, thinking: Opening, format: 
 def without_end(text: str, header: str, written: str) -> str:
     """The text without `written` at its end, before which the header must stand; raises Refused."""
     if not text.endswith(header + written):
-        raise Refused(f"expected {header + written!r} ahead of an answer, found {text[-len(header + written) :]!r}")
+        raise Refused(f"expected {header + written!r} before an answer, found {text[-len(header + written) :]!r}")
     return text.removesuffix(written)
 
 

@@ -1,9 +1,9 @@
-"""What the model sampled for every answered turn, found again by the conversation, and the signatures of thinking.
+"""The token ids that the model sampled for each answer, found by the conversation that the client sends back.
 
-Clients send an answer back as content, not as tokens: its JSON parsed and written anew, its whitespace trimmed. The log
-maps that content, and what was said before it, to the ids it was decoded from. By its content alone a turn would not be
-known: the same words twice in one conversation may have been sampled in two ways. A turn that somebody edited has
-another key, as have those behind it, whose cached prefix the edit has ended as well.
+Clients send an answer back as content, not as tokens: its JSON is parsed and written again, its whitespace trimmed. The
+log maps that content, and the conversation before it, to the ids that it was decoded from. The content alone would not
+do: the same words twice in one conversation may have been sampled in two ways. An edited answer has another key, and so
+have all answers after it, whose cached prefix the edit has ended as well.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ log = logging.getLogger("tokenzero.replay")
 
 FOLDER = "replay"  # below the store directory
 SYNC_SECONDS = 5.0
-RECORD_BYTES = 512  # of memory that a record takes beside its tokens, about
+RECORD_BYTES = 512  # of memory that a record takes besides its tokens, about
 VERSION = b"\x01"
 LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True, eq=False)
 class RecordedAnswer:
-    """One answered turn: what the prompt wrote of the turn ahead of the model, and what the model wrote."""
+    """One answer: the end of the prompt that belongs to its turn, and the tokens of the answer."""
 
     opening: str  # as `render.Prompt.opening`
-    tokens: np.ndarray  # [tokens] int32, begun ones included, without the stop token
+    tokens: np.ndarray  # [tokens] int32, prefilled ones included, without the stop token
 
 
 class ReplayLog:
-    """Answered turns by their content: the latest in memory, all in an LMDB environment below `directory`, if any.
+    """Recorded answers by their content: the latest in memory, all in an LMDB environment below `directory`, if any.
 
-    What the disk is too slow for, beyond `queue_bytes` that wait, is kept in memory alone; `on_lost` is told of each.
-    A record that `put` returned for survives a killed process within milliseconds, and a power cut after a few seconds;
-    a damaged one is a miss. Any thread may use it. Raises StoreError for a folder that holds something else.
+    At most `queue_bytes` wait for a slow disk. A record beyond that is kept in memory alone, and `on_lost` is called.
+    A few milliseconds after `put` returns its record survives a killed process, after a few seconds a power cut. A
+    damaged record is a miss. Any thread may use the log. Raises StoreError for a folder that holds something else.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ReplayLog:
         on_lost: Callable[[], object] = lambda: None,
     ) -> None:
         self.memory: LRUCache[bytes, RecordedAnswer] = LRUCache(
-            memory_bytes, getsizeof=lambda sampled: RECORD_BYTES + len(sampled.opening) + sampled.tokens.nbytes
+            memory_bytes, getsizeof=lambda answer: RECORD_BYTES + len(answer.opening) + answer.tokens.nbytes
         )
         self.lock = Lock()
         self.disk = DiskTier(directory / FOLDER, disk_bytes, name=RECORDS) if directory else None
@@ -81,7 +81,8 @@ class ReplayLog:
     ) -> None:
         """Remember the answer to a conversation; of two with the same content, the later one.
 
-        `answer` is what the client is sent, without what it has begun itself. Returns before the record is on disk.
+        `answer` has the blocks that the client is sent, without those that it has prefilled. Returns before the record
+        is on disk.
         """
         key = keys(scope, [*messages, InputMessage("assistant", tuple(answer))])[-1]
         self._keep(key, sampled)
@@ -89,33 +90,33 @@ class ReplayLog:
             self._queue(self.disk, key, pack(sampled))
 
     def recall(self, scope: bytes, messages: Sequence[InputMessage]) -> list[RecordedAnswer | None]:
-        """What was sampled for each of a conversation's answers, None where that is not known."""
+        """The record of each answer in a conversation, None where there is no record."""
         wanted = keys(scope, messages)
         with self.lock:
-            found = [self.memory.get(key) for key in wanted]
-        missing = [i for i, sampled in enumerate(found) if sampled is None]
+            recalled = [self.memory.get(key) for key in wanted]
+        missing = [i for i, sampled in enumerate(recalled) if sampled is None]
         records = self.disk.get_many([wanted[i] for i in missing]) if self.disk else ()
         for i, record in zip(missing, records, strict=False):
             sampled = unpack(bytes(record)) if record is not None else None
             if sampled is not None:
-                found[i] = sampled
+                recalled[i] = sampled
                 self._keep(wanted[i], sampled)
-        return found
+        return recalled
 
     @property
     def remembered_bytes(self) -> int:
-        """Memory that the turns in memory take, about."""
+        """Bytes that the records in memory take, about."""
         return int(self.memory.currsize)
 
     def flush(self) -> None:
-        """Wait until everything that was put is written through to the disk."""
+        """Wait until all records are written through to the disk."""
         if self.disk:
             self.writer.submit(self.disk.sync).result()
 
     def close(self, seconds: float = 30.0) -> None:
-        """Write what is waiting and close; what a disk does not take within so many seconds is lost, with one warning.
+        """Write the waiting records and close; those that are not written within `seconds` are lost, with one warning.
 
-        Later calls of `put` keep turns in memory alone.
+        Later calls of `put` keep records in memory alone.
         """
         if self.disk:
             try:
@@ -142,14 +143,14 @@ class ReplayLog:
         self.writer.submit(self._write, disk, key, record).add_done_callback(done)
 
     def _keep(self, key: bytes, sampled: RecordedAnswer) -> None:
-        with self.lock, suppress(ValueError):  # larger than the whole memory
+        with self.lock, suppress(ValueError):  # a record that is larger than the whole memory
             self.memory[key] = sampled
 
     def _write(self, disk: DiskTier, key: bytes, record: bytes) -> None:
         try:
             (old,) = disk.get_many([key])
             if old is not None and old != record:
-                disk.delete([key])  # the tier keeps what it has, since a page never changes
+                disk.delete([key])  # the tier would keep the old record, since a page never changes
             disk.put_many([(key, record)])
             if time.monotonic() - self.synced > SYNC_SECONDS:
                 self.synced = time.monotonic()
@@ -159,37 +160,37 @@ class ReplayLog:
 
 
 def keys(scope: bytes, messages: Sequence[InputMessage]) -> list[bytes]:
-    """The keys of a conversation's answers, 32 bytes each: a hash of the answer and of everything in front of it.
+    """The keys of a conversation's answers, 32 bytes each: a hash of the answer and of everything before it.
 
-    `scope` is whatever separates those who may share records: key, salt, model. Signatures, redacted thinking, blanks
+    `scope` separates those who may not share records: API key, salt, model. Signatures, redacted thinking, whitespace
     around texts, the borders between neighbouring texts, key order and the spelling of numbers make no difference.
     """
-    chain, found = hashlib.sha256(scope).digest(), list[bytes]()
+    chain, result = hashlib.sha256(scope).digest(), list[bytes]()
     for message in joined(messages):
         if message.role == "assistant":
             try:
                 chain = link(chain, canonical(blocks(message)))
             except RecursionError:
-                chain = secrets.token_bytes(32)  # JSON that nests too deeply to be compared is like no other
-            found.append(chain)
+                chain = secrets.token_bytes(32)  # JSON that nests too deeply to be compared matches nothing
+            result.append(chain)
         else:
-            # By turns, as the template gets them: how they are spread over messages makes no difference either.
+            # By turns, as the template gets them: their division into messages makes no difference either.
             for turn in turns(message):
                 chain = link(chain, [turn["role"], turn["content"].strip()])
-    return found
+    return result
 
 
-def link(chain: bytes, said: list[Any]) -> bytes:
-    """The chain with one more turn."""
+def link(chain: bytes, turn: list[Any]) -> bytes:
+    """The hash of the chain with one more turn, 32 bytes."""
     try:
-        text = msgspec.json.encode(said, order="deterministic")
+        text = msgspec.json.encode(turn, order="deterministic")
     except UnicodeEncodeError:  # half a surrogate pair, which a model can write and no client can send
-        text = json.dumps(said, sort_keys=True).encode()
+        text = json.dumps(turn, sort_keys=True).encode()
     return hashlib.sha256(chain + text).digest()
 
 
 def canonical(answer: Iterable[Block]) -> list[list[Any]]:
-    """An answer as JSON values, the same for all forms in which clients send it back."""
+    """An answer as JSON values that are the same for all forms in which clients send it back."""
     parts: list[list[Any]] = []
     for block in answer:
         if isinstance(block, TextBlock) and parts and parts[-1][0] == "text":
@@ -199,17 +200,17 @@ def canonical(answer: Iterable[Block]) -> list[list[Any]]:
         elif isinstance(block, ThinkingBlock):
             parts.append(["thinking", block.thinking])
         elif isinstance(block, ToolUseBlock):
-            parts.append(["tool_use", block.id, block.name, plain(block.input)])
+            parts.append(["tool_use", block.id, block.name, with_doubles(block.input)])
     trimmed = ([kind, text.strip(), *rest] for kind, text, *rest in parts)
     return [part for part in trimmed if part[1:] != [""]]
 
 
-def plain(value: Any) -> Any:
-    """JSON with its numbers as the doubles that JavaScript reads them as: 1, 1.0 and 1e0 are one number."""
+def with_doubles(value: Any) -> Any:
+    """JSON with its numbers as doubles, as JavaScript reads them: 1, 1.0 and 1e0 are one number."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: with_doubles(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [with_doubles(item) for item in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
         # An integer beyond all doubles stays itself. Adding 0 makes -0 the 0 that JavaScript writes for it.
         with suppress(OverflowError):
@@ -224,7 +225,7 @@ def pack(sampled: RecordedAnswer) -> bytes:
 
 
 def unpack(record: bytes) -> RecordedAnswer | None:
-    """The turn of a record; None if it is not one."""
+    """The answer in a record; None for bytes that are not a record."""
     start = len(VERSION) + LENGTH.size
     if len(record) < start or not record.startswith(VERSION):
         return None

@@ -1,4 +1,4 @@
-"""The key that signs thinking, and the signatures."""
+"""Signatures of thinking blocks, by which the server knows its own when they come back, and the key that signs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ KEY_BYTES = 32
 
 
 def signing_key(directory: Path | None) -> bytes:
-    """The key of the store below `directory`, made on first use; without a store, one for this process only.
+    """The key of the store below `directory`, 32 bytes, made on first use; without a store, one for this process only.
 
-    Raises StoreError if there is a key file that holds no key, OSError if it cannot be read or made.
+    Raises StoreError for a key file of another length, OSError if it cannot be read or made.
     """
     if directory is None:
         return secrets.token_bytes(KEY_BYTES)
     path = directory / FOLDER / KEY_FILE
     if not path.exists():
-        # Written beside its place and linked there, so that nobody reads half a key and of two makers one wins.
+        # Written to a scratch file and linked into its place: no reader sees half a key, and of two makers one wins.
         scratch = path.with_name(f".{KEY_FILE}.{secrets.token_hex(8)}")
         with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(KEY_BYTES))
@@ -46,18 +46,19 @@ def signing_key(directory: Path | None) -> bytes:
 
 
 def sign(key: bytes, tokens: np.ndarray | Sequence[int]) -> str:
-    """The signature of a thinking block: how many ids its turn had when it ended, and HMAC-SHA256 over them, in base64.
+    """The signature of a thinking block, in base64: the count of `tokens` and HMAC-SHA256 over them.
 
-    `tokens` are these ids, begun ones included.
+    `tokens` are the ids of its answer up to the end of the block, prefilled ones included. HMAC:
+    https://datatracker.ietf.org/doc/html/rfc2104.
     """
     mac = hmac.new(key, np.asarray(tokens, "<i4").tobytes(), hashlib.sha256)
     return base64.b64encode(LENGTH.pack(len(tokens)) + mac.digest()).decode()
 
 
 def verify(key: bytes, tokens: np.ndarray | Sequence[int], signature: str) -> bool:
-    """Whether `sign` made this signature for a block of the turn with these ids.
+    """Whether `sign` made this signature for a block of the answer with these ids.
 
-    One that it did not make is no error: the block is plain thinking text.
+    False for any other text: its block is plain thinking text then.
     """
     try:
         (count,) = LENGTH.unpack_from(base64.b64decode(signature.encode(), validate=True))

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer with a remembering encode: text to token ids, exactly as over the whole text."""
+"""A checkpoint's tokenizer: text to token ids by segments that are remembered, with the ids of the whole text."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from serve.limits.recent import Recent
 from serve.prompt.probe import probe_template
 from serve.prompt.template import Template
 
-# Of one text between two control tokens. To take the ids of more from the tokenizer holds the interpreter too long.
+# Of one text between two control tokens. Copying more ids from the tokenizer would block all other threads too long.
 MOST_TOKENS = 2**20
-# The tokens of longer texts are counted slice by slice first: all of them at once may be 30 million.
+# The tokens of longer texts are counted slice by slice first: a whole text may have 30 million.
 LONG_CHARS, COUNTED_CHARS, COUNTED_TOGETHER = 2**21, 2**16, 2**18
 HEAD_BYTES = 8 * 2**20  # of texts of heads
-NUMPY_BYTES = 200  # of an array beside its values, and of a text beside its characters
+NUMPY_BYTES = 200  # of an array besides its values, and of a text besides its characters
 SEGMENT_FOLDER = "segments"  # below the store directory
 STORED_BYTES = 64 * 2**20  # of ids on disk
-STORED_CHARS = 1000  # shorter segments are sooner tokenised than read
+STORED_CHARS = 1000  # shorter segments are tokenised faster than they are read
 
 
 class TooManyTokens(ValueError):
@@ -41,7 +41,7 @@ class TooManyTokens(ValueError):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A Hugging Face tokenizer with its chat template and a remembering `encode`."""
+    """A Hugging Face tokenizer with its chat template and an `encode` that remembers segments."""
 
     hf: Any
     encode: Callable[[str], np.ndarray]  # text -> [tokens] int32, special tokens recognised, none added
@@ -58,12 +58,11 @@ def load_tokenizer(
     store: Path | None = None,
     segment_bytes: int = DEFAULT_BOUNDS.segments,
 ) -> Tokenizer:
-    """Read the tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `formats.choose`).
+    """The tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `families.choose`).
 
-    Segments that were tokenised are remembered, in so many bytes of memory. With a `store` directory, long ones are
-    found there again after a restart. Raises ValueError
-    if the tokenizer is not a fast one, has no chat template or the format is unknown, StoreError for a directory of
-    another program or version.
+    It remembers tokenised segments in at most `segment_bytes` of memory. With a `store` directory, long ones are found
+    there again after a restart. Raises ValueError for a tokenizer that is not a fast one or has no chat template and
+    for an unknown format, StoreError for a directory of another program or version.
     """
     from transformers import AutoTokenizer
 
@@ -90,7 +89,7 @@ def make_tokenizer(
     segments: Tier | None = None,
     segment_bytes: int = DEFAULT_BOUNDS.segments,
 ) -> Tokenizer:
-    """Study a fast Hugging Face tokenizer and its chat template; a tier of `segments` keeps the long ones."""
+    """The Tokenizer of a fast Hugging Face tokenizer; a tier of `segments` keeps the ids of long ones."""
     memory = segment_memory(segment_bytes)
     encode = make_encoder(hf, segments, memory)
     return Tokenizer(
@@ -107,13 +106,13 @@ def make_tokenizer(
 def make_encoder(
     hf: Any, segments: Tier | None = None, memory: Recent[str, np.ndarray] | None = None
 ) -> Callable[[str], np.ndarray]:
-    """`encode` for a tokenizer: by segments remembered in `memory` where that is exact, else over the whole text."""
+    """`encode` for a tokenizer: by segments kept in `memory` where that is exact, else over the whole text."""
 
     def whole(text: str) -> np.ndarray:
-        # The fast way, which counts no characters, is there for batches only.
+        # The fast call, which tracks no character offsets, exists for batches only.
         fast = partial(hf.backend_tokenizer.encode_batch_fast, add_special_tokens=False)
         if len(text) > LONG_CHARS:
-            refuse_many(text, lambda slices: sum(map(len, fast(slices))))
+            refuse_too_many_tokens(text, lambda slices: sum(map(len, fast(slices))))
         (encoding,) = fast([text])
         if len(encoding) > MOST_TOKENS:
             raise TooManyTokens(f"a text of {len(encoding)} tokens, expected at most {MOST_TOKENS}")
@@ -125,7 +124,7 @@ def make_encoder(
     single = {token: np.asarray([index], np.int32) for token, index in added.items()}
     # Longest first, as the tokenizer itself prefers them.
     cut = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
-    tokenize = stored(whole, identity(hf), segments) if segments else whole
+    tokenize = with_store(whole, identity(hf), segments) if segments else whole
     memory = segment_memory(DEFAULT_BOUNDS.segments) if memory is None else memory
 
     def remembered(text: str) -> np.ndarray:
@@ -149,14 +148,14 @@ def make_encoder(
 
 
 def segment_memory(most_bytes: int) -> Recent[str, np.ndarray]:
-    """Room for segments; bounded by size and not by number, as it is the clients who choose how long a segment is."""
+    """Memory for segments; bounded in bytes and not in number, as clients choose how long a segment is."""
     return Recent(most_bytes, lambda ids: NUMPY_BYTES + 2 * ids.nbytes)
 
 
-def refuse_many(text: str, count: Callable[[list[str]], int]) -> None:
-    """Raise TooManyTokens for a text that has far more than MOST_TOKENS, without tokenising all of it.
+def refuse_too_many_tokens(text: str, count: Callable[[list[str]], int]) -> None:
+    """Raise TooManyTokens for a text of far more than MOST_TOKENS, without tokenising all of it.
 
-    `count` tells the tokens of some texts together. Cut into slices a text has a few more.
+    `count` returns the number of tokens of some texts together. Cut into slices, a text has a few more.
     """
     tokens = 0
     for start in range(0, len(text), COUNTED_TOGETHER):
@@ -166,8 +165,8 @@ def refuse_many(text: str, count: Callable[[list[str]], int]) -> None:
             raise TooManyTokens(f"a text of over {MOST_TOKENS} tokens, expected at most {MOST_TOKENS}")
 
 
-def stored(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) -> Callable[[str], np.ndarray]:
-    """`tokenize`, whose results for long texts are kept in a tier under the tokenizer's identity and the text."""
+def with_store(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) -> Callable[[str], np.ndarray]:
+    """`tokenize`, with its results for long texts kept in a tier under the tokenizer's identity and the text."""
     writer = Worker("segments")
 
     def recall(text: str) -> np.ndarray:
@@ -185,7 +184,7 @@ def stored(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) 
 
 
 def identity(hf: Any) -> bytes:
-    """What tells a tokenizer from all that might give other ids: 32 bytes."""
+    """A hash of all that decides a tokenizer's ids, its library's version included: 32 bytes."""
     described = f"{tokenizers.__version__}\n{hf.backend_tokenizer.to_str()}"
     return hashlib.blake2b(described.encode(), digest_size=32).digest()
 
@@ -205,10 +204,10 @@ def make_encoder_after(hf: Any, encode: Callable[[str], np.ndarray]) -> Callable
 
 
 def splits_at_added_tokens(hf: Any) -> bool:
-    """Whether tokenising the pieces between added tokens is the same as tokenising the whole text.
+    """Whether tokenising the segments between added tokens gives the ids of the whole text.
 
-    It is for byte-level tokenizers whose added tokens match verbatim; a tokenizer that puts a blank before the first
-    word only (Metaspace, Prepend), or whose tokens swallow the blanks around them, sees a piece's context.
+    It does for byte-level tokenizers whose added tokens match verbatim. It does not for a tokenizer that puts a space
+    before the first word only (Metaspace, Prepend), or whose added tokens include the whitespace around them.
     """
     tokens = hf.added_tokens_decoder.values()
     if not tokens or any(t.lstrip or t.rstrip or t.single_word or t.normalized for t in tokens):

@@ -22,7 +22,7 @@ class ToolsPlace:
         """A conversation's text with tools and system text exchanged; `system` occurs once. Raises Refused."""
         found = self.before + system + self.gap + self.tools
         if not text.startswith(found):
-            raise Refused("expected the tools right behind the system text, in its turn, found them elsewhere")
+            raise Refused("expected the tools right after the system text, in its turn, found them elsewhere")
         return self.before + self.tools + self.gap + system + text[len(found) :]
 
 
@@ -37,7 +37,7 @@ def place_of_tools(hf: Any, system: str, tools: list[dict]) -> ToolsPlace | None
     if before != plain_before and after == plain_after:
         return None
     if before != plain_before or not after.endswith(plain_after):
-        raise Refused("expected the tools right behind the system text, in its turn, found them elsewhere")
+        raise Refused("expected the tools right after the system text, in its turn, found them elsewhere")
     written = after.removesuffix(plain_after)
     first = written.lstrip()
     return ToolsPlace(before, written[: len(written) - len(first)], first)

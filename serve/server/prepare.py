@@ -1,6 +1,6 @@
-"""A request of the Messages API made ready for the engine: normalised, rendered, tokenised, its demands compiled.
+"""A request of the Messages API made ready for the engine: normalised, rendered, tokenised, its grammar compiled.
 
-What each of these means is decided in `normalize`, `render` and `constrain`. No HTTP.
+The steps themselves are in `serve.rules` and `serve.prompt`. No HTTP.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from serve.api.answers import new_id
 from serve.api.messages import CountTokensRequest, InvalidRequest, MessagesRequest, SeededRequest, ThinkingBlock
 from serve.api.stops import Stops
-from serve.diagnosis.sections import message_parts, said, system_parts
+from serve.diagnosis.sections import message_parts, rendered_text, system_parts
 from serve.engine.request import GenerationRequest
 from serve.engine.steps import SamplingParams
 from serve.prompt.conversation import answers
@@ -35,21 +35,24 @@ class Prepared:
 
     id: str  # of the message that answers it
     caller: RequestContext
-    original: MessagesRequest  # as it came
-    message: MessagesRequest  # as the rules left it
+    original: MessagesRequest  # as the client sent it
+    message: MessagesRequest  # after the rules
     prompt: Prompt
     generation: GenerationRequest
-    stops: Stops  # that end its text
-    scope: bytes  # whose sampled turns it shares
+    stops: Stops  # the texts that end its answer
+    scope: bytes  # of the recorded answers that it shares: see `scope_of`
     applied: tuple[str, ...]  # the rules that changed it, in order, with their places
-    clamped: bool  # the context has less room than `max_tokens`
+    clamped: bool  # `max_tokens` is more than the context has room for
 
 
 def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestContext, phases: Phases) -> Prepared:
-    """Normalise, render and tokenise a request, compile what it demands, clamp its `max_tokens` to the room left."""
+    """Normalise, render and tokenise a request, compile its grammar, clamp its `max_tokens` to the room left.
+
+    Raises InvalidRequest for a request that cannot be answered.
+    """
     with phases.timed("normalize"):
         normalized = normalize(message, caller.rules)
-    report(serving, normalized)
+    report_rules(serving, normalized)
     scope = scope_of(serving.engine.fingerprint, caller)
     rendered = rendered_prompt(serving, normalized.request, scope, caller.rules, phases)
     limit = serving.engine.settings.max_model_len
@@ -89,7 +92,7 @@ def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestCon
 
 
 def prompt_length(serving: ServerContext, request: CountTokensRequest, caller: RequestContext, phases: Phases) -> int:
-    """The length of the prompt that the request would have."""
+    """The number of tokens of the prompt that the request would have; raises InvalidRequest."""
     with phases.timed("normalize"):
         normalized = normalize(request, caller.rules).request
     scope = scope_of(serving.engine.fingerprint, caller)
@@ -97,7 +100,7 @@ def prompt_length(serving: ServerContext, request: CountTokensRequest, caller: R
 
 
 def seed_of(message: MessagesRequest) -> int:
-    """A seed of 32 bits: a fresh one unless the request has its own, of which those that need more are hashed."""
+    """A seed of 32 bits: the request's own, hashed if it needs more bits, or else a random one."""
     seed = message.seed if isinstance(message, SeededRequest) else None
     if seed is None:
         return secrets.randbits(32)
@@ -108,7 +111,7 @@ def seed_of(message: MessagesRequest) -> int:
 
 
 def scope_of(fingerprint: bytes, caller: RequestContext) -> bytes:
-    """What separates those who may share sampled turns: the model's fingerprint, the caller's salt and key."""
+    """A hash of the model's fingerprint and the caller's salt and key: only equal scopes share recorded answers."""
     parts = (fingerprint, caller.salt, caller.key)
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
@@ -116,7 +119,7 @@ def scope_of(fingerprint: bytes, caller: RequestContext) -> bytes:
 def rendered_prompt(
     serving: ServerContext, request: CountTokensRequest, scope: bytes, rules: frozenset[str], phases: Phases
 ) -> Prompt:
-    """The prompt of a normalised request, with those of its answers replayed that were sampled here."""
+    """The prompt of a normalised request; the answers in it that were sampled here are replayed."""
     most = serving.engine.settings.max_model_len - 1
     if (least := least_tokens(request, serving.tokenizer.max_token_chars)) > most:
         raise InvalidRequest(f"messages: prompt is too long: at least {least} tokens, expected at most {most}")
@@ -128,34 +131,36 @@ def rendered_prompt(
         )
 
 
-def least_tokens(request: CountTokensRequest, longest: int) -> int:
-    """Fewer tokens than a prompt can have: one a message, and texts of nothing but tokens of `longest` characters.
+def least_tokens(request: CountTokensRequest, max_token_chars: int) -> int:
+    """A lower bound of a prompt's tokens: one for each message, and all texts in tokens of `max_token_chars`.
 
-    So what is out of all proportion is refused before it is rendered.
+    With it a prompt that is far too long is refused before it is rendered.
     """
     texts = sum(len(text) for _, text in system_parts(request))
-    texts += sum(len(said(block)) for _, block in message_parts(request) if not isinstance(block, ThinkingBlock))
-    return max(len(request.messages), texts // longest)
+    texts += sum(
+        len(rendered_text(block)) for _, block in message_parts(request) if not isinstance(block, ThinkingBlock)
+    )
+    return max(len(request.messages), texts // max_token_chars)
 
 
 def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Recalled:
-    """What was recalled, but for answers whose thinking somebody else has signed: these are text like any other.
+    """The recalled answers, with None for each whose thinking has a foreign signature: it is rendered as plain text.
 
-    Clients that keep no signatures send empty ones, which prove nothing and harm nothing.
+    An empty signature is accepted, as clients that keep no signatures send it.
     """
 
-    def ours(sampled: RecordedAnswer, block: Any) -> bool:
+    def is_ours(sampled: RecordedAnswer, block: Any) -> bool:
         signature = block.signature if isinstance(block, ThinkingBlock) else ""
         return not signature or verify(key, sampled.tokens, signature)
 
     return [
-        sampled if sampled and all(ours(sampled, block) for block in answer) else None
+        sampled if sampled and all(is_ours(sampled, block) for block in answer) else None
         for sampled, answer in zip(recalled, answers(request.messages), strict=True)
     ]
 
 
-def report(serving: ServerContext, normalized: Normalized[Any]) -> None:
-    """Count what the rules did, and log once what they could not read."""
+def report_rules(serving: ServerContext, normalized: Normalized) -> None:
+    """Count the rules that were applied, and log each kind of unreadable header once."""
     for odd in normalized.unparsed:
         serving.metrics.unparsed.inc()
         warn_once(odd, serving.reported)

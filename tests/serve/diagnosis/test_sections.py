@@ -13,7 +13,7 @@ import pytest
 from experiments.workloads import sessions
 from experiments.workloads.sessions import Session
 from serve.api.messages import CountTokensRequest, decode_count_tokens
-from serve.diagnosis.sections import CHARACTERS, MISSES, Sections, find, sentencepiece_bytes, vocabulary_of
+from serve.diagnosis.sections import CHARACTERS, MISSES, Sections, find_sections, sentencepiece_bytes, vocabulary_of
 from serve.prompt.render import Prompt, prompt
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.tokenizer import Tokenizer
@@ -119,11 +119,14 @@ def test_parts_that_a_template_leaves_out_have_no_section() -> None:
     said = [{"role": "assistant", "content": [*thinking, {"type": "text", "text": "Shown."}]}]
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi there"}, *said]}
     request = decode_count_tokens(json.dumps(body).encode())
-    assert find(request, b"<user>Hi there<assistant>Shown.") == [(6, "messages[0] user"), (25, "messages[1] assistant")]
+    assert find_sections(request, b"<user>Hi there<assistant>Shown.") == [
+        (6, "messages[0] user"),
+        (25, "messages[1] assistant"),
+    ]
 
 
 def test_it_does_not_look_forever_for_what_is_not_there() -> None:
     said = [{"role": "user", "content": f"Never rendered {n}"} for n in range(80_000)]
     # As many parts as a body may have, nearly.
     request = decode_count_tokens(json.dumps({"model": "m", "messages": said}).encode())
-    assert find(request, b"x" * 1_000_000) == []
+    assert find_sections(request, b"x" * 1_000_000) == []

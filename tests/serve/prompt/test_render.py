@@ -17,7 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-import serve.prompt.render as render_module
+import serve.prompt.tokenizer as tokenizer_module
 from cache.disk import DiskTier
 from cache.host import HostTier
 from serve.api.messages import CountTokensRequest, InputMessage, InvalidRequest, TextBlock, decode_count_tokens
@@ -269,10 +269,10 @@ class TestLength:
             "COUNTED_CHARS": 50,
             "COUNTED_TOGETHER": 100,
         }.items():
-            monkeypatch.setattr(render_module, name, value)
+            monkeypatch.setattr(tokenizer_module, name, value)
         encode = make_encoder(byte_level())
         assert len(encode("ab" * 50)) == 50
-        with pytest.raises(render_module.TooManyTokens, match="a text of over 100 tokens, expected at most 100"):
+        with pytest.raises(tokenizer_module.TooManyTokens, match="a text of over 100 tokens, expected at most 100"):
             encode("a b " * 1000)
 
     def test_no_prompt_has_fewer_tokens_than_its_texts_and_messages_ask_for(self) -> None:

@@ -154,7 +154,7 @@ class TestToolsFirst:
         assert not tokenizer.template.tools_can_lead
         assert "leave it out" in (unrendered(tokenizer, {"tools-first", "sort-tools"}) or "")
         assert unrendered(tokenizer, {"sort-tools"}) is None
-        with pytest.raises(InvalidRequest, match="expected the tools right behind the system text"):
+        with pytest.raises(InvalidRequest, match="expected the tools right after the system text"):
             prompt(self.REQUEST, tokenizer, tools_first=True)
 
     def test_it_is_told_where_there_is_something_to_move(self) -> None:
