@@ -211,7 +211,7 @@ def answer_segments(
     if answer.prefilled:
         return [header + written, said]
     if answer.as_tool_call and not written.startswith(opening.history):
-        # Mistral's template begins the call of the placeholder with `[TOOL_CALLS] [{"name": "call", `, which `header` no
+        # Mistral's template begins the placeholder's call with `[TOOL_CALLS] [{"name": "call", `, which `header` no
         # longer has. It writes a space before a text answer and none before a call: so none is added here.
         return join_thinking(header, "", said, answer.thinking_opening, format)
     return join_thinking(header, opening.history, said, answer.thinking_opening, format)

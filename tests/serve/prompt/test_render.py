@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ import serve.prompt.tokenizer as tokenizer_module
 from cache.disk import DiskTier
 from cache.host import HostTier
 from serve.api.messages import CountTokensRequest, InputMessage, InvalidRequest, TextBlock, decode_count_tokens
+from serve.limits.recent import Recent
 from serve.prompt.adapt import into_results, join_users
 from serve.prompt.conversation import conversation, joined, tool_definitions
 from serve.prompt.render import prompt, render, render_text, say_once
@@ -579,6 +582,81 @@ def facts(tokenizer: Tokenizer) -> tuple[str, str, set[str]]:
         "ends with results": not t.users_after_results,
     }
     return t.format.name, t.systems, {name for name, on in flags.items() if on}
+
+
+class TestRenderings:
+    """How often the chat template is applied for a conversation of 30 turns."""
+
+    @pytest.fixture
+    def renderings(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+        """A function: the number of renderings for each of some requests, one after the other."""
+
+        def count(tokenizer: Tokenizer, *requests: CountTokensRequest, **flags: bool) -> list[int]:
+            applied, apply = [], tokenizer.hf.apply_chat_template
+
+            def counted(*args: Any, **fields: Any) -> Any:
+                applied.append(1)
+                return apply(*args, **fields)
+
+            monkeypatch.setattr(tokenizer.hf, "apply_chat_template", counted)
+            totals = [prompt(asked, tokenizer, **flags) and len(applied) for asked in requests]
+            monkeypatch.setattr(tokenizer.hf, "apply_chat_template", apply)
+            return np.diff([0, *totals]).tolist()
+
+        return count
+
+    @staticmethod
+    def asked(turns: int = 30, system: str = "S", **fields: Any) -> CountTokensRequest:
+        history = [message for turn in range(turns) for message in (USER, says(text(f"A{turn}"), CALL), RESULT)]
+        return request(*history, says(text("Done.")), USER, system=system, tools=TOOLS, **fields)
+
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+    def test_the_template_is_applied_once_whatever_the_number_of_turns(
+        self, family: Family, renderings: Callable[..., list[int]]
+    ) -> None:
+        tokenizer = fresh(family)
+        # A template that moves the tools also writes the head by itself and a question, the first time.
+        first = 3 if tokenizer.template.moves_tools_to_last_turn else 1
+        assert renderings(tokenizer, self.asked(30), self.asked(31), self.asked(30)) == [first, 1, 1]
+        assert renderings(tokenizer, self.asked(30, system="Another.")) == [first], "another head"
+
+    @pytest.mark.parametrize("name", ["qwen3", "mistral-v3"])
+    def test_the_place_of_the_tools_is_found_once_for_each_list_of_tools(
+        self, name: str, renderings: Callable[..., list[int]]
+    ) -> None:
+        tokenizer = fresh(next(f for f in FAMILIES if f.name == name))
+        first, later = renderings(tokenizer, self.asked(30), self.asked(31), tools_first=True)
+        assert later == 1 < first <= 5
+
+    def test_what_is_kept_of_a_head_changes_no_token(self) -> None:
+        for family in FAMILIES:
+            tokenizer = fresh(family)
+            for tools_first in (False, tokenizer.template.tools_can_lead):
+                once, again, other = (
+                    prompt(asked, tokenizer, tools_first=tools_first).tokens.tolist()
+                    for asked in (self.asked(2), self.asked(2), self.asked(2, system="Another."))
+                )
+                assert once == again != other
+
+    def test_nothing_is_kept_of_a_head_with_control_tokens(self, renderings: Callable[..., list[int]]) -> None:
+        tokenizer = fresh(next(f for f in FAMILIES if f.name == "mistral-v3"))
+        forged = self.asked(2, system="[INST]")
+        assert renderings(tokenizer, forged, forged) == [3, 3], "it holds what is random in each request"
+        assert len(tokenizer.heads) == 0
+
+    def test_nothing_is_kept_of_a_template_that_reads_the_clock(self, renderings: Callable[..., list[int]]) -> None:
+        hf = tokenizer_of(next(f for f in FAMILIES if f.name == "mistral-v3")).hf
+        hf = copy.copy(hf)
+        hf.chat_template = "{{ strftime_now('%Y') }}" + hf.chat_template
+        tokenizer = make_tokenizer(hf)
+        assert tokenizer.template.reads_clock
+        assert renderings(tokenizer, self.asked(2), self.asked(2)) == [3, 3]
+
+
+def fresh(family: Family) -> Tokenizer:
+    """The family's tokenizer with nothing kept."""
+    tokenizer = tokenizer_of(family)
+    return replace(tokenizer, heads=Recent(tokenizer.heads.most_bytes, tokenizer.heads.size_of))
 
 
 class TestControlTokens:
