@@ -48,7 +48,7 @@ def answers(messages: Sequence[InputMessage]) -> list[tuple[Block, ...]]:
     return [blocks(message) for message in joined(messages) if message.role == "assistant"]
 
 
-def tool_definitions(request: CountTokensRequest) -> list[dict] | None:
+def tool_definitions(request: CountTokensRequest) -> list[dict[str, Any]] | None:
     """The tools in the form that chat templates take; None without tools."""
     if not request.tools:
         return None

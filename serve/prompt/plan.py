@@ -42,7 +42,7 @@ class Chat:
     turns: list[ChatMessage]  # the same with answers as placeholders and control tokens broken
     answers: list[PlannedAnswer]
     next_opening: Opening  # before the answer that the model is to give
-    tools: list[dict] | None  # control tokens broken
+    tools: list[dict[str, Any]] | None  # control tokens broken
     thinking: bool
     prefilled: bool  # the last answer is begun by the client
     tools_first: bool  # tools before the system text

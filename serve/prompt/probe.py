@@ -63,7 +63,9 @@ def tool_loop(as_tool_call: bool, call_id: str = CALL_ID) -> list[ChatMessage]:
     return [USER, call, {"role": "tool", "tool_call_id": call_id, "content": "word3"}]
 
 
-def attempt(hf: Any, turns: Sequence[ChatMessage], tools: list[dict] | None = None, **template_flags: bool) -> str:
+def attempt(
+    hf: Any, turns: Sequence[ChatMessage], tools: list[dict[str, Any]] | None = None, **template_flags: bool
+) -> str:
     """The template's text, empty if it refuses."""
     try:
         return apply(hf, turns, tools, **template_flags)

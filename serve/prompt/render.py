@@ -165,7 +165,7 @@ def apply_with_tools_first(turns: list[ChatMessage], chat: Chat, tokenizer: Toke
     if found := kept(["tools", tools], find_place, chat, tokenizer):
         text = ToolsPlace(*found).tools_first(text, system)
     before, _, rest = text.rpartition(system)
-    return before + turns[0]["content"] + rest
+    return f"{before}{turns[0]['content']}{rest}"
 
 
 def kept(key: Any, write: Callable[[], tuple[str, ...]], chat: Chat, tokenizer: Tokenizer) -> tuple[str, ...]:

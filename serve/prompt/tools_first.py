@@ -26,7 +26,7 @@ class ToolsPlace:
         return self.before + self.tools + self.gap + system + text[len(found) :]
 
 
-def place_of_tools(hf: Any, system: str, tools: list[dict]) -> ToolsPlace | None:
+def place_of_tools(hf: Any, system: str, tools: list[dict[str, Any]]) -> ToolsPlace | None:
     """Where a small conversation has these tools, None if they come before the system text already; raises Refused.
 
     `system` is a text for its system message that the tools do not hold.

@@ -159,7 +159,7 @@ def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Reca
     ]
 
 
-def report_rules(serving: ServerContext, normalized: Normalized) -> None:
+def report_rules(serving: ServerContext, normalized: Normalized[Any]) -> None:
     """Count the rules that were applied, and log each kind of unreadable header once."""
     for odd in normalized.unparsed:
         serving.metrics.unparsed.inc()
