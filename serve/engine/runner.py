@@ -126,7 +126,7 @@ def sequence_input(scheduled: ScheduledSequence) -> SequenceInput:
     sequence = scheduled.sequence
     assert sequence.lease is not None
     if sequence.in_flight:
-        new = np.asarray([-1 - sequence.in_flight.index], np.int32)
+        new = np.asarray([-1 - sequence.in_flight.offset], np.int32)
     else:
         new = sequence.tokens[sequence.computed : sequence.computed + scheduled.count]
     if scheduled.draft_tokens:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,12 +46,11 @@ NEXT_STATES: dict[SequenceState, set[SequenceState]] = {
 }
 
 
-@dataclass(frozen=True)
-class InFlightToken:
+class InFlightToken(NamedTuple):
     """A sequence's next token, which a step in flight samples and the host has not read."""
 
     step: int  # number of the step
-    index: int  # among the tokens that the step samples
+    offset: int  # among the tokens that the step samples
 
 
 @dataclass(eq=False)
