@@ -15,6 +15,7 @@ import numpy as np
 
 from cache.keys import root_key
 from cache.lmdb_env import StoreError
+from cache.pool import pages_for
 from cache.tiers import Tiers
 from model import checkpoint
 from model.params import unstacked
@@ -59,16 +60,7 @@ def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: by
         raise ValueError("--salt: it is not the one of the file's sequence")
     params = unstacked(params) if jax.default_backend() == "cpu" else params
     tokens = np.asarray(case.tokens, np.int32)
-    pages = -(-(len(tokens) + 2) // case.page_size)
-    settings = EngineSettings(
-        num_pages=pages + 2,
-        max_model_len=len(tokens) + 1,
-        page_size=case.page_size,
-        max_num_seqs=1,
-        max_prefill_tokens=case.max_prefill_tokens,
-        dtype=case.dtype,
-        audit_pages=max(pages + 2, MIN_PAGES),
-    )
+    settings = settings_for(case)
     audit = AuditSettings(share=float("inf"), quiet_s=0.0, max_tokens=len(tokens))
     # Computing a token takes longer than any tier, so all stored pages are read back.
     slow = Constants(fixed=0.0, linear=1e5, attention=0.0)
@@ -97,6 +89,20 @@ def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: by
     lines.append(f"cold: token {cold}; warm: token {warm}, {started.reused_tokens} tokens reused ({taken})")
     lines.append(f"differs: {wrong}" if wrong else "what was reused is what the model computes")
     return lines, wrong is not None or cold != warm
+
+
+def settings_for(case: Case) -> EngineSettings:
+    """An engine that runs the case alone, with pages to audit all of it."""
+    pages = pages_for(len(case.tokens) + 2, case.page_size)
+    return EngineSettings(
+        num_pages=pages + 2,
+        max_model_len=len(case.tokens) + 1,
+        page_size=case.page_size,
+        max_num_seqs=1,
+        max_prefill_tokens=case.max_prefill_tokens,
+        dtype=case.dtype,
+        audit_pages=max(pages + 2, MIN_PAGES),
+    )
 
 
 def summary(case: Case) -> str:
