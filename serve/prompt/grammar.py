@@ -132,7 +132,7 @@ def tool_calls(format: Format, tools: Sequence[tuple[str, Tool]], parallel: bool
     for i, (field, tool) in enumerate(tools):
         head, tail = frame(format, tool.name)
         if quoted(tool.name) not in head and not NAME.fullmatch(tool.name):
-            raise InvalidRequest(f"{field}.name: expected no blanks, brackets or quotes, got {tool.name!r:.80}")
+            raise InvalidRequest(f"{field}.name: expected no whitespace, brackets or quotes, got {tool.name!r:.80}")
         schema = tool_schema(tool.input_schema, f"{field}.input_schema")
         text = schema_text(schema, LENIENT, f"{field}.input_schema")
         arguments, more = f"%json {text}", ""

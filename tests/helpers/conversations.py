@@ -60,7 +60,7 @@ def back(answer: tuple[Block, ...]) -> list[Json]:
 
 
 def next_messages(turn: int, answer: tuple[Block, ...]) -> list[Json]:
-    """The client's messages behind an answer: results, words of the user, reminders."""
+    """The client's messages after an answer: results, words of the user, reminders."""
     results = [
         {"type": "tool_result", "tool_use_id": block.id, "content": f'line {turn}\n  "x": <y>\n'}
         for block in answer
@@ -92,7 +92,7 @@ def sent(messages: list[Json], thinking: bool, turn: int) -> CountTokensRequest:
 
 
 def generated(answer: tuple[Block, ...], in_thinking: bool, tokenizer: Tokenizer) -> np.ndarray:
-    """Ids that a model might sample for an answer: other blanks in its JSON, and no merge of the tokenizer's.
+    """Ids that a model might sample for an answer: other whitespace in its JSON, and no merges of the tokenizer.
 
     `in_thinking`: the prompt has opened thinking already.
     """
@@ -103,12 +103,12 @@ def generated(answer: tuple[Block, ...], in_thinking: bool, tokenizer: Tokenizer
     assert controls is not None
     ids: list[np.ndarray] = []
     start = 0
-    for mark in [*controls.finditer(written), None]:
-        end = mark.start() if mark else len(written)
+    for control in [*controls.finditer(written), None]:
+        end = control.start() if control else len(written)
         ids += [tokenizer.encode(character) for character in written[start:end]]
-        if mark:
-            ids.append(tokenizer.encode(mark[0]))
-            start = mark.end()
+        if control:
+            ids.append(tokenizer.encode(control[0]))
+            start = control.end()
     return np.concatenate(ids)
 
 

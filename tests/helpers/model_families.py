@@ -26,7 +26,7 @@ class Family:
     bos: str
     end: str
     special: tuple[str, ...]
-    marks: tuple[str, ...] = ()  # added, and not special
+    added: tuple[str, ...] = ()  # added to the vocabulary, and not special
     thinks: bool = False
 
 
@@ -87,7 +87,7 @@ def tokenizer_of(family: Family) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     special = (family.bos, family.end, *family.special)
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in family.marks])
+    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in family.added])
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=family.bos, eos_token=family.end)
     hf.chat_template = (TEMPLATES / f"{family.name}.jinja").read_text(encoding="utf-8")
     return make_tokenizer(hf)

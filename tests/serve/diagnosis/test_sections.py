@@ -54,7 +54,7 @@ def test_the_parts_of_a_conversation_are_found_in_every_family(family: Family) -
     ranges = sections.ranges()
     assert ranges[0][1] == 0
     assert ranges[-1][2] == len(made.tokens)
-    assert all(before[2] == behind[1] for before, behind in pairwise(ranges))
+    assert all(before[2] == after[1] for before, after in pairwise(ranges))
     assert "You are an agent." in texts["system[0]"]
     assert "Work in /tmp." in texts["system[1]"]
     assert "Fix the bug." in texts["messages[0] user"]

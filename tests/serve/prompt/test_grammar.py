@@ -1,4 +1,4 @@
-"""Whatever the logits say, an answer under a constraint is what the request demands, and ends."""
+"""For any logits, an answer under a constraint is what the request demands, and ends."""
 
 from __future__ import annotations
 
@@ -278,13 +278,13 @@ OFFERED = [tool(name, schema | DRAFT) for name, schema in TOOLS.items()]
 def calls_of(
     format: str, ids: list[int], thinking: bool = False, schemas: Json = TOOLS
 ) -> tuple[list[Call], list[Any]]:
-    """The calls that the parser finds in an answer, and its other pieces."""
+    """The calls that the parser finds in an answer, and its other events."""
     hf, form, _, end = setting(format)
     assert ids[-1] == end
     stream = AnswerStream(hf.backend_tokenizer, form, NO_STOPS, schemas, thinking)
-    pieces = [piece for token in ids[:-1] for piece in stream.feed(token)] + stream.finish()
-    calls = [piece for piece in pieces if isinstance(piece, Call)]
-    return calls, [piece for piece in pieces if not isinstance(piece, Call)]
+    events = [event for token in ids[:-1] for event in stream.feed(token)] + stream.finish()
+    calls = [event for event in events if isinstance(event, Call)]
+    return calls, [event for event in events if not isinstance(event, Call)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
@@ -300,7 +300,7 @@ def test_any_logits_give_calls_that_the_parser_reads_and_the_schemas_allow(forma
         for call in calls:
             assert valid(call.input, TOOLS[call.name]), call
         seen |= {call.name for call in calls}
-        # The whole answer is what would be written into the history, but for ids and how values are spelled.
+        # The whole answer is what would be written into the history, except for ids and the spelling of values.
         blocks = [ToolUseBlock(call.id, call.name, call.input) for call in calls]
         hf, form, _, _ = setting(format)
         again = hf(write_turn(form, blocks), add_special_tokens=False)["input_ids"]
@@ -351,7 +351,7 @@ THINKING = {"type": "enabled", "budget_tokens": 1024}
 
 @pytest.mark.parametrize("opened", [True, False])
 @pytest.mark.parametrize("format", ["hermes", "qwen3_coder", "deepseek", "deepseek_v31"])
-def test_thinking_comes_ahead_of_calls(format: str, opened: bool) -> None:
+def test_thinking_comes_before_calls(format: str, opened: bool) -> None:
     grammar = demands(format, opened, tools=OFFERED, tool_choice={"type": "any"}, thinking=THINKING)
     assert grammar
     thought = 0
@@ -365,7 +365,7 @@ def test_thinking_comes_ahead_of_calls(format: str, opened: bool) -> None:
 
 @pytest.mark.parametrize("format", ["hermes", "llama3", "deepseek_v31"])
 @pytest.mark.parametrize("fields", [{}, {"thinking": {"type": "disabled"}}])
-def test_thinking_that_nobody_wants_ends_where_the_prompt_has_opened_it(format: str, fields: Json) -> None:
+def test_thinking_that_is_not_wanted_ends_where_the_prompt_has_opened_it(format: str, fields: Json) -> None:
     hf, form, constrainer, end = setting(format)
     grammar = demands(format, True, **wanted({"type": "null"}), **fields)
     assert grammar
@@ -439,10 +439,10 @@ def test_json_is_an_alternative_to_calls_unless_calls_are_forced_or_forbidden() 
 
 def test_what_cannot_be_forced_is_refused_by_name() -> None:
     forced = {"tools": OFFERED, "tool_choice": {"type": "any"}}
-    begun = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "{"}]
+    prefilled = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "{"}]
     for fields in (forced, wanted({})):
         with pytest.raises(InvalidRequest, match=r"^messages: .*(tool_choice|output_config\.format)"):
-            demands("hermes", messages=begun, **fields)
+            demands("hermes", messages=prefilled, **fields)
     request = decode_request(json.dumps(ask("go", **forced)).encode())
     with pytest.raises(InvalidRequest, match=r"^tool_choice: "):
         grammar_of(request, BY_NAME["thinking"], False, {})

@@ -119,7 +119,7 @@ class TestConversation:
         assert join_users(users) == [{"role": "user", "content": "\n\n".join(["u" * 20] * 100_000)}]
         assert time.process_time() - before < 2, "copying what was joined so far with each takes much longer"
 
-    def test_a_user_behind_results_and_a_system_text_keeps_the_word(self) -> None:
+    def test_a_user_turn_after_results_and_a_system_text_stays(self) -> None:
         tool, system, user = [{"role": role, "content": role} for role in ("tool", "system", "user")]
         assert into_results([user, tool, user, system]) == [tool | {"content": "user\n\ntool\n\nuser"}, system]
         assert into_results([tool, system, user]) == [tool, system, user]
@@ -219,7 +219,7 @@ class TestPrompt:
 
 
 def byte_level(**added: bool) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with merges, special tokens and marks of which one begins like another."""
+    """A byte-level tokenizer with merges, special tokens and added tokens of which one is the start of another."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("a", "b"), ("Ġ", "a"), ("Ġa", "b"), ("<", "|"), ("Ċ", "Ċ"), (">", "Ċ")]
     words = [*alphabet, *(left + right for left, right in merges)]
@@ -234,7 +234,7 @@ def byte_level(**added: bool) -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """A SentencePiece-style tokenizer: the blank before a word belongs to it, the first word gets one."""
+    """A SentencePiece-style tokenizer: the space before a word belongs to it, the first word gets one."""
     letters = ["<unk>", "▁", *"abcdefgh<|>x"]
     backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -248,7 +248,7 @@ def cached_byte_level() -> PreTrainedTokenizerFast:
     return byte_level()
 
 
-PIECES = st.lists(
+TEXTS = st.lists(
     st.sampled_from(
         ["<|a|>", "<|end|>", "<x>", "<x><y>", "<y>", "ab>", "<|", "|>", " ", "\n", "ab", "a", "b", "é🙂", "x"]
     )
@@ -288,7 +288,7 @@ class TestLength:
 
 
 class TestSegments:
-    @given(value=PIECES)
+    @given(value=TEXTS)
     def test_segments_give_the_tokens_of_the_whole_text(self, value: str) -> None:
         hf = cached_byte_level()
         assert splits_at_added_tokens(hf)
@@ -357,7 +357,7 @@ class TestSegments:
         assert not splits_at_added_tokens(hf)
         value = "ab cd<|a|>ef gh"
         assert make_encoder(hf)(value).tolist() == whole(hf, value)
-        # By segments the second piece would get a blank of its own: this is why.
+        # The reason: by segments the second one would get a space of its own.
         assert whole(hf, "ab cd") + whole(hf, "<|a|>") + whole(hf, "ef gh") != whole(hf, value)
 
     @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
@@ -436,19 +436,19 @@ DIFFERENCES = {
         "<｜Assistant｜>A<",
         "<｜Assistant｜><think>\nHm.\n</think>\n\nA<",
     ),
-    "an answer's outer blanks are kept": (
+    "an answer's outer whitespace is kept": (
         "llama3.1",
         request(USER, says(text("A \n")), USER),
         "\n\nA<|eot_id|>",
         "\n\nA \n<|eot_id|>",
     ),
-    "words beside a call are kept": (
+    "words next to a call are kept": (
         "mistral-v3",
         request(USER, says(text("Look."), CALL), RESULT),
         "[/INST][TOOL_CALLS] [{",
         "[/INST]Look.[TOOL_CALLS] [{",
     ),
-    "words beside a call are kept, and the call marked as one": (
+    "words next to a call are kept, and the call has its delimiter": (
         "llama3.1",
         request(USER, says(text("Look."), CALL), RESULT),
         'assistant<|end_header_id|>\n\n{"name": "Read"',
@@ -479,12 +479,12 @@ REFUSED = {
         request(USER, {"role": "system", "content": "R"}, says(text("A")), USER),
         "[INST] Q\n\n<system-reminder>\nR\n</system-reminder>[/INST] A</s>",
     ),
-    "words of the user behind a result": (
+    "words of the user after a result": (
         "mistral-v3",
         request(USER, says(CALL), {"role": "user", "content": [*RESULT["content"], text("Go on.")]}),
         '{"content": "one\\ntwo\\n\\nGo on.", "call_id": "01Ab23456"}',
     ),
-    "words of the user ahead of a result": (
+    "words of the user before a result": (
         "mistral-v3",
         request(USER, says(CALL), {"role": "user", "content": [text("Wait."), *RESULT["content"]]}),
         '{"content": "Wait.\\n\\none\\ntwo", "call_id": "01Ab23456"}',
@@ -531,7 +531,7 @@ class TestFamilies:
     @pytest.mark.parametrize(
         ("form", "written"),
         [
-            ("{{ m.content | upper }}", "A"),  # the mark is lost
+            ("{{ m.content | upper }}", "A"),  # the placeholder is lost
             ("{% if loop.index == 4 %}<think></think>{% endif %}{{ m.content }}", "<think></think>a"),
         ],
     )
@@ -611,7 +611,7 @@ class TestRenderings:
         return request(*history, says(text("Done.")), USER, system=system, tools=TOOLS, **fields)
 
     @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-    def test_the_template_is_applied_once_whatever_the_number_of_turns(
+    def test_the_template_is_applied_once_for_any_number_of_turns(
         self, family: Family, renderings: Callable[..., list[int]]
     ) -> None:
         tokenizer = fresh(family)
@@ -663,7 +663,7 @@ class TestControlTokens:
     @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
     def test_text_from_outside_never_becomes_a_control_token(self, family: Family) -> None:
         tokenizer = tokenizer_of(family)
-        names = [family.bos, family.end, *family.special, *family.marks]
+        names = [family.bos, family.end, *family.special, *family.added]
 
         def asked(forged: str) -> CountTokensRequest:
             call = CALL | {"name": f"Read{forged}", "input": {f"k{forged}": [f"v{forged}"]}}
@@ -730,8 +730,8 @@ class TestThinking:
         assert plain.startswith(f"<x>Q<|end|><|a|>{past}A<|end|>")
 
 
-class TestPieces:
-    def test_a_sentencepiece_tokenizer_puts_no_blank_where_text_is_cut(self) -> None:
+class TestCuts:
+    def test_a_sentencepiece_tokenizer_puts_no_space_where_text_is_cut(self) -> None:
         hf = metaspace()
         hf.chat_template = (
             "{% for m in messages %}<|a|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"

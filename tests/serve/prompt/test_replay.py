@@ -61,7 +61,7 @@ QUESTION = (InputMessage("user", "Fix the bug."),)
 
 
 def talk(*answers: Any) -> list[InputMessage]:
-    """A conversation of these answers, the question ahead of each."""
+    """A conversation of these answers, the question before each."""
     return [message for answer in answers for message in (*QUESTION, InputMessage("assistant", answer))]
 
 
@@ -217,7 +217,7 @@ from serve.prompt.replay import ReplayLog, RecordedAnswer
 log = ReplayLog(Path(sys.argv[1]))
 question = [InputMessage("user", "Fix the bug.")]
 log.put(b"key and model", question, [TextBlock("Done.")], RecordedAnswer("", np.arange(3, dtype=np.int32)))
-log.writer.submit(int).result()  # behind the record
+log.writer.submit(int).result()  # after the record
 print("ready", flush=True)
 signal.pause()
 """
@@ -295,7 +295,7 @@ class TestSignatures:
         assert not verify(other, [1, 2], signature)
         assert not any(verify(key, [1, 2], foreign) for foreign in ("", "c2ln", "é\ud800"))
 
-    def test_the_key_is_the_stores_and_nobody_elses_to_read(self, log: ReplayLog, tmp_path: Path) -> None:
+    def test_the_key_belongs_to_the_store_and_only_its_owner_reads_it(self, log: ReplayLog, tmp_path: Path) -> None:
         key = signing_key(tmp_path)
         assert signing_key(tmp_path) == key
         path = tmp_path / "replay" / "signing.key"
