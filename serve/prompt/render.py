@@ -11,8 +11,8 @@ Some requests need more than one rendering:
   by themselves and the rest after a question that is cut off. Both texts of the head are kept for the next request.
 - Tools before the system text: where the template writes them is found with a small conversation, kept for each list
   of tools.
-- A template that loses, repeats or reorders placeholders, or writes something else around them than around the words
-  that it was probed with, writes the whole conversation once more with its answers; nothing is replayed then.
+- A template that loses, repeats or reorders placeholders, or writes other text around them than when it was
+  probed, writes the whole conversation once more with its answers; nothing is replayed then.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ PromptSegment = str | np.ndarray  # text to be tokenised by itself, or the ids t
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered request. Its answer is recorded as RecordedAnswer(opening, prefilled_answer_ids and then what is
-    sampled).
+    """A rendered request.
+
+    Its answer is recorded as RecordedAnswer(opening, prefilled_answer_ids followed by the sampled ids).
     """
 
     segments: tuple[PromptSegment, ...]
