@@ -1,1 +1,1 @@
-"""How much a server takes and remembers, in bytes; the lowest wing, which imports nothing of the others."""
+"""Limits in bytes on what a server accepts and remembers; the lowest wing, which imports no other."""

@@ -1,27 +1,27 @@
-"""How much JSON a body holds, counted before it is read: to read too much of it would hold the interpreter too long."""
+"""Limits on the JSON in a body, checked before it is decoded: decoding too much would hold the interpreter too long."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Brackets and commas outside of strings. A request that fills a context of a million tokens has about as many; to read
-# them takes the interpreter some 50 ms, in which no other thread runs.
+# Brackets and commas outside of strings. A request that fills a context of a million tokens has about this many;
+# decoding them takes about 50 ms, in which no other Python thread runs.
 MOST_PARTS = 2**18
-# Escaped characters, one by one as slow to read as four plain ones: 4 MiB are more than a context of a million tokens.
+# Escaped characters; each takes as long to decode as four plain ones. 4 MiB exceed a context of a million tokens.
 MOST_ESCAPES = 2**22
-SLICE = 2**20  # bytes that are looked at together
+SLICE = 2**20  # bytes that are examined at once
 COMMA, BRACKET, BRACE, QUOTE, BACKSLASH = b',[{"\\'
 
 
 def parts(body: bytes | bytearray) -> int:
-    """How many brackets open and how many commas stand in a body outside of its strings; 0 if clearly few enough."""
+    """The number of opening brackets and commas in a body outside of its strings; 0 if clearly within the limit."""
     if len(body) <= MOST_PARTS:
         return 0
     data = np.frombuffer(body, np.uint8)
     slices = [data[start : start + SLICE] for start in range(0, len(data), SLICE)]
     if sum(int(np.count_nonzero(structure(piece))) for piece in slices) <= MOST_PARTS:
         return 0
-    count, within, run = 0, False, 0  # whether a string goes on, and how many backslashes a slice ends with
+    count, within, run = 0, False, 0  # whether a slice ends within a string, and with how many backslashes
     for piece in slices:
         places = np.arange(len(piece), dtype=np.int32)
         # Backslashes in a row up to each byte.
@@ -35,7 +35,7 @@ def parts(body: bytes | bytearray) -> int:
 
 
 def excess(body: bytes | bytearray) -> str | None:
-    """What a body has too much of, with the number expected and found; None if it can be read."""
+    """The limit that a body exceeds, with the number that was found; None if the body may be decoded."""
     if (found := parts(body)) > MOST_PARTS:
         return f"expected at most {MOST_PARTS} brackets and commas, got {found}"
     if (found := escapes(body)) > MOST_ESCAPES:
@@ -44,7 +44,7 @@ def excess(body: bytes | bytearray) -> str | None:
 
 
 def escapes(body: bytes | bytearray) -> int:
-    """How many backslashes stand in a body; 0 if clearly few enough."""
+    """The number of backslashes in a body; 0 if clearly within the limit."""
     if len(body) <= MOST_ESCAPES:
         return 0
     data = np.frombuffer(body, np.uint8)
@@ -53,6 +53,6 @@ def escapes(body: bytes | bytearray) -> int:
 
 
 def structure(piece: np.ndarray) -> np.ndarray:
-    """Which bytes of [n] uint8 are commas or opening brackets, [n] bool."""
+    """A mask [bytes] bool of the commas and opening brackets in [bytes] uint8."""
     found: np.ndarray = (piece == COMMA) | (piece == BRACKET) | (piece == BRACE)
     return found

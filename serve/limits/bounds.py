@@ -1,4 +1,4 @@
-"""How many bytes of memory a server may take for what it remembers of requests; `serve/README.md` has the table."""
+"""How many bytes of memory a server may take for what it remembers of requests; `serve/README.md` lists them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ class Bounds:
 
     segments: int = 128 * MIB
     grammars: int = 256 * MIB
-    turns: int = 64 * MIB
-    unwritten_turns: int = 32 * MIB
+    answers: int = 64 * MIB
+    unwritten_answers: int = 32 * MIB
     reports: int = 64 * MIB
-    outcomes: int = 2 * MIB
+    statuses: int = 2 * MIB
     volatility: int = 16 * MIB
     savings: int = 64 * MIB
     audits: int = 16 * MIB
 
     @property
     def total(self) -> int:
-        """All of them together."""
+        """The sum of all."""
         return sum(astuple(self))
 
     def scaled(self, total: int) -> Bounds:
-        """The same shares of another total."""
+        """The same shares of another total, in bytes."""
         return Bounds(*(total * most // self.total for most in astuple(self)))
 
 

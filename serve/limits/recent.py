@@ -1,4 +1,4 @@
-"""What is remembered of the latest requests: values by key, within a number of bytes."""
+"""The latest values by key, within a limit in bytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ENTRY_BYTES = 300  # of a key and of the mapping that holds it, about
 class Recent(Generic[K, V]):
     """The latest values whose sizes add up to at most `most_bytes`; of these at most `most`. Any thread may use it.
 
-    `size_of` says how many bytes of memory a value takes, its key included unless that is small. The value that was set
-    or got longest ago goes first; one that is larger than everything is not kept.
+    `size_of` returns the memory of a value in bytes, with its key unless that is small. The least recently used value
+    is dropped first; a value that alone exceeds `most_bytes` is not kept.
     """
 
     def __init__(self, most_bytes: int, size_of: Callable[[V], int], most: int | None = None) -> None:
@@ -26,11 +26,11 @@ class Recent(Generic[K, V]):
         self._lock = Lock()
 
     def __len__(self) -> int:
-        """How many values there are."""
+        """The number of values."""
         return len(self._held)
 
     def get(self, key: K) -> V | None:
-        """The value of a key, which counts as used; None if there is none."""
+        """The value of a key, or None; it counts as used."""
         with self._lock:
             if (found := self._held.get(key)) is None:
                 return None
@@ -38,19 +38,19 @@ class Recent(Generic[K, V]):
             return found[0]
 
     def peek(self, key: K) -> V | None:
-        """The value of a key, which does not count as used."""
+        """The value of a key, or None; it does not count as used."""
         with self._lock:
             found = self._held.get(key)
         return found and found[0]
 
     def put(self, key: K, value: V) -> None:
-        """Set the value of a key, and drop what there is no room for."""
+        """Set the value of a key, and drop the least recently used values beyond the limits."""
         with self._lock:
             self._drop(key)
             self._set(key, value)
 
     def change(self, key: K, make: Callable[[V | None], V | None]) -> None:
-        """Set a key's value, which keeps its place, to what `make` makes of the one it has; None sets nothing."""
+        """Set a key's value to what `make` returns for it, unless that is None; this does not count as use."""
         with self._lock:
             found = self._held.get(key)
             if (value := make(found and found[0])) is not None:
@@ -58,12 +58,12 @@ class Recent(Generic[K, V]):
                 self._set(key, value)
 
     def values(self) -> list[V]:
-        """All values, the one set or got longest ago first."""
+        """All values, the least recently used first."""
         with self._lock:
             return [value for value, _ in self._held.values()]
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         with self._lock:
             self._held.clear()
             self.bytes = 0

@@ -61,9 +61,9 @@ class ReplayLog:
     def __init__(
         self,
         directory: Path | None = None,
-        memory_bytes: int = DEFAULT_BOUNDS.turns,
+        memory_bytes: int = DEFAULT_BOUNDS.answers,
         disk_bytes: int = 256 * 2**20,
-        queue_bytes: int = DEFAULT_BOUNDS.unwritten_turns,
+        queue_bytes: int = DEFAULT_BOUNDS.unwritten_answers,
         on_lost: Callable[[], object] = lambda: None,
     ) -> None:
         self.memory: LRUCache[bytes, RecordedAnswer] = LRUCache(

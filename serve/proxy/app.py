@@ -1,7 +1,7 @@
-"""The proxy's application: a request's bytes are forwarded as they came, but for what a rule changes.
+"""The proxy's application: a request's bytes are forwarded unchanged, except where a rule changes them.
 
-The answer's come as they come, and whatever is no chat request passes untouched. What a prompt shares with the ones
-before is found out in a thread, once the request is on its way: nothing waits for it.
+The answer's bytes are forwarded as they arrive, and so is every request that is not a chat request. The comparison with
+earlier prompts runs in a thread after the request is sent, so nothing waits for it.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from serve.web.pages import (
 log = logging.getLogger("tokenzero.proxy")
 
 CONNECT_SECONDS = 10.0
-AT_ONCE_BYTES = 2**18  # of a body that the event loop looks at, or hands on, without a pause
+AT_ONCE_BYTES = 2**18  # of a body that the event loop processes without a pause
 KEEP_ALIVE_SECONDS = 4.0  # of an idle connection: uvicorn closes it after 5
 
 
 def create_proxy(
     upstream: Upstream, rules: frozenset[str], reports: Reports | None = None, api_key: str | None = None
 ) -> Starlette:
-    """The application in front of an engine."""
+    """The application before the engine at `upstream`."""
     pool = httpcore.AsyncConnectionPool(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS
     )
@@ -69,7 +69,7 @@ def create_proxy(
 
 
 def routes(forward: ASGIApp) -> list[BaseRoute]:
-    """What the proxy answers itself; all else is forwarded."""
+    """The routes that the proxy answers itself; everything else is forwarded."""
     return [
         Route("/v1/requests", get_requests, methods=["GET"]),
         Route("/v1/requests/{id}", get_request, methods=["GET"]),
@@ -80,7 +80,7 @@ def routes(forward: ASGIApp) -> list[BaseRoute]:
 
 
 class Root:
-    """At `/`: the dashboard for browsers, the engine's own answer for all others."""
+    """At `/`: the dashboard for browsers, the engine's own answer for other clients."""
 
     def __init__(self, forward: ASGIApp) -> None:
         self.forward = forward
@@ -93,13 +93,13 @@ class Root:
 
 
 class ApiKeyMiddleware:
-    """In front of every route: the key."""
+    """The check of the API key, before every route."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self.app, self.key = app, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on."""
+        """Refuse the request, or pass it on."""
         locked = scope["type"] == "http" and self.key and scope["path"] not in OPEN_PATHS
         if locked and not admits(self.key or "", dict(scope["headers"])):
             await error_response(scope, 401, "invalid x-api-key")(scope, receive, send)
@@ -108,7 +108,7 @@ class ApiKeyMiddleware:
 
 
 class Proxy:
-    """Forwards whatever comes."""
+    """Forwards every request to the engine."""
 
     def __init__(
         self, upstream: Upstream, pool: httpcore.AsyncConnectionPool, rules: frozenset[str], reports: Reports
@@ -117,10 +117,10 @@ class Proxy:
         self.reported: set[str] = set()  # shapes of unparsed preambles that were logged already
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward one request, and what is answered; a client that goes away takes its request to the engine along."""
+        """Forward one request and its answer; if the client disconnects, the request to the engine is cancelled."""
         if scope["type"] != "http":
             return
-        uploaded = asyncio.Event()  # what the client sends until then is its body
+        uploaded = asyncio.Event()  # what the client sends before this is its body
 
         async def after_upload() -> Message:
             await uploaded.wait()
@@ -131,10 +131,10 @@ class Proxy:
             content = await self.read(request)
             await until_disconnect(Request(scope, after_upload), self.exchange(request, content, uploaded, send))
         except ClientDisconnect:
-            log.debug("%s: the client went away while it sent its body", scope["path"])
+            log.debug("%s: the client disconnected while it sent its body", scope["path"])
 
     async def read(self, request: Request) -> Chat | AsyncIterator[bytes]:
-        """A chat request, after the rules; of anything else the body, still to be read."""
+        """A chat request after the rules; for any other request the body, not read yet."""
         path = request.scope["path"]
         if request.method != "POST" or path not in FIELDS:
             return request.stream()
@@ -156,12 +156,12 @@ class Proxy:
     async def exchange(
         self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event, send: Send
     ) -> None:
-        """Send a request and hand on the answer, or say what is wrong with the engine."""
+        """Send a request and forward the answer, or answer with what is wrong with the engine."""
         try:
             answer = await self.open(request, content, uploaded)
             try:
                 if isinstance(content, Chat) and answer.status not in BODILESS:
-                    await relay_chat(content, answer, send, self.reports.outcomes)
+                    await relay_chat(content, answer, send, self.reports.statuses)
                 else:
                     await relay(answer, send)
             finally:
@@ -175,11 +175,11 @@ class Proxy:
     ) -> httpcore.Response:
         """The head of the engine's answer; raises UpstreamFault.
 
-        A request that is at hand is sent once more where its connection ends without an answer: the engine may have
-        closed it while it was idle, or left bytes on it that belong to no answer.
+        A request whose body is in memory is sent once more if its connection ends without an answer: the engine may
+        have closed the connection while it was idle, or left bytes on it that belong to no answer.
         """
         chat = content if isinstance(content, Chat) else None
-        untold = [chat] if chat else []
+        unreported = [chat] if chat else []
         if chat:
             uploaded.set()
 
@@ -187,8 +187,8 @@ class Proxy:
             if isinstance(content, Chat):
                 for start in range(0, len(content.body), AT_ONCE_BYTES):
                     yield bytes(content.body[start : start + AT_ONCE_BYTES])
-                while untold:
-                    self.reports.submit(untold.pop())
+                while unreported:
+                    self.reports.submit(unreported.pop())
             else:
                 async for piece in content:
                     yield piece
@@ -201,8 +201,8 @@ class Proxy:
             target=self.upstream.path + target(request.scope),
         )
         headers = request_headers(request.headers.raw, self.upstream.authority, len(chat.body) if chat else None)
-        patience = self.upstream.timeout
-        limits = {"connect": min(CONNECT_SECONDS, patience), "read": patience, "write": patience}
+        timeout = self.upstream.timeout
+        limits = {"connect": min(CONNECT_SECONDS, timeout), "read": timeout, "write": timeout}
 
         async def attempt() -> httpcore.Response:
             extensions = {"timeout": limits}
@@ -219,10 +219,10 @@ class Proxy:
 
 
 async def read_whole(stream: AsyncIterator[bytes]) -> tuple[bytes | bytearray, AsyncIterator[bytes] | None]:
-    """A body, and None; or nothing, and a body that is too long to be looked at."""
-    read = bytearray()  # gathered as it comes: to join its pieces at the end would hold the loop
+    """A body and None; or b"" and a stream, for a body that is too long to be read whole."""
+    read = bytearray()  # gathered as it arrives: joining its pieces at the end would hold the event loop
 
-    async def all_of_it() -> AsyncIterator[bytes]:
+    async def whole() -> AsyncIterator[bytes]:
         for start in range(0, len(read), AT_ONCE_BYTES):
             yield bytes(read[start : start + AT_ONCE_BYTES])
         async for piece in stream:
@@ -231,12 +231,12 @@ async def read_whole(stream: AsyncIterator[bytes]) -> tuple[bytes | bytearray, A
     async for piece in stream:
         read += piece
         if len(read) > MAX_BODY_BYTES:
-            return b"", all_of_it()
+            return b"", whole()
     return read, None
 
 
 def target(scope: Scope) -> bytes:
-    """Path and query as the client wrote them."""
+    """The path and query as the client wrote them."""
     query = scope["query_string"]
     path: bytes = scope["raw_path"]
     return path + (b"?" + query if query else b"")

@@ -1,4 +1,4 @@
-"""`python -m serve proxy --upstream URL`: its flags, and the process."""
+"""`python -m serve proxy --upstream URL`: the proxy's flags, and its process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from serve.api.messages import CountTokensRequest
 from serve.diagnosis.sections import vocabulary_of
@@ -13,40 +14,67 @@ from serve.prompt.render import Prompt, prompt
 from serve.prompt.tokenizer import load_tokenizer
 from serve.proxy.app import create_proxy
 from serve.proxy.reports import Reports
-from serve.proxy.upstream import parse_upstream
+from serve.proxy.upstream import Upstream, parse_upstream
 from serve.rules.normalize import parse_rules
-from serve.web.flags import add_address, add_rules, check_address
+from serve.web.flags import (
+    add_flags,
+    address_problem,
+    api_key_flag,
+    flag,
+    host_flag,
+    normalize_flag,
+    port_flag,
+    prompt_text_flag,
+    range_problem,
+    read_config,
+)
 
 SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
+GROUP = "proxy"
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """Everything that the command line decides."""
+
+    upstream: str = flag("the engine, such as http://127.0.0.1:8000", GROUP, metavar="URL")
+    host: str = host_flag(GROUP)
+    port: int = port_flag(GROUP, 8080)
+    api_key: str | None = api_key_flag(GROUP)
+    timeout: float = flag(
+        "seconds without a byte from the upstream after which a request is given up", GROUP, 600.0, metavar="S"
+    )
+    normalize: str = normalize_flag(GROUP)
+    no_prompt_text_in_reports: bool = prompt_text_flag(GROUP)
+    model: str | None = flag(
+        "checkpoint whose tokenizer counts positions in reports", GROUP, None, metavar="DIR", shown="in characters"
+    )
+
+    @property
+    def rules(self) -> frozenset[str]:
+        """The normaliser's rules. Raises ValueError for an unknown one."""
+        return parse_rules(self.normalize)
+
+    @property
+    def engine(self) -> Upstream:
+        """The engine to forward to. Raises ValueError, see `parse_upstream`."""
+        return parse_upstream(self.upstream, self.rules, self.timeout)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line of the proxy."""
     cli = argparse.ArgumentParser(
         prog="python -m serve proxy",
         usage="%(prog)s --upstream URL [options]",
-        description="Put the rules for prompts and the divergence report in front of any Messages or OpenAI engine.",
+        description="Apply the rules for prompts, and report where prompts diverge, in front of any engine that has "
+        "the Messages API or one of OpenAI's.",
     )
-    cli.add_argument("--upstream", required=True, metavar="URL", help="the engine, such as http://127.0.0.1:8000")
-    add_address(cli, 8080)
-    cli.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help="seconds without a byte from the upstream before a request is given up (default: %(default)s)",
-    )
-    add_rules(cli)
-    cli.add_argument(
-        "--model",
-        metavar="DIR",
-        help="checkpoint whose tokenizer counts positions in reports (default: in characters)",
-    )
+    add_flags(cli, ProxyConfig)
     return cli
 
 
-def reports_of(model: str | None, show_prompt_text: bool) -> Reports:
-    """Reports in tokens of a checkpoint's tokenizer, or in characters; raises ValueError for a folder without one."""
+def make_reports(model: str | None, show_prompt_text: bool) -> Reports:
+    """Reports in tokens of a checkpoint's tokenizer, or in characters. Raises ValueError for a folder without one."""
     if not model:
         return Reports(show_prompt_text=show_prompt_text)
     tokenizer = load_tokenizer(model)
@@ -62,25 +90,24 @@ def main(argv: Sequence[str]) -> None:
     import uvicorn
 
     cli = parser()
-    args = cli.parse_args(argv)
-    if problem := check_address(args):
+    config = read_config(ProxyConfig, cli.parse_args(argv))
+    if problem := address_problem(config) or range_problem(config):
         cli.error(problem)
     try:
-        rules = parse_rules(args.normalize)
-        upstream = parse_upstream(args.upstream, rules, args.timeout)
+        rules, upstream = config.rules, config.engine
     except ValueError as error:
         cli.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        reports = reports_of(args.model, args.trace_text == "on")
+        reports = make_reports(config.model, not config.no_prompt_text_in_reports)
     except ValueError as error:
         sys.exit(f"proxy: {error}")
     sys.setswitchinterval(SWITCH_SECONDS)
-    app = create_proxy(upstream, rules, reports, args.api_key)
+    app = create_proxy(upstream, rules, reports, config.api_key)
     uvicorn.run(
         app,
-        host=args.host,
-        port=args.port,
+        host=config.host,
+        port=config.port,
         log_level="info",
         access_log=False,
         # The upstream's are forwarded.

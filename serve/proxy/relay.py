@@ -1,4 +1,4 @@
-"""The engine's answer on its way to the client: as it comes, or, of a chat request, event by event and noted down."""
+"""The engine's answer on its way to the client: unchanged, or, for a chat request, event by event with its status."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from serve.api.answers import Error, ErrorDetail, encode_event
 from serve.api.openai.errors import error_body
 from serve.proxy.reports import READERS, Chat
 from serve.proxy.upstream import UpstreamFault, end_to_end, pieces
+from serve.web.headers import APPLIED_HEADER, REPORT_HEADER
 from serve.web.pages import MAX_LISTED_RULES
 from serve.web.request_status import RequestStatuses
 from serve.web.timing import server_timing
 
 log = logging.getLogger("tokenzero.proxy")
 
-BODILESS = (204, 304)  # statuses of answers without a body, whatever length they tell
-REPORT_HEADER = b"x-tokenzero-report"  # the id under which the proxy reports on a request
-# The first event with text, of any of the three APIs; a chunk that has nothing but a role is none.
+BODILESS = (204, 304)  # statuses of answers without a body, even if they have a content-length
+# The first event with text, in any of the three APIs; a chunk that has only a role does not count.
 FIRST_TEXT = re.compile(
     rb'"content_block_delta"|_text\.delta"|arguments\.delta"|"delta": ?\{(?!"role":"assistant","content":""\})[^}]*"'
 )
@@ -31,7 +31,7 @@ GENERATED = re.compile(rb'"(?:output|completion)_tokens": ?(\d+)')
 
 
 async def relay(answer: httpcore.Response, send: Send) -> None:
-    """Hand on an answer piece by piece; one that breaks off ends the client's connection, too."""
+    """Forward an answer piece by piece; if it breaks off, the client's connection ends, too."""
     without = (b"content-length",) if answer.status in BODILESS else ()
     headers = end_to_end(answer.headers, *without)
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -39,38 +39,41 @@ async def relay(answer: httpcore.Response, send: Send) -> None:
         async for piece in pieces(answer):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
     except UpstreamFault as fault:
-        # Without its last message the server in front closes the connection: the client sees that something is missing.
-        log.warning("an answer broke off: %s", fault)
+        # Without the last message, the HTTP server closes the connection: the client sees that something is missing.
+        log.warning("the answer broke off: %s", fault)
         return
     await send({"type": "http.response.body", "body": b""})
 
 
-async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, outcomes: RequestStatuses) -> None:
-    """Hand on the answer to a chat request: event by event, or whole. Raises UpstreamFault before anything is sent."""
-    given = {name.lower(): value for name, value in answer.headers}
+async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, statuses: RequestStatuses) -> None:
+    """Forward the answer to a chat request, event by event or whole. Raises UpstreamFault before anything is sent."""
+    received = {name.lower(): value for name, value in answer.headers}
     headers = end_to_end(answer.headers, b"content-length")
     headers.append((b"server-timing", server_timing({"proxy": chat.held_s}).encode()))
-    headers += [(REPORT_HEADER, chat.id.encode())] if chat.path in READERS else []
+    headers += [(REPORT_HEADER.encode(), chat.id.encode())] if chat.path in READERS else []
     if chat.applied:
-        headers.append((b"x-tokenzero-normalized", ", ".join(chat.applied[:MAX_LISTED_RULES]).encode()))
-    encoded = b"content-encoding" in given
-    kind = given.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        headers.append((APPLIED_HEADER.encode(), ", ".join(chat.applied[:MAX_LISTED_RULES]).encode()))
+    encoded = b"content-encoding" in received
+    kind = received.get(b"content-type", b"").partition(b";")[0].strip().lower()
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
     if kind != b"text/event-stream":
         body = b"".join([piece async for piece in pieces(answer)])
-        if kind == b"application/json" and b"content-length" in given and not encoded and not is_json(body):
-            raise UpstreamFault(502, f"the upstream failed: its {len(body)} bytes, as content-length says, are no JSON")
+        if kind == b"application/json" and b"content-length" in received and not encoded and not is_json(body):
+            raise UpstreamFault(
+                502,
+                f"the upstream failed: its {len(body)} bytes, as content-length says, are not JSON",
+            )
         headers.append((b"content-length", str(len(body)).encode()))
         await send(start)
         await send({"type": "http.response.body", "body": body})
-        outcomes.note(chat.id, state="done", generated_tokens=generated_tokens(body))
+        statuses.update(chat.id, state="done", generated_tokens=generated_tokens(body))
         return
     await send(start)
     sent = pending = counted = b""
     waiting, state = True, "aborted"
     try:
         async for piece in pieces(answer):
-            # Whole events only: an error must not end up within one.
+            # Whole events only, so that an error event cannot end up within another event.
             pending += piece
             if end := len(pending) if encoded else end_of_events(pending):
                 sent, pending = pending[:end], pending[end:]
@@ -78,31 +81,31 @@ async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, outcomes
                 counted = sent if b"_tokens" in sent else counted
                 if waiting and FIRST_TEXT.search(sent):
                     waiting = False
-                    outcomes.note(chat.id, ttft_ms=1000 * (time.perf_counter() - chat.received))
+                    statuses.update(chat.id, ttft_ms=1000 * (time.perf_counter() - chat.received))
         state = "done"
     except UpstreamFault as fault:
-        log.warning("POST %s: a stream broke off: %s", chat.path, fault)
+        log.warning("POST %s: the stream broke off: %s", chat.path, fault)
         if encoded:
-            return  # as in `relay`
+            return  # see `relay`
         pending = error_event(chat.path, str(fault), sent)
     finally:
-        outcomes.note(chat.id, state=state, generated_tokens=generated_tokens(counted))
+        statuses.update(chat.id, state=state, generated_tokens=generated_tokens(counted))
     await send({"type": "http.response.body", "body": pending})
 
 
 def generated_tokens(answer: bytes) -> int:
-    """What an answer, or its latest events, tell of their usage; 0 if nothing."""
+    """The output tokens that an answer, or its latest events, report; 0 if they report none."""
     counts = GENERATED.findall(answer)
     return int(counts[-1]) if counts else 0
 
 
 def end_of_events(data: bytes) -> int:
-    """Where the last whole event of a stream ends; 0 if none does."""
+    """The position after the last whole event of a stream; 0 if there is none."""
     return max((at + len(end) for end in (b"\n\n", b"\r\n\r\n") if (at := data.rfind(end)) >= 0), default=0)
 
 
 def error_event(path: str, text: str, before: bytes) -> bytes:
-    """What ends a stream of the API at `path`; `before` are its latest events."""
+    """The event that ends a stream of the API at `path` with an error; `before` are its latest events."""
     if path == "/v1/chat/completions":
         return b"data: " + error_body(502, text, path) + b"\n\n"
     if path == "/v1/responses":
@@ -114,7 +117,7 @@ def error_event(path: str, text: str, before: bytes) -> bytes:
 
 
 def is_json(body: bytes) -> bool:
-    """Whether a body is JSON, as most readers take it."""
+    """Whether a body is JSON that common parsers accept."""
     try:
         json.loads(body)
     except (ValueError, RecursionError):

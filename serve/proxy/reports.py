@@ -1,4 +1,4 @@
-"""What the requests that pass a proxy share with those before them, found out in a thread of its own."""
+"""Reports on what each request through the proxy shares with earlier ones, made in a thread of their own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from serve.web.request_status import RequestStatuses
 
 log = logging.getLogger("tokenzero.proxy")
 
-# Bodies of requests that wait for their report; a further one gets none.
-TRACED_BYTES = 64 * 2**20
-TRACED = 32
-# The routes whose prompts are computed, and what reads them.
+# Limits on the requests that wait for their report; a request beyond them gets none.
+MAX_WAITING_BYTES = 64 * 2**20
+MAX_WAITING = 32
+# The routes whose prompts are compared, and the reader of each.
 READERS: dict[str, Callable[[bytes | bytearray], CountTokensRequest]] = {
     "/v1/messages": decode_count_tokens,
     "/v1/chat/completions": lambda body: read_chat(body)[0],
@@ -31,21 +31,21 @@ READERS: dict[str, Callable[[bytes | bytearray], CountTokensRequest]] = {
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat request as the rules left it."""
+    """A chat request after the rules."""
 
     id: str  # of the report on it
     path: str
     agent: str  # the client's name
     body: bytes | bytearray
     applied: tuple[str, ...]  # the rules that changed it, with their places
-    received: float  # when its last byte came, as `time.perf_counter` tells it
-    held_s: float  # how long the rules kept it
+    received: float  # when its last byte arrived, by `time.perf_counter`
+    held_s: float  # how long the rules took
 
 
 class Reports:
-    """What requests share with those before them, found out one by one in a thread.
+    """Reports on what requests share with earlier ones, made one after another in a thread.
 
-    Positions are tokens of the prompts that `render` makes, in `vocabulary`; without them, characters.
+    Positions are in tokens of the prompts that `render` returns, in `vocabulary`; by default, in characters.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class Reports:
         self.render = render
         self.divergences = Divergences(vocabulary, page_size=0, show_prompt_text=show_prompt_text, unit=unit)
         self.volatility = Volatility(show_prompt_text)
-        self.outcomes = RequestStatuses()
+        self.statuses = RequestStatuses()
         self.thread = ThreadPoolExecutor(1, "reports")
-        self.waiting: dict[str, int] = {}  # bytes of the bodies that wait, by request
+        self.waiting: dict[str, int] = {}  # bytes of the waiting bodies, by request
         self.lock = Lock()
 
     def submit(self, chat: Chat) -> None:
-        """Report on a request later, unless too many wait for that."""
+        """Report on a request later, unless too many wait already."""
         with self.lock:
-            room = TRACED_BYTES - sum(self.waiting.values()) - len(chat.body)
-            if chat.path not in READERS or len(self.waiting) >= TRACED or room < 0:
+            room = MAX_WAITING_BYTES - sum(self.waiting.values()) - len(chat.body)
+            if chat.path not in READERS or len(self.waiting) >= MAX_WAITING or room < 0:
                 return
             self.waiting[chat.id] = len(chat.body)
         self.thread.submit(self.report, chat)
@@ -76,16 +76,16 @@ class Reports:
         """Compare a request with the latest ones, and remember it."""
         try:
             request = READERS[chat.path](chat.body)
-            made = self.render(request, False)
-            new = RememberedRequest(chat.id, request, made, made.tokens, request.model)
-            # What the engine's cache holds is not known here: at best, what the nearest prompt shares.
+            rendered = self.render(request, False)
+            new = RememberedRequest(chat.id, request, rendered, rendered.tokens, request.model)
+            # The proxy does not know what the engine's cache holds: at best, what the nearest prompt shares.
             _, shared = nearest(new.tokens, [old for old in self.divergences.kept.values() if old.model == new.model])
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
             self.volatility.observe(chat.agent, request)
-        except InvalidRequest as error:  # images, say: the engine may know what this package's server does not
+        except InvalidRequest as error:  # images, for example: the engine may support what this package does not
             log.debug("no report on %s: %s", chat.id, error)
-        except Exception:  # a report is not worth a request
-            log.exception("no report on %s", chat.id)
+        except Exception:  # a failed report must not fail a request
+            log.exception("%s: the report on its prompt failed", chat.id)
         finally:
             with self.lock:
                 self.waiting.pop(chat.id, None)

@@ -1,4 +1,4 @@
-"""The engine behind the proxy: where it is, what goes to it and comes back from it, and what can be wrong with it."""
+"""The engine that the proxy forwards to: its address, the headers in both directions, and its faults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 import httpcore
 
 VENDOR = "anthropic.com"
-# Of one connection, not of what is said over it (RFC 9110, 7.6.1); `expect` was answered by the server in front.
+# Headers of one connection, which are not forwarded: https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1.
+# The proxy's HTTP server has answered `expect`.
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade expect".split()
@@ -20,23 +21,23 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True)
 class Upstream:
-    """The engine behind the proxy."""
+    """The address of the engine."""
 
     scheme: bytes
     host: bytes
     port: int | None
-    path: bytes = b""  # in front of every path
-    timeout: float = 600.0  # seconds without a byte before a request is given up
+    path: bytes = b""  # prefix of every path
+    timeout: float = 600.0  # seconds without a byte after which a request is given up
 
     @property
     def authority(self) -> bytes:
-        """What the `host` header says."""
+        """The value of the `host` header."""
         host = b"[%b]" % self.host if b":" in self.host else self.host
         return host if self.port is None else b"%b:%d" % (host, self.port)
 
 
 class UpstreamFault(Exception):
-    """The engine cannot be reached or breaks HTTP's rules; `status` is 502, or 504 where it is too slow."""
+    """The engine cannot be reached or breaks HTTP's rules; `status` is 502, or 504 if it is too slow."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -44,23 +45,28 @@ class UpstreamFault(Exception):
 
 
 def parse_upstream(url: str, rules: frozenset[str], timeout: float) -> Upstream:
-    """The engine at a URL; raises ValueError if it is none, or one that these rules must not be applied for."""
+    """The engine at a URL. Raises ValueError for an invalid URL or timeout, and for rules that it does not allow."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"expected a URL such as http://127.0.0.1:8000, got {url!r:.80}")
+        raise ValueError(f"--upstream: expected a URL such as http://127.0.0.1:8000, got {url!r:.80}")
     host = parts.hostname.rstrip(".")
     if rules and (host == VENDOR or host.endswith(f".{VENDOR}")):
-        raise ValueError(f"{host} authenticates by what {', '.join(sorted(rules))} would change: add --normalize none")
+        refused = "needs the billing header that strip-preamble removes"
+        if "strip-preamble" not in rules:
+            refused = f"expects prompts as its clients wrote them, not as {', '.join(sorted(rules))} changes them"
+        raise ValueError(f"{host} {refused}: add --normalize none")
     if "tools-first" in rules:
-        raise ValueError("tools-first is done where prompts are rendered: leave it out of --normalize")
+        raise ValueError(
+            "--normalize: the proxy cannot apply tools-first, which needs the chat template; use the server"
+        )
     if not timeout > 0:
-        raise ValueError(f"expected a --timeout above 0 seconds, got {timeout}")
+        raise ValueError(f"--timeout: expected more than 0 seconds, got {timeout}")
     return Upstream(parts.scheme.encode(), host.encode(), parts.port, parts.path.rstrip("/").encode(), timeout)
 
 
 @contextmanager
 def faults() -> Iterator[None]:
-    """Turn what the HTTP client raises into UpstreamFault."""
+    """Turn the HTTP client's exceptions into UpstreamFault."""
     try:
         yield
     except httpcore.TimeoutException as error:
@@ -70,14 +76,14 @@ def faults() -> Iterator[None]:
 
 
 async def pieces(answer: httpcore.Response) -> AsyncIterator[bytes]:
-    """The body of an answer as it comes; raises UpstreamFault where it breaks off."""
+    """The body of an answer as it arrives; raises UpstreamFault if it breaks off."""
     with faults():
         async for piece in answer.aiter_stream():
             yield piece
 
 
 def request_headers(given: Headers, authority: bytes, length: int | None) -> Headers:
-    """A client's headers for the engine; `length` of the body if it is known, otherwise as the client sends it."""
+    """A client's headers for the engine; `length` is that of the body, or None if the client's own header is kept."""
     kept = [(name, value) for name, value in end_to_end(given, b"host") if length is None or name != b"content-length"]
     if length is not None:
         kept.append((b"content-length", str(length).encode()))
@@ -87,7 +93,7 @@ def request_headers(given: Headers, authority: bytes, length: int | None) -> Hea
 
 
 def end_to_end(headers: Headers, *without: bytes) -> Headers:
-    """The headers that are forwarded: not those of one connection, nor those `without`."""
+    """The headers that are forwarded: all except those of one connection and those in `without`."""
     named = b",".join(value for name, value in headers if name.lower() == b"connection")
     dropped = HOP_BY_HOP.union(without, (name.strip().lower() for name in named.split(b",")))
     return [(name, value) for name, value in headers if name.lower() not in dropped]

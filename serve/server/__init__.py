@@ -1,1 +1,1 @@
-"""The server: a request from its body to its answer."""
+"""The server: its command line, and a request from its body to its answer."""

@@ -1,7 +1,6 @@
 """The Starlette application: routes, and answers as JSON or server-sent events.
 
-What happens to a request between its body and its answer is in `serving`; what stands in front of every route is in
-`gate`.
+`prepare` and `answer` do what happens between a request's body and its answer; `middleware` runs before every route.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Protocol
 
 import jax
@@ -32,12 +30,13 @@ from serve.engine.inbox import Overloaded
 from serve.rules.normalize import parse_rules
 from serve.server.answer import answer, collect
 from serve.server.context import RequestContext, ServerContext, unrendered
-from serve.server.heartbeat import beating
+from serve.server.heartbeat import heartbeat
 from serve.server.middleware import RequestGuardMiddleware, TooLarge
 from serve.server.prepare import Prepared, prepare, prompt_length
-from serve.server.trim import trimming
+from serve.server.trim import trim_while_idle
 from serve.web.access import error_response
 from serve.web.assets import PAGE
+from serve.web.headers import APPLIED_HEADER, RULES_HEADER, SALT_HEADER
 from serve.web.pages import (
     ASSET_ROUTES,
     MAX_BODY_BYTES,
@@ -52,102 +51,98 @@ from serve.web.timing import Phases
 
 log = logging.getLogger("tokenzero.app")
 
-# Overrides the server's rules for one request: a comma-separated list, or `none`. What experiments switch arms with.
-RULES_HEADER = "x-tokenzero-normalize"
-# Requests with different salts share no page and no sampled turn.
-SALT_HEADER = "x-tokenzero-cache-salt"
 
-
-def create_app(serving: ServerContext, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
-    """The application over an engine that is not started yet; it starts with the application and ends with it."""
+def create_app(context: ServerContext, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
+    """The application over an engine that is not started yet; the engine starts and stops with the application."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        engine = serving.engine
+        engine = context.engine
         engine.start()
         trimmer = asyncio.create_task(
-            trimming(lambda: engine.counters.steps, lambda: not engine.running and not engine.waiting)
+            trim_while_idle(lambda: engine.counters.steps, lambda: not engine.running and not engine.waiting)
         )
-        async with beating(serving.metrics.lag.observe):
+        async with heartbeat(context.metrics.lag.observe):
             yield
         trimmer.cancel()
-        # Both at once: each may take all of the time that stopping may.
+        # Both at the same time, since each may take the whole time limit for stopping.
         await asyncio.gather(
             run_in_threadpool(engine.stop),
-            run_in_threadpool(serving.replay.close, engine.settings.stop_seconds),
+            run_in_threadpool(context.replay.close, engine.settings.stop_seconds),
         )
 
+    guard = Middleware(RequestGuardMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=context.metrics)
     app = Starlette(
-        routes=[
-            Route("/v1/messages", partial(post_answer, read_messages), methods=["POST"]),
-            Route("/v1/chat/completions", partial(post_answer, read_chat), methods=["POST"]),
-            Route("/v1/responses", partial(post_answer, read_responses), methods=["POST"]),
-            Route("/v1/messages/count_tokens", post_count_tokens, methods=["POST"]),
-            Route("/v1/requests", get_requests, methods=["GET"]),
-            Route("/v1/requests/{id}", get_request, methods=["GET"]),
-            Route("/v1/models", get_models, methods=["GET"]),
-            Route("/v1/models/{id:path}", get_model, methods=["GET"]),
-            Route("/health", get_health, methods=["GET"]),
-            Route("/metrics", get_metrics, methods=["GET"]),
-            Route("/api/hello", get_hello, methods=["GET"]),
-            Route("/", get_root, methods=["GET"]),
-            *ASSET_ROUTES,
-        ],
-        middleware=[
-            Middleware(RequestGuardMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=serving.metrics)
-        ],
+        routes=[*ROUTES, *ASSET_ROUTES],
+        middleware=[guard],
         exception_handlers={
             InvalidRequest: lambda request, error: error_response(request.scope, 400, str(error)),
             TooLarge: lambda request, error: error_response(request.scope, 413, str(error)),
             Overloaded: lambda request, error: error_response(request.scope, 529, str(error), {"retry-after": "1"}),
             ClientDisconnect: lambda request, error: Response(status_code=499),
-            HTTPException: on_http_error,
+            HTTPException: http_exception_response,
         },
         lifespan=lifespan,
     )
-    app.state.serving = app.state.records = serving
+    app.state.context = app.state.records = context
     return app
 
 
 class Writer(Protocol):
-    """Writes one answer in the form of its API: event by event, or whole."""
+    """Writes one answer in the form of its API, event by event or whole."""
 
     def event(self, event: Event) -> bytes:
-        """What an event adds to a stream."""
+        """The bytes that an event adds to a stream."""
 
     def whole(self, message: Message) -> bytes:
         """The body of a whole answer."""
 
 
-Reader = Callable[[bytes | bytearray], tuple[MessagesRequest, Writer]]  # of a body; raises InvalidRequest
+# Reads a body: the request, and the writer of its answer. Raises InvalidRequest.
+Reader = Callable[[bytes | bytearray], tuple[MessagesRequest, Writer]]
 
 
 class MessagesWriter:
-    """Writes answers as they are."""
+    """Writes answers in the form of the Messages API."""
 
     event = staticmethod(encode_event)
     whole = staticmethod(encode)
 
 
 def read_messages(body: bytes | bytearray) -> tuple[MessagesRequest, Writer]:
-    """What a body of `POST /v1/messages` asks for, and what writes the answer."""
+    """Read a body of the Messages API."""
     return decode_request(body), MessagesWriter()
+
+
+async def post_messages(request: Request) -> Response:
+    """`POST /v1/messages`: the Messages API; JSON, or server-sent events with `"stream": true`."""
+    return await post_answer(read_messages, request)
+
+
+async def post_chat_completions(request: Request) -> Response:
+    """`POST /v1/chat/completions`: OpenAI's chat completions, on the same engine and rules."""
+    return await post_answer(read_chat, request)
+
+
+async def post_responses(request: Request) -> Response:
+    """`POST /v1/responses`: OpenAI's responses, on the same engine and rules."""
+    return await post_answer(read_responses, request)
 
 
 async def post_answer(read: Reader, request: Request) -> Response:
     """Generate the answer to a body that `read` reads, as JSON or as a stream of events."""
-    serving: ServerContext = request.app.state.serving
-    body, phases = await body_of(request), Phases()
-    caller = caller_of(request, serving)
+    context: ServerContext = request.app.state.context
+    body, phases = await read_body(request), Phases()
+    request_context = request_context_of(request, context)
 
-    def ready() -> tuple[Prepared, Writer]:
+    def read_and_prepare() -> tuple[Prepared, Writer]:
         with phases.timed("decode"):
             message, writer = read(body)
-        return prepare(serving, message, caller, phases), writer
+        return prepare(context, message, request_context, phases), writer
 
-    prepared, writer = await run_in_threadpool(ready)
-    events = answer(serving, prepared, phases)
-    # The first event is asked for here: a request that the engine refuses is answered by a status, not by a stream.
+    prepared, writer = await run_in_threadpool(read_and_prepare)
+    events = answer(context, prepared, phases)
+    # Wait for the first event before the response starts: the engine's refusal becomes a status, not a stream.
     first = await until_disconnect(request, anext(events))
     if first is None:
         return Response(status_code=499)
@@ -155,139 +150,156 @@ async def post_answer(read: Reader, request: Request) -> Response:
         return StreamingResponse(
             stream(writer, first, events),
             media_type="text/event-stream",
-            headers=headers_of(prepared, phases) | {"cache-control": "no-cache"},
+            headers=response_headers(prepared, phases) | {"cache-control": "no-cache"},
         )
     result = await until_disconnect(request, collect(first, events))
     if result is None:
         return Response(status_code=499)
     if isinstance(result, Error):
         return error_response(request.scope, 500, result.error.message)
-    return Response(writer.whole(result), media_type="application/json", headers=headers_of(prepared, phases))
+    return Response(writer.whole(result), media_type="application/json", headers=response_headers(prepared, phases))
 
 
-async def body_of(request: Request) -> bytearray:
-    """The whole body, gathered as it comes: to join its pieces at the end would hold the loop for large ones."""
+async def read_body(request: Request) -> bytearray:
+    """The whole body, gathered as it arrives: joining its pieces at the end would hold the event loop for long."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
     return body
 
 
-def headers_of(prepared: Prepared, phases: Phases) -> dict[str, str]:
-    """What an answer's headers tell: where the time went until now, and the rules that changed the request."""
-    applied = {"x-tokenzero-normalized": ", ".join(prepared.applied[:MAX_LISTED_RULES])} if prepared.applied else {}
+def response_headers(prepared: Prepared, phases: Phases) -> dict[str, str]:
+    """The headers of an answer: where the time went until now, and the rules that changed the request."""
+    applied = {APPLIED_HEADER: ", ".join(prepared.applied[:MAX_LISTED_RULES])} if prepared.applied else {}
     return {"server-timing": phases.header()} | applied
 
 
 async def post_count_tokens(request: Request) -> Response:
-    """`POST /v1/messages/count_tokens`: the length of the rendered prompt."""
-    serving: ServerContext = request.app.state.serving
-    body, phases = await body_of(request), Phases()
-    caller = caller_of(request, serving)
+    """`POST /v1/messages/count_tokens`: the length of the rendered prompt, counted exactly."""
+    context: ServerContext = request.app.state.context
+    body, phases = await read_body(request), Phases()
+    request_context = request_context_of(request, context)
 
-    def counted() -> int:
+    def count() -> int:
         with phases.timed("decode"):
-            asked = decode_count_tokens(body)
-        return prompt_length(serving, asked, caller, phases)
+            message = decode_count_tokens(body)
+        return prompt_length(context, message, request_context, phases)
 
-    answered = encode(TokenCount(await run_in_threadpool(counted)))
-    return Response(answered, media_type="application/json", headers={"server-timing": phases.header()})
+    content = encode(TokenCount(await run_in_threadpool(count)))
+    return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
 
 
 async def get_models(request: Request) -> Response:
-    """`GET /v1/models`: the one model; requests may call it by any name."""
-    serving: ServerContext = request.app.state.serving
-    name, context = serving.model_name, serving.engine.settings.max_model_len
+    """`GET /v1/models`: the model and its limits, in the form that the request's headers ask for."""
+    context: ServerContext = request.app.state.context
+    name, limit = context.config.name, context.engine.settings.max_model_len
     if is_openai(request.url.path, dict(request.scope["headers"])):
-        return Response(models_body(name, context), media_type="application/json")
-    return JSONResponse({"data": [described(name, context)], "has_more": False, "first_id": name, "last_id": name})
+        return Response(models_body(name, limit), media_type="application/json")
+    return JSONResponse({"data": [describe_model(name, limit)], "has_more": False, "first_id": name, "last_id": name})
 
 
 async def get_model(request: Request) -> Response:
-    """`GET /v1/models/{id}`: the one model, by the name that it is asked for."""
-    name, context = request.path_params["id"], request.app.state.serving.engine.settings.max_model_len
+    """`GET /v1/models/{id}`: the same model under any name."""
+    name, limit = request.path_params["id"], request.app.state.context.engine.settings.max_model_len
     if not name:
         raise HTTPException(404)
     if is_openai(request.url.path, dict(request.scope["headers"])):
-        return Response(model_body(name, context), media_type="application/json")
-    return JSONResponse(described(name, context))
+        return Response(model_body(name, limit), media_type="application/json")
+    return JSONResponse(describe_model(name, limit))
 
 
-def described(name: str, context: int) -> dict[str, str | int]:
-    """The model in the Messages API's form; prompt and answer share `context` tokens."""
+def describe_model(name: str, limit: int) -> dict[str, str | int]:
+    """The model in the Messages API's form; prompt and answer share `limit` tokens."""
     return {
         "type": "model",
         "id": name,
         "display_name": name,
         "created_at": "1970-01-01T00:00:00Z",
-        "max_input_tokens": context,
-        "max_tokens": context - 1,
+        "max_input_tokens": limit,
+        "max_tokens": limit - 1,
     }
 
 
 async def get_health(request: Request) -> Response:
-    """`GET /health`: 200 while the engine's thread lives, and what it computes on."""
-    engine = request.app.state.serving.engine
+    """`GET /health`: 200 while the engine's thread is alive, with its dtype and device; otherwise 503."""
+    engine = request.app.state.context.engine
     alive = engine.thread.is_alive()
     about = {"dtype": engine.settings.dtype, "device": jax.devices()[0].device_kind} if alive else {}
     return JSONResponse({"status": "ok" if alive else "engine stopped"} | about, 200 if alive else 503)
 
 
 async def get_metrics(request: Request) -> Response:
-    """`GET /metrics`: Prometheus text, made in a thread, as a tier's figures may wait for its disk."""
-    page = await run_in_threadpool(generate_latest, request.app.state.serving.metrics.registry)
+    """`GET /metrics`: Prometheus metrics, see below."""
+    # In a thread, since a tier's figures may wait for its disk.
+    page = await run_in_threadpool(generate_latest, request.app.state.context.metrics.registry)
     return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 async def get_root(request: Request) -> Response:
-    """`GET /`: the dashboard for browsers, and for other clients what `/api/hello` has."""
+    """`GET /`: the dashboard in a browser; other clients get the same as from `/api/hello`."""
     return await (get_asset(PAGE, request) if wants_page(request) else get_hello(request))
 
 
 async def get_hello(request: Request) -> Response:
-    """`HEAD /` and `HEAD /api/hello`: what clients probe before they talk."""
+    """`GET /api/hello`: what clients probe first; `HEAD` works as well."""
     return JSONResponse({"name": "tokenzero"})
 
 
-def caller_of(request: Request, serving: ServerContext) -> RequestContext:
-    """What the request's headers say."""
+def request_context_of(request: Request, context: ServerContext) -> RequestContext:
+    """What the request's headers say. Raises InvalidRequest for rules that cannot be applied."""
     headers = request.headers
     key = headers.get("x-api-key") or headers.get("authorization") or ""
     salt, agent = headers.get(SALT_HEADER, ""), headers.get("user-agent", "")
-    return RequestContext(rules_of(request, serving), salt.encode(), key.encode(), agent)
+    return RequestContext(rules_of(request, context), salt.encode(), key.encode(), agent)
 
 
-def rules_of(request: Request, serving: ServerContext) -> frozenset[str]:
-    """The normaliser's rules for this request: the server's, or those its header names."""
+def rules_of(request: Request, context: ServerContext) -> frozenset[str]:
+    """The normaliser's rules for this request: those that its header names, or the server's."""
     header = request.headers.get(RULES_HEADER)
     if header is None:
-        return serving.rules
+        return context.rules
     try:
         names = parse_rules(header)
     except ValueError as error:
         raise InvalidRequest(f"{RULES_HEADER}: {error}") from error
-    if problem := unrendered(serving.tokenizer, names):
+    if problem := unrendered(context.tokenizer, names):
         raise InvalidRequest(f"{RULES_HEADER}: {problem}")
     return names
 
 
 async def stream(writer: Writer, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
-    """Server-sent events; whatever breaks midway ends the stream with an `error` event."""
+    """Server-sent events; an exception midway ends the stream with an `error` event."""
     try:
         yield writer.event(first)
         async for event in rest:
             yield writer.event(event)
     except Exception as error:
-        log.exception("a stream broke")
+        log.exception("a stream failed")
         yield writer.event(Error(ErrorDetail("api_error", f"{type(error).__name__}: {error}")))
     finally:
         await rest.aclose()
 
 
-def on_http_error(request: Request, error: Exception) -> Response:
-    """Unknown routes and wrong methods."""
+def http_exception_response(request: Request, error: Exception) -> Response:
+    """The response to an unknown route or a wrong method."""
     assert isinstance(error, HTTPException)
     path = f"{request.method} {request.url.path}"
     texts = {404: f"no such route: {path}", 405: f"method not allowed: {path}"}
     text = texts.get(error.status_code, error.detail)
     return error_response(request.scope, error.status_code, text, dict(error.headers or {}))
+
+
+ROUTES = [
+    Route("/v1/messages", post_messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", post_count_tokens, methods=["POST"]),
+    Route("/v1/chat/completions", post_chat_completions, methods=["POST"]),
+    Route("/v1/responses", post_responses, methods=["POST"]),
+    Route("/v1/requests", get_requests, methods=["GET"]),
+    Route("/v1/requests/{id}", get_request, methods=["GET"]),
+    Route("/v1/models", get_models, methods=["GET"]),
+    Route("/v1/models/{id:path}", get_model, methods=["GET"]),
+    Route("/health", get_health, methods=["GET"]),
+    Route("/metrics", get_metrics, methods=["GET"]),
+    Route("/", get_root, methods=["GET"]),
+    Route("/api/hello", get_hello, methods=["GET"]),
+]

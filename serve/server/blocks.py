@@ -1,4 +1,4 @@
-"""Pieces of an answer to the API's content blocks and their events, in the order in which the model wrote them."""
+"""The content blocks of an answer and their events, made from what the parser returns, in the model's order."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from serve.api.messages import CountTokensRequest, OutputBlock, TextBlock, Think
 from serve.formats.readers import Call
 from serve.formats.stream import AnswerEvent, Text, Thinking, ThinkingEnd
 
-# What a client sees of thinking: its text, only that there was some, or nothing.
-Shown = Literal["text", "signature", "nothing"]
+# What a client sees of thinking: its text, only a signed empty block, or nothing.
+ThinkingDisplay = Literal["text", "signature", "nothing"]
 
 
-def shown(request: CountTokensRequest) -> Shown:
-    """What a request wants to see of thinking; one that did not ask for any gets none, though the model may think."""
+def thinking_display(request: CountTokensRequest) -> ThinkingDisplay:
+    """What a request wants to see of thinking: nothing unless it asked for thinking, even if the model thinks."""
     if request.thinking is None or request.thinking.type == "disabled":
         return "nothing"
     return "signature" if request.thinking.display == "omitted" else "text"
 
 
 class BlockStream:
-    """The blocks of one answer; a block opens with its first piece, and the next kind of piece closes it.
+    """The blocks of one answer; a block opens with its first piece, and a piece of another kind closes it.
 
-    `sign` makes the signature of the thinking that has just ended.
+    `sign` returns the signature of the thinking that has just ended.
     """
 
-    def __init__(self, thinking: Shown, sign: Callable[[], str]) -> None:
+    def __init__(self, thinking: ThinkingDisplay, sign: Callable[[], str]) -> None:
         self.thinking, self.sign = thinking, sign
-        self.blocks: list[OutputBlock] = []  # those that are complete
+        self.blocks: list[OutputBlock] = []  # the complete ones
         self.open: type[TextBlock] | type[ThinkingBlock] | None = None
         self.parts: list[str] = []  # the text of the open block
 
     @property
     def calls(self) -> int:
-        """How many tool calls there are so far."""
+        """The number of tool calls so far."""
         return sum(isinstance(block, ToolUseBlock) for block in self.blocks)
 
     def add(self, piece: AnswerEvent) -> list[BlockEvent]:
-        """The events that a piece brings."""
+        """The events that follow from a piece of the answer."""
         match piece:
             case Text(text):
                 return self.grow(TextBlock, text, TextDelta(text))
@@ -71,7 +71,7 @@ class BlockStream:
         return []
 
     def begin(self, kind: type[TextBlock] | type[ThinkingBlock]) -> list[BlockEvent]:
-        """Open a block of this kind, unless one is open."""
+        """Open a block of this kind unless one is open; return the events."""
         if self.open is kind:
             return []
         closed = self.close()
@@ -81,13 +81,13 @@ class BlockStream:
     def grow(
         self, kind: type[TextBlock] | type[ThinkingBlock], text: str, delta: TextDelta | ThinkingDelta
     ) -> list[BlockEvent]:
-        """Add to the open block of this kind, or open one."""
+        """Add to the open block of this kind, or open one; return the events."""
         begun = self.begin(kind)
         self.parts.append(text)
         return [*begun, ContentBlockDelta(len(self.blocks), delta)]
 
     def close(self) -> list[BlockEvent]:
-        """Complete the open block, if there is one."""
+        """Complete the open block, if there is one; return the events."""
         kind, text, index = self.open, "".join(self.parts), len(self.blocks)
         self.open, self.parts = None, []
         if kind is None:

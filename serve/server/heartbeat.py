@@ -1,4 +1,4 @@
-"""How long the event loop stands still: a task on it that wants to run every few milliseconds, and when it did."""
+"""The lag of the event loop, measured by a task on it that is due every few milliseconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PERIOD_SECONDS = 0.01
 
 
 async def beat(lag: Callable[[float], object]) -> None:
-    """Report, for ever, the seconds by which each beat came late; a loop that stands still longer misses beats."""
+    """Call `lag` forever with the seconds by which each beat was late; a blocked loop skips the beats in between."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + PERIOD_SECONDS
@@ -19,8 +19,8 @@ async def beat(lag: Callable[[float], object]) -> None:
 
 
 @asynccontextmanager
-async def beating(lag: Callable[[float], object]) -> AsyncIterator[None]:
-    """Beat on the running loop until the block ends."""
+async def heartbeat(lag: Callable[[float], object]) -> AsyncIterator[None]:
+    """Run `beat` on the running loop until the block ends."""
     task = asyncio.create_task(beat(lag))
     try:
         yield

@@ -1,235 +1,310 @@
-"""Prometheus metrics: the engine's and the store's own counters read at scrape time, and what only the server sees."""
+"""Prometheus metrics: figures that the engine, its tiers and its auditor keep, and what the server observes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from serve.audit.auditor import Auditor, auditor_of
+from cache.tier import TierStats
+from serve.audit.auditor import auditor_of
 from serve.engine.engine import Engine
 from serve.engine.restore import Restorer
 
+PREFIX = "tokenzero_"
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 60)
 ITL_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2)
 LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
 PHASE_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
-
-class EngineCollector(Collector):
-    """Reads the engine's counters and the store's statistics when asked; nothing is counted twice."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        """Every figure of the engine and the store."""
-        counters, store = self.engine.counters, self.engine.core.memory.prefix_cache.stats()
-        counted = {
-            "steps": ("Steps of the engine's loop", counters.steps),
-            "requests": ("Requests that produced a first token", counters.requests),
-            "prompt_tokens": ("Tokens of these requests' prompts", counters.prompt_tokens),
-            "reused_tokens": ("Prompt tokens whose KV was reused", counters.reused_tokens),
-            "prefilled_tokens": ("Tokens computed in prefill chunks", counters.prefilled_tokens),
-            "generated_tokens": ("Tokens sampled", counters.generated_tokens),
-            "spec_decode_draft_tokens": ("Draft tokens that were verified", counters.draft_tokens),
-            "spec_decode_accepted_tokens": ("Of these, the ones that were accepted", counters.accepted_tokens),
-            "preemptions": ("Sequences sent back to the queue for want of pages", counters.preemptions),
-            "failed_requests": ("Requests ended by a failed step or constraint", counters.failures),
-            "pages_evicted": ("Cached pages given up for new ones", store.pages_evicted),
-        }
-        for name, (text, value) in counted.items():
-            yield CounterMetricFamily(f"tokenzero_{name}", text, value=value)
-        yield GaugeMetricFamily(
-            "tokenzero_num_requests_running", "Sequences in the batch", value=len(self.engine.running)
-        )
-        yield GaugeMetricFamily(
-            "tokenzero_num_requests_waiting", "Requests in the queue", value=len(self.engine.waiting)
-        )
-        pages = GaugeMetricFamily("tokenzero_pages", "Pages of the device pool by state", labels=["state"])
-        for state, value in (
-            ("free", store.pages_free),
-            ("cached", store.pages_cached),
-            ("in_use", store.pages_in_use),
-        ):
-            pages.add_metric([state], value)
-        auditor = auditor_of(self.engine)
-        if auditor:
-            pages.add_metric(["auditor"], self.engine.settings.audit_pages)
-        yield pages
-        if auditor:
-            yield from audit_metrics(auditor)
-        if self.engine.core.restorer:
-            yield from tier_metrics(self.engine.core.restorer)
+COUNTER, GAUGE, SUMMARY = CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+KINDS = {COUNTER: "counter", GAUGE: "gauge", SUMMARY: "summary", Counter: "counter", Histogram: "histogram"}
 
 
-def audit_metrics(auditor: Auditor) -> Iterator[Metric]:
-    """What was audited of what requests reused, and what was found wrong."""
-    for name, text, value in (
-        ("audited_requests", "Requests whose reused prefix was computed again", auditor.requests),
-        ("audited_tokens", "Reused tokens that were computed again", auditor.tokens),
-        ("audit_mismatches", "Audits that found cached pages wrong: they were dropped", auditor.mismatches),
-        ("audit_seconds", "What audits took the device", auditor.seconds),
-        ("audit_failures", "Audits that ended by an error of their own", auditor.failures),
-    ):
-        yield CounterMetricFamily(f"tokenzero_{name}", text, value=value)
+@dataclass(frozen=True)
+class Figure:
+    """A metric that is read from its source at each scrape.
+
+    `read` returns its number, or with a `label` its numbers by the label's value; of a summary (count, sum).
+    """
+
+    name: str  # without the prefix, and without the suffix `_total` of counters
+    kind: type
+    text: str
+    read: Callable[[Any], Any]
+    label: str = ""
 
 
-def tier_metrics(restorer: Restorer) -> Iterator[Metric]:
-    """What the tiers below the device hold and did, and what the engine took from them."""
-    stats = restorer.tiers.pages.stats()
-    for family, name, text in (
-        (GaugeMetricFamily, "pages", "Pages in a tier"),
-        (GaugeMetricFamily, "bytes", "Bytes that a tier occupies"),
-        (GaugeMetricFamily, "open", "Whether a tier can be used now"),
-        (CounterMetricFamily, "hits", "Pages found on reading"),
-        (CounterMetricFamily, "misses", "Pages not found on reading"),
-        (CounterMetricFamily, "bytes_read", "Payload read"),
-        (CounterMetricFamily, "bytes_written", "Payload written"),
-        (CounterMetricFamily, "evicted", "Pages evicted to stay in the budget"),
-        (CounterMetricFamily, "corrupt", "Pages removed because their checksum was wrong"),
-        (CounterMetricFamily, "dropped", "Pages that could not be written"),
-        (CounterMetricFamily, "errors", "Failed operations of the disk or the network"),
-    ):
-        metric = family(f"tokenzero_tier_{name}", text, labels=["tier"])
-        for tier in stats:
-            metric.add_metric([tier.name], getattr(tier, name))
-        yield metric
-    restored = CounterMetricFamily("tokenzero_restored_tokens", "Tokens copied in from a tier", labels=["tier"])
-    latency = SummaryMetricFamily("tokenzero_restore_seconds", "Reading one slice of pages", labels=["tier"])
-    for tier in stats:
-        restored.add_metric([tier.name], restorer.restored_tokens[tier.name])
-        latency.add_metric([tier.name], restorer.reads[tier.name], restorer.read_seconds[tier.name])
-    yield restored
-    yield latency
-    writer = restorer.tiers.writer
-    yield CounterMetricFamily(
-        "tokenzero_write_dropped_pages",
-        "Pages that the writer was too slow for, or that could not be copied",
-        value=writer.dropped,
-    )
-    yield CounterMetricFamily(
-        "tokenzero_recomputed_pages",
-        "Stored pages that were sooner computed than read",
-        value=restorer.recomputed_pages,
-    )
-    yield CounterMetricFamily(
-        "tokenzero_failed_pages", "Pages that could not be loaded, or that a tier failed on", value=writer.failed
-    )
-    yield CounterMetricFamily(
-        "tokenzero_tier_exceptions",
+ENGINE = (
+    Figure("steps", COUNTER, "Steps of the engine's loop", lambda engine: engine.counters.steps),
+    Figure("requests", COUNTER, "Requests that got a first token", lambda engine: engine.counters.requests),
+    Figure("prompt_tokens", COUNTER, "Tokens of their prompts", lambda engine: engine.counters.prompt_tokens),
+    Figure("reused_tokens", COUNTER, "Prompt tokens whose KV was reused", lambda engine: engine.counters.reused_tokens),
+    Figure("prefilled_tokens", COUNTER, "Tokens computed by prefill", lambda engine: engine.counters.prefilled_tokens),
+    Figure("generated_tokens", COUNTER, "Tokens sampled", lambda engine: engine.counters.generated_tokens),
+    Figure("spec_decode_draft_tokens", COUNTER, "Draft tokens verified", lambda engine: engine.counters.draft_tokens),
+    Figure(
+        "spec_decode_accepted_tokens", COUNTER, "Draft tokens accepted", lambda engine: engine.counters.accepted_tokens
+    ),
+    Figure(
+        "preemptions",
+        COUNTER,
+        "Sequences sent back to the queue because pages ran out",
+        lambda engine: engine.counters.preemptions,
+    ),
+    Figure(
+        "failed_requests",
+        COUNTER,
+        "Requests that a failed step or constraint ended",
+        lambda engine: engine.counters.failures,
+    ),
+    Figure(
+        "pages_evicted", COUNTER, "Cached pages evicted for new ones", lambda engine: engine.core.memory.prefix_cache.stats().pages_evicted
+    ),
+    Figure("num_requests_running", GAUGE, "Sequences in the batch", lambda engine: len(engine.running)),
+    Figure("num_requests_waiting", GAUGE, "Requests in the queue", lambda engine: len(engine.waiting)),
+    Figure(
+        "pages",
+        GAUGE,
+        "Pages of the device pool by state: free, cached, in_use, auditor",
+        lambda engine: pages_by_state(engine),
+        "state",
+    ),
+)
+
+AUDITOR = (
+    Figure("audited_requests", COUNTER, "Requests whose prefix was recomputed", lambda auditor: auditor.requests),
+    Figure("audited_tokens", COUNTER, "Reused tokens that were recomputed", lambda auditor: auditor.tokens),
+    Figure(
+        "audit_mismatches",
+        COUNTER,
+        "Audits that found wrong pages in the cache, and dropped them",
+        lambda auditor: auditor.mismatches,
+    ),
+    Figure("audit_seconds", COUNTER, "Device time that audits took", lambda auditor: auditor.seconds),
+    Figure("audit_failures", COUNTER, "Audits that ended with an error", lambda auditor: auditor.failures),
+)
+
+
+def by_tier(read: Callable[[TierStats], float]) -> Callable[[Sequence[TierStats]], dict[str, float]]:
+    """A reader of one statistic of every tier."""
+    return lambda stats: {tier.name: read(tier) for tier in stats}
+
+
+TIERS = (
+    Figure("tier_pages", GAUGE, "Pages in a tier", by_tier(lambda tier: tier.pages), "tier"),
+    Figure("tier_bytes", GAUGE, "Bytes that a tier occupies", by_tier(lambda tier: tier.bytes), "tier"),
+    Figure("tier_open", GAUGE, "1 if a tier can be used now, 0 if not", by_tier(lambda tier: tier.open), "tier"),
+    Figure("tier_hits", COUNTER, "Reads that found their page", by_tier(lambda tier: tier.hits), "tier"),
+    Figure("tier_misses", COUNTER, "Reads that did not", by_tier(lambda tier: tier.misses), "tier"),
+    Figure("tier_bytes_read", COUNTER, "Payload read", by_tier(lambda tier: tier.bytes_read), "tier"),
+    Figure("tier_bytes_written", COUNTER, "Payload written", by_tier(lambda tier: tier.bytes_written), "tier"),
+    Figure("tier_evicted", COUNTER, "Pages evicted to stay in the budget", by_tier(lambda tier: tier.evicted), "tier"),
+    Figure("tier_corrupt", COUNTER, "Pages removed for a wrong checksum", by_tier(lambda tier: tier.corrupt), "tier"),
+    Figure("tier_dropped", COUNTER, "Pages that could not be written", by_tier(lambda tier: tier.dropped), "tier"),
+    Figure("tier_errors", COUNTER, "Failed disk or network operations", by_tier(lambda tier: tier.errors), "tier"),
+)
+
+RESTORER = (
+    Figure(
+        "restored_tokens",
+        COUNTER,
+        "Tokens copied to the device from a tier",
+        lambda restorer: {tier: restorer.restored_tokens[tier] for tier in tier_names(restorer)},
+        "tier",
+    ),
+    Figure(
+        "restore_seconds",
+        SUMMARY,
+        "Time to read one slice of pages",
+        lambda restorer: {tier: (restorer.reads[tier], restorer.read_seconds[tier]) for tier in tier_names(restorer)},
+        "tier",
+    ),
+    Figure(
+        "write_dropped_pages",
+        COUNTER,
+        "Pages not written because the writer was too slow or the copy failed",
+        lambda restorer: restorer.tiers.writer.dropped,
+    ),
+    Figure(
+        "recomputed_pages",
+        COUNTER,
+        "Stored pages computed again because that was faster than reading",
+        lambda restorer: restorer.recomputed_pages,
+    ),
+    Figure(
+        "failed_pages",
+        COUNTER,
+        "Pages that could not be loaded, or that a tier failed on",
+        lambda restorer: restorer.tiers.writer.failed,
+    ),
+    Figure(
+        "tier_exceptions",
+        COUNTER,
         "Exceptions that tiers raised",
-        value=writer.failures.count + restorer.tiers.pages.failures.count,
-    )
-    yield GaugeMetricFamily("tokenzero_write_queue_bytes", "Payload waiting to be written", value=writer.queued_bytes)
-    yield GaugeMetricFamily(
-        "tokenzero_restore_queue_bytes", "Payload being read back or waiting to be used", value=restorer.staged_bytes
-    )
+        lambda restorer: restorer.tiers.writer.failures.count + restorer.tiers.pages.failures.count,
+    ),
+    Figure(
+        "write_queue_bytes", GAUGE, "Payload that waits to be written", lambda restorer: restorer.tiers.writer.queued_bytes
+    ),
+    Figure(
+        "restore_queue_bytes",
+        GAUGE,
+        "Payload that is being read back or waits to be used",
+        lambda restorer: restorer.staged_bytes,
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the server remembers of one kind, and how much of it at most."""
+    """One kind of memory that the server keeps of requests, and its limit in bytes."""
 
     bytes: Callable[[], int]
     most: int
 
 
+MEMORIES = (
+    Figure(
+        "memory_bytes",
+        GAUGE,
+        "Memory in use, about, by what is remembered",
+        lambda memories: {name: memory.bytes() for name, memory in memories.items()},
+        "of",
+    ),
+    Figure(
+        "memory_limit_bytes",
+        GAUGE,
+        "Its limit",
+        lambda memories: {name: memory.most for name, memory in memories.items()},
+        "of",
+    ),
+)
+
+
+def pages_by_state(engine: Engine) -> dict[str, int]:
+    """The pages of the device pool by state."""
+    store = engine.core.memory.prefix_cache.stats()
+    states = {"free": store.pages_free, "cached": store.pages_cached, "in_use": store.pages_in_use}
+    return states | ({"auditor": engine.settings.audit_pages} if auditor_of(engine) else {})
+
+
+def tier_names(restorer: Restorer) -> list[str]:
+    """The names of the tiers below the device, the fastest first."""
+    return [tier.name for tier in restorer.tiers.pages.stats()]
+
+
+def read_figures(figures: Iterable[Figure], source: Any) -> Iterator[Metric]:
+    """The metrics with their present values."""
+    for figure in figures:
+        metric = figure.kind(PREFIX + figure.name, figure.text, labels=[figure.label] if figure.label else [])
+        values = figure.read(source)
+        for label, value in values.items() if figure.label else [("", values)]:
+            numbers = value if isinstance(value, tuple) else (value,)
+            metric.add_metric([label] if figure.label else [], *numbers)
+        yield metric
+
+
+class EngineCollector(Collector):
+    """Reads the figures of the engine, of its auditor and of its tiers at each scrape; nothing is counted twice."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Every figure of what the engine has."""
+        yield from read_figures(ENGINE, self.engine)
+        if auditor := auditor_of(self.engine):
+            yield from read_figures(AUDITOR, auditor)
+        if restorer := self.engine.core.restorer:
+            yield from read_figures(TIERS, restorer.tiers.pages.stats())
+            yield from read_figures(RESTORER, restorer)
+
+
 class MemoryCollector(Collector):
-    """Reads how many bytes each memory takes when asked."""
+    """Reads the bytes of each memory at each scrape."""
 
     def __init__(self, memories: Mapping[str, Memory]) -> None:
         self.memories = memories
 
     def collect(self) -> Iterator[Metric]:
-        """The bytes taken, and the most that may be."""
-        figures: tuple[tuple[str, str, Callable[[Memory], int]], ...] = (
-            ("tokenzero_memory_bytes", "Memory taken by what is remembered of requests, about", lambda m: m.bytes()),
-            ("tokenzero_memory_limit_bytes", "The most that it may take", lambda m: m.most),
-        )
-        for name, text, value in figures:
-            family = GaugeMetricFamily(name, text, labels=["of"])
-            for of, memory in self.memories.items():
-                family.add_metric([of], value(memory))
-            yield family
+        """The bytes in use, and their limits."""
+        yield from read_figures(MEMORIES, self.memories)
+
+
+@dataclass(frozen=True)
+class Documented:
+    """What the documentation says of a metric."""
+
+    name: str  # as `/metrics` has it
+    kind: str
+    labels: tuple[str, ...]
+    text: str
 
 
 class ServerMetrics:
-    """What the HTTP side observes, and the registry that holds everything."""
+    """What the server observes, and the registry of all metrics."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine))
-        self.ttft = Histogram(
-            "tokenzero_ttft_seconds",
-            "From the last byte of the request to the first content_block_delta",
-            buckets=SECONDS,
-            registry=self.registry,
+        self.documented: list[Documented] = []
+        self.ttft = self.histogram("ttft_seconds", "Last byte of a request to its first content_block_delta", SECONDS)
+        self.itl = self.histogram("itl_seconds", "Time between two tokens of an answer", ITL_SECONDS)
+        self.phases = self.histogram(
+            "phase_seconds", "Time of each phase of a request, counted when its answer ends", PHASE_SECONDS, "phase"
         )
-        self.itl = Histogram(
-            "tokenzero_itl_seconds",
-            "Between two tokens of an answer, as the server hands them on",
-            buckets=ITL_SECONDS,
-            registry=self.registry,
+        self.lag = self.histogram(
+            "loop_lag_seconds", "Delay of a task on the event loop that is due every 10 ms", LAG_SECONDS
         )
-        self.phases = Histogram(
-            "tokenzero_phase_seconds",
-            "What each phase of a request took, counted when its answer ends",
-            ["phase"],
-            buckets=PHASE_SECONDS,
-            registry=self.registry,
+        self.responses = self.counter("http_responses", "Responses by path and status", "path", "status")
+        self.normalized = self.counter("rule_applications", "Texts that a rule changed", "rule")
+        self.saved_tokens = self.counter("rule_saved_tokens", "Tokens reused because of this rule alone", "rule")
+        self.saved_seconds = self.counter(
+            "rule_saved_seconds", "Time to compute these tokens, by the cost model", "rule"
         )
-        self.lag = Histogram(
-            "tokenzero_loop_lag_seconds",
-            "By how much the event loop was late for a task that wants to run every 10 ms",
-            buckets=LAG_SECONDS,
-            registry=self.registry,
+        self.cache_misses = self.counter(
+            "cache_misses", "Requests that reused less than the nearest sequence held, by cause", "cause"
         )
-        self.responses = Counter(
-            "tokenzero_http_responses", "Answers by path and status", ["path", "status"], registry=self.registry
+        self.cache_miss_tokens = self.counter(
+            "cache_miss_tokens", "Computed tokens that the nearest sequence held after the mismatch, by cause", "cause"
         )
-        self.normalized = Counter(
-            "tokenzero_rule_applications", "Texts that a rule changed", ["rule"], registry=self.registry
+        self.volatile = self.counter("volatile_segments", "Parts of prompts that change in every request of a client")
+        self.dropped_answers = self.counter(
+            "write_dropped_answers", "Recorded answers not written because the disk was too slow"
         )
-        self.saved_tokens = Counter(
-            "tokenzero_rule_saved_tokens", "Tokens reused thanks to this rule alone", ["rule"], registry=self.registry
+        self.unparsed = self.counter(
+            "unparsed_preambles", "System texts that start like the billing header but do not parse as one"
         )
-        self.saved_seconds = Counter(
-            "tokenzero_rule_saved_seconds",
-            "What computing these tokens would have taken, by the cost model",
-            ["rule"],
-            registry=self.registry,
-        )
-        self.divergences = Counter(
-            "tokenzero_cache_misses",
-            "Requests that reused less than the nearest sequence held, or had none, by cause",
-            ["cause"],
-            registry=self.registry,
-        )
-        self.lost = Counter(
-            "tokenzero_cache_miss_tokens",
-            "Tokens computed that the nearest sequence held behind the mismatch, by cause",
-            ["cause"],
-            registry=self.registry,
-        )
-        self.volatile = Counter(
-            "tokenzero_volatile_segments",
-            "Parts of prompts found to change in every request of a client",
-            registry=self.registry,
-        )
-        self.lost_turns = Counter(
-            "tokenzero_write_dropped_answers", "Sampled turns that the disk was too slow for", registry=self.registry
-        )
-        self.unparsed = Counter(
-            "tokenzero_unparsed_preambles",
-            "System texts that begin like the billing header and do not parse as one",
-            registry=self.registry,
-        )
+
+    def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        """Make, register and document a histogram."""
+        self.documented.append(Documented(PREFIX + name, KINDS[Histogram], labels, text))
+        return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        """Make, register and document a counter."""
+        self.documented.append(Documented(f"{PREFIX}{name}_total", KINDS[Counter], labels, text))
+        return Counter(PREFIX + name, text, labels, registry=self.registry)
 
     def count_phases(self, seconds: Mapping[str, float]) -> None:
-        """Count what each phase of a request took."""
+        """Count the time of each phase of a request."""
         for phase, taken in seconds.items():
             self.phases.labels(phase).observe(taken)
+
+
+def documented_metrics() -> list[Documented]:
+    """Every metric that `/metrics` can have, in its order."""
+    figures = [
+        Documented(
+            f"{PREFIX}{figure.name}{'_total' if figure.kind is COUNTER else ''}",
+            KINDS[figure.kind],
+            (figure.label,) if figure.label else (),
+            figure.text,
+        )
+        for figure in (*ENGINE, *AUDITOR, *TIERS, *RESTORER, *MEMORIES)
+    ]
+    return [*ServerMetrics().documented, *figures]

@@ -1,4 +1,4 @@
-"""What stands in front of every route: the key, the size of the body, and errors in the form of the route's API."""
+"""The middleware before every route: the API key, the size of the body, and errors in the form of the route's API."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class TooLarge(Exception):
 
 
 class RequestGuardMiddleware:
-    """Before any route: the key and the body's size. After it: a request id, a count of the answer, 500 for a fault."""
+    """Check the key and the body's size before a route; after it, add a request id, count, answer 500 for a fault."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, metrics: ServerMetrics) -> None:
         self.app, self.key, self.limit, self.metrics = app, api_key, max_body_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on."""
+        """Refuse the request, or pass it on."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        read, answered = 0, False
+        read, started = 0, False
 
-        async def limited() -> Message:
+        async def receive_limited() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
@@ -39,10 +39,10 @@ class RequestGuardMiddleware:
                 raise TooLarge(f"request body: expected at most {self.limit} bytes, got more")
             return message
 
-        async def labelled(message: Message) -> None:
-            nonlocal answered
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                answered = True
+                started = True
                 id = f"req_{secrets.token_hex(12)}".encode()
                 message["headers"] += [(b"request-id", id), (b"x-request-id", id)]
                 # Unknown paths share one label: a client must not be able to grow the metrics.
@@ -55,14 +55,14 @@ class RequestGuardMiddleware:
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
             text = f"request body: expected at most {self.limit} bytes, got {int(declared)}"
-            await error_response(scope, 413, text)(scope, receive, labelled)
+            await error_response(scope, 413, text)(scope, receive, send_with_id)
         elif self.key and scope["path"] not in OPEN_PATHS and not admits(self.key, headers):
-            await error_response(scope, 401, "invalid x-api-key")(scope, receive, labelled)
+            await error_response(scope, 401, "invalid x-api-key")(scope, receive, send_with_id)
         else:
             try:
-                await self.app(scope, limited, labelled)
+                await self.app(scope, receive_limited, send_with_id)
             except Exception as error:
-                if answered:
+                if started:
                     raise
                 log.exception("%s %s failed", scope["method"], scope["path"])
-                await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, labelled)
+                await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, send_with_id)

@@ -127,7 +127,7 @@ def rendered_prompt(
         recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
     with phases.timed("render"):
         return prompt(
-            request, serving.tokenizer, recalled, serving.render_history_with_template, "tools-first" in rules
+            request, serving.tokenizer, recalled, serving.config.render_history_with_template, "tools-first" in rules
         )
 
 

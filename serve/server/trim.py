@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the system while the engine rests: glibc keeps it otherwise, 130 MB in a soak."""
+"""Return freed memory to the system while the engine is idle; glibc would keep it (130 MB in a soak test)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ PERIOD_SECONDS = 20.0
 
 
 def malloc_trim() -> None:
-    """Hand free memory back; nothing happens where the C library has no such function. Takes some 10 ms."""
+    """Return free memory to the system, in about 10 ms; does nothing if the C library has no such function."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-async def trimming(done: Callable[[], int], idle: Callable[[], bool], period: float = PERIOD_SECONDS) -> None:
-    """For ever: trim, in a thread, whenever the engine is idle and has done something since."""
-    seen = -1
+async def trim_while_idle(steps: Callable[[], int], idle: Callable[[], bool], period: float = PERIOD_SECONDS) -> None:
+    """Each `period` seconds, forever: trim in a thread if the engine is idle and has run steps since the last time."""
+    trimmed_at = -1
     while True:
         await asyncio.sleep(period)
-        if idle() and done() != seen:
-            seen = done()
+        if idle() and steps() != trimmed_at:
+            trimmed_at = steps()
             await asyncio.to_thread(malloc_trim)

@@ -1,4 +1,4 @@
-"""Who may ask, and errors in the form of the API that a request is for."""
+"""The check of the API key, and errors in the form of the API that a request is for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPEN_PATHS = ("/", "/health", "/api/hello", *ASSETS)  # the dashboard asks for t
 
 
 def admits(key: str, headers: Mapping[bytes, bytes]) -> bool:
-    """Whether x-api-key or a Bearer token equals the key, compared in constant time; clients may send both."""
+    """Whether x-api-key or a Bearer token equals the key, compared in constant time; a client may send both."""
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     bearer = token.strip() if scheme.lower() == b"bearer" else b""
     expected = key.encode()

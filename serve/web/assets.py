@@ -17,7 +17,7 @@ ASSET_HEADERS = {
 
 
 class Asset(NamedTuple):
-    """A file, and what it is."""
+    """A file's content and its media type."""
 
     content: bytes
     media_type: str

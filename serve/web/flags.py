@@ -1,55 +1,171 @@
-"""Flags that the server and the proxy have in common: where it listens, who may ask, and the rules for prompts."""
+"""Command-line flags as fields of a frozen dataclass: parser, checks and documentation are made from the same fields.
+
+The flags that the server and the proxy share are defined here.
+"""
 
 from __future__ import annotations
 
 import argparse
 import ipaddress
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from math import inf
+from typing import Any, Protocol, TypeVar
 
 from serve.rules.normalize import DEFAULT_RULES, RULES
 
+C = TypeVar("C")
 
-def add_address(cli: argparse._ActionsContainer, port: int) -> None:
-    """Where to listen and who may ask: `--host`, `--port`, by default this one, and `--api-key`."""
-    cli.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to bind; beyond loopback it takes an --api-key (default: %(default)s)",
-    )
-    cli.add_argument("--port", type=int, default=port, help="0 takes any free port (default: %(default)s)")
-    cli.add_argument(
-        "--api-key",
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field of a configuration says about its flag, besides its name and default."""
+
+    help: str
+    group: str
+    metavar: str | None = None
+    parse: Callable[[str], Any] = str
+    shown: str | None = None  # the default as the help shows it; "": the help does not mention one
+    choices: tuple[str, ...] | None = None
+    least: float | None = None
+    most: float = inf
+    environment: str | None = None  # the variable that has the default
+    action: type[argparse.Action] | None = None
+
+
+def flag(help: str, group: str, default: Any = MISSING, **options: Any) -> Any:
+    """A dataclass field that is set by a flag; a flag without a default is required. `options` are those of Flag."""
+    if type(default) in (int, float):
+        options.setdefault("parse", type(default))
+    if default is None:
+        options.setdefault("shown", "")
+    return field(default=default, metadata={"flag": Flag(help, group, **options)})
+
+
+def flags_of(config: type) -> Iterator[tuple[str, Any, Flag]]:
+    """(field name, default or MISSING, flag) of each field of a configuration class."""
+    for one in fields(config):
+        yield one.name, one.default, one.metadata["flag"]
+
+
+def option(name: str) -> str:
+    """The option that sets a field: `--page-size` for page_size."""
+    return f"--{name.replace('_', '-')}"
+
+
+def shown_default(default: Any, flag: Flag) -> str:
+    """The default as the documentation shows it; "" for a flag that has none to mention."""
+    if flag.shown is not None:
+        return flag.shown
+    return "" if default is MISSING or default is False else "on" if default is True else str(default)
+
+
+def add_flags(cli: argparse.ArgumentParser, config: type) -> None:
+    """Add the flags of a configuration class, in its groups."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, default, flag in flags_of(config):
+        group = groups.get(flag.group) or groups.setdefault(flag.group, cli.add_argument_group(flag.group))
+        shown = shown_default(default, flag)
+        options: dict[str, Any] = {"help": flag.help.replace("%", "%%") + (f" (default: {shown})" if shown else "")}
+        if default is MISSING:
+            options["required"] = True
+        else:
+            options["default"] = os.environ.get(flag.environment, default) if flag.environment else default
+        if default is False:
+            options["action"] = "store_true"
+        elif default is True:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"metavar": flag.metavar, "choices": flag.choices, "type": flag.parse}
+            options |= {"action": flag.action} if flag.action else {}
+        group.add_argument(option(name), **options)
+
+
+def read_config(config: type[C], args: argparse.Namespace) -> C:
+    """The configuration that parsed arguments ask for."""
+    return config(**{name: getattr(args, name) for name, *_ in flags_of(config)})
+
+
+def range_problem(config: Any) -> str | None:
+    """The first flag whose number is out of range, with what was expected and found; None if there is none."""
+    for name, _, flag in flags_of(type(config)):
+        value = getattr(config, name)
+        if value is None or flag.least is None or (flag.least <= value <= flag.most and value < inf):
+            continue
+        expected = f"{flag.least} to {flag.most}" if flag.most < inf else f"at least {flag.least}"
+        return f"{option(name)}: expected {expected}, got {value}"
+    return None
+
+
+def flag_tables(config: type) -> str:
+    """The flags of a configuration class as Markdown, a table for each group."""
+    tables: dict[str, list[str]] = {}
+    for name, default, flag in flags_of(config):
+        written = f"`--[no-]{option(name)[2:]}`" if default is True else f"`{option(name)}`"
+        shown = "required" if default is MISSING else shown_default(default, flag)
+        tables.setdefault(flag.group, []).append(f"| {written} | {flag.help} | {shown} |")
+    head = "| flag | | default |\n| --- | --- | --- |\n"
+    return "\n\n".join(f"**{group}**\n\n{head}" + "\n".join(rows) for group, rows in tables.items())
+
+
+class Address(Protocol):
+    """The part of a configuration that says where to listen and who may connect."""
+
+    @property
+    def host(self) -> str:
+        """The address to bind."""
+
+    @property
+    def api_key(self) -> str | None:
+        """The key that clients must send."""
+
+
+def host_flag(group: str) -> Any:
+    """The field `host`."""
+    return flag("address to bind; other than loopback, it needs an --api-key", group, "127.0.0.1")
+
+
+def port_flag(group: str, default: int) -> Any:
+    """The field `port`."""
+    return flag("port to bind; 0 takes a free one", group, default, least=0, most=2**16 - 1)
+
+
+def api_key_flag(group: str) -> Any:
+    """The field `api_key`."""
+    return flag(
+        "key that clients must send, in x-api-key or as Bearer",
+        group,
+        None,
         metavar="KEY",
-        default=os.environ.get("TOKENZERO_API_KEY"),
-        help="in x-api-key or as Bearer (default: $TOKENZERO_API_KEY)",
+        shown="$TOKENZERO_API_KEY",
+        environment="TOKENZERO_API_KEY",
     )
 
 
-def add_rules(cli: argparse._ActionsContainer) -> None:
-    """What is done to prompts, and how much is told of them: `--normalize` and `--trace-text`."""
-    cli.add_argument(
-        "--normalize",
-        action=Normalize,
-        default=",".join(sorted(DEFAULT_RULES)),
+def normalize_flag(group: str) -> Any:
+    """The field `normalize`: names of rules, which `parse_rules` reads."""
+    return flag(
+        "rules for prompts, comma-separated, or none; list explains them",
+        group,
+        ",".join(sorted(DEFAULT_RULES)),
         metavar="RULES",
-        help="rules for prompts, comma-separated, or none; list explains them (default: %(default)s)",
+        action=Normalize,
     )
-    cli.add_argument(
-        "--trace-text",
-        choices=["on", "off"],
-        default="on",
-        help="off: what is told of a prompt that missed the cache shows none of its words (default: %(default)s)",
-    )
+
+
+def prompt_text_flag(group: str) -> Any:
+    """The field `no_prompt_text_in_reports`."""
+    return flag("leave prompt excerpts out of cache-miss reports and logs", group, False)
 
 
 class Normalize(argparse.Action):
-    """Keeps the rules; `list` prints what there is and exits."""
+    """Stores the rules; `list` prints all rules and exits."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, option: Any = None
     ) -> None:
-        """Take the flag's value."""
+        """Store the flag's value."""
         if value == "list":
             print_rules()
             parser.exit()
@@ -57,7 +173,7 @@ class Normalize(argparse.Action):
 
 
 def print_rules() -> None:
-    """Print what `--normalize` takes."""
+    """Print the rules that `--normalize` accepts."""
     from rich.console import Console
     from rich.table import Table
 
@@ -67,17 +183,15 @@ def print_rules() -> None:
     Console().print(table)
 
 
-def check_address(args: argparse.Namespace) -> str | None:
-    """What is wrong with where to listen and who may ask, or None."""
-    if not args.api_key and not is_loopback(args.host):
-        return f"--host {args.host} is reachable from elsewhere: give an --api-key, or bind 127.0.0.1"
-    if not 0 <= args.port < 2**16:
-        return f"--port: expected 0 to 65535, got {args.port}"
+def address_problem(config: Address) -> str | None:
+    """The reason why a server must not listen at this address, or None: without a key, only loopback is safe."""
+    if not config.api_key and not is_loopback(config.host):
+        return f"--host {config.host} is reachable from elsewhere: give an --api-key, or bind 127.0.0.1"
     return None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""The routes that server and proxy share: the dashboard, and what is known of the latest requests."""
+"""The routes that server and proxy share: the dashboard, and the records of the latest requests."""
 
 from __future__ import annotations
 
@@ -37,52 +37,52 @@ class RequestRecords(Protocol):
         """The parts of prompts that change in every request."""
 
     @property
-    def outcomes(self) -> RequestStatuses:
-        """How they went."""
+    def statuses(self) -> RequestStatuses:
+        """Their states, times and counts."""
 
 
 async def get_requests(request: Request) -> Response:
-    """`GET /v1/requests`: what the latest requests found in the cache, why not more, how they went; volatile parts."""
+    """`GET /v1/requests`: what the latest requests found in the cache, what broke their prefix, and how they went."""
     records: RequestRecords = request.app.state.records
 
-    def listed() -> bytes:
+    def encode() -> bytes:
         data = [request_record(records, report) for report in records.divergences.latest()]
         return msgspec.json.encode({"data": data, "volatile": records.volatility.latest(), "causes": CAUSES})
 
-    return Response(await run_in_threadpool(listed), media_type="application/json")
+    return Response(await run_in_threadpool(encode), media_type="application/json")
 
 
 def request_record(records: RequestRecords, report: Report) -> dict[str, Any]:
-    """What is told of a request: the report on its prompt, and its outcome."""
-    record: dict[str, Any] = msgspec.to_builtins(report) | msgspec.to_builtins(records.outcomes.of(report.id))
+    """The record of a request: the report on its prompt, and its status."""
+    record: dict[str, Any] = msgspec.to_builtins(report) | msgspec.to_builtins(records.statuses.get(report.id))
     return record
 
 
 async def get_request(request: Request) -> Response:
-    """`GET /v1/requests/{id}`: one of them by its message's id, and where in its prompt each section lies."""
+    """`GET /v1/requests/{id}`: one of them by its message's id, with the place of each section in its prompt."""
     records: RequestRecords = request.app.state.records
     id = request.path_params["id"]
 
-    def found() -> bytes | None:
-        if (known := records.divergences.find(id)) is None:
+    def encode() -> bytes | None:
+        if (found := records.divergences.find(id)) is None:
             return None
-        report, ranges = known
+        report, ranges = found
         sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]
         return msgspec.json.encode(request_record(records, report) | {"sections": sections if ranges else None})
 
-    body = await run_in_threadpool(found)
+    body = await run_in_threadpool(encode)
     if body is None:
-        return error_response(request.scope, 404, f"no request of the latest is known as {id!r:.80}")
+        return error_response(request.scope, 404, f"unknown request id {id!r:.80}: only the latest requests are kept")
     return Response(body, media_type="application/json")
 
 
 def wants_page(request: Request) -> bool:
-    """Whether a browser asks, and not a client that probes."""
+    """Whether a browser sent the request, rather than a client that probes."""
     return request.method == "GET" and "text/html" in request.headers.get("accept", "")
 
 
 async def get_asset(path: str, request: Request) -> Response:
-    """A file of the dashboard; browsers are to load nothing from elsewhere."""
+    """A file of the dashboard; its headers forbid browsers to load anything from elsewhere."""
     asset = ASSETS[path]
     return Response(asset.content, media_type=asset.media_type, headers=ASSET_HEADERS)
 
@@ -91,17 +91,17 @@ ASSET_ROUTES = [Route(path, partial(get_asset, path), methods=["GET"]) for path 
 
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T | None:
-    """What `work` returns, or None if the client goes away first; `work` is cancelled then."""
-    done, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
+    """The result of `work`, or None if the client disconnects first; `work` is cancelled then."""
+    result, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnect(request))
     try:
-        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return done.result() if done.done() else None
+        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return result.result() if result.done() else None
     finally:
-        done.cancel()
+        result.cancel()
         gone.cancel()
 
 
-async def disconnected(request: Request) -> None:
-    """Returns when the client has gone away."""
+async def disconnect(request: Request) -> None:
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -173,7 +173,7 @@ def test_words_of_a_prompt_are_text_and_never_markup(server: Server, page: Page)
 def test_a_key_is_asked_for_and_forgotten_with_the_page_and_hidden_text_stays_hidden(
     serve: Callable[..., Server], page: Page
 ) -> None:
-    server = serve("--api-key", KEY, "--trace-text", "off")
+    server = serve("--api-key", KEY, "--no-prompt-text-in-reports")
     page.goto(server.url)
     expect(page.locator("#ask")).to_be_visible()
     for key in ("wrong", KEY):
@@ -184,7 +184,7 @@ def test_a_key_is_asked_for_and_forgotten_with_the_page_and_hidden_text_stays_hi
     expect(page.locator("#empty")).to_contain_text("Waiting for the first request")
     send(server, 1, "locked", **{"x-api-key": KEY})
     page.locator(".row").hover()
-    expect(page.locator("#tip")).to_contain_text("texts are hidden: --trace-text off")
+    expect(page.locator("#tip")).to_contain_text("texts are hidden: --no-prompt-text-in-reports")
     kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
     assert KEY not in kept
     page.reload()

@@ -1,4 +1,4 @@
-"""What the tests say to a server, and how they read what it answers."""
+"""Requests that the tests send to a server, and readers of its answers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from experiments.workloads.demo_model import TINY
 
 Json = dict[str, Any]
 
-# Its end of turn is a little less likely than the demo model's: some greedy answers end soon, some never.
+# Its end-of-turn token is a little less likely than the demo model's: some greedy answers end soon, some never.
 MODEL = replace(TINY, positions=16_384, end_scale=1.25)
 CONTEXT = 12_288
 BODY_LIMIT = 256 * 1024
-# Few compiled shapes, so that it starts soon; small chunks, so that a long prompt takes a while.
+# Few compiled shapes, so that the server starts soon; small chunks, so that a long prompt takes a while.
 FLAGS = (
     *("--max-model-len", str(CONTEXT), "--kv-pool-bytes", "16MiB", "--page-size", "16"),
     *("--max-num-seqs", "4", "--max-prefill-tokens", "32", "--max-body-bytes", str(BODY_LIMIT)),
@@ -41,7 +41,7 @@ def text_block(text: str) -> Json:
 
 
 def long(number: int, tokens: int = 11_000) -> str:
-    """Text of `tokens` tokens, as each digit is one; two of different numbers below 100 share at most a digit."""
+    """Text of `tokens` tokens, one a digit; texts of different numbers below 100 share at most one digit."""
     return f"{number:02}" + "7" * (tokens - 2)
 
 
@@ -58,7 +58,7 @@ def text_of(message: Json) -> str:
 
 
 def prompt_tokens(usage: Json) -> int:
-    """What the three input counts of a usage add up to."""
+    """The sum of the three input counts of a usage."""
     return usage["input_tokens"] + usage["cache_creation_input_tokens"] + usage["cache_read_input_tokens"]
 
 
@@ -109,7 +109,7 @@ def stream(client: httpx.Client, body: Json, **headers: str) -> Streamed:
 
 
 def is_idle(client: httpx.Client) -> bool:
-    """Whether nothing runs, nothing waits and no page is held."""
+    """Whether nothing runs, nothing waits and no page is in use."""
     now = scrape(client)
     return (
         now["tokenzero_num_requests_running"]
@@ -128,7 +128,7 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 30) ->
 
 
 def open_request(url: str, body: Json, *options: tuple[int, int, int]) -> socket.socket:
-    """A connection, its socket's options set, over which the whole request was sent and nothing was read yet."""
+    """A connection with these socket options, on which the whole request was sent and nothing was read yet."""
     payload = json.dumps(body).encode()
     head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
     connection = socket.socket()
@@ -140,11 +140,11 @@ def open_request(url: str, body: Json, *options: tuple[int, int, int]) -> socket
     return connection
 
 
-def read_until(connection: socket.socket, mark: bytes, times: int = 1) -> bytes:
-    """What comes over the connection until `mark` has come `times` times."""
+def read_until(connection: socket.socket, text: bytes, times: int = 1) -> bytes:
+    """The bytes that arrive until `text` has arrived `times` times."""
     seen = b""
-    while seen.count(mark) < times:
+    while seen.count(text) < times:
         piece = connection.recv(65536)
-        assert piece, f"the connection ended before {mark!r}: {seen[-500:]!r}"
+        assert piece, f"the connection ended before {text!r}: {seen[-500:]!r}"
         seen += piece
     return seen

@@ -1,6 +1,6 @@
-"""`python -m serve`, but the model says what a script says, so that random weights can hold a conversation with tools.
+"""`python -m serve` with scripted answers, so that a model with random weights can hold a conversation with tools.
 
-Takes the flags of `python -m serve`.
+It takes the flags of `python -m serve`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from serve.prompt.tokenizer import Tokenizer
 from serve.server.context import ServerContext
 from tests.helpers.forced_answers import Script
 
-# What is said to each prompt, and then to the results of its calls, as Qwen3 writes it. Clients send calls back as
-# parsed JSON: without the second blank, the escapes and the `.0`.
+# The answers to each prompt and then to the results of its calls, in Qwen3's format. Clients send calls back as parsed
+# JSON: without the second space, the escapes and the `.0`.
 SCRIPT = {
     "Write the answer into answer.txt.": (
         "<think>\nThe answer is known, the file is missing.\n</think>\n\nI write it.\n"
@@ -51,12 +51,12 @@ CODEX_SCRIPT = {
     "Thanks.": ("<think>\nShort and polite.\n</think>\n\nYou are welcome.",),
 }
 SCRIPTS = SCRIPT | CODEX_SCRIPT
-# For requests that clients make on their own account, such as for a title.
+# The answer to requests that clients make by themselves, such as for a title.
 ASIDE = '{"title": "The answer"}'
 
 
 def answer_to(request: MessagesRequest) -> str:
-    """What to say: chosen by the last scripted prompt in the request, and by how many answers follow it."""
+    """The answer, chosen by the last scripted prompt in the request and the number of answers after it."""
     answers = 0
     for message in reversed(joined(request.messages)):
         texts = [block.text for block in blocks(message) if isinstance(block, TextBlock)]
@@ -67,22 +67,22 @@ def answer_to(request: MessagesRequest) -> str:
 
 
 def spell(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids that read as `text`, tags whole and the rest in more tokens than needed: only kept ids match them again."""
+    """Token ids of `text`, tags whole and the rest in more tokens than needed: only recorded ids match them again."""
     pieces = re.findall(r"</?\w+>|[^<]{1,3}|<", text)
     return [int(token) for piece in pieces for token in tokenizer.encode(piece)]
 
 
 def scripted(
-    make_serving: Callable[..., ServerContext], engine: Engine, tokenizer: Tokenizer, *rest: Any, **named: Any
+    make_context: Callable[..., ServerContext], engine: Engine, tokenizer: Tokenizer, *rest: Any
 ) -> ServerContext:
-    """What the command line wants to serve, with every answer forced."""
+    """The context that the command line asks for, with every answer forced."""
 
     def constrain(request: MessagesRequest, thinking_opened: bool) -> Script:
         assert not thinking_opened, "the script opens its thinking itself"
         tokens = [*spell(answer_to(request), tokenizer), tokenizer.hf.eos_token_id]
         return Script(tokens, engine.config.vocab_size)
 
-    return make_serving(engine, tokenizer, *rest, **named, constrain=constrain)
+    return make_context(engine, tokenizer, *rest, constrain=constrain)
 
 
 if __name__ == "__main__":

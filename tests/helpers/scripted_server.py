@@ -17,6 +17,7 @@ from serve.engine.request import GenerationRequest
 from serve.engine.settings import EngineSettings
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.app import create_app
+from serve.server.config import ServerConfig
 from serve.server.context import Constrain, ServerContext, make_context
 from tests.helpers.forced_answers import Script
 from tests.helpers.http import eventually
@@ -32,14 +33,14 @@ SIZES = EngineSettings(
 
 
 class Recording(Engine):
-    """An engine that keeps the requests it was given."""
+    """An engine that records its requests."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.asked: list[GenerationRequest] = []
 
     def submit(self, request: GenerationRequest, emit: Callable) -> int:
-        """Keep it, and go on as ever."""
+        """Record the request, and submit it."""
         self.asked.append(request)
         return super().submit(request, emit)
 
@@ -50,14 +51,14 @@ def saying(tokenizer: Tokenizer, vocab: int, answer: Callable[[MessagesRequest, 
     return lambda request, thinking_opened: Script([*answer(request, thinking_opened), end], vocab)
 
 
-def listening(serving: ServerContext) -> AbstractContextManager[str]:
-    """The application over an engine, as `answering` runs it."""
-    return answering(create_app(serving))
+def listening(context: ServerContext) -> AbstractContextManager[str]:
+    """A server's application, run by `answering`."""
+    return answering(create_app(context))
 
 
 @contextmanager
 def answering(app: Starlette) -> Iterator[str]:
-    """An application in a thread of this process, on a port of its own; its URL."""
+    """Run an application in a thread of this process, on a free port; yields its URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -67,14 +68,14 @@ def answering(app: Starlette) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(30)
-    assert not thread.is_alive(), "the server ended when it was told to"
+    assert not thread.is_alive(), "the server ended when it was asked to"
 
 
-def serving_over(
-    model: tuple[ModelConfig, Params], tokenizer: Tokenizer, constrain: Constrain | None = None, **options: object
+def context_over(
+    model: tuple[ModelConfig, Params], tokenizer: Tokenizer, constrain: Constrain | None = None, **flags: Any
 ) -> tuple[Recording, ServerContext]:
-    """An engine over a model, and what serves it."""
+    """An engine over a model, and the context of a server with these flags."""
     config, params = model
     engine = Recording(params, config, SIZES, b"tiny")
     stops = {tokenizer.hf.eos_token_id}
-    return engine, make_context(engine, tokenizer, "tiny", stops, constrain=constrain, **options)  # type: ignore[arg-type]
+    return engine, make_context(engine, tokenizer, stops, ServerConfig(model="tiny", **flags), constrain)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,10 +16,13 @@ from experiments.harness.server import running_server
 from model import checkpoint
 from model.config import ModelConfig
 from model.params import Params
-from serve import __main__ as command
-from serve.__main__ import check, main, parser, settings
+from serve.__main__ import COMMANDS, main
 from serve.engine.settings import EngineSettings
-from serve.web.flags import is_loopback
+from serve.rules.normalize import RULES
+from serve.server import cli as server_cli
+from serve.server.cli import engine_settings
+from serve.server.config import ServerConfig, parse_config, parser, problem_of
+from serve.web.flags import is_loopback, read_config
 from tests.helpers.http import CONTEXT
 
 
@@ -28,6 +34,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     shown = capsys.readouterr().err.strip().splitlines()
     assert len(shown) == 2, "a line of usage and a line that says what is wrong"
     return shown[-1]
+
+
+def config_of(*flags: str) -> ServerConfig:
+    """The configuration of a server with these flags."""
+    return parse_config(["--model", "m", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +67,11 @@ class TestHelp:
             assert flag in shown
         assert all(action.help for action in parser()._actions)
 
-    def test_no_default_is_told_as_none_or_twice(self, shown: str) -> None:
+    def test_it_lists_the_commands_with_a_line_each(self, shown: str) -> None:
+        listed = dict(re.findall(r"^  (\w+) +(\S.*)$", shown, re.MULTILINE))
+        assert all(listed[name] == command.summary for name, command in COMMANDS.items())
+
+    def test_no_default_is_shown_as_none_or_twice(self, shown: str) -> None:
         assert "None" not in shown
         assert "(default: 127.0.0.1)" in shown
         assert all(entry.count("default") <= 1 for entry in shown.split("\n  --"))
@@ -64,14 +79,22 @@ class TestHelp:
 
 class TestFlags:
     def test_stripping_is_on_unless_it_is_turned_off(self) -> None:
-        assert parser().parse_args(["--model", "m"]).strip_anthropic_preamble is True
-        assert parser().parse_args(["--model", "m", "--strip-anthropic-preamble"]).strip_anthropic_preamble is True
-        assert parser().parse_args(["--model", "m", "--no-strip-anthropic-preamble"]).strip_anthropic_preamble is False
+        assert config_of().strip_anthropic_preamble is True
+        assert config_of("--strip-anthropic-preamble").strip_anthropic_preamble is True
+        assert config_of("--no-strip-anthropic-preamble").strip_anthropic_preamble is False
+
+    def test_a_configuration_without_flags_is_what_the_command_line_makes_of_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("TOKENZERO_API_KEY", raising=False)
+        assert config_of() == ServerConfig(model="m")
+        assert config_of().no_prompt_text_in_reports is False
+        assert config_of("--no-prompt-text-in-reports").no_prompt_text_in_reports is True
 
     def test_the_defaults_are_the_engines_own(self) -> None:
-        args, own = parser().parse_args(["--model", "m"]), EngineSettings(num_pages=2, max_model_len=2)
+        config, own = config_of(), EngineSettings(num_pages=2, max_model_len=2)
         for name in ("page_size", "max_num_seqs", "max_queue", "max_prefill_tokens"):
-            assert getattr(args, name) == getattr(own, name)
+            assert getattr(config, name) == getattr(own, name)
 
     @pytest.mark.parametrize(
         ("text", "size"),
@@ -81,7 +104,7 @@ class TestFlags:
         assert parse_bytes(text) == size
 
     @pytest.mark.parametrize("text", ["", "GB", "-1", "4 GiB more", "4XB", "1e9"])
-    def test_what_is_no_size_is_refused(self, text: str) -> None:
+    def test_what_is_not_a_size_is_refused(self, text: str) -> None:
         with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 4GB"):
             parse_bytes(text)
 
@@ -91,7 +114,7 @@ class TestFlags:
         assert "--model" in capsys.readouterr().err.splitlines()[-1]
 
     @pytest.mark.parametrize(
-        ("flags", "told"),
+        ("flags", "error"),
         [
             (["--kv-pool-bytes", "lots"], "--kv-pool-bytes: expected a size such as 4GB or 512MiB, got 'lots'"),
             (["--page-size", "0"], "--page-size: expected at least 1, got 0"),
@@ -107,9 +130,49 @@ class TestFlags:
         ],
     )
     def test_a_bad_flag_is_named_with_what_was_expected(
-        self, flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+        self, flags: list[str], error: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert told in refusal(capsys, *flags)
+        assert error in refusal(capsys, *flags)
+
+
+class TestCommands:
+    def test_each_command_shows_its_own_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for name, flag in (
+            *(("serve", "--page-size"), ("explain", "--svg"), ("proxy", "--upstream"), ("cache", "verify")),
+            *(("rules", "--help"), ("audit", "FILE")),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                main([name, "--help"])
+            assert ended.value.code == 0
+            assert flag in capsys.readouterr().out
+        assert COMMANDS.keys() == {"serve", "explain", "proxy", "cache", "rules", "audit"}
+
+    def test_serve_may_be_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["serve", "--model", "m", "--page-size", "0"])
+        assert "--page-size: expected at least 1, got 0" in capsys.readouterr().err
+
+    def test_rules_lists_every_rule(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["rules"])
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in RULES)
+
+    def test_the_exit_status_is_the_commands_own(self, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["cache", "stats", "--store", str(tmp_path)])
+        assert ended.value.code == 2
+
+    @pytest.mark.parametrize("arguments", [("-c", "import serve.proxy.cli"), ("-m", "serve", "proxy", "--help")])
+    def test_the_proxy_starts_without_the_engines_libraries(self, arguments: tuple[str, ...]) -> None:
+        heavy = ("jax", "flax", "llguidance", "tensorstore", "prometheus_client")
+        ran = subprocess.run(
+            [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=60
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        imported = set(re.findall(r"\| +([\w.]+)$", ran.stderr, re.MULTILINE))
+        assert "serve.proxy.cli" in imported or arguments[0] == "-c"
+        assert "serve.proxy.app" in imported
+        assert not imported & heavy
 
 
 class TestBinding:
@@ -118,14 +181,14 @@ class TestBinding:
         self, host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("TOKENZERO_API_KEY", raising=False)
-        told = refusal(capsys, "--host", host)
-        assert f"--host {host} is reachable from elsewhere: give an --api-key" in told
+        error = refusal(capsys, "--host", host)
+        assert f"--host {host} is reachable from elsewhere: give an --api-key" in error
 
     @pytest.mark.parametrize(
         "flags", [["--host", "0.0.0.0", "--api-key", "k"], ["--host", "::1"], ["--host", "localhost"]]
     )
     def test_a_key_or_loopback_is_enough(self, flags: list[str]) -> None:
-        assert check(parser().parse_args(["--model", "m", *flags])) is None
+        assert problem_of(read_config(ServerConfig, parser().parse_args(["--model", "m", *flags]))) is None
 
     def test_an_empty_key_is_no_key(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TOKENZERO_API_KEY", "")
@@ -142,14 +205,14 @@ class TestBinding:
             ("a.b", False),
         ],
     )
-    def test_loopback_is_told_from_the_rest(self, host: str, loopback: bool) -> None:
+    def test_loopback_is_distinguished_from_the_rest(self, host: str, loopback: bool) -> None:
         assert is_loopback(host) is loopback
 
 
 class TestSizes:
     @staticmethod
     def sized(loaded: tuple[ModelConfig, Params], *flags: str) -> EngineSettings:
-        return settings(parser().parse_args(["--model", "m", *flags]), *loaded, "float32")
+        return engine_settings(config_of(*flags), *loaded, "float32")
 
     def test_the_pool_holds_as_many_pages_as_its_bytes_allow(self, loaded: tuple[ModelConfig, Params]) -> None:
         # 2 layers, 2 heads of 16, keys and values of 4 bytes: 512 bytes a token.
@@ -210,7 +273,7 @@ class TestStarting:
     def test_a_folder_that_is_no_checkpoint_ends_it_with_a_sentence(
         self, content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(command, "set_up_jax", lambda: None)  # it would stay so for every later test
+        monkeypatch.setattr(server_cli, "set_up_jax", lambda: None)  # it would stay so for every later test
         if content is not None:
             (tmp_path / "config.json").write_text(content)
         with pytest.raises(SystemExit) as ended:

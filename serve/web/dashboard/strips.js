@@ -175,7 +175,7 @@ function about(request, causes) {
 
 // Both texts from the mismatch on, what they still share in grey.
 function texts({ here, there }) {
-  if (here === undefined || here === null) return [make("p", { class: "id" }, "texts are hidden: --trace-text off")];
+  if (here === undefined || here === null) return [make("p", { class: "id" }, "texts are hidden: --no-prompt-text-in-reports")];
   const [a, b] = [[...(there ?? "")], [...here]];
   let same = 0;
   while (same < Math.min(a.length, b.length) && a[same] === b[same]) same += 1;

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from serve.__main__ import main, parser, rules_of
+from serve.__main__ import main
 from serve.api.messages import (
     CountTokensRequest,
     InputMessage,
@@ -18,6 +18,7 @@ from serve.api.messages import (
 )
 from serve.prompt.render import prompt, render_text
 from serve.rules.normalize import DEFAULT_RULES, RULES, Applied, cut_volatile, fold_reminders, normalize, parse_rules
+from serve.server.config import parse_config
 from serve.server.context import unrendered
 from tests.helpers.model_families import FAMILIES, tokenizer_of
 
@@ -171,7 +172,7 @@ class TestToolsFirst:
 
 class TestChoice:
     def test_only_the_preamble_goes_by_default(self) -> None:
-        assert rules_of(parser().parse_args(["--model", "m"])) == DEFAULT_RULES == {"strip-preamble"}
+        assert parse_config(["--model", "m"]).rules == DEFAULT_RULES == {"strip-preamble"}
 
     @pytest.mark.parametrize(
         ("flags", "rules"),
@@ -184,7 +185,7 @@ class TestChoice:
         ],
     )
     def test_flags_choose(self, flags: list[str], rules: set[str]) -> None:
-        assert rules_of(parser().parse_args(["--model", "m", *flags])) == rules
+        assert parse_config(["--model", "m", *flags]).rules == rules
 
     def test_an_unknown_rule_is_refused_by_name(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):

@@ -16,7 +16,7 @@ from serve.api.messages import Block, MessagesRequest, TextBlock, ThinkingBlock,
 from serve.prompt.conversation import answers
 from tests.helpers.conversations import OPENING, answer_of, body_of, generated, is_extension, message, next_messages
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
-from tests.helpers.scripted_server import listening, saying, serving_over
+from tests.helpers.scripted_server import context_over, listening, saying
 
 Json = dict[str, Any]
 Model = tuple[ModelConfig, Params]
@@ -68,9 +68,9 @@ def test_thirty_turns_of_an_agent(family: Family, small: Model) -> None:
         forced.append(generated(planned[turn], thinking_opened, tokenizer).tolist())
         return forced[-1]
 
-    engine, serving = serving_over(small, tokenizer, saying(tokenizer, VOCAB, next_answer))
+    engine, context = context_over(small, tokenizer, saying(tokenizer, VOCAB, next_answer))
     messages, previous = list(OPENING), np.zeros(0, np.int32)
-    with listening(serving) as url, anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as sdk:
+    with listening(context) as url, anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as sdk:
         for turn in range(TURNS):
             body = body_of(messages, family.thinks, turn)
             counted = sdk.messages.count_tokens(**body).input_tokens

@@ -29,6 +29,7 @@ from serve.engine.engine import Engine, generate
 from serve.engine.request import TokenEvent
 from serve.engine.settings import EngineSettings
 from serve.prompt.tokenizer import Tokenizer
+from serve.server.config import ServerConfig
 from serve.server.context import make_context
 from tests.helpers.http import (
     FLAGS,
@@ -74,7 +75,7 @@ def serve(tokenizer: Tokenizer) -> Callable[..., Any]:
     def serving(engine: Engine) -> Iterator[httpx.Client]:
         stop_ids = {tokenizer.hf.convert_tokens_to_ids("<|im_end|>")}
         with (
-            listening(make_context(engine, tokenizer, "in-process", stop_ids)) as url,
+            listening(make_context(engine, tokenizer, stop_ids, ServerConfig(model="in-process"))) as url,
             httpx.Client(base_url=url, timeout=30) as client,
         ):
             yield client

@@ -25,23 +25,23 @@ from model.params import unstacked
 from serve.diagnosis.divergence import Divergences
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.context import ServerContext
-from serve.server.heartbeat import PERIOD_SECONDS, beating
+from serve.server.heartbeat import PERIOD_SECONDS, heartbeat
 from serve.server.metrics import EngineCollector
 from tests.helpers.http import ask, eventually, post
-from tests.helpers.scripted_server import listening, serving_over
+from tests.helpers.scripted_server import context_over, listening
 
 
 @pytest.fixture(scope="module")
-def serving(model_folder: Path, tokenizer: Tokenizer) -> ServerContext:
+def context(model_folder: Path, tokenizer: Tokenizer) -> ServerContext:
     """What serves the tiny model in this process."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
-    return serving_over((config, unstacked(params)), tokenizer)[1]
+    return context_over((config, unstacked(params)), tokenizer)[1]
 
 
 @pytest.fixture(scope="module")
-def url(serving: ServerContext) -> Iterator[str]:
+def url(context: ServerContext) -> Iterator[str]:
     """Where it listens."""
-    with listening(serving) as url:
+    with listening(context) as url:
         yield url
 
 
@@ -136,7 +136,7 @@ def test_the_heartbeat_tells_how_long_the_loop_stood_still() -> None:
     go_on = threading.Event()
 
     async def stand_still() -> None:
-        async with beating(late.append):
+        async with heartbeat(late.append):
             while not late:
                 await asyncio.sleep(0)
             before = len(late)

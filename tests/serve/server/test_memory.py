@@ -9,9 +9,9 @@ import httpx
 
 import serve
 from experiments.harness.server import Server
-from serve.__main__ import parser
 from serve.rules.log import warn_once
 from serve.rules.normalize import Unparsed
+from serve.server.config import parser
 from tests.helpers.http import ask, post
 
 README = Path(serve.__file__).with_name("README.md")
@@ -33,7 +33,7 @@ def test_the_table_of_the_readme_is_what_the_server_says(server: Server, client:
     }
     assert limits.keys() == taken.keys()
     assert all(taken[name] <= limits[name] for name in taken)
-    assert {name for name, value in taken.items() if value} >= {"segments", "turns", "reports", "outcomes"}
+    assert {name for name, value in taken.items() if value} >= {"segments", "answers", "reports", "statuses"}
     flags = {flag for action in parser()._actions for flag in action.option_strings}
     assert {flag for *_, flag in rows if flag} <= flags
 

@@ -20,7 +20,7 @@ from serve.formats.families import write_turn
 from serve.prompt.signing import verify
 from serve.prompt.tokenizer import Tokenizer
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
-from tests.helpers.scripted_server import listening, saying, serving_over
+from tests.helpers.scripted_server import context_over, listening, saying
 
 Json = dict[str, Any]
 Model = tuple[ModelConfig, Params]
@@ -62,9 +62,9 @@ def talk(small: Model) -> Callable[..., Any]:
             return tokenizer.encode(next(coming)).tolist()
 
         constrain = saying(tokenizer, VOCAB, answer) if texts else None
-        _, serving = serving_over(small, tokenizer, constrain, **options)
-        with listening(serving) as url, anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as sdk:
-            sdk.serving = serving  # type: ignore[attr-defined]
+        _, context = context_over(small, tokenizer, constrain, **options)
+        with listening(context) as url, anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as sdk:
+            sdk.context = context  # type: ignore[attr-defined]
             yield sdk
 
     return talking
@@ -144,11 +144,11 @@ class TestBlocks:
         with talk(opened + written[1], opened + "Yes.", tokenizer=tokenizer) as sdk:
             body = ASKED | {"tools": [READ], "tool_choice": ONE_CALL}
             (called,) = sdk.messages.create(**body).content
-            first = sdk.serving.engine.asked[-1].tokens
+            first = sdk.context.engine.asked[-1].tokens
             result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": called.id, "content": "x"}]}
             said = {"role": "assistant", "content": [called.to_dict()]}
             sdk.messages.create(**body | {"messages": [QUESTION, said, result]})
-            second = sdk.serving.engine.asked[-1].tokens
+            second = sdk.context.engine.asked[-1].tokens
         assert second[: len(first)].tolist() == first.tolist()
         history = tokenizer.hf.decode(second[len(first) :])
         once = re.escape(written[0]).replace("000toolu1", "[A-Za-z0-9]{9}")  # the id that Mistral's models write
@@ -186,8 +186,8 @@ class TestThinking:
         with talk(self.WRITTEN) as sdk:
             (thought, _) = sdk.messages.create(**ASKED, thinking=THINKING).content
             ids = TOKENIZER.encode(self.WRITTEN)
-            assert verify(sdk.serving.signing_key, ids, thought.signature)
-            assert not verify(sdk.serving.signing_key, ids[1:], thought.signature)
+            assert verify(sdk.context.signing_key, ids, thought.signature)
+            assert not verify(sdk.context.signing_key, ids[1:], thought.signature)
 
     @pytest.mark.parametrize(
         ("signature", "replayed"), [("kept", True), ("", True), ("c2lnbmF0dXJl", False), (None, False)]
@@ -209,7 +209,7 @@ class TestThinking:
                 thought |= {"signature": signature}
             messages = [QUESTION, {"role": "assistant", "content": [thought, text]}, QUESTION]
             sdk.messages.create(**body | {"messages": messages})
-            tokens = sdk.serving.engine.asked[-1].tokens.tolist()
+            tokens = sdk.context.engine.asked[-1].tokens.tolist()
         joined = ",".join(map(str, tokens))
         assert (",".join(map(str, odd)) in joined) == replayed
 
@@ -242,7 +242,7 @@ class TestContinued:
 
 class TestDispatch:
     def test_a_complete_call_is_told_at_once_where_that_is_switched_on(self, talk: Any) -> None:
-        with talk(f"{CALL}\n{CALL}", "unused", dispatch=True) as sdk:
+        with talk(f"{CALL}\n{CALL}", "unused", enable_streaming_tool_dispatch=True) as sdk:
             events = raw_events(sdk, ASKED | {"tools": [READ]})
         told = [data for name, data in events if name == "tool_call_dispatch"]
         ids = [data["content_block"]["id"] for name, data in events if name == "content_block_start"]
@@ -254,7 +254,7 @@ class TestDispatch:
         assert names.index("tool_call_dispatch") < names.index("message_delta") - 3
 
     def test_an_sdk_that_does_not_know_the_event_survives_it(self, talk: Any) -> None:
-        with talk(CALL, CALL, dispatch=True) as sdk:
+        with talk(CALL, CALL, enable_streaming_tool_dispatch=True) as sdk:
             with sdk.messages.stream(**ASKED, tools=[READ]) as stream:
                 final = stream.get_final_message()
             assert final.content[0].input == {"path": "a.py"}
@@ -329,7 +329,7 @@ class TestConstraintErrors:
                 raise RuntimeError("a fault of the test")
 
         with talk() as sdk:
-            constrain = sdk.serving.constrain
+            constrain = sdk.context.constrain
             force(sdk, lambda request, opened: Broken())
             with pytest.raises(anthropic.InternalServerError, match="a fault of the test"):
                 sdk.messages.create(**ASKED)
@@ -358,14 +358,14 @@ class TestHistory:
 
     def test_sampled_turns_outlive_the_server(self, talk: Any, tmp_path: Path) -> None:
         odd = "Yes, the file."
-        with talk(odd, "x", store=tmp_path) as sdk:
+        with talk(odd, "x", store=str(tmp_path)) as sdk:
             first = sdk.messages.create(**ASKED)
-            key = sdk.serving.signing_key
+            key = sdk.context.signing_key
         answered = {"role": "assistant", "content": first.content[0].text + "\n"}
-        with talk("y", store=tmp_path) as sdk:
-            assert sdk.serving.signing_key == key
+        with talk("y", store=str(tmp_path)) as sdk:
+            assert sdk.context.signing_key == key
             sdk.messages.create(**ASKED | {"messages": [QUESTION, answered, QUESTION]})
-            assert sdk.serving.replay.memory.currsize > 512, "the turn was read from the disk"
+            assert sdk.context.replay.memory.currsize > 512, "the turn was read from the disk"
 
     def test_salts_share_nothing(self, talk: Any) -> None:
         with talk("a", "b", "c", "d") as sdk:
@@ -385,11 +385,11 @@ class TestHistory:
             second = ASKED | {"messages": [QUESTION, answered, QUESTION]}
             for key, replayed in (("any", True), ("other", False)):
                 usage = sdk.with_options(api_key=key).messages.create(**second).usage
-                tokens = ",".join(map(str, sdk.serving.engine.asked[-1].tokens.tolist()))
+                tokens = ",".join(map(str, sdk.context.engine.asked[-1].tokens.tolist()))
                 assert (",".join(map(str, odd)) in tokens) == replayed
                 assert usage.cache_read_input_tokens > 0
 
 
 def force(sdk: Any, constrain: Any) -> None:
     """Give the server another constraint."""
-    object.__setattr__(sdk.serving, "constrain", constrain)
+    object.__setattr__(sdk.context, "constrain", constrain)

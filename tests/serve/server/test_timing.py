@@ -20,7 +20,7 @@ from serve.proxy.upstream import parse_upstream
 from serve.rules.normalize import DEFAULT_RULES
 from serve.web.timing import Phases
 from tests.helpers.http import Json, ask, eventually, is_idle, long, open_request, read_until
-from tests.helpers.scripted_server import answering, listening, serving_over
+from tests.helpers.scripted_server import answering, context_over, listening
 
 CHATS = ("/v1/messages", "/v1/chat/completions", "/v1/responses")
 COUNTED = ("decode", "normalize", "recall", "render")
@@ -104,8 +104,8 @@ class TestHeader:
 def slow(model_folder: Path, tokenizer: Tokenizer) -> Iterator[httpx.Client]:
     """A client of a server in this process whose constraints take their time."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
-    _, serving = serving_over((config, unstacked(params)), tokenizer, lambda *_: time.sleep(SLOW_SECONDS))
-    with listening(serving) as url, httpx.Client(base_url=url, timeout=60) as client:
+    _, context = context_over((config, unstacked(params)), tokenizer, lambda *_: time.sleep(SLOW_SECONDS))
+    with listening(context) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
         eventually(lambda: is_idle(client), "nothing runs or waits")
 

@@ -26,7 +26,7 @@ def test_it_trims_when_idle_and_once_for_each_stretch_of_work(monkeypatch: pytes
 
     monkeypatch.setattr(trim, "malloc_trim", lambda: trimmed.append(work[0]))
     with suppress(KeyboardInterrupt):
-        asyncio.run(trim.trimming(lambda: work[0], is_idle, period=0))
+        asyncio.run(trim.trim_while_idle(lambda: work[0], is_idle, period=0))
     assert trimmed == [1, 2]
 
 

@@ -35,7 +35,7 @@ def with_header(number: int, said: str = "What now?", **more: Any) -> Json:
 def discreet(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, Path]]:
     """A client with the key of a server that shows no text, and the server's log."""
     log = tmp_path_factory.mktemp("discreet") / "server.log"
-    flags = (*FLAGS, "--trace-text", "off", "--api-key", "k", "--host-cache-bytes", "16MB")
+    flags = (*FLAGS, "--no-prompt-text-in-reports", "--api-key", "k", "--host-cache-bytes", "16MB")
     with (
         running_server(model_folder, *flags, log=log) as running,
         httpx.Client(base_url=running.url, headers={"x-api-key": "k"}, timeout=60) as client,

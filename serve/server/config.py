@@ -1,0 +1,212 @@
+"""The server's configuration: one field for each flag of `python -m serve --model DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.sizes import parse_bytes
+from serve.formats.families import BY_NAME
+from serve.limits.bounds import DEFAULT_BOUNDS, Bounds
+from serve.rules.normalize import parse_rules
+from serve.web.flags import (
+    add_flags,
+    address_problem,
+    api_key_flag,
+    flag,
+    host_flag,
+    normalize_flag,
+    port_flag,
+    prompt_text_flag,
+    range_problem,
+    read_config,
+)
+
+MAX_SPECULATIVE_TOKENS = 15
+MODEL, HTTP, PROMPTS, ANSWERS = "model", "server", "prompt stability", "answers"
+ENGINE, STORE, AUDIT = "engine", "store", "audit"
+
+
+def size_flag(help: str, group: str, default: str | None, shown: str | None = None) -> Any:
+    """A field for a number of bytes, whose default is written with its unit."""
+    size = None if default is None else parse_bytes(default)
+    return flag(help, group, size, metavar="SIZE", parse=parse_bytes, shown=shown or default or "")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that the command line decides."""
+
+    model: str = flag("a local checkpoint folder, or a hub id", MODEL, metavar="DIR_OR_ID")
+    model_name: str | None = flag("name in /v1/models", MODEL, None, metavar="NAME", shown="the last part of --model")
+    dtype: str = flag(
+        "auto: float32 on CPU, bfloat16 elsewhere", MODEL, "auto", choices=("auto", "float32", "bfloat16")
+    )
+    max_model_len: int | None = flag(
+        "tokens of prompt and output together",
+        MODEL,
+        None,
+        metavar="TOKENS",
+        parse=int,
+        least=2,
+        shown="what the model and the KV pool allow",
+    )
+
+    host: str = host_flag(HTTP)
+    port: int = port_flag(HTTP, 8000)
+    api_key: str | None = api_key_flag(HTTP)
+    max_body_bytes: int = size_flag("a longer request gets 413", HTTP, "32MiB")
+    memory_bytes: int = flag(
+        "memory for what is remembered of requests, in fixed shares: see serve/README.md",
+        HTTP,
+        DEFAULT_BOUNDS.total,
+        metavar="SIZE",
+        parse=parse_bytes,
+        shown=f"{DEFAULT_BOUNDS.total >> 20}MiB",
+    )
+    stop_seconds: float = flag(
+        "time limit for stopping, pending writes to the store included", HTTP, 30.0, metavar="S", least=0
+    )
+
+    strip_anthropic_preamble: bool = flag(
+        "remove the x-anthropic-billing-header line at the start of an agent's system text", PROMPTS, True
+    )
+    normalize: str = normalize_flag(PROMPTS)
+    no_prompt_text_in_reports: bool = prompt_text_flag(PROMPTS)
+    render_history_with_template: bool = flag(
+        "render earlier assistant turns with the chat template instead of replaying sampled tokens", PROMPTS, False
+    )
+
+    tool_parser: str | None = flag(
+        f"how the model writes thinking and calls: {', '.join(sorted(BY_NAME))}",
+        ANSWERS,
+        None,
+        metavar="NAME",
+        choices=tuple(sorted(BY_NAME)),
+        shown="by its chat template",
+    )
+    enable_streaming_tool_dispatch: bool = flag(
+        "also send a tool_call_dispatch event for each complete tool call", ANSWERS, False
+    )
+
+    kv_pool_bytes: int | None = size_flag(
+        "memory for KV pages on the device",
+        ENGINE,
+        None,
+        "1GiB on CPU; elsewhere all that weights, restored and unwritten pages and a margin leave",
+    )
+    page_size: int = flag("tokens in a KV page", ENGINE, 64, metavar="TOKENS", least=1)
+    max_num_seqs: int = flag("requests that run at the same time", ENGINE, 16, metavar="N", least=1)
+    max_queue: int = flag("requests that may wait; one more gets 529", ENGINE, 256, metavar="N", least=1)
+    max_prefill_tokens: int = flag("tokens in a prefill step", ENGINE, 1024, metavar="TOKENS", least=1)
+    speculative_tokens: int = flag(
+        "draft tokens per step for prompt-lookup speculative decoding; 0 disables",
+        ENGINE,
+        0,
+        metavar="N",
+        least=0,
+        most=MAX_SPECULATIVE_TOKENS,
+    )
+
+    store: str | None = flag(
+        "keep pages over restarts: in a directory, which servers may share, or at an s3://, gs:// or file:// URL",
+        STORE,
+        None,
+        metavar="DIR_OR_URL",
+    )
+    store_bytes: int = size_flag("size limit of a directory", STORE, "20GB")
+    host_cache_bytes: int | None = size_flag(
+        "pages kept in host memory", STORE, None, "4GB with a GPU, at most a quarter of memory; none on CPU"
+    )
+    flush_seconds: float = flag(
+        "a computed page is stored after this time at most; a killed server may lose as much",
+        STORE,
+        1.0,
+        metavar="S",
+        least=0,
+    )
+    restore_bytes: int = size_flag(
+        "pages that were read back and wait to be used, on host and device each", STORE, "1GiB"
+    )
+    write_queue_bytes: int = size_flag("pages that wait to be written, on host or device", STORE, "1GiB")
+    cost_model: str | None = flag(
+        "prefill costs of this machine, from `python -m experiments.sweep.fit`",
+        STORE,
+        None,
+        metavar="FILE",
+        shown="measured while serving",
+    )
+
+    audit_share: float = flag(
+        "share of the device's time in which idle moments recompute reused prefixes and compare; 0 disables",
+        AUDIT,
+        0.01,
+        metavar="SHARE",
+        least=0,
+        most=1,
+    )
+    audit_dir: Path | None = flag(  # noqa: RUF009 - a dataclass field
+        "for sequences that an audit found wrong, as token ids; `audit FILE` replays one",
+        AUDIT,
+        None,
+        metavar="DIR",
+        parse=Path,
+        shown="audits in the store, or in the user's cache",
+    )
+
+    @property
+    def name(self) -> str:
+        """The model's name in /v1/models."""
+        return self.model_name or Path(self.model).name
+
+    @property
+    def rules(self) -> frozenset[str]:
+        """The normaliser's rules. Raises ValueError for an unknown one."""
+        rules = parse_rules(self.normalize)
+        return rules if self.strip_anthropic_preamble else rules - {"strip-preamble"}
+
+    @property
+    def bounds(self) -> Bounds:
+        """The share of `--memory-bytes` of each kind of memory."""
+        return DEFAULT_BOUNDS.scaled(self.memory_bytes)
+
+    @property
+    def state_dir(self) -> Path | None:
+        """The directory of `--store`; None for a URL, since sampled answers stay on this machine."""
+        return Path(self.store) if self.store and "://" not in self.store else None
+
+
+def parser(prog: str = "python -m serve") -> argparse.ArgumentParser:
+    """The command line of the server."""
+    cli = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s --model DIR_OR_ID [options]",
+        description="Serve a Hugging Face checkpoint over the Anthropic Messages API and OpenAI's\n"
+        "two APIs, with every prefix cached.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(cli, ServerConfig)
+    return cli
+
+
+def problem_of(config: ServerConfig) -> str | None:
+    """The first thing that is wrong with a configuration, as a sentence that names the flag; None if it is sound."""
+    if problem := address_problem(config) or range_problem(config):
+        return problem
+    try:
+        _ = config.rules
+    except ValueError as error:
+        return f"--normalize: {error}"
+    return None
+
+
+def parse_config(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> ServerConfig:
+    """The configuration that arguments ask for; ends the process with a sentence if they are wrong."""
+    cli = cli or parser()
+    config = read_config(ServerConfig, cli.parse_args(argv))
+    if problem := problem_of(config):
+        cli.error(problem)
+    return config

@@ -1,0 +1,34 @@
+"""The HTTP headers that requests may send and that responses have, besides those of HTTP itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Header(NamedTuple):
+    """What the documentation says of a header."""
+
+    name: str
+    text: str
+    proxy: bool = False  # the proxy has it as well
+    server: bool = True  # the server has it
+
+
+RULES_HEADER = "x-tokenzero-normalize"
+SALT_HEADER = "x-tokenzero-cache-salt"
+APPLIED_HEADER = "x-tokenzero-normalized"
+REPORT_HEADER = "x-tokenzero-report"
+
+REQUEST_HEADERS = (
+    Header("x-api-key", "The key of `--api-key`; `authorization: Bearer KEY` does as well.", proxy=True),
+    Header(RULES_HEADER, "The rules for this request instead of the server's: comma-separated, or `none`."),
+    Header(SALT_HEADER, "Requests with different salts share no page and no recorded answer."),
+    Header("accept", "`text/html` at `GET /` gets the dashboard.", proxy=True),
+)
+RESPONSE_HEADERS = (
+    Header("server-timing", "Where the time went: see [Server-Timing](#server-timing).", proxy=True),
+    Header(APPLIED_HEADER, "The rules that changed the request and where, at most 32.", proxy=True),
+    Header("request-id", "A fresh id of each response; `x-request-id` has the same value."),
+    Header("retry-after", "Seconds, with status 529: the queue is full."),
+    Header(REPORT_HEADER, "The id of the report on this request in `/v1/requests`.", proxy=True, server=False),
+)
