@@ -148,7 +148,7 @@ def serve(context: ServerContext) -> None:
 
 
 def engine_settings(config: ServerConfig, model: ModelConfig, params: Params, dtype: str) -> EngineSettings:
-    """The engine's sizes: as many pages as fit, and a context no longer than they hold. Raises SystemExit if none fit."""
+    """The engine's sizes: as many pages as fit, and a context no longer than they hold. Raises SystemExit if not."""
     import jax
     import numpy as np
 

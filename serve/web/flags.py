@@ -103,9 +103,9 @@ def flag_tables(config: type) -> str:
     tables: dict[str, list[str]] = {}
     for name, default, flag in flags_of(config):
         written = f"`--[no-]{option(name)[2:]}`" if default is True else f"`{option(name)}`"
-        shown = "required" if default is MISSING else shown_default(default, flag)
+        shown = "required" if default is MISSING else "off" if default is False else shown_default(default, flag)
         tables.setdefault(flag.group, []).append(f"| {written} | {flag.help} | {shown} |")
-    head = "| flag | | default |\n| --- | --- | --- |\n"
+    head = "| flag | meaning | default |\n| --- | --- | --- |\n"
     return "\n\n".join(f"**{group}**\n\n{head}" + "\n".join(rows) for group, rows in tables.items())
 
 

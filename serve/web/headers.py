@@ -26,7 +26,9 @@ REQUEST_HEADERS = (
     Header("accept", "`text/html` at `GET /` gets the dashboard.", proxy=True),
 )
 RESPONSE_HEADERS = (
-    Header("server-timing", "Where the time went: see [Server-Timing](#server-timing).", proxy=True),
+    Header(
+        "server-timing", "Where the time went, phase by phase; `proxy` is how long the proxy's rules took.", proxy=True
+    ),
     Header(APPLIED_HEADER, "The rules that changed the request and where, at most 32.", proxy=True),
     Header("request-id", "A fresh id of each response; `x-request-id` has the same value."),
     Header("retry-after", "Seconds, with status 529: the queue is full."),

@@ -1,0 +1,93 @@
+"""The tables of serve/README.md and serve/proxy/README.md that the code makes: `python -m serve.docs` rewrites them.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from serve.diagnosis.divergence import CAUSES
+from serve.proxy.cli import ProxyConfig
+from serve.rules.normalize import DEFAULT_RULES, RULES
+from serve.server.app import ROUTES
+from serve.server.config import ServerConfig
+from serve.server.metrics import documented_metrics
+from serve.web.flags import flag_tables
+from serve.web.headers import REQUEST_HEADERS, RESPONSE_HEADERS, Header
+
+FOLDER = Path(__file__).parent
+PAGES = (FOLDER / "README.md", FOLDER / "proxy" / "README.md")
+BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def route_table() -> str:
+    """The server's routes, each with the first sentence of its function."""
+    rows = []
+    for route in ROUTES:
+        method = min((route.methods or set()) - {"HEAD"})
+        name = f"`{method} {route.path.replace(':path', '')}`"
+        text = (route.endpoint.__doc__ or "").splitlines()[0].removeprefix(f"{name}: ")
+        rows.append((name, text.removesuffix(".")))
+    return markdown_table(("route", "what it returns"), rows)
+
+
+def header_table(headers: Iterable[Header], proxy: bool) -> str:
+    """The headers that the server has, or those of the proxy."""
+    rows = [(f"`{header.name}`", header.text) for header in headers if (header.proxy if proxy else header.server)]
+    return markdown_table(("header", "meaning"), rows)
+
+
+def metric_table() -> str:
+    """Every metric of `/metrics`."""
+    rows = [
+        (f"`{metric.name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.text)
+        for metric in documented_metrics()
+    ]
+    return markdown_table(("metric", "type", "labels", "meaning"), rows)
+
+
+def rule_table() -> str:
+    """The rules for prompts."""
+    rows = [
+        (f"`{name}`", "on" if name in DEFAULT_RULES else "off", rule.description, rule.reads)
+        for name, rule in RULES.items()
+    ]
+    return markdown_table(("rule", "default", "what it does", "what the model reads"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "routes": route_table,
+    "request-headers": lambda: header_table(REQUEST_HEADERS, proxy=False),
+    "response-headers": lambda: header_table(RESPONSE_HEADERS, proxy=False),
+    "proxy-request-headers": lambda: header_table(REQUEST_HEADERS, proxy=True),
+    "proxy-response-headers": lambda: header_table(RESPONSE_HEADERS, proxy=True),
+    "metrics": metric_table,
+    "flags": lambda: flag_tables(ServerConfig),
+    "proxy-flags": lambda: flag_tables(ProxyConfig),
+    "rules": rule_table,
+    "causes": lambda: markdown_table(("cause", "meaning"), [(f"`{cause}`", text) for cause, text in CAUSES.items()]),
+}
+
+
+def with_tables(page: str) -> str:
+    """The page with its tables as the code has them now."""
+    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}\n{found[4]}", page)
+
+
+def main() -> None:
+    """Rewrite the tables of both pages."""
+    for path in PAGES:
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
