@@ -1,1 +1,1 @@
-"""The rules and the divergence report in front of any engine that speaks the Messages API or OpenAI's."""
+"""The proxy: rules and reports before any engine that has the Messages API or one of OpenAI's."""

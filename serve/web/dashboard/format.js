@@ -13,7 +13,7 @@ export function duration(ms) {
   return ms >= 10 ? `${count(ms)} ms` : `${ms.toFixed(1)} ms`;
 }
 
-// An element, or with `svg:` in front of its name one of SVG; `text` is its only content, never markup.
+// An element, or an SVG element if its name starts with `svg:`; children are added as text, never as markup.
 export function make(name, attributes = {}, ...children) {
   const [, svg, tag] = name.match(/^(svg:)?(.+)$/);
   const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -24,7 +24,7 @@ export function make(name, attributes = {}, ...children) {
   return element;
 }
 
-// `expected`: behind a proxy, where nobody sees what the engine has cached.
+// `expected`: of a proxy, which does not see what the engine has cached.
 export const TIERS = ["device", "host", "disk", "remote", "expected"];
 export const KINDS = {
   device: "reused: device",
@@ -39,7 +39,7 @@ export const KINDS = {
 
 export const reuse = (request) => (request.prompt_tokens ? request.reused_tokens / request.prompt_tokens : 0);
 
-// good: nothing was lost; lost: the nearest sequence held more; new: nobody has said it before.
+// good: no mismatch; lost: the nearest sequence held more; new: the content is new.
 export function verdict(request) {
   if (!request.cause) return "good";
   return request.lost_tokens ? "lost" : "new";
@@ -61,7 +61,7 @@ export function segments(request) {
 
 export const span = (request) => request.prompt_tokens + (request.generated_tokens ?? 0);
 
-// A request in a sentence, for those who hear the page.
+// A request in a sentence, for screen readers.
 export function sentence(request) {
   const found = `${clock(request.time)}: ${count(request.reused_tokens)} of ${count(request.prompt_tokens)} tokens reused`;
   const why = request.cause

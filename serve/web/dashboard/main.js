@@ -1,4 +1,4 @@
-// Asks the server once a second and draws what it says.
+// Polls the server once a second and draws its records.
 
 import { drawHits, drawTtft } from "./charts.js";
 import { TIERS, clock, count, duration, make, percent, short } from "./format.js";
@@ -6,7 +6,7 @@ import { KeyNeeded, hasKey, poll, setKey } from "./server.js";
 import { drawLegend, drawStrips } from "./strips.js";
 
 const EVERY_MS = 1000;
-const KEPT = 1000; // requests; the server tells only of its latest
+const KEPT = 1000; // requests; the server lists only its latest
 const $ = (id) => document.getElementById(id);
 
 const requests = new Map(); // by id
@@ -104,7 +104,7 @@ function drawVolatile() {
       before === undefined ? null : make("div", { class: "text" }, make("q", {}, before), " → ", make("q", {}, after)),
     ),
   );
-  const none = make("p", { class: "nothing" }, "No part of a client's prompts was seen to change in every request.");
+  const none = make("p", { class: "nothing" }, "No part of a client's prompts changes in every request.");
   $("volatile").replaceChildren(found.length ? make("ul", {}, ...found) : none);
 }
 
@@ -146,11 +146,11 @@ async function live() {
         continue;
       }
       const since = answered ? `since ${clock(answered)}` : "so far";
-      say("gone", `no answer from the server ${since}; asking again`);
+      say("gone", `no answer from the server ${since}; trying again`);
       console.warn(problem);
     }
     await pause(EVERY_MS);
-    // Nobody looks: nothing is asked.
+    // While the page is hidden, nothing is polled.
     while (document.hidden) await new Promise((resolve) => addEventListener("visibilitychange", resolve, { once: true }));
   }
 }

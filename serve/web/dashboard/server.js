@@ -1,4 +1,4 @@
-// What the page asks the server that it came from. The key is kept in this module's memory, nowhere else.
+// Requests to the server that the page came from. The key is kept in this module's memory only.
 
 const TIMEOUT_MS = 5000;
 let key = "";
@@ -21,7 +21,7 @@ async function get(path) {
 
 // {data, volatile, causes, metrics}
 export async function poll() {
-  // Behind a proxy the metrics are another engine's, if it has any.
+  // With a proxy, the metrics are those of another engine, if it has any.
   const metrics = get("/metrics").then((response) => response.text()).catch(() => "");
   const requests = await get("/v1/requests");
   return { ...(await requests.json()), metrics: parseMetrics(await metrics) };

@@ -1,11 +1,11 @@
-// Requests as strips of tokens, and the tip that says what broke a prefix.
+// Requests as strips of tokens, and the tooltip that shows what broke a prefix.
 
 import { KINDS, clock, count, duration, make, percent, reuse, segments, sentence, span, verdict } from "./format.js";
 
 const list = document.getElementById("requests");
 const tip = document.getElementById("tip");
 const rows = new Map(); // id -> {row, drawn}
-let shown = null; // id of the request that the tip is about
+let shown = null; // id of the request that the tooltip shows
 let pointed = null; // the point of a chart that it belongs to; null for the request's row
 let known = { requests: [], causes: {} };
 
@@ -81,7 +81,7 @@ function fill(row, request, scale) {
   row.dataset.verdict = verdict(request);
 }
 
-// One row at a time takes part in the order of Tab; arrow keys choose which.
+// One row at a time can be reached with Tab; arrow keys choose which.
 function tabTo(row) {
   for (const other of list.querySelectorAll(".row[tabindex='0']")) if (other !== row) other.tabIndex = -1;
   if (row) row.tabIndex = 0;
@@ -117,7 +117,7 @@ export function hideTip() {
   tip.hidden = true;
 }
 
-// Beside `point`, or the request's row.
+// Next to `point`, or to the request's row.
 export function showTip(id, point = null) {
   const request = known.requests.find((request) => request.id === id);
   if (!request) return hideTip();
@@ -173,7 +173,7 @@ function about(request, causes) {
   return [...parts, list, make("p", { class: "id" }, request.id)];
 }
 
-// Both texts from the mismatch on, what they still share in grey.
+// Both texts from the mismatch on, with the characters that they still share in grey.
 function texts({ here, there }) {
   if (here === undefined || here === null) return [make("p", { class: "id" }, "texts are hidden: --no-prompt-text-in-reports")];
   const [a, b] = [[...(there ?? "")], [...here]];
