@@ -57,7 +57,7 @@ def chromium_program() -> Path:
 
 
 def fetched(package: str, release: str, folder: Path) -> Path:
-    """The folder, filled with a release from npm unless it is there; skips where that cannot be had."""
+    """The folder, filled with a release from npm unless it is there; skips if it cannot be downloaded."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip(f"{package} is run on Linux on x86_64 only, not on {sys.platform} on {platform.machine()}")
     if not folder.is_dir():
@@ -77,7 +77,7 @@ def fetched(package: str, release: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real server process that says what the scripts say, and logs no traceback."""
+    """A real server process with scripted answers; it must not log a traceback."""
     folder = tmp_path_factory.mktemp("clients")
     model, log = folder / "model", folder / "server.log"
     write_demo_model(model, config=MODEL)

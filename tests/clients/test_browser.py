@@ -1,4 +1,4 @@
-"""The dashboard in a headless Chromium, on a real server: what it shows of requests, and how it bears trouble."""
+"""The dashboard in a headless Chromium, on a real server: what it shows of requests, and how it behaves in trouble."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 @pytest.fixture
 def serve(model: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """`serve(*flags)`: a server of the test's own."""
+    """`serve(*flags)`: a server for this test."""
     with ExitStack() as stack:
         yield lambda *flags: stack.enter_context(running_server(model, *FLAGS, *flags, log=tmp_path / "server.log"))
 
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page that must not log an error, nor ask anybody but the server that it came from."""
+    """A page that must not log an error, nor request anything from another server."""
     page = browser.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -202,7 +202,7 @@ def test_a_server_that_goes_away_is_told_of(serve: Callable[..., Server], page: 
 
 
 def test_a_thousand_requests_are_drawn_and_no_more_kept(server: Server, page: Page) -> None:
-    """The server tells of its latest 256 only, so a busy hour is played to the page."""
+    """The server lists only its latest requests, so a busy hour is played to the page."""
     send(server, 1, "many", **KEEP)
     send(server, 2, "many", **KEEP)
     answer = httpx.get(f"{server.url}/v1/requests").json()

@@ -49,7 +49,7 @@ class Session:
 
 
 def hold(program: Path, url: str, folder: Path, headers: str = "") -> Session:
-    """Type the prompts of SCRIPT one after another, in a session that sees nothing of this machine's user."""
+    """Type the prompts of SCRIPT one after another, in a session isolated from this machine's user."""
     home, work, session = folder / "home", folder / "work", str(uuid.uuid4())
     home.mkdir()
     work.mkdir()
@@ -78,7 +78,7 @@ def hold(program: Path, url: str, folder: Path, headers: str = "") -> Session:
 
 
 def prompt_tokens(usage: Json) -> int:
-    """What the three input counts of a usage add up to."""
+    """The sum of the three input counts of a usage."""
     return usage["input_tokens"] + usage["cache_creation_input_tokens"] + usage["cache_read_input_tokens"]
 
 
@@ -97,7 +97,7 @@ def table(title: str, usages: list[Json]) -> Table:
 
 
 def check_conversation(session: Session) -> None:
-    """The client showed every answer and ran every call, and nothing had to be asked twice."""
+    """The client showed every answer and ran every call, and no request was repeated."""
     said = [answer for answers in SCRIPT.values() for answer in answers]
     assert len(session.usages) == len(said)
     assert [block["thinking"] for block in session.blocks("thinking")] == THINKING.findall("".join(said))

@@ -1,4 +1,4 @@
-"""The parts of a body: counted like a reader would, over any borders of what is looked at together."""
+"""The parts of a body are counted as a JSON parser would, across the borders of slices."""
 
 from __future__ import annotations
 

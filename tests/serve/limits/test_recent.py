@@ -1,4 +1,4 @@
-"""What is remembered stays within its bytes, and the latest stays longest."""
+"""The values stay within their limit in bytes, and the latest stay longest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proxy: in front of the real server, and in front of engines that break HTTP's rules, which are sockets here."""
+"""The proxy, before the real server and before engines that break HTTP's rules, which are sockets here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.helpers.http import BILLING, FLAGS, Json, ask, eventually, is_idle, o
 from tests.helpers.scripted_server import answering
 
 STREAM = anthropic.Stream[anthropic.types.RawMessageStreamEvent]
-KEEP = {"x-tokenzero-normalize": "none"}  # the server behind the proxy strips nothing
+KEEP = {"x-tokenzero-normalize": "none"}  # the upstream server strips nothing
 CACHED = ("cache_creation_", "cache_read_")
 CHATS = ("/v1/messages", "/v1/chat/completions", "/v1/responses")
 
@@ -50,7 +50,7 @@ def proxy_of(
 
 @pytest.fixture(scope="module")
 def proxied(server: Server, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a proxy process in front of the real server, which counts in the model's tokens."""
+    """A client of a proxy process before the real server; the proxy counts in the model's tokens."""
     log = tmp_path_factory.mktemp("proxy") / "proxy.log"
     flags = ("--upstream", server.url)
     with (
@@ -276,7 +276,7 @@ def echo(connection: socket.socket, head: bytes, body: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def echoing() -> Iterator[httpx.Client]:
-    """A client of a proxy in front of an engine that sends back what it gets."""
+    """A client of a proxy before an engine that sends back what it gets."""
     with engine(echo) as url, proxy_of(url) as client:
         yield client
 
@@ -427,9 +427,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("path", CHATS)
     @pytest.mark.parametrize("length", [5, 500])
-    def test_a_content_length_that_is_a_lie_is_a_502_and_costs_nobody_else_anything(
-        self, length: int, path: str
-    ) -> None:
+    def test_a_wrong_content_length_is_a_502_and_costs_no_other_request_anything(self, length: int, path: str) -> None:
         def lying(connection: socket.socket, head: bytes, body: bytes) -> None:
             lies = b"lie" in body
             connection.sendall(reply(b'{"an": "answer"}', JSON, length=length if lies else None))

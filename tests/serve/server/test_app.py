@@ -1,4 +1,4 @@
-"""The HTTP face of a real server process: routes, events, usage, stopping, cancelling, refusing."""
+"""A real server process over HTTP: routes, events, usage, stopping, cancelling, refusing."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class TestAnswers:
         assert text_of(post(client, ask("Again", 20))) == text_of(post(client, ask("Again", 20)))
         warm = [text_of(post(client, ask("Again", 20, temperature=2))) for _ in range(3)]
         assert len(set(warm)) > 1
-        # Of one candidate the choice is always the same, whatever the temperature.
+        # With one candidate the choice is always the same, at any temperature.
         assert text_of(post(client, ask("Again", 20, temperature=2, top_k=1))) == text_of(
             post(client, ask("Again", 20))
         )
@@ -416,7 +416,7 @@ class TestManyAtOnce:
             for number in range(24)
         ]
         alone = [text_of(post(client, body)) for body in bodies]
-        # Long prompts push all of it out of the cache, so that it is computed anew when all come together.
+        # Long prompts push all of it out of the cache, so that it is computed again when all come together.
         before = scrape(client)
         for number in (20, 30, 40):
             post(client, ask(long(number), 1))
@@ -503,7 +503,7 @@ class TestCancelling:
         eventually(lambda: is_idle(client), "all are given up")
         assert scrape(client)["tokenzero_requests_total"] == before
 
-    def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody(
+    def test_a_client_that_leaves_in_the_middle_of_its_body_harms_no_other(
         self, client: httpx.Client, server: Server
     ) -> None:
         before = scrape(client)

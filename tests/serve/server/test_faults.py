@@ -72,7 +72,7 @@ def serve(tokenizer: Tokenizer) -> Callable[..., Any]:
     """`with serve(engine) as client`: the application over an engine, on a port of its own."""
 
     @contextmanager
-    def serving(engine: Engine) -> Iterator[httpx.Client]:
+    def served(engine: Engine) -> Iterator[httpx.Client]:
         stop_ids = {tokenizer.hf.convert_tokens_to_ids("<|im_end|>")}
         with (
             listening(make_context(engine, tokenizer, stop_ids, ServerConfig(model="in-process"))) as url,
@@ -80,11 +80,11 @@ def serve(tokenizer: Tokenizer) -> Callable[..., Any]:
         ):
             yield client
 
-    return serving
+    return served
 
 
 class Wrapped:
-    """The compiled steps of an engine behind a gate that tests can close, and with faults that tests can order."""
+    """The compiled steps of an engine, with a gate that tests can close and faults that tests can order."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -99,7 +99,7 @@ class Wrapped:
     def wrap(self, step: Callable) -> Callable:
         def run(*args: Any) -> Any:
             self.entered += 1
-            assert self.gate.wait(20), "nobody opened the gate"
+            assert self.gate.wait(20), "the gate stayed closed"
             sequences = int((args[2].starts[1:] > args[2].starts[:-1]).sum())
             return self.fault(sequences, step, args) if self.fault else step(*args)
 
@@ -190,7 +190,7 @@ class TestAStepThatRaises:
             assert second["usage"]["cache_read_input_tokens"] == prompt_tokens(first["usage"]) - 1
             assert text_of(second) == text_of(first)
 
-    def test_a_pool_that_was_lost_is_made_anew_and_nothing_stale_is_read(
+    def test_a_pool_that_was_lost_is_made_again_and_nothing_stale_is_read(
         self, make_engine: MakeEngine, serve: Any
     ) -> None:
         engine = make_engine()
@@ -279,7 +279,7 @@ class TestLeaving:
     @pytest.mark.parametrize("turns", range(8))
     def test_a_cancellation_is_not_lost_to_a_token_that_comes_at_the_same_time(self, turns: int) -> None:
         class OneToken:
-            """An engine that samples one token when told to, and no more."""
+            """An engine that samples one token at each request of the test, and no more."""
 
             cancelled: int | None = None
 
@@ -397,7 +397,7 @@ class TestManyClients:
 
 
 class TestClientsThatDoNotListen:
-    def test_one_that_reads_nothing_keeps_nobody_waiting_and_holds_no_page(
+    def test_one_that_reads_nothing_delays_no_other_and_holds_no_page(
         self, client: httpx.Client, server: Server, endless: Json
     ) -> None:
         other = ask("Meanwhile, say something", 60)
@@ -431,12 +431,12 @@ class TestClientsThatDoNotListen:
         leaving = open_request(server.url, endless)
         read_until(leaving, DELTA, times=3)
         with ThreadPoolExecutor(2) as pool:
-            beside = [pool.submit(stream, client, body, **{"x-tokenzero-cache-salt": "beside"}) for body in others]
+            salted = [pool.submit(stream, client, body, **{"x-tokenzero-cache-salt": "beside"}) for body in others]
             eventually(lambda: scrape(client)["tokenzero_num_requests_running"] == 3, "all three run")
             leaving.close()
             eventually(
                 lambda: scrape(client)["tokenzero_num_requests_running"] == 2, "one has left, and the others go on"
             )
-            assert [answer.result().text for answer in beside] == alone
+            assert [answer.result().text for answer in salted] == alone
         eventually(lambda: is_idle(client), "no page is held")
         assert scrape(client)["tokenzero_generated_tokens_total"] - before < 4000

@@ -1,4 +1,4 @@
-"""Whatever a client sends and a disk does, the event loop goes on: what may take long is done by other threads.
+"""The event loop is never blocked, by no request and no disk: other threads do what may take long.
 
 How long it stands still in figures is measured by `experiments.bench.loop_lag`.
 """

@@ -52,7 +52,7 @@ def small(tiny_model: Callable[[int], Model]) -> Model:
 
 @pytest.fixture
 def talk(small: Model) -> Callable[..., Any]:
-    """`with talk(text, ...) as sdk`: a server that answers with these texts in turn; as it likes if there are none."""
+    """`with talk(text, ...) as sdk`: a server that answers with these texts in turn; without texts it is not forced."""
 
     @contextmanager
     def talking(*texts: str, tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Iterator[anthropic.Anthropic]:
@@ -244,10 +244,10 @@ class TestDispatch:
     def test_a_complete_call_is_told_at_once_where_that_is_switched_on(self, talk: Any) -> None:
         with talk(f"{CALL}\n{CALL}", "unused", enable_streaming_tool_dispatch=True) as sdk:
             events = raw_events(sdk, ASKED | {"tools": [READ]})
-        told = [data for name, data in events if name == "tool_call_dispatch"]
+        sent = [data for name, data in events if name == "tool_call_dispatch"]
         ids = [data["content_block"]["id"] for name, data in events if name == "content_block_start"]
         function = {"name": "Read", "arguments": '{"path":"a.py"}'}
-        assert [(d["choice_index"], d["tool_call"]) for d in told] == [
+        assert [(d["choice_index"], d["tool_call"]) for d in sent] == [
             (0, {"index": n, "id": ids[n], "type": "function", "function": function}) for n in range(2)
         ]
         names = [name for name, _ in events]
@@ -268,7 +268,7 @@ class TestDispatch:
 
 @pytest.mark.parametrize("temperature", [0, 1])
 class TestConstraints:
-    """Random weights, so that whatever is valid is the constraint's doing."""
+    """The weights are random, so every valid answer is due to the constraint."""
 
     @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "Read"}])
     def test_a_forced_call_is_valid(self, talk: Any, choice: Json, temperature: int) -> None:
@@ -340,7 +340,7 @@ class TestConstraintErrors:
 class TestHistory:
     @staticmethod
     def second_turn(sdk: anthropic.Anthropic) -> Any:
-        """The usage of a second turn behind a thoughtful first one."""
+        """The usage of a second turn after a first one with thinking."""
         body = ASKED | {"thinking": THINKING}
         first = sdk.messages.create(**body)
         answered = {"role": "assistant", "content": [block.to_dict() for block in first.content]}

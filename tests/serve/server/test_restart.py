@@ -1,4 +1,4 @@
-"""A server with a store: what it computed survives a restart and a kill -9; a store that breaks costs hits alone."""
+"""A server with a store: what it computed survives a restart and a kill -9; a store that breaks costs only hits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a request's time goes is told: in the answer's `Server-Timing` header, in the metrics and in its outcome."""
+"""Where a request's time goes: in the answer's `Server-Timing` header, in the metrics and in its status."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def durations(headers: httpx.Headers) -> dict[str, float]:
     parts = [re.fullmatch(r"([a-z]+);dur=(\d+\.\d+)", part) for part in headers["server-timing"].split(", ")]
     assert all(parts), headers["server-timing"]
     taken = [(part[1], float(part[2])) for part in parts if part]
-    assert len(dict(taken)) == len(taken), "each is told once"
+    assert len(dict(taken)) == len(taken), "each is there once"
     return dict(taken)
 
 
@@ -112,13 +112,13 @@ def slow(model_folder: Path, tokenizer: Tokenizer) -> Iterator[httpx.Client]:
 
 class TestAttribution:
     @pytest.mark.parametrize("stream", [False, True])
-    def test_a_slow_phase_is_told_by_its_name_and_no_other_has_its_time(self, stream: bool, slow: httpx.Client) -> None:
+    def test_a_slow_phase_has_its_own_name_and_no_other_has_its_time(self, stream: bool, slow: httpx.Client) -> None:
         taken = durations(slow.post("/v1/messages", json=ask("Slow?", stream=stream)).headers)
         assert taken["constrain"] >= 1e3 * SLOW_SECONDS
         others = sum(taken.values()) - taken["total"] - taken["constrain"]
         assert others <= taken["total"] - 1e3 * SLOW_SECONDS
 
-    def test_a_ping_comes_before_the_engine_has_told_its_phases(
+    def test_a_ping_comes_before_the_engine_has_reported_its_phases(
         self, slow: httpx.Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("serve.server.answer.PING_SECONDS", 0.001)
@@ -139,12 +139,12 @@ class TestMetrics:
         def moved(name: str) -> float:
             return after[name] - before.get(name, 0)
 
-        told = [durations(answer.headers) for answer in answers]
+        timed = [durations(answer.headers) for answer in answers]
         for phase in WHOLE:
             labels = f'{{phase="{phase}"}}'
             assert moved(f"tokenzero_phase_seconds_count{labels}") == 3
             seconds = moved(f"tokenzero_phase_seconds_sum{labels}")
-            assert 1e3 * seconds == pytest.approx(sum(taken[phase] for taken in told), abs=0.002)
+            assert 1e3 * seconds == pytest.approx(sum(taken[phase] for taken in timed), abs=0.002)
         sampled = sum(answer.json()["usage"]["output_tokens"] for answer in answers)
         assert all(answer.json()["stop_reason"] == "max_tokens" for answer in answers), "no token is a stop id"
         assert moved("tokenzero_itl_seconds_count") == sampled - 3
@@ -153,14 +153,14 @@ class TestMetrics:
         assert 0 < moved("tokenzero_itl_seconds_sum") <= generated
 
 
-class TestOutcome:
-    def test_a_request_tells_what_its_header_told(self, client: httpx.Client) -> None:
-        answer = client.post("/v1/messages", json=ask("An outcome?"))
+class TestStatus:
+    def test_a_status_has_the_phases_of_the_header(self, client: httpx.Client) -> None:
+        answer = client.post("/v1/messages", json=ask("A status?"))
         taken = durations(answer.headers)
         del taken["total"]
         assert client.get(f"/v1/requests/{answer.json()['id']}").json()["phases_ms"] == taken
 
-    def test_one_that_is_broken_off_tells_how_far_it_got(self, client: httpx.Client) -> None:
+    def test_the_status_of_an_aborted_request_has_the_phases_that_ended(self, client: httpx.Client) -> None:
         with open_request(str(client.base_url), ask("Broken?", max_tokens=10_000, stream=True)) as connection:
             head = read_until(connection, b"content_block_delta")
             path = f"/v1/requests/{re.search(rb'msg_[0-9a-f]+', head)[0].decode()}"  # type: ignore[index]
@@ -169,7 +169,7 @@ class TestOutcome:
         assert tuple(client.get(path).json()["phases_ms"]) == (*FIRST, "trace")
 
 
-def test_a_phase_that_raises_is_not_told() -> None:
+def test_a_phase_that_raises_is_not_recorded() -> None:
     phases = Phases()
     with pytest.raises(ValueError, match="spoilt"), phases.timed("decode"):
         raise ValueError("spoilt")

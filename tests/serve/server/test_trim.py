@@ -1,4 +1,4 @@
-"""Freed memory goes back while nothing runs, and only once for what was done."""
+"""Freed memory is returned while nothing runs, and only once after work."""
 
 from __future__ import annotations
 

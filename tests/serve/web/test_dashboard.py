@@ -1,4 +1,4 @@
-"""The dashboard's routes and files, and what `/v1/requests` tells it beside the reports. Its looks: tests/clients."""
+"""The dashboard's routes and files, and the statuses in `/v1/requests`. How it looks is tested in tests/clients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TestFiles:
         assert page.text.startswith("<!doctype html>")
         assert client.get("/").json() == {"name": "tokenzero"}
 
-    def test_head_is_answered_whatever_is_asked_for(self, client: httpx.Client) -> None:
+    def test_head_is_answered_for_every_media_type(self, client: httpx.Client) -> None:
         for headers in ({}, BROWSER):
             response = client.head("/", headers=headers)
             assert (response.status_code, response.content) == (200, b"")
@@ -75,35 +75,35 @@ def references(text: str) -> set[str]:
     return {absolute or f"/dashboard/{relative}" for absolute, relative in names}
 
 
-def told(client: httpx.Client, id: str) -> Json:
+def record_of(client: httpx.Client, id: str) -> Json:
     return client.get(f"/v1/requests/{id}").json()
 
 
-class TestOutcomes:
-    def test_a_request_tells_its_ttft_and_what_it_generated(self, client: httpx.Client) -> None:
-        answer = post(client, ask("An outcome?", max_tokens=5))
-        seen = told(client, answer["id"])
-        assert seen["state"] == "done"
-        assert seen["generated_tokens"] == answer["usage"]["output_tokens"]
-        assert 0 < seen["ttft_ms"] < 60_000
+class TestStatuses:
+    def test_a_status_has_the_ttft_and_the_generated_tokens(self, client: httpx.Client) -> None:
+        answer = post(client, ask("A status?", max_tokens=5))
+        record = record_of(client, answer["id"])
+        assert record["state"] == "done"
+        assert record["generated_tokens"] == answer["usage"]["output_tokens"]
+        assert 0 < record["ttft_ms"] < 60_000
         listed = client.get("/v1/requests").json()
-        assert listed["data"][0] | {"sections": seen["sections"]} == seen
+        assert listed["data"][0] | {"sections": record["sections"]} == record
         assert listed["causes"]["preamble"]
 
     def test_a_request_runs_until_its_client_goes_away(self, client: httpx.Client) -> None:
         with open_request(str(client.base_url), ask("7", max_tokens=10_000, stream=True)) as connection:
             id = re.search(rb'"id":\s*"(msg_\w+)"', read_until(connection, b"content_block_delta"))[1].decode()
-            assert told(client, id).get("state", "running") == "running"
-        eventually(lambda: told(client, id)["state"] == "aborted", "the request is over")
+            assert record_of(client, id).get("state", "running") == "running"
+        eventually(lambda: record_of(client, id)["state"] == "aborted", "the request is over")
 
-    def test_what_a_rule_saved_is_told_and_counted(self, client: httpx.Client) -> None:
+    def test_what_a_rule_saved_is_reported_and_counted(self, client: httpx.Client) -> None:
         name = f'tokenzero_rule_saved_tokens_total{{rule="{STRIP}"}}'
         before = scrape(client).get(name, 0)
         for number in (0x11111, 0x22222):
             system = [text_block(BILLING.format(number)), text_block(f"Saved? {LONG}")]
             answer = post(client, ask("Hi", max_tokens=1, system=system))
-        eventually(lambda: "saved_tokens" in told(client, answer["id"]), "what was saved is known")
-        saved = told(client, answer["id"])["saved_tokens"]
+        eventually(lambda: "saved_tokens" in record_of(client, answer["id"]), "what was saved is known")
+        saved = record_of(client, answer["id"])["saved_tokens"]
         reused = answer["usage"]["cache_read_input_tokens"]
         assert 0.75 * reused < saved[STRIP] <= reused
         assert scrape(client)[name] == before + saved[STRIP]
@@ -126,7 +126,7 @@ def tools(*names: str) -> list[Json]:
 
 
 class TestSavings:
-    """Prompts are as many tokens as characters here, so that figures can be told by eye."""
+    """Prompts are as many tokens as characters here, so that figures can be checked by eye."""
 
     LENGTH = len(LONG) + 4
 

@@ -1,4 +1,4 @@
-"""What the server tells of its requests: the routes, the metrics, the log, and the API's cache diagnostics."""
+"""What the server reports of its requests: the routes, the metrics, the log, and the API's cache diagnostics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def about(client: httpx.Client, answer: Json) -> Json:
 
 
 def with_header(number: int, said: str = "What now?", **more: Any) -> Json:
-    """A request whose system text, told apart by `said`, begins with a header of its own."""
+    """A request whose system text contains `said` and begins with a header of its own."""
     blocks = [text_block(BILLING.format(number)), text_block(f"You answer in one line. {said} " * 12)]
     return ask(said, max_tokens=1, system=blocks, **more)
 
@@ -166,7 +166,7 @@ class TestTraceText:
             answer = post(client, with_header(number, "Lost?"), **KEEP)
         assert 0 < about(client, answer)["lost_ms"] < 60_000
 
-    def test_only_whoever_has_the_key_is_told(self, discreet: tuple[httpx.Client, Path]) -> None:
+    def test_only_a_client_with_the_key_gets_an_answer(self, discreet: tuple[httpx.Client, Path]) -> None:
         client, _ = discreet
         for path in ("/v1/requests", "/v1/requests/msg_x"):
             error_of(client.get(path, headers={"x-api-key": "wrong"}), 401, "authentication_error")
