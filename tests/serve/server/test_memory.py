@@ -1,4 +1,4 @@
-"""What the server remembers is bounded: the README's table, the code and the metrics say the same."""
+"""The server's memory is bounded, and its metrics are documented: the README, the code and `/metrics` say the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from experiments.harness.server import Server
 from serve.rules.log import warn_once
 from serve.rules.normalize import Unparsed
 from serve.server.config import parser
+from serve.server.metrics import documented_metrics
 from tests.helpers.http import ask, post
 
 README = Path(serve.__file__).with_name("README.md")
@@ -36,6 +37,14 @@ def test_the_table_of_the_readme_is_what_the_server_says(server: Server, client:
     assert {name for name, value in taken.items() if value} >= {"segments", "answers", "reports", "statuses"}
     flags = {flag for action in parser()._actions for flag in action.option_strings}
     assert {flag for *_, flag in rows if flag} <= flags
+
+
+def test_every_metric_is_documented_with_its_type(client: httpx.Client) -> None:
+    page = client.get("/metrics").text
+    served = set(re.findall(r"^# TYPE (\w+) (\w+)$", page, re.MULTILINE))
+    documented = {(metric.name, metric.kind) for metric in documented_metrics()}
+    assert {(name, kind) for name, kind in served if not name.endswith("_created")} <= documented
+    assert len(documented) == len(documented_metrics())
 
 
 def test_the_shapes_that_were_logged_are_bounded() -> None:
