@@ -8,23 +8,20 @@ from typing import Any
 import pytest
 from msgspec import UNSET
 
-from serve.api.messages import (
+from serve.api.answers import (
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
     Event,
     MessageDelta,
-    MessagesRequest,
     MessageStart,
     MessageStop,
     SignatureDelta,
     Stop,
-    TextBlock,
     ToolCallDispatch,
-    ToolUseBlock,
-    decode_request,
     encode,
 )
+from serve.api.messages import MessagesRequest, TextBlock, ToolUseBlock, decode_request
 from serve.api.stops import Stops
 from serve.engine.request import Started
 from serve.formats.stream import AnswerStream
