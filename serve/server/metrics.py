@@ -63,7 +63,10 @@ ENGINE = (
         lambda engine: engine.counters.failures,
     ),
     Figure(
-        "pages_evicted", COUNTER, "Cached pages evicted for new ones", lambda engine: engine.core.memory.prefix_cache.stats().pages_evicted
+        "pages_evicted",
+        COUNTER,
+        "Cached pages evicted for new ones",
+        lambda engine: engine.core.memory.prefix_cache.stats().pages_evicted,
     ),
     Figure("num_requests_running", GAUGE, "Sequences in the batch", lambda engine: len(engine.running)),
     Figure("num_requests_waiting", GAUGE, "Requests in the queue", lambda engine: len(engine.waiting)),
@@ -149,7 +152,10 @@ RESTORER = (
         lambda restorer: restorer.tiers.writer.failures.count + restorer.tiers.pages.failures.count,
     ),
     Figure(
-        "write_queue_bytes", GAUGE, "Payload that waits to be written", lambda restorer: restorer.tiers.writer.queued_bytes
+        "write_queue_bytes",
+        GAUGE,
+        "Payload that waits to be written",
+        lambda restorer: restorer.tiers.writer.queued_bytes,
     ),
     Figure(
         "restore_queue_bytes",

@@ -52,7 +52,7 @@ def state_of(begun: str = "", stops: tuple[str, ...] = (), dispatch: bool = Fals
         ),
         begun=ids,
         sign=lambda ids: f"signed {len(ids)}",
-        encode=TOKENIZER.follow,
+        encode=TOKENIZER.encode_after,
         dispatch=dispatch,
     )
 
