@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from cache.tier import TierStats
-from serve.audit.auditor import auditor_of
+from serve.audit.auditor import Auditor, auditor_of
 from serve.engine.engine import Engine
 from serve.engine.restore import Restorer
 
+S = TypeVar("S")
 PREFIX = "tokenzero_"
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 60)
 ITL_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -26,7 +28,7 @@ KINDS = {COUNTER: "counter", GAUGE: "gauge", SUMMARY: "summary", Counter: "count
 
 
 @dataclass(frozen=True)
-class Figure:
+class Figure(Generic[S]):
     """A metric that is read from its source at each scrape.
 
     `read` returns its number, or with a `label` its numbers by the label's value; of a summary (count, sum).
@@ -35,11 +37,11 @@ class Figure:
     name: str  # without the prefix, and without the suffix `_total` of counters
     kind: type
     text: str
-    read: Callable[[Any], Any]
+    read: Callable[[S], Any]
     label: str = ""
 
 
-ENGINE = (
+ENGINE: tuple[Figure[Engine], ...] = (
     Figure("steps", COUNTER, "Steps of the engine's loop", lambda engine: engine.counters.steps),
     Figure("requests", COUNTER, "Requests that got a first token", lambda engine: engine.counters.requests),
     Figure("prompt_tokens", COUNTER, "Tokens of their prompts", lambda engine: engine.counters.prompt_tokens),
@@ -79,7 +81,7 @@ ENGINE = (
     ),
 )
 
-AUDITOR = (
+AUDITOR: tuple[Figure[Auditor], ...] = (
     Figure("audited_requests", COUNTER, "Requests whose prefix was recomputed", lambda auditor: auditor.requests),
     Figure("audited_tokens", COUNTER, "Reused tokens that were recomputed", lambda auditor: auditor.tokens),
     Figure(
@@ -98,7 +100,7 @@ def by_tier(read: Callable[[TierStats], float]) -> Callable[[Sequence[TierStats]
     return lambda stats: {tier.name: read(tier) for tier in stats}
 
 
-TIERS = (
+TIERS: tuple[Figure[Sequence[TierStats]], ...] = (
     Figure("tier_pages", GAUGE, "Pages in a tier", by_tier(lambda tier: tier.pages), "tier"),
     Figure("tier_bytes", GAUGE, "Bytes that a tier occupies", by_tier(lambda tier: tier.bytes), "tier"),
     Figure("tier_open", GAUGE, "1 if a tier can be used now, 0 if not", by_tier(lambda tier: tier.open), "tier"),
@@ -112,7 +114,7 @@ TIERS = (
     Figure("tier_errors", COUNTER, "Failed disk or network operations", by_tier(lambda tier: tier.errors), "tier"),
 )
 
-RESTORER = (
+RESTORER: tuple[Figure[Restorer], ...] = (
     Figure(
         "restored_tokens",
         COUNTER,
@@ -174,7 +176,7 @@ class Memory:
     most: int
 
 
-MEMORIES = (
+MEMORIES: tuple[Figure[Mapping[str, Memory]], ...] = (
     Figure(
         "memory_bytes",
         GAUGE,
@@ -204,7 +206,7 @@ def tier_names(restorer: Restorer) -> list[str]:
     return [tier.name for tier in restorer.tiers.pages.stats()]
 
 
-def read_figures(figures: Iterable[Figure], source: Any) -> Iterator[Metric]:
+def read_figures(figures: Iterable[Figure[S]], source: S) -> Iterator[Metric]:
     """The metrics with their present values."""
     for figure in figures:
         metric = figure.kind(PREFIX + figure.name, figure.text, labels=[figure.label] if figure.label else [])
@@ -304,6 +306,7 @@ class ServerMetrics:
 
 def documented_metrics() -> list[Documented]:
     """Every metric that `/metrics` can have, in its order."""
+    tables: tuple[tuple[Figure[Any], ...], ...] = (ENGINE, AUDITOR, TIERS, RESTORER, MEMORIES)
     figures = [
         Documented(
             f"{PREFIX}{figure.name}{'_total' if figure.kind is COUNTER else ''}",
@@ -311,6 +314,6 @@ def documented_metrics() -> list[Documented]:
             (figure.label,) if figure.label else (),
             figure.text,
         )
-        for figure in (*ENGINE, *AUDITOR, *TIERS, *RESTORER, *MEMORIES)
+        for figure in chain.from_iterable(tables)
     ]
     return [*ServerMetrics().documented, *figures]
