@@ -1,6 +1,6 @@
-"""`python -m cache ls|stats|verify|prune --store DIR`: look into a store of pages on disk, check it, make it smaller.
+"""`python -m cache ls|stats|verify|prune --store DIR`: list, count, check or evict the pages of a KV store on disk.
 
-It may run beside the servers that use the store.
+It may run while servers use the store.
 """
 
 import argparse
@@ -31,9 +31,9 @@ def show_age(seconds: float) -> str:
 
 
 def open_store(directory: str, repair: bool) -> DiskTier:
-    """The tier of a directory that has one. Raises StoreError if it has none, or is not to be opened."""
+    """The disk tier in a directory. Raises StoreError if it has none, or must not be used."""
     if "://" in directory:
-        raise StoreError(f"--store is {directory}, expected a directory: list a bucket with its own tools")
+        raise StoreError(f"--store is {directory}, expected a directory: list a bucket with the provider's tools")
     name = RECORDS if file_bytes(Path(directory) / RECORDS) else FORMAT
     check_directory(Path(directory), name)
     path = Path(directory) / name
@@ -41,7 +41,7 @@ def open_store(directory: str, repair: bool) -> DiskTier:
         raise StoreError(f"{directory}: found no {FORMAT}/data.mdb, expected a store: check the path")
     tier = DiskTier(directory, file_bytes(path), name=name, repair=repair)
     if tier.store.opened is None:
-        raise StoreError(f"{directory}: the store cannot be opened, see the warning above")
+        raise StoreError(f"{directory}: the store cannot be opened: see the warning above")
     return tier
 
 
@@ -72,8 +72,8 @@ def print_stats(tier: DiskTier, console: Console) -> None:
 
 
 def verify(tier: DiskTier, console: Console, fix: bool) -> int:
-    """Read every page; returns how many are damaged, or 1 for a tree that was."""
-    bad = tier.store.errors  # the damaged tree that opening the store deleted
+    """Read every page; return how many are damaged, counting a damaged tree as 1."""
+    bad = tier.store.errors  # 1 if opening the store deleted a damaged tree
     total = tier.stats().pages
     for sound in track(tier.check(remove=fix), "reading pages", total=total, console=console, transient=True):
         bad += not sound
@@ -83,7 +83,7 @@ def verify(tier: DiskTier, console: Console, fix: bool) -> int:
 
 
 def remove_old(directory: Path, console: Console) -> None:
-    """Remove the stores of older formats. Raises StoreError for one that is in use or holds other files, too."""
+    """Remove the stores of older formats. Raises StoreError for one that is in use or holds other files."""
     stores = old_stores(directory)
     for path in stores:
         if others := sorted(set(os.listdir(path)) - set(FILES)):
@@ -94,7 +94,7 @@ def remove_old(directory: Path, console: Console) -> None:
             size = file_bytes(path)
             shutil.rmtree(path)
         except BlockingIOError:
-            raise StoreError(f"{path}: it is in use: stop the server of an earlier version that uses it") from None
+            raise StoreError(f"{path}: a server of an earlier version uses it: stop that server first") from None
         finally:
             os.close(claim)
         console.print(f"{path.name} removed: {show_bytes(size)} ({size} bytes)", soft_wrap=True)
@@ -110,18 +110,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("ls", "list pages, the most recently used first"),
         ("stats", "totals"),
         ("verify", "read every page and check it; exit status 1 if any is damaged"),
-        ("prune", "evict the least recently used pages"),
+        ("prune", "evict the least recently used pages, or remove stores of earlier versions"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--store", required=True, metavar="DIR")
         if name == "ls":
             command.add_argument("--limit", type=int, default=50, help="rows to show (default 50)")
         if name == "verify":
-            command.add_argument("--fix", action="store_true", help="remove what is damaged")
+            command.add_argument("--fix", action="store_true", help="remove damaged pages")
         if name == "prune":
             keep = "size to keep, such as 20GB or 512MiB"
             command.add_argument("--store-bytes", type=parse_bytes, metavar="SIZE", help=keep)
-            command.add_argument("--old", action="store_true", help="remove what an earlier version has left")
+            command.add_argument("--old", action="store_true", help="remove the stores of earlier versions")
     args = parser.parse_args(arguments)
     if args.command == "prune" and not args.old and args.store_bytes is None:
         parser.error("prune: expected --store-bytes SIZE or --old, found neither")

@@ -1,7 +1,8 @@
 """The disk tier: pages in LMDB, shared by any number of processes on one machine.
 
-`pages` maps a key to its payload; `entries` maps it to seal (length and XXH3-64) and last use. What lists, counts or
-evicts reads `entries` alone. The seal is checked on every read, since LMDB has no checksums of its own.
+`pages` maps a key to its payload; `entries` maps it to seal (length and XXH3-64) and last use. Listing, counting and
+eviction read `entries` alone. The seal is checked on every read, since LMDB (http://www.lmdb.tech/doc/) has no
+checksums.
 """
 
 import heapq
@@ -26,11 +27,11 @@ T = TypeVar("T")
 
 STAMP = struct.Struct("<Q")  # last use, nanoseconds since 1970
 ENTRY_BYTES = SEAL.size + STAMP.size
-# Written at once. LMDB uses small buffers again; large ones are new each time and cost a page fault every 4 KiB.
+# Written in one transaction. LMDB reuses small buffers; large ones are new each time and cost a page fault per 4 KiB.
 TRANSACTION_BYTES = 1 << 20
-SPLIT_BYTES = 8 * 4096  # that both trees may grow by at once, where leaves split up to the root
-EVICTED_SHARE = 16  # an eviction frees 1/16 of the budget more than it must, so that few are needed
-EVICTION_BYTES = 256 << 20  # freed in one transaction, for which all other writers wait
+SPLIT_BYTES = 8 * 4096  # growth of both trees when leaves split up to the root
+EVICTED_SHARE = 16  # an eviction frees 1/16 of the budget more than it must, so that evictions are rare
+EVICTION_BYTES = 256 << 20  # freed in one transaction, while all other writers wait
 
 Write = tuple[bytes, Payload, int]  # key, payload, stamp
 
@@ -50,12 +51,12 @@ def room_for(size: int) -> int:
 
 
 class DiskTier:
-    """Pages on a local disk, least recently used out first, under a budget in bytes that all processes share.
+    """Pages on a local disk under a budget in bytes that all processes share, the least recently used evicted first.
 
-    A killed process loses nothing that put_many returned for. A power cut loses what was put since the last sync(), and
-    may tear the tree: then the next open finds that out and starts empty. The file never shrinks; it grows to about the
-    budget and its pages are used again. A full disk, a read-only or a vanished directory cost hits, nothing else; what
-    could not be opened is tried again by writes and by sync(), while reads miss.
+    A killed process loses no page for which put_many returned. A power cut loses what was put since the last sync(),
+    and may damage the tree: the next open detects that and starts empty. The file never shrinks; it grows to about the
+    budget and its pages are reused. A full disk, a read-only or a vanished directory only cost hits: reads miss, while
+    writes and sync() try to open the store again.
 
     Raises StoreError if `directory` is another program's or version's, and with `repair` off if its tree is damaged.
     """
@@ -65,8 +66,8 @@ class DiskTier:
         self.budget_bytes = budget_bytes
         self.counts: Counter[str] = Counter()
         self.touched: dict[bytes, int] = {}  # uses that the next write records, nanoseconds since 1970
-        self.evicted_stamp = 0  # the latest use of anything that was evicted: what is older would be next
-        self.pages = self.bytes = 0  # when last looked
+        self.evicted_stamp = 0  # the latest use of any evicted page: an older page would be evicted next
+        self.pages = self.bytes = 0  # at the last look
         self.puts = False  # whether this process puts pages, and so keeps the store within its budget
         self.unsynced = False
         self.lock = threading.Lock()  # of counts, touched
@@ -74,7 +75,7 @@ class DiskTier:
         self.store.attempt("open", self._measure, None)
         if name == FORMAT and (old := old_stores(Path(directory))):
             log.warning(
-                "%s: found pages of an earlier version (%s), which stay unused: `python -m cache prune --old --store "
+                "%s: found pages of an earlier version (%s), which are not used: `python -m cache prune --old --store "
                 "%s` removes them", directory, ", ".join(path.name for path in old), directory,
             )  # fmt: skip
 
@@ -104,13 +105,13 @@ class DiskTier:
         into: Sequence[np.ndarray] | None = None,
         stamps: Sequence[int] | None = None,
     ) -> list[Payload | None]:
-        """See Tier. A record that its seal does not fit is a miss, counted and removed."""
+        """See Tier. A record that does not match its seal is a miss, counted and removed."""
         used = stamps_now(len(keys)) if stamps is None else stamps
-        slots = [None] * len(keys) if into is None else into
-        return [self._get(*wanted) for wanted in zip(keys, used, slots, strict=True)]
+        buffers = [None] * len(keys) if into is None else into
+        return [self._get(*wanted) for wanted in zip(keys, used, buffers, strict=True)]
 
     def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
-        """See Tier. Dropped are pages beyond what the whole budget holds, and what the disk has no room for."""
+        """See Tier. Pages beyond the whole budget, and pages that the disk has no room for, are dropped."""
         used = stamps_now(len(items)) if stamps is None else stamps
         batch_bytes, batch, total = 0, list[Write](), 0
         self.puts = True
@@ -139,9 +140,9 @@ class DiskTier:
         return self._change(remove, False)
 
     def sync(self) -> None:
-        """Record the latest uses and write everything through to the disk: bounds what a power cut can take.
+        """Record the latest uses and write everything through to the disk, which bounds the loss in a power cut.
 
-        It also opens again what failed, and a process that puts pages brings the store back within its own budget.
+        It also opens a failed store again, and a process that puts pages brings the store back within its own budget.
         """
         self.store.attempt("open", self._measure, None)
         if self.touched and not self._change(self._record_uses, False):
@@ -154,7 +155,7 @@ class DiskTier:
             self.store.attempt("write", lambda dbs: dbs.env.sync(True), None)
 
     def stats(self) -> TierStats:
-        """See Tier. Contents as of the last write or sync: it asks nobody, since the disk may be busy."""
+        """See Tier. Contents as of the last write or sync, since the disk may be busy now."""
         with self.lock:
             counts = dict(self.counts)
         is_open = self.store.opened is not None
@@ -168,7 +169,7 @@ class DiskTier:
         self.store.close()
 
     def entries(self) -> list[Entry]:
-        """All pages that are stored, by key."""
+        """All stored pages, in order of their keys."""
 
         def scan(dbs: Databases) -> list[Entry]:
             with dbs.env.begin() as txn, txn.cursor(dbs.entries) as cursor:
@@ -177,7 +178,7 @@ class DiskTier:
         return self.store.attempt("read", scan, [])
 
     def check(self, remove: bool) -> Iterator[bool]:
-        """Read every page there is and say whether it is sound; with `remove`, remove those that are not."""
+        """Read every page and yield whether it is sound; with `remove`, remove those that are not."""
 
         def scan(dbs: Databases) -> list[bytes]:
             with dbs.env.begin() as txn, txn.cursor(dbs.entries) as a, txn.cursor(dbs.pages) as b:
@@ -193,13 +194,13 @@ class DiskTier:
             yield sound
 
     def prune(self, budget_bytes: int) -> int:
-        """Evict the least recently used pages until they occupy at most `budget_bytes`; returns how many went."""
+        """Evict the least recently used pages until they occupy at most `budget_bytes`; return how many those were."""
         before = self.counts["evicted"]
         self._change(lambda dbs: self._evict(dbs, budget_bytes), None)
         return self.counts["evicted"] - before
 
-    def _get(self, key: bytes, stamp: int, slot: np.ndarray | None) -> Payload | None:
-        entry, payload = self._load(key, slot)
+    def _get(self, key: bytes, stamp: int, buffer: np.ndarray | None) -> Payload | None:
+        entry, payload = self._load(key, buffer)
         if entry is None:
             self._count(misses=1)
             return None
@@ -208,21 +209,21 @@ class DiskTier:
             self._count(misses=1, corrupt=1)
             return None
         assert payload is not None
-        if slot is not None and _size(entry) != slot.nbytes:
+        if buffer is not None and _size(entry) != buffer.nbytes:
             self._count(misses=1)
             return None
         self._touch(key, entry, stamp)
         self._count(hits=1, bytes_read=_size(entry))
         return payload
 
-    def _load(self, key: bytes, slot: np.ndarray | None = None) -> tuple[bytes | None, Payload | None]:
-        """What is stored under the key, entry and payload, unchecked; the payload in `slot` if it fits there."""
+    def _load(self, key: bytes, buffer: np.ndarray | None = None) -> tuple[bytes | None, Payload | None]:
+        """The entry and payload under the key, unchecked; the payload is in `buffer` if it fits there."""
 
         def load(dbs: Databases) -> tuple[bytes | None, Payload | None]:
-            # Views of the file, which are good as long as the transaction.
+            # Views of the file, which are valid as long as the transaction.
             with dbs.env.begin(buffers=True) as txn:
                 entry, view = txn.get(key, db=dbs.entries), txn.get(key, db=dbs.pages)
-                return None if entry is None else bytes(entry), None if view is None else _copied(view, slot)
+                return None if entry is None else bytes(entry), None if view is None else _copied(view, buffer)
 
         nothing: tuple[bytes | None, Payload | None] = (None, None)
         return self.store.attempt("read", load, nothing)
@@ -232,7 +233,7 @@ class DiskTier:
             self._count(dropped=len(batch))
 
     def _change(self, action: Callable[[Databases], T], fallback: T) -> T:
-        """What a writing action returns, with the store's contents looked at again."""
+        """The result of a writing action, after which the store is measured again."""
 
         def run(dbs: Databases) -> T:
             result = action(dbs)
@@ -259,14 +260,14 @@ class DiskTier:
             if not full(error):
                 raise
             dbs.env.reader_check()
-            # What one transaction frees, the next but one can use: LMDB keeps the latest two states whole.
+            # Space that one transaction frees is usable two transactions later: LMDB keeps the latest two states.
             self._evict(dbs, occupied - occupied // EVICTED_SHARE - 2 * needed)
             self._evict(dbs, occupied - occupied // EVICTED_SHARE - 2 * needed - room_for(1))
             self._write_new(dbs, self._worth_keeping(kept))
         return True
 
     def _worth_keeping(self, new: Sequence[Write]) -> list[Write]:
-        """Those that are newer than the latest that had to go: others would be the next, tails whose head is gone."""
+        """The writes newer than the latest evicted page: older ones would be evicted next, and lack earlier pages."""
         if self.evicted_stamp > time.time_ns():  # the clock was set back since
             self.evicted_stamp = 0
         kept = [write for write in new if write[2] > self.evicted_stamp]
@@ -276,10 +277,10 @@ class DiskTier:
     def _write_new(self, dbs: Databases, new: Sequence[Write]) -> None:
         if not new:
             return
-        # Outside the transaction: other processes wait for it.
+        # Before the transaction, since other processes wait for it.
         records = [(key, payload, seal(key, payload) + STAMP.pack(stamp)) for key, payload, stamp in new]
         self.unsynced = True
-        # With the uses so far, so that no page is ever on record as newer than one in front of it.
+        # With the uses so far, so that no page is ever recorded as newer than one before it.
         self._record_uses(dbs, records)
         self._count(bytes_written=sum(memoryview(payload).nbytes for _, payload, _ in new))
 
@@ -290,17 +291,17 @@ class DiskTier:
             while oldest and self._evict_some(dbs, target_bytes, oldest):
                 pass
             if self.counts["evicted"] == before:
-                return  # others were faster, or the tree is damaged: a scan lists what no search finds
+                return  # other processes were faster, or the tree is damaged and a scan lists keys that no search finds
 
     def _evict_some(self, dbs: Databases, target_bytes: int, oldest: deque[tuple[int, bytes, bytes]]) -> bool:
-        """Take pages from `oldest` and evict them, in one transaction; False once no more than the target is left."""
+        """Evict pages from `oldest` in one transaction; False once the target is reached."""
         evicted = freed = 0
         with dbs.env.begin(write=True) as txn:
             while more := dbs.occupied(txn) > target_bytes:
                 if not oldest or freed > EVICTION_BYTES:
                     break
                 stamp, key, entry = oldest.popleft()
-                # Another process may have used it or removed it meanwhile.
+                # Another process may have used or removed it meanwhile.
                 if txn.get(key, db=dbs.entries) == entry:
                     _delete(dbs, txn, key)
                     freed += room_for(_size(entry))
@@ -311,7 +312,7 @@ class DiskTier:
         return more
 
     def _oldest(self, dbs: Databases, target_bytes: int) -> list[tuple[int, bytes, bytes]]:
-        """Stamp, key and entry of the pages to evict, the least recently used first, for `target_bytes` to be left."""
+        """Stamp, key and entry of the pages to evict so that `target_bytes` are left, the least recently used first."""
         with dbs.env.begin() as txn, txn.cursor(dbs.entries) as cursor:
             count, occupied = txn.stat(dbs.entries)["entries"], dbs.occupied(txn)
             if not count or occupied <= target_bytes:
@@ -340,7 +341,7 @@ class DiskTier:
         return True
 
     def _touch(self, key: bytes, entry: bytes | None, stamp: int) -> bool:
-        """Have a use of a page recorded by the next write; False if the page is not there."""
+        """Note a use of a page for the next write to record; False if the page is not there."""
         if entry is None:
             return False
         if stamp > _last_used(entry):
@@ -351,7 +352,7 @@ class DiskTier:
     def _remove_damaged(self, key: bytes, entry: bytes | None) -> None:
         def remove(dbs: Databases) -> None:
             with dbs.env.begin(write=True) as txn:
-                # Another process may have removed and written it again meanwhile.
+                # Another process may have removed and rewritten it meanwhile.
                 if txn.get(key, db=dbs.entries) == entry:
                     _delete(dbs, txn, key)
             self._measure(dbs)
@@ -369,16 +370,16 @@ def _delete(dbs: Databases, txn: "lmdb.Transaction[bytes]", key: bytes) -> None:
 
 
 def _stamp(dbs: Databases, txn: "lmdb.Transaction[bytes]", uses: Mapping[bytes, int]) -> None:
-    """Record when pages were used; another process may have recorded a later use. By key: neighbours share a page."""
+    """Record uses of pages, unless a later one is recorded. In key order, since neighbours share a leaf."""
     with txn.cursor(dbs.entries) as cursor:
         for key in sorted(uses):
             if cursor.set_key(key) and _last_used(entry := cursor.value()) < uses[key]:
                 cursor.put(key, entry[: SEAL.size] + STAMP.pack(uses[key]))
 
 
-def _copied(view: memoryview, slot: np.ndarray | None) -> Payload:
-    """The bytes of a view, in the slot if they fit there."""
-    payload = placed(view, slot) if slot is not None else None
+def _copied(view: memoryview, buffer: np.ndarray | None) -> Payload:
+    """A copy of a view, in `buffer` if it fits there."""
+    payload = placed(view, buffer) if buffer is not None else None
     return bytes(view) if payload is None else payload
 
 
@@ -387,11 +388,11 @@ def _is_sound(key: bytes, entry: bytes | None, payload: Payload | None) -> bool:
 
 
 def _size(entry: bytes) -> int:
-    # An entry of another length is damaged: it must not stop an eviction.
+    # An entry of another length is damaged, but must not stop an eviction.
     return int(SEAL.unpack_from(entry)[0]) if len(entry) == ENTRY_BYTES else 0
 
 
 def _last_used(entry: bytes) -> int:
     stamp = int(STAMP.unpack_from(entry, SEAL.size)[0]) if len(entry) == ENTRY_BYTES else 0
-    # A stamp from the future, of a clock or a bit that was wrong, counts as the oldest, and any use is newer.
+    # A stamp from the future (a wrong clock, a flipped bit) counts as the oldest, and any use is newer.
     return stamp if stamp <= time.time_ns() + CLOCK_SLACK_NS else 0

@@ -1,4 +1,4 @@
-"""The host tier: pages in this process's memory, the least recently used first to go."""
+"""The host tier: pages in this process's memory, the least recently used evicted first."""
 
 import heapq
 import threading
@@ -12,16 +12,18 @@ from cache.tier import CLOCK_SLACK_NS, Item, Payload, TierStats, placed, stamps_
 
 
 class HostTier:
-    """Pages in host memory: least recently used out first, under a budget in bytes of payload."""
+    """Pages in host memory under a budget in bytes of payload, the least recently used evicted first."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.name = "host"
         self.budget_bytes = budget_bytes
         self.pages: dict[bytes, Payload] = {}
         self.used: dict[bytes, int] = {}  # stamps of these
-        self.oldest: list[tuple[int, bytes]] = []  # a heap with one stamp and key a page; the stamp may lag behind
-        self.evicted_stamp = 0  # the latest use of anything that was evicted: what is older would be next
-        self.newest = 0  # stamp that a page was put with
+        self.oldest: list[
+            tuple[int, bytes]
+        ] = []  # a heap with a stamp and key for each page; the stamp may be out of date
+        self.evicted_stamp = 0  # the latest use of any evicted page: an older page would be evicted next
+        self.newest = 0  # stamp of any page that was put
         self.bytes = 0
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -47,8 +49,8 @@ class HostTier:
         with self.lock:
             found = [self.pages.get(key) for key in keys]
             self._use(keys, stamps)
-        slots = [None] * len(keys) if into is None else into
-        result = [p if p is None else placed(p, slot) for p, slot in zip(found, slots, strict=True)]
+        buffers = [None] * len(keys) if into is None else into
+        result = [p if p is None else placed(p, buffer) for p, buffer in zip(found, buffers, strict=True)]
         hits = [memoryview(payload).nbytes for payload in result if payload is not None]
         with self.lock:
             self.counts.update(hits=len(hits), misses=len(keys) - len(hits), bytes_read=sum(hits))
@@ -58,7 +60,7 @@ class HostTier:
         """See Tier. A page larger than the whole budget is dropped."""
         used = stamps_now(len(items)) if stamps is None else stamps
         with self.lock:
-            if self.newest > time.time_ns() + CLOCK_SLACK_NS:  # the clock was set back: what is there counts as old
+            if self.newest > time.time_ns() + CLOCK_SLACK_NS:  # the clock was set back: all pages count as old
                 self.newest = self.evicted_stamp = 0
                 self.used = dict.fromkeys(self.pages, 0)
                 self.oldest = [(0, key) for key in self.pages]
@@ -89,7 +91,7 @@ class HostTier:
         return True
 
     def sync(self) -> None:
-        """Nothing: memory does not outlive the process."""
+        """Do nothing: memory does not outlive the process."""
 
     def stats(self) -> TierStats:
         """See Tier."""
@@ -106,7 +108,7 @@ class HostTier:
                 self.used[key] = stamp
 
     def _make_room(self, size: int, stamp: int) -> bool:
-        """Evict for a page of this size and last use; False if it would be the one to go."""
+        """Evict to make room for a page of this size and last use; False if that page would be evicted next."""
         while self.bytes + size > self.budget_bytes and stamp > self.evicted_stamp:
             queued_at, key = self.oldest[0]
             if queued_at != self.used[key]:

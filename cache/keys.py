@@ -1,6 +1,7 @@
-"""The content hash chain of pages: what a page is called on every machine and after every restart.
+"""The hash chain that names pages by their content: the same keys on every machine and after every restart.
 
-A key says which model, page size, cache salt and token prefix a page's KV belongs to. No page numbers, no storage here.
+A key covers the model, page size, cache salt and token prefix of a page's KV. No page numbers, no storage here. Keys
+are BLAKE2b (https://www.rfc-editor.org/rfc/rfc7693).
 """
 
 import hashlib
@@ -11,12 +12,12 @@ KEY_BYTES = 32
 
 
 def root_key(fingerprint: bytes, page_size: int, salt: bytes) -> bytes:
-    """The parent of every first page: 32 bytes that bind the model, the page size in tokens and the cache salt."""
+    """The parent key of every first page: 32 bytes over the model, the page size in tokens and the cache salt."""
     if page_size < 1:
         raise ValueError(f"page_size is {page_size}, expected at least 1 token: pass the pool's page size")
     root = hashlib.blake2b(digest_size=KEY_BYTES, person=b"tokenzero root")
     for part in (fingerprint, page_size.to_bytes(8, "little"), salt):
-        # Lengths go first, so that no two triples spell the same bytes.
+        # Lengths go first, so that no two triples give the same bytes.
         root.update(len(part).to_bytes(8, "little"))
         root.update(part)
     return root.digest()
@@ -40,14 +41,15 @@ def page_keys(root: bytes, tokens: np.ndarray, page_size: int) -> list[bytes]:
 
 
 def tail_key(parent: bytes, tokens: np.ndarray) -> bytes:
-    """The key of a page of which only `tokens` ([tokens] int32, fewer than a page) are filled, behind page `parent`."""
+    """The key of the page after `parent` of which only `tokens` ([tokens] int32, fewer than a page) are filled."""
     return chained(parent, token_bytes(tokens))
 
 
 def all_keys(root: bytes, tokens: np.ndarray, page_size: int, start: int = 0) -> list[bytes]:
-    """Every key under which a page of `tokens` ([tokens] int32) may lie, from the page at position `start` on.
+    """Every key under which a page of `tokens` ([tokens] int32) may be stored, from the page at position `start` on.
 
-    That is the full pages' own keys, and for each page those of the tails that a shorter sequence left in it.
+    That is the keys of full pages, and for each page those of all partial fillings that a shorter sequence may have
+    left.
     """
     keys = page_keys(root, tokens, page_size)
     found = keys[start // page_size :]
@@ -59,8 +61,8 @@ def all_keys(root: bytes, tokens: np.ndarray, page_size: int, start: int = 0) ->
 
 
 def chained(parent: bytes, data: memoryview) -> bytes:
-    """The key of the page with token bytes `data` behind `parent`."""
-    # The parent's length is fixed, so that joining the two is unambiguous.
+    """The key of the page with token bytes `data` after page `parent`."""
+    # The parent's length is fixed, so the concatenation is unambiguous.
     page = hashlib.blake2b(parent, digest_size=KEY_BYTES, person=b"tokenzero page")
     page.update(data)
     return page.digest()

@@ -1,11 +1,11 @@
 """One LMDB environment that several processes share and that may fail, vanish and come back while it is in use.
 
-Nothing here raises once a store is open: an action that cannot run gives the caller's fallback, is counted, and is
-logged once. LMDB trusts its B-tree pages; so the first process that opens a store has `lmdb verify` walk the tree (it
-runs no LMDB code), and a damaged tree is deleted with all its pages. Damage that comes later LMDB nearly always finds
-itself (py-lmdb 3 patches checks into it); where it does not, it may end the process, but gives no wrong page.
+Nothing here raises once a store is open: an action that cannot run returns the caller's fallback, is counted, and is
+logged once. LMDB trusts its B-tree pages. So the first process that opens a store runs `lmdb verify`, which walks the
+tree without LMDB's own code, and a damaged tree is deleted with all its pages. LMDB nearly always detects later damage
+itself (py-lmdb 3 adds checks to it). Undetected damage may end the process, but it never gives a wrong page.
 
-Opening may take long, because of that check. Reads never wait for it: they open nothing, and find nothing meanwhile.
+Because of that check, opening may take long. Reads never wait for it: they miss meanwhile.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ import lmdb
 log = logging.getLogger("tokenzero.cache.lmdb_env")
 T = TypeVar("T")
 
-# The version is in the name of the directory, where no flipped bit in a file can change it. Version 1 of the pages may
-# hold wrong ones. Records of other kinds were kept under the same name; they are as good as ever and take their own.
+# The version is in the name of the directory, where a flipped bit in a file cannot change it. Pages of version 1 may be
+# wrong. Records of other kinds were kept under the same name; they are valid and move to a name of their own.
 FORMAT = "tokenzero-pages-v2"
 RECORDS = "tokenzero-records-v1"
 OLD_FORMATS = ("tokenzero-pages-v1",)
 PROGRAM = "tokenzero-"
 FILES = ("data.mdb", "lock.mdb")
-CHECK_SECONDS = 8.0  # a walk that takes longer is given up; ten times that once LMDB has reported damage
-RETRY_SECONDS = 5.0  # what failed is left alone for so long
+CHECK_SECONDS = 8.0  # a longer check is given up; ten times that after LMDB has reported damage
+RETRY_SECONDS = 5.0  # after a failure, until the next try
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-OVERHEAD_BYTES = 64 << 20  # of the map beyond the file, for the trees and for pages that are being replaced
-LOCK_BYTES = 1 << 14  # of LMDB's lock file, room for 254 readers; of one size, since no process may find it grown
-AT_ONCE, WRITING = ("read", "removal"), ("write", "removal")  # kinds of action that do not wait, and that change it
-RESIZES = 3  # how often an action is begun again because another process made the file larger than the map
-NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)  # a write that was cut short is EIO to LMDB
+OVERHEAD_BYTES = 64 << 20  # of the map in addition to the file, for the trees and for pages that are being replaced
+LOCK_BYTES = 1 << 14  # of LMDB's lock file, room for 254 readers; fixed, since it must not grow while it is mapped
+AT_ONCE, WRITING = ("read", "removal"), ("write", "removal")  # kinds of action that never wait, and that write
+RESIZES = 3  # tries of an action, where another process makes the file larger than the map
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)  # LMDB reports a write that was cut short as EIO
 
 
 class StoreError(Exception):
-    """A directory that must not be used: of another program or version, or damaged and not to be repaired."""
+    """A directory that must not be used: another program's or version's, or damaged and not to be repaired."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,22 +58,22 @@ class Databases:
     files: tuple[tuple[str, int], ...]  # name and inode of the data file and the lock file
 
     def occupied(self, txn: "lmdb.Transaction[bytes]") -> int:
-        """Bytes of all LMDB pages that hold something; pages that were freed are not among them and are used again."""
+        """Bytes of all LMDB pages in use; freed pages are not counted, as LMDB reuses them."""
         stats = [txn.stat(db) for db in (self.pages, self.entries)]
         return sum(s["psize"] * (s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"]) for s in stats)
 
 
 def check_directory(directory: Path, name: str = FORMAT) -> None:
-    """Raise StoreError unless `directory` is absent, empty, or has a store `name` or an older one; changes nothing.
+    """Raise StoreError unless `directory` is absent, empty, or has a store `name` or an older one; change nothing.
 
-    Stores in folders of their own below it are no other program's.
+    Folders in it that hold such stores themselves are ours, too.
     """
     try:
         found = sorted(set(os.listdir(directory)) - {"lost+found"})
     except NotADirectoryError:
         raise StoreError(f"{directory}: found a file, expected a directory: name another directory") from None
     except OSError:
-        return  # absent, or unreadable: opening it says so
+        return  # absent, or unreadable, which opening it reports
     ours = (name, *OLD_FORMATS)
     if any((directory / one).is_dir() for one in ours):
         return
@@ -92,7 +92,7 @@ def old_stores(directory: Path) -> list[Path]:
 
 
 def adopt_records(directory: Path) -> None:
-    """Give records that are still under an old format's name their own, where that can be done."""
+    """Rename records that are still under an old format's name, if possible."""
     for old in old_stores(directory):
         with contextlib.suppress(OSError):
             if not (directory / RECORDS).exists():
@@ -100,15 +100,15 @@ def adopt_records(directory: Path) -> None:
 
 
 def reserve_lock(path: Path, alone: bool) -> None:
-    """Make LMDB's lock file and give it its blocks: raises OSError on a full disk.
+    """Make LMDB's lock file and allocate its blocks. Raises OSError on a full disk.
 
-    LMDB maps the file and writes to it: without a block behind it, that ends the process (SIGBUS).
+    LMDB maps the file and writes to it: without an allocated block, that ends the process (SIGBUS).
     """
     try:
         file = os.open(path / "lock.mdb", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         if error.errno in READ_ONLY:
-            return  # then LMDB locks nothing
+            return  # LMDB then uses no locks
         raise
     try:
         size = os.fstat(file).st_size
@@ -119,29 +119,29 @@ def reserve_lock(path: Path, alone: bool) -> None:
 
 
 def file_bytes(path: Path) -> int:
-    """Length of the data file in `path`, 0 if there is none."""
+    """Length of the data file in `path` in bytes, 0 if there is none."""
     data = path / "data.mdb"
     return data.stat().st_size if data.exists() else 0
 
 
 def check_tree(path: Path, seconds: float) -> str:
-    """What is wrong with the structure of the LMDB data file in `path`; '' if nothing, or if that takes over `seconds`.
+    """The damage to the tree of the LMDB data file in `path`; '' if there is none, or the check takes over `seconds`.
 
     No process may be writing the file. Raises OSError if it cannot be read.
     """
     if not file_bytes(path):
         return ""
     (path / "data.mdb").open("rb").close()
-    # A process of its own: a walk that takes seconds would hold up the threads of this one, and could not be ended.
+    # In its own process: a walk of seconds would block the threads of this one, and could not be ended.
     command = [sys.executable, "-P", "-m", "lmdb", "verify", str(path)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        log.info("%s: the tree is too large to be checked in %.0f s, going on unchecked", path, seconds)
+        log.info("%s: the tree is too large to be checked in %.0f s, continuing unchecked", path, seconds)
         return ""
     last = run.stderr.strip().rsplit("\n", 1)[-1]
     if run.returncode and "verify: " not in last:
-        log.warning("%s: the tree could not be checked, going on unchecked: %s", path, last)
+        log.warning("%s: the tree could not be checked, continuing unchecked: %s", path, last)
         return ""
     return f"{last}, {run.stdout.strip()[:200]}" if run.returncode else ""
 
@@ -160,26 +160,25 @@ class SharedEnvironment:
         self.errors = 0
         self.failing: dict[str, float] = {}  # kinds of action that do not work now, and when to try again
         self.opened: Databases | None = None
-        # File descriptor of self.path, locked: shared while it is in use, exclusively while its tree is checked.
+        # File descriptor of self.path with a lock: shared while it is in use, exclusive while its tree is checked.
         self.claim = -1
-        self.stale = False  # to be closed and opened again before the next use
-        self.outgrown = False  # to be mapped again before the next use: the file is larger than the map
+        self.stale = False  # close and open it again before the next use
+        self.outgrown = False  # map it again before the next use: the file is larger than the map
         self.suspect = False  # LMDB has reported damage
         self.closed = False
         self.users = 0  # threads inside an action
-        self.mending = False  # a thread closes, opens or maps it again, and no other is inside an action
+        self.mending = False  # a thread closes, opens or maps it again, while no other is inside an action
         self.changed = threading.Condition()
-        with contextlib.suppress(OSError):  # opening it says what is wrong
+        with contextlib.suppress(OSError):  # opening it reports what is wrong
             directory.mkdir(parents=True, exist_ok=True)
         with self.changed:
             self._mend()
 
     def attempt(self, kind: str, action: Callable[[Databases], T], fallback: T) -> T:
-        """The result of `action`, or `fallback` if it failed or if this `kind` failed just before.
+        """The result of `action`, or `fallback` if it fails or if this `kind` has just failed.
 
-        A "read" or a "removal" gets the fallback, at once, while the store is closed; a "write", and any other kind,
-        opens it first.
-        Actions must not nest: the one outside would wait for itself when the environment has to be closed.
+        While the store is closed, a "read" or a "removal" returns the fallback at once; a "write", and any other kind,
+        opens it first. Actions must not nest: the outer one would wait for itself when the environment has to close.
         """
         for tries_left in reversed(range(RESIZES)):
             dbs = self._enter(kind)
@@ -187,7 +186,7 @@ class SharedEnvironment:
                 break
             try:
                 if kind in WRITING and dbs.env.flags()["readonly"]:
-                    self.stale = os.access(self.path / "data.mdb", os.W_OK)  # it was mounted anew, so open it anew
+                    self.stale = os.access(self.path / "data.mdb", os.W_OK)  # it was remounted, so open it again
                     raise OSError(errno.EROFS, "the store is read-only")
                 result = action(dbs)
             except (lmdb.Error, OSError) as error:
@@ -240,11 +239,11 @@ class SharedEnvironment:
             return True
 
     def _mend(self) -> None:
-        """Map, close or open it again, whichever it takes. The caller holds the lock, which is free meanwhile."""
+        """Map, close or open it again, as needed. The caller holds the lock, which is released while it opens."""
         self.mending = True
         try:
             while self.users:
-                self.changed.wait()  # a page that another thread is reading must not be unmapped under it
+                self.changed.wait()  # a page that another thread is reading must stay mapped
             if self.opened is not None and not self.stale:
                 self._map_again(self.opened)
                 return
@@ -274,7 +273,7 @@ class SharedEnvironment:
         self.outgrown = False
 
     def _map_size(self) -> int:
-        # A file that was never evicted from has no page free, and evicting takes some.
+        # Eviction needs free pages, and a file that never evicted has none.
         size = max(self.map_bytes, file_bytes(self.path)) + OVERHEAD_BYTES
         return -(-size // 4096) * 4096
 
@@ -287,7 +286,7 @@ class SharedEnvironment:
         opened = None
         try:
             if not self.path.is_dir():
-                self.path.mkdir()  # without parents: a directory that vanished is not ours to make again
+                self.path.mkdir()  # without parents: a directory that vanished must not be made again
             self.claim = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             alone = self._claim_alone()
             if alone:
@@ -304,7 +303,7 @@ class SharedEnvironment:
                     raise
                 opened = self._open_databases(readonly=True)
             if alone:
-                # Another process may check the tree in the moment between the two locks: nothing is written before.
+                # Another process may check the tree between the two locks, so nothing is written before this one.
                 fcntl.flock(self.claim, fcntl.LOCK_SH)
         except (lmdb.Error, OSError) as error:
             self._release_claim()
@@ -326,7 +325,7 @@ class SharedEnvironment:
 
     def _drop_damaged_tree(self) -> None:
         if self.repair and 0 < file_bytes(self.path) < 2 * 4096:
-            # A full disk cut it off before it had both of LMDB's first pages, and so any other.
+            # A full disk cut it off before it had both of LMDB's first pages, so it has no others.
             (self.path / "data.mdb").unlink()
             return
         problem = check_tree(self.path, CHECK_SECONDS * (10 if self.suspect else 1))
@@ -353,7 +352,7 @@ class SharedEnvironment:
             create=not readonly,
         )
         try:
-            env.reader_check()  # readers that were killed would keep old pages from being used again
+            env.reader_check()  # readers of killed processes would keep old pages from being reused
             pages, entries = (env.open_db(name, create=not readonly) for name in (b"pages", b"entries"))
             files = ((name, self.path / name) for name in FILES)
             return Databases(env, pages, entries, tuple((n, os.stat(p).st_ino) for n, p in files if p.exists()))
@@ -367,7 +366,7 @@ class SharedEnvironment:
             if kind not in self.failing:
                 log.warning("%s: %s fails, going on without: %s", self.path, kind, error)
             self.failing[kind] = time.monotonic() + RETRY_SECONDS
-            # A tree that LMDB finds wrong, or an environment that gave up, is checked and opened anew.
+            # After damage, or an error that closes the environment, check the tree and open it again.
             if isinstance(error, lmdb.Error) and code_of(error) not in (*NO_ROOM, *READ_ONLY) and not full(error):
                 self.stale = self.suspect = True
 
@@ -377,12 +376,12 @@ class SharedEnvironment:
 
 
 def code_of(error: Exception) -> int:
-    """The errno of an OSError, or the code that LMDB gave (an errno, or a negative number of its own); 0 if none."""
+    """The errno of an OSError, or LMDB's code (an errno, or a negative number of its own); 0 if there is neither."""
     if isinstance(error, OSError):
         return error.errno or 0
     return int(getattr(error, "code", 0))
 
 
 def full(error: Exception) -> bool:
-    """Whether the disk or LMDB's map had no room."""
+    """Whether the disk or LMDB's map was full."""
     return isinstance(error, lmdb.MapFullError) or code_of(error) in NO_ROOM

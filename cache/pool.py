@@ -1,6 +1,6 @@
 """Host-side accounting of the device page pool: which pages are free, and how many holders each other page has.
 
-A page here is a number. The arrays behind it belong to the engine; who holds it and why belongs to index and store.
+A page here is a number. Its arrays belong to the engine; `prefix_cache` and `radix_tree` know who holds it and why.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ class PoolExhausted(RuntimeError):
 
 
 def pages_for(length: int, page_size: int) -> int:
-    """Page slots that `length` tokens occupy, the last one perhaps partly."""
+    """Pages that `length` tokens occupy, the last one perhaps partly."""
     return -(-length // page_size)
 
 
@@ -24,12 +24,11 @@ class PagePool:
         self.num_pages = num_pages
         self.free_pages = num_pages
         self.ref_counts = np.zeros(num_pages, np.int32)  # [pages] int32
-        self.free_stack = np.arange(
-            num_pages - 1, -1, -1, dtype=np.int32
-        )  # [pages] int32, the first free_pages are valid
+        # [pages] int32, the first `free_pages` are valid
+        self.free_stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
 
     def allocate(self, count: int) -> np.ndarray:
-        """Take `count` free pages, one reference each: [count] int32. Raises PoolExhausted, and then takes none."""
+        """Take `count` free pages, [count] int32, with one reference each. Raises PoolExhausted if there are fewer."""
         assert count >= 0, f"cannot allocate {count} pages"
         if count > self.free_pages:
             raise PoolExhausted(

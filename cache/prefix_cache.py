@@ -1,12 +1,14 @@
-"""PrefixCache: match, extend, insert, release; the one face of the cache that the engine uses.
+"""PrefixCache: match, extend, insert, release; how the engine finds and keeps prefixes on the device.
 
-Not thread-safe: only the engine's thread calls it, but for `stats`, which anybody may read at the price of a torn
-figure. It says which device page to copy where and never touches the device.
+Not thread-safe: only the engine's thread calls it, except `stats`, which any thread may read; its figures may then be
+from different moments. It returns which device page to copy where and never touches the device.
 
 A request calls match(prompt[:-1]), extend(lease, len(prompt)), insert after every chunk whose KV is computed, extend as
-it decodes, insert at the end, release. The rule behind it all: **only the lease that allocated a page writes it**, and
-what it has inserted it writes no more; everybody else reads. A pool needs one page more than its longest sequence,
-because a page copy has its source and its target at the same time.
+it decodes, insert at the end, release. The rule: **only the lease that allocated a page writes it**, and never what it
+has inserted already; all others only read. A pool needs one page more than its longest sequence, because a page copy
+holds its source and its target at the same time.
+
+Reuse by a radix tree is SGLang's RadixAttention (Zheng et al., 2023, https://arxiv.org/abs/2312.07104).
 """
 
 import itertools
@@ -24,9 +26,9 @@ class Lease:
     """Pages that a running request holds. Every extend makes a new lease and ends the one it was given."""
 
     number: int  # which request's lease this is; the same after extend
-    pages: np.ndarray  # [slots] int32, the block table, slot 0 first; do not change it
-    length: int  # tokens it has room for: the match at first, whole pages once extended
-    reused: int  # tokens whose KV was found, from token zero on
+    pages: np.ndarray  # [pages] int32, the block table, in order of position; do not change it
+    length: int  # tokens it has room for: the match at first, whole pages after extend
+    reused: int  # tokens whose KV was found, from the first token on
     salt: bytes
 
 
@@ -40,17 +42,20 @@ class PageCopy:
 
 @dataclass(frozen=True)
 class PrefixCacheStats:
-    """Pages now (total = free + cached + in use), and evicted since the start."""
+    """Pages now (total = free + cached + in use), and how many were evicted since the start."""
 
     pages_total: int
     pages_free: int
     pages_cached: int  # held by the tree alone: what eviction may free
-    pages_in_use: int  # held by a live lease, cached as well or not
+    pages_in_use: int  # held by a live lease, whether cached or not
     pages_evicted: int
 
 
 class PrefixCache:
-    """The prefix-keyed KV store over `num_pages` device pages of `page_size` tokens each."""
+    """The prefix cache over `num_pages` device pages of `page_size` tokens each.
+
+    `fingerprint` names the model and its weights in the keys of pages.
+    """
 
     def __init__(self, num_pages: int, page_size: int, fingerprint: bytes = b"") -> None:
         if page_size < 1:
@@ -63,7 +68,7 @@ class PrefixCache:
         self.numbers = itertools.count()
 
     def match(self, tokens: np.ndarray, salt: bytes = b"") -> Lease:
-        """Lease the longest cached prefix of `tokens` ([tokens] int32) under `salt`, token by token.
+        """A lease on the longest cached prefix of `tokens` ([tokens] int32) under `salt`, token by token.
 
         The last page may be matched only in part. Match one token less than the prompt: its last token has to run
         through the model for the first logits.
@@ -74,38 +79,38 @@ class PrefixCache:
         return self._enter(Lease(next(self.numbers), pages, reused, reused, salt))
 
     def peek(self, tokens: np.ndarray, salt: bytes = b"") -> int:
-        """How many of `tokens` ([tokens] int32) are cached, as `match` finds them, without a lease or a use."""
+        """How many of `tokens` ([tokens] int32) `match` would find; takes no lease and does not count as a use."""
         return self.tree.length(np.asarray(tokens, np.int32), salt)
 
     def find(self, tokens: np.ndarray, salt: bytes = b"") -> tuple[np.ndarray, int]:
-        """The pages ([slots] int32) that hold the longest cached prefix of `tokens`, and its length.
+        """The pages ([pages] int32) that hold the longest cached prefix of `tokens`, and its length.
 
-        No lease and no use: good until the next call that changes the store.
+        Takes no lease and does not count as a use: valid until the next call that changes the cache.
         """
         return self.tree.find(np.asarray(tokens, np.int32), salt)
 
     def drop(self, tokens: np.ndarray, start: int, salt: bytes = b"") -> list[np.ndarray]:
-        """Forget what was published from position `start` on, of all sequences that begin with `tokens[: start + 1]`.
+        """Forget position `start` and later of all sequences that begin with `tokens[: start + 1]`.
 
         `start` is a multiple of the page size. Returns those sequences, whole, each [tokens] int32. A live lease keeps
-        its pages, and would publish them again: call it while there is none that could.
+        its pages and would publish them again: call it only while no such lease is live.
         """
         return self.tree.drop(np.asarray(tokens, np.int32), start, salt)
 
     def extend(self, lease: Lease, length: int) -> tuple[Lease, list[PageCopy]]:
         """Make room for `length` tokens in total, evicting cached pages as needed.
 
-        Returns the lease to go on with, and the page copies, which the caller enqueues on the device before all else.
-        Raises PoolExhausted if too little can be evicted; then nothing has leaked and the lease given is still valid.
+        Returns the lease that replaces this one, and the page copies, which the caller enqueues on the device before
+        anything else. Raises PoolExhausted if too little can be evicted; then the given lease is still valid.
         """
         self._assert_live(lease)
         if length <= lease.length:
             return lease, []
-        # Only a match may end inside a page, and that page is another's to write: it gives way to a copy.
+        # Only a match may end inside a page. Another lease may write that page, so this one continues in a copy.
         kept, partial = np.split(lease.pages, [lease.length // self.page_size])
         needed = pages_for(length, self.page_size) - len(kept)
         short = needed - self.pool.free_pages
-        # A request that cannot be served anyway must not empty the cache.
+        # A request that cannot be served even then must not empty the cache.
         if 0 < short <= self.tree.idle_pages():
             self.tree.evict(short)
         fresh = self.pool.allocate(needed)
@@ -116,9 +121,10 @@ class PrefixCache:
         return self._enter(Lease(lease.number, pages, len(pages) * self.page_size, lease.reused, lease.salt)), copies
 
     def insert(self, lease: Lease, tokens: np.ndarray) -> None:
-        """Publish `tokens` ([tokens] int32, from token zero on), whose KV is now computed, or enqueued, in lease.pages.
+        """Publish `tokens` ([tokens] int32), the whole sequence so far, with its KV computed or enqueued in
+        lease.pages.
 
-        Call it as often as the sequence grows, each time with all of it. Raises ValueError beyond the lease's length.
+        Call it each time the sequence has grown. Raises ValueError for more tokens than the lease has room for.
         """
         self._assert_live(lease)
         tokens = np.asarray(tokens, np.int32)

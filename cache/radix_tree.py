@@ -1,11 +1,12 @@
 """The radix tree over token ids: the longest cached prefix, token by token, and what to evict when pages run short.
 
-It holds one reference to each page it lists. Leases, requests and device copies belong to the store and the engine.
+It holds one reference to each page it lists. Leases belong to the prefix cache, requests and device copies to the
+engine.
 
 A node is a run of tokens that may start and end inside a page. Each page belongs to exactly one node, the deepest that
-reaches into it: a leaf lists the page slots from the one it starts in to the one it ends in; an inner node that ends
-inside a page leaves that slot to its children, and each has its own page there, which holds the ancestors' tokens too.
-So the block table of a path is its nodes' pages joined, and a page is in use when its reference count is above one.
+reaches into it. A leaf lists its pages from the one it starts in to the one it ends in. An inner node that ends inside
+a page does not list that page: each of its children has its own copy, which holds the ancestors' tokens too. So the
+block table of a path is its nodes' pages joined, and a page is in use if its reference count is above one.
 """
 
 import heapq
@@ -23,12 +24,12 @@ NO_PAGES = np.zeros(0, np.int32)  # [0] int32
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A run of tokens at positions start .. end - 1 and the pages that it lists, from slot start // page_size on."""
+    """A run of tokens at positions start .. end - 1 and the pages that it lists, from page start // page_size on."""
 
-    key: int | bytes  # under which the parent knows it: its first token, or the cache salt for a root
+    key: int | bytes  # its key in the parent's children: its first token, or the cache salt for a root
     start: int
     tokens: np.ndarray  # [run] int32
-    pages: np.ndarray  # [slots] int32
+    pages: np.ndarray  # [pages] int32
     parent: "Node | None"
     last_used: int = 0
     children: dict[int | bytes, "Node"] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Node:
 
     @property
     def is_leaf(self) -> bool:
-        """Whether it has tokens and no children; a leaf is never without pages, and only leaves are evicted."""
+        """Whether it has tokens and no children; a leaf always has pages, and only leaves are evicted."""
         return len(self.tokens) > 0 and not self.children
 
 
@@ -59,22 +60,22 @@ class RadixTree:
         self.pool = pool
         self.page_size = page_size
         self.top = Node(b"", 0, NO_TOKENS, NO_PAGES, None)  # its children are the roots, by salt
-        self.held = np.zeros(pool.num_pages, bool)  # [pages] bool, the pages that some node lists
+        self.held = np.zeros(pool.num_pages, bool)  # [pages] bool, whether some node lists the page
         self.evicted_pages = 0
         self.clock = 0
-        # One entry (last_used, serial, node) for every leaf and nothing else; last_used may lag behind the node's.
+        # One entry (last_used, serial, node) for every leaf and no other node; last_used may be older than the node's.
         self.leaves: list[tuple[int, int, Node]] = []
         self.serials = itertools.count()
 
     def length(self, tokens: np.ndarray, salt: bytes) -> int:
-        """Length of the longest cached prefix of `tokens` ([tokens] int32); looking does not count as a use."""
+        """Length of the longest cached prefix of `tokens` ([tokens] int32); does not count as a use."""
         root = self.top.children.get(salt)
         return self._walk(root, tokens)[1] if root else 0
 
     def match(self, tokens: np.ndarray, salt: bytes) -> tuple[np.ndarray, int]:
-        """The longest cached prefix of `tokens` ([tokens] int32): pages ([slots] int32) that cover it, and its length.
+        """The longest cached prefix of `tokens` ([tokens] int32): pages ([pages] int32) that cover it, and its length.
 
-        The last page may hold more than the match. A hit counts as a use of every node on the way, as a whole.
+        The last page may hold more than the match. A hit counts as a use of every node on the path, as a whole.
         """
         root = self.top.children.get(salt)
         if root is None:
@@ -84,7 +85,7 @@ class RadixTree:
         return self._table(path, length), length
 
     def find(self, tokens: np.ndarray, salt: bytes) -> tuple[np.ndarray, int]:
-        """What `match` returns, and nothing counts as used."""
+        """What `match` returns; does not count as a use."""
         root = self.top.children.get(salt)
         if root is None:
             return NO_PAGES, 0
@@ -92,10 +93,11 @@ class RadixTree:
         return self._table(path, length), length
 
     def insert(self, tokens: np.ndarray, pages: np.ndarray, salt: bytes) -> None:
-        """Add `tokens` ([tokens] int32), whose KV lies in `pages` ([slots] int32, slot 0 first).
+        """Add `tokens` ([tokens] int32), whose KV lies in `pages` ([pages] int32, in order of position).
 
-        What the tree has already keeps its pages. From the first new token's slot on, the tree lists the given pages,
-        which hold that slot's earlier tokens too. They may be filled further later, but what they hold must stay.
+        Tokens that the tree has already keep their pages. From the page of the first new token on, the tree lists the
+        given pages, which hold that page's earlier tokens too. They may be filled further later, but must keep what
+        they hold.
         """
         assert len(pages) == pages_for(len(tokens), self.page_size), "pages must cover the tokens and no more"
         if not len(tokens):
@@ -113,9 +115,9 @@ class RadixTree:
         self._touch(path)
 
     def evict(self, wanted: int) -> int:
-        """Free up to `wanted` pages from the tails of the least recently used leaves; returns how many it freed.
+        """Free up to `wanted` pages from the ends of the least recently used leaves; returns how many it freed.
 
-        A page in use stays, and so does all that comes before it on its path.
+        A page in use stays, and so do all pages before it on its path.
         """
         freed = 0
         set_aside = []
@@ -127,7 +129,7 @@ class RadixTree:
             freed += self._trim(leaf, wanted - freed)
             survivor = self._prune(leaf)
             if survivor is leaf:
-                # Its tail is in use, or enough is freed: looked at once in this call, whatever its age.
+                # Its end is in use, or enough is freed: do not look at it again in this call.
                 set_aside.append(leaf)
             elif survivor is not None:
                 self._queue(survivor)
@@ -137,10 +139,10 @@ class RadixTree:
         return freed
 
     def drop(self, tokens: np.ndarray, start: int, salt: bytes) -> list[np.ndarray]:
-        """Forget what lies from position `start` on in all sequences that begin with `tokens[: start + 1]`.
+        """Forget position `start` and later of all sequences that begin with `tokens[: start + 1]`.
 
-        `start` is a multiple of the page size and inside of `tokens` ([tokens] int32). Returns those sequences, whole,
-        each [tokens] int32. A page in use stays with its users.
+        `start` is a multiple of the page size and less than len(tokens). Returns those sequences, whole, each [tokens]
+        int32. Leases keep the pages that they hold.
         """
         assert start % self.page_size == 0, f"cannot cut at {start}, inside a page of {self.page_size} tokens"
         root = self.top.children.get(salt)
@@ -171,7 +173,7 @@ class RadixTree:
         return sequences
 
     def idle_pages(self) -> int:
-        """Pages that no request uses, only the tree: no eviction can free more than these."""
+        """Pages that only the tree holds: no eviction can free more than these."""
         return int(np.count_nonzero(self.held & (self.pool.ref_counts == 1)))
 
     def nodes(self) -> Iterator[Node]:
@@ -194,8 +196,8 @@ class RadixTree:
             assert node.key == node.tokens[0]
             assert node.start == node.parent.end
             assert node.last_used <= node.parent.last_used or not len(node.parent.tokens)
-            slots = pages_for(node.end, self.page_size) if node.is_leaf else node.end // self.page_size
-            assert len(node.pages) == slots - node.start // self.page_size
+            end_page = pages_for(node.end, self.page_size) if node.is_leaf else node.end // self.page_size
+            assert len(node.pages) == end_page - node.start // self.page_size
             listed = np.concatenate([listed, node.pages])
             if node.is_leaf:
                 leaves.append(node)
@@ -205,7 +207,7 @@ class RadixTree:
         assert len(self.leaves) == len(leaves)
 
     def _walk(self, root: Node, tokens: np.ndarray) -> tuple[list[Node], int]:
-        """The nodes from the root that `tokens` runs through, and how many tokens match; it may end inside the last."""
+        """The path from the root along `tokens`, and how many tokens match; the match may end inside the last node."""
         path, matched = [root], 0
         while matched < len(tokens) and matched == path[-1].end:
             child = path[-1].children.get(int(tokens[matched]))
@@ -216,19 +218,19 @@ class RadixTree:
         return path, matched
 
     def _table(self, path: list[Node], length: int) -> np.ndarray:
-        """The pages of a path's first `length` tokens, [slots] int32."""
-        slots = pages_for(length, self.page_size)
-        pages = np.concatenate([node.pages for node in path])[:slots]
-        if len(pages) < slots:  # the match ends in a page slot that an inner node leaves to its children
+        """The pages of a path's first `length` tokens, [pages] int32."""
+        count = pages_for(length, self.page_size)
+        pages = np.concatenate([node.pages for node in path])[:count]
+        if len(pages) < count:  # the match ends in a page that an inner node leaves to its children
             below = path[-1]
             while below is path[-1] or not len(below.pages):
                 below = next(iter(below.children.values()))
             pages = np.append(pages, below.pages[0])
-        assert len(pages) == slots
+        assert len(pages) == count
         return pages
 
     def _split(self, node: Node, at: int) -> Node:
-        """Cut `node` at position `at` inside it; returns the new upper half. The lower stays the node it was."""
+        """Cut `node` at position `at` inside it; returns the new upper half. The lower half stays the same object."""
         assert node.parent is not None
         assert node.start < at < node.end
         cut, page_cut = at - node.start, at // self.page_size - node.start // self.page_size
@@ -240,7 +242,7 @@ class RadixTree:
         return upper
 
     def _grow(self, leaf: Node, rest: np.ndarray, new: np.ndarray) -> None:
-        """Continue a leaf in place; a partly filled last page gives way to the newcomer's page for that slot."""
+        """Continue a leaf in place; the first new page replaces a partly filled last one."""
         kept = leaf.pages[: leaf.end // self.page_size - leaf.start // self.page_size]
         self._swap(old=leaf.pages[len(kept) :], new=new)
         leaf.pages = np.concatenate([kept, new])
@@ -255,7 +257,7 @@ class RadixTree:
         return leaf
 
     def _swap(self, old: np.ndarray, new: np.ndarray) -> None:
-        # New first: the same page may be in both, and must not become free in between.
+        # New first: a page that is in both must not become free in between.
         self.pool.retain(new)
         self.pool.release(old)
         self.held[old] = False
@@ -280,7 +282,7 @@ class RadixTree:
         return len(idle)
 
     def _prune(self, leaf: Node) -> Node | None:
-        """Forget tokens without pages, from the leaf upwards; returns the leaf that is now there, if any."""
+        """Forget tokens without pages, from the leaf upwards; returns the leaf that is left, if any."""
         node = leaf
         while node.parent is not None and not node.children:
             covered = (node.start // self.page_size + len(node.pages)) * self.page_size - node.start

@@ -1,7 +1,8 @@
 """The remote tier: pages shared between machines, in any TensorStore KvStore (`file://`, `s3://`, `gs://`, or a spec).
 
 An object is seal (length and XXH3-64) and payload under `tokenzero-pages-v2/<2 hex digits>/<key in hex>`. There is no
-budget and no eviction here: machines cannot agree on what was used last, a lifecycle rule of the bucket can.
+budget and no eviction here, since machines do not share a record of uses: use a lifecycle rule of the bucket. KvStore
+is documented at https://google.github.io/tensorstore/kvstore/index.html.
 """
 
 import logging
@@ -25,9 +26,9 @@ T = TypeVar("T")
 class RemoteTier:
     """Pages behind a URL; `s3://` follows AWS_ENDPOINT_URL and AWS_REGION, as Amazon's own tools do.
 
-    A page that is written is visible to all when put_many returns. After a failure or an answer slower than
-    `timeout_seconds` the tier is left alone for RETRY_SECONDS, so that a dead network delays one request, not all.
-    Raises ValueError if TensorStore does not understand the URL.
+    A written page is visible to all machines when put_many returns. After a failure, or an answer slower than
+    `timeout_seconds`, the tier is not used for RETRY_SECONDS, so that a dead network delays one request, not all.
+    Raises ValueError if TensorStore refuses the URL.
     """
 
     def __init__(self, url: str, timeout_seconds: float = 10.0, in_flight: int = 32) -> None:
@@ -43,12 +44,12 @@ class RemoteTier:
         self.failing = False
 
     def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """See Tier. One small read a key, many at once: tens of milliseconds over a network."""
+        """See Tier. One small read per key, many in parallel: tens of milliseconds over a network."""
         results = self._each(keys, lambda key: self.store.read(name_of(key), byte_range=slice(0, SEAL.size)))
         return [result is not None and result.state == "value" for result in results]
 
     def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
-        """See Tier. Asks nobody and says yes: uses are not recorded here, and a look would cost a read a key."""
+        """See Tier. Always True: uses are not recorded here, and to look would cost a read per key."""
         return [True] * len(keys)
 
     def get_many(
@@ -57,10 +58,10 @@ class RemoteTier:
         into: Sequence[np.ndarray] | None = None,
         stamps: Sequence[int] | None = None,
     ) -> list[Payload | None]:
-        """See Tier. An object that its seal does not fit is a miss, counted and removed; last use is not recorded."""
+        """See Tier. An object that does not match its seal is a miss, counted and removed; uses are not recorded."""
         results = self._each(keys, lambda key: self.store.read(name_of(key)))
-        slots = [None] * len(keys) if into is None else into
-        return [self._opened(*item) for item in zip(keys, results, slots, strict=True)]
+        buffers = [None] * len(keys) if into is None else into
+        return [self._opened(*item) for item in zip(keys, results, buffers, strict=True)]
 
     def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
         """See Tier. Objects that are there are not written again."""
@@ -75,7 +76,7 @@ class RemoteTier:
         return all(done is not None for done in self._each(keys, lambda key: self.store.write(name_of(key), None)))
 
     def sync(self) -> None:
-        """Nothing: TensorStore writes through."""
+        """Do nothing: TensorStore writes through."""
 
     def stats(self) -> TierStats:
         """Counters; pages and bytes are 0, since counting a bucket takes a listing of it."""
@@ -84,10 +85,10 @@ class RemoteTier:
             return TierStats(self.name, 0, 0, self.budget_bytes, open=is_open, **self.counts)
 
     def close(self) -> None:
-        """Nothing: TensorStore keeps its connections by itself."""
+        """Do nothing: TensorStore manages its connections."""
 
     def _each(self, things: Sequence[T], start: Callable[[T], Any]) -> list[Any]:
-        """The result of a TensorStore operation for each thing, `in_flight` at once; None where it failed."""
+        """The result of a TensorStore operation for each thing, `in_flight` in parallel; None where it failed."""
         results: list[Any] = []
         for at in range(0, len(things), self.in_flight):
             if time.monotonic() < self.retry_at:
@@ -97,7 +98,7 @@ class RemoteTier:
         return results + [None] * (len(things) - len(results))
 
     def _result(self, future: Any) -> Any:
-        # Once one of them timed out, the others are not waited for.
+        # After one operation timed out, do not wait for the others.
         wait = self.timeout_seconds if time.monotonic() >= self.retry_at else 0.0
         try:
             result = future.result(timeout=wait)
@@ -111,7 +112,7 @@ class RemoteTier:
         self.failing = self.failing and time.monotonic() < self.retry_at
         return result
 
-    def _opened(self, key: bytes, result: Any, slot: np.ndarray | None) -> Payload | None:
+    def _opened(self, key: bytes, result: Any, buffer: np.ndarray | None) -> Payload | None:
         if result is None or result.state != "value":
             self._count(misses=1)
             return None
@@ -120,7 +121,7 @@ class RemoteTier:
             self._count(misses=1, corrupt=1)
             self.delete([key])
             return None
-        found = placed(payload, slot)
+        found = placed(payload, buffer)
         self._count(**({"misses": 1} if found is None else {"hits": 1, "bytes_read": payload.nbytes}))
         return found
 
@@ -130,7 +131,7 @@ class RemoteTier:
 
 
 def place(url: str) -> str | dict[str, str]:
-    """What TensorStore opens for a URL; it reads no AWS_ENDPOINT_URL itself, but takes an endpoint in a spec."""
+    """The TensorStore spec of a URL, with the endpoint of AWS_ENDPOINT_URL, which TensorStore does not read itself."""
     # TensorStore joins a path and a key without a separator.
     folder = url if url.endswith("/") else url + "/"
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -142,5 +143,5 @@ def place(url: str) -> str | dict[str, str]:
 
 
 def name_of(key: bytes) -> str:
-    """The object's name, spread over 256 folders: one folder of a million files is slow to list."""
+    """The object's name, in one of 256 folders: a single folder of a million files is slow to list."""
     return f"{FORMAT}/{key.hex()[:2]}/{key.hex()}"

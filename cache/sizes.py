@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them; both command lines use it."""
+"""Sizes in bytes as people write and read them, for the command lines."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ def parse_bytes(text: str) -> int:
 
 
 def show_bytes(count: int) -> str:
-    """A size with three digits or so: 1.5 MiB."""
+    """A size with one decimal: 1.5 MiB."""
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:

@@ -1,7 +1,7 @@
-"""The tiers below the device pool: one small protocol, the host memory tier, and reads over several tiers at once.
+"""The protocol of a tier below the device pool, and reads over several tiers.
 
-A tier maps 32-byte page keys (cache.keys) to opaque payloads. It never raises for what a disk or a network does: what
-it cannot read is a miss, what it cannot write is dropped, and both are counted.
+A tier maps 32-byte page keys (cache.keys) to opaque payloads. It never raises for a failing disk or network: what it
+cannot read is a miss, what it cannot write is dropped, and both are counted.
 """
 
 import struct
@@ -18,13 +18,13 @@ import xxhash
 
 from cache.worker import Failures, Worker
 
-Payload = bytes | bytearray | memoryview  # a memoryview must be contiguous; nobody may change it once handed over
+Payload = bytes | bytearray | memoryview  # a memoryview must be contiguous, and must not change once handed over
 Item = tuple[bytes, Payload]  # page key, payload
 T = TypeVar("T")
 
-# How many keys a search asks a tier for at once: it ends where nothing more is found, so a cold prompt costs little.
+# Keys that a search asks a tier for at once: it stops after a step without a hit, so a cold prompt costs little.
 SEARCH_STEP = 128
-CLOCK_SLACK_NS = 60 * 10**9  # how far a clock may be set back, or differ from another process's, without notice
+CLOCK_SLACK_NS = 60 * 10**9  # tolerated when a clock is set back or differs from another process's
 SEAL = struct.Struct("<QQ")  # payload length in bytes, XXH3-64 of key and payload
 
 
@@ -34,36 +34,36 @@ class TierStats:
 
     name: str
     pages: int
-    bytes: int  # occupied, the tier's own overhead included
+    bytes: int  # occupied, including the tier's own overhead
     budget_bytes: int  # 0: no limit
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     evicted: int = 0
-    corrupt: int = 0  # records that failed their checksum: each was a miss, and was removed
+    corrupt: int = 0  # records that failed their checksum; each was a miss and was removed
     dropped: int = 0  # pages that could not be written
     errors: int = 0  # failed operations of the disk or the network
     open: bool = True  # whether it can be used now
 
 
 class Tier(Protocol):
-    """A place for pages. All methods may be called from any thread, and none raises for what lies below.
+    """A place for pages. All methods may be called from any thread, and none raises for a failing disk or network.
 
-    A stamp is a page's last use in nanoseconds since 1970. Of two stamps the newer one stays on record, and the page
-    with the oldest goes first. `stamps` has one for each key; None stands for now, the first key the most recent.
-    A request stamps page i of its chain with the request's own time less i, whenever it reads or writes the page: so no
-    page is newer than the one in front of it, and a chain loses its tail first. The stamp 0 is no use.
+    A stamp is a page's last use in nanoseconds since 1970. The newer of two stamps is kept, and the page with the
+    oldest is evicted first. `stamps` has one for each key; None means now, the first key the most recent. A request
+    stamps page i of its chain with the request's own time minus i, whenever it reads or writes the page: so no page is
+    newer than the one before it, and a chain loses its end first. The stamp 0 does not count as a use.
     """
 
     name: str
     budget_bytes: int
 
     def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which keys are there. Does not count as a use."""
+        """Whether each key is there. Does not count as a use."""
 
     def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
-        """As contains_many, but a use. True where the tier cannot tell."""
+        """As contains_many, but counts as a use. True where the tier cannot know."""
 
     def get_many(
         self,
@@ -71,28 +71,28 @@ class Tier(Protocol):
         into: Sequence[np.ndarray] | None = None,
         stamps: Sequence[int] | None = None,
     ) -> list[Payload | None]:
-        """The payloads, None for a miss. A use.
+        """The payloads, None for a miss. Counts as a use.
 
-        `into` has a slot for each key, [bytes] uint8, where its payload goes; one of another size is a miss.
+        `into` has a buffer for each key, [bytes] uint8, to copy its payload to; a payload of another size is a miss.
         """
 
     def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
-        """Store pages, evicting the least recently used to stay in the budget; these may be among them.
+        """Store pages, evicting the least recently used, perhaps some of these, to stay within the budget.
 
-        A key that is there is only touched.
+        A key that is there already is only touched.
         """
 
     def delete(self, keys: Sequence[bytes]) -> bool:
-        """Forget the keys, where they are there; False if some of them may still be."""
+        """Delete the keys that are there; return False if some may still be there."""
 
     def sync(self) -> None:
-        """Make what was put so far survive a power cut, as far as the tier can."""
+        """Make what was put so far survive a power cut, if the tier can."""
 
     def stats(self) -> TierStats:
-        """Contents and counters; at once, whatever the tier is busy with."""
+        """Contents and counters; returns at once, even while the tier is busy."""
 
     def close(self) -> None:
-        """Let go of files and threads; the tier is not used after this."""
+        """Release files and threads; the tier is not used after this."""
 
 
 def stamps_now(count: int) -> Sequence[int]:
@@ -102,49 +102,52 @@ def stamps_now(count: int) -> Sequence[int]:
 
 
 def seal(key: bytes, payload: Payload) -> bytes:
-    """Length and checksum of a page record: SEAL.size bytes. It covers the key, so that no page passes as another."""
+    """Length and checksum of a page record, SEAL.size bytes. It covers the key, so no page can pass for another.
+
+    The checksum is XXH3-64 (https://xxhash.com).
+    """
     digest = xxhash.xxh3_64(key)
     digest.update(payload)
     return SEAL.pack(memoryview(payload).nbytes, digest.intdigest())
 
 
-def placed(payload: Payload, slot: np.ndarray | None) -> Payload | None:
-    """The payload, in its slot ([bytes] uint8) if there is one; None if it is of another size."""
-    if slot is None:
+def placed(payload: Payload, buffer: np.ndarray | None) -> Payload | None:
+    """The payload, copied to `buffer` ([bytes] uint8) if there is one; None if the sizes differ."""
+    if buffer is None:
         return payload
-    if memoryview(payload).nbytes != slot.nbytes:
+    if memoryview(payload).nbytes != buffer.nbytes:
         return None
-    # numpy lets other threads run meanwhile.
-    np.copyto(slot, np.frombuffer(payload, np.uint8))
-    return slot.data
+    # numpy releases the interpreter lock meanwhile.
+    np.copyto(buffer, np.frombuffer(payload, np.uint8))
+    return buffer.data
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a fetch found, in the order of its keys."""
+    """The result of a fetch, in the order of its keys."""
 
     sources: list[str | None]  # the tier that each page came from, None for a miss
-    # Spent reading in each tier that was asked; a tier that cannot be read yet answers at once.
+    # Spent reading in each tier that was asked.
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class TieredPages:
-    """Reads over several tiers, the fastest first. What a lower tier gave is kept in the first one too.
+    """Reads over several tiers, the fastest first. What a lower tier returned is also kept in the first one.
 
-    A tier that raises is one that has nothing.
+    A tier that raises counts as empty.
     """
 
     def __init__(self, tiers: Sequence[Tier]) -> None:
         self.tiers = tuple(tiers)
-        # One thread: a second would only compete for the same disk, and a restore wants its first pages first.
+        # One thread: a second would compete for the same disk, and a restore needs its first pages first.
         self.reader = Worker("restore")
         self.failures = Failures()
-        self.hidden: frozenset[bytes] = frozenset()  # keys that are being deleted: nobody finds them meanwhile
+        self.hidden: frozenset[bytes] = frozenset()  # keys that are being deleted, and are not found meanwhile
 
     def locate(self, keys: Sequence[bytes]) -> list[str | None]:
-        """The first tier that has each key of a chain, None for a miss; nothing is read, and nothing counts as used.
+        """The first tier that has each key of a chain, None for a miss; reads nothing and does not count as a use.
 
-        It looks no further than SEARCH_STEP keys without a hit: what comes behind is None too.
+        It stops after SEARCH_STEP keys without a hit: later keys are None too.
         """
         names: list[str | None] = []
         for start in range(0, len(keys), SEARCH_STEP):
@@ -155,7 +158,7 @@ class TieredPages:
         return names + [None] * (len(keys) - len(names))
 
     def touch(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
-        """Record a use of pages without reading them; returns which of them the lowest tier still has."""
+        """Record a use of pages without reading them; return whether the lowest tier still has each."""
         unknown = [True] * len(keys)
         there = unknown
         for tier in self.tiers:
@@ -169,7 +172,7 @@ class TieredPages:
         then: Callable[[Fetched], T],
         stamps: Sequence[int] | None = None,
     ) -> "Future[T]":
-        """Read pages in the background, as `read`, and hand what was found to `then` on the same thread."""
+        """Read pages in the background, as `read` does, and call `then` with the result on the same thread."""
         return self.reader.submit(lambda: then(self.read(keys, pages, stamps)))
 
     def read(
@@ -178,7 +181,7 @@ class TieredPages:
         pages: np.ndarray,  # [keys, bytes of a page] uint8
         stamps: Sequence[int] | None = None,
     ) -> Fetched:
-        """Read each page to its row of `pages`; one that has meanwhile gone, or is corrupt, leaves anything there."""
+        """Read each page to its row of `pages`; the row of a page that is gone or corrupt may hold anything."""
         used = stamps_now(len(keys)) if stamps is None else stamps
         sources: list[str | None] = [None] * len(keys)
         seconds: dict[str, float] = {}
@@ -204,7 +207,7 @@ class TieredPages:
         return Fetched(sources, seconds)
 
     def copies(self, keys: Sequence[bytes]) -> "Future[dict[str, list[Payload | None]]]":
-        """What each tier has under the keys, by its name; in the background, no use, nothing is kept higher."""
+        """What each tier has under the keys, by the tier's name; read in the background, without a use."""
         return self.reader.submit(lambda: {tier.name: self._copies(tier, keys) for tier in self.tiers})
 
     def _copies(self, tier: Tier, keys: Sequence[bytes]) -> list[Payload | None]:
@@ -213,7 +216,7 @@ class TieredPages:
         return self.failures.guard(f"{tier.name}: no audit", lambda: tier.get_many(keys, stamps=never), nothing)
 
     def forget(self, keys: Sequence[bytes]) -> "Future[bool]":
-        """Delete pages from every tier, once the reads under way have ended; False where some may still be there."""
+        """Delete pages from every tier, after the reads under way; False if some may still be there."""
         return self.reader.submit(self._forget, keys)
 
     def _forget(self, keys: Sequence[bytes]) -> bool:
@@ -224,13 +227,13 @@ class TieredPages:
         return gone
 
     def stats(self) -> list[TierStats]:
-        """The stats of each tier, the fastest first; at once."""
+        """The stats of each tier, the fastest first; returns at once."""
         return [tier.stats() for tier in self.tiers]
 
     def close(self, seconds: float = 60.0) -> bool:
-        """Drop the fetches that wait, and close all tiers at once; False if that takes longer than `seconds`.
+        """Drop the fetches that wait, and close all tiers in parallel; False if that takes longer than `seconds`.
 
-        What takes longer goes on in daemon threads.
+        Tiers that take longer continue to close in daemon threads.
         """
         end = time.monotonic() + seconds
         self.reader.stop()

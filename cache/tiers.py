@@ -1,4 +1,4 @@
-"""What lies below the device pool, as an engine needs it: pages to look up and read ahead, and pages to write behind.
+"""The tiers below the device pool, as an engine needs them: look up, prefetch, write back and forget pages.
 
 Pages are named by their content (cache.keys); a page that a sequence left partly filled has a key of its own.
 """
@@ -23,7 +23,7 @@ from cache.writeback import WriteBack
 
 log = logging.getLogger("tokenzero.cache.tiers")
 
-# Forgetting waits so long for what is being written, and deletes so many keys at once: writers wait meanwhile.
+# Forgetting waits so long for pages that are being written, and deletes so many keys at once: writers wait meanwhile.
 FORGET_SECONDS = 5.0
 FORGET_STEP = 512
 FORGET_AGAIN_SECONDS = 10.0
@@ -37,23 +37,23 @@ class StoredPage:
     key: bytes
     tokens: int  # filled, from the page's start on
     tier: str
-    # Of the use, see cache.tiers.Tier; 0 behind a hole, where nothing counts as used until that is filled.
+    # See cache.tier.Tier; 0 after a hole, where no page counts as used until the hole is filled.
     stamp: int = 0
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the tiers know of a sequence of which the device holds the first pages."""
+    """What the tiers have of a sequence whose first pages are on the device."""
 
-    pages: list[StoredPage]  # behind those, in order; there may be holes
-    missing: list[int]  # of those, the ones that the lowest tier has lost
+    pages: list[StoredPage]  # after those on the device, in order; there may be holes
+    missing: list[int]  # indices of pages on the device that the lowest tier has lost
 
 
 class Tiers:
-    """Host memory, and a disk or a remote store; opened together, closed together.
+    """Host memory, and a disk or a remote KV store; opened together, closed together.
 
     `store` is a directory or a URL that TensorStore knows (`s3://`, `gs://`, `file://`), None for memory alone. Raises
-    StoreError if the directory belongs to another program or version, ValueError if the URL is not understood.
+    StoreError if the directory belongs to another program or version, ValueError if TensorStore refuses the URL.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Tiers:
         queue_bytes: int = 1 << 30,  # of pages that wait to be written
     ) -> None:
         tiers: list[Tier] = [HostTier(host_bytes)] if host_bytes or not store else []
-        # Imported where they are used: a machine that stores nothing need not have their libraries.
+        # Imported late: a machine that stores nothing does not need their libraries.
         if store and "://" in store:
             from cache.remote import RemoteTier
 
@@ -76,7 +76,7 @@ class Tiers:
             tiers.append(DiskTier(Path(store), store_bytes))
         self.pages = TieredPages(tiers)
         self.writer = WriteBack(tiers, flush_seconds, queue_bytes)
-        # Lookups do not wait behind the pages that are read for another request.
+        # Its own thread, so that lookups do not wait for pages that are read for another request.
         self.searcher = Worker("look-up")
 
     def look(
@@ -88,9 +88,9 @@ class Tiers:
         page_size: int,
         used: int,
     ) -> "Future[Found]":
-        """Search the pages of `tokens`, whose full pages have `keys`, behind the first `held`.
+        """Search for the pages of `tokens` after the first `held`; `keys` are those of its full pages.
 
-        What is found, and what is held, counts as used by a request of the time `used` (nanoseconds since 1970).
+        Pages that are found or held count as used at the time `used` (nanoseconds since 1970).
         """
         return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size, used)
 
@@ -101,16 +101,16 @@ class Tiers:
         start: int,
         page_size: int,
     ) -> "Future[int]":
-        """Delete the sequences' pages from position `start` on, the partly filled ones too; the number of keys.
+        """Delete the sequences' pages from position `start` on, partly filled ones too; results in the number of keys.
 
-        In the background, but before any later `look`: no request finds what was to be forgotten when it came, though a
-        tier that is slow or fails may take long to delete it.
+        In the background, but before any later `look`: a later request does not find these pages, even while a slow or
+        failing tier has yet to delete them.
         """
         return self.searcher.submit(self._forget, root, sequences, start, page_size)
 
     def _forget(self, root: bytes, sequences: Sequence[np.ndarray], start: int, page_size: int) -> int:
         found, before = list[bytes](), np.zeros(0, np.int32)
-        for tokens in sequences:  # neighbours share most of their tokens, which are named once
+        for tokens in sequences:  # neighbours share most of their tokens, whose keys are made once
             shared = common_prefix(before, tokens) // page_size * page_size
             found += all_keys(root, tokens, page_size, max(start, shared))
             before = tokens
@@ -120,8 +120,8 @@ class Tiers:
         return len(keys)
 
     def _delete(self, keys: Sequence[bytes]) -> None:
-        """Delete pages from all tiers, again and again until they are gone; until then they stay hidden."""
-        gone = self.writer.flush(FORGET_SECONDS)  # some of it may still wait to be written
+        """Delete pages from all tiers, repeatedly until they are gone; until then they stay hidden."""
+        gone = self.writer.flush(FORGET_SECONDS)  # some pages may still wait to be written
         for at in range(0, len(keys), FORGET_STEP):
             with suppress(TimeoutError, CancelledError):
                 if self.pages.forget(keys[at : at + FORGET_STEP]).result(FORGET_SECONDS):
@@ -135,9 +135,9 @@ class Tiers:
         again.start()
 
     def close(self, seconds: float = 60.0) -> None:
-        """Write what is queued, then close all tiers, within so many seconds: a tier that takes longer is left alone.
+        """Write queued pages, then close all tiers, in at most so many seconds: a tier that takes longer is left alone.
 
-        All threads are daemons, so that none of them holds up the end of the process.
+        All threads are daemons, so none delays the end of the process.
         """
         end = time.monotonic() + seconds
         self.searcher.stop()
@@ -146,7 +146,7 @@ class Tiers:
         self.searcher.thread.join(max(0.0, end - time.monotonic()))
         if not (written and closed):
             lost = self.writer.queued_bytes
-            log.warning("the store did not close in %.0f s: %d bytes of pages may not be written", seconds, lost)
+            log.warning("the tiers did not close in %.0f s: %d bytes of pages may not be written", seconds, lost)
 
 
 def look(
@@ -168,7 +168,7 @@ def look(
         if name is not None
     ]
     start = first_missing * page_size
-    # A sequence that ended in this page left it partly filled: the longest such page that the tokens run through.
+    # A sequence that ended in this page left it partly filled: find the longest filling that these tokens share.
     parent = keys[first_missing - 1] if first_missing else root
     lengths = range(min(page_size - 1, len(tokens) - start), 0, -1)
     tails = [tail_key(parent, tokens[start : start + length]) for length in lengths]
@@ -176,6 +176,6 @@ def look(
         if name is not None:
             found.append(StoredPage(first_missing, key, length, name, used - first_missing))
             break
-    # All at once, before anything is read or computed: no page is ever on record as newer than one in front of it.
+    # All at once, before anything is read or computed, so that no page is ever recorded as newer than one before it.
     pages.touch([page.key for page in found], [page.stamp for page in found])
     return Found(sorted(found, key=lambda page: page.index), [i for i, known in enumerate(there) if not known])

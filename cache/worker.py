@@ -1,4 +1,4 @@
-"""A thread for what must wait for a disk or a network, and what keeps an exception there from costing anything else."""
+"""A thread for calls that wait for a disk or a network, and a guard that contains the exceptions they raise."""
 
 import logging
 import threading
@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 log = logging.getLogger("tokenzero.cache.worker")
 T = TypeVar("T")
 
-MAX_QUEUED = 4096  # calls that wait for a worker; it takes so many only if what it waits for hangs
-TIDY_AT = 64  # from here on, calls that were cancelled meanwhile are let go
+MAX_QUEUED = 4096  # calls that wait for a worker; there are so many only if the disk or network hangs
+TIDY_AT = 64  # from so many queued calls on, cancelled ones are dropped
 LOG_SECONDS = 60.0
 
 
 class Worker:
-    """One daemon thread that runs calls in their order.
+    """One daemon thread that runs calls in order.
 
-    Python joins the threads of its own executors when it exits: one that a dead disk holds would keep the process.
+    Python joins the threads of its own executors at exit: a thread that waits for a dead disk would keep the process.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,7 +31,7 @@ class Worker:
         self.thread.start()
 
     def submit(self, action: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Queue a call. Its future is cancelled at once if the worker is closed, or too much waits for it."""
+        """Queue a call. Its future is cancelled at once if the worker is closed or its queue is full."""
         future: Future[T] = Future()
         with self.changed:
             if len(self.queued) >= TIDY_AT:
@@ -44,7 +44,7 @@ class Worker:
         return future
 
     def stop(self) -> None:
-        """Drop the calls that wait, and end after the one that runs; returns at once."""
+        """Drop the queued calls, and end after the one that runs; returns at once."""
         with self.changed:
             self.closing = True
             dropped = list(self.queued)
@@ -69,18 +69,18 @@ class Worker:
             else:
                 future.set_result(result)
                 del result
-            del future, action  # not to be kept while the next call is waited for
+            del future, action  # so that they are freed while the thread waits
 
 
 @dataclass
 class Failures:
-    """Counts exceptions that must cost nothing else, and logs one a minute at most."""
+    """Counts contained exceptions, and logs at most one a minute."""
 
     count: int = 0
     quiet_until: float = field(default=0.0, repr=False)  # seconds, monotonic
 
     def guard(self, what: str, action: Callable[[], T], fallback: T) -> T:
-        """The result of `action`, or the fallback if it raises; `what` says in the log what then is lost."""
+        """The result of `action`, or the fallback if it raises; `what` is logged as the loss."""
         try:
             return action()
         except Exception as error:

@@ -1,6 +1,6 @@
-"""Write-back: a thread that takes sealed pages from a bounded queue and writes them to the tiers within a second.
+"""Write-back: a thread that writes pages from a bounded queue to the tiers within a second.
 
-The producer never waits: what does not fit into the queue is dropped and counted, because a page can be computed again.
+The producer never waits: pages that do not fit into the queue are dropped and counted, as they can be recomputed.
 """
 
 import threading
@@ -17,7 +17,7 @@ MAX_USES = 1 << 16  # pages whose use waits to be recorded
 
 @dataclass(frozen=True)
 class WriteJob:
-    """Pages that are on their way: `load` runs on the write-back thread and returns one payload a key."""
+    """Pages to write: `load` runs on the write-back thread and returns one payload per key."""
 
     keys: Sequence[bytes]
     stamps: Sequence[int]  # see Tier
@@ -26,11 +26,11 @@ class WriteJob:
 
 
 class WriteBack:
-    """Writes batches to every tier in order and syncs them, at most `flush_seconds` after they were queued.
+    """Writes jobs to every tier in order and syncs them, at most `flush_seconds` after they were queued.
 
-    `queue_bytes` bounds what waits, device copies included. Newcomers are dropped when it is full: what waits already
-    came earlier in its chain, and a chain is worth nothing without its head. Whatever a tier raises costs that tier's
-    pages and nothing else.
+    `queue_bytes` bounds the queue, device copies included. When it is full, new jobs are dropped: those in the queue
+    are earlier in their chains, and a chain is useless without its start. An exception in a tier costs only that tier's
+    pages.
     """
 
     def __init__(self, tiers: Sequence[Tier], flush_seconds: float = 1.0, queue_bytes: int = 1 << 30) -> None:
@@ -38,10 +38,10 @@ class WriteBack:
         self.flush_seconds = flush_seconds
         self.queue_bytes = queue_bytes
         self.queued: deque[WriteJob] = deque()
-        self.queued_bytes = 0  # the batch that is being written is still in it
-        self.used: list[tuple[Sequence[bytes], Sequence[int]]] = []  # keys and stamps of pages in front of these
+        self.queued_bytes = 0  # includes the job that is being written
+        self.used: list[tuple[Sequence[bytes], Sequence[int]]] = []  # keys and stamps of pages before these
         self.used_pages = 0
-        self.dropped = 0  # pages that there was no room for
+        self.dropped = 0  # pages that the queue had no room for
         self.failed = 0  # pages that could not be loaded, or that a tier raised for
         self.failures = Failures()
         self.asked = self.done = 0  # flushes
@@ -57,7 +57,7 @@ class WriteBack:
         load: Callable[[], Sequence[Payload]],
         stamps: Sequence[int] | None = None,
     ) -> bool:
-        """Queue pages of `size` bytes in all; returns False, at once, if they had to be dropped."""
+        """Queue pages of `size` bytes in all; returns at once, False if they had to be dropped."""
         with self.changed:
             if not self.has_room(size):
                 self.dropped += len(keys)
@@ -68,18 +68,18 @@ class WriteBack:
             return True
 
     def use(self, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
-        """Have a use of pages recorded, before anything is written that is submitted later."""
+        """Record a use of pages before any job that is submitted later."""
         with self.changed:
             if self.used_pages < MAX_USES:
                 self.used.append((keys, stamps))
                 self.used_pages += len(keys)
 
     def has_room(self, size: int) -> bool:
-        """Whether `submit` would take `size` bytes now; an empty queue takes a batch of any size."""
+        """Whether `submit` would take `size` bytes now; an empty queue takes a job of any size."""
         return not self.closing and (not self.queued_bytes or self.queued_bytes + size <= self.queue_bytes)
 
     def drop(self, pages: int) -> None:
-        """Count pages that were never submitted because there was no room for too long."""
+        """Count pages that the caller dropped because the queue was full for too long."""
         self.dropped += pages
 
     def flush(self, seconds: float | None = None) -> bool:
@@ -93,7 +93,7 @@ class WriteBack:
     def close(self, seconds: float | None = None) -> bool:
         """Write what is queued and stop; later submits are dropped. The tiers stay open.
 
-        False if that takes over `seconds`: what is still queued then is lost when the process ends.
+        False if that takes over `seconds`: what is still queued then is lost if the process ends.
         """
         with self.changed:
             self.closing = True
@@ -104,10 +104,10 @@ class WriteBack:
     def _run(self) -> None:
         while not self.ended:
             with self.changed:
-                # Not for ever: the tiers have uses to record even when nothing is written.
+                # With a timeout: the tiers have uses to record even when nothing is written.
                 self.changed.wait_for(self._has_work, max(self.flush_seconds, 0.05))
                 if self.queued:
-                    # Half of the time allowed is for gathering a batch, the other half for writing it.
+                    # Half of the allowed time is for gathering jobs, the other half for writing them.
                     self.changed.wait_for(self._in_a_hurry, self.flush_seconds / 2)
             self._write_queued()
 
@@ -119,36 +119,36 @@ class WriteBack:
 
     def _write_queued(self) -> None:
         with self.changed:
-            batches, used, asked, closing = list(self.queued), self.used, self.asked, self.closing
+            jobs, used, asked, closing = list(self.queued), self.used, self.asked, self.closing
             self.queued.clear()
             self.used, self.used_pages = [], 0
         for keys, stamps in used:
             self._use(keys, stamps)
-        for batch in batches:
-            self._write(batch)
+        for job in jobs:
+            self._write(job)
         self._each("nothing is written through to the disk", lambda tier: tier.sync())
         with self.changed:
-            self.queued_bytes -= sum(batch.size for batch in batches)
+            self.queued_bytes -= sum(job.size for job in jobs)
             self.done, self.ended = asked, closing
             self.changed.notify_all()
 
     def _use(self, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         self._each(f"uses of {len(keys)} pages are lost", lambda tier: tier.touch_many(keys, stamps))
 
-    def _write(self, batch: WriteJob) -> None:
-        lost, nothing = f"{len(batch.keys)} pages are lost", list[Item]()
+    def _write(self, job: WriteJob) -> None:
+        lost, nothing = f"{len(job.keys)} pages are lost", list[Item]()
         items = self.failures.guard(
             f"{lost}: they could not be loaded",
-            lambda: list(zip(batch.keys, batch.load(), strict=True)),
+            lambda: list(zip(job.keys, job.load(), strict=True)),
             nothing,
         )
         if items is nothing:
-            self.failed += len(batch.keys)
+            self.failed += len(job.keys)
         else:
-            self.failed += len(items) * self._each(lost, lambda tier: tier.put_many(items, batch.stamps))
+            self.failed += len(items) * self._each(lost, lambda tier: tier.put_many(items, job.stamps))
 
     def _each(self, lost: str, action: Callable[[Tier], object]) -> int:
-        """Do something with every tier; returns how many raised."""
+        """Apply an action to every tier; return how many raised."""
         before = self.failures.count
         for tier in self.tiers:
             self.failures.guard(f"{tier.name}: {lost}", partial(action, tier), None)
