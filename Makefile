@@ -50,12 +50,12 @@ notebooks: .venv/.installed-notebooks ## run all notebooks anew, and what they m
 # NPROC is the size of XLA's thread pool, in which the interpreter's warpgroups wait for each other: two starve.
 kernels-interpreted: ## run the GPU kernels in the interpreter, for numbers and races; wants JAX 0.11, so Python 3.12
 	$(PYTHON312) -m venv .venv-312
-	.venv-312/bin/pip install --quiet --disable-pip-version-check jax==0.11.2 absl-py flax rich pytest pytest-timeout
+	.venv-312/bin/pip install --quiet --disable-pip-version-check jax==0.11.2 absl-py flax jaxtyping rich pytest pytest-timeout
 	NPROC=16 .venv-312/bin/python -m pytest --noconftest tests/model/test_kernels.py
 
 kernels-aot: ## compile the GPU kernels for an H200 without one, and check spills and shared memory
 	$(PYTHON) -m venv .venv-aot-$(JAX)
-	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check jax==$(JAX) absl-py flax rich
+	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check jax==$(JAX) absl-py flax jaxtyping rich
 	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check --no-deps \
 		jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX) nvidia-cuda-nvcc nvidia-nvvm
 	.venv-aot-$(JAX)/bin/python -m experiments.gpu.aot

@@ -1,1 +1,13 @@
-"""The decoder: pure functions on pytrees, which know nothing of cache policy, text or HTTP."""
+"""The decoder: pure functions on pytrees. Nothing here knows of cache policy, text or HTTP.
+
+- `config`: what a model is, read from a Hugging Face config.json
+- `checkpoint`: weights from disk to Params and back, and their fingerprint
+- `params`: the weights as a pytree
+- `decoder`: the forward pass
+- `rope`: rotary position embedding
+- `batch`: the ragged batch, and what every attention over it agrees on
+- `kv`: the page pool as arrays
+- `attention`: the entry point of attention over the pool
+- `sampling`: from logits to token ids
+- `kernels`: attention and small matrix products, for GPUs, CPUs and XLA
+"""

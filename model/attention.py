@@ -1,9 +1,10 @@
-"""Attention of new tokens over the paged KV pool: one entry point, which takes the kernel that fits, or XLA."""
+"""Attention of new tokens over the paged KV pool: one entry point, which picks a kernel, or XLA where none fits."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from model.batch import Batch, split_prefill_decode
 from model.kernels.dispatch import kernel_for
@@ -12,24 +13,24 @@ from model.kv import KVPool
 
 
 def paged_attention(
-    q: jax.Array,  # [tokens, kv_heads, group, head_dim]
-    k: jax.Array,  # [tokens, kv_heads, head_dim]
-    v: jax.Array,  # [tokens, kv_heads, head_dim]
+    q: Float[jax.Array, "tokens kv_heads group head_dim"],
+    k: Float[jax.Array, "tokens kv_heads head_dim"],
+    v: Float[jax.Array, "tokens kv_heads head_dim"],
     pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
-) -> jax.Array:
+) -> Float[jax.Array, "tokens kv_heads group head_dim"]:
     """Causal attention of each new token over its sequence's cached prefix and the new tokens up to itself.
 
-    Query i of a chunk behind a prefix of p tokens sees positions 0 to p + i; the result is shaped like `q`. The new
-    keys and values must be in the pool already. Softmax and accumulation are in float32, scores are scaled by
-    head_dim ** -0.5.
+    Query i of a chunk after a prefix of p tokens sees positions 0 to p + i. The new keys and values must be in the pool
+    already. Softmax and accumulation are in float32, scores are scaled by head_dim ** -0.5. The pages are those of
+    PagedAttention (Kwon et al., 2023, https://arxiv.org/abs/2309.06180).
     """
     if kernel := kernel_for(q, pool, batch):
         return kernel(q, pool, layer, batch)
     if batch.decode_seqs:
-        chunks, decodes = split_prefill_decode(batch)
-        first, second = (paged_attention(q, k, v, pool, layer, part) for part in (chunks, decodes))
-        in_chunk = jnp.arange(q.shape[0]) < chunks.starts[-1]
-        return jnp.where(in_chunk[:, None, None, None], first, second)
+        prefill, decode = split_prefill_decode(batch)
+        of_prefill, of_decode = (paged_attention(q, k, v, pool, layer, part) for part in (prefill, decode))
+        in_prefill = jnp.arange(q.shape[0]) < prefill.starts[-1]
+        return jnp.where(in_prefill[:, None, None, None], of_prefill, of_decode)
     return blockwise(q, k, v, pool, layer, batch)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float, Int32, Shaped
 
 from model.kv import KVPool
 
@@ -19,68 +20,69 @@ MASKED = -1e30
 
 @struct.dataclass
 class Batch:
-    """A ragged batch: the new tokens of several sequences, back to back, each behind its own cached prefix.
+    """A ragged batch: the new tokens of several sequences, back to back, each after its own cached prefix.
 
     Sequences after the real ones are empty (equal starts), tokens after the last start are padding. Prefill chunks and
     decode tokens can share a batch: the chunks come first.
     """
 
-    tokens: Array  # [tokens] int32
-    starts: Array  # [seqs + 1] int32: sequence s owns tokens starts[s]:starts[s + 1]
-    prefix: Array  # [seqs] int32: tokens of the sequence that are in the pool already
-    block_table: Array  # [seqs, pages] int32: the sequence's pages in order of position
-    logit_indices: Array  # [logits] int32: the tokens whose logits are wanted
+    tokens: Int32[Array, "tokens"]
+    starts: Int32[Array, "seqs+1"]  # sequence s owns tokens starts[s]:starts[s + 1]
+    prefix: Int32[Array, "seqs"]  # tokens of the sequence that are in the pool already
+    block_table: Int32[Array, "seqs pages"]  # the sequence's pages in order of position
+    logit_indices: Int32[Array, "logits"]  # the tokens whose logits are wanted
     max_chunk: int = struct.field(pytree_node=False)  # no sequence has more new tokens than this
     decode_seqs: int = struct.field(pytree_node=False, default=0)  # the last so many have at most one new token
 
     @property
-    def lengths(self) -> Array:
-        """New tokens of each sequence, [seqs] int32."""
+    def lengths(self) -> Int32[Array, "seqs"]:
+        """New tokens of each sequence."""
         return self.starts[1:] - self.starts[:-1]
 
 
-def locate(batch: Batch, pool: KVPool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Position, page and offset of every token in the batch, each [tokens] int32; padding gets an out-of-range page."""
-    rows = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
-    seqs = jnp.searchsorted(batch.starts, rows, side="right").astype(jnp.int32) - 1
+def locate(
+    batch: Batch, pool: KVPool
+) -> tuple[Int32[jax.Array, "tokens"], Int32[jax.Array, "tokens"], Int32[jax.Array, "tokens"]]:
+    """Position, page and offset in the page of every token in the batch; padding gets an out-of-range page."""
+    tokens = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    seqs = jnp.searchsorted(batch.starts, tokens, side="right").astype(jnp.int32) - 1
     seqs = jnp.clip(seqs, 0, batch.prefix.shape[0] - 1)
-    positions = batch.prefix[seqs] + rows - batch.starts[seqs]
+    positions = batch.prefix[seqs] + tokens - batch.starts[seqs]
     pages = batch.block_table[seqs, positions // pool.page_size]
-    real = rows < batch.starts[-1]
+    real = tokens < batch.starts[-1]
     return jnp.where(real, positions, 0), jnp.where(real, pages, pool.num_pages), positions % pool.page_size
 
 
 def split_prefill_decode(batch: Batch) -> tuple[Batch, Batch]:
-    """A batch's sequences of chunks and its sequences of single tokens; both know their tokens in the whole batch."""
+    """The prefill sequences and the decode sequences of a batch; both keep their token numbers in the whole batch."""
     cut = batch.prefix.shape[0] - batch.decode_seqs
-    first, last = (
+    prefill, decode = (
         replace(
             batch,
-            starts=batch.starts[part.start : part.stop + 1],
-            prefix=batch.prefix[part],
-            block_table=batch.block_table[part],
+            starts=batch.starts[seqs.start : seqs.stop + 1],
+            prefix=batch.prefix[seqs],
+            block_table=batch.block_table[seqs],
             max_chunk=chunk,
             decode_seqs=0,
         )
-        for part, chunk in ((slice(0, cut), batch.max_chunk), (slice(cut, cut + batch.decode_seqs), 1))
+        for seqs, chunk in ((slice(0, cut), batch.max_chunk), (slice(cut, cut + batch.decode_seqs), 1))
     )
-    return first, last
+    return prefill, decode
 
 
-def by_sequence(q: jax.Array, batch: Batch) -> jax.Array:
-    """[tokens, ...] to [seqs, max_chunk, ...]; rows past a sequence's end are for the caller to ignore."""
+def by_sequence(x: Shaped[jax.Array, "tokens *rest"], batch: Batch) -> Shaped[jax.Array, "seqs chunk *rest"]:
+    """The tokens of each sequence, padded to `max_chunk` with anything: the caller ignores what follows a sequence."""
     seqs, chunk = batch.prefix.shape[0], batch.max_chunk
-    if seqs == 1 and chunk == q.shape[0]:
-        return q[None]
-    rows = jnp.clip(batch.starts[:-1, None] + jnp.arange(chunk), 0, q.shape[0] - 1)
-    return q[rows]
+    if seqs == 1 and chunk == x.shape[0]:
+        return x[None]
+    return x[jnp.clip(batch.starts[:-1, None] + jnp.arange(chunk), 0, x.shape[0] - 1)]
 
 
-def by_token(x: jax.Array, batch: Batch, tokens: int) -> jax.Array:
-    """[seqs, max_chunk, ...] back to [tokens, ...]; padding rows hold anything finite."""
+def by_token(x: Float[jax.Array, "seqs chunk *rest"], batch: Batch, tokens: int) -> Float[jax.Array, "tokens *rest"]:
+    """The inverse of `by_sequence` for a batch of `tokens` tokens; padding tokens get anything finite."""
     seqs, chunk = x.shape[:2]
     if seqs == 1 and chunk == tokens:
         return x[0]
-    rows = jnp.arange(tokens, dtype=jnp.int32)
-    seq = jnp.clip(jnp.searchsorted(batch.starts, rows, side="right") - 1, 0, seqs - 1)
-    return x[seq, jnp.clip(rows - batch.starts[seq], 0, chunk - 1)]
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    seq = jnp.clip(jnp.searchsorted(batch.starts, token, side="right") - 1, 0, seqs - 1)
+    return x[seq, jnp.clip(token - batch.starts[seq], 0, chunk - 1)]

@@ -1,7 +1,7 @@
 """The forward pass: llama, mistral, qwen2 and qwen3 are one decoder with optional parts.
 
 `forward` is a pure function over a ragged batch and the paged KV pool; prefill chunks and decode tokens are the same to
-it. Compilation and donation happen at the edge, in `serve/steps.py`.
+it. Compilation and donation happen in `serve/engine/steps.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
 
 from model import kv, rope
 from model.attention import paged_attention
@@ -19,15 +21,14 @@ from model.kernels.dispatch import linear_for
 from model.kv import KVPool
 from model.params import Layer, Params
 
-Carry = tuple[jax.Array, KVPool]  # activations [tokens, embed], and the pool
+Carry = tuple[Float[jax.Array, "tokens embed"], KVPool]
 LayerStep = Callable[[Carry, Layer, jax.Array | int], Carry]
 
 
-def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> tuple[jax.Array, KVPool]:
-    """Run the batch's new tokens through the model.
-
-    Writes their keys and values into the pool and returns float32 logits [logits, vocab] for `batch.logit_indices`.
-    """
+def forward(
+    params: Params, batch: Batch, pool: KVPool, config: ModelConfig
+) -> tuple[Float32[jax.Array, "logits vocab"], KVPool]:
+    """The logits of the tokens `batch.logit_indices`, and the pool with the new tokens' keys and values written."""
     positions, pages, offsets = locate(batch, pool)
     cos, sin = rope.angles(positions, *rope.inverse_frequencies(config.rope, config.head_dim))
 
@@ -47,7 +48,7 @@ def forward(params: Params, batch: Batch, pool: KVPool, config: ModelConfig) -> 
 
 
 def over_layers(step: LayerStep, carry: Carry, layers: Layer | tuple[Layer, ...]) -> Carry:
-    """Fold `step(carry, layer, index)` over stacked layers with a scan, or over separate ones in line."""
+    """Fold `step(carry, layer, index)` over stacked layers with a scan, or over separate ones unrolled."""
     if isinstance(layers, tuple):
         for index, layer in enumerate(layers):
             carry = step(carry, layer, index)
@@ -58,11 +59,13 @@ def over_layers(step: LayerStep, carry: Carry, layers: Layer | tuple[Layer, ...]
 
 
 def project(
-    layer: Layer,
-    x: jax.Array,  # [tokens, embed]
-    config: ModelConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [tokens, kv_heads, group, head_dim], keys and values [tokens, kv_heads, head_dim], before rotation."""
+    layer: Layer, x: Float[jax.Array, "tokens embed"], config: ModelConfig
+) -> tuple[
+    Float[jax.Array, "tokens kv_heads group head_dim"],
+    Float[jax.Array, "tokens kv_heads head_dim"],
+    Float[jax.Array, "tokens kv_heads head_dim"],
+]:
+    """Queries, keys and values, before rotation."""
     normed = rms_norm(x, layer.attn_norm, config.norm_eps)
     qkv = linear(normed, layer.qkv, layer.qkv_bias)  # [tokens, kv_heads, group + 2, head_dim]
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
@@ -71,26 +74,28 @@ def project(
     return q, k, v
 
 
-def mlp(layer: Layer, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """The gated feed-forward block with SiLU, [tokens, embed] to the same."""
+def mlp(layer: Layer, x: Float[jax.Array, "tokens embed"], config: ModelConfig) -> Float[jax.Array, "tokens embed"]:
+    """The gated feed-forward block with SiLU (SwiGLU, Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
     normed = rms_norm(x, layer.mlp_norm, config.norm_eps)
     gate_up = linear(normed, layer.gate_up, layer.gate_up_bias)  # [tokens, 2, ffn]
     return linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down, layer.down_bias)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
+def rms_norm(
+    x: Float[jax.Array, "*rest size"], weight: Float[jax.Array, "size"], eps: float
+) -> Float[jax.Array, "*rest size"]:
+    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich, https://arxiv.org/abs/1910.07467)."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype) * weight
 
 
 def linear(
-    x: jax.Array,  # [tokens, inputs]
-    weight: jax.Array,  # [*outputs, inputs]
-    bias: jax.Array | None,  # [*outputs]
-) -> jax.Array:
-    """`x @ weight.T + bias`, [tokens, *outputs].
+    x: Float[jax.Array, "tokens inputs"],
+    weight: Float[jax.Array, "*outputs inputs"],
+    bias: Float[jax.Array, "*outputs"] | None,
+) -> Float[jax.Array, "tokens *outputs"]:
+    """`x @ weight.T + bias`.
 
     As one plain matrix product: given several output axes, XLA's CPU backend transposes the weight on every step.
     """
@@ -100,11 +105,11 @@ def linear(
 
 
 def product(
-    x: jax.Array,  # [tokens, inputs]
-    weight: jax.Array,  # [outputs, inputs]
-    dtype: jnp.dtype,
-) -> jax.Array:
-    """`x @ weight.T` in this dtype, [tokens, outputs]."""
+    x: Float[jax.Array, "tokens inputs"],
+    weight: Float[jax.Array, "outputs inputs"],
+    dtype: DTypeLike,
+) -> Float[jax.Array, "tokens outputs"]:
+    """`x @ weight.T` in this dtype."""
     if kernel := linear_for(x, weight):
         return kernel(x, weight)
     return jnp.einsum("ti,oi->to", x, weight, preferred_element_type=dtype)

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int32
 
 from model.config import ModelConfig
+
+Pages = Int32[jax.Array | np.ndarray, "count"]  # page numbers
 
 
 @struct.dataclass
@@ -20,12 +25,12 @@ class KVPool:
     blockwise XLA path feeds to a matmul without a transpose.
     """
 
-    k: jax.Array  # [layers, pages, kv_heads, page_size, head_dim]
-    v: jax.Array  # [layers, pages, kv_heads, page_size, head_dim]
+    k: Float[jax.Array, "layers pages kv_heads page_size head_dim"]
+    v: Float[jax.Array, "layers pages kv_heads page_size head_dim"]
 
     @property
     def num_pages(self) -> int:
-        """Pages in the pool; a page number at or beyond this is dropped on write."""
+        """Pages in the pool; writes to a page number from this one on are dropped."""
         return self.k.shape[1]
 
     @property
@@ -34,12 +39,12 @@ class KVPool:
         return self.k.shape[3]
 
 
-def bytes_per_token(config: ModelConfig, dtype: jnp.dtype) -> int:
+def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:
     """Bytes that one token's keys and values take over all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
-def empty_pool(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> KVPool:
+def empty_pool(config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike) -> KVPool:
     """A pool of zeros for `num_pages` pages of `page_size` tokens."""
     shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
     return KVPool(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
@@ -48,23 +53,23 @@ def empty_pool(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.d
 def write(
     pool: KVPool,
     layer: jax.Array | int,
-    k: jax.Array,  # [tokens, kv_heads, head_dim]
-    v: jax.Array,  # [tokens, kv_heads, head_dim]
-    pages: jax.Array,  # [tokens] int32
-    offsets: jax.Array,  # [tokens] int32
+    k: Float[jax.Array, "tokens kv_heads head_dim"],
+    v: Float[jax.Array, "tokens kv_heads head_dim"],
+    pages: Int32[jax.Array, "tokens"],
+    offsets: Int32[jax.Array, "tokens"],
 ) -> KVPool:
     """Scatter one layer's new keys and values to their slots; tokens with an out-of-range page are dropped.
 
-    There is no kernel for this, because on a GPU there is next to nothing to gain: XLA rotates the keys inside of the
-    scatter (`experiments.gpu.aot` sees to it), straight from the projection into the page. Bytes moved for a token
-    in one layer of the shape of Llama 3.1 8B, in bf16, as compiled:
+    A kernel of our own would gain next to nothing on a GPU: XLA rotates the keys inside the scatter, so they go
+    straight from the projection into the page (`experiments.gpu.aot` checks that). Bytes moved per token in one layer
+    of the shape of Llama 3.1 8B, in bf16, as compiled:
 
         projection in and out          8,192 + 12,288
-        keys and values into pages     4,096 +  4,096   (6,144 + 6,144 with the keys rotated on their own first)
-        the whole layer, but for the cached keys and values that attention reads       331,776
+        keys and values into pages     4,096 +  4,096   (6,144 + 6,144 if the keys were rotated separately)
+        the whole layer, without the cached keys and values that attention reads       331,776
 
     A projection that wrote to the pages itself would save a read of 4,096 bytes, 1.2% of the layer: 7 GB, or 1.5 ms at
-    4.8 TB/s, of a cold prompt of 53,248 tokens that has 1.4e15 floating-point operations to do.
+    4.8 TB/s, for a cold prompt of 53,248 tokens, which takes 1.4e15 floating-point operations.
     """
     return KVPool(
         k=pool.k.at[layer, pages, :, offsets].set(k.astype(pool.k.dtype), mode="drop"),
@@ -72,30 +77,27 @@ def write(
     )
 
 
-def gather_pages(
-    pool: KVPool,
-    pages: jax.Array,  # [count] int32
-) -> jax.Array:
-    """A copy of whole pages, [count, k and v, layers, kv_heads, page_size, head_dim]: each page one run of bytes."""
+def gather_pages(pool: KVPool, pages: Pages) -> Float[jax.Array, "count 2 layers kv_heads page_size head_dim"]:
+    """A copy of whole pages, keys before values: each page is one run of bytes."""
     return jnp.moveaxis(jnp.stack([pool.k[:, pages], pool.v[:, pages]]), 2, 0)
 
 
 def scatter_pages(
     pool: KVPool,
-    pages: jax.Array,  # [count] int32
-    data: jax.Array,  # [count, k and v, layers, kv_heads, page_size, head_dim]
+    pages: Pages,
+    data: Float[jax.Array | np.ndarray, "count 2 layers kv_heads page_size head_dim"],
 ) -> KVPool:
-    """Write whole pages that `gather_pages` copied to any place in the pool; an out-of-range page is dropped."""
+    """Write pages that `gather_pages` copied to `pages` of the pool; an out-of-range page is dropped."""
     k, v = jnp.moveaxis(data, 0, 2)  # [layers, count, kv_heads, page_size, head_dim]
     return KVPool(k=pool.k.at[:, pages].set(k, mode="drop"), v=pool.v.at[:, pages].set(v, mode="drop"))
 
 
 def copy_pages(
     pool: KVPool,
-    sources: jax.Array,  # [copies] int32
-    targets: jax.Array,  # [copies] int32, out of range where there is nothing to copy
+    sources: Pages,
+    targets: Pages,  # out of range where there is nothing to copy
 ) -> KVPool:
-    """Copy whole pages over all layers: how a sequence takes over a page that it shares only in part."""
+    """Copy whole pages over all layers: a sequence that shares only the start of a page continues in a copy of it."""
     return KVPool(
         k=pool.k.at[:, targets].set(pool.k[:, sources], mode="drop"),
         v=pool.v.at[:, targets].set(pool.v[:, sources], mode="drop"),

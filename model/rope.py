@@ -1,7 +1,11 @@
-"""Rotary position embedding (Su et al., 2021): the frequencies, their stretchings for long contexts, and the rotation.
+"""Rotary position embedding: its frequencies, how they are stretched for long contexts, and the rotation.
 
-The arithmetic follows transformers' `modeling_rope_utils.py` step by step in float32: at position 262,144 one rounding
-of a frequency moves its angle by hundredths of a radian, so equal formulas are not enough.
+RoPE is Su et al., 2021, https://arxiv.org/abs/2104.09864.
+
+The arithmetic follows transformers' `modeling_rope_utils.py`
+(https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py) step by step in float32:
+at position 262,144 one rounding of a frequency moves its angle by hundredths of a radian, so an equal formula is not
+enough.
 """
 
 from __future__ import annotations
@@ -11,12 +15,16 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int32
 
 from model.config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Radians per token of each pair, [head_dim / 2] float32, and the factor on cosine and sine."""
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Float32[np.ndarray, "pairs"], float]:
+    """Radians per token of each of the head_dim / 2 pairs, and the factor on cosine and sine.
+
+    Raises ValueError for a kind that is not in `model.config.ROPE_KINDS`.
+    """
     plain = _plain(rope.theta, head_dim)
     if rope.kind == "default":
         return plain, 1.0
@@ -30,41 +38,41 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
 
 
 def angles(
-    positions: jax.Array,  # [tokens] int32
-    inv_freq: np.ndarray | jax.Array,  # [head_dim / 2] float32
+    positions: Int32[jax.Array, "tokens"],
+    inv_freq: Float[np.ndarray | jax.Array, "pairs"],
     scaling: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every pair at every position, both [tokens, head_dim / 2] float32, times `scaling`."""
+) -> tuple[Float32[jax.Array, "tokens pairs"], Float32[jax.Array, "tokens pairs"]]:
+    """Cosine and sine of every pair at every position, times `scaling`."""
     radians = positions.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq, jnp.float32)
     return jnp.cos(radians) * scaling, jnp.sin(radians) * scaling
 
 
 def rotate(
-    x: jax.Array,  # [tokens, ..., head_dim]
-    cos: jax.Array,  # [tokens, head_dim / 2]
-    sin: jax.Array,  # [tokens, head_dim / 2]
-) -> jax.Array:
-    """Rotate the pairs (i, i + head_dim / 2) of every head, in float32; the result has the shape and dtype of `x`."""
+    x: Float[jax.Array, "tokens *heads head_dim"],
+    cos: Float32[jax.Array, "tokens pairs"],
+    sin: Float32[jax.Array, "tokens pairs"],
+) -> Float[jax.Array, "tokens *heads head_dim"]:
+    """Rotate the pairs (i, i + head_dim / 2) of every head, in float32; the result has the dtype of `x`."""
     per_token = (x.shape[0], *(1 for _ in x.shape[1:-1]), cos.shape[-1])
     cos, sin = cos.reshape(per_token), sin.reshape(per_token)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _periods(theta: float, head_dim: int) -> np.ndarray:
-    """theta^(2i / head_dim), [head_dim / 2] float32: tokens per radian."""
+def _periods(theta: float, head_dim: int) -> Float32[np.ndarray, "pairs"]:
+    """Tokens per radian: theta^(2i / head_dim)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     # A float64 power rounded once is the closest match to torch's float32 power.
     return np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
 
 
-def _plain(theta: float, head_dim: int) -> np.ndarray:
-    """The unstretched frequencies, [head_dim / 2] float32."""
+def _plain(theta: float, head_dim: int) -> Float32[np.ndarray, "pairs"]:
+    """The unstretched frequencies."""
     return np.float32(1.0) / _periods(theta, head_dim)
 
 
-def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
-    """Llama 3.1: slow pairs are slowed by `factor`, fast ones kept, those between interpolated by wavelength."""
+def _llama3(rope: RopeConfig, plain: Float32[np.ndarray, "pairs"]) -> Float32[np.ndarray, "pairs"]:
+    """Llama 3.1's frequencies: slow pairs slowed by `factor`, fast ones kept, others interpolated by wavelength."""
     low, high, factor = (np.float32(x) for x in (rope.low_freq_factor, rope.high_freq_factor, rope.factor))
     original = np.float32(rope.original_max_position)
     # Torch divides a number by a tensor as reciprocal, then product: two roundings, repeated here.
@@ -76,13 +84,13 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
     return np.where(is_slow, slowed, np.where(is_fast, plain, between)).astype(np.float32)
 
 
-def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """YaRN (Peng et al., 2023, section 3.2): a ramp over pairs from kept to slowed frequencies."""
+def _yarn(rope: RopeConfig, head_dim: int) -> Float32[np.ndarray, "pairs"]:
+    """YaRN's frequencies (https://arxiv.org/abs/2309.00071, section 3.2): a ramp from kept pairs to slowed ones."""
     periods = _periods(rope.theta, head_dim)
     kept, slowed = np.float32(1.0) / periods, np.float32(1.0) / (np.float32(rope.factor) * periods)
 
     def pair_turning(rotations: float) -> float:
-        """The (fractional) pair that turns this often over the original context."""
+        """The (fractional) pair that makes so many rotations over the original context."""
         turns = rope.original_max_position / (rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(rope.theta))
 

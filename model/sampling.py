@@ -4,64 +4,63 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
-Array = jax.Array | np.ndarray
+from model.batch import Array
 
 
 @struct.dataclass
 class Sampling:
-    """How each row of a batch is sampled. A row's token depends on its own seed and position only."""
+    """How each token is sampled. The draw depends on the token's own seed and position only."""
 
-    temperature: Array  # [rows] float32; 0 is greedy
-    top_k: Array  # [rows] int32; 0 keeps every token
-    top_p: Array  # [rows] float32 in (0, 1]; 1 keeps every token
-    seeds: Array  # [rows] uint32
-    positions: Array  # [rows] int32: index of the sampled token in its sequence
-    mask: Array | None = None  # [rows, ceil(vocab / 32)] uint32: bit t of word w allows token 32w + t; None allows all
+    temperature: Float32[Array, "samples"]  # 0 is greedy
+    top_k: Int32[Array, "samples"]  # 0 keeps every token
+    top_p: Float32[Array, "samples"]  # in (0, 1]; 1 keeps every token
+    seeds: UInt32[Array, "samples"]
+    positions: Int32[Array, "samples"]  # index of the sampled token in its sequence
+    # Bit t of word w allows token 32w + t, so there are ceil(vocab / 32) words; None allows all tokens.
+    mask: UInt32[Array, "samples words"] | None = None
 
 
-def greedy(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The most likely allowed token of each row of `logits` [rows, vocab] float32, [rows] int32."""
+def greedy(logits: Float[jax.Array, "samples vocab"], sampling: Sampling) -> Int32[jax.Array, "samples"]:
+    """The most likely allowed token of each sample."""
     return jnp.argmax(masked(logits, sampling.mask), axis=-1).astype(jnp.int32)
 
 
-def sample(
-    logits: jax.Array,  # [rows, vocab] float32
-    sampling: Sampling,
-) -> jax.Array:
-    """One token id per row, [rows] int32: drawn, or the most likely where the temperature is 0.
+def sample(logits: Float[jax.Array, "samples vocab"], sampling: Sampling) -> Int32[jax.Array, "samples"]:
+    """One token id per sample: drawn, or the most likely where the temperature is 0.
 
-    Temperature comes first, then top-k, then top-p (Holtzman et al., 2020) of the probabilities that top-k has left,
-    which sum to one again. Ties at either threshold stay in.
+    Temperature comes first, then top-k, then top-p (nucleus sampling, Holtzman et al., 2020,
+    https://arxiv.org/abs/1904.09751) of the probabilities that top-k has left, renormalised. Ties at either threshold
+    stay in.
     """
     scaled = masked(logits, sampling.mask) / jnp.maximum(sampling.temperature, 1e-6)[:, None]
     kept = jnp.where(scaled >= threshold(scaled, sampling.top_k, sampling.top_p), scaled, -jnp.inf)
-    drawn = jax.vmap(lambda seed, position, row: jax.random.categorical(row_key(seed, position), row))(
+    drawn = jax.vmap(lambda seed, position, kept: jax.random.categorical(sample_key(seed, position), kept))(
         sampling.seeds, sampling.positions, kept
     )
     return jnp.where(sampling.temperature > 0, drawn.astype(jnp.int32), greedy(logits, sampling))
 
 
 def masked(
-    logits: jax.Array,  # [rows, vocab] float32
-    mask: Array | None,  # [rows, ceil(vocab / 32)] uint32
-) -> jax.Array:
-    """The logits, minus infinity where the mask has no bit; its bits beyond the vocabulary mean nothing."""
+    logits: Float[jax.Array, "samples vocab"],
+    mask: UInt32[Array, "samples words"] | None,
+) -> Float[jax.Array, "samples vocab"]:
+    """The logits, minus infinity where the mask has no bit; bits beyond the vocabulary are ignored."""
     if mask is None:
         return logits
-    rows, vocab = logits.shape
+    samples, vocab = logits.shape
     bits = (jnp.asarray(mask)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return jnp.where(bits.reshape(rows, -1)[:, :vocab] == 1, logits, -jnp.inf)
+    return jnp.where(bits.reshape(samples, -1)[:, :vocab] == 1, logits, -jnp.inf)
 
 
 def threshold(
-    scaled: jax.Array,  # [rows, vocab] float32
-    top_k: Array,  # [rows] int32
-    top_p: Array,  # [rows] float32
-) -> jax.Array:
-    """The smallest logit that survives top-k and top-p, [rows, 1]; the most likely token always does."""
+    scaled: Float[jax.Array, "samples vocab"],
+    top_k: Int32[Array, "samples"],
+    top_p: Float[Array, "samples"],
+) -> Float[jax.Array, "samples 1"]:
+    """The smallest logit that survives top-k and top-p; the most likely token always does."""
     vocab = scaled.shape[-1]
     ordered = jnp.sort(scaled, axis=-1, descending=True)
     by_k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
@@ -69,11 +68,11 @@ def threshold(
     probs = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     by_p = jnp.sum(before < top_p[:, None], axis=-1)
-    # A sum of many probabilities is rounded: one that keeps every token must not depend on it.
+    # A sum of many probabilities is rounded: top_p = 1 must keep every token all the same.
     by_p = jnp.where(top_p < 1, jnp.maximum(by_p, 1), vocab)
     return jnp.maximum(kth, jnp.take_along_axis(ordered, by_p[:, None] - 1, axis=-1))
 
 
-def row_key(seed: jax.Array, position: jax.Array) -> jax.Array:
+def sample_key(seed: UInt32[jax.Array, ""], position: Int32[jax.Array, ""]) -> Shaped[jax.Array, ""]:
     """The random key of one sampled token."""
     return jax.random.fold_in(jax.random.key(seed), position)

@@ -1,4 +1,4 @@
-"""Compiled steps are kept between tests, servers and runs: what one test compiled, no other compiles again."""
+"""Compiled steps are kept between tests, servers and runs; the shapes that model/ states are checked."""
 
 import gc
 import os
@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+from tests.helpers.shapes import checked
 
 CACHE = Path(__file__).parent.parent / ".cache" / "tests"
 
@@ -18,6 +21,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 if sys.version_info >= (3, 12):  # whose JAX interprets the GPU kernels
     # The size of XLA's thread pool, in which the interpreter's warpgroups wait for each other: with two they starve.
     os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+
+
+# Before anything imports model/.
+jaxtyping.install_import_hook("model", f"{checked.__module__}.{checked.__name__}")
 
 
 @pytest.fixture(scope="module", autouse=True)

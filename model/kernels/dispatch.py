@@ -1,12 +1,12 @@
-"""Which kernel computes a batch, if any: what the GPU kernels take, in one table, and the device that each needs.
+"""Which kernel computes a batch, if any: by the device, and by what the kernel supports.
 
-The wrappers refuse by the same rules, so that a caller who skips the dispatcher hears the same reason.
+The wrappers refuse by the same rules, so a caller who skips the dispatcher gets the same reason.
 
-Whether a token's result depends on the rest of its batch: the CPU kernels give the same bits in any company. XLA, which
-does the rest and all products of more than `linear.MOST_TOKENS` tokens, may round otherwise in each compiled shape: its
-products differ from the kernel's in the last bits, and so do its norms of 1, 2 and 8 tokens. So on a CPU a sequence
-gets the same bits in any company that fills the same compiled shape. The GPU kernels split keys by the number of
-sequences in the shape, too.
+Whether a token's result depends on the rest of its batch: the CPU kernels give the same bits in any batch. XLA, which
+does the rest and all products of more than `linear.MAX_TOKENS` tokens, may round differently in each compiled shape:
+its products differ from the kernel's in the last bits, and so do its norms of 1, 2 and 8 tokens. So on a CPU a
+sequence gets the same bits in any batch of the same compiled shape. The GPU kernels also split keys by the number of
+sequences in the shape.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ log = logging.getLogger("tokenzero.kernels")
 
 
 def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Array] | None:
-    """The kernel to call with (q, pool, layer, batch) on this machine, or None where XLA is to do it.
+    """The kernel to call with (q, pool, layer, batch) on this machine, or None for XLA.
 
-    The GPU's differ for chunks and single tokens: for a batch of both there is none. A device that has to do without
-    a kernel is worth one line in the log for each reason.
+    On a GPU, prefill and decode have different kernels, and a batch of both gets None. Each reason for None is logged
+    once.
     """
     if on_cpu():
         if not build.available():
@@ -43,7 +43,7 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
     if reason := unsupported_reason(q, pool):
         warn_once("GPU kernels", reason)
         return None
-    # Late, because these bring Mosaic along.
+    # Imported late: these import Mosaic.
     from model.kernels.hopper.decode import paged_decode
     from model.kernels.hopper.prefill import paged_prefill
 
@@ -51,10 +51,10 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
 
 
 def linear_for(x: jax.Array, weight: jax.Array) -> Callable[..., jax.Array] | None:
-    """The kernel to call with (x, weight) for so few tokens on a CPU, or None where XLA is to do it."""
+    """The kernel to call with (x, weight) for few tokens on a CPU, or None for XLA."""
     if not on_cpu():
         return None
-    if x.shape[0] > linear.MOST_TOKENS or linear.unsupported_reason(x, weight) or not build.available():
+    if x.shape[0] > linear.MAX_TOKENS or linear.unsupported_reason(x, weight) or not build.available():
         return None
     return linear.linear
 
@@ -66,12 +66,12 @@ def on_cpu() -> bool:
 
 @functools.cache
 def on_hopper() -> bool:
-    """Whether the device is an sm90 GPU: `wgmma` exists nowhere else."""
+    """Whether the device is an sm90 GPU, the only kind that has `wgmma`."""
     device = jax.devices()[0]
     return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
 
 
 @functools.cache
 def warn_once(kernels: str, reason: str) -> None:
-    """Say that XLA computes attention, and why."""
+    """Log that XLA computes attention, and why."""
     log.warning("attention runs on XLA's blockwise path, not on the %s: %s", kernels, reason)

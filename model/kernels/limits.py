@@ -1,4 +1,4 @@
-"""What the GPU kernels take: one table, read by the dispatcher and by the kernels themselves."""
+"""What the GPU kernels support: one table, read by the dispatcher and by the kernels themselves."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
     "page_size": (16, 32, 64, 128),  # whole pages make up a stage of the ring
     "dtype": ("bfloat16",),
 }
-QUERY_ROWS = 64  # of one wgmma tile: it holds all query heads of a KV head
+QUERY_ROWS = 64  # of one wgmma tile, which holds all query heads of a KV head
 
 
 def unsupported_reason(q: jax.Array, pool: KVPool) -> str | None:
-    """Why the GPU kernels cannot compute this, with what they can; None if they can."""
+    """Why the GPU kernels cannot compute this, and what they support; None if they can."""
     found: list[tuple[str, str, object]] = [
         ("head_dim", "head_dim", q.shape[-1]),
         ("page_size", "page_size", pool.page_size),
@@ -30,7 +30,6 @@ def unsupported_reason(q: jax.Array, pool: KVPool) -> str | None:
 
 
 def refuse_unsupported(q: jax.Array, pool: KVPool) -> None:
-    """Raise ValueError with what the kernels take, if this is not it."""
-    reason = unsupported_reason(q, pool)
-    if reason is not None:
+    """Raise ValueError for what the kernels do not support, with the reason."""
+    if reason := unsupported_reason(q, pool):
         raise ValueError(reason)

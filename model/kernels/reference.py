@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from model.batch import Batch
 from model.kv import KVPool
 
 
-def reference(q: jax.Array, pool: KVPool, layer: int, batch: Batch) -> jax.Array:
-    """What `paged_attention` must compute, one sequence at a time in float32, with no thought of speed or memory."""
+def reference(
+    q: Float[jax.Array, "tokens kv_heads group head_dim"], pool: KVPool, layer: int, batch: Batch
+) -> Float[jax.Array, "tokens kv_heads group head_dim"]:
+    """What `paged_attention` must compute: one sequence at a time in float32, as simple as can be."""
     kv_heads, head_dim = q.shape[1], q.shape[3]
     result = jnp.zeros(q.shape, jnp.float32)
     for s in range(batch.prefix.shape[0]):

@@ -1,7 +1,8 @@
 """Attention over the paged pool in XLA: the blockwise path, which runs everywhere.
 
-It is FlashAttention's online softmax (Dao et al., 2022, algorithm 1, https://arxiv.org/abs/2205.14135): keys are
-gathered from the pool a block of pages at a time, so memory grows with the chunk, not with the square of the prompt.
+Keys are gathered from the pool a block of pages at a time, so memory grows with the chunk, not with the square of the
+prompt: FlashAttention's algorithm 1 (Dao et al., 2022, https://arxiv.org/abs/2205.14135) with the online softmax of
+Milakov and Gimelshein, 2018 (https://arxiv.org/abs/1805.02867).
 """
 
 from __future__ import annotations
@@ -11,34 +12,40 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int32
 
 from model.batch import MASKED, Array, Batch, by_sequence, by_token
 from model.kv import KVPool
 
-# Keys of the prefix in a block with a mask: half of one, on average, is computed in vain.
+# Keys of the prefix in a block with a mask: half of such a block, on average, is wasted.
 MASKED_BLOCK = 256
-# Queries that attend to their own chunk together: longer runs mask more in vain, shorter ones make smaller matmuls.
+# Queries that attend to their own chunk together: longer runs mask more, shorter ones make smaller matmuls.
 SELF_BLOCK = 256
 
 
 class Softmax(NamedTuple):
-    """An online softmax over the keys seen so far, by row of queries."""
+    """An online softmax over the keys seen so far, by query row."""
 
-    total: jax.Array  # [seqs, kv_heads, rows, head_dim] float32: values weighted by exp(score - peak)
-    peak: jax.Array  # [seqs, kv_heads, rows] float32: largest score
-    weight: jax.Array  # [seqs, kv_heads, rows] float32: sum of exp(score - peak)
+    total: Float32[jax.Array, "seqs kv_heads query_rows head_dim"]  # values weighted by exp(score - peak)
+    peak: Float32[jax.Array, "seqs kv_heads query_rows"]  # largest score
+    weight: Float32[jax.Array, "seqs kv_heads query_rows"]  # sum of exp(score - peak)
 
 
 def blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, pool: KVPool, layer: jax.Array | int, batch: Batch
-) -> jax.Array:
-    """The XLA path of `paged_attention`; same arguments, same result.
+    q: Float[jax.Array, "tokens kv_heads group head_dim"],
+    k: Float[jax.Array, "tokens kv_heads head_dim"],
+    v: Float[jax.Array, "tokens kv_heads head_dim"],
+    pool: KVPool,
+    layer: jax.Array | int,
+    batch: Batch,
+) -> Float[jax.Array, "tokens kv_heads group head_dim"]:
+    """The XLA path of `paged_attention`: same arguments, same result.
 
-    The chunk attends to itself first, from the new keys at hand, then to the pages of its prefix.
+    The chunk attends to its own keys `k` first, then to the pages of its prefix.
     """
     tokens, kv_heads, group, head_dim = q.shape
     seqs, chunk = batch.prefix.shape[0], batch.max_chunk
-    # Rows of queries are ordered by position, then head of the group: the queries from any position on are one slice.
+    # Query rows are ordered by position, then head of the group, so the queries from any position on are one slice.
     queries = jnp.einsum("sqkgd->skqgd", by_sequence(q * head_dim**-0.5, batch))
     queries = queries.reshape(seqs, kv_heads, chunk * group, head_dim)
     keys, values = (jnp.einsum("sckd->skcd", by_sequence(x.astype(pool.k.dtype), batch)) for x in (k, v))
@@ -49,7 +56,7 @@ def blockwise(
     heads = jnp.arange(kv_heads)[:, None]  # [kv_heads, 1], against pages [seqs, 1, pages]
 
     def cached(first: jax.Array, pages: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of `pages` pages of every sequence, each [seqs, kv_heads, slots, head_dim]."""
+        """Keys and values in `pages` pages of every sequence, each [seqs, kv_heads, slots, head_dim]."""
         ids = jax.lax.dynamic_slice(table, (0, first), (seqs, pages))[:, None]
         # Gathered head by head, so that the tiles land in the order of the matmul and no transpose copies them;
         # without bounds checks, since a block table names pages of the pool.
@@ -66,10 +73,10 @@ def blockwise(
         slots = b * narrow * pool.page_size + jnp.arange(keys.shape[2])
         filled = (slots < batch.prefix[:, None])[:, None, :]  # [seqs, 1, slots]
         scores = jnp.where(filled[:, :, None], score(queries, keys), MASKED)
-        # A slot behind the prefix has probability 0, but 0 x NaN is NaN: what lies there must not reach the product.
+        # A slot after the prefix has probability 0, but it may hold NaN and 0 x NaN is NaN: keep it out of the product.
         return accumulate(state, scores, jnp.where(filled[..., None], values, 0))
 
-    # Blocks that every sequence sees whole need no mask; empty sequences have no say.
+    # Blocks that every sequence (except empty ones) sees whole need no mask.
     longest = jnp.max(batch.prefix)
     whole = jnp.min(jnp.where(batch.lengths > 0, batch.prefix, longest)) // (wide * pool.page_size)
     state = attend_to_chunk(queries, keys, values, group)
@@ -81,7 +88,7 @@ def blockwise(
 
 
 def whole_block_size(seqs: int, chunk: int) -> int:
-    """Keys of the prefix that each sequence attends to at a time where no mask is needed.
+    """Keys of the prefix in a block without a mask, for each sequence.
 
     Measured on CPU: scores of long chunks should stay in cache, short chunks and small batches should take few steps.
     """
@@ -89,33 +96,37 @@ def whole_block_size(seqs: int, chunk: int) -> int:
 
 
 def attend_to_chunk(
-    queries: jax.Array,  # [seqs, kv_heads, chunk * group, head_dim]
-    keys: jax.Array,  # [seqs, kv_heads, chunk, head_dim]
-    values: jax.Array,  # [seqs, kv_heads, chunk, head_dim]
+    queries: Float[jax.Array, "seqs kv_heads query_rows head_dim"],
+    keys: Float[jax.Array, "seqs kv_heads chunk head_dim"],
+    values: Float[jax.Array, "seqs kv_heads chunk head_dim"],
     group: int,
 ) -> Softmax:
-    """Causal attention of a chunk over itself, run by run of its queries.
+    """Causal attention of a chunk over itself, one run of queries at a time; query_rows is chunk * group.
 
-    Keys that none of a run sees are left out; only the keys of the run itself are masked, since a mask over all of them
-    doubles the time on CPU.
+    Keys after the run are left out, and only the run's own keys are masked: a mask over all keys doubles the time on
+    CPU.
     """
     chunk, runs = keys.shape[2], []
     for start in range(0, chunk, SELF_BLOCK):
         stop = min(start + SELF_BLOCK, chunk)
-        rows = queries[:, :, start * group : stop * group]
-        seen = np.arange(stop - start) <= np.repeat(np.arange(stop - start), group)[:, None]  # [rows, keys]
-        scores = jnp.where(seen, score(rows, keys[:, :, start:stop]), MASKED)
+        run = queries[:, :, start * group : stop * group]
+        seen = np.arange(stop - start) <= np.repeat(np.arange(stop - start), group)[:, None]  # [query_rows, keys]
+        scores = jnp.where(seen, score(run, keys[:, :, start:stop]), MASKED)
         peak = scores.max(-1)
         probs = jnp.exp(scores - peak[..., None])
         state = Softmax(weigh(probs, values[:, :, start:stop]), peak, probs.sum(-1))
         if start:
-            state = accumulate(state, score(rows, keys[:, :, :start]), values[:, :, :start])
+            state = accumulate(state, score(run, keys[:, :, :start]), values[:, :, :start])
         runs.append(state)
-    return Softmax(*(jnp.concatenate(parts, axis=2) for parts in zip(*runs, strict=True)))
+    return Softmax(*(jnp.concatenate(fields, axis=2) for fields in zip(*runs, strict=True)))
 
 
-def accumulate(state: Softmax, scores: jax.Array, values: jax.Array) -> Softmax:
-    """The softmax with one more block of keys, scored [seqs, kv_heads, rows, keys], and their values."""
+def accumulate(
+    state: Softmax,
+    scores: Float32[jax.Array, "seqs kv_heads query_rows keys"],
+    values: Float[jax.Array, "seqs kv_heads keys head_dim"],
+) -> Softmax:
+    """The softmax with one more block of keys."""
     peak = jnp.maximum(state.peak, scores.max(-1))
     probs = jnp.exp(scores - peak[..., None])
     decay = jnp.exp(state.peak - peak)
@@ -126,19 +137,26 @@ def accumulate(state: Softmax, scores: jax.Array, values: jax.Array) -> Softmax:
     )
 
 
-def score(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Scores [seqs, kv_heads, rows, keys] in float32."""
+def score(
+    queries: Float[jax.Array, "seqs kv_heads query_rows head_dim"],
+    keys: Float[jax.Array, "seqs kv_heads keys head_dim"],
+) -> Float32[jax.Array, "seqs kv_heads query_rows keys"]:
+    """Products of queries and keys, in float32."""
     return jnp.einsum("skqd,skcd->skqc", queries, keys, preferred_element_type=jnp.float32)
 
 
-def weigh(probs: jax.Array, values: jax.Array) -> jax.Array:
-    """Values weighted by probabilities, [seqs, kv_heads, rows, head_dim] in float32."""
+def weigh(
+    probs: Float32[jax.Array, "seqs kv_heads query_rows keys"],
+    values: Float[jax.Array, "seqs kv_heads keys head_dim"],
+) -> Float32[jax.Array, "seqs kv_heads query_rows head_dim"]:
+    """Values weighted by probabilities, in float32."""
     return jnp.einsum("skqc,skcd->skqd", probs.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-def in_blocks(table: Array, pages: int) -> Array:
-    """Widen a block table to whole blocks of `pages`, and one more, with page 0; those slots are always masked.
+def in_blocks(table: Int32[Array, "seqs pages"], pages: int) -> Int32[Array, "seqs padded"]:
+    """The block table padded with page 0 to whole blocks of `pages`, and one more; that padding is always masked.
 
-    In a table of one block the slice would not depend on the loop, and XLA would gather it ahead of every loop.
+    Without the extra block, the slice of a table of one block would not depend on the loop, and XLA would gather it
+    before every loop.
     """
     return jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages + pages)))

@@ -102,7 +102,7 @@ def attend(cache, **variables):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"CXX": "/nonexistent/c++"}, "CXX is '/nonexistent/c++', which is no program"),
+        ({"CXX": "/nonexistent/c++"}, "CXX is '/nonexistent/c++', which is not a program"),
         ({"CXX": "", "PATH": ""}, "no C++ compiler is installed: expected one of c++, g++, clang++"),
         ({"CXX": "false"}, "false failed"),
         ({"CXX": 'g++ "'}, "No closing quotation"),

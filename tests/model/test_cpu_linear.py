@@ -8,7 +8,7 @@ import pytest
 from model.decoder import product
 from model.kernels import dispatch
 from model.kernels.cpu import build
-from model.kernels.cpu.linear import MOST_TOKENS, linear
+from model.kernels.cpu.linear import MAX_TOKENS, linear
 
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernels cannot be built here")
 compiled = jax.jit(linear)
@@ -19,7 +19,7 @@ def random(seed, *shape):
 
 
 @needs_kernel
-@pytest.mark.parametrize("tokens", [*range(1, 18), MOST_TOKENS, 33])
+@pytest.mark.parametrize("tokens", [*range(1, 18), MAX_TOKENS, 33])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 16), (5, 48), (97, 64), (1024, 512), (2816, 512), (512, 1408)])
 def test_products_of_any_shape_match_numpys(tokens, outputs, inputs):
     x, weight = random(tokens, tokens, inputs), random(outputs, outputs, inputs)
@@ -60,7 +60,7 @@ def test_what_it_cannot_take_is_refused_by_name():
 @needs_kernel
 @pytest.mark.parametrize(
     ("x", "taken"),
-    [((1, 64), True), ((MOST_TOKENS, 64), True), ((MOST_TOKENS + 1, 64), False), ((1, 60), False)],
+    [((1, 64), True), ((MAX_TOKENS, 64), True), ((MAX_TOKENS + 1, 64), False), ((1, 60), False)],
 )
 def test_few_tokens_go_to_the_kernel_and_the_rest_to_xla(x, taken):
     x = jnp.asarray(random(0, *x))

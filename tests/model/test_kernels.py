@@ -12,7 +12,7 @@ import pytest
 from experiments.gpu.aot import MODEL, forward_with, keys_beside_pool, pool_sized, variants
 from model.batch import MASKED, Batch
 from model.kernels import dispatch
-from model.kernels.hopper import compat, online_softmax
+from model.kernels.hopper import compat, launch, online_softmax
 from model.kernels.hopper import decode as paged_decode
 from model.kernels.hopper import prefill as paged_prefill
 from model.kernels.reference import reference
@@ -151,11 +151,11 @@ def test_tiles_cover_every_token_once_and_see_its_keys(seed):
         else:
             assert keys == 0
     assert (covered == 1).all()
-    found = jax.jit(paged_prefill.tile_rows, static_argnums=(1, 2))(batch, tokens, tile)
+    found = jax.jit(paged_prefill.places_in_tiles, static_argnums=(1, 2))(batch, tokens, tile)
     np.testing.assert_array_equal(found, rows)
 
 
-def test_merged_parts_equal_the_whole_softmax():
+def test_merged_splits_equal_the_whole_softmax():
     rng = np.random.default_rng(0)
     scores, values = rng.normal(size=(4, 5, 30)) * 5, rng.normal(size=(4, 30, 8))
     peaks = scores.max(-1)
@@ -163,7 +163,7 @@ def test_merged_parts_equal_the_whole_softmax():
     totals = exponentials @ values
     empty = np.zeros_like(totals[:1]), np.full_like(peaks[:1], MASKED), np.zeros_like(peaks[:1])
     states = (totals, peaks, exponentials.sum(-1))
-    merged = online_softmax.merge(*(jnp.concatenate(pair) for pair in zip(states, empty, strict=True)))
+    merged = online_softmax.merge_splits(*(jnp.concatenate(pair) for pair in zip(states, empty, strict=True)))
     probs = np.exp2(scores - peaks.max(0)[:, None])
     expected = np.einsum("prc,pcd->rd", probs, values) / probs.sum((0, 2))[:, None]
     np.testing.assert_allclose(merged, expected, rtol=1e-4)
@@ -229,15 +229,15 @@ def test_a_gpu_that_is_no_hopper_gets_no_kernel(monkeypatch):
         (8, 416, 1, 16),  # one token of one sequence: 8 KV heads
         (4, 416, 1, 33),
         (8, 416, 2, 33),
-        (8, 8, 1, 2),  # no part has less than four blocks of keys
+        (8, 8, 1, 2),  # no split has less than four blocks of keys
         (8, 1, 1, 1),
     ],
 )
 def test_keys_are_split_until_the_chip_is_full(thread_blocks, key_blocks, waves, expected):
-    assert online_softmax.parts_for(thread_blocks, key_blocks, waves) == expected
+    assert launch.num_splits(thread_blocks, key_blocks, waves) == expected
 
 
 @pytest.mark.parametrize("thread_blocks", [48, 72, 80, 96, 136, 144, 192])
 def test_the_last_wave_of_a_grid_is_nearly_full(thread_blocks):
-    parts = online_softmax.parts_for(thread_blocks, 416)
-    assert thread_blocks * parts / 132 / -(-thread_blocks * parts // 132) > 0.9
+    splits = launch.num_splits(thread_blocks, 416)
+    assert thread_blocks * splits / 132 / -(-thread_blocks * splits // 132) > 0.9

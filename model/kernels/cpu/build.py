@@ -1,8 +1,8 @@
 """Builds the CPU kernels with the system's C++ compiler, once for each machine, and hands them to JAX.
 
-The library is kept in the user's cache under a name that says what it was built from and for. It is built for this
-machine's processor; `TOKENZERO_CPU_MARCH` names another one as the compiler spells it, such as x86-64-v3 for AVX2.
-Without a compiler, or with `TOKENZERO_CPU_KERNEL=off`, there are none, and XLA does their work.
+The library is kept in the user's cache, with a hash of its sources, flags, compiler and processor in its name. It is
+built for this machine's processor; `TOKENZERO_CPU_MARCH` names another one as the compiler spells it, such as x86-64-v3
+for AVX2. Without a compiler, or with `TOKENZERO_CPU_KERNEL=off`, XLA does the kernels' work.
 """
 
 from __future__ import annotations
@@ -37,45 +37,45 @@ BUILD_SECONDS = 300
 
 
 def available() -> bool:
-    """Whether JAX can call the kernels here; builds and registers them the first time. Logs once why it cannot.
+    """Whether JAX can call the kernels here; builds and registers them the first time. If not, logs once why.
 
-    Threads that ask while one builds wait for it, and so do other processes of the same user.
+    Other threads, and other processes of the same user, wait for a build that is under way.
     """
     with once:
         return registered()
 
 
-once = threading.Lock()  # a cache alone would let every thread that comes before the first result build, too
+once = threading.Lock()  # functools.cache alone would let several threads build at once
 
 
 @functools.cache
 def registered() -> bool:
-    """Build and register the kernels; whether that went well."""
+    """Build and register the kernels; return whether that succeeded."""
     if os.environ.get("TOKENZERO_CPU_KERNEL") == "off":
         return False
     try:
         library = ctypes.CDLL(str(built()))
         for target in (PAGED_ATTENTION, LINEAR):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
-    except Exception as error:  # whatever it is, XLA can do without
+    except Exception as error:  # XLA can do without the kernels, so no failure is fatal
         log.warning("the model runs on XLA alone, without the CPU kernels: %s", error)
         return False
     return True
 
 
 def built() -> Path:
-    """The kernels' library, built unless the cache has it. Raises RuntimeError where it cannot be built."""
+    """The path of the kernels' library, built unless it is cached. Raises RuntimeError if it cannot be built."""
     compiler = compiler_command()
     command = [*compiler, *FLAGS, target(), "-I", jax.ffi.include_dir()]
     files = (path.read_bytes() for path in (*SOURCES, HEADER))
-    parts = (*files, repr(command[1:]).encode(), compiler_version(compiler), processor().encode())
-    name = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    inputs = (*files, repr(command[1:]).encode(), compiler_version(compiler), processor().encode())
+    name = hashlib.sha256(b"\0".join(hashlib.sha256(data).digest() for data in inputs)).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenzero" / "kernels"
     library = cache / f"kernels-{version('jaxlib')}-{name}.so"
     if library.exists():
         return library
     cache.mkdir(parents=True, exist_ok=True)
-    # Under a name of its own first: not every file system has locks, and a process may end at any time.
+    # Under a temporary name first: not every file system has locks, and a process may end at any time.
     with locked(cache), tempfile.TemporaryDirectory(dir=cache) as folder:
         if library.exists():  # built while this process waited
             return library
@@ -96,14 +96,14 @@ def built() -> Path:
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"{compiler[0]} was not done after {BUILD_SECONDS} s") from None
         with made.open("rb+") as file:
-            os.fsync(file.fileno())  # a library that a crash has cut short would take down whoever loads it
+            os.fsync(file.fileno())  # loading a library that a crash cut short would end the process
         made.replace(library)
     return library
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, where its file system has locks; the lock ends with the process."""
+    """Keep other processes out of a folder, if its file system has locks; the lock ends with the process."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -114,17 +114,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def target() -> str:
-    """The compiler's option for the processor to build for: $TOKENZERO_CPU_MARCH, or this machine's."""
+    """The compiler option that names the processor: $TOKENZERO_CPU_MARCH, or this machine's."""
     if march := os.environ.get("TOKENZERO_CPU_MARCH"):
         return f"-march={march}"
     return "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 
 
 def compiler_command() -> list[str]:
-    """$CXX, or the first C++ compiler in the path. Raises RuntimeError where there is none."""
+    """$CXX, or the first C++ compiler in the path. Raises RuntimeError if there is none."""
     if given := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(given[0]) is None:
-            raise RuntimeError(f"CXX is {given[0]!r}, which is no program: install it, or unset CXX")
+            raise RuntimeError(f"CXX is {given[0]!r}, which is not a program: install it, or unset CXX")
         return given
     for name in COMPILERS:
         if shutil.which(name):
@@ -133,12 +133,12 @@ def compiler_command() -> list[str]:
 
 
 def compiler_version(compiler: list[str]) -> bytes:
-    """What the compiler says of itself; nothing if it says nothing."""
+    """The compiler's output of --version; empty if it has none."""
     return subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
 
 
 def processor() -> str:
-    """What `native` means here: the machine and, where the system tells it, what its processor can."""
+    """What `native` means here: the machine and, where the system lists them, its processor's features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,8 +1,8 @@
 // What the CPU kernels share: vectors as wide as the machine's, and work that a call's threads divide among them.
 //
-// Results have the same bits whatever the shape of a loop: sums are written as `fma`, which is one instruction where the
-// target has it, and lanes are added by `sum` or `sums_of`. The compiler contracts nothing (-ffp-contract=off): tuned
-// for some processors, it would fuse long chains of one sum otherwise than short ones of many.
+// Results have the same bits for any shape of a loop: sums are written as `fma`, which is one instruction where the
+// target has it, and lanes are added by `sum` or `sums_of`. The compiler must not contract (-ffp-contract=off): tuned
+// for some processors, it would fuse one long sum differently from many short ones.
 
 #pragma once
 
@@ -40,7 +40,7 @@ inline Vec load(const float* from) { return *reinterpret_cast<const Loose*>(from
 inline void store(float* to, Vec value) { *reinterpret_cast<Loose*>(to) = value; }
 inline Vec all(float value) { return value - Vec{}; }
 
-// a * b + c, rounded once where the target has an instruction for it, else after each of the two.
+// a * b + c, rounded once where the target has an instruction for it, else after each operation.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -53,7 +53,7 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Lanes of a (from 0) and of b (from LANES) at these places.
+// The lanes of a (numbered from 0) and b (from LANES) with these numbers.
 template <int... I>
 inline Vec lanes(Vec a, Vec b) {
 #if defined(__clang__)
@@ -94,17 +94,17 @@ inline Vec sums_of(Vec* vectors) {
   return vectors[0];
 }
 
-// Asks for floats that will be read soon, while there is something else to do.
+// Prefetches floats that will be read soon.
 inline void fetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
 }
 
-constexpr int64_t TASKS_PER_THREAD = 4;  // for an even load where tasks and threads differ
+constexpr int64_t TASKS_PER_THREAD = 4;  // for an even load where tasks or threads differ in speed
 constexpr int SPINS = 4096;
 
 inline int64_t threads_of(const xla::ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
 
-// Leaves the core to its other thread for a moment.
+// Yields the core to its other hardware thread for a moment.
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -113,10 +113,10 @@ inline void relax() {
 #endif
 }
 
-// Tasks that the threads of a call take one by one. It outlives the call for those that come too late.
+// Tasks that the threads of a call take one by one. It outlives the call, for threads that start too late.
 template <typename Run>
 struct Work {
-  Run run;  // (thread's own memory, number of the task)
+  Run run;  // (scratch memory of the thread, number of the task)
   size_t count;
   std::atomic<size_t> next{0}, done{0};
   std::mutex mutex;
@@ -137,15 +137,15 @@ struct Work {
 
 struct Nothing {};
 
-// Returns when `run(scratch, i)` has been called for every i below `count`, on the threads of the pool and this one.
+// Calls `run(scratch, i)` for every i below `count`, on the threads of the pool and this one, and waits for all.
 template <typename Scratch = Nothing, typename Run>
 void divide(xla::ffi::ThreadPool& pool, size_t count, Run run) {
   auto work = std::make_shared<Work<Run>>(std::move(run), count);
   const int64_t helpers = std::min<int64_t>(threads_of(pool), count) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->template take_part<Scratch>(); });
-  // This thread may be one of the pool's: it never waits for work that nobody has begun.
+  // This thread may be one of the pool's: it must not wait for a task that has not begun.
   work->template take_part<Scratch>();
-  // The other threads have one task each left, at most: to sleep and be woken takes longer than most of these.
+  // Each other thread has at most one task left, which usually takes less time than sleeping and waking up.
   for (int i = 0; i < SPINS && work->done < count; ++i) relax();
   std::unique_lock<std::mutex> lock(work->mutex);
   work->finished.wait(lock, [&] { return work->done == count; });

@@ -1,8 +1,9 @@
 // Matrix products of few tokens on CPUs, as a call from XLA: each weight is read from memory once, in order, for all
-// tokens. A matrix library packs the weights before it multiplies, which pays where there are many tokens.
+// tokens. A matrix library packs the weights before it multiplies, which pays only for many tokens.
 //
-// The inputs lie across the lanes of the vectors. A micro-kernel holds the sums of a few outputs for a few tokens; each
-// is added up in the same order whatever the number of tokens, so that what a token gets does not depend on company.
+// The inputs lie across the lanes of the vectors. A micro-kernel holds the sums of a few outputs for a few tokens. Each
+// sum is added up in the same order for any number of tokens, so a token's result does not depend on the rest of the
+// batch.
 
 #include <vector>
 
@@ -13,15 +14,15 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
-constexpr int TOKENS = LANES == 16 ? 8 : 4;  // that a micro-kernel takes at once
-constexpr int64_t TASK_WEIGHTS = 1 << 15;    // of a task, at least: fewer are done before another thread has come
-constexpr int64_t NEAR_WEIGHTS = 1 << 12;    // that stay in the first level of cache while all tokens pass
+constexpr int TOKENS = LANES == 16 ? 8 : 4;  // of one micro-kernel
+constexpr int64_t TASK_WEIGHTS = 1 << 15;    // of a task, at least: fewer are done before another thread has started
+constexpr int64_t NEAR_WEIGHTS = 1 << 12;    // of a block that stays in the first level of cache for all tokens
 
-// Outputs that a micro-kernel for so many tokens takes at once: their sums, the weights and an input fit in registers.
+// Outputs of a micro-kernel for so many tokens: their sums, the weights and an input fit in registers.
 constexpr int outputs_of(int tokens) { return std::clamp((REGISTERS - 2) / (tokens + 1), 1, 4); }
 
 struct Problem {
-  const float* x;       // groups of TOKENS tokens and what is left over, each [inputs / LANES, tokens, LANES]
+  const float* x;       // groups of TOKENS tokens, the last one smaller, each [inputs / LANES, tokens, LANES]
   const float* weight;  // [outputs, inputs]
   float* out;           // [tokens, outputs]
   int64_t tokens, inputs, outputs;
@@ -37,7 +38,7 @@ inline void tile(const Problem& p, int64_t t, int64_t o) {
     Vec weights[O];
     for (int r = 0; r < O; ++r) {
       weights[r] = load(w + r * p.inputs + i);
-      __builtin_prefetch(w + (O + r) * p.inputs + i);  // of the outputs that come next
+      __builtin_prefetch(w + (O + r) * p.inputs + i);  // of the next outputs
     }
     for (int s = 0; s < T; ++s) {
       const Vec input = load(x + s * LANES);
@@ -74,7 +75,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   const Problem p = {packed.data(), weight.typed_data(), out->typed_data(), tokens, inputs, outputs};
   const int64_t most = TASKS_PER_THREAD * threads_of(pool);
   const int64_t wanted = std::clamp<int64_t>(inputs * outputs / TASK_WEIGHTS, 1, most);
-  constexpr int64_t WHOLE = 12;  // outputs: a multiple of what any micro-kernel takes
+  constexpr int64_t WHOLE = 12;  // outputs: a multiple of any micro-kernel's
   const int64_t step = (outputs + wanted * WHOLE - 1) / (wanted * WHOLE) * WHOLE;
   const int64_t near = std::max<int64_t>(NEAR_WEIGHTS / inputs / WHOLE, 1) * WHOLE;
   divide(pool, (outputs + step - 1) / step, [=](Nothing&, size_t i) {

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from model.kernels.cpu.build import LINEAR
 
-WIDTH = 16  # inputs that the widest vectors take at once
-# Beyond, XLA's own product is as fast: it packs the weights, which pays for itself by then. Measured on two cores.
-MOST_TOKENS = 24
+SIMD_WIDTH = 16  # floats in the widest vectors
+# For more tokens XLA's own product is as fast: it packs the weights, which pays by then. Measured on two cores.
+MAX_TOKENS = 24
 
 
 def linear(
-    x: jax.Array,  # [tokens, inputs] float32
-    weight: jax.Array,  # [outputs, inputs] float32
-) -> jax.Array:
-    """`x @ weight.T`, [tokens, outputs] float32. A token's result has the same bits in any company.
+    x: Float[jax.Array, "tokens inputs"],
+    weight: Float[jax.Array, "outputs inputs"],
+) -> Float32[jax.Array, "tokens outputs"]:
+    """`x @ weight.T`, all in float32. A token's result has the same bits in any batch.
 
-    Raises ValueError for what the kernel does not take.
+    Raises ValueError for what `unsupported_reason` names.
     """
     if reason := unsupported_reason(x, weight):
         raise ValueError(reason)
@@ -26,12 +27,12 @@ def linear(
 
 
 def unsupported_reason(x: jax.Array, weight: jax.Array) -> str | None:
-    """Why the kernel cannot compute this, with what it can; None if it can."""
+    """Why the kernel cannot compute this, and what it supports; None if it can."""
     for name, array in (("x", x), ("weight", weight)):
         if array.dtype != jnp.float32:
             return f"dtype of {name} is {array.dtype.name}, supported is float32"
     if x.shape[1] != weight.shape[1]:
         return f"x has {x.shape[1]} inputs, weight {weight.shape[1]}"
-    if not x.shape[1] or x.shape[1] % WIDTH:
-        return f"x has {x.shape[1]} inputs, supported are multiples of {WIDTH}"
+    if not x.shape[1] or x.shape[1] % SIMD_WIDTH:
+        return f"x has {x.shape[1]} inputs, supported are multiples of {SIMD_WIDTH}"
     return None

@@ -1,10 +1,10 @@
-// Attention over the paged KV pool on CPUs, as a call from XLA: FlashAttention's online softmax (Dao et al., 2022) over
-// pages that are read where they lie. The plain reference is `reference` in model/attention.py.
+// Attention over the paged KV pool on CPUs, as a call from XLA: FlashAttention's online softmax (Dao et al., 2022,
+// https://arxiv.org/abs/2205.14135) over pages that are read in place. Its plain reference: model/kernels/reference.py.
 //
 // Many queries (prefill): a tile of them, transposed once, lies across the lanes of the vectors. Scores are keys
-// broadcast against it, so maximum and sum of the softmax run down the vectors and never across, and neither keys nor
-// values are transposed. Few queries (decode): a key lies across the lanes, and every byte of the cache is read once for
-// all query heads of its KV head.
+// broadcast against it, so the softmax's maximum and sum are taken between vectors and never within one, and neither
+// keys nor values are transposed. Few queries (decode): a key lies across the lanes, and every byte of the cache is
+// read once for all query heads of its KV head.
 
 #include <numeric>
 #include <string>
@@ -16,29 +16,29 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int ROWS = 32;             // queries of a strip, which meets a block of keys in the first level of cache
-constexpr int STRIPS = 8;            // of a task: each block of keys comes from memory once for all of them
-constexpr int KEYS = 64;             // keys of a block
-constexpr int FEW = 8;               // queries up to which a key lies across the lanes
-constexpr int PART = 1024;           // keys that are worth a task of their own, at least
-constexpr int PART_PER_QUERY = 8;    // and for each query, of which every part leaves a total to be added
-constexpr int TASKS = 128;           // that a sequence alone is split into, about: enough for many threads
-constexpr float MASKED = -1e30f;     // finite, so that no difference of two of them is NaN
+constexpr int ROWS = 32;                 // query rows of a strip, which with a block of keys fits the first-level cache
+constexpr int STRIPS = 8;                // of a task: each block of keys comes from memory once for all of them
+constexpr int KEYS = 64;                 // keys of a block
+constexpr int FEW = 8;                   // up to so many queries, a key lies across the lanes
+constexpr int SPLIT_KEYS = 1024;        // fewest keys that are worth a task of their own
+constexpr int SPLIT_KEYS_PER_QUERY = 8;  // and for each query, since every split leaves a total per query to be added
+constexpr int TASKS = 128;               // about as many for one sequence alone: enough for many threads
+constexpr float MASKED = -1e30f;         // finite, so that no difference of two of them is NaN
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// A micro-kernel holds the sums of VECS vectors of queries for TOGETHER keys or channels in registers. A number that is
-// broadcast costs half of a vector that is loaded, so it takes more of the former.
+// A micro-kernel holds the sums of VECS vectors of queries for TOGETHER keys or channels in registers. To broadcast a
+// number costs half as much as to load a vector, so it takes more of those.
 constexpr int VECS = LANES == 4 ? 4 : 2;
 constexpr int TOGETHER = LANES == 16 ? 8 : 4;
-constexpr int LEAST = 4;  // that head_dim and page_size are multiples of
+constexpr int ALIGNMENT = 4;  // head_dim and page_size are multiples of it
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// 2 ** x for x <= 0, to the last bits of a float: the integer part makes a power by its exponent's bits, the rest, at
-// most a half, goes into the Taylor series of exp(x log 2).
+// 2 ** x for x <= 0, accurate to the last bits of a float: the integer part goes into the exponent's bits, the rest, at
+// most a half, into the Taylor series of exp(x log 2).
 inline Vec power_of_2(Vec x) {
   const float shift = 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer
-  x = x < all(-126.0f) ? all(-126.0f) : x;  // what is no number stays none
+  x = x < all(-126.0f) ? all(-126.0f) : x;  // NaN stays NaN
   const Vec shifted = x + shift;
   const Vec power = (Vec)(((Int)shifted << 23) + 0x3F800000);
   const Vec f = x - (shifted - shift);
@@ -63,33 +63,33 @@ struct Problem {
   int64_t tokens, kv_heads, group, dim, page_size, seqs, width;
 
   int64_t rows(int64_t s) const { return (starts[s + 1] - starts[s]) * group; }
-  // Of a query or its result.
+  // Offset of a query or its result.
   int64_t at(int64_t s, int64_t head, int64_t row) const {
     return ((starts[s] + row / group) * kv_heads * group + head * group + row % group) * dim;
   }
-  // Of a key or its value, in the pool.
+  // Offset of a key or its value in the pool.
   int64_t place(int64_t s, int64_t head, int64_t position) const {
     const int64_t page = table[s * width + position / page_size];
     return ((page * kv_heads + head) * page_size + position % page_size) * dim;
   }
-  // Keys from this one on that lie in one page, a block of them at most.
+  // Keys from this one on that lie in one page, at most a block of them.
   int64_t slots(int64_t position, int64_t end) const {
     return std::min({end - position, page_size - position % page_size, static_cast<int64_t>(KEYS)});
   }
 };
 
-// Queries [first, last) of one KV head of a sequence against its keys [begin, end), those behind a query left out.
+// Queries [first, last) of one KV head of a sequence against its keys [begin, end); keys after a query are left out.
 struct Task {
   int64_t seq, head, first, last, begin, end;
-  int64_t parts, part;  // tasks that share these queries, and which of them this is
-  int64_t partials;     // where they leave what they have, among all that are shared: the first one's place
+  int64_t splits, split;  // tasks that share these queries, and which of them this is
+  int64_t partials;       // index of the first one's result among all partial results
 };
 
 // An unfinished softmax over some keys, by query.
 struct Partial {
   std::vector<float> peak, weight;  // [queries]
   std::vector<float> total;         // [queries, dim]
-  std::atomic<int64_t> done{0};     // of a tile's first: how many of its parts are
+  std::atomic<int64_t> done{0};     // in a tile's first: how many of its splits are done
 };
 
 // Scores of SLOTS keys, [slots, ROWS] in powers of two, for N vectors of queries, [dim, ROWS].
@@ -126,7 +126,7 @@ inline void weigh(const float* values, const float* weights, float* total, int64
     for (int i = 0; i < N; ++i) store(total + c * ROWS + i * LANES, sums[c][i]);
 }
 
-// Floats at the start of a cache line: a vector that crosses one is loaded twice.
+// Floats that start at a cache line: a vector that crosses one is loaded twice.
 struct Floats {
   std::vector<float> room;
   float* begin = nullptr;
@@ -159,18 +159,18 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
            int64_t seen_from) {
   const float* queries = strip.queries + at;
   float *scores = strip.scores + at, *total = strip.total + at;
-  // Slots behind the last one belong to the same page, so reading them is safe; nobody uses what comes out.
+  // Slots after the last one belong to the same page, so reading them is safe; their scores are never used.
   int64_t scored = 0;
   for (; scored + M <= slots; scored += M) {
     fetch(values + scored * p.dim, M * p.dim);
     score<N, M>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
   }
-  for (; scored < slots; scored += LEAST) {
-    fetch(values + scored * p.dim, LEAST * p.dim);
-    score<N, LEAST>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
+  for (; scored < slots; scored += ALIGNMENT) {
+    fetch(values + scored * p.dim, ALIGNMENT * p.dim);
+    score<N, ALIGNMENT>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
   }
 
-  if (seen_from + (slots - 1) * p.group > at) {  // the last key is behind some query
+  if (seen_from + (slots - 1) * p.group > at) {  // the last key comes after some query
     for (int64_t slot = 0; slot < slots; ++slot) {
       const int32_t from = static_cast<int32_t>(seen_from + slot * p.group - at);
       for (int i = 0; i < N; ++i) {
@@ -204,7 +204,7 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
   }
   int64_t done = 0;
   for (; done + M <= p.dim; done += M) weigh<N, M>(values + done, scores, total + done * ROWS, slots, p.dim);
-  for (; done < p.dim; done += LEAST) weigh<N, LEAST>(values + done, scores, total + done * ROWS, slots, p.dim);
+  for (; done < p.dim; done += ALIGNMENT) weigh<N, ALIGNMENT>(values + done, scores, total + done * ROWS, slots, p.dim);
 }
 
 // One block of keys for all vectors of a strip's queries.
@@ -237,9 +237,9 @@ void many(const Problem& p, const Task& t, Scratch& s) {
       if (seen_from >= rows) continue;  // all of its queries come before these keys
       const Strip strip = {queries + i * size, total + i * size, s.peak + i * ROWS, s.weight + i * ROWS, s.scores};
       const float *keys = p.k + place, *values = p.v + place;
-      // Few queries wait for keys and values, and do so for less of them at a time.
+      // A few queries are limited by memory: they take fewer keys and values at a time.
       if (count <= LANES)
-        blocks<LEAST>(p, strip, vecs, keys, values, slots, seen_from);
+        blocks<ALIGNMENT>(p, strip, vecs, keys, values, slots, seen_from);
       else
         blocks<TOGETHER>(p, strip, vecs, keys, values, slots, seen_from);
     }
@@ -325,8 +325,8 @@ void run(const Problem& p, const Task& t, Scratch& s, std::vector<Partial>& part
   } else {
     many(p, t, s);
   }
-  // By query, then channel; of one that is done, the result.
-  Partial* partial = t.parts > 1 ? &partials[t.partials + t.part] : nullptr;
+  // By query, then channel; the result itself where there is one split.
+  Partial* partial = t.splits > 1 ? &partials[t.partials + t.split] : nullptr;
   if (partial) {
     partial->peak.assign(s.peak, s.peak + count);
     partial->weight.assign(s.weight, s.weight + count);
@@ -340,25 +340,25 @@ void run(const Problem& p, const Task& t, Scratch& s, std::vector<Partial>& part
   }
 }
 
-// Puts together what the tasks that share their queries have left, in the order of their keys; `t` is any of them.
+// Merges the partial results of the tasks that share their queries, in the order of their keys; `t` is any of them.
 void combine(const Problem& p, const Task& t, const std::vector<Partial>& partials) {
   for (int64_t r = 0; r < t.last - t.first; ++r) {
     float* out = p.out + p.at(t.seq, t.head, t.first + r);
     float peak = MASKED, weight = 0.0f;
-    for (int64_t i = 0; i < t.parts; ++i) peak = std::max(peak, partials[t.partials + i].peak[r]);
+    for (int64_t i = 0; i < t.splits; ++i) peak = std::max(peak, partials[t.partials + i].peak[r]);
     std::fill(out, out + p.dim, 0.0f);
-    for (int64_t i = 0; i < t.parts; ++i) {
-      const Partial& part = partials[t.partials + i];
-      const float decay = power_of_2(all(part.peak[r] - peak))[0];
-      weight += part.weight[r] * decay;
-      for (int64_t d = 0; d < p.dim; ++d) out[d] += part.total[r * p.dim + d] * decay;
+    for (int64_t i = 0; i < t.splits; ++i) {
+      const Partial& split = partials[t.partials + i];
+      const float decay = power_of_2(all(split.peak[r] - peak))[0];
+      weight += split.weight[r] * decay;
+      for (int64_t d = 0; d < p.dim; ++d) out[d] += split.total[r * p.dim + d] * decay;
     }
     for (int64_t d = 0; d < p.dim; ++d) out[d] /= weight;
   }
 }
 
-// Tiles of queries, a sequence's split over their keys where they are too few for many threads. The split depends on the
-// sequence's lengths, and on neither the rest of the batch nor the threads: it gets the same bits in any company.
+// Tiles of queries; where a sequence has too few for many threads, its keys are split. The splits depend on the
+// sequence's lengths alone, not on the rest of the batch or the threads, so it gets the same bits in any batch.
 std::vector<Task> tasks_of(const Problem& p) {
   std::vector<Task> tasks;
   int64_t partials = 0;
@@ -368,10 +368,10 @@ std::vector<Task> tasks_of(const Problem& p) {
       for (int64_t first = 0; first < rows; first += STRIPS * ROWS) {
         const int64_t last = std::min<int64_t>(first + STRIPS * ROWS, rows);
         const int64_t keys = p.prefix[s] + (last - 1) / p.group + 1;
-        const int64_t least = std::max<int64_t>(PART, PART_PER_QUERY * (last - first));
-        const int64_t parts = std::clamp<int64_t>(keys / least, 1, TASKS / tiles + 1);
+        const int64_t least = std::max<int64_t>(SPLIT_KEYS, SPLIT_KEYS_PER_QUERY * (last - first));
+        const int64_t splits = std::clamp<int64_t>(keys / least, 1, TASKS / tiles + 1);
         const int64_t pages = (keys + p.page_size - 1) / p.page_size;
-        const int64_t step = (pages + parts - 1) / parts * p.page_size;
+        const int64_t step = (pages + splits - 1) / splits * p.page_size;
         const int64_t count = (keys + step - 1) / step;
         for (int64_t i = 0; i < count; ++i)
           tasks.push_back({s, head, first, last, i * step, std::min(keys, (i + 1) * step), count, i, partials});
@@ -404,7 +404,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
                      pages[3],
                      prefix.dimensions()[0],
                      table.dimensions()[1]};
-  // Padding is defined, since what comes of it is finite only if it is.
+  // Padding is zero: later layers would turn undefined values into NaN.
   const int64_t token = p.kv_heads * p.group * p.dim;
   std::fill(p.out + p.starts[p.seqs] * token, p.out + p.tokens * token, 0.0f);
 
@@ -415,11 +415,11 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
     const auto cost = [&](const Task& t) { return (t.end - t.begin) * (t.last - t.first); };
     return cost(tasks[a]) > cost(tasks[b]);
   });
-  std::vector<Partial> partials(std::count_if(tasks.begin(), tasks.end(), [](const Task& t) { return t.parts > 1; }));
+  std::vector<Partial> partials(std::count_if(tasks.begin(), tasks.end(), [](const Task& t) { return t.splits > 1; }));
   divide<Scratch>(pool, tasks.size(), [&](Scratch& scratch, size_t i) {
     const Task& t = tasks[order[i]];
     run(p, t, scratch, partials);
-    if (t.parts > 1 && ++partials[t.partials].done == t.parts) combine(p, t, partials);
+    if (t.splits > 1 && ++partials[t.partials].done == t.splits) combine(p, t, partials);
   });
   return ffi::Error::Success();
 }

@@ -1,31 +1,32 @@
 """Attention over the paged pool on CPUs: the call into `paged_attention.cc`, which says how it works.
 
-Sequences may have any number of new tokens each, so chunks and single tokens need not be told apart. Keys and values
-are read from the pool where they lie, the new ones too.
+Sequences may have any number of new tokens each, so prefill and decode are one call. Keys and values are read from the
+pool in place, the new ones too.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from model.batch import Batch
 from model.kernels.cpu.build import PAGED_ATTENTION
 from model.kv import KVPool
 
-LEAST = 4  # what the kernel takes multiples of, as its own LEAST says
+ALIGNMENT = 4  # head_dim and page_size are multiples of it, as of the constant of this name in the kernel
 
 
 def paged_attention(
-    q: jax.Array,  # [tokens, kv_heads, group, head_dim] float32
-    pool: KVPool,  # float32
+    q: Float[jax.Array, "tokens kv_heads group head_dim"],
+    pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
-) -> jax.Array:
-    """Causal attention of a ragged batch, [tokens, kv_heads, group, head_dim]; zeros for padding.
+) -> Float32[jax.Array, "tokens kv_heads group head_dim"]:
+    """Causal attention of a ragged batch, all in float32; zeros for padding. See `model.attention.paged_attention`.
 
-    See `model.attention.paged_attention`. A sequence gets the same bits in any batch and with any number of threads, if
-    the same of its tokens are new. Raises ValueError for what the kernel does not take.
+    A sequence whose new tokens are the same gets the same bits in any batch and with any number of threads. Raises
+    ValueError for what `unsupported_reason` names.
     """
     if reason := unsupported_reason(q, pool):
         raise ValueError(reason)
@@ -35,7 +36,7 @@ def paged_attention(
 
 
 def unsupported_reason(q: jax.Array, pool: KVPool) -> str | None:
-    """Why the kernel cannot compute this, with what it can; None if it can."""
+    """Why the kernel cannot compute this, and what it supports; None if it can."""
     for name, array in (("q", q), ("k", pool.k), ("v", pool.v)):
         if array.dtype != jnp.float32:
             return f"dtype of {name} is {array.dtype.name}, supported is float32"
@@ -46,8 +47,8 @@ def unsupported_reason(q: jax.Array, pool: KVPool) -> str | None:
     ):
         if found != expected:
             return f"{name} is {found}, the pool's is {expected}"
-    if q.shape[-1] % LEAST:
-        return f"head_dim is {q.shape[-1]}, supported are multiples of {LEAST}"
-    if pool.page_size % LEAST:
-        return f"page_size is {pool.page_size}, supported are multiples of {LEAST}"
+    if q.shape[-1] % ALIGNMENT:
+        return f"head_dim is {q.shape[-1]}, supported are multiples of {ALIGNMENT}"
+    if pool.page_size % ALIGNMENT:
+        return f"page_size is {pool.page_size}, supported are multiples of {ALIGNMENT}"
     return None

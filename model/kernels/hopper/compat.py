@@ -1,4 +1,4 @@
-"""What differs between JAX 0.10.2 and 0.11 in Mosaic GPU, in one place."""
+"""The differences between JAX 0.10.2 and 0.11 in Mosaic GPU, in one place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 plgpu: Any = mosaic_gpu  # its names and signatures depend on the version
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
-# The interpreter of 0.10 does not know layout_cast, and its parameters are private.
+# The interpreter of 0.10 lacks layout_cast, and its parameters are private.
 CAN_INTERPRET = JAX_VERSION >= (0, 11)
 
 
@@ -23,21 +23,21 @@ def transposed(ref: Any) -> Any:
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """All of a shared-memory ref in registers of the given layout; the ref need not be swizzled."""
+    """The contents of a shared-memory ref in registers of the given layout; the ref need not be swizzled."""
     if JAX_VERSION >= (0, 11):
         return plgpu.load(ref, layout=layout, optimized=False)
     return plgpu.load(ref, (), layout=layout, optimized=False)
 
 
 def generic_read(ref: Any) -> jax.Array:
-    """What the interpreter reads where the GPU has wgmma, fenced as TMA expects of reads that are not wgmma's."""
+    """The contents of a ref, for the interpreter in place of wgmma; with the fence that TMA needs after such reads."""
     value = ref[...]
     plgpu.commit_smem()
     return value
 
 
 def queries_by_keys(q: Any, k: Any, interpreted: bool) -> jax.Array:
-    """Scores [rows, keys] in float32 of two shared-memory refs; awaited."""
+    """Scores [query_rows, keys] in float32 of two shared-memory refs; returns when the product is done."""
     if interpreted:
         return jnp.dot(q[...], generic_read(k).T, preferred_element_type=jnp.float32)
 
@@ -49,7 +49,7 @@ def queries_by_keys(q: Any, k: Any, interpreted: bool) -> jax.Array:
 
 
 def plus_probs_by_values(total: jax.Array, probs: jax.Array, v: Any, interpreted: bool) -> jax.Array:
-    """`total` + `probs` @ `v`, with the probabilities in registers and the values in shared memory; awaited."""
+    """`total` + `probs` @ `v`, the probabilities in registers, the values in shared memory; returns when it is done."""
     if interpreted:
         return total + jnp.dot(probs, generic_read(v), preferred_element_type=jnp.float32)
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, probs, v))(plgpu.ACC.init(total))
@@ -58,7 +58,7 @@ def plus_probs_by_values(total: jax.Array, probs: jax.Array, v: Any, interpreted
 def values_then_scores(
     total: jax.Array, probs: jax.Array, v: Any, q: Any, k: Any, issued: Callable[[], None], interpreted: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """`plus_probs_by_values` and `queries_by_keys`, issued back to back; `issued` is called and both are awaited."""
+    """`plus_probs_by_values` and `queries_by_keys`, issued back to back; then call `issued`, and wait for both."""
     if interpreted:
         total, scores = plus_probs_by_values(total, probs, v, interpreted), queries_by_keys(q, k, interpreted)
         issued()
@@ -74,12 +74,12 @@ def values_then_scores(
 
 
 def interpreter(detect_races: bool = False) -> Any:
-    """The value of `interpret` that simulates a kernel's threads and barriers on the CPU; only if CAN_INTERPRET."""
+    """The value of `interpret` that simulates a kernel's threads and barriers on the CPU; needs CAN_INTERPRET."""
     return plgpu.InterpretGPUParams(detect_races=detect_races)
 
 
 def hopper() -> contextlib.AbstractContextManager[None]:
-    """A context in which kernels lower for an H200 on a machine that has none."""
+    """A context in which kernels lower for an H200 on any machine."""
     if JAX_VERSION < (0, 11):
         return contextlib.nullcontext()
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh

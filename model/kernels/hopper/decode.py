@@ -1,11 +1,11 @@
-"""Attention of one query token per sequence, or a few, over the paged pool: bound by the bytes of keys and values.
+"""Attention of one query token per sequence, or a few, over the paged pool: limited by the bytes of keys and values.
 
-A thread block is one sequence, one KV head and one part of its keys, so that a single long sequence fills the chip
-(Flash-Decoding, Dao et al., 2023). One warpgroup loads pages; two compute, each every other block, with all query rows
-of the KV head in one wgmma tile, and merge before they write.
+A thread block is one sequence, one KV head and one split of its keys, so that a single long sequence fills the chip
+(Flash-Decoding, Dao et al., 2023, https://pytorch.org/blog/flash-decoding/). One warpgroup loads pages; two compute,
+each every other block, with all query rows of the KV head in one wgmma tile, and merge their states before they write.
 
-How many parts there are depends on the shapes alone: the number of sequences and of KV heads, and the width of the
-block table. The same batch gets the same bits; a sequence in a batch of another shape may get others.
+The number of splits depends on shapes alone: the number of sequences and KV heads, and the width of the block table.
+The same batch gets the same bits; a sequence in a batch of another shape may get different ones.
 """
 
 from __future__ import annotations
@@ -19,42 +19,34 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float
 
 from model.batch import Batch, by_token
 from model.kernels import limits
 from model.kernels.hopper import compat, ring
-from model.kernels.hopper.online_softmax import (
-    PER_ROW,
-    State,
-    merge,
-    normalised,
-    nothing_seen,
-    parts_for,
-    summed,
-    weigh,
-)
+from model.kernels.hopper.launch import COMPUTE, kernel, key_splits, layer_array, output_types
+from model.kernels.hopper.online_softmax import PER_ROW, State, merge_splits, normalised, nothing_seen, summed, weigh
 from model.kv import KVPool
 
-COMPUTE = 2  # warpgroups that compute; the one after them loads
-ROWS = limits.QUERY_ROWS  # query heads of the group times tokens, and what is left over
+QUERY_ROWS = limits.QUERY_ROWS  # query heads of the group times tokens, and padding
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes that only speed depends on."""
+    """Sizes that affect speed only."""
 
     block_kv: int = 64  # keys of a stage; at least a page
     stages: int = 4  # even, so that a stage always feeds the same warpgroup
-    waves: int = 1  # thread blocks for each multiprocessor that the parts of the keys are to reach
+    waves: int = 1  # thread blocks that each multiprocessor should get from splitting the keys
 
     def __post_init__(self) -> None:
-        """Refuse what the kernel cannot run with."""
+        """Raise ValueError for sizes that the kernel cannot run with."""
         if self.stages % COMPUTE or self.block_kv % 64:
             raise ValueError(f"{self}: expected an even number of stages, and blocks of a multiple of 64")
 
 
 def default(head_dim: int, page_size: int) -> Tuning:
-    """About 128 KiB of keys and values on their way."""
+    """A tuning with about 128 KiB of keys and values in flight."""
     block = max(64, page_size)
     return Tuning(block, stages=128 * 1024 // (block * head_dim * 2 * 2))
 
@@ -75,7 +67,7 @@ class Launch:
     tuning: Tuning
     group: int
     chunk: int  # query tokens that a sequence has at most
-    parts: int  # that the keys of a sequence are split into
+    splits: int  # of the keys of a sequence
     interpreted: bool
 
 
@@ -88,10 +80,10 @@ def attend(
     q: Any,  # [tokens, kv_heads, group, head_dim]
     k: Any,  # [layers, pages, kv_heads, page_size, head_dim]
     v: Any,
-    *outputs: Any,  # like q; or the State of every part
+    *outputs: Any,  # like q; or the State of every split
     pages: ring.Ring,
-    q_tile: Any,  # [ROWS, head_dim] as wgmma reads it
-    staging: Any,  # [ROWS, head_dim] bf16 in plain rows
+    q_tile: Any,  # [QUERY_ROWS, head_dim] as wgmma reads it
+    staging: Any,  # [QUERY_ROWS, head_dim] bf16 without a swizzle
     second: State,  # the second warpgroup's state in shared memory
     q_full: Any,
     q_ready: Any,
@@ -99,26 +91,26 @@ def attend(
 ) -> None:
     """The kernel: one thread block."""
     tuning, head_dim = launch.tuning, q_tile.shape[-1]
-    part, kv_head, seq, warpgroup = (lax.axis_index(name) for name in ("part", "kv_head", "seq", "warpgroup"))
+    split, kv_head, seq, warpgroup = (lax.axis_index(name) for name in ("split", "kv_head", "seq", "warpgroup"))
     first, count, position = starts[seq], starts[seq + 1] - starts[seq], prefix[seq]
     keys = jnp.where(count > 0, position + count, 0)
-    start, stop = ring.share_of_keys(keys, tuning.block_kv, part, launch.parts)
+    start, stop = ring.blocks_of_split(keys, tuning.block_kv, split, launch.splits)
 
     @pl.when(warpgroup == COMPUTE)
-    def _() -> None:
+    def load_pages() -> None:
         plgpu.set_max_registers(40, action="decrease")
         ring.fill(pages, k, v, table, seq, layer[0], kv_head, start, stop, keys)
 
     @pl.when(warpgroup < COMPUTE)
-    def _() -> None:
+    def compute() -> None:
         plgpu.set_max_registers(232, action="increase")
 
         @pl.when(warpgroup == 0)
-        def _() -> None:
+        def load_queries() -> None:
             for t in range(launch.chunk):
-                rows = pl.ds(t * launch.group, launch.group)
-                plgpu.copy_gmem_to_smem(q.at[first + t, kv_head], staging.at[rows], q_full)
-            # Swizzled TMA boxes have multiples of eight rows, a group any number: the rows come in plainly, then move.
+                of_token = pl.ds(t * launch.group, launch.group)
+                plgpu.copy_gmem_to_smem(q.at[first + t, kv_head], staging.at[of_token], q_full)
+            # A swizzled TMA box has a multiple of eight rows, a group any number: so they are staged unswizzled first.
             plgpu.barrier_wait(q_full)
             q_tile[...] = compat.load(staging, plgpu.Layout.WGMMA)
             plgpu.commit_smem()
@@ -128,48 +120,48 @@ def attend(
 
         def step(masked: bool, turn: jax.Array, state: State) -> State:
             i = start + turn * COMPUTE + warpgroup
-            slot = lax.rem(i - start, jnp.int32(tuning.stages))
-            plgpu.barrier_wait(pages.k_full.at[slot])
-            scores = compat.queries_by_keys(q_tile, pages.k.at[slot], launch.interpreted)
-            plgpu.barrier_arrive(pages.k_free.at[slot])
+            stage = lax.rem(i - start, jnp.int32(tuning.stages))
+            plgpu.barrier_wait(pages.k_full.at[stage])
+            scores = compat.queries_by_keys(q_tile, pages.k.at[stage], launch.interpreted)
+            plgpu.barrier_arrive(pages.k_free.at[stage])
             if masked:
                 scores = mask(scores, launch.group, position - i * tuning.block_kv)
             state, weights = weigh(scores, state, head_dim)
-            plgpu.barrier_wait(pages.v_full.at[slot])
+            plgpu.barrier_wait(pages.v_full.at[stage])
             if masked:
 
                 @pl.when((i + 1) * tuning.block_kv > keys)
-                def _() -> None:
-                    ring.zero_unseen(pages.v.at[slot], i * tuning.block_kv, keys)
+                def zero_values() -> None:
+                    ring.zero_unseen(pages.v.at[stage], i * tuning.block_kv, keys)
 
-            total = compat.plus_probs_by_values(state.total, weights, pages.v.at[slot], launch.interpreted)
-            plgpu.barrier_arrive(pages.v_free.at[slot])
+            total = compat.plus_probs_by_values(state.total, weights, pages.v.at[stage], launch.interpreted)
+            plgpu.barrier_arrive(pages.v_free.at[stage])
             return state._replace(total=total)
 
         def turns(end: jax.Array) -> jax.Array:
             """How many of the blocks before `end` are this warpgroup's."""
             return lax.div(jnp.maximum(end - start - warpgroup, 0) + (COMPUTE - 1), jnp.int32(COMPUTE))
 
-        # Blocks that every row sees whole need no mask.
+        # Blocks that every query row sees whole need no mask.
         whole = turns(jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, stop))
-        state = lax.fori_loop(0, whole, partial(step, False), nothing_seen(ROWS, head_dim))
+        state = lax.fori_loop(0, whole, partial(step, False), nothing_seen(QUERY_ROWS, head_dim))
         state = summed(lax.fori_loop(whole, turns(stop), partial(step, True), state))
 
         @pl.when(warpgroup == 1)
-        def _() -> None:
+        def hand_over() -> None:
             for ref, value in zip(second, state, strict=True):
                 ref[...] = value
             plgpu.commit_smem()
             plgpu.barrier_arrive(second_ready)
 
         @pl.when(warpgroup == 0)
-        def _() -> None:
+        def merge_and_write() -> None:
             plgpu.barrier_wait(second_ready)
-            write(launch, merged(state, second), second.total, staging, outputs, first, count, part, seq, kv_head)
+            write(launch, merged(state, second), second.total, staging, outputs, first, count, split, seq, kv_head)
 
 
 def merged(state: State, other: State) -> State:
-    """The state of what both have seen; `other` lies in shared memory."""
+    """The state over the keys of both; `other` is in shared memory."""
     total = compat.load(other.total, plgpu.Layout.WGMMA)
     other_peak, other_weight = compat.load(other.peak, PER_ROW), compat.load(other.weight, PER_ROW)
     peak = jnp.maximum(state.peak, other_peak)
@@ -181,106 +173,98 @@ def merged(state: State, other: State) -> State:
 def write(
     launch: Launch,
     state: State,
-    total: Any,  # [ROWS, head_dim] float32, shared memory to go through
+    total: Any,  # [QUERY_ROWS, head_dim] float32, shared memory to stage the totals in
     staging: Any,
     outputs: tuple[Any, ...],
     first: jax.Array,
     count: jax.Array,
-    part: jax.Array,
+    split: jax.Array,
     seq: jax.Array,
     kv_head: jax.Array,
 ) -> None:
-    """Write the output of the tokens that there are, or the state of this part."""
-    if launch.parts == 1:
+    """Write the output of the sequence's tokens, or the state of this split."""
+    if launch.splits == 1:
         staging[...] = normalised(state)
         plgpu.commit_smem()
         for t in range(launch.chunk):
 
             @pl.when(t < count)
-            def _(t: int = t) -> None:
-                rows = pl.ds(t * launch.group, launch.group)
-                plgpu.copy_smem_to_gmem(staging.at[rows], outputs[0].at[first + t, kv_head])
+            def write_token(t: int = t) -> None:
+                of_token = pl.ds(t * launch.group, launch.group)
+                plgpu.copy_smem_to_gmem(staging.at[of_token], outputs[0].at[first + t, kv_head])
     else:
         totals, peaks, weights = outputs
         total[...] = state.total
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(total.at[pl.ds(0, totals.shape[-2])], totals.at[part, seq, kv_head])
-        peaks[part, seq, kv_head] = state.peak
-        weights[part, seq, kv_head] = state.weight
+        plgpu.copy_smem_to_gmem(total.at[pl.ds(0, totals.shape[-2])], totals.at[split, seq, kv_head])
+        peaks[split, seq, kv_head] = state.peak
+        weights[split, seq, kv_head] = state.weight
     plgpu.wait_smem_to_gmem(0)
 
 
 def mask(scores: jax.Array, group: int, position: jax.Array) -> jax.Array:
-    """Hide the keys that a row does not see; `position` is the first token's, counted from the block's first key."""
+    """Mask the keys after each query row's own position; `position` is the first token's minus the first key's."""
     row = plgpu.broadcasted_iota(jnp.int32, scores.shape[:1], 0, layout=PER_ROW)
     key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
     last = lax.div(row, jnp.int32(group)) + position
     return jnp.where(key <= lax.broadcast_in_dim(last, scores.shape, [0]), scores, -jnp.inf)
 
 
-# As a program of its own, so that a model of many layers in line has it traced and lowered once.
+# Jitted on its own, so that a model of many unrolled layers traces and lowers it once.
 @partial(jax.jit, static_argnames=("tuning", "interpret"))
 def paged_decode(
-    q: jax.Array,  # [tokens, kv_heads, group, head_dim] bf16
+    q: Float[jax.Array, "tokens kv_heads group head_dim"],
     pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
     *,
     tuning: Tuning | None = None,
     interpret: Any = None,
-) -> jax.Array:
+) -> Float[jax.Array, "tokens kv_heads group head_dim"]:
     """What `model.attention.paged_attention` computes, where no sequence has more than 64 // group new tokens.
 
-    Padding tokens give zero. Pages outside the table and slots behind a sequence's last key may hold anything, NaN too.
+    Padding tokens give zero. Pages outside the table and slots after a sequence's last key may hold anything, even NaN.
     Raises ValueError for longer chunks and for what `limits.SUPPORTED` does not list.
     """
     limits.refuse_unsupported(q, pool)
     tokens, kv_heads, group, head_dim = q.shape
-    if batch.max_chunk * group > ROWS:
+    if batch.max_chunk * group > QUERY_ROWS:
         raise ValueError(
-            f"chunks are up to {batch.max_chunk} tokens, paged_decode takes {ROWS // group} in groups of {group}"
+            f"chunks are up to {batch.max_chunk} tokens, paged_decode takes {QUERY_ROWS // group} in groups of {group}"
         )
     tuning = tuning or tuning_for(head_dim, group, pool.page_size)
-    seqs, table_pages = batch.block_table.shape
-    rows = batch.max_chunk * group
-    blocks = -(-table_pages * pool.page_size // tuning.block_kv)
-    parts = parts_for(seqs * kv_heads, blocks, tuning.waves)
-    launch = Launch(tuning, group, batch.max_chunk, parts, interpret is not None)
+    seqs = batch.prefix.shape[0]
+    query_rows = batch.max_chunk * group
+    splits = key_splits(batch, pool, tuning.block_kv, seqs * kv_heads, tuning.waves)
+    launch = Launch(tuning, group, batch.max_chunk, splits, interpret is not None)
 
-    if parts == 1:
-        out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    else:
-        shapes = ((parts, seqs, kv_heads, rows, head_dim), *[(parts, seqs, kv_heads, ROWS)] * 2)
-        out_type = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    per_row = plgpu.SMEM((ROWS,), jnp.float32)
-    kernel = plgpu.kernel(
+    heads = (splits, seqs, kv_heads)
+    states = State((*heads, query_rows, head_dim), (*heads, QUERY_ROWS), (*heads, QUERY_ROWS))
+    per_row = plgpu.SMEM((QUERY_ROWS,), jnp.float32)
+    attention = kernel(
         partial(attend, launch),
-        out_type=out_type,
-        grid=(parts, kv_heads, seqs),
-        grid_names=("part", "kv_head", "seq"),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
+        name="paged_decode",
+        grid={"split": splits, "kv_head": kv_heads, "seq": seqs},
+        out_type=output_types(q, splits, states),
         scratch_types={
             "pages": ring.ring_types(tuning.stages, tuning.block_kv, head_dim, pool.page_size, readers=1),
-            "q_tile": plgpu.SMEM((ROWS, head_dim), jnp.bfloat16, transforms=ring.TILED),
-            "staging": plgpu.SMEM((ROWS, head_dim), jnp.bfloat16),
-            "second": State(plgpu.SMEM((ROWS, head_dim), jnp.float32), per_row, per_row),
+            "q_tile": plgpu.SMEM((QUERY_ROWS, head_dim), jnp.bfloat16, transforms=ring.TILED),
+            "staging": plgpu.SMEM((QUERY_ROWS, head_dim), jnp.bfloat16),
+            "second": State(plgpu.SMEM((QUERY_ROWS, head_dim), jnp.float32), per_row, per_row),
             "q_full": plgpu.Barrier(num_arrivals=batch.max_chunk),
             "q_ready": plgpu.Barrier(),
             "second_ready": plgpu.Barrier(),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-        kernel_name="paged_decode",
     )
-    layers = jnp.asarray(layer, jnp.int32).reshape(1)
+    layers = layer_array(layer)
     starts, prefix = jnp.asarray(batch.starts, jnp.int32), jnp.asarray(batch.prefix, jnp.int32)
-    outputs = kernel(starts, prefix, batch.block_table, layers, q, pool.k, pool.v)
-    if parts == 1:
+    outputs = attention(starts, prefix, batch.block_table, layers, q, pool.k, pool.v)
+    if splits == 1:
         out = outputs[0]
     else:
         totals, peaks, weights = outputs
-        out = merge(totals, peaks[..., :rows], weights[..., :rows]).astype(q.dtype)
+        out = merge_splits(totals, peaks[..., :query_rows], weights[..., :query_rows]).astype(q.dtype)
         out = jnp.einsum("skcgd->sckgd", out.reshape(seqs, kv_heads, batch.max_chunk, group, head_dim))
         out = by_token(out, batch, tokens)
     return jnp.where(jnp.arange(tokens)[:, None, None, None] < starts[-1], out, 0)

@@ -1,12 +1,13 @@
-"""Attention of prompt chunks over the paged pool: FlashAttention-3 (Shah et al., 2024) behind page tables.
+"""Attention of prompt chunks over the paged pool: FlashAttention-3 (Shah et al., 2024) through page tables.
 
-A thread block is one tile of query rows, one KV head and one part of the keys. One warpgroup loads pages, two compute
-and take turns on the tensor cores: one's softmax runs beside the other's products. The products of a turn are issued
-back to back, a block's values and the next one's scores, with no wait in between. A warpgroup's rows are
-the query heads of the group times consecutive tokens, so that any group fills them and shares what is loaded.
+FlashAttention-3 is https://arxiv.org/abs/2407.08608. A thread block is one tile of query rows, one KV head and one
+split of the keys. One warpgroup loads pages; two compute and take turns on the tensor cores, so that one's softmax
+overlaps the other's products. The two products of a turn, a block's values and the next block's scores, are issued back
+to back. A warpgroup's query rows are the query heads of the group times consecutive tokens, so a group of any size
+fills them and shares what is loaded.
 
-How many parts there are depends on the shapes alone: the number of sequences and of KV heads, the longest chunk, and
-the width of the block table. The same batch gets the same bits; a sequence in a batch of another shape may get others.
+The number of splits depends on shapes alone: the number of sequences and KV heads, the longest chunk, and the width of
+the block table. The same batch gets the same bits; a sequence in a batch of another shape may get different ones.
 """
 
 from __future__ import annotations
@@ -20,35 +21,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int32
 
 from model.batch import Batch
 from model.kernels import limits
 from model.kernels.hopper import compat, ring
-from model.kernels.hopper.online_softmax import (
-    PER_ROW,
-    State,
-    merge,
-    normalised,
-    nothing_seen,
-    parts_for,
-    summed,
-    weigh,
-)
+from model.kernels.hopper.launch import COMPUTE, kernel, key_splits, layer_array, output_types
+from model.kernels.hopper.online_softmax import PER_ROW, State, merge_splits, normalised, nothing_seen, summed, weigh
 from model.kv import KVPool
-
-COMPUTE = 2  # warpgroups that compute; the one after them loads
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes that only speed depends on."""
+    """Sizes that affect speed only."""
 
     block_q: int = 64  # query rows of each compute warpgroup
     block_kv: int = 128  # keys of a stage
     stages: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse what the kernel cannot run with."""
+        """Raise ValueError for sizes that the kernel cannot run with."""
         if self.stages < 2 or self.block_q % 64 or self.block_kv % 64:
             raise ValueError(f"{self}: expected at least 2 stages, and blocks of a multiple of 64")
 
@@ -72,9 +64,9 @@ class Launch:
 
     tuning: Tuning
     group: int
-    rows: int  # tokens of each compute warpgroup
+    warpgroup_tokens: int  # tokens of each compute warpgroup
     tiles: int
-    parts: int  # that the keys of a tile are split into
+    splits: int  # of the keys of a tile
     interpreted: bool
 
 
@@ -86,69 +78,71 @@ def attend(
     q: Any,  # [tokens, kv_heads, group, head_dim]
     k: Any,  # [layers, pages, kv_heads, page_size, head_dim]
     v: Any,
-    *outputs: Any,  # like q; or the State of every part
+    *outputs: Any,  # like q; or the State of every split
     pages: ring.Ring,
     q_tile: Any,  # [COMPUTE, block_q, head_dim] as wgmma reads it
-    o_tile: Any,  # [COMPUTE, block_q, head_dim] in plain rows, as ragged copies need them
+    o_tile: Any,  # [COMPUTE, block_q, head_dim] without a swizzle, as ragged copies need it
     q_full: Any,
     turn: Any,
 ) -> None:
     """The kernel: one thread block."""
     tuning = launch.tuning
-    # The longest tiles of a prompt first, so that the last to finish are short ones.
+    # The longest tiles of a prompt first, so that short ones finish last.
     tile = launch.tiles - 1 - lax.axis_index("tile")
-    kv_head, part, warpgroup = (lax.axis_index(name) for name in ("kv_head", "part", "warpgroup"))
+    kv_head, split, warpgroup = (lax.axis_index(name) for name in ("kv_head", "split", "warpgroup"))
     seq, keys = tiles[tile, 0], tiles[tile, 4]
-    start, stop = ring.share_of_keys(keys, tuning.block_kv, part, launch.parts)
+    start, stop = ring.blocks_of_split(keys, tuning.block_kv, split, launch.splits)
 
     @pl.when(warpgroup == COMPUTE)
-    def _() -> None:
+    def load_pages() -> None:
         plgpu.set_max_registers(40, action="decrease")
         ring.fill(pages, k, v, table, seq, layer[0], kv_head, start, stop, keys)
 
     @pl.when(warpgroup < COMPUTE)
-    def _() -> None:
+    def compute() -> None:
         plgpu.set_max_registers(232, action="increase")
         first, end, position = (tiles[tile, i] for i in (1, 2, 3))
-        token = first + warpgroup * launch.rows
+        token = first + warpgroup * launch.warpgroup_tokens
         load_queries(launch, q.at[:, kv_head], token, q_tile.at[warpgroup], o_tile.at[warpgroup], q_full.at[warpgroup])
 
         head_dim = q_tile.shape[-1]
 
-        def slot_of(i: jax.Array) -> jax.Array:
+        def stage_of(i: jax.Array) -> jax.Array:
             return lax.rem(i - start, jnp.int32(tuning.stages))
 
-        # The index is asked for anew here and at the end: what is held all along takes registers that there are not.
+        # The warpgroup's index is read again here and at the end: to hold it all along would spill registers.
         def pass_turn() -> None:
             plgpu.barrier_arrive(turn.at[1 - lax.axis_index("warpgroup")])
 
         def weigh_scores(masked: bool, i: jax.Array, state: State, scores: jax.Array) -> tuple[State, jax.Array]:
-            """The softmax of block `i`, while the other warpgroup has the tensor cores, and the wait for its values."""
-            slot = slot_of(i)
+            """The softmax of block `i`, while the other warpgroup has the tensor cores; then wait for its values."""
+            stage = stage_of(i)
             if masked:
-                plgpu.barrier_wait(pages.v_full.at[slot])
+                plgpu.barrier_wait(pages.v_full.at[stage])
 
-                # The first warpgroup's work for both: the second's turn at these values comes after its own.
+                # The first warpgroup does this for both: the second's turn at these values comes later.
                 @pl.when((warpgroup == 0) & ((i + 1) * tuning.block_kv > keys))
-                def _() -> None:
-                    ring.zero_unseen(pages.v.at[slot], i * tuning.block_kv, keys)
+                def zero_values() -> None:
+                    ring.zero_unseen(pages.v.at[stage], i * tuning.block_kv, keys)
 
-                scores = mask(scores, launch.rows, position + warpgroup * launch.rows, i * tuning.block_kv)
+                scores = mask(
+                    scores, launch.warpgroup_tokens, position + warpgroup * launch.warpgroup_tokens, i * tuning.block_kv
+                )
             state, weights = weigh(scores, state, head_dim)
             if not masked:
-                plgpu.barrier_wait(pages.v_full.at[slot])
+                plgpu.barrier_wait(pages.v_full.at[stage])
             return state, weights
 
         def step(masked: bool, i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-            """Fold in block `i`, whose scores are there, and compute the next ones: the two products of a turn."""
+            """Fold in block `i`, whose scores are in the carry, and compute the next scores: one turn."""
             state, weights = weigh_scores(masked, i, *carry)
-            slot, next_slot = slot_of(i), slot_of(i + 1)
-            plgpu.barrier_wait(pages.k_full.at[next_slot])
+            stage, next_stage = stage_of(i), stage_of(i + 1)
+            plgpu.barrier_wait(pages.k_full.at[next_stage])
             plgpu.barrier_wait(turn.at[warpgroup])
-            operands = weights, pages.v.at[slot], q_tile.at[warpgroup], pages.k.at[next_slot]
+            operands = weights, pages.v.at[stage], q_tile.at[warpgroup], pages.k.at[next_stage]
             total, scores = compat.values_then_scores(state.total, *operands, pass_turn, launch.interpreted)
-            plgpu.barrier_arrive(pages.v_free.at[slot])
-            plgpu.barrier_arrive(pages.k_free.at[next_slot])
+            plgpu.barrier_arrive(pages.v_free.at[stage])
+            plgpu.barrier_arrive(pages.k_free.at[next_stage])
             return state._replace(total=total), scores
 
         def all_blocks(state: State) -> State:
@@ -157,113 +151,107 @@ def attend(
             scores = compat.queries_by_keys(q_tile.at[warpgroup], pages.k.at[0], launch.interpreted)
             plgpu.barrier_arrive(pages.k_free.at[0])
             pl.when(warpgroup == 1)(pass_turn)
-            # Blocks that every row sees whole need no mask.
+            # Blocks that every query row sees whole need no mask.
             whole = jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, last)
             carry = lax.fori_loop(start, whole, partial(step, False), (state, scores))
             carry = lax.fori_loop(whole, last, partial(step, True), carry)
             state, weights = weigh_scores(True, last, *carry)
             plgpu.barrier_wait(turn.at[warpgroup])
             pl.when(warpgroup == 0)(pass_turn)
-            slot = slot_of(last)
-            total = compat.plus_probs_by_values(state.total, weights, pages.v.at[slot], launch.interpreted)
-            plgpu.barrier_arrive(pages.v_free.at[slot])
+            stage = stage_of(last)
+            total = compat.plus_probs_by_values(state.total, weights, pages.v.at[stage], launch.interpreted)
+            plgpu.barrier_arrive(pages.v_free.at[stage])
             return state._replace(total=total)
 
         state = nothing_seen(tuning.block_q, head_dim)
         state = summed(lax.cond(start < stop, all_blocks, lambda state: state, state))
 
-        if launch.parts == 1:
+        if launch.splits == 1:
             o_tile[warpgroup] = normalised(state)
             plgpu.commit_smem()
-            rows = o_tile.at[lax.axis_index("warpgroup")]
-            store_rows(launch, rows, outputs[0].at[:, kv_head], token, end)
+            own_tile = o_tile.at[lax.axis_index("warpgroup")]
+            store_outputs(launch, own_tile, outputs[0].at[:, kv_head], token, end)
         else:
             for output, value in zip(outputs, state, strict=True):
-                output[part, tile, kv_head, warpgroup] = value
+                output[split, tile, kv_head, warpgroup] = value
 
 
 def load_queries(launch: Launch, q: Any, token: jax.Array, tile: Any, staging: Any, full: Any) -> None:
-    """Bring a warpgroup's queries into `tile`: row g * rows + i is head g of token `token` + i.
+    """Load a warpgroup's queries into `tile`: row g * warpgroup_tokens + i is head g of token `token` + i.
 
-    Swizzled TMA boxes begin at multiples of eight rows, a sequence anywhere: the rows come in plainly, then move.
+    Swizzled TMA boxes begin at multiples of eight rows, but a sequence begins anywhere: so the rows are staged
+    unswizzled first.
     """
+    count = launch.warpgroup_tokens
     for g in range(launch.group):
-        plgpu.copy_gmem_to_smem(
-            q.at[pl.ds(token, launch.rows), g], staging.at[pl.ds(g * launch.rows, launch.rows)], full
-        )
+        plgpu.copy_gmem_to_smem(q.at[pl.ds(token, count), g], staging.at[pl.ds(g * count, count)], full)
     plgpu.barrier_wait(full)
     tile[...] = compat.load(staging, plgpu.Layout.WGMMA)
     plgpu.commit_smem()
 
 
-def mask(scores: jax.Array, rows: int, position: jax.Array, first: jax.Array) -> jax.Array:
-    """Hide the keys that a row does not see; `position` is the first token's, `first` the first key's."""
+def mask(scores: jax.Array, tokens: int, position: jax.Array, first: jax.Array) -> jax.Array:
+    """Mask the keys after each query row's own position; `position` is the first token's, `first` the first key's."""
     row = plgpu.broadcasted_iota(jnp.int32, scores.shape[:1], 0, layout=PER_ROW)
     key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + first
-    last = lax.rem(row, jnp.int32(rows)) + position
+    last = lax.rem(row, jnp.int32(tokens)) + position
     return jnp.where(key <= lax.broadcast_in_dim(last, scores.shape, [0]), scores, -jnp.inf)
 
 
-def store_rows(launch: Launch, tile: Any, out: Any, token: jax.Array, end: jax.Array) -> None:
-    """Write a warpgroup's outputs, but no token from `end` on: the next sequence begins there.
+def store_outputs(launch: Launch, tile: Any, out: Any, token: jax.Array, end: jax.Array) -> None:
+    """Write a warpgroup's outputs up to token `end`, where the next sequence begins.
 
-    A TMA box has a fixed size: the count of tokens is put together from powers of two.
+    A TMA box has a fixed size, so the tokens are written in boxes of powers of two.
     """
-    count = jnp.clip(end - token, 0, launch.rows)
+    count = jnp.clip(end - token, 0, launch.warpgroup_tokens)
     done = jnp.int32(0)
-    for size in (1 << bit for bit in reversed(range(launch.rows.bit_length()))):
+    for size in (1 << bit for bit in reversed(range(launch.warpgroup_tokens.bit_length()))):
 
         @pl.when((count & size) != 0)
-        def _(size: int = size, done: jax.Array = done) -> None:
+        def store_box(size: int = size, done: jax.Array = done) -> None:
             for g in range(launch.group):
-                rows = pl.ds(g * launch.rows + done, size)
-                plgpu.copy_smem_to_gmem(tile.at[rows], out.at[pl.ds(token + done, size), g])
+                box = pl.ds(g * launch.warpgroup_tokens + done, size)
+                plgpu.copy_smem_to_gmem(tile.at[box], out.at[pl.ds(token + done, size), g])
 
         done = done + (count & size)
     plgpu.wait_smem_to_gmem(0)
 
 
-# As a program of its own, so that a model of many layers in line has it traced and lowered once.
+# Jitted on its own, so that a model of many unrolled layers traces and lowers it once.
 @partial(jax.jit, static_argnames=("tuning", "interpret"))
 def paged_prefill(
-    q: jax.Array,  # [tokens, kv_heads, group, head_dim] bf16
+    q: Float[jax.Array, "tokens kv_heads group head_dim"],
     pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
     *,
     tuning: Tuning | None = None,
     interpret: Any = None,
-) -> jax.Array:
-    """What `model.attention.paged_attention` computes: a ragged batch of chunks, each behind its prefix.
+) -> Float[jax.Array, "tokens kv_heads group head_dim"]:
+    """What `model.attention.paged_attention` computes, for a ragged batch of chunks, each after its prefix.
 
-    Padding tokens give zero. Pages outside the table and slots behind a sequence's last key may hold anything, NaN too.
-    Where the batch has too few tiles to occupy the chip, the keys are split and the parts merged by XLA.
+    Padding tokens give zero. Pages outside the table and slots after a sequence's last key may hold anything, even NaN.
+    If the batch has too few tiles to occupy the chip, the keys are split and XLA merges the splits.
     Raises ValueError for head sizes, groups, dtypes and page sizes that `limits.SUPPORTED` does not list.
     """
     limits.refuse_unsupported(q, pool)
     tokens, kv_heads, group, head_dim = q.shape
     tuning = tuning or tuning_for(head_dim, group, pool.page_size)
-    seqs, table_pages = batch.block_table.shape
-    rows = min(tuning.block_q // group, tokens)
-    tiles = -(-tokens // (COMPUTE * rows)) + seqs  # each of the sequences, padding among them, may end in a broken tile
-    blocks = -(-table_pages * pool.page_size // tuning.block_kv)
-    parts = parts_for(-(-batch.max_chunk // (COMPUTE * rows)) * seqs * kv_heads, blocks)
-    launch = Launch(tuning, group, rows, tiles, parts, interpret is not None)
+    seqs = batch.prefix.shape[0]
+    warpgroup_tokens = min(tuning.block_q // group, tokens)
+    tile_tokens = COMPUTE * warpgroup_tokens
+    tiles = -(-tokens // tile_tokens) + seqs  # each sequence, and the padding, may end in a partial tile
+    splits = key_splits(batch, pool, tuning.block_kv, -(-batch.max_chunk // tile_tokens) * seqs * kv_heads)
+    launch = Launch(tuning, group, warpgroup_tokens, tiles, splits, interpret is not None)
 
-    if parts == 1:
-        out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    else:
-        states = (parts, tiles, kv_heads, COMPUTE, tuning.block_q)
-        out_type = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*states, head_dim), states, states)]
+    query_rows = (splits, tiles, kv_heads, COMPUTE, tuning.block_q)
     tile = plgpu.SMEM((COMPUTE, tuning.block_q, head_dim), jnp.bfloat16, transforms=ring.TILED)
-    kernel = plgpu.kernel(
+    attention = kernel(
         partial(attend, launch),
-        out_type=out_type,
-        # Head by head, so that the keys and values that are under way at a time are one head's and stay in the cache.
-        grid=(kv_heads, tiles, parts),
-        grid_names=("kv_head", "tile", "part"),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
+        name="paged_prefill",
+        # Head by head, so that the keys and values in use at a time are one head's and stay in the cache.
+        grid={"kv_head": kv_heads, "tile": tiles, "split": splits},
+        out_type=output_types(q, splits, State((*query_rows, head_dim), query_rows, query_rows)),
         scratch_types={
             "pages": ring.ring_types(tuning.stages, tuning.block_kv, head_dim, pool.page_size, readers=COMPUTE),
             "q_tile": tile,
@@ -271,31 +259,32 @@ def paged_prefill(
             "q_full": plgpu.Barrier(num_arrivals=group, num_barriers=COMPUTE),
             "turn": plgpu.Barrier(num_barriers=COMPUTE),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-        kernel_name="paged_prefill",
     )
-    layers = jnp.asarray(layer, jnp.int32).reshape(1)
-    outputs = kernel(plan(batch, tokens, COMPUTE * rows, tiles), batch.block_table, layers, q, pool.k, pool.v)
-    if parts == 1:
+    layers = layer_array(layer)
+    outputs = attention(plan(batch, tokens, tile_tokens, tiles), batch.block_table, layers, q, pool.k, pool.v)
+    if splits == 1:
         return outputs[0]
-    merged = merge(*outputs)[:, :, :, : group * rows].reshape(tiles, kv_heads, COMPUTE, group, rows, head_dim)
-    by_row = jnp.einsum("tkwgrd->twrkgd", merged).reshape(-1, kv_heads, group, head_dim)
-    return by_row[tile_rows(batch, tokens, COMPUTE * rows)].astype(q.dtype)
+    merged = merge_splits(*outputs)[:, :, :, : group * warpgroup_tokens]
+    merged = merged.reshape(tiles, kv_heads, COMPUTE, group, warpgroup_tokens, head_dim)
+    by_tile = jnp.einsum("tkwgrd->twrkgd", merged).reshape(-1, kv_heads, group, head_dim)
+    return by_tile[places_in_tiles(batch, tokens, tile_tokens)].astype(q.dtype)
 
 
-def segments(batch: Batch, tokens: int, tile_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Starts [seqs + 2] of the sequences and of the padding behind them, and the first tile of each [seqs + 2]."""
+def segments(
+    batch: Batch, tokens: int, tile_tokens: int
+) -> tuple[Int32[jax.Array, "seqs_and_padding"], Int32[jax.Array, "seqs_and_padding"]]:
+    """The starts of the sequences and of the padding after them, and the first tile of each; and the end of both."""
     starts = jnp.append(batch.starts, tokens).astype(jnp.int32)
     tiles = (starts[1:] - starts[:-1] + tile_tokens - 1) // tile_tokens
     return starts, jnp.append(0, jnp.cumsum(tiles)).astype(jnp.int32)
 
 
-def plan(batch: Batch, tokens: int, tile_tokens: int, count: int) -> jax.Array:
-    """What each of `count` tiles works on, [tiles, 5] int32.
+def plan(batch: Batch, tokens: int, tile_tokens: int, count: int) -> Int32[jax.Array, "tiles 5"]:
+    """What each of `count` tiles works on.
 
     The columns are its sequence, its first token, the end of the sequence's tokens, the first token's position, and how
-    many keys its last token sees: none in the tiles of the padding and in those that are too many.
+    many keys its last token sees: 0 for tiles of the padding and for surplus tiles.
     """
     seqs = batch.prefix.shape[0]
     starts, first_tiles = segments(batch, tokens, tile_tokens)
@@ -310,8 +299,8 @@ def plan(batch: Batch, tokens: int, tile_tokens: int, count: int) -> jax.Array:
     return jnp.stack([seq, first, end, position, keys], axis=1)
 
 
-def tile_rows(batch: Batch, tokens: int, tile_tokens: int) -> jax.Array:
-    """The row of each token where all tiles' tokens lie in one line, [tokens] int32."""
+def places_in_tiles(batch: Batch, tokens: int, tile_tokens: int) -> Int32[jax.Array, "tokens"]:
+    """The index of each token in the tokens of all tiles, back to back."""
     starts, first_tiles = segments(batch, tokens, tile_tokens)
     token = jnp.arange(tokens, dtype=jnp.int32)
     seq = jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1

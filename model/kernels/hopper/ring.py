@@ -1,7 +1,7 @@
-"""The ring of shared-memory stages through which one memory warpgroup feeds pages to the compute warpgroups.
+"""The ring of shared-memory stages through which the memory warpgroup feeds pages to the compute warpgroups.
 
-A stage holds a block of consecutive keys and, behind barriers of its own, their values, so that scores can start before
-the values are there. Blocks are made of whole pages, each one TMA box of [page_size, head_dim].
+A stage holds a block of consecutive keys and their values. The values have barriers of their own, so that scores can
+start before the values have arrived. Blocks are made of whole pages, each one TMA box of [page_size, head_dim].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from model.kernels.hopper import compat
 
-# Rows of eight and 64 bf16 columns under a 128-byte swizzle: the form in which wgmma reads operands of either order.
+# Tiles of 8 rows and 64 bf16 columns under a 128-byte swizzle: the layout that wgmma reads, transposed or not.
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
@@ -33,9 +33,9 @@ class Ring(NamedTuple):
 
 
 def ring_types(stages: int, block: int, head_dim: int, page_size: int, readers: int) -> Ring:
-    """What to allocate for a ring whose stages are each read by `readers` warpgroups.
+    """The types to allocate for a ring whose stages are each read by `readers` warpgroups.
 
-    Raises ValueError where a block is not made of whole pages.
+    Raises ValueError if a block is not made of whole pages.
     """
     if block % page_size:
         raise ValueError(f"a block has {block} keys, expected a multiple of the page's {page_size}")
@@ -45,11 +45,11 @@ def ring_types(stages: int, block: int, head_dim: int, page_size: int, readers: 
     return Ring(stage, stage, full, full, free, free)
 
 
-def share_of_keys(keys: jax.Array, block: int, part: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
-    """The blocks `start` to `stop` that are one part's of `keys` keys; the last parts may have none."""
+def blocks_of_split(keys: jax.Array, block: int, split: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
+    """The blocks `start` to `stop` of one split of `keys` keys; the last splits may have none."""
     blocks = lax.div(keys + (block - 1), jnp.int32(block))
-    share = lax.div(blocks + (parts - 1), jnp.int32(parts))
-    start = jnp.minimum(part * share, blocks)
+    share = lax.div(blocks + (splits - 1), jnp.int32(splits))
+    start = jnp.minimum(split * share, blocks)
     return start, jnp.minimum(start + share, blocks)
 
 
@@ -67,49 +67,49 @@ def fill(
 ) -> None:
     """The memory warpgroup's work: load blocks `start` to `stop` of a sequence that has `keys` keys.
 
-    Where the last block reaches beyond the last page, that page is loaded again: entries of the table behind it are
-    nobody's business.
+    Where the last block reaches beyond the last page, that page is loaded again, since later entries of the table may
+    hold anything.
     """
     stages, block, _ = ring.k.shape
     page_size = k.shape[3]
     last_page = lax.div(jnp.maximum(keys - 1, 0), jnp.int32(page_size))
-    slot_of = partial(lax.rem, y=jnp.int32(stages))
+    stage_of = partial(lax.rem, y=jnp.int32(stages))
 
     @pl.loop(start, stop)
     def load(i: jax.Array) -> None:
-        slot = slot_of(i - start)
+        stage = stage_of(i - start)
         first = i * (block // page_size)
-        # Read before the wait, so that the table's latency hides behind it.
+        # Read before the wait, which hides the latency of the table.
         pages = [table[seq, jnp.minimum(first + p, last_page)] for p in range(block // page_size)]
         sides = ((k, ring.k, ring.k_full, ring.k_free), (v, ring.v, ring.v_full, ring.v_free))
-        for side, stage, full, free in sides:
+        for side, buffer, full, free in sides:
 
             @pl.when(i - start >= stages)
-            def _(free: Any = free) -> None:
-                plgpu.barrier_wait(free.at[slot])
+            def wait_until_free(free: Any = free) -> None:
+                plgpu.barrier_wait(free.at[stage])
 
             for p, page in enumerate(pages):
-                rows = pl.ds(p * page_size, page_size)
-                plgpu.copy_gmem_to_smem(side.at[layer, page, kv_head], stage.at[slot, rows], full.at[slot])
+                keys_of_page = pl.ds(p * page_size, page_size)
+                plgpu.copy_gmem_to_smem(side.at[layer, page, kv_head], buffer.at[stage, keys_of_page], full.at[stage])
 
-    # No block may end while another warpgroup has yet to arrive at its barriers.
+    # A thread block may not end before every warpgroup has arrived at its barriers.
     @pl.loop(jnp.maximum(stop - stages, start), stop)
     def drain(i: jax.Array) -> None:
-        plgpu.barrier_wait(ring.k_free.at[slot_of(i - start)])
-        plgpu.barrier_wait(ring.v_free.at[slot_of(i - start)])
+        plgpu.barrier_wait(ring.k_free.at[stage_of(i - start)])
+        plgpu.barrier_wait(ring.v_free.at[stage_of(i - start)])
 
 
 def zero_unseen(values: Any, first: jax.Array, keys: jax.Array) -> None:
-    """Zero a stage's values from slot `keys` on; `first` is the slot of its first row.
+    """Zero a stage's values from position `keys` on; `first` is the position of its first value.
 
     What was never written may be NaN, and a probability of 0 times NaN is NaN.
     """
 
     @pl.loop(0, values.shape[0] // 64)
-    def _(i: jax.Array) -> None:
-        rows = values.at[pl.ds(i * 64, 64)]
-        kept = compat.load(rows, plgpu.Layout.WGMMA)
-        slots = plgpu.broadcasted_iota(jnp.int32, kept.shape, 0, layout=plgpu.Layout.WGMMA) + (first + i * 64)
-        rows[...] = jnp.where(slots < keys, kept, jnp.zeros_like(kept))
+    def zero_tile(i: jax.Array) -> None:
+        tile = values.at[pl.ds(i * 64, 64)]
+        kept = compat.load(tile, plgpu.Layout.WGMMA)
+        positions = plgpu.broadcasted_iota(jnp.int32, kept.shape, 0, layout=plgpu.Layout.WGMMA) + (first + i * 64)
+        tile[...] = jnp.where(positions < keys, kept, jnp.zeros_like(kept))
 
     plgpu.commit_smem()
