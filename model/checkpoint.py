@@ -1,7 +1,7 @@
 """Weights from disk to the params pytree and back: Hugging Face safetensors in, Orbax in and out, one fingerprint.
 
-Every tensor is checked against the config before anything is allocated; what is missing, misshapen or unknown is an
-error. No model maths here, and no tokenizer.
+Every tensor is checked against the config before anything is allocated; a missing, misshapen or unknown tensor is an
+error. No model maths here, and no tokenizer. The format is https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from model.config import ModelConfig, load_config, read_json
 from model.params import Layer, Params
 
-# What a checkpoint needs to run; leaves the other formats of the same weights on the hub.
+# What a checkpoint needs to run; the same weights in other formats stay on the hub.
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
 FLOATS = ("F32", "BF16", "F16")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
     name: str
     shape: tuple[int, ...]  # in the file
-    at: tuple[int | slice, ...]  # in the leaf; the elements there are the same, in the same order
+    at: tuple[int | slice, ...]  # its place in the leaf, which has the same elements in the same order
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Leaf:
 
 
 class Tensor(NamedTuple):
-    """A tensor of an open safetensors file; `read` gives it as numpy."""
+    """A tensor of an open safetensors file; `read` returns it as numpy."""
 
     path: Path
     shape: tuple[int, ...]
@@ -61,10 +61,10 @@ class Tensor(NamedTuple):
 
 
 def load(source: str | Path, dtype: Any, progress: Progress | None = None) -> tuple[ModelConfig, Params]:
-    """Read a safetensors checkpoint from a folder or a hub id, as stacked Params of `dtype`.
+    """The config and the stacked Params, in `dtype`, of a safetensors checkpoint in a folder or on the hub.
 
-    Leaves are made one at a time, so host memory peaks at the params (nothing, where they go to a GPU) and one leaf.
-    Raises FileNotFoundError or ValueError, naming file and tensor, where the checkpoint is not what its config says.
+    Leaves are made one at a time: host memory peaks at one leaf, plus the params if they stay on the host. Raises
+    FileNotFoundError or ValueError, naming file and tensor, if the checkpoint differs from its config.
     """
     folder = resolve(source)
     config = load_config(folder)
@@ -76,9 +76,9 @@ def load(source: str | Path, dtype: Any, progress: Progress | None = None) -> tu
 
 
 def resolve(source: str | Path) -> Path:
-    """The checkpoint folder: `source` itself if it is one, else its snapshot from the Hugging Face Hub.
+    """The checkpoint folder: `source` itself if it is a folder, else its snapshot from the Hugging Face Hub.
 
-    Raises FileNotFoundError where it is neither, or where the hub cannot be reached and has no cached copy here.
+    Raises FileNotFoundError if it is neither, or if the hub cannot be reached and nothing is cached here.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -88,13 +88,13 @@ def resolve(source: str | Path) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
-            f"{str(source)!r} is not a local folder, and the Hugging Face Hub did not give it ({reason}): "
+            f"{str(source)!r} is not a local folder, and the Hugging Face Hub did not provide it ({reason}): "
             "check the id, the network and HF_HUB_OFFLINE, or name a local checkpoint folder"
         ) from error
 
 
 def layout(config: ModelConfig) -> Params:
-    """Params with a Leaf in place of every array: the shapes of `model/params.py` and the tensors that go there."""
+    """Params with a Leaf in place of every array: its shape as in `model/params.py`, and the tensors that fill it."""
     k, g, d, e, f = config.num_kv_heads, config.group, config.head_dim, config.embed_size, config.ffn_size
     queries, key, value = np.s_[:, :g], np.s_[:, g], np.s_[:, g + 1]
 
@@ -150,7 +150,7 @@ def layout(config: ModelConfig) -> Params:
 def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     """Write stacked Params to `path/params` with Orbax and their config and dtype to `path/tokenzero.json`.
 
-    Raises FileExistsError where `path` exists, and ValueError for params whose layers are apart.
+    Raises FileExistsError if `path` exists, and ValueError for params whose layers are not stacked.
     """
     path = Path(path).absolute()
     if path.exists():
@@ -159,15 +159,15 @@ def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
         raise ValueError("params.layers is a tuple of layers, expected one stacked Layer: save before `unstacked`")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", params)
-    # Written last, so that a folder with this file holds whole weights.
+    # Written last, so that a folder with this file holds all weights.
     about = {"format": 1, "dtype": params.embed.dtype.name, "config": config.to_json()}
     (path / "tokenzero.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def restore_orbax(path: str | Path) -> tuple[ModelConfig, Params]:
-    """Read what `save_orbax` wrote, onto the first device, whatever devices it was saved from.
+    """The config and Params that `save_orbax` wrote, on the first device; they may have been saved from others.
 
-    Raises FileNotFoundError where the folder is none of ours or was not written to its end.
+    Raises FileNotFoundError if `save_orbax` did not write the folder, or not completely.
     """
     path = Path(path).absolute()
     about_file = path / "tokenzero.json"
@@ -188,11 +188,11 @@ def restore_orbax(path: str | Path) -> tuple[ModelConfig, Params]:
 def fingerprint(config: ModelConfig, params: Params) -> bytes:
     """32 bytes that name this architecture with these weights in this dtype, for the keys of KV pages.
 
-    A function of what is in memory: equal after a restart, on another machine, from safetensors or Orbax, with layers
-    stacked or apart. End-of-sequence ids and the context limit leave KV as it is and do not count. Every bit of every
-    weight enters, through a 64-bit hash per array and layer that the device computes in one pass over its memory (about
-    1 GB/s of float32 on two CPU cores). That hash tells checkpoints apart; it is no defence against someone who builds
-    colliding weights, as BLAKE2b over all bytes on the host would be.
+    It depends only on the values in memory: equal after a restart, on another machine, from safetensors or Orbax, with
+    layers stacked or unstacked. End-of-sequence ids and the context limit do not change KV and are left out. Every bit
+    of every weight enters, through a 64-bit hash per array and layer that the device computes in one pass over its
+    memory (about 1 GB/s of float32 on two CPU cores). That hash distinguishes checkpoints, but it does not protect
+    against deliberately colliding weights, as BLAKE2b over all bytes on the host would.
     """
     if isinstance(params.layers, tuple):
         apart = [jax.tree.map(_hash, layer) for layer in params.layers]
@@ -214,8 +214,8 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
 def _hash(x: jax.Array, kept: int = 0) -> jax.Array:
     """Two uint32 hashes of the bits of `x` for each index of its first `kept` axes, [2, *kept axes].
 
-    From the last axis to the first: salt each word by its place, mix, sum modulo 2^32. Integer sums give the same
-    result in any order, so on any device and under any sharding.
+    From the last axis to the first: salt each word with its index, mix, sum modulo 2^32. Integer sums are the same in
+    any order, so on any device and under any sharding.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
 
@@ -258,14 +258,14 @@ def _open_tensors(files: Iterable[Path], opened: ExitStack) -> dict[str, Tensor]
     tensors = {}
     for path in files:
         try:
-            # JAX has registered bfloat16 with numpy, which is how this works without torch.
+            # Works for bfloat16 without torch, because JAX registers it with numpy.
             file = opened.enter_context(safe_open(path, framework="np"))
         except (SafetensorError, OSError) as error:
             size = path.stat().st_size
             raise ValueError(
                 f"{path} ({size} bytes) is not a whole safetensors file ({error}): download it again"
             ) from error
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             header = file.get_slice(name)
             read = functools.partial(file.get_tensor, name)
             tensors[name] = Tensor(path, tuple(header.get_shape()), header.get_dtype(), read)
@@ -273,7 +273,7 @@ def _open_tensors(files: Iterable[Path], opened: ExitStack) -> dict[str, Tensor]
 
 
 def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Raise ValueError unless the checkpoint has the tensors of the layout and no others."""
+    """Raise ValueError unless the checkpoint has exactly the tensors of the layout."""
     expected = {part.name: part.shape for leaf in jax.tree.leaves(leaves) for part in leaf.parts}
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -312,7 +312,7 @@ def _some(names: list[str]) -> str:
 
 
 def _fill(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress: Progress) -> Params:
-    """Make every leaf: allocate, convert its tensors into place one by one, hand it to the device."""
+    """Make every leaf: allocate it, convert its tensors into place one by one, and put it on the device."""
     total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(leaves)) * dtype.itemsize
     done = 0
 
@@ -324,7 +324,7 @@ def _fill(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress:
             place[...] = tensors[part.name].read().reshape(place.shape)
             done += place.nbytes
             progress(done, total)
-        # Waiting lets the host copy go before the next leaf is allocated.
+        # Wait, so that the host copy is freed before the next leaf is allocated.
         on_device: jax.Array = jax.device_put(array).block_until_ready()
         return on_device
 

@@ -1,7 +1,7 @@
 """What a model is, read once from a Hugging Face config.json: llama, mistral, qwen2 and qwen3.
 
 Every option of the decoder is a field here; what the decoder cannot compute exactly is refused by name. Missing keys
-take the defaults that transformers 5 gives them. No arrays and no file formats but JSON.
+take the defaults of transformers 5. No arrays, and no file format except JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
-# Where the families' defaults differ, as in transformers' configuration_<family>.py. None: derived from other fields.
+# Defaults that differ between families, from transformers' configuration_<family>.py. None: derived from other fields.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None, "eos_token_id": 2},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": None, "eos_token_id": 2},
@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: its base and how its frequencies are stretched. `model/rope.py` holds the formulas."""
+    """Rotary embedding: its base and how its frequencies are stretched. The formulas are in `model/rope.py`."""
 
     theta: float = 10000.0
     kind: str = "default"  # one of ROPE_KINDS
@@ -61,7 +61,7 @@ class RopeConfig:
         theta = rope.get("rope_theta") or config.get("rope_theta") or cls.theta
         if kind == "default":
             return cls(theta=float(theta))
-        # Transformers lets the outer key win, and takes the context length where there is neither.
+        # As transformers does: the outer key wins, and the context length stands in for both.
         outer = config.get("original_max_position_embeddings")
         original = outer or rope.get("original_max_position_embeddings") or max_position
         factor = rope.get("factor")
@@ -81,7 +81,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: sizes, rotation and which optional weights there are. Hashable, so a static argument of jit."""
+    """The architecture: sizes, rotation and its optional weights. Hashable, so it can be a static argument of jit."""
 
     family: str  # the model_type of config.json, one of FAMILIES
     vocab_size: int
@@ -182,7 +182,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ValueError with the path where there is none."""
+    """The JSON object in `path`. Raises ValueError with the path if the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unsupported(config: Mapping[str, Any], max_position: int) -> None:
-    """Raise ValueError for features that change the maths and that the decoder does not have."""
+    """Raise ValueError for features that change the result and that the decoder lacks."""
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"hidden_act is {activation!r}, supported is 'silu'")
@@ -201,7 +201,7 @@ def _refuse_unsupported(config: Mapping[str, Any], max_position: int) -> None:
         method = config["quantization_config"].get("quant_method", "unnamed")
         raise ValueError(f"quantization_config ({method}) is not supported: use the unquantized checkpoint")
     window = _sliding_window(config)
-    # A window that no sequence can outgrow masks nothing.
+    # A window at least as long as any sequence masks nothing.
     if window is not None and window < max_position:
         raise ValueError(
             f"sliding_window of {window} tokens is active, supported is full attention (sliding_window null, "
@@ -232,7 +232,7 @@ def _size(config: Mapping[str, Any], key: str) -> int:
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """End-of-sequence ids, which the files write as nothing, one id or a list."""
+    """End-of-sequence ids, which the files give as null, one id or a list."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)

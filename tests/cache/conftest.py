@@ -1,3 +1,5 @@
+"""Processes that share a store with the tests, and what they are asked to do."""
+
 import json
 import os
 import subprocess
@@ -30,7 +32,7 @@ def child() -> Iterator[Callable[..., subprocess.Popen]]:
 
 
 class Partner:
-    """A process that does what it is told, one call of an Actor at a time."""
+    """A process that runs the calls of an Actor that it is sent, one at a time."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process

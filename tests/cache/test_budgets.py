@@ -2,6 +2,7 @@
 
 import random
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.helpers.storage_children import items, right
 MIB = 1 << 20
 
 
-def test_a_smaller_budget_on_a_store_that_never_evicted_is_kept_to_and_writes_go_on(tmp_path):
+def test_a_smaller_budget_on_a_store_that_never_evicted_is_kept_to_and_writes_go_on(tmp_path: Path) -> None:
     pages = [(i.to_bytes(32, "big"), bytes(65_536)) for i in range(1900)]
     tier = DiskTier(tmp_path, 150 * MIB)
     for at in range(0, 1600, 16):

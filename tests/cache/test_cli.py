@@ -1,3 +1,5 @@
+"""`python -m cache`: what its commands print, remove and refuse."""
+
 import argparse
 import os
 import re
@@ -149,7 +151,7 @@ def test_a_size_that_is_none_is_refused_by_the_name_of_its_flag(store, capsys):
     assert "--store-bytes: expected a size such as 4GB or 512MiB, got 'much'" in capsys.readouterr().err
 
 
-def test_sizes_are_read_and_shown_in_units():
+def test_sizes_are_read_and_shown_in_units() -> None:
     assert [parse_bytes(t) for t in ("20GB", "1.5 KiB", "7", "2mib")] == [20 * 10**9, 1536, 7, 2 * MIB]
     assert [show_bytes(n) for n in (0, 1023, 1536, 20 * MIB)] == ["0 B", "1023 B", "1.5 KiB", "20.0 MiB"]
     for text in ("20 potatoes", "-1", "1e9", ""):

@@ -1,3 +1,5 @@
+"""The disk tier: budgets, several processes, and every way in which a disk or a file can fail."""
+
 import logging
 import os
 import random
@@ -45,7 +47,7 @@ def snapshot(directory: Path) -> dict[Path, tuple[bytes, int]]:
     return {p: (p.read_bytes() if p.is_file() else b"", p.stat().st_mtime_ns) for p in directory.rglob("*")}
 
 
-def test_pages_come_back_after_reopening(tmp_path):
+def test_pages_come_back_after_reopening(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path / "new" / "store", 10 * MIB)
     tier.put_many(items(range(5)))
     assert right(tier, range(6)) == [True] * 5 + [False]
@@ -60,14 +62,14 @@ def test_pages_come_back_after_reopening(tmp_path):
     tier.close()
 
 
-def test_any_contiguous_buffer_is_a_payload(tmp_path):
+def test_any_contiguous_buffer_is_a_payload(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 10 * MIB)
     tier.put_many([(key_of(0), memoryview(page_of(0))), (key_of(1), bytearray(page_of(1)))])
     assert all(right(tier, range(2)))
     tier.close()
 
 
-def test_the_budget_bounds_the_pages_and_the_file(tmp_path):
+def test_the_budget_bounds_the_pages_and_the_file(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 2 * MIB)
     for start in range(0, 1000, 10):
         tier.put_many(items(range(start, start + 10)))
@@ -79,7 +81,7 @@ def test_the_budget_bounds_the_pages_and_the_file(tmp_path):
     tier.close()
 
 
-def test_putting_what_is_there_evicts_nothing_and_counts_as_a_use(tmp_path):
+def test_putting_what_is_there_evicts_nothing_and_counts_as_a_use(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 2 * MIB)
     while tier.stats().bytes + 60_000 < 2 * MIB:
         count = tier.stats().pages
@@ -93,7 +95,7 @@ def test_putting_what_is_there_evicts_nothing_and_counts_as_a_use(tmp_path):
     tier.close()
 
 
-def test_what_exceeds_the_whole_budget_is_dropped_tail_first(tmp_path):
+def test_what_exceeds_the_whole_budget_is_dropped_tail_first(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, MIB)
     tier.put_many(items(range(100)))
     there = right(tier, range(100))
@@ -103,7 +105,7 @@ def test_what_exceeds_the_whole_budget_is_dropped_tail_first(tmp_path):
     tier.close()
 
 
-def test_one_use_of_a_chain_lets_its_tail_go_first(tmp_path):
+def test_one_use_of_a_chain_lets_its_tail_go_first(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 2 * MIB)
     for i in (3, 1, 0, 2):
         tier.put_many(items([i]))
@@ -159,7 +161,7 @@ def test_what_is_evicted_was_used_less_recently_than_what_stays(tmp_path_factory
     assert not tier.stats().errors
 
 
-def test_a_flipped_bit_in_a_payload_is_a_miss_that_is_removed_and_can_be_put_again(tmp_path):
+def test_a_flipped_bit_in_a_payload_is_a_miss_that_is_removed_and_can_be_put_again(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 10 * MIB)
     tier.put_many(items(range(10)))
     data = tmp_path / FORMAT / "data.mdb"
@@ -204,7 +206,7 @@ def test_a_thousand_flipped_bits_give_no_wrong_page_and_no_crash(tmp_path, child
     assert flips.returncode == 0, err.decode()[-2000:]
 
 
-def test_a_tree_that_takes_too_long_to_check_is_used_unchecked(tmp_path, monkeypatch):
+def test_a_tree_that_takes_too_long_to_check_is_used_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = DiskTier(tmp_path, MIB)
     tier.put_many(items([1]))
     tier.close()
@@ -384,7 +386,9 @@ def test_a_directory_of_another_program_or_version_is_refused_and_left_as_it_was
     assert snapshot(tmp_path) == before
 
 
-def test_while_a_store_is_checked_reads_miss_at_once_and_stats_are_the_last_known(tmp_path, monkeypatch):
+def test_while_a_store_is_checked_reads_miss_at_once_and_stats_are_the_last_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tier = DiskTier(tmp_path, 4 * MIB)
     tier.put_many(items(range(3)))
     known, checking, go = tier.stats(), threading.Event(), threading.Event()
@@ -393,8 +397,8 @@ def test_while_a_store_is_checked_reads_miss_at_once_and_stats_are_the_last_know
     writer = threading.Thread(target=tier.sync)
     writer.start()
     assert checking.wait(60)
-    slots = np.zeros((3, len(page_of(0))), np.uint8)
-    assert tier.get_many(keys(range(3)), slots) == [None] * 3
+    buffers = np.zeros((3, len(page_of(0))), np.uint8)
+    assert tier.get_many(keys(range(3)), buffers) == [None] * 3
     assert tier.contains_many(keys(range(3))) == [False] * 3
     stats = tier.stats()
     assert (stats.pages, stats.bytes, stats.open) == (known.pages, known.bytes, False)
@@ -447,7 +451,9 @@ def test_a_store_that_has_lost_a_file_is_opened(tmp_path, lost, caplog):
     tier.close()
 
 
-def test_a_store_of_an_older_format_is_left_alone_and_named_in_one_line(tmp_path, caplog):
+def test_a_store_of_an_older_format_is_left_alone_and_named_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (old,) = OLD_FORMATS
     tier = DiskTier(tmp_path, 4 * MIB, name=old)
     tier.put_many(items(range(5)))
@@ -463,7 +469,7 @@ def test_a_store_of_an_older_format_is_left_alone_and_named_in_one_line(tmp_path
     assert f"python -m cache prune --old --store {tmp_path}" in line
 
 
-def test_records_that_were_kept_under_an_older_name_are_kept(tmp_path, caplog):
+def test_records_that_were_kept_under_an_older_name_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (old,) = OLD_FORMATS
     tier = DiskTier(tmp_path, 4 * MIB, name=old)
     tier.put_many(items(range(5)))
@@ -476,7 +482,7 @@ def test_records_that_were_kept_under_an_older_name_are_kept(tmp_path, caplog):
     assert not warnings_in(caplog)
 
 
-def test_stores_in_one_directory_may_be_opened_in_any_order(tmp_path):
+def test_stores_in_one_directory_may_be_opened_in_any_order(tmp_path: Path) -> None:
     for directory in (tmp_path / "replay", tmp_path, tmp_path / "segments"):
         tier = DiskTier(directory, MIB)
         tier.put_many(items([1]))
@@ -488,14 +494,14 @@ def test_stores_in_one_directory_may_be_opened_in_any_order(tmp_path):
         DiskTier(tmp_path, MIB)
 
 
-def test_a_file_in_place_of_the_directory_is_refused_and_left_as_it_was(tmp_path):
+def test_a_file_in_place_of_the_directory_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(StoreError, match="found a file, expected a directory"):
         DiskTier(tmp_path / "file", MIB)
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-def test_many_threads_may_use_one_tier(tmp_path):
+def test_many_threads_may_use_one_tier(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 3 * MIB)
 
     def work(seed: int) -> int:
@@ -513,7 +519,7 @@ def test_many_threads_may_use_one_tier(tmp_path):
     tier.close()
 
 
-def test_closing_lets_another_process_check_the_tree(tmp_path):
+def test_closing_lets_another_process_check_the_tree(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, MIB)
     tier.close()
     assert tier.store.claim == -1

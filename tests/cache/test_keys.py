@@ -1,3 +1,5 @@
+"""The keys of pages: what they cover, and that they never change between versions."""
+
 import os
 import subprocess
 import sys
@@ -15,12 +17,12 @@ def keys_of(tokens, fingerprint=b"model", page_size=2, salt=b"") -> list[bytes]:
     return page_keys(root_key(fingerprint, page_size, salt), np.array(tokens, np.int32), page_size)
 
 
-def test_only_full_pages_have_keys():
+def test_only_full_pages_have_keys() -> None:
     assert [len(keys_of([7] * n)) for n in range(6)] == [0, 0, 1, 1, 2, 2]
     assert all(len(key) == 32 for key in keys_of([1, 2, 3, 4]))
 
 
-def test_keys_differ_by_every_ingredient():
+def test_keys_differ_by_every_ingredient() -> None:
     base = keys_of([1, 2])[0]
     others = [
         keys_of([1, 2], fingerprint=b"other")[0],
@@ -32,17 +34,17 @@ def test_keys_differ_by_every_ingredient():
     assert len({base, *others}) == 6
 
 
-def test_fingerprint_and_salt_cannot_trade_bytes():
+def test_fingerprint_and_salt_cannot_trade_bytes() -> None:
     assert root_key(b"ab", 4, b"c") != root_key(b"a", 4, b"bc")
 
 
-def test_keys_do_not_depend_on_the_byte_order_or_width_of_the_token_array():
+def test_keys_do_not_depend_on_the_byte_order_or_width_of_the_token_array() -> None:
     tokens = [1, 258, 70_000, 2**31 - 1]
     root = root_key(b"", 2, b"")
     assert len({tuple(page_keys(root, np.array(tokens, kind), 2)) for kind in ("<i4", ">i4", "i8")}) == 1
 
 
-def test_keys_are_the_same_in_another_process_with_another_hash_seed():
+def test_keys_are_the_same_in_another_process_with_another_hash_seed() -> None:
     program = (
         "import numpy as np; from cache.keys import *;"
         "print(*[k.hex() for k in page_keys(root_key(b'model', 2, b''), np.arange(6), 2)])"
@@ -54,7 +56,7 @@ def test_keys_are_the_same_in_another_process_with_another_hash_seed():
         assert run.stdout.decode().split() == [key.hex() for key in keys_of(range(6))]
 
 
-def test_keys_are_the_ones_that_earlier_versions_wrote_to_disk():
+def test_keys_are_the_ones_that_earlier_versions_wrote_to_disk() -> None:
     assert keys_of([1, 2])[0].hex() == "8320019aeecaef76a5729c456877de94a235e4762abdb2f6e86c3ecf80a6389d"
 
 

@@ -1,3 +1,5 @@
+"""The page pool: allocation and reference counts."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from cache.pool import PagePool, PoolExhausted, pages_for
 
 
-def test_a_fresh_pool_hands_out_every_page_once():
+def test_a_fresh_pool_hands_out_every_page_once() -> None:
     pool = PagePool(5)
     pages = np.concatenate([pool.allocate(2), pool.allocate(3)])
     assert sorted(pages.tolist()) == [0, 1, 2, 3, 4]
@@ -14,7 +16,7 @@ def test_a_fresh_pool_hands_out_every_page_once():
     assert pool.free_pages == 0
 
 
-def test_exhaustion_names_needed_and_free_pages_and_takes_none():
+def test_exhaustion_names_needed_and_free_pages_and_takes_none() -> None:
     pool = PagePool(3)
     pool.allocate(1)
     with pytest.raises(PoolExhausted, match="3 pages needed, 2 of 3 free"):
@@ -23,7 +25,7 @@ def test_exhaustion_names_needed_and_free_pages_and_takes_none():
     pool.check()
 
 
-def test_a_retained_page_survives_one_release():
+def test_a_retained_page_survives_one_release() -> None:
     pool = PagePool(2)
     pages = pool.allocate(2)
     pool.retain(pages[:1])
@@ -33,7 +35,7 @@ def test_a_retained_page_survives_one_release():
     pool.check()
 
 
-def test_a_page_listed_twice_in_one_call_counts_twice():
+def test_a_page_listed_twice_in_one_call_counts_twice() -> None:
     pool = PagePool(2)
     page = pool.allocate(1)
     pool.retain(np.repeat(page, 2))
@@ -43,7 +45,7 @@ def test_a_page_listed_twice_in_one_call_counts_twice():
     pool.check()
 
 
-def test_a_double_free_is_an_error():
+def test_a_double_free_is_an_error() -> None:
     pool = PagePool(2)
     pages = pool.allocate(1)
     pool.release(pages)
@@ -51,17 +53,17 @@ def test_a_double_free_is_an_error():
         pool.release(pages)
 
 
-def test_a_free_page_cannot_be_retained():
+def test_a_free_page_cannot_be_retained() -> None:
     with pytest.raises(AssertionError, match="free page"):
         PagePool(2).retain(np.array([1], np.int32))
 
 
-def test_a_pool_without_pages_is_refused():
+def test_a_pool_without_pages_is_refused() -> None:
     with pytest.raises(ValueError, match="num_pages is 0"):
         PagePool(0)
 
 
-def test_a_partial_page_takes_a_whole_slot():
+def test_a_partly_filled_page_counts_as_a_whole_page() -> None:
     assert [pages_for(n, 4) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
 
 

@@ -1,3 +1,5 @@
+"""The prefix cache: leases, page copies and eviction, and a state machine over a simulated device pool."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,14 +27,14 @@ def serve(store: PrefixCache, text: str, salt: bytes = b"") -> int:
     return lease.reused
 
 
-def test_the_second_request_reuses_all_but_the_token_that_it_must_compute():
+def test_the_second_request_reuses_all_but_the_token_that_it_must_compute() -> None:
     store = PrefixCache(16, 4)
     assert serve(store, "abcdefghij") == 0
     assert serve(store, "abcdefghij") == 9
     assert serve(store, "abcdefgXij") == 7
 
 
-def test_a_partly_matched_page_is_copied_and_its_source_let_go():
+def test_a_partly_matched_page_is_copied_and_its_source_let_go() -> None:
     store = PrefixCache(16, 4)
     serve(store, "abcdefgh")
     lease = store.match(ids("abcdefXY"))
@@ -45,20 +47,20 @@ def test_a_partly_matched_page_is_copied_and_its_source_let_go():
     store.check()
 
 
-def test_a_match_on_a_page_boundary_needs_no_copy():
+def test_a_match_on_a_page_boundary_needs_no_copy() -> None:
     store = PrefixCache(16, 4)
     serve(store, "abcdefgh")
     assert store.extend(store.match(ids("abcdefgh")), 9)[1] == []
 
 
-def test_extending_within_the_lease_changes_nothing():
+def test_extending_within_the_lease_changes_nothing() -> None:
     store = PrefixCache(16, 4)
     lease, _ = store.extend(store.match(ids("abc")), 5)
     assert store.extend(lease, 8) == (lease, [])
     assert store.extend(lease, 9)[0] is not lease
 
 
-def test_a_growing_sequence_is_published_while_its_last_page_is_still_being_filled():
+def test_a_growing_sequence_is_published_while_its_last_page_is_still_being_filled() -> None:
     store = PrefixCache(16, 4)
     lease, _ = store.extend(store.match(ids("")), 8)
     for end in range(1, 9):
@@ -69,7 +71,7 @@ def test_a_growing_sequence_is_published_while_its_last_page_is_still_being_fill
         store.check()
 
 
-def test_a_reader_may_continue_a_page_that_its_owner_continues_differently():
+def test_a_reader_may_continue_a_page_that_its_owner_continues_differently() -> None:
     store = PrefixCache(16, 4)
     owner, _ = store.extend(store.match(ids("")), 8)
     store.insert(owner, ids("abcde"))
@@ -82,14 +84,14 @@ def test_a_reader_may_continue_a_page_that_its_owner_continues_differently():
     assert store.match(ids("abcdefgh")).pages.tolist() == owner.pages.tolist()
 
 
-def test_salts_are_isolated():
+def test_salts_are_isolated() -> None:
     store = PrefixCache(16, 4)
     serve(store, "abcdefgh", b"one")
     assert serve(store, "abcdefgh", b"two") == 0
     assert serve(store, "abcdefgh", b"two") == 7
 
 
-def test_exhaustion_leaves_the_lease_valid_and_the_cache_in_place():
+def test_exhaustion_leaves_the_lease_valid_and_the_cache_in_place() -> None:
     store = PrefixCache(4, 4)
     serve(store, "abcdefgh")
     lease = store.match(ids("abcdef"))
@@ -102,7 +104,7 @@ def test_exhaustion_leaves_the_lease_valid_and_the_cache_in_place():
     assert store.match(ids("abcdefgh")).reused == 8
 
 
-def test_eviction_makes_room_but_never_takes_a_page_in_use():
+def test_eviction_makes_room_but_never_takes_a_page_in_use() -> None:
     store = PrefixCache(5, 4)
     serve(store, "abcdefgh")
     reader = store.match(ids("abcd"))
@@ -116,7 +118,7 @@ def test_eviction_makes_room_but_never_takes_a_page_in_use():
     store.check()
 
 
-def test_a_store_without_leases_gives_up_every_page():
+def test_a_store_without_leases_gives_up_every_page() -> None:
     store = PrefixCache(12, 4)
     for text in ("abcdefgh", "abcdefXY", "abcQ", "other"):
         serve(store, text)
@@ -125,7 +127,7 @@ def test_a_store_without_leases_gives_up_every_page():
     assert store.stats().pages_cached == 0
 
 
-def test_a_lease_cannot_be_used_after_it_was_extended_or_released():
+def test_a_lease_cannot_be_used_after_it_was_extended_or_released() -> None:
     store = PrefixCache(16, 4)
     old = store.match(ids("a"))
     new, _ = store.extend(old, 1)
@@ -136,7 +138,7 @@ def test_a_lease_cannot_be_used_after_it_was_extended_or_released():
         store.release(new)
 
 
-def test_more_tokens_than_the_lease_has_room_for_are_refused():
+def test_more_tokens_than_the_lease_has_room_for_are_refused() -> None:
     store = PrefixCache(16, 4)
     serve(store, "abcdefgh")
     lease = store.match(ids("abcde"))
@@ -144,7 +146,7 @@ def test_more_tokens_than_the_lease_has_room_for_are_refused():
         store.insert(lease, ids("abcdeX"))
 
 
-def test_the_stats_add_up():
+def test_the_stats_add_up() -> None:
     store = PrefixCache(16, 4)
     serve(store, "abcdefgh")
     store.extend(store.match(ids("abcdX")), 5)
@@ -153,7 +155,7 @@ def test_the_stats_add_up():
     assert stats.pages_total == stats.pages_free + stats.pages_cached + stats.pages_in_use
 
 
-def test_the_keys_are_those_of_the_chain_under_the_stores_fingerprint():
+def test_the_keys_are_those_of_the_chain_under_the_stores_fingerprint() -> None:
     store = PrefixCache(4, 2, fingerprint=b"model")
     assert store.keys(ids("abcde"), b"s") == page_keys(root_key(b"model", 2, b"s"), ids("abcde"), 2)
 

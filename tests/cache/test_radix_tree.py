@@ -1,4 +1,7 @@
+"""The radix tree: matches, splits, eviction, and the invariants after every step."""
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,12 +44,12 @@ def test_the_common_prefix_is_the_one_a_loop_finds(a, b):
     assert common_prefix(np.array(a, np.int32), np.array(b, np.int32)) == length
 
 
-def test_an_empty_index_matches_nothing():
+def test_an_empty_index_matches_nothing() -> None:
     pages, length = small_tree().match(ids("abc"), SALT)
     assert (len(pages), length) == (0, 0)
 
 
-def test_a_match_may_end_inside_a_page():
+def test_a_match_may_end_inside_a_page() -> None:
     tree = small_tree()
     pages = put(tree, "abcdefgh")
     found, length = tree.match(ids("abcdefXX"), SALT)
@@ -54,7 +57,7 @@ def test_a_match_may_end_inside_a_page():
     assert found.tolist() == pages.tolist()
 
 
-def test_a_sequence_inserted_chunk_by_chunk_is_one_node():
+def test_a_sequence_inserted_chunk_by_chunk_is_one_node() -> None:
     tree = small_tree()
     text = "abcdefghijklmn"
     pages = tree.pool.allocate(4)
@@ -66,7 +69,7 @@ def test_a_sequence_inserted_chunk_by_chunk_is_one_node():
     assert tree.pool.ref_counts[pages].tolist() == [2, 2, 2, 2]
 
 
-def test_a_branch_inside_a_page_has_its_own_page_for_that_slot():
+def test_a_branch_inside_a_page_has_its_own_copy_of_that_page() -> None:
     tree = small_tree()
     first, second = put(tree, "abcdefgh"), put(tree, "abcdefXYZ")
     assert runs(tree) == ["XYZ", "abcdef", "gh"]
@@ -74,7 +77,7 @@ def test_a_branch_inside_a_page_has_its_own_page_for_that_slot():
     assert tree.match(ids("abcdefXYZ"), SALT)[0].tolist() == [first[0], second[1], second[2]]
 
 
-def test_a_match_that_ends_where_an_inner_node_ends_finds_the_shared_tokens_in_a_childs_page():
+def test_a_match_that_ends_where_an_inner_node_ends_finds_the_shared_tokens_in_a_childs_page() -> None:
     tree = small_tree()
     first, second = put(tree, "abcdefgh"), put(tree, "abcdefXYZ")
     found, length = tree.match(ids("abcdefQ"), SALT)
@@ -83,14 +86,14 @@ def test_a_match_that_ends_where_an_inner_node_ends_finds_the_shared_tokens_in_a
     assert found[1] in (first[1], second[1])
 
 
-def test_branches_within_one_page_nest():
+def test_branches_within_one_page_nest() -> None:
     tree = small_tree()
     for text in ("abcd", "abce", "abX", "aY", "abceZ"):
         put(tree, text)
     assert [matched(tree, text) for text in ("abcd", "abce", "abX", "aY", "abceZ", "abcQ")] == [4, 4, 3, 2, 5, 3]
 
 
-def test_what_is_cached_already_keeps_its_pages():
+def test_what_is_cached_already_keeps_its_pages() -> None:
     tree = small_tree()
     first = put(tree, "abcdefgh")
     again = put(tree, "abcdefgh")
@@ -98,7 +101,7 @@ def test_what_is_cached_already_keeps_its_pages():
     assert not tree.pool.ref_counts[again].any()
 
 
-def test_salts_do_not_see_each_other():
+def test_salts_do_not_see_each_other() -> None:
     tree = small_tree()
     put(tree, "abcd", b"one")
     assert matched(tree, "abcd", b"two") == 0
@@ -106,7 +109,7 @@ def test_salts_do_not_see_each_other():
     assert runs(tree) == ["abcd", "abcd"]
 
 
-def test_a_long_leaf_is_evicted_from_its_tail_page_by_page():
+def test_a_long_leaf_is_evicted_from_its_tail_page_by_page() -> None:
     tree = small_tree()
     put(tree, "abcdefghijklmn")
     for left in (12, 8, 4, 0):
@@ -118,7 +121,7 @@ def test_a_long_leaf_is_evicted_from_its_tail_page_by_page():
     assert not tree.top.children
 
 
-def test_the_least_recently_used_leaf_goes_first():
+def test_the_least_recently_used_leaf_goes_first() -> None:
     tree = small_tree()
     for text in ("aaaa", "bbbb", "cccc"):
         put(tree, text)
@@ -127,7 +130,7 @@ def test_the_least_recently_used_leaf_goes_first():
     assert runs(tree) == ["aaaa"]
 
 
-def test_a_parent_becomes_a_leaf_when_its_last_child_is_evicted():
+def test_a_parent_becomes_a_leaf_when_its_last_child_is_evicted() -> None:
     tree = small_tree()
     for text in ("abcdefgh", "abcdefXYZ", "abcdefgQ"):
         put(tree, text)
@@ -138,7 +141,7 @@ def test_a_parent_becomes_a_leaf_when_its_last_child_is_evicted():
     assert runs(tree) == ["abcdQ"]
 
 
-def test_evicting_one_branch_leaves_the_other_whole():
+def test_evicting_one_branch_leaves_the_other_whole() -> None:
     tree = small_tree()
     put(tree, "abcdefgh")
     put(tree, "abcdefXYZ")
@@ -149,7 +152,7 @@ def test_evicting_one_branch_leaves_the_other_whole():
     assert matched(tree, "abcdefgh") == 6
 
 
-def test_a_page_in_use_stops_eviction_of_itself_and_of_what_comes_before():
+def test_a_page_in_use_stops_eviction_of_itself_and_of_what_comes_before() -> None:
     tree = small_tree()
     pages = put(tree, "abcdefghijklmn")
     put(tree, "other")
@@ -162,7 +165,7 @@ def test_a_page_in_use_stops_eviction_of_itself_and_of_what_comes_before():
     assert tree.evict(100) == 2
 
 
-def test_dropping_from_a_page_on_takes_all_that_goes_on_as_the_sequence_does():
+def test_dropping_from_a_page_on_takes_all_that_goes_on_as_the_sequence_does() -> None:
     tree = small_tree()
     for text in ("abcdefghij", "abcdefXY", "abcdXY", "other"):
         put(tree, text)
@@ -174,7 +177,7 @@ def test_dropping_from_a_page_on_takes_all_that_goes_on_as_the_sequence_does():
     assert tree.pool.free_pages == 32 - 4
 
 
-def test_dropping_from_token_zero_leaves_other_sequences_and_salts():
+def test_dropping_from_token_zero_leaves_other_sequences_and_salts() -> None:
     tree = small_tree()
     for salt in (b"one", b"two"):
         put(tree, "abcdefgh", salt)
@@ -185,7 +188,7 @@ def test_dropping_from_token_zero_leaves_other_sequences_and_salts():
     put(tree, "abcd", b"one")
 
 
-def test_dropping_what_is_not_there_changes_nothing():
+def test_dropping_what_is_not_there_changes_nothing() -> None:
     tree = small_tree()
     put(tree, "abcdef")
     assert tree.drop(ids("abcdef"), 8, SALT) == []
@@ -195,7 +198,7 @@ def test_dropping_what_is_not_there_changes_nothing():
     tree.check()
 
 
-def test_what_drops_its_end_is_evicted_like_any_other_leaf():
+def test_what_drops_its_end_is_evicted_like_any_other_leaf() -> None:
     tree = small_tree()
     put(tree, "abcdefgh")
     tree.drop(ids("abcdefgh"), 4, SALT)
@@ -204,7 +207,7 @@ def test_what_drops_its_end_is_evicted_like_any_other_leaf():
     assert tree.pool.free_pages == 32
 
 
-def test_a_dropped_page_in_use_stays_with_its_user():
+def test_a_dropped_page_in_use_stays_with_its_user() -> None:
     tree = small_tree()
     pages = put(tree, "abcdefgh")
     tree.pool.retain(pages)
@@ -213,7 +216,7 @@ def test_a_dropped_page_in_use_stays_with_its_user():
     assert tree.pool.ref_counts[pages].tolist() == [1, 1]
 
 
-def test_to_find_a_prefix_is_no_use_of_it():
+def test_to_find_a_prefix_is_no_use_of_it() -> None:
     tree = small_tree()
     for text in ("aaaa", "bbbb"):
         put(tree, text)
@@ -222,7 +225,7 @@ def test_to_find_a_prefix_is_no_use_of_it():
     assert runs(tree) == ["bbbb"]
 
 
-def test_leaves_in_use_are_looked_at_once_per_eviction(monkeypatch):
+def test_leaves_in_use_are_looked_at_once_per_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = small_tree(num_pages=100, page_size=8)
     for n in range(50):
         tree.pool.retain(put(tree, f"{n:02} used"))

@@ -1,3 +1,5 @@
+"""The remote tier over files: damage, failures and slow answers."""
+
 import logging
 import shutil
 import time
@@ -77,7 +79,7 @@ def test_a_store_that_fails_costs_hits_and_one_warning_until_it_works(tmp_path, 
     assert right(tier, [5]) == [True]
 
 
-def test_a_server_that_does_not_answer_costs_one_timeout(monkeypatch):
+def test_a_server_that_does_not_answer_costs_one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache.remote, "RETRY_SECONDS", 60.0)
     tier = RemoteTier("http://127.0.0.1:9/", timeout_seconds=0.3)
     assert right(tier, range(70)) == [False] * 70
@@ -86,6 +88,6 @@ def test_a_server_that_does_not_answer_costs_one_timeout(monkeypatch):
     assert tier.stats().dropped == 3
 
 
-def test_a_url_that_means_nothing_is_refused():
+def test_a_url_that_means_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="unsupported URL scheme"):
         RemoteTier("nowhere://pages/")

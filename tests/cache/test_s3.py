@@ -33,7 +33,7 @@ def test_machines_share_pages_in_a_bucket(endpoint):
     tier, other = RemoteTier("s3://pages/shared"), RemoteTier("s3://pages/shared/")
     tier.put_many(items(range(40)))
     assert other.contains_many(keys(range(41))) == [True] * 40 + [False]
-    assert right(other, range(41), in_slots=True) == [True] * 40 + [False]
+    assert right(other, range(41), in_buffers=True) == [True] * 40 + [False]
     assert right(RemoteTier("s3://pages/elsewhere"), range(3)) == [False] * 3
     other.delete(keys([3]))
     assert right(tier, [2, 3]) == [True, False]

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_a_page_that_is_written_late_takes_no_newer_pages_place(tier):
     assert tier.contains_many(keys(range(100, 130))) == there
 
 
-def test_a_use_is_on_record_before_what_is_written_behind_it(tmp_path):
+def test_a_use_is_on_record_before_what_is_written_behind_it(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, MIB)
     put(tier, range(3), 1000)
     tier.touch_many(keys(range(3)), stamps_of(2000, range(3)))
@@ -86,7 +87,7 @@ def test_stamps_of_a_clock_that_was_ahead_keep_no_page_out(tier):
     assert all(tier.contains_many(keys(range(100, 110))))
 
 
-def test_a_page_of_a_clock_that_was_ahead_counts_as_used_once_it_is(tmp_path):
+def test_a_page_of_a_clock_that_was_ahead_counts_as_used_once_it_is(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 8 * MIB)
     now = time.time_ns()
     put(tier, range(10), now + 3600 * 10**9)  # the chain's head, an hour from now
@@ -98,7 +99,7 @@ def test_a_page_of_a_clock_that_was_ahead_counts_as_used_once_it_is(tmp_path):
     tier.close()
 
 
-def test_an_eviction_ends_though_a_scan_lists_what_no_search_finds(tmp_path):
+def test_an_eviction_ends_though_a_scan_lists_what_no_search_finds(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 8 * MIB)
     put(tier, range(200), 10**18)
     tier.sync()

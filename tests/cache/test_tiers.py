@@ -1,6 +1,9 @@
+"""The protocol of the tiers, reads over several of them, and forgetting."""
+
 import threading
 import time
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,14 +23,14 @@ MIB = 1 << 20
 numbers = st.lists(st.integers(0, 30), min_size=1, max_size=4, unique=True)
 
 
-def test_a_seal_covers_length_key_and_payload():
+def test_a_seal_covers_length_key_and_payload() -> None:
     first = seal(key_of(1), b"page")
     assert len(first) == SEAL.size
     assert seal(key_of(1), memoryview(b"page")) == first
     assert len({first, seal(key_of(2), b"page"), seal(key_of(1), b"Page"), seal(key_of(1), b"page\0")}) == 4
 
 
-def test_seals_are_the_ones_that_earlier_versions_wrote_to_disk():
+def test_seals_are_the_ones_that_earlier_versions_wrote_to_disk() -> None:
     assert seal(b"k" * 32, b"page").hex() == "0400000000000000e4782f6cb55fd5dd"
 
 
@@ -57,7 +60,7 @@ def test_host_memory_is_an_exact_lru_under_its_budget(steps):
         assert tier.stats().bytes == sum(model.values()) <= budget
 
 
-def test_a_page_larger_than_host_memory_is_dropped_and_evicts_nothing():
+def test_a_page_larger_than_host_memory_is_dropped_and_evicts_nothing() -> None:
     tier = HostTier(30_000)
     tier.put_many(items([0]))
     tier.put_many([(key_of(1), bytes(30_001))])
@@ -65,7 +68,7 @@ def test_a_page_larger_than_host_memory_is_dropped_and_evicts_nothing():
     assert tier.stats().dropped == 1
 
 
-def test_each_page_of_a_chain_is_located_in_its_fastest_tier_and_holes_are_none(tmp_path):
+def test_each_page_of_a_chain_is_located_in_its_fastest_tier_and_holes_are_none(tmp_path: Path) -> None:
     host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
     pages = TieredPages([host, disk])
     host.put_many(items([0, 1, 4]))
@@ -75,7 +78,7 @@ def test_each_page_of_a_chain_is_located_in_its_fastest_tier_and_holes_are_none(
     pages.close()
 
 
-def test_a_search_goes_on_as_long_as_its_last_step_found_anything():
+def test_a_search_goes_on_as_long_as_its_last_step_found_anything() -> None:
     host = HostTier(MIB)
     pages = TieredPages([host])
     host.put_many([(key_of(i), b"x") for i in [*range(SEARCH_STEP + 1), 4 * SEARCH_STEP]])
@@ -84,7 +87,7 @@ def test_a_search_goes_on_as_long_as_its_last_step_found_anything():
     pages.close()
 
 
-def test_a_touched_page_outlives_pages_that_were_used_before_it(tmp_path):
+def test_a_touched_page_outlives_pages_that_were_used_before_it(tmp_path: Path) -> None:
     for tier in (HostTier(100_000), DiskTier(tmp_path, 3 * MIB)):
         size = 10_000 if tier.name == "host" else 300_000
         tier.put_many([(key_of(i), bytes(size)) for i in range(8)])
@@ -95,7 +98,7 @@ def test_a_touched_page_outlives_pages_that_were_used_before_it(tmp_path):
         tier.close()
 
 
-def test_a_fetch_takes_each_page_from_its_fastest_tier_and_keeps_it_in_memory(tmp_path):
+def test_a_fetch_takes_each_page_from_its_fastest_tier_and_keeps_it_in_memory(tmp_path: Path) -> None:
     host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
     pages = TieredPages([host, disk])
     stored = [(key_of(i), page_of(7 * i)) for i in range(3)]  # of one size
@@ -135,24 +138,24 @@ def test_a_tier_that_raises_has_nothing_and_the_others_still_serve(tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", ["host", "disk", "remote"])
-def test_a_page_is_read_into_its_slot_and_one_of_another_size_is_a_miss_that_stays(tmp_path, kind):
+def test_a_page_is_read_into_its_buffer_and_one_of_another_size_is_a_miss_that_stays(tmp_path, kind):
     tier = {
         "host": lambda: HostTier(MIB),
         "disk": lambda: DiskTier(tmp_path, MIB),
         "remote": lambda: RemoteTier(f"file://{tmp_path}/shared"),
     }[kind]()
     tier.put_many(items([0, 1, 7]))
-    slots = np.zeros((4, len(page_of(0))), np.uint8)
-    found = tier.get_many(keys([7, 1, 99, 0]), slots)
+    buffers = np.zeros((4, len(page_of(0))), np.uint8)
+    found = tier.get_many(keys([7, 1, 99, 0]), buffers)
     assert [payload is not None for payload in found] == [True, False, False, True]
-    assert [slots[0].tobytes(), slots[3].tobytes()] == [page_of(7), page_of(0)]
+    assert [buffers[0].tobytes(), buffers[3].tobytes()] == [page_of(7), page_of(0)]
     stats = tier.stats()
     assert (stats.hits, stats.misses, stats.corrupt, stats.bytes_read) == (2, 2, 0, 2 * len(page_of(0)))
     assert right(tier, [1]) == [True]
     tier.close()
 
 
-def test_host_memory_serves_many_threads():
+def test_host_memory_serves_many_threads() -> None:
     tier = HostTier(200_000)
 
     def work() -> None:
@@ -169,7 +172,7 @@ def test_host_memory_serves_many_threads():
     assert tier.stats().hits + tier.stats().misses == 4 * 100 * 20
 
 
-def test_copies_come_from_each_tier_are_kept_nowhere_and_are_no_use(tmp_path):
+def test_copies_come_from_each_tier_are_kept_nowhere_and_are_no_use(tmp_path: Path) -> None:
     host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
     pages = TieredPages([host, disk])
     host.put_many(items([0]))
@@ -185,7 +188,9 @@ def test_copies_come_from_each_tier_are_kept_nowhere_and_are_no_use(tmp_path):
     pages.close()
 
 
-def test_a_tier_that_raises_costs_the_copies_of_the_others_nothing(tmp_path, monkeypatch):
+def test_a_tier_that_raises_costs_the_copies_of_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host, disk = HostTier(MIB), DiskTier(tmp_path, MIB)
     pages = TieredPages([host, disk])
     disk.put_many(items([0]))
@@ -197,7 +202,9 @@ def test_a_tier_that_raises_costs_the_copies_of_the_others_nothing(tmp_path, mon
     pages.close()
 
 
-def test_what_is_forgotten_leaves_all_tiers_even_if_it_waits_to_be_written_and_no_later_lookup_finds_it(tmp_path):
+def test_what_is_forgotten_leaves_all_tiers_even_if_it_waits_to_be_written_and_no_later_lookup_finds_it(
+    tmp_path: Path,
+) -> None:
     tokens, root = np.arange(30, dtype=np.int32), root_key(b"", 4, b"")
     tiers = Tiers(str(tmp_path), 64 * MIB, MIB, flush_seconds=60.0)
     names = page_keys(root, tokens, 4)
@@ -244,7 +251,7 @@ def test_what_is_forgotten_is_not_found_again_whatever_comes_late(tmp_path, monk
     tiers.close()
 
 
-def test_no_pages_at_all_are_no_matter_to_any_tier(tmp_path):
+def test_no_pages_at_all_are_no_matter_to_any_tier(tmp_path: Path) -> None:
     for tier in (HostTier(1000), DiskTier(tmp_path, 1 << 20)):
         tier.put_many([])
         tier.put_many([], [])

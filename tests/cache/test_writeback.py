@@ -1,4 +1,7 @@
+"""Write-back: what is queued is written in time, and what fails or hangs costs nothing else."""
+
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -64,7 +67,7 @@ def test_closing_writes_what_is_queued_and_drops_what_comes_later(disk):
     assert writer.dropped == 1
 
 
-def test_a_full_queue_drops_newcomers_and_never_blocks():
+def test_a_full_queue_drops_newcomers_and_never_blocks() -> None:
     gate, begun, tier = threading.Event(), threading.Event(), HostTier(10 * MIB)
     writer = WriteBack([tier], flush_seconds=0, queue_bytes=50_000)
 
@@ -85,7 +88,7 @@ def test_a_full_queue_drops_newcomers_and_never_blocks():
     writer.close()
 
 
-def test_payloads_that_cannot_be_loaded_cost_their_pages_only(caplog):
+def test_payloads_that_cannot_be_loaded_cost_their_pages_only(caplog: pytest.LogCaptureFixture) -> None:
     tier = HostTier(10 * MIB)
     writer = WriteBack([tier], flush_seconds=0)
     writer.submit(keys([0]), 20_000, lambda: 1 / 0)
@@ -97,7 +100,7 @@ def test_payloads_that_cannot_be_loaded_cost_their_pages_only(caplog):
     writer.close()
 
 
-def test_the_disk_learns_of_uses_even_when_nothing_is_written(tmp_path):
+def test_the_disk_learns_of_uses_even_when_nothing_is_written(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path, 10 * MIB)
     disk.put_many(items([0, 1]), [1000, 999])
     right(disk, [1])
@@ -110,7 +113,7 @@ def test_the_disk_learns_of_uses_even_when_nothing_is_written(tmp_path):
     disk.close()
 
 
-def test_uses_are_recorded_before_what_is_submitted_after_them(tmp_path):
+def test_uses_are_recorded_before_what_is_submitted_after_them(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path, 10 * MIB)
     disk.put_many(items([0, 1]), [1000, 999])
     calls, touch, put = [], disk.touch_many, disk.put_many
@@ -154,7 +157,7 @@ def test_whatever_a_tier_raises_costs_its_own_pages_only_and_one_log_line(caplog
     writer.close()
 
 
-def test_flush_and_close_end_in_time_though_a_tier_hangs():
+def test_flush_and_close_end_in_time_though_a_tier_hangs() -> None:
     tier, hung = HostTier(10 * MIB), threading.Event()
     tier.put_many = lambda *_: (hung.set(), threading.Event().wait())
     writer = WriteBack([tier], flush_seconds=0)

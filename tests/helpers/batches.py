@@ -1,4 +1,4 @@
-"""Ragged batches over a poisoned pool: what both paths of attention are tested on."""
+"""Ragged batches over a poisoned pool: what all paths of attention are tested on."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ def items(numbers) -> list[tuple[bytes, bytes]]:
     return [(key_of(i), page_of(i)) for i in numbers]
 
 
-def right(tier, numbers, in_slots: bool = False) -> list[bool]:
-    """Which of the pages are there, read to slots or not. Asserts that none of them is another's or torn."""
-    slots = [np.empty(len(page_of(i)), np.uint8) for i in numbers] if in_slots else None
-    found = tier.get_many(keys(numbers), slots)
+def right(tier, numbers, in_buffers: bool = False) -> list[bool]:
+    """Which of the pages are there, read into buffers or not. Asserts that none of them is another's or torn."""
+    buffers = [np.empty(len(page_of(i)), np.uint8) for i in numbers] if in_buffers else None
+    found = tier.get_many(keys(numbers), buffers)
     assert all(got is None or got == page_of(i) for i, got in zip(numbers, found, strict=True)), "a WRONG page"
     return [got is not None for got in found]
 
@@ -59,7 +59,7 @@ def write_forever(directory: str, budget: str, start: str) -> None:
 
 
 def share(directory: str, budget: str, seconds: str, seed: str) -> None:
-    """Read, write, delete and prune at random beside others; fails on a wrong page, or if it never found one."""
+    """Read, write, delete and prune at random while others do; fails on a wrong page, or if it never found one."""
     tier = DiskTier(directory, int(budget))
     rng = random.Random(int(seed))
     end, hits = time.monotonic() + float(seconds), 0
@@ -293,7 +293,7 @@ def flip(directory: str, first_seed: str, count: str) -> None:
         tier = DiskTier(directory, 4_000_000)
         right(tier, range(100))
         tier.put_many(items(range(100, 200)))  # evicts
-        right(tier, range(200), in_slots=True)
+        right(tier, range(200), in_buffers=True)
         damaged_trees += tier.store.errors
         corrupt += tier.stats().corrupt
         tier.close()
@@ -312,7 +312,7 @@ def flip_live(directory: str, first_seed: str, count: str) -> None:
         tree = set(tree_pages(data))
         place = rng.choice([at for at in range(rng.randrange(PAGE), len(data), PAGE) if at // PAGE not in tree])
         flip_bit(path / "data.mdb", place, rng.randrange(8))
-        right(tier, rng.sample(range(150), 30), in_slots=seed % 2 == 0)
+        right(tier, rng.sample(range(150), 30), in_buffers=seed % 2 == 0)
         tier.delete([key_of(rng.randrange(150))])
         tier.stats()
     print(tier.stats().errors, tier.stats().corrupt)

@@ -1,3 +1,5 @@
+"""Both CPU paths of attention against the reference, over ragged batches."""
+
 from functools import partial
 
 import jax
@@ -53,7 +55,7 @@ def test_a_chunk_behind_a_prefix_matches_the_reference(prefix, chunk):
     assert_matches_reference(*ragged([prefix], [chunk]))
 
 
-def test_a_mixed_batch_with_padding_matches_the_reference():
+def test_a_mixed_batch_with_padding_matches_the_reference() -> None:
     assert_matches_reference(*ragged([0, 1, 15, 16, 17, 900], [5, 1, 33, 1, 64, 2], spare_seqs=2, spare_tokens=11))
 
 
@@ -63,12 +65,12 @@ def test_a_chunk_and_single_tokens_in_one_batch_match_the_reference(prefixes, ch
     assert_matches_reference(q, pool, batch.replace(decode_seqs=len(chunks) - 1 + spare, max_chunk=64))
 
 
-def test_a_decode_batch_with_empty_rows_matches_the_reference():
+def test_a_decode_batch_with_empty_rows_matches_the_reference() -> None:
     assert_matches_reference(*ragged([3, 1500, 0, 40], [1, 1, 1, 1], spare_seqs=4, spare_tokens=4))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_ragged_batches_match_the_reference(seed):
+def test_random_ragged_batches_match_the_reference(seed: int) -> None:
     rng = np.random.default_rng(100 + seed)
     count = int(rng.integers(1, 6))
     prefixes = [int(n) for n in rng.integers(0, 400, count)]
@@ -77,13 +79,13 @@ def test_random_ragged_batches_match_the_reference(seed):
     assert_matches_reference(*ragged(prefixes, chunks, page=page, spare_tokens=int(rng.integers(0, 9)), seed=seed))
 
 
-def test_the_kernels_own_reference_agrees():
+def test_the_kernels_own_reference_agrees() -> None:
     q, pool, batch = ragged([3, 700, 0], [5, 1, 33], spare_seqs=1, spare_tokens=2)
     found = np.asarray(in_jax(q, pool, 1, batch))[:39]
     np.testing.assert_allclose(found, reference(q, pool, 1, batch)[:39], atol=2e-6)
 
 
-def test_memory_grows_with_the_chunk_and_not_with_the_prompt_squared():
+def test_memory_grows_with_the_chunk_and_not_with_the_prompt_squared() -> None:
     def temporary_bytes(prefix):
         q, pool, batch = ragged([prefix], [256])
         k, v = new_keys_and_values(pool, batch, 0)

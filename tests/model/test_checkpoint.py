@@ -1,3 +1,5 @@
+"""Checkpoints: read from safetensors, saved and restored, fingerprinted, and refused with a reason."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -196,7 +198,7 @@ def test_a_folder_without_safetensors_says_what_it_has_and_what_to_do(tiny_check
         load(folder, jnp.float32)
 
 
-def test_an_empty_folder_lacks_its_config(tmp_path):
+def test_an_empty_folder_lacks_its_config(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load(tmp_path, jnp.float32)
 
@@ -237,7 +239,7 @@ def test_a_hub_id_offline_fails_with_one_clear_message(tmp_path, cut_off):
     assert run.count("\n") == 1
 
 
-def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_id(tmp_path):
+def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_id(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a local folder"):
         resolve(tmp_path / "absent" / "model")
 
@@ -282,7 +284,7 @@ def test_the_fingerprint_is_equal_in_another_process_and_with_layers_apart(tiny_
     assert fingerprint(dataclasses.replace(config, eos_token_ids=(5,)), params) == here
 
 
-def test_the_fingerprint_is_that_of_these_bytes_for_ever():
+def test_the_fingerprint_is_that_of_these_bytes_for_ever() -> None:
     """A change here orphans every page that was ever persisted."""
     config = ModelConfig.from_hf(
         {"model_type": "llama", "vocab_size": 2, "hidden_size": 2, "intermediate_size": 1}

@@ -1,3 +1,5 @@
+"""Configs: every family as transformers reads it, and what is refused."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -46,18 +48,18 @@ def test_the_old_and_the_new_form_of_rope_read_alike(type_key):
     assert read == RopeConfig(500000.0, "llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
-def test_a_bare_rope_theta_or_null_scaling_is_the_default_rope():
+def test_a_bare_rope_theta_or_null_scaling_is_the_default_rope() -> None:
     assert ModelConfig.from_hf(config("qwen2", rope_theta=1e6, rope_scaling=None)).rope == RopeConfig(theta=1e6)
 
 
-def test_yarn_options_are_read_and_its_context_defaults_to_max_position():
+def test_yarn_options_are_read_and_its_context_defaults_to_max_position() -> None:
     rope = {"type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False, "beta_fast": 16}
     read = ModelConfig.from_hf(config("qwen3", rope_scaling=rope, max_position_embeddings=4096)).rope
     assert (read.kind, read.factor, read.original_max_position) == ("yarn", 4.0, 4096)
     assert (read.mscale, read.mscale_all_dim, read.truncate, read.beta_fast, read.beta_slow) == (0.7, 1.2, False, 16, 1)
 
 
-def test_biases_and_norms_follow_the_family():
+def test_biases_and_norms_follow_the_family() -> None:
     def parts(family: str, **fields: Any) -> tuple[bool, ...]:
         made = ModelConfig.from_hf(config(family, **fields))
         return made.qkv_bias, made.out_bias, made.mlp_bias, made.qk_norm
@@ -110,7 +112,7 @@ def test_an_active_sliding_window_is_refused(family, fields):
         ModelConfig.from_hf(config(family) | fields)
 
 
-def test_mistral_without_the_key_has_the_window_of_transformers():
+def test_mistral_without_the_key_has_the_window_of_transformers() -> None:
     fields = config("mistral")
     del fields["sliding_window"]
     with pytest.raises(ValueError, match="sliding_window of 4096 tokens is active"):
@@ -153,7 +155,7 @@ def test_errors_name_the_file(tmp_path: Path):
         load_config(tmp_path)
 
 
-def test_json_gives_back_an_equal_hashable_config():
+def test_json_gives_back_an_equal_hashable_config() -> None:
     made = ModelConfig.from_hf(config("llama", rope_scaling={"type": "llama3", **LLAMA3}, eos_token_id=[1, 2]))
     again = ModelConfig.from_json(made.to_json())
     assert again == made

@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 
 @needs_kernel
 @pytest.mark.parametrize("seed", range(12))
-def test_heads_groups_and_pages_of_any_shape_match_the_reference(seed):
+def test_heads_groups_and_pages_of_any_shape_match_the_reference(seed: int) -> None:
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 6))
     shape = {
@@ -73,7 +73,7 @@ def test_what_is_no_number_is_no_number_in_the_result(value, side, chunk):
 
 
 @needs_kernel
-def test_the_same_batch_gives_the_same_bits():
+def test_the_same_batch_gives_the_same_bits() -> None:
     q, pool, batch = ragged([3000, 700, 0], [1, 90, 300])
     first = np.asarray(compiled(q, pool, 0, batch))
     assert all(np.array_equal(first, np.asarray(compiled(q, pool, 0, batch))) for _ in range(20))
@@ -127,7 +127,7 @@ np.save(sys.argv[1], np.asarray(jax.jit(paged_attention)(q, pool, 0, batch)))
 
 
 @needs_kernel
-def test_the_bits_are_the_same_with_any_number_of_threads(tmp_path):
+def test_the_bits_are_the_same_with_any_number_of_threads(tmp_path: Path) -> None:
     found = []
     for threads in ("1", "3"):
         path = tmp_path / f"{threads}.npy"
@@ -139,7 +139,7 @@ def test_the_bits_are_the_same_with_any_number_of_threads(tmp_path):
 
 
 @needs_kernel
-def test_the_pool_is_read_where_it_lies():
+def test_the_pool_is_read_where_it_lies() -> None:
     pool = KVPool(*(jnp.zeros((2, 256, 2, 16, 16)) for _ in range(2)))
     q, _, batch = ragged([90], [40])
 
@@ -160,7 +160,7 @@ def test_the_pool_is_read_where_it_lies():
 
 
 @needs_kernel
-def test_what_it_cannot_take_is_refused_by_name():
+def test_what_it_cannot_take_is_refused_by_name() -> None:
     q, pool, batch = ragged([3], [2])
     with pytest.raises(ValueError, match="dtype of q is bfloat16, supported is float32"):
         paged_attention(q.astype(jnp.bfloat16), pool, 0, batch)

@@ -25,7 +25,7 @@ PROCESSORS = {
 
 
 @pytest.mark.skipif(not has_compiler, reason=f"none of {', '.join(build.COMPILERS)} is installed")
-def test_the_kernels_build_where_there_is_a_compiler():
+def test_the_kernels_build_where_there_is_a_compiler() -> None:
     assert build.available()
 
 
@@ -55,7 +55,9 @@ def test_the_kernels_are_as_right_and_as_exact_when_built_for_another_processor(
     assert "skipped" not in done.stdout, done.stdout
 
 
-def test_a_library_is_named_after_the_processor_that_it_is_built_for(tmp_path, monkeypatch):
+def test_a_library_is_named_after_the_processor_that_it_is_built_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = tmp_path / "c++"
     fake.write_text('#!/bin/sh\nfor last; do :; done; [ "$last" = --version ] || echo "$*" > "$last"\n')
     fake.chmod(0o755)
@@ -118,7 +120,7 @@ def test_without_a_kernel_xla_does_the_work_and_the_log_says_why(tmp_path, varia
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_cache_that_cannot_be_written_costs_the_kernel_and_nothing_else(tmp_path):
+def test_a_cache_that_cannot_be_written_costs_the_kernel_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output, errors = attend(tmp_path / "file")
     assert output == "True False"
@@ -126,17 +128,17 @@ def test_a_cache_that_cannot_be_written_costs_the_kernel_and_nothing_else(tmp_pa
 
 
 @needs_kernel
-def test_flags_that_make_arithmetic_loose_have_no_effect(tmp_path):
+def test_flags_that_make_arithmetic_loose_have_no_effect(tmp_path: Path) -> None:
     assert attend(tmp_path, CXX=f"{build.compiler_command()[0]} -ffast-math")[0] == "True True"
 
 
-def test_an_empty_cache_variable_means_the_users_own_cache(tmp_path):
+def test_an_empty_cache_variable_means_the_users_own_cache(tmp_path: Path) -> None:
     attend("", HOME=str(tmp_path), CXX="false")
     assert (tmp_path / ".cache" / "tokenzero" / "kernels").is_dir()
 
 
 @needs_kernel
-def test_processes_that_build_at_once_leave_one_library(tmp_path):
+def test_processes_that_build_at_once_leave_one_library(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         outputs = [future.result()[0] for future in [pool.submit(attend, tmp_path) for _ in range(2)]]
     assert outputs == ["True True"] * 2
@@ -164,7 +166,7 @@ print(found.count(True), flush=True)
 
 @needs_kernel
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="only Linux lists who waits for a lock")
-def test_one_compiler_runs_however_many_threads_and_processes_need_the_kernels(tmp_path):
+def test_one_compiler_runs_however_many_threads_and_processes_need_the_kernels(tmp_path: Path) -> None:
     # The stand-in says that it has started, and copies the finished library when the event is there.
     started, event = tmp_path / "started", tmp_path / "event"
     os.mkfifo(event)

@@ -28,7 +28,7 @@ def test_products_of_any_shape_match_numpys(tokens, outputs, inputs):
 
 
 @needs_kernel
-def test_a_token_gets_the_same_bits_in_any_company():
+def test_a_token_gets_the_same_bits_in_any_company() -> None:
     x, weight = random(0, 20, 512), random(1, 999, 512)
     together = np.asarray(compiled(x, weight))
     for count in (1, 2, 7, 8, 9, 19):
@@ -36,7 +36,7 @@ def test_a_token_gets_the_same_bits_in_any_company():
 
 
 @needs_kernel
-def test_what_is_no_number_stays_with_its_token_and_output():
+def test_what_is_no_number_stays_with_its_token_and_output() -> None:
     x, weight = random(0, 3, 64), random(1, 10, 64)
     x[1, 5], weight[7, 3] = np.inf, np.nan
     found = np.asarray(compiled(x, weight))
@@ -46,7 +46,7 @@ def test_what_is_no_number_stays_with_its_token_and_output():
 
 
 @needs_kernel
-def test_what_it_cannot_take_is_refused_by_name():
+def test_what_it_cannot_take_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="dtype of weight is bfloat16, supported is float32"):
         linear(jnp.zeros((2, 16)), jnp.zeros((3, 16), jnp.bfloat16))
     with pytest.raises(ValueError, match="x has 20 inputs, supported are multiples of 16"):
@@ -69,7 +69,7 @@ def test_few_tokens_go_to_the_kernel_and_the_rest_to_xla(x, taken):
     np.testing.assert_allclose(product(x, weight, jnp.float32), x @ weight.T, atol=1e-5)
 
 
-def test_bfloat16_and_other_devices_go_to_xla(monkeypatch):
+def test_bfloat16_and_other_devices_go_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     x = jnp.zeros((1, 64), jnp.bfloat16)
     assert dispatch.linear_for(x, x) is None
     monkeypatch.setattr(dispatch, "on_cpu", lambda: False)

@@ -53,7 +53,7 @@ def test_prefill_of_a_ragged_batch_matches_the_reference(group, page, head_dim):
 
 
 @interpreted
-def test_prefill_of_a_long_chunk_matches_the_reference():
+def test_prefill_of_a_long_chunk_matches_the_reference() -> None:
     assert_matches_reference(paged_prefill.paged_prefill, *ragged([PAGE + 1], [1024], group=1))
 
 
@@ -112,7 +112,7 @@ def test_the_forward_pass_hands_the_kernel_the_whole_pool(variant):
     assert not re.search(rf"stablehlo\.(dynamic_)?slice.*tensor<(\d+x)?{size}xbf16>", text)
 
 
-def test_copies_of_the_pool_are_found_in_a_compiled_program():
+def test_copies_of_the_pool_are_found_in_a_compiled_program() -> None:
     _, pool, _, _ = FORWARD[0].arguments()
     size = ",".join(map(str, pool.k.shape[1:]))
     kept = f"%a = bf16[2,{size}]{{4,3,2,1,0}} scatter(%b, %c)\n%p = bf16[2,{size}]{{4,3,2,1,0}} parameter(0)"
@@ -121,7 +121,7 @@ def test_copies_of_the_pool_are_found_in_a_compiled_program():
     assert len(pool_sized(f"{kept}\n  %s = bf16[2,{size}]{{4,3,2,1,0}} copy(%p)", pool)) == 1
 
 
-def test_keys_written_beside_the_pool_are_found_in_a_compiled_program():
+def test_keys_written_beside_the_pool_are_found_in_a_compiled_program() -> None:
     kept = "%fused_scatter (p: f32[]) -> bf16[9] {\n  %k = bf16[64,8,128]{2,1,0} convert(%p)\n}\n\n%main (p: f32[]) {\n"
     assert not keys_beside_pool(f"{kept}  %qkv = bf16[64,6144]{{1,0}} fusion(%p)\n}}", 64, MODEL)
     assert len(keys_beside_pool(f"{kept}  %k = bf16[64,8,128]{{2,1,0}} fusion(%p)\n}}", 64, MODEL)) == 1
@@ -129,7 +129,7 @@ def test_keys_written_beside_the_pool_are_found_in_a_compiled_program():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_tiles_cover_every_token_once_and_see_its_keys(seed):
+def test_tiles_cover_every_token_once_and_see_its_keys(seed: int) -> None:
     rng = np.random.default_rng(seed)
     chunks = rng.integers(0, 50, 5)
     prefix = rng.integers(0, 1000, 5)
@@ -155,7 +155,7 @@ def test_tiles_cover_every_token_once_and_see_its_keys(seed):
     np.testing.assert_array_equal(found, rows)
 
 
-def test_merged_splits_equal_the_whole_softmax():
+def test_merged_splits_equal_the_whole_softmax() -> None:
     rng = np.random.default_rng(0)
     scores, values = rng.normal(size=(4, 5, 30)) * 5, rng.normal(size=(4, 30, 8))
     peaks = scores.max(-1)
@@ -184,19 +184,21 @@ def test_unsupported_shapes_are_refused_with_the_supported_list(kernel, change, 
         kernel(q, pool, 0, batch)
 
 
-def test_other_dtypes_are_refused():
+def test_other_dtypes_are_refused() -> None:
     q, pool, batch = ragged([3], [1])
     with pytest.raises(ValueError, match="dtype of q is float32, supported are bfloat16"):
         paged_prefill.paged_prefill(q.astype(jnp.float32), pool, 0, batch)
 
 
-def test_decode_refuses_chunks_that_do_not_fit_a_tile():
+def test_decode_refuses_chunks_that_do_not_fit_a_tile() -> None:
     q, pool, batch = ragged([3], [20])
     with pytest.raises(ValueError, match="paged_decode takes 16 in groups of 4"):
         paged_decode.paged_decode(q, pool, 0, batch)
 
 
-def test_hopper_gets_a_kernel_by_chunk_and_one_warning_where_there_is_none(monkeypatch, caplog):
+def test_hopper_gets_a_kernel_by_chunk_and_one_warning_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     dispatch.warn_once.cache_clear()
@@ -209,14 +211,14 @@ def test_hopper_gets_a_kernel_by_chunk_and_one_warning_where_there_is_none(monke
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_chunks_and_single_tokens_in_one_batch_are_not_for_one_kernel(monkeypatch):
+def test_chunks_and_single_tokens_in_one_batch_are_not_for_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     q, pool, batch = ragged([3, 8], [17, 1])
     assert dispatch.kernel_for(q, pool, batch.replace(decode_seqs=1)) is None
 
 
-def test_a_gpu_that_is_no_hopper_gets_no_kernel(monkeypatch):
+def test_a_gpu_that_is_no_hopper_gets_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
     assert dispatch.kernel_for(*ragged([3], [1])) is None
 

@@ -53,7 +53,7 @@ def test_a_page_of_a_large_pool_is_found_by_its_place_on_each_axis(name):
 
 
 @pytest.mark.slow
-def test_the_last_pages_of_a_large_pool_are_written_copied_and_read():
+def test_the_last_pages_of_a_large_pool_are_written_copied_and_read() -> None:
     pool = KVPool(jnp.zeros(SHAPE, jnp.int8), jnp.zeros(SHAPE, jnp.int8))
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(rng.integers(-128, 128, (3, HEADS, DIM)), jnp.int8) for _ in range(2))

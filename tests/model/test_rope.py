@@ -1,3 +1,5 @@
+"""Rotary embedding: frequencies, angles and rotation against those of transformers."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -81,7 +83,7 @@ def test_rotation_equals_apply_rotary_pos_emb(heads):
     np.testing.assert_allclose(found, expected.numpy().reshape(x.shape), atol=1e-6)
 
 
-def test_rotation_computes_in_float32_and_returns_the_dtype_it_got():
+def test_rotation_computes_in_float32_and_returns_the_dtype_it_got() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 16)), jnp.bfloat16)
     cos, sin = rope.angles(jnp.arange(4, dtype=jnp.int32) * 1001, *rope.inverse_frequencies(RopeConfig(), 16))
     found = rope.rotate(x, cos, sin)

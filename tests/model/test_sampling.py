@@ -1,3 +1,5 @@
+"""Sampling: greedy, temperature, top-k, top-p, masks, and draws that do not depend on the batch."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,30 +26,30 @@ def draws(row, count, **options):
     return np.asarray(sample(logits, sampling(count, position=np.arange(count), **options)))
 
 
-def test_temperature_zero_takes_the_most_likely_token():
+def test_temperature_zero_takes_the_most_likely_token() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 40)), jnp.float32)
     assert sample(logits, sampling(5, temperature=0.0)).tolist() == np.argmax(logits, -1).tolist()
 
 
-def test_draws_follow_the_softmax_distribution():
+def test_draws_follow_the_softmax_distribution() -> None:
     probs = np.array([0.5, 0.3, 0.15, 0.05])
     counts = np.bincount(draws(np.log(probs), 20_000), minlength=4) / 20_000
     np.testing.assert_allclose(counts, probs, atol=0.015)
 
 
-def test_top_k_keeps_the_k_most_likely_tokens():
+def test_top_k_keeps_the_k_most_likely_tokens() -> None:
     assert set(draws([1.0, 3.0, 2.0, 0.5], 500, top_k=2)) == {1, 2}
     assert set(draws([1.0, 3.0, 2.0, 0.5], 50, top_k=1)) == {1}
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_p():
+def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     row = np.log([0.5, 0.3, 0.15, 0.05])
     assert set(draws(row, 500, top_p=0.75)) == {0, 1}
     assert set(draws(row, 500, top_p=0.81)) == {0, 1, 2}
     assert set(draws(row, 50, top_p=0.01)) == {0}
 
 
-def test_top_p_counts_what_top_k_has_left():
+def test_top_p_counts_what_top_k_has_left() -> None:
     row = np.log([0.4, 0.3, 0.2, 0.1])
     assert set(draws(row, 500, top_k=2, top_p=0.5)) == {0}
     assert set(draws(row, 500, top_k=2, top_p=0.6)) == {0, 1}
@@ -90,12 +92,12 @@ def test_of_equal_tokens_all_are_kept_where_transformers_keeps_one(top_k, top_p)
     assert np.array_equal(kept(logits, top_k, top_p), logits >= least)
 
 
-def test_top_p_of_one_keeps_every_token_of_a_large_vocabulary():
+def test_top_p_of_one_keeps_every_token_of_a_large_vocabulary() -> None:
     logits = np.random.default_rng(0).normal(size=(4, 200_000)).astype(np.float32) * 4
     assert kept(logits, 0, 1.0).all()
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_a_row_does_not_depend_on_its_batch() -> None:
     rng = np.random.default_rng(1)
     logits = jnp.asarray(rng.normal(size=(6, 50)), jnp.float32)
     seeds, positions = np.arange(6) + 7, np.arange(6) * 3
@@ -104,7 +106,7 @@ def test_a_row_does_not_depend_on_its_batch():
     assert together.tolist() == alone
 
 
-def test_greedy_and_sampled_rows_share_a_batch():
+def test_greedy_and_sampled_rows_share_a_batch() -> None:
     logits = jnp.tile(jnp.asarray([[0.0, 0.1, 0.0]]), (200, 1))
     mixed = sampling(200, position=np.arange(200)).replace(temperature=jnp.asarray([0.0, 1.0] * 100))
     tokens = np.asarray(sample(logits, mixed))
@@ -119,7 +121,7 @@ def packed(allowed):
     return np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
 
 
-def test_a_mask_forbids_tokens_greedy_and_sampled():
+def test_a_mask_forbids_tokens_greedy_and_sampled() -> None:
     allowed = packed(np.asarray([[False, True, True, False]]))
     logits = jnp.asarray([[9.0, 1.0, 2.0, 9.0]])
     assert sample(logits, sampling(1, temperature=0.0, mask=allowed)).tolist() == [2]
@@ -141,7 +143,7 @@ def test_a_masked_row_is_sampled_as_if_the_other_tokens_were_not_there(vocab):
         assert tokens.tolist() == sample(gone, sampling(40, **options)).tolist()
 
 
-def test_top_k_and_top_p_count_allowed_tokens_only():
+def test_top_k_and_top_p_count_allowed_tokens_only() -> None:
     row = np.asarray([[9.0, 8.0, 2.0, 1.0, 0.0]], np.float32)
     mask = packed(np.asarray([[False, False, True, True, True]]))
     logits, mask = jnp.tile(jnp.asarray(row), (300, 1)), np.tile(mask, (300, 1))
@@ -149,7 +151,7 @@ def test_top_k_and_top_p_count_allowed_tokens_only():
         assert set(np.asarray(sample(logits, sampling(300, position=np.arange(300), mask=mask, **options)))) == {2, 3}
 
 
-def test_a_mask_of_ones_changes_nothing():
+def test_a_mask_of_ones_changes_nothing() -> None:
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(50, 70)), jnp.float32)
     ones = np.full((50, 3), 0xFFFFFFFF, np.uint32)
     for temperature in (0.0, 1.0):
@@ -167,7 +169,7 @@ def test_picking_depends_on_no_condition_on_the_device(pick):
     assert "while[" not in program
 
 
-def test_what_is_greedy_is_what_is_sampled_at_temperature_zero():
+def test_what_is_greedy_is_what_is_sampled_at_temperature_zero() -> None:
     logits = jax.random.normal(jax.random.key(0), (20, 64))
     rows = sampling(20, temperature=0.0, mask=np.full((20, 2), 0x0F0F0F0F, np.uint32))
     assert greedy(logits, rows).tolist() == sample(logits, rows).tolist()
