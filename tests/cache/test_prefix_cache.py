@@ -17,147 +17,147 @@ def ids(text: str) -> np.ndarray:
     return np.array([ord(c) for c in text], np.int32)
 
 
-def serve(store: PrefixCache, text: str, salt: bytes = b"") -> int:
+def serve(cache: PrefixCache, text: str, salt: bytes = b"") -> int:
     """Run one whole request; returns the tokens it reused."""
-    lease = store.match(ids(text[:-1]), salt)
-    lease, _ = store.extend(lease, len(text))
-    store.insert(lease, ids(text))
-    store.release(lease)
-    store.check()
+    lease = cache.match(ids(text[:-1]), salt)
+    lease, _ = cache.extend(lease, len(text))
+    cache.insert(lease, ids(text))
+    cache.release(lease)
+    cache.check()
     return lease.reused
 
 
 def test_the_second_request_reuses_all_but_the_token_that_it_must_compute() -> None:
-    store = PrefixCache(16, 4)
-    assert serve(store, "abcdefghij") == 0
-    assert serve(store, "abcdefghij") == 9
-    assert serve(store, "abcdefgXij") == 7
+    cache = PrefixCache(16, 4)
+    assert serve(cache, "abcdefghij") == 0
+    assert serve(cache, "abcdefghij") == 9
+    assert serve(cache, "abcdefgXij") == 7
 
 
 def test_a_partly_matched_page_is_copied_and_its_source_let_go() -> None:
-    store = PrefixCache(16, 4)
-    serve(store, "abcdefgh")
-    lease = store.match(ids("abcdefXY"))
+    cache = PrefixCache(16, 4)
+    serve(cache, "abcdefgh")
+    lease = cache.match(ids("abcdefXY"))
     source = lease.pages[1]
-    extended, copies = store.extend(lease, 9)
+    extended, copies = cache.extend(lease, 9)
     assert copies == [PageCopy(source, extended.pages[1])]
     assert extended.pages[0] == lease.pages[0]
     assert (extended.length, extended.reused) == (12, 6)
-    assert store.pool.ref_counts[source] == 1
-    store.check()
+    assert cache.pool.ref_counts[source] == 1
+    cache.check()
 
 
 def test_a_match_on_a_page_boundary_needs_no_copy() -> None:
-    store = PrefixCache(16, 4)
-    serve(store, "abcdefgh")
-    assert store.extend(store.match(ids("abcdefgh")), 9)[1] == []
+    cache = PrefixCache(16, 4)
+    serve(cache, "abcdefgh")
+    assert cache.extend(cache.match(ids("abcdefgh")), 9)[1] == []
 
 
 def test_extending_within_the_lease_changes_nothing() -> None:
-    store = PrefixCache(16, 4)
-    lease, _ = store.extend(store.match(ids("abc")), 5)
-    assert store.extend(lease, 8) == (lease, [])
-    assert store.extend(lease, 9)[0] is not lease
+    cache = PrefixCache(16, 4)
+    lease, _ = cache.extend(cache.match(ids("abc")), 5)
+    assert cache.extend(lease, 8) == (lease, [])
+    assert cache.extend(lease, 9)[0] is not lease
 
 
 def test_a_growing_sequence_is_published_while_its_last_page_is_still_being_filled() -> None:
-    store = PrefixCache(16, 4)
-    lease, _ = store.extend(store.match(ids("")), 8)
+    cache = PrefixCache(16, 4)
+    lease, _ = cache.extend(cache.match(ids("")), 8)
     for end in range(1, 9):
-        store.insert(lease, ids("abcdefgh"[:end]))
-        reader = store.match(ids("abcdefgh"))
+        cache.insert(lease, ids("abcdefgh"[:end]))
+        reader = cache.match(ids("abcdefgh"))
         assert reader.reused == end
-        store.release(reader)
-        store.check()
+        cache.release(reader)
+        cache.check()
 
 
 def test_a_reader_may_continue_a_page_that_its_owner_continues_differently() -> None:
-    store = PrefixCache(16, 4)
-    owner, _ = store.extend(store.match(ids("")), 8)
-    store.insert(owner, ids("abcde"))
-    reader, copies = store.extend(store.match(ids("abcdeX")), 8)
+    cache = PrefixCache(16, 4)
+    owner, _ = cache.extend(cache.match(ids("")), 8)
+    cache.insert(owner, ids("abcde"))
+    reader, copies = cache.extend(cache.match(ids("abcdeX")), 8)
     assert len(copies) == 1
-    store.insert(reader, ids("abcdeXY"))
-    store.insert(owner, ids("abcdefgh"))
-    store.check()
-    assert store.match(ids("abcdeXY")).pages.tolist() == reader.pages.tolist()
-    assert store.match(ids("abcdefgh")).pages.tolist() == owner.pages.tolist()
+    cache.insert(reader, ids("abcdeXY"))
+    cache.insert(owner, ids("abcdefgh"))
+    cache.check()
+    assert cache.match(ids("abcdeXY")).pages.tolist() == reader.pages.tolist()
+    assert cache.match(ids("abcdefgh")).pages.tolist() == owner.pages.tolist()
 
 
 def test_salts_are_isolated() -> None:
-    store = PrefixCache(16, 4)
-    serve(store, "abcdefgh", b"one")
-    assert serve(store, "abcdefgh", b"two") == 0
-    assert serve(store, "abcdefgh", b"two") == 7
+    cache = PrefixCache(16, 4)
+    serve(cache, "abcdefgh", b"one")
+    assert serve(cache, "abcdefgh", b"two") == 0
+    assert serve(cache, "abcdefgh", b"two") == 7
 
 
 def test_exhaustion_leaves_the_lease_valid_and_the_cache_in_place() -> None:
-    store = PrefixCache(4, 4)
-    serve(store, "abcdefgh")
-    lease = store.match(ids("abcdef"))
+    cache = PrefixCache(4, 4)
+    serve(cache, "abcdefgh")
+    lease = cache.match(ids("abcdef"))
     with pytest.raises(PoolExhausted, match="needed"):
-        store.extend(lease, 17)
-    store.check()
-    assert store.stats().pages_evicted == 0
-    store.insert(lease, ids("abcdef"))
-    store.release(lease)
-    assert store.match(ids("abcdefgh")).reused == 8
+        cache.extend(lease, 17)
+    cache.check()
+    assert cache.stats().pages_evicted == 0
+    cache.insert(lease, ids("abcdef"))
+    cache.release(lease)
+    assert cache.match(ids("abcdefgh")).reused == 8
 
 
 def test_eviction_makes_room_but_never_takes_a_page_in_use() -> None:
-    store = PrefixCache(5, 4)
-    serve(store, "abcdefgh")
-    reader = store.match(ids("abcd"))
-    lease, _ = store.extend(store.match(ids("")), 16)
-    assert store.stats().pages_evicted == 1
+    cache = PrefixCache(5, 4)
+    serve(cache, "abcdefgh")
+    reader = cache.match(ids("abcd"))
+    lease, _ = cache.extend(cache.match(ids("")), 16)
+    assert cache.stats().pages_evicted == 1
     assert not set(reader.pages.tolist()) & set(lease.pages.tolist())
     with pytest.raises(PoolExhausted):
-        store.extend(lease, 17)
-    store.release(reader)
-    lease, _ = store.extend(lease, 17)
-    store.check()
+        cache.extend(lease, 17)
+    cache.release(reader)
+    lease, _ = cache.extend(lease, 17)
+    cache.check()
 
 
 def test_a_store_without_leases_gives_up_every_page() -> None:
-    store = PrefixCache(12, 4)
+    cache = PrefixCache(12, 4)
     for text in ("abcdefgh", "abcdefXY", "abcQ", "other"):
-        serve(store, text)
-    lease, _ = store.extend(store.match(ids("")), 48)
+        serve(cache, text)
+    lease, _ = cache.extend(cache.match(ids("")), 48)
     assert len(lease.pages) == 12
-    assert store.stats().pages_cached == 0
+    assert cache.stats().pages_cached == 0
 
 
 def test_a_lease_cannot_be_used_after_it_was_extended_or_released() -> None:
-    store = PrefixCache(16, 4)
-    old = store.match(ids("a"))
-    new, _ = store.extend(old, 1)
+    cache = PrefixCache(16, 4)
+    old = cache.match(ids("a"))
+    new, _ = cache.extend(old, 1)
     with pytest.raises(AssertionError, match="lease 0 was released or extended"):
-        store.release(old)
-    store.release(new)
+        cache.release(old)
+    cache.release(new)
     with pytest.raises(AssertionError, match="lease 0 was released or extended"):
-        store.release(new)
+        cache.release(new)
 
 
 def test_more_tokens_than_the_lease_has_room_for_are_refused() -> None:
-    store = PrefixCache(16, 4)
-    serve(store, "abcdefgh")
-    lease = store.match(ids("abcde"))
+    cache = PrefixCache(16, 4)
+    serve(cache, "abcdefgh")
+    lease = cache.match(ids("abcde"))
     with pytest.raises(ValueError, match="6 tokens inserted, the lease has room for 5"):
-        store.insert(lease, ids("abcdeX"))
+        cache.insert(lease, ids("abcdeX"))
 
 
 def test_the_stats_add_up() -> None:
-    store = PrefixCache(16, 4)
-    serve(store, "abcdefgh")
-    store.extend(store.match(ids("abcdX")), 5)
-    stats = store.stats()
+    cache = PrefixCache(16, 4)
+    serve(cache, "abcdefgh")
+    cache.extend(cache.match(ids("abcdX")), 5)
+    stats = cache.stats()
     assert (stats.pages_free, stats.pages_cached, stats.pages_in_use) == (13, 1, 2)
     assert stats.pages_total == stats.pages_free + stats.pages_cached + stats.pages_in_use
 
 
 def test_the_keys_are_those_of_the_chain_under_the_stores_fingerprint() -> None:
-    store = PrefixCache(4, 2, fingerprint=b"model")
-    assert store.keys(ids("abcde"), b"s") == page_keys(root_key(b"model", 2, b"s"), ids("abcde"), 2)
+    cache = PrefixCache(4, 2, fingerprint=b"model")
+    assert cache.keys(ids("abcde"), b"s") == page_keys(root_key(b"model", 2, b"s"), ids("abcde"), 2)
 
 
 def shared_length(a: list[int], b: list[int]) -> int:
@@ -180,7 +180,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
 
     @initialize(page_size=st.integers(1, 4), num_pages=st.integers(2, 14))
     def start(self, page_size, num_pages):
-        self.store = PrefixCache(num_pages, page_size)
+        self.cache = PrefixCache(num_pages, page_size)
         self.device = np.full((num_pages, page_size), -1, np.int32)  # [pages, page_size] int32
         self.page_size = page_size
         self.requests: list[Request] = []
@@ -190,25 +190,25 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         return self.device[pages].reshape(-1)[:length].tolist()
 
     def extended(self, lease: Lease, length: int) -> Lease | None:
-        before = self.store.pool.ref_counts.copy()
+        before = self.cache.pool.ref_counts.copy()
         try:
-            lease, copies = self.store.extend(lease, length)
+            lease, copies = self.cache.extend(lease, length)
         except PoolExhausted:
-            short = pages_for(length, self.page_size) - lease.length // self.page_size - self.store.pool.free_pages
-            assert short > self.store.tree.idle_pages() or self.store.tree.evict(1) == 0
+            short = pages_for(length, self.page_size) - lease.length // self.page_size - self.cache.pool.free_pages
+            assert short > self.cache.tree.idle_pages() or self.cache.tree.evict(1) == 0
             # Whatever the tree gave up on the way, every lease holds what it held.
-            assert (before >= self.store.pool.ref_counts).all()
-            assert self.store.live[lease.number] is lease
+            assert (before >= self.cache.pool.ref_counts).all()
+            assert self.cache.live[lease.number] is lease
             return None
         for copy in copies:
             self.device[copy.target] = self.device[copy.source]
         return lease
 
     def matched(self, tokens: list[int], salt: bytes) -> Lease:
-        lease = self.store.match(np.array(tokens, np.int32), salt)
+        lease = self.cache.match(np.array(tokens, np.int32), salt)
         best = max((shared_length(tokens, other) for other in self.published), default=0)
         assert lease.reused <= best
-        if self.store.stats().pages_evicted == 0:
+        if self.cache.stats().pages_evicted == 0:
             assert lease.reused == best
         assert len(lease.pages) == pages_for(lease.reused, self.page_size)
         assert self.contents(lease.pages, lease.reused) == tokens[: lease.reused]
@@ -221,7 +221,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
             request.written = at + 1
 
     def publish(self, request: Request) -> None:
-        self.store.insert(request.lease, np.array(request.tokens[: request.written], np.int32))
+        self.cache.insert(request.lease, np.array(request.tokens[: request.written], np.int32))
         self.published.append(request.tokens[: request.written])
         request.inserted = request.written
 
@@ -232,7 +232,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         lease = self.matched(tokens[:-1], bytes([salt]))
         extended = self.extended(lease, len(tokens))
         if extended is None:
-            self.store.release(lease)
+            self.cache.release(lease)
         else:
             self.requests.append(Request(extended, tokens, lease.reused, 0))
 
@@ -272,18 +272,18 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.requests))
         if publish:
             self.publish(request)
-        self.store.release(request.lease)
+        self.cache.release(request.lease)
         self.requests.remove(request)
 
     @rule(tokens=st.lists(st.integers(0, 2), max_size=14), salt=st.integers(0, 1))
     def look_up(self, tokens, salt):
-        self.store.release(self.matched([token + 10 * salt for token in tokens], bytes([salt])))
+        self.cache.release(self.matched([token + 10 * salt for token in tokens], bytes([salt])))
 
     @rule(count=st.integers(0, 3))
     def evict(self, count):
-        before = self.store.pool.free_pages
-        freed = self.store.tree.evict(count)
-        assert self.store.pool.free_pages == before + freed
+        before = self.cache.pool.free_pages
+        freed = self.cache.tree.evict(count)
+        assert self.cache.pool.free_pages == before + freed
 
     @precondition(lambda self: self.published)
     @rule(data=st.data())
@@ -294,13 +294,13 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
             return
         salt = bytes([int(tokens[0] >= 10)])
         start = data.draw(st.integers(0, (len(tokens) - 1) // self.page_size)) * self.page_size
-        dropped = self.store.drop(np.array(tokens, np.int32), start, salt)
+        dropped = self.cache.drop(np.array(tokens, np.int32), start, salt)
         assert all(sequence[: start + 1].tolist() == tokens[: start + 1] for sequence in dropped)
         self.published = [p[:start] if p[: start + 1] == tokens[: start + 1] else p for p in self.published]
 
     @invariant()
     def everything_adds_up(self):
-        self.store.check()
+        self.cache.check()
 
     @invariant()
     def every_request_still_has_its_own_tokens(self):
@@ -309,7 +309,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
 
     @invariant()
     def every_path_of_the_tree_holds_its_tokens(self):
-        for node in self.store.tree.nodes():
+        for node in self.cache.tree.nodes():
             path = [node]
             while path[0].parent is not None:
                 path.insert(0, path[0].parent)
@@ -319,13 +319,13 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
             assert self.contents(pages, covered) == tokens[:covered].tolist()
 
     def teardown(self):
-        if not hasattr(self, "store"):
+        if not hasattr(self, "cache"):
             return
         for request in self.requests:
-            self.store.release(request.lease)
-        self.store.tree.evict(self.store.pool.num_pages)
-        assert self.store.pool.free_pages == self.store.pool.num_pages
-        self.store.check()
+            self.cache.release(request.lease)
+        self.cache.tree.evict(self.cache.pool.num_pages)
+        assert self.cache.pool.free_pages == self.cache.pool.num_pages
+        self.cache.check()
 
 
 TestStoreAgainstBruteForce = StoreAgainstBruteForce.TestCase

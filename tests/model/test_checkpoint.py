@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from model.checkpoint import fingerprint, layout, load, resolve, restore_orbax, save_orbax
 from model.config import ModelConfig
 from model.params import Params, unstacked
+from tests.helpers.shapes import assert_fields
 
 State = dict[str, torch.Tensor]
 
@@ -94,6 +95,7 @@ def test_every_tensor_lands_where_the_shapes_say(variant_folder):
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
         assert found[name].dtype == jnp.float32
+    assert_fields(params, params.layers)
 
 
 def test_shards_load_as_the_single_file_does(tiny_checkpoint):
