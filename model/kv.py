@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 
 from model.config import ModelConfig
 
-Pages = Int32[jax.Array | np.ndarray, "count"]  # page numbers
+Pages = Int[jax.Array | np.ndarray, "count"]  # page numbers
 
 
 @struct.dataclass

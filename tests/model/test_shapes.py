@@ -62,7 +62,7 @@ def test_wrong_shapes_are_refused_while_a_function_is_traced_too() -> None:
         jax.jit(rotate)(jnp.zeros((3, 2, 8)), jnp.zeros((4, 4)), jnp.zeros((4, 4)))
 
 
-def test_page_numbers_may_be_of_numpy_but_must_be_int32() -> None:
+def test_page_numbers_may_be_of_numpy_but_must_be_whole() -> None:
     _, pool, batch = small()
     assert gather_pages(pool, jax.device_get(batch.block_table[0])).shape[1:] == (2, 2, 2, 16, 16)
     with pytest.raises(TypeCheckError):

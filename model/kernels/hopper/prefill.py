@@ -273,8 +273,8 @@ def paged_prefill(
 
 def segments(
     batch: Batch, tokens: int, tile_tokens: int
-) -> tuple[Int32[jax.Array, "seqs_and_padding"], Int32[jax.Array, "seqs_and_padding"]]:
-    """The starts of the sequences and of the padding after them, and the first tile of each; and the end of both."""
+) -> tuple[Int32[jax.Array, "seqs_plus_2"], Int32[jax.Array, "seqs_plus_2"]]:
+    """Where each sequence, and the padding after them, begins, in tokens and in tiles; then the ends."""
     starts = jnp.append(batch.starts, tokens).astype(jnp.int32)
     tiles = (starts[1:] - starts[:-1] + tile_tokens - 1) // tile_tokens
     return starts, jnp.append(0, jnp.cumsum(tiles)).astype(jnp.int32)
