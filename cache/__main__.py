@@ -94,7 +94,7 @@ def remove_old(directory: Path, console: Console) -> None:
             size = file_bytes(path)
             shutil.rmtree(path)
         except BlockingIOError:
-            raise StoreError(f"{path}: a server of an earlier version uses it: stop that server first") from None
+            raise StoreError(f"{path}: it is in use by an earlier version of the server: stop that first") from None
         finally:
             os.close(claim)
         console.print(f"{path.name} removed: {show_bytes(size)} ({size} bytes)", soft_wrap=True)
