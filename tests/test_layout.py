@@ -53,7 +53,6 @@ MOST_LINES = 400
 LONG_FILES = dict.fromkeys(
     (
         "experiments/bench/batching.py",
-        "serve/diagnosis/divergence.py",
     ),
     "not divided yet",
 )

@@ -25,7 +25,7 @@ from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.sessions import Session
 from experiments.workloads.synthetic import Json, text_block
 from serve.api.messages import decode_count_tokens
-from serve.diagnosis.divergence import REMEMBERED, Divergences, Kept, RememberedRequest, nearest
+from serve.diagnosis.divergence import REMEMBERED, Divergences, EncodedRequest, RememberedRequest, nearest
 from serve.diagnosis.sections import vocabulary_of
 from serve.diagnosis.volatility import Volatility
 from serve.formats.families import write_turn
@@ -76,13 +76,13 @@ def measure(bodies: list[Json], tokenizer: Tokenizer, repeats: int) -> tuple[str
     vocabulary = vocabulary_of(tokenizer.hf)
     others = [seen(str(number), body, tokenizer) for number, body in enumerate(bodies)]
     last = others.pop()
-    kept = [Kept.of(other) for other in others]
+    kept = [EncodedRequest.encode(other) for other in others]
     reused = {"device": nearest(last.tokens, kept)[1]}
     reports, looks = [], []
     for _ in range(repeats):
         divergences, volatility = Divergences(vocabulary, PAGE), Volatility()
         for other in kept:
-            divergences.kept.put(other.id, other)
+            divergences.remembered.put(other.id, other)
         volatility.observe("", others[-1].request)
         new = replace(last)
         start = time.perf_counter()

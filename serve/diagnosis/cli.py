@@ -1,4 +1,4 @@
-"""`python -m serve explain A.json B.json`: where a request stops matching the one before it, and by which text."""
+"""`python -m serve explain A.json B.json`: where a request stops matching the one before it, and in which text."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import msgspec
 
 from serve.api.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
+from serve.diagnosis.causes import CAUSES
 from serve.diagnosis.compare import Comparison, characters, compare, rule_sets
-from serve.diagnosis.divergence import CAUSES
 from serve.diagnosis.sections import CHARACTERS, vocabulary_of
 from serve.prompt.render import Prompt, prompt
 from serve.prompt.tokenizer import load_tokenizer
 from serve.rules.normalize import parse_rules
 
-BAR = 20  # characters of the bar that shows how much matches
+BAR = 20  # width in characters of the bar that shows how much matches
 
 
-def read(path: Path) -> CountTokensRequest:
-    """A captured request: its body, or an object that has it as `body`. Raises ValueError that names the file."""
+def read_request(path: Path) -> CountTokensRequest:
+    """The request in a file: its body, or an object with a field `body`. Raises ValueError, which names the file."""
     try:
         content = path.read_bytes()
         value: Any = msgspec.json.decode(content)
@@ -35,8 +35,8 @@ def read(path: Path) -> CountTokensRequest:
         raise ValueError(f"{path}: expected the body of a POST /v1/messages: {error}") from error
 
 
-def pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Two files, or each file of a folder with the next one, by name. Raises ValueError for anything else."""
+def request_pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """The two files, or each .json file of a folder with the next one by name. Raises ValueError for anything else."""
     if len(paths) == 1 and paths[0].is_dir():
         files = sorted(paths[0].glob("*.json"))
         if len(files) < 2:
@@ -52,16 +52,20 @@ def main(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     cli = argparse.ArgumentParser(prog="python -m serve explain", description=__doc__)
-    cli.add_argument("paths", nargs="+", type=Path, metavar="FILE", help="two requests, or a folder of them")
-    cli.add_argument("--model", metavar="DIR", help="checkpoint whose tokenizer counts (default: characters)")
-    cli.add_argument("--normalize", metavar="RULES", help="one set of rules, comma-separated (default: compare many)")
-    cli.add_argument("--svg", type=Path, metavar="FILE", help="write the tables as an SVG picture, too")
+    cli.add_argument("paths", nargs="+", type=Path, metavar="FILE", help="two captured requests, or a folder of them")
+    cli.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder, to count tokens of its tokenizer (default: characters)"
+    )
+    cli.add_argument("--normalize", metavar="RULES", help="comma-separated rules (default: compare several sets)")
+    cli.add_argument("--svg", type=Path, metavar="FILE", help="also write the tables as an SVG picture")
     args = cli.parse_args(argv)
     console = Console(record=args.svg is not None)
     render, vocabulary, unit = characters, CHARACTERS, "characters"
     try:
         named = {args.normalize: parse_rules(args.normalize)} if args.normalize else rule_sets()
-        requests = [(older, newer, read(older), read(newer)) for older, newer in pairs(args.paths)]
+        requests = [
+            (older, newer, read_request(older), read_request(newer)) for older, newer in request_pairs(args.paths)
+        ]
         if args.model:
             tokenizer = load_tokenizer(args.model)
             vocabulary, unit = vocabulary_of(tokenizer.hf), "tokens"
@@ -70,29 +74,33 @@ def main(argv: Sequence[str]) -> None:
                 return prompt(request, tokenizer, tools_first=tools_first)
 
         for older, newer, old, new in requests:
-            outcomes = {name: compare(old, new, rules, render, vocabulary) for name, rules in named.items()}
-            show(console, f"{older.name} -> {newer.name}, in {unit}", outcomes)
+            comparisons = {name: compare(old, new, rules, render, vocabulary) for name, rules in named.items()}
+            print_comparisons(console, f"{older.name} -> {newer.name}, in {unit}", comparisons)
         if args.svg:
             console.save_svg(str(args.svg), title="tokenzero explain")
     except (OSError, ValueError, InvalidRequest, RecursionError) as error:
         sys.exit(f"explain: {error}")
 
 
-def show(console: Any, title: str, outcomes: dict[str, Comparison]) -> None:
-    """Print how far one request matches another, a row for each set of rules, and what the causes mean."""
+def print_comparisons(console: Any, title: str, comparisons: dict[str, Comparison]) -> None:
+    """Print how far one request matches another, a row for each set of rules, and an explanation of each cause."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("rules", "matches", "of", "", "", "section", "cause", "there was", "and now", title=title)
     for column in table.columns[1:4]:
         column.justify = "right"
-    for name, found in outcomes.items():
+    for name, found in comparisons.items():
         if found.refused:
             table.add_row(name, "", "", "", "", "", "refused", "", escape(found.refused))
             continue
         share = found.position / found.length if found.length else 1.0
         bar = ("█" * round(share * BAR)).ljust(BAR, "░")
-        where = [found.section, found.cause, *(repr(text)[1:-1][:24] for text in (found.there, found.here))]
+        where = [
+            found.section,
+            found.cause,
+            *(repr(text)[1:-1][:24] for text in (found.nearest_text, found.prompt_text)),
+        ]
         matches = ["", "goes on" if found.position < found.length else "identical", "", ""]
         cells = [escape(cell or "") for cell in (where if found.cause else matches)]
         table.add_row(
@@ -104,5 +112,5 @@ def show(console: Any, title: str, outcomes: dict[str, Comparison]) -> None:
             *(escape(cell or "") for cell in cells),
         )
     console.print(table)
-    for cause in dict.fromkeys(found.cause for found in outcomes.values() if found.cause):
+    for cause in dict.fromkeys(found.cause for found in comparisons.values() if found.cause):
         console.print(f"{cause}: {CAUSES[cause]}")

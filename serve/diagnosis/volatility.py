@@ -1,8 +1,8 @@
-"""Which parts of a client's prompts change in every request though their neighbours do not.
+"""Segments of a client's prompts that change in every request while their neighbours stay the same.
 
-So a new volatile field is noticed when a client's format drifts, before any rule knows it. Nothing here changes a
-request. A segment is a line of a system text, a line of a reminder in a user's message, or a whole tool; what users,
-tools and the model said is none.
+So a new volatile field of a client is noticed before any rule knows it. Nothing here changes a request. A segment is a
+line of a system text, a line of a reminder in a user's message, or a whole tool definition. Other texts of users, tools
+and the model are not segments.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ from serve.limits.recent import Recent
 
 log = logging.getLogger("tokenzero.volatility")
 
-REQUESTS = 5  # in a row that a segment differs in before it is reported
-LINES = 3  # neighbours that change together, at most: more is a new text and no field
-VALUES = 64  # of a segment that are remembered: one that comes back is no new one
-REPORTED = 256
-FOUND_BYTES = 1000  # that one of them takes at most, about
-SHOWN = 200  # characters of a segment, or of a name
-SEGMENTS = 2**14  # of a request that are looked at: the first ones
-SEGMENT_BYTES, VALUE_BYTES, CLIENT_BYTES = 500, 40, 1000  # of memory that each takes at most, about
+REQUESTS = 5  # consecutive requests with different values, after which a segment is reported
+LINES = 3  # neighbours that may change together: more are a new text, not a field
+VALUES = 64  # remembered values of a segment: one that comes back is not new
+REPORTED = 256  # volatile segments that are kept
+FOUND_BYTES = 1000  # memory that one of them takes at most, approximately
+SHOWN_CHARS = 200  # of a segment or of a name
+MAX_SEGMENTS = 2**14  # of a request; later ones are ignored
+SEGMENT_BYTES, VALUE_BYTES, CLIENT_BYTES = 500, 40, 1000  # memory that each takes at most, approximately
 
-Place = tuple[str, int]  # a part's name, and the line in it
-Segment = tuple[int, str]  # its hash, and how it begins
+Place = tuple[str, int]  # the name of a section, and the line in it
+Segment = tuple[int, str]  # the hash of its text, and the start of the text
 
 
 class Volatile(Struct, frozen=True, omit_defaults=True):
-    """A segment that differs in each of a client's requests."""
+    """A segment that has another value in each of a client's requests."""
 
     client: str  # user agent
     section: str
-    line: int  # counted from 0, over all texts of that name
-    requests: int  # of this client, when it was noticed
+    line: int  # from 0, over all texts of that section
+    requests: int  # of this client, up to the one in which it was noticed
     before: str | None = None
     after: str | None = None
 
 
 @dataclass
 class Client:
-    """What is known of one client: its last request, and the places that changed."""
+    """The state of one client: its last request, and the places that changed."""
 
     requests: int = 0
     segments: dict[Place, Segment] = field(default_factory=dict)
-    streaks: dict[Place, int] = field(default_factory=dict)
-    values: dict[Place, list[int]] = field(default_factory=dict)  # hashes, of places in the last request
-    reported: set[Place] = field(default_factory=set)  # of places in the last request
+    streaks: dict[Place, int] = field(default_factory=dict)  # consecutive changes
+    values: dict[Place, list[int]] = field(default_factory=dict)  # hashes of the values, for places in the last request
+    reported: set[Place] = field(default_factory=set)  # places in the last request
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes, about."""
+        """The memory that it takes, approximately."""
         places = len(self.segments) + len(self.reported)
         return CLIENT_BYTES + places * SEGMENT_BYTES + sum(map(len, self.values.values())) * VALUE_BYTES
 
@@ -76,11 +76,13 @@ class Volatility:
         self.lock = Lock()
 
     def observe(self, user_agent: str, request: CountTokensRequest) -> list[Volatile]:
-        """Take a client's next request, as the rules left it; returns what is noticed with it for the first time."""
+        """The segments first noticed as volatile in a client's next request, which is given as the rules left it."""
         names = (user_agent, *(tool.name for tool in request.tools or ()))
         key = hashlib.blake2b("\0".join(names).encode("utf-8", "replace"), digest_size=16).digest()
-        user_agent = user_agent[:SHOWN]
-        segments = {place: (hash(text), text[:SHOWN]) for place, text in islice(segments_of(request), SEGMENTS)}
+        user_agent = user_agent[:SHOWN_CHARS]
+        segments = {
+            place: (hash(text), text[:SHOWN_CHARS]) for place, text in islice(segments_of(request), MAX_SEGMENTS)
+        }
         with self.lock:
             client = self.clients.get(key) or Client()
             noticed = [
@@ -91,7 +93,7 @@ class Volatility:
                     client.requests,
                     *((before, after) if self.show_prompt_text else ()),
                 )
-                for (section, line), before, after in follow(client, segments)
+                for (section, line), before, after in volatile_segments(client, segments)
             ]
             self.clients.put(key, client)
             self.found += noticed
@@ -102,46 +104,46 @@ class Volatility:
 
     @property
     def bytes(self) -> int:
-        """Memory that is taken, about."""
+        """The memory in use, approximately."""
         return self.clients.bytes + len(self.found) * FOUND_BYTES
 
     def latest(self) -> list[Volatile]:
-        """All that was noticed, the latest first."""
+        """The volatile segments noticed so far, the latest first."""
         with self.lock:
             return self.found[::-1]
 
 
-def follow(client: Client, segments: dict[Place, Segment]) -> list[tuple[Place, str, str]]:
-    """Compare a client's segments with those before: the places that have differed long enough, and their texts."""
+def volatile_segments(client: Client, segments: dict[Place, Segment]) -> list[tuple[Place, str, str]]:
+    """The places that have changed often enough with these segments, with their texts before and now."""
     old, client.segments = client.segments, segments
     client.requests += 1
     before, now = (Counter(section for section, _ in places) for places in (old, segments))
     noticed = []
-    fresh: dict[Place, int] = {}
-    # Lines of a text that has become longer or shorter are other lines.
+    streaks: dict[Place, int] = {}
+    # In a section with another number of lines, a line number may mean another line.
     comparable = [place for place in segments if before[place[0]] == now[place[0]]]
     for changed, run in groupby(comparable, key=lambda place: old[place] != segments[place]):
         places = list(run)
         if not changed or len(places) > LINES or len(places) == len(comparable):
             continue
         for place in places:
-            value, seen = segments[place][0], client.values.setdefault(place, [old[place][0]])
-            if value in seen:
+            value, values = segments[place][0], client.values.setdefault(place, [old[place][0]])
+            if value in values:
                 continue
-            seen.append(value)
-            del seen[:-VALUES]
-            fresh[place] = client.streaks.get(place, 0) + 1
-            if fresh[place] == REQUESTS - 1 and place not in client.reported:
+            values.append(value)
+            del values[:-VALUES]
+            streaks[place] = client.streaks.get(place, 0) + 1
+            if streaks[place] == REQUESTS - 1 and place not in client.reported:
                 client.reported.add(place)
                 noticed.append((place, old[place][1], segments[place][1]))
-    client.streaks = fresh
-    client.values = {place: seen for place, seen in client.values.items() if place in segments}
+    client.streaks = streaks
+    client.values = {place: values for place, values in client.values.items() if place in segments}
     client.reported &= segments.keys()
     return noticed
 
 
 def segments_of(request: CountTokensRequest) -> Iterator[tuple[Place, str]]:
-    """The segments of a request, in their order."""
+    """The segments of a request, in order, with their places."""
     count: Counter[str] = Counter()
 
     def lines_of(section: str, text: str) -> Iterator[tuple[Place, str]]:
@@ -152,7 +154,7 @@ def segments_of(request: CountTokensRequest) -> Iterator[tuple[Place, str]]:
     for section, text in system_parts(request):
         yield from lines_of(section, text)
     for i, tool in enumerate(request.tools or ()):
-        yield (f"tools[{i}] {tool.name:.{SHOWN}}", 0), msgspec.json.encode(tool).decode()
+        yield (f"tools[{i}] {tool.name:.{SHOWN_CHARS}}", 0), msgspec.json.encode(tool).decode()
     for section, block in message_parts(request):
         if isinstance(block, TextBlock) and (section.endswith("system") or block.text.startswith("<system-reminder>")):
             yield from lines_of(section, block.text)

@@ -79,7 +79,9 @@ class Reports:
             rendered = self.render(request, False)
             new = RememberedRequest(chat.id, request, rendered, rendered.tokens, request.model)
             # The proxy does not know what the engine's cache holds: at best, what the nearest prompt shares.
-            _, shared = nearest(new.tokens, [old for old in self.divergences.kept.values() if old.model == new.model])
+            _, shared = nearest(
+                new.tokens, [old for old in self.divergences.remembered.values() if old.model == new.model]
+            )
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
             self.volatility.observe(chat.agent, request)
         except InvalidRequest as error:  # images, for example: the engine may support what this package does not

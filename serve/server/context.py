@@ -130,10 +130,10 @@ def memories(context: ServerContext) -> dict[str, Memory]:
         "segments": Memory(lambda: segments.bytes, segments.most_bytes),
         "answers": Memory(lambda: replay.remembered_bytes, int(replay.memory.maxsize)),
         "unwritten_answers": Memory(lambda: replay.waiting_bytes, replay.queue_bytes),
-        "reports": Memory(lambda: reports.bytes, reports.kept.most_bytes + REPORT_BYTES),
+        "reports": Memory(lambda: reports.bytes, reports.remembered.most_bytes + REPORT_BYTES),
         "statuses": Memory(lambda: statuses.bytes, statuses.known.most_bytes),
         "volatility": Memory(lambda: volatility.bytes, volatility.clients.most_bytes + REPORTED * FOUND_BYTES),
-        "savings": Memory(lambda: savings.bytes, savings.most * LINK_BYTES),
+        "savings": Memory(lambda: savings.bytes, savings.max_links * LINK_BYTES),
         "audits": Memory(lambda: auditor.records.bytes if auditor else 0, audited),
         "preambles": Memory(lambda: SHAPE_BYTES * len(context.reported), SHAPE_BYTES * SHAPES),
     }

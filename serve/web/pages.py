@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from serve.diagnosis.divergence import CAUSES, Divergences, Report
+from serve.diagnosis.causes import CAUSES
+from serve.diagnosis.divergence import Divergences, Report
 from serve.diagnosis.volatility import Volatility
 from serve.web.access import error_response
 from serve.web.assets import ASSET_HEADERS, ASSETS
@@ -64,7 +65,7 @@ async def get_request(request: Request) -> Response:
     id = request.path_params["id"]
 
     def encode() -> bytes | None:
-        if (found := records.divergences.find(id)) is None:
+        if (found := records.divergences.find_report(id)) is None:
             return None
         report, ranges = found
         sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]

@@ -118,7 +118,7 @@ def test_requests_become_strips_with_the_mismatch_at_its_token(server: Server, p
 
     row(page, broken).hover()
     tip = page.locator("#tip")
-    expect(tip).to_contain_text("preamble a billing header in front of the system text differs", ignore_case=True)
+    expect(tip).to_contain_text("preamble a billing header before the system text differs", ignore_case=True)
     for text in ("system[0]", "22222", "11111", f"up to {report['lost_tokens']} tokens"):
         expect(tip).to_contain_text(text)
     assert re.search(r"tokens, [\d.]+ ms", tip.inner_text())

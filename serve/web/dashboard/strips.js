@@ -174,9 +174,11 @@ function about(request, causes) {
 }
 
 // Both texts from the mismatch on, with the characters that they still share in grey.
-function texts({ here, there }) {
-  if (here === undefined || here === null) return [make("p", { class: "id" }, "texts are hidden: --no-prompt-text-in-reports")];
-  const [a, b] = [[...(there ?? "")], [...here]];
+function texts({ prompt_text: prompt, nearest_text: nearest }) {
+  if (prompt === undefined || prompt === null) {
+    return [make("p", { class: "id" }, "texts are hidden: --no-prompt-text-in-reports")];
+  }
+  const [a, b] = [[...(nearest ?? "")], [...prompt]];
   let same = 0;
   while (same < Math.min(a.length, b.length) && a[same] === b[same]) same += 1;
   const line = (name, characters) =>
@@ -186,7 +188,7 @@ function texts({ here, there }) {
       make("span", { class: "label" }, name),
       make("q", {}, make("s", {}, visible(characters.slice(0, same))), visible(characters.slice(same))),
     );
-  return [...(there ? [line("there was", a)] : []), line("and now", b)];
+  return [...(nearest ? [line("there was", a)] : []), line("and now", b)];
 }
 
 const visible = (characters) => characters.join("").replaceAll("\n", "⏎").replaceAll("\t", "→");

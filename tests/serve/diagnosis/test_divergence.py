@@ -16,13 +16,13 @@ import pytest
 
 from serve.api.answers import Diagnostics, MessagesChanged, PreviousMessageNotFound, SystemChanged, ToolsChanged
 from serve.api.messages import decode_count_tokens
+from serve.diagnosis.causes import CAUSES
 from serve.diagnosis.divergence import (
-    CAUSES,
     MAX_LISTED_RULES,
-    NAMED,
+    MAX_SECTION_CHARS,
     REMEMBERED,
     Divergences,
-    Kept,
+    EncodedRequest,
     RememberedRequest,
     Report,
     nearest,
@@ -70,7 +70,11 @@ class Server:
     def ask(self, asked: Json, answer: str | None = None, reused: int | None = None, **how: Any) -> Report:
         new = self.seen(asked, **how)
         if reused is None:
-            own = [seen for seen in self.divergences.kept.values() if (seen.model, seen.salt) == (new.model, new.salt)]
+            own = [
+                seen
+                for seen in self.divergences.remembered.values()
+                if (seen.model, seen.salt) == (new.model, new.salt)
+            ]
             reused = min(nearest(new.tokens, own)[1], len(new.tokens) - 1)
         report = self.divergences.started(new, {"device": reused})
         if answer is not None:
@@ -142,11 +146,11 @@ class TestCauses:
         assert server.ask(before).cause == "new_content"
         report = server.ask(after)
         assert (report.cause, report.section) == (cause, section)
-        first, second = (seen.tokens for seen in server.divergences.kept.values())
+        first, second = (seen.tokens for seen in server.divergences.remembered.values())
         assert report.position < min(len(first), len(second))
         assert (first[: report.position] == second[: report.position]).all()
         assert first[report.position] != second[report.position]
-        assert report.here.startswith(VOCABULARY.text(second[report.position : report.position + 1]))
+        assert report.prompt_text.startswith(VOCABULARY.text(second[report.position : report.position + 1]))
         assert report.nearest == "msg_1"
 
     def test_every_cause_has_an_explanation_and_a_test(self) -> None:
@@ -217,7 +221,7 @@ class TestCauses:
         server = Server(tokenizer=make_tokenizer(hf))
         server.ask(body("A", "B", "C"))
         report = server.ask(body("A", "B", "C", thinking={"type": "adaptive"}))
-        assert (report.cause, report.section, report.here[:4]) == ("settings_changed", "template", "True")
+        assert (report.cause, report.section, report.prompt_text[:4]) == ("settings_changed", "template", "True")
 
     def test_a_conversation_that_is_taken_up_earlier_has_lost_nothing(self) -> None:
         server = Server()
@@ -231,7 +235,7 @@ class TestCauses:
         recalled = [RecordedAnswer(thought, QWEN3.encode("B"))]
         report = server.ask(body("A", "B", "C"), recalled=recalled)
         assert (report.cause, report.section, report.lost_tokens) == (None, None, 0)
-        assert report.position == len(server.divergences.kept.values()[0].tokens) == report.reused_tokens
+        assert report.position == len(server.divergences.remembered.values()[0].tokens) == report.reused_tokens
 
     def test_an_answer_that_comes_back_in_other_tokens_is_an_edit(self) -> None:
         server = Server()
@@ -288,10 +292,10 @@ class TestReport:
         server = Server()
         for number in range(REMEMBERED + 5):
             server.ask(body(f"{number}"))
-        assert len(server.divergences.kept) == REMEMBERED
-        forgotten, sections = server.divergences.find("msg_1")  # type: ignore[misc]
+        assert len(server.divergences.remembered) == REMEMBERED
+        forgotten, sections = server.divergences.find_report("msg_1")  # type: ignore[misc]
         assert (forgotten.id, sections) == ("msg_1", None)
-        assert server.divergences.find("msg_x") is None
+        assert server.divergences.find_report("msg_x") is None
         assert [report.id for report in server.divergences.latest()][:2] == [
             f"msg_{REMEMBERED + 5}",
             f"msg_{REMEMBERED + 4}",
@@ -307,8 +311,8 @@ class TestReport:
             held, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert 2 <= len(server.divergences.kept) < 12
-        assert server.divergences.kept.bytes <= most
+        assert 2 <= len(server.divergences.remembered) < 12
+        assert server.divergences.remembered.bytes <= most
         assert held < 3 * most, "read, each of them takes 112 kB more"
 
     def test_a_report_is_small_whatever_the_request(self) -> None:
@@ -316,21 +320,21 @@ class TestReport:
         server.ask(body(tools=[TOOLS[0] | {"name": "N" * 10_000}, *TOOLS]))
         new = server.seen(body(tools=[TOOLS[0] | {"name": "N" * 10_000 + "O"}, *TOOLS]))
         made = server.divergences.started(new, {"device": 0}, tuple(f"strip-preamble {n}" for n in range(1000)))
-        assert len(made.section or "") <= NAMED
+        assert len(made.section or "") <= MAX_SECTION_CHARS
         assert len(made.rules) == MAX_LISTED_RULES
         assert server.divergences.reports.bytes < 10_000
 
     def test_sections_of_a_remembered_request(self) -> None:
         server = Server()
         report = server.ask(body())
-        _, ranges = server.divergences.find(report.id)  # type: ignore[misc]
+        _, ranges = server.divergences.find_report(report.id)  # type: ignore[misc]
         assert [name for name, _, _ in ranges or ()] == [
             "template", "system[0]", "system[1]", "tools[0] Read", "tools[1] Edit", "tools[2] Bash", "messages[0] user",
         ]  # fmt: skip
 
     def test_the_nearest_is_the_latest_of_the_longest_matches(self) -> None:
         server = Server()
-        kept = Kept.of(server.seen(body()))
+        kept = EncodedRequest.encode(server.seen(body()))
         seen = [replace(kept, tokens=np.asarray(t, np.int32)) for t in ([1, 2], [1, 2, 3], [1, 2, 3], [9])]
         assert nearest(np.asarray([1, 2, 3, 4], np.int32), seen) == (seen[2], 3)
         assert nearest(np.asarray([5], np.int32), seen) == (None, 0)
@@ -350,7 +354,7 @@ class TestDiagnostics:
         server = Server()
         before = server.ask(body("A", "B", "C"))
         new = server.seen(after)
-        shared = nearest(new.tokens, server.divergences.kept.values())[1]
+        shared = nearest(new.tokens, server.divergences.remembered.values())[1]
         missed = min(before.prompt_tokens, len(new.tokens) - 1) - shared
         assert server.divergences.diagnose(new, before.id, shared) == Diagnostics(reason(missed))
 

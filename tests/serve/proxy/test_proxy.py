@@ -136,7 +136,7 @@ class TestInFrontOfOurServer:
         latest, earlier = reports_on(keeping, 2)
         assert (latest["cause"], latest["section"], latest["unit"]) == ("preamble", "system[0]", "characters")
         assert latest["position"] == latest["reused_by_tier"]["expected"] == BILLING.index("{")
-        assert (latest["here"][:5], latest["there"][:5]) == ("fffff", "00001")
+        assert (latest["prompt_text"][:5], latest["nearest_text"][:5]) == ("fffff", "00001")
         assert (latest["id"], earlier["id"]) == tuple(r.headers["x-tokenzero-report"] for r in (second, first))
         assert keeping.get(f"/v1/requests/{latest['id']}").json()["sections"][0]["section"] == "system[0]"
 

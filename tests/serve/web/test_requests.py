@@ -50,8 +50,8 @@ class TestRoutes:
         answer = post(client, with_header(0x22222), **KEEP)
         report = about(client, answer)
         assert (report["cause"], report["section"]) == ("preamble", "system[0]")
-        assert report["here"].startswith("22222")
-        assert report["there"].startswith("11111")
+        assert report["prompt_text"].startswith("22222")
+        assert report["nearest_text"].startswith("11111")
         usage = answer["usage"]
         assert report["reused_tokens"] == usage["cache_read_input_tokens"] == report["position"]
         assert report["recomputed_tokens"] == usage["cache_creation_input_tokens"]
