@@ -1,1 +1,1 @@
-"""How model families write thinking and tool calls, and how that is read back."""
+"""How model families write thinking and tool calls, and how that is parsed back."""

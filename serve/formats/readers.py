@@ -1,7 +1,7 @@
-"""Tool calls of open models, read as they arrive: one function a format, which waits where the text ends so far.
+"""Readers of tool calls, one function for each format, which parse a call while its text arrives.
 
-The functions are generators: they yield None for "more text, please" and each call as soon as it is complete, and raise
-Malformed for what is none. Each character is read once. The forms are those that `formats` writes.
+The functions are generators. They yield None when they need more text, and each call as soon as it is complete. They
+raise Malformed if the text is not a call. Each character is read once. `families` writes the same forms.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import msgspec
 from serve.api.answers import new_id
 from serve.formats.schemas import decode_json, member, typed, types_of
 
-SPACE = " \t\r\n"  # beside a mark it belongs to the mark, not to the blocks
+SPACE = " \t\r\n"  # whitespace; next to a delimiter it belongs to the delimiter, not to the blocks
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, SEP, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 
 
 @dataclass(frozen=True)
 class Call:
-    """A complete tool call; `arguments` is `input` as compact JSON. The id is a fresh one, as models repeat theirs."""
+    """A complete tool call. `arguments` is `input` as compact JSON. The id is new, as models repeat theirs."""
 
     id: str
     name: str
@@ -32,19 +32,19 @@ class Call:
 
 
 class Malformed(Exception):
-    """What began like a call is none."""
+    """The text is not a call, although it began like one."""
 
 
 class Source:
-    """The text of an answer as it arrives, and how far calls are read in it."""
+    """The text of an answer as it arrives, and how far calls were read in it."""
 
     def __init__(self) -> None:
         self.text, self.at = "", 0
-        self.settled = 0  # what stands before belongs to calls that are complete
-        self.ended = False  # nothing more will come
+        self.settled = 0  # the text before this belongs to complete calls
+        self.ended = False  # no more text will come
 
     def add(self, more: str) -> None:
-        """Append text. With no other reference to it the interpreter does so in place; else each copies all."""
+        """Append text. The interpreter does so in place if this is the only reference, and otherwise copies it all."""
         text, self.text = self.text, ""
         text += more
         self.text = text
@@ -52,15 +52,15 @@ class Source:
 
 T = TypeVar("T")
 Tools = Mapping[str, dict[str, Any]]  # input schemas by name
-Reading = Generator[None, None, T]  # yields where it needs more text than there is yet
-Calls = Generator[Call | None, None, None]  # yields complete calls as well
+Reading = Generator[None, None, T]  # yields when it needs more text
+Calls = Generator[Call | None, None, None]  # also yields complete calls
 Reader = Callable[[Source, Tools], Calls]
 
 
 def make_call(name: object, input: object, id: object = None) -> Call:
-    """A call; raises Malformed unless it has a name and an object of arguments.
+    """A call with a new id. Raises Malformed unless it has a name and an object of arguments.
 
-    Its id ends with the model's own, if that is of Mistral's kind: templates that take short ids make them of the end.
+    If the model wrote an id of Mistral's form, ours ends with it, as templates with short ids take the end of ours.
     """
     if not (isinstance(name, str) and name and isinstance(input, dict)):
         raise Malformed
@@ -72,99 +72,99 @@ def make_call(name: object, input: object, id: object = None) -> Call:
     return Call(new_id("toolu") + own, name, input, arguments)
 
 
-# Each reading function goes on where the source stands, and waits where the source ends.
-BLANK = re.compile(f"[{SPACE}]*")
+# The functions below read from `source.at` on, and wait when they reach the end of the text.
+WHITESPACE = re.compile(f"[{SPACE}]*")
 NAME = re.compile(r"""[^\s<>\[\]{}()"',;]*""")
 KEY = re.compile(r"[^<>\n]*")
 SHORT_ID = re.compile("[A-Za-z0-9]{9}")
-PLAIN = re.compile(r'[^"\\]*')  # within a string of JSON
-BETWEEN = re.compile(r"[\s:,0-9+\-.eEtrufalsn]*")  # the strings and brackets of JSON
-CALL_KEYS = ('"name"', '"arguments"', '"parameters"', '"type"', '"id"', '"function"')  # a call begins with one
-XML_NEXT = ("<parameter=", "</function>", "</tool_call>")  # behind a value; models forget the second at times
+STRING_TEXT = re.compile(r'[^"\\]*')  # in a string of JSON
+JSON_REST = re.compile(r"[\s:,0-9+\-.eEtrufalsn]*")  # JSON without its strings and brackets
+CALL_KEYS = ('"name"', '"arguments"', '"parameters"', '"type"', '"id"', '"function"')  # a call begins with one of these
+XML_NEXT = ("<parameter=", "</function>", "</tool_call>")  # after a value; models sometimes forget the second
 
 
-def more(source: Source) -> Reading[None]:
-    """Wait for more text; raises Malformed if there is none to come."""
+def wait_for_more(source: Source) -> Reading[None]:
+    """Wait for more text. Raises Malformed if the text has ended."""
     if source.ended:
         raise Malformed
     yield
 
 
-def end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
-    """Where that ends which a pattern such as `[a-z]*` matches."""
-    found = pattern.match(text, at)
-    return found.end() if found else at
+def match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """The end of a pattern's match at `at`, or `at` if it does not match."""
+    matched = pattern.match(text, at)
+    return matched.end() if matched else at
 
 
-def take(source: Source, pattern: re.Pattern[str]) -> Reading[str]:
-    """Read what a pattern such as `[a-z]*` matches, which may be nothing."""
+def read_match(source: Source, pattern: re.Pattern[str]) -> Reading[str]:
+    """Read the longest match of a pattern such as `[a-z]*`, which may be empty."""
     start = source.at
     while True:
-        source.at = end_of(pattern, source.text, source.at)
+        source.at = match_end(pattern, source.text, source.at)
         if source.at < len(source.text) or source.ended:
             return source.text[start : source.at]
         yield
 
 
-def word(source: Source, pattern: re.Pattern[str] = NAME) -> Reading[str]:
-    """Read a name; raises Malformed if none is there."""
-    name = yield from take(source, pattern)
+def read_name(source: Source, pattern: re.Pattern[str] = NAME) -> Reading[str]:
+    """Read a name. Raises Malformed if there is none."""
+    name = yield from read_match(source, pattern)
     if not name:
         raise Malformed
     return name
 
 
-def skip(source: Source, mark: str) -> Reading[bool]:
-    """Read a mark; false, and nothing is read, if something else is there."""
-    while not source.text.startswith(mark, source.at):
-        if source.ended or not mark.startswith(source.text[source.at : source.at + len(mark)]):
+def read_if(source: Source, delimiter: str) -> Reading[bool]:
+    """Read a delimiter and return True, or return False and read nothing if other text is there."""
+    while not source.text.startswith(delimiter, source.at):
+        if source.ended or not delimiter.startswith(source.text[source.at : source.at + len(delimiter)]):
             return False
         yield
-    source.at += len(mark)
+    source.at += len(delimiter)
     return True
 
 
-def skip_any(source: Source, *marks: str) -> Reading[str]:
-    """Read one of several marks and tell which; empty, and nothing is read, if something else is there."""
-    for mark in marks:
-        if (yield from skip(source, mark)):
-            return mark
+def read_any(source: Source, *delimiters: str) -> Reading[str]:
+    """Read and return one of several delimiters, or return "" and read nothing if other text is there."""
+    for delimiter in delimiters:
+        if (yield from read_if(source, delimiter)):
+            return delimiter
     return ""
 
 
-def expect(source: Source, mark: str) -> Reading[None]:
-    """Read a mark; raises Malformed if something else is there."""
-    if not (yield from skip(source, mark)):
+def read_exactly(source: Source, delimiter: str) -> Reading[None]:
+    """Read a delimiter. Raises Malformed if other text is there."""
+    if not (yield from read_if(source, delimiter)):
         raise Malformed
 
 
-def close(source: Source, *marks: str) -> Reading[None]:
-    """Read the marks behind a complete call, as far as they are there: a model may forget them, or be cut off."""
-    for mark in marks:
-        yield from take(source, BLANK)
-        found = yield from skip(source, mark)
-        if not found and source.ended and mark.startswith(source.text[source.at :]):
+def read_closing(source: Source, *delimiters: str) -> Reading[None]:
+    """Read those of the delimiters that follow a complete call. A model may forget them, or be cut off."""
+    for delimiter in delimiters:
+        yield from read_match(source, WHITESPACE)
+        was_read = yield from read_if(source, delimiter)
+        if not was_read and source.ended and delimiter.startswith(source.text[source.at :]):
             source.at = len(source.text)
-    yield from take(source, BLANK)
+    yield from read_match(source, WHITESPACE)
     source.settled = source.at
 
 
-def find(source: Source, mark: str) -> Reading[int]:
-    """Read up to a mark and over it; where the mark stood."""
-    while (at := source.text.find(mark, source.at)) < 0:
-        source.at = max(source.at, len(source.text) - len(mark) + 1)
-        yield from more(source)
-    source.at = at + len(mark)
+def read_up_to(source: Source, delimiter: str) -> Reading[int]:
+    """Read up to a delimiter and past it. Returns the position of the delimiter."""
+    while (at := source.text.find(delimiter, source.at)) < 0:
+        source.at = max(source.at, len(source.text) - len(delimiter) + 1)
+        yield from wait_for_more(source)
+    source.at = at + len(delimiter)
     return at
 
 
 def read_object(source: Source) -> Reading[dict[str, Any]]:
-    """Read a JSON object: its end is found by brackets and strings, each character once, and then it is decoded."""
+    """Read a JSON object. Its end is found by brackets and strings, reading each character once; then it is decoded."""
     start, closing = source.at, ["}"]
-    yield from expect(source, "{")
+    yield from read_exactly(source, "{")
     while closing:
-        yield from take(source, BETWEEN)
-        sign = yield from one(source)
+        yield from read_match(source, JSON_REST)
+        sign = yield from read_character(source)
         if sign == '"':
             yield from read_string(source)
         elif sign in "{[":
@@ -179,28 +179,28 @@ def read_object(source: Source) -> Reading[dict[str, Any]]:
 
 
 def read_string(source: Source) -> Reading[None]:
-    """Read a string of JSON behind its opening quote."""
+    """Read a string of JSON after its opening quote."""
     while True:
-        yield from take(source, PLAIN)
-        if (yield from one(source)) == '"':
+        yield from read_match(source, STRING_TEXT)
+        if (yield from read_character(source)) == '"':
             return
-        yield from one(source)  # a backslash, and what it escapes
+        yield from read_character(source)  # the character after a backslash
 
 
-def one(source: Source) -> Reading[str]:
+def read_character(source: Source) -> Reading[str]:
     """Read one character."""
     while source.at == len(source.text):
-        yield from more(source)
+        yield from wait_for_more(source)
     source.at += 1
     return source.text[source.at - 1]
 
 
 def read_json_call(source: Source) -> Calls:
-    """Read `{"name": ..., "arguments": {...}}`; Llama's models say parameters. Other JSON is known by its first key."""
+    """Read `{"name": ..., "arguments": {...}}`, or Llama's `parameters`. Other JSON is rejected by its first key."""
     start = source.at
-    yield from expect(source, "{")
-    yield from take(source, BLANK)
-    if not (yield from skip_any(source, *CALL_KEYS)):
+    yield from read_exactly(source, "{")
+    yield from read_match(source, WHITESPACE)
+    if not (yield from read_any(source, *CALL_KEYS)):
         raise Malformed
     source.at = start
     value = yield from read_object(source)
@@ -208,93 +208,93 @@ def read_json_call(source: Source) -> Calls:
 
 
 def read_hermes(source: Source, tools: Tools) -> Calls:
-    """One call; complete with its object."""
-    yield from expect(source, "<tool_call>")
-    yield from take(source, BLANK)
+    """Read one call. It is complete at the end of its object."""
+    yield from read_exactly(source, "<tool_call>")
+    yield from read_match(source, WHITESPACE)
     yield from read_json_call(source)
-    yield from close(source, "</tool_call>")
+    yield from read_closing(source, "</tool_call>")
 
 
 def read_xml(source: Source, tools: Tools) -> Calls:
-    """One call, whose outer tag models forget at times; complete with `</function>`, or the outer tag in its place."""
-    yield from skip(source, "<tool_call>")
-    yield from take(source, BLANK)
-    yield from expect(source, "<function=")
-    name = yield from word(source)
-    yield from expect(source, ">")
+    """Read one call. It is complete at `</function>` or at the outer closing tag. Models may forget outer tags."""
+    yield from read_if(source, "<tool_call>")
+    yield from read_match(source, WHITESPACE)
+    yield from read_exactly(source, "<function=")
+    name = yield from read_name(source)
+    yield from read_exactly(source, ">")
     schema, given = tools.get(name, {}), {}
-    yield from take(source, BLANK)
-    follows = yield from skip_any(source, *XML_NEXT)
+    yield from read_match(source, WHITESPACE)
+    follows = yield from read_any(source, *XML_NEXT)
     while follows == "<parameter=":
-        key = yield from word(source, KEY)
-        yield from expect(source, ">")
+        key = yield from read_name(source, KEY)
+        yield from read_exactly(source, ">")
         text, follows = yield from read_value(source)
         given[key] = typed(text, types_of(member(schema.get("properties"), key), schema))
     if not follows:
         raise Malformed
     yield make_call(name, given)
-    yield from close(source, *(["</tool_call>"] if follows == "</function>" else []))
+    yield from read_closing(source, *(["</tool_call>"] if follows == "</function>" else []))
 
 
 def read_value(source: Source) -> Reading[tuple[str, str]]:
-    """A value and what follows its closing tag: another parameter or the call's end, else the text holds the tag."""
+    """Read a value and the tag after its `</parameter>`, which is part of the value if no known tag follows it."""
     start = source.at
     while True:
-        end = yield from find(source, "</parameter>")
-        yield from take(source, BLANK)
-        if follows := (yield from skip_any(source, *XML_NEXT)):
+        end = yield from read_up_to(source, "</parameter>")
+        yield from read_match(source, WHITESPACE)
+        if follows := (yield from read_any(source, *XML_NEXT)):
             return source.text[start:end].removeprefix("\n").removesuffix("\n"), follows
 
 
 def read_llama(source: Source, tools: Tools) -> Calls:
-    """Calls with semicolons between them; each is complete with its object."""
-    yield from skip(source, "<|python_tag|>")
-    yield from take(source, BLANK)
+    """Read calls separated by semicolons. Each is complete at the end of its object."""
+    yield from read_if(source, "<|python_tag|>")
+    yield from read_match(source, WHITESPACE)
     yield from read_json_call(source)
-    yield from take(source, BLANK)
-    while (yield from skip(source, ";")):
-        yield from take(source, BLANK)
+    yield from read_match(source, WHITESPACE)
+    while (yield from read_if(source, ";")):
+        yield from read_match(source, WHITESPACE)
         yield from read_json_call(source)
-        yield from take(source, BLANK)
+        yield from read_match(source, WHITESPACE)
 
 
 def read_mistral(source: Source, tools: Tools) -> Calls:
-    """Either form; a call is complete with its object."""
-    yield from expect(source, "[TOOL_CALLS]")
-    yield from take(source, BLANK)
-    if (yield from skip(source, "[")):
+    """Read calls of either form. Each is complete at the end of its object."""
+    yield from read_exactly(source, "[TOOL_CALLS]")
+    yield from read_match(source, WHITESPACE)
+    if (yield from read_if(source, "[")):
         another = True
         while another:
-            yield from take(source, BLANK)
+            yield from read_match(source, WHITESPACE)
             yield from read_json_call(source)
-            yield from take(source, BLANK)
-            another = yield from skip(source, ",")
-        yield from close(source, "]")
+            yield from read_match(source, WHITESPACE)
+            another = yield from read_if(source, ",")
+        yield from read_closing(source, "]")
         return
-    name, id = (yield from word(source)), None
-    if (yield from skip(source, "[CALL_ID]")):
-        id = yield from word(source)
-    yield from skip(source, "[ARGS]")
-    yield from take(source, BLANK)
+    name, id = (yield from read_name(source)), None
+    if (yield from read_if(source, "[CALL_ID]")):
+        id = yield from read_name(source)
+    yield from read_if(source, "[ARGS]")
+    yield from read_match(source, WHITESPACE)
     yield make_call(name, (yield from read_object(source)), id)
 
 
 def read_deepseek(source: Source, tools: Tools) -> Calls:
-    """Calls of either form; each is complete with its object."""
-    yield from skip(source, CALLS_BEGIN)
-    yield from take(source, BLANK)
-    yield from expect(source, CALL_BEGIN)
+    """Read calls of either form. Each is complete at the end of its object."""
+    yield from read_if(source, CALLS_BEGIN)
+    yield from read_match(source, WHITESPACE)
+    yield from read_exactly(source, CALL_BEGIN)
     another = True
     while another:
-        name = yield from word(source)
-        yield from expect(source, SEP)
-        yield from take(source, BLANK)
+        name = yield from read_name(source)
+        yield from read_exactly(source, SEP)
+        yield from read_match(source, WHITESPACE)
         if not source.text.startswith("{", source.at):
-            name = yield from word(source)
-            yield from take(source, BLANK)
-            yield from skip(source, "```json")
-            yield from take(source, BLANK)
+            name = yield from read_name(source)
+            yield from read_match(source, WHITESPACE)
+            yield from read_if(source, "```json")
+            yield from read_match(source, WHITESPACE)
         yield make_call(name, (yield from read_object(source)))
-        yield from close(source, "```", CALL_END)
-        another = yield from skip(source, CALL_BEGIN)
-    yield from close(source, CALLS_END)
+        yield from read_closing(source, "```", CALL_END)
+        another = yield from read_if(source, CALL_BEGIN)
+    yield from read_closing(source, CALLS_END)

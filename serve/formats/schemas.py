@@ -1,6 +1,7 @@
-"""JSON as models write it, and JSON schemas as clients write them: what a schema says of a value, and its limits.
+"""JSON as models write it, and JSON schemas as clients write them: the types that a schema names, and its limits.
 
-Schemas are the client's, and may look little like one: `schema_text` tells, nothing that reads values stumbles.
+Schemas come from clients and may be malformed: only `schema_text` refuses them, the other functions ignore what they
+cannot read. Keywords: https://json-schema.org/draft/2020-12/json-schema-validation.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ import msgspec
 from serve.api.messages import InvalidRequest
 
 KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
-PYTHON = {"True": "true", "False": "false", "None": "null"}  # as templates print them, and models after them
-# The keywords that hold a schema, a list of them, and a mapping to them.
-ONE, MANY = ("items", "additionalProperties"), ("anyOf", "oneOf", "allOf", "prefixItems")
-NAMED = ("properties", "patternProperties", "$defs", "definitions")
+PYTHON = {"True": "true", "False": "false", "None": "null"}  # as templates print them, and models that imitate them
+# The keywords whose value is a schema, a list of schemas, or a mapping of names to schemas.
+SCHEMA_KEYS, LIST_KEYS = ("items", "additionalProperties"), ("anyOf", "oneOf", "allOf", "prefixItems")
+MAPPING_KEYS = ("properties", "patternProperties", "$defs", "definitions")
 SCHEMA_CHARS = 2**18
-# Where a schema sets no bound: what 64 bits and a double hold, so that no number overflows where it is read.
-INTEGERS, NUMBERS = 2**63 - 1024, 10**15
-MULTIPLES = 100_000  # states that llguidance may spend on multipleOf
+# Bounds for numbers without one, within 64 bits and a double, so that clients can read every number.
+MAX_INTEGER, MAX_NUMBER = 2**63 - 1024, 10**15
+MAX_MULTIPLE = 100_000  # states that llguidance may spend on multipleOf
 
 
 def decode_json(text: str) -> Any:
-    """JSON as models write it, line breaks in strings included.
+    """The value of JSON as models write it, with line breaks in strings.
 
-    Raises ValueError for what is none, and for what the wire cannot carry: infinity, NaN, halves of surrogate pairs,
-    endless nesting.
+    Raises ValueError for text that is not JSON, and for values that an answer cannot contain: infinity, NaN, lone
+    surrogates and nesting that is too deep.
     """
     try:
         value = json.loads(text, strict=False)
@@ -43,14 +44,14 @@ def decode_json(text: str) -> Any:
 
 
 def typed(text: str, types: set[str]) -> Any:
-    """Text as the JSON value of one of the types that its schema names; else as it is."""
+    """Text as a JSON value, if it is one of the types that its schema names; otherwise the text itself."""
     try:
         value: Any = decode_json(PYTHON.get(text, text)) if types - {"string"} else text
     except ValueError:
         return text
     kind = kind_of(value)
     if kind == "number" and "number" not in types and value.is_integer():
-        value, kind = int(value), "integer"  # 1.0 is an integer in JSON schema
+        value, kind = int(value), "integer"  # in JSON Schema 1.0 is an integer
     fits = kind in types or (kind == "integer" and "number" in types)
     return value if fits and kind != "string" else text
 
@@ -61,12 +62,12 @@ def kind_of(value: object) -> str:
 
 
 def types_of(schema: object, root: Mapping[str, Any]) -> set[str]:
-    """The JSON types that a schema names, in itself or its alternatives; empty if it names none."""
+    """The JSON types that a schema or its alternatives name; empty if they name none."""
     return {kind for part in alternatives(schema, root) for kind in own_types(part)}
 
 
 def own_types(schema: Mapping[str, Any]) -> set[str]:
-    """The JSON types that a schema names in itself; those of its values where it lists them."""
+    """The JSON types that a schema names, without its alternatives. If it lists its values, their types."""
     if (values := listed_values(schema)) is not None:
         return {kind_of(value) for value in values}
     types = schema.get("type")
@@ -74,19 +75,19 @@ def own_types(schema: Mapping[str, Any]) -> set[str]:
 
 
 def listed_values(schema: Mapping[str, Any]) -> list[Any] | None:
-    """The values that a schema lists, if it does."""
+    """The values that a schema lists (enum or const), or None."""
     if isinstance(values := schema.get("enum"), list):
         return values
     return [schema["const"]] if "const" in schema else None
 
 
 def alternatives(schema: object, root: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A schema, its alternatives and what they refer to, one by one; a schema that lists its values ends there.
+    """A schema, its alternatives, and the schemas that they refer to, without those of schemas that list their values.
 
-    A reference is followed once: alternatives may refer to each other.
+    Each reference is followed once, as alternatives may refer to each other.
     """
     parts, followed = [schema], set()
-    for part in parts:  # grows as it goes
+    for part in parts:  # the loop appends to it
         if not isinstance(part, dict):
             continue
         yield part
@@ -100,12 +101,12 @@ def alternatives(schema: object, root: Mapping[str, Any]) -> Iterator[dict[str, 
 
 
 def listed(value: object) -> list[Any]:
-    """A list as it is; nothing for anything else."""
+    """A list as it is; an empty list for other values."""
     return value if isinstance(value, list) else []
 
 
 def resolve(root: Mapping[str, Any], reference: str) -> object:
-    """The part of a schema at a path such as `#/$defs/Point`; None if it is not there, or in another document."""
+    """The part of a schema at a path such as `#/$defs/Point`; None if it is missing or in another document."""
     document, *path = reference.split("/")
     part: object = None if document != "#" else root
     for key in path:
@@ -114,48 +115,50 @@ def resolve(root: Mapping[str, Any], reference: str) -> object:
 
 
 def member(value: object, key: str) -> Any:
-    """A member of a JSON object; None if it is not there, or the value no object."""
+    """A member of a JSON object; None if it is missing or the value is not an object."""
     return value.get(key) if isinstance(value, dict) else None
 
 
 def tool_schema(schema: dict[str, Any], field: str) -> dict[str, Any]:
-    """The schema of a tool's arguments, which are an object even where it does not say so."""
+    """The schema of a tool's arguments, with `type: object` if it names no type. Raises InvalidRequest for another."""
     if schema.get("type", "object") != "object":
         raise InvalidRequest(f"{field}.type: expected 'object', got {schema['type']!r:.80}")
     return schema | {"type": "object"}
 
 
 def schema_text(schema: dict[str, Any], options: Mapping[str, Any], field: str) -> str:
-    """A schema as llguidance takes it, its options included. Raises InvalidRequest for one that is too large."""
+    """A schema as JSON for llguidance, with its options. Raises InvalidRequest if it is too large or cannot be read."""
     try:
         text = json.dumps(bounded(schema) | {"x-guidance": options}, allow_nan=False)
-        many = lcm(*multiples(schema))
-    # Nested too deeply, or shaped so little like a schema that it cannot be walked through.
+        multiple = lcm(*multiples(schema))
+    # Nested too deeply, or of types that a schema does not have.
     except (RecursionError, ValueError, TypeError, ArithmeticError) as error:
         raise InvalidRequest(f"{field}: expected a JSON schema, got one that cannot be read: {error}") from None
     if len(text) > SCHEMA_CHARS:
         raise InvalidRequest(f"{field}: expected at most {SCHEMA_CHARS} characters, got {len(text)}")
-    if many > MULTIPLES:
-        raise InvalidRequest(f"{field}: expected multipleOf with a common multiple of at most {MULTIPLES}, got {many}")
+    if multiple > MAX_MULTIPLE:
+        raise InvalidRequest(
+            f"{field}: expected multipleOf with a common multiple of at most {MAX_MULTIPLE}, got {multiple}"
+        )
     return text
 
 
 def bounded(schema: Any) -> Any:
-    """The schema with bounds for the numbers that have none."""
+    """The schema, with bounds for the numbers that have none."""
     if not isinstance(schema, dict):
         return schema
     result = dict(schema)
     for key, inner in schema.items():
-        if key in ONE:
+        if key in SCHEMA_KEYS:
             result[key] = bounded(inner)
-        elif key in MANY and isinstance(inner, list):
+        elif key in LIST_KEYS and isinstance(inner, list):
             result[key] = [bounded(part) for part in inner]
-        elif key in NAMED and isinstance(inner, dict):
+        elif key in MAPPING_KEYS and isinstance(inner, dict):
             result[key] = {name: bounded(part) for name, part in inner.items()}
     types = schema.get("type")
     types = set(types if isinstance(types, list) else [types])
     if types & {"integer", "number"}:
-        limit = NUMBERS if "number" in types else INTEGERS
+        limit = MAX_NUMBER if "number" in types else MAX_INTEGER
         low, high = numbers(schema, "minimum", "exclusiveMinimum"), numbers(schema, "maximum", "exclusiveMaximum")
         if not low and all(bound > -limit for bound in high):
             result["minimum"] = -limit
@@ -165,15 +168,15 @@ def bounded(schema: Any) -> Any:
 
 
 def numbers(schema: dict[str, Any], *keys: str) -> list[float]:
-    """The numbers under these keys."""
+    """The values of these keys that are numbers."""
     values = [schema.get(key) for key in keys]
     return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
 
 
 def multiples(schema: Any) -> list[int]:
-    """Every multipleOf in a schema as the whole number that it is without its decimal point."""
+    """Each multipleOf in a schema, as an integer: its digits without the decimal point."""
     if isinstance(schema, list):
-        return [found for part in schema for found in multiples(part)]
+        return [multiple for part in schema for multiple in multiples(part)]
     if not isinstance(schema, dict):
         return []
     own = [Decimal(str(value)) for value in numbers(schema, "multipleOf") if value > 0]

@@ -1,7 +1,7 @@
-"""Sampled tokens to pieces of an answer, as a stream: thinking, text and tool calls.
+"""Sampled tokens to the events of an answer, as a stream: thinking, text and tool calls.
 
-Whole characters only, and nothing that may still turn out to be a mark, a call or a stop sequence. How a family of
-models writes its marks and calls is `formats`' business.
+Only whole characters are sent, and no text that may still become a delimiter, a call or a stop sequence. How a family
+of models writes delimiters and calls is in `families`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any
 
 from serve.api.stops import Stops
 from serve.formats.families import Format
-from serve.formats.readers import BLANK, SPACE, Call, Calls, Malformed, Source, end_of
+from serve.formats.readers import SPACE, WHITESPACE, Call, Calls, Malformed, Source, match_end
 
-HALF = "\ufffd"  # what a character decodes to whose bytes are not all there,
-SPELLED = (HALF, "ï¿½", "<0xEF><0xBF><0xBD>")  # and how vocabularies spell the character itself
-# After as many tokens that do not end a character, bytes are taken for broken: one character has at most four.
-PATIENCE = 8
-# Blanks that are held back at most because a mark may follow, to which they would belong.
-BLANKS = 256
-# What was read as a call and is none is read again from each mark in it, as often at most.
-RETRIES = 8
-# A call that is longer may take long to read: to find that it is none, or to decode its arguments.
+# An incomplete character decodes to this character, which vocabularies themselves spell in one of these ways.
+REPLACEMENT_CHAR = "\ufffd"
+REPLACEMENT_SPELLINGS = (REPLACEMENT_CHAR, "ï¿½", "<0xEF><0xBF><0xBD>")
+# After so many tokens without the end of a character, its bytes are taken as broken: a character has at most four.
+MAX_CHARACTER_TOKENS = 8
+# At most so much whitespace is held back because a delimiter may follow, to which it would belong.
+MAX_HELD_WHITESPACE = 256
+# At most so many times, text that failed_until to parse as a call is scanned again from the next delimiter in it.
+MAX_RETRIES = 8
+# A longer call may take long to read: to decode its arguments, or to find that it is not a call.
 HEAVY_CHARS = 2**16
 NO_STOPS = Stops()
 
@@ -44,7 +45,7 @@ class Thinking:
 
 @dataclass(frozen=True)
 class ThinkingEnd:
-    """The block of thinking is complete; the end of the answer may come without it."""
+    """The block of thinking is complete. An answer may also end without this event."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,26 @@ AnswerEvent = Text | Thinking | ThinkingEnd | Call | Stopped
 
 
 class CharacterStream:
-    """Tokens to whole characters; half a character is held back. Each token costs the same, whatever came before."""
+    """Tokens to whole characters. The start of a character is held back. Each token takes the same time."""
 
-    def __init__(self, backend: Any, marks: Collection[str] = ()) -> None:
+    def __init__(self, backend: Any, delimiters: Collection[str] = ()) -> None:
         self.backend = backend
         added = backend.get_added_tokens_decoder().items()
-        self.silent = {index for index, token in added if token.special and token.content not in marks}
-        self.ids: list[int] = []  # the tokens of the last step that gave text, and those after it
-        self.settled = 0  # of these, the former: how a token reads depends on the one before it
-        self.taken = 0  # characters of their text that were given already
+        self.silent = {index for index, token in added if token.special and token.content not in delimiters}
+        self.ids: list[int] = []  # the last tokens that added text together, and those after them
+        self.settled = 0  # the number of the former, kept because a token's text depends on the one before
+        self.taken = 0  # characters of their text that were returned already
 
     def feed(self, token: int) -> str:
-        """What a token adds; control tokens that are no marks, and tokens that nobody knows, add nothing."""
+        """The text that a token adds: none for unknown tokens, and for control tokens that are not delimiters."""
         if token in self.silent or self.backend.id_to_token(token) is None:
             return ""
         self.ids.append(token)
         text = self.backend.decode(self.ids, skip_special_tokens=False)
-        held = len(text) - len(text.rstrip(HALF))
-        if held and "".join(map(self.backend.id_to_token, self.ids)).endswith(SPELLED):
+        held = len(text) - len(text.rstrip(REPLACEMENT_CHAR))
+        if held and "".join(map(self.backend.id_to_token, self.ids)).endswith(REPLACEMENT_SPELLINGS):
             held = 0
-        if len(self.ids) - self.settled >= PATIENCE:
+        if len(self.ids) - self.settled >= MAX_CHARACTER_TOKENS:
             held = min(held, 1)
         new: str = text[self.taken : len(text) - held]
         if new:
@@ -87,41 +88,49 @@ class CharacterStream:
         return new
 
 
-class Marks:
-    """The marks that count in a block: some anywhere, others only where it begins."""
+class Delimiters:
+    """The delimiters that count in a block: some of them anywhere, others only at its start."""
 
     def __init__(self, anywhere: Sequence[str], leading: Sequence[str]) -> None:
-        self.anywhere, self.leading = [list(filter(None, marks)) for marks in (anywhere, leading)]
-        either, first = ["|".join(map(re.escape, marks)) or "(?!)" for marks in (self.anywhere, self.leading)]
-        self.next, self.first = re.compile(f"({either})"), re.compile(f"[{SPACE}]{{0,{BLANKS}}}({first})")
+        self.anywhere, self.leading = [list(filter(None, delimiters)) for delimiters in (anywhere, leading)]
+        either, first = ["|".join(map(re.escape, delimiters)) or "(?!)" for delimiters in (self.anywhere, self.leading)]
+        self.next, self.first = re.compile(f"({either})"), re.compile(f"[{SPACE}]{{0,{MAX_HELD_WHITESPACE}}}({first})")
 
-    def find(self, text: str, start: int, fresh: bool) -> re.Match[str] | None:
-        """The first mark, its group 1; `fresh` says that a block begins at `start`."""
+    def find_delimiter(self, text: str, start: int, fresh: bool) -> re.Match[str] | None:
+        """The first delimiter, as group 1 of the match. With `fresh`, a block begins at `start`."""
         return (self.first.match(text, start) if fresh else None) or self.next.search(text, start)
 
-    def partial(self, text: str, fresh: bool) -> int:
-        """How many characters, the last ones, may begin a mark."""
+    def partial_length(self, text: str, fresh: bool) -> int:
+        """The number of characters at the end of a text that may begin a delimiter."""
         whole = text.lstrip(SPACE)
-        leads = fresh and any(mark.startswith(whole) for mark in self.leading)
-        return max([len(whole) if leads else 0, *(overlap(text, mark) for mark in self.anywhere)])
+        leads = fresh and any(delimiter.startswith(whole) for delimiter in self.leading)
+        return max([len(whole) if leads else 0, *(overlap(text, delimiter) for delimiter in self.anywhere)])
 
     def possible(self, fresh: bool) -> bool:
-        """Whether a mark may still come."""
+        """Whether a delimiter may follow."""
         return bool(self.anywhere or (fresh and self.leading))
 
 
 class AnswerStream:
-    """One answer's pieces as its tokens come.
+    """The events of one answer, as its tokens come.
 
-    Whitespace beside a mark or a call belongs to it and is dropped; any other is kept, the last of an answer too.
-    Thinking without content gives nothing; its opening mark, written again, is dropped. With `tools` (input schemas by
-    name; none offered: what looks like a call is text), a call comes as one piece once its arguments are complete,
-    whether a tool of its name was offered or not: the client answers what is wrong with it. What begins like a call and
-    is none is text, marks included, and is read on behind its first mark. Stop sequences are looked for in text alone:
-    of two that end together the longest counts, and otherwise the one that is complete first.
-    With `thinking` the prompt has opened a block of thinking already; `begun` are the tokens of an answer that goes on:
-    how the next ones read depends on them. An answer that is bound to be JSON has the format `of_json`: marks within it
-    are text.
+    - Whitespace next to a delimiter or a call belongs to it and is dropped. Other whitespace is kept, also at the end.
+    - Thinking without content gives no event. A second opening delimiter inside thinking is kept as text; at the start
+      of thinking it is dropped.
+    - A call is one event, sent when its arguments are complete, whether its tool was offered or not: the client reports
+      what is wrong with it. Without tools, text that looks like a call is text.
+    - Text that begins like a call but does not parse as one is text, delimiters included. It is read again after its
+      first delimiter.
+    - Stop sequences are matched in text only, not in thinking or calls. The first that is complete ends the answer; of
+      two that end at the same character, the longest.
+
+    Args:
+        backend: the `tokenizers.Tokenizer` of the model.
+        format: how the model writes thinking and calls; `format_for_json` of it for an answer that must be JSON.
+        stops: the request's stop sequences.
+        tools: input schemas by the name of the tool.
+        thinking: whether the prompt ends inside a block of thinking.
+        begun: tokens of the answer that are in the prompt already. How the next ones decode depends on them.
     """
 
     def __init__(
@@ -133,78 +142,80 @@ class AnswerStream:
         thinking: bool = False,
         begun: Sequence[int] = (),
     ) -> None:
-        self.characters = CharacterStream(backend, format.marks)
-        for token in begun[-PATIENCE:]:
+        self.characters = CharacterStream(backend, format.delimiters)
+        for token in begun[-MAX_CHARACTER_TOKENS:]:
             self.characters.feed(token)
         self.format, self.stops, self.tools = format, stops, tools or {}
-        think, unthink = format.think_marks or ("", "")
-        marks = (think, *(format.openers if self.tools else ()))
-        bare = ("{",) if format.bare and self.tools else ()
-        self.text_marks = Marks(*(marks, bare) if format.within else ((), (*marks, *bare)))
-        self.thinking_marks = Marks((unthink,), (think,))
+        think, unthink = format.think_delimiters or ("", "")
+        delimiters = (think, *(format.call_openers if self.tools else ()))
+        opening_brace = ("{",) if format.call_without_marker and self.tools else ()
+        self.text_delimiters = Delimiters(
+            *(delimiters, opening_brace) if format.delimiters_inside_text else ((), (*delimiters, *opening_brace))
+        )
+        self.thinking_delimiters = Delimiters((unthink,), (think,))
         self.switch = (think, unthink)
         self.thinking = thinking
         self.stopped = False
         self.source = Source()  # the text of the answer
-        self.sent = 0  # characters of it that were sent, or dropped
-        self.scanned = self.matched = 0  # how far stop sequences were looked for, and their automaton's state there
-        self.plain = 0  # no mark begins ahead of here
-        self.behind_mark = thinking  # the block follows a mark, which owns the whitespace between
-        self.begun = False  # something of the block was sent
-        self.reader: Calls | None = None  # who reads the call that is not complete,
-        self.opened = 0  # and where its first mark stands
-        self.failed = self.retries = 0  # how far calls were read that were none, and how often up to there
-        self.pieces: list[AnswerEvent] = []
+        self.sent = 0  # characters of it that were sent or dropped
+        self.scanned = self.matched = 0  # end of the text scanned for stops, and their automaton's state there
+        self.scan_start = 0  # no delimiter begins before this
+        self.after_delimiter = thinking  # whitespace at the block's start belongs to the delimiter before it
+        self.begun = False  # whether any of the block was sent
+        self.reader: Calls | None = None  # reads the incomplete call
+        self.call_start = 0  # where the delimiter of that call begins
+        self.failed_until = self.retries = 0  # how far text was read that was not a call, and how often again
+        self.events: list[AnswerEvent] = []
 
     @property
     def heavy(self) -> bool:
-        """Whether the next token may take long, which is no work for an event loop."""
-        return self.reader is not None and len(self.source.text) - self.opened > HEAVY_CHARS
+        """Whether the next token may take too long for an event loop."""
+        return self.reader is not None and len(self.source.text) - self.call_start > HEAVY_CHARS
 
     def feed(self, token: int) -> list[AnswerEvent]:
-        """What the next token adds; nothing after a stop sequence."""
+        """The events of the next token; none after a stop sequence."""
         return self.read(self.characters.feed(token))
 
     def finish(self) -> list[AnswerEvent]:
-        """What was held back, at the end of the answer."""
+        """The events of what was held back, at the end of the answer."""
         self.source.ended = True
         return self.read("")
 
     def read(self, characters: str) -> list[AnswerEvent]:
-        """The pieces that more characters complete."""
+        """The events of more characters."""
         self.source.add(characters)
         while not self.stopped and (self.read_call(self.reader) if self.reader else self.read_block()):
             pass
-        pieces, self.pieces = self.pieces, []
-        return pieces
+        events, self.events = self.events, []
+        return events
 
     def read_block(self) -> bool:
-        """Read text or thinking up to the next mark; whether there is one, with more to read behind it."""
+        """Read text or thinking up to the next delimiter. Returns whether there was one, so that reading continues."""
         whole = self.source.text
-        if self.behind_mark:
-            self.sent = end_of(BLANK, whole, self.sent)
-            self.behind_mark = self.sent == len(whole)
-        marks = self.thinking_marks if self.thinking else self.text_marks
-        start = max(self.sent, self.plain)
+        if self.after_delimiter:
+            self.sent = match_end(WHITESPACE, whole, self.sent)
+            self.after_delimiter = self.sent == len(whole)
+        delimiters = self.thinking_delimiters if self.thinking else self.text_delimiters
+        start = max(self.sent, self.scan_start)
         fresh = not self.begun and start == self.sent
-        found = marks.find(whole, start, fresh)
+        found = delimiters.find_delimiter(whole, start, fresh)
         text = whole[self.sent : found.start(1) if found else len(whole)]
         if not (found or self.source.ended):
-            text = text[: len(text) - marks.partial(whole[start:], fresh)]
+            text = text[: len(text) - delimiters.partial_length(whole[start:], fresh)]
         if not self.thinking and (stop := self.scan(whole, self.sent + len(text))):
             self.send(whole[self.sent : self.scanned - len(stop)])
-            self.pieces.append(Stopped(stop))
+            self.events.append(Stopped(stop))
             self.stopped = True
             return False
         begins = 0 if self.thinking else self.stops.depth[self.matched]
-        held = max(blanks(text) if marks.possible(fresh) else 0, begins)
+        held = max(trailing_whitespace(text) if delimiters.possible(fresh) else 0, begins)
         if not found:
             text = text[: len(text) - (0 if self.source.ended else held)]
             self.send(text)
             self.sent += len(text)
             return False
         if found[1] in self.switch:
-            self.send(text[: len(text) - blanks(text)])
+            self.send(text[: len(text) - trailing_whitespace(text)])
             self.sent = found.end(1)
             self.switch_to(found[1] == self.switch[0])
         else:
@@ -214,64 +225,64 @@ class AnswerStream:
         return True
 
     def scan(self, whole: str, end: int) -> str | None:
-        """Look for stop sequences up to `end`, each character once; the one that is complete."""
-        if self.scanned < self.sent:  # a mark or a call came between
+        """The stop sequence that is complete before `end`, or None. Each character is scanned once."""
+        if self.scanned < self.sent:  # a delimiter or a call came in between
             self.scanned, self.matched = self.sent, 0
         self.matched, count = self.stops.scan(self.matched, whole[self.scanned : end])
         self.scanned += count
         return self.stops.complete[self.matched]
 
     def switch_to(self, thinking: bool) -> None:
-        """Begin or end thinking; beginning it again changes nothing."""
+        """Begin or end thinking. Beginning it twice changes nothing."""
         if self.begun and self.thinking:
-            self.pieces.append(ThinkingEnd())
-        self.thinking, self.behind_mark, self.begun = thinking, True, False
+            self.events.append(ThinkingEnd())
+        self.thinking, self.after_delimiter, self.begun = thinking, True, False
 
-    def open_call(self, mark: re.Match[str]) -> None:
-        """Begin a call; what was not sent ahead of it is text as well if it is none."""
+    def open_call(self, delimiter: re.Match[str]) -> None:
+        """Begin a call. The text held back before it is sent with the call, or as text with what is not a call."""
         assert self.format.read
-        self.opened, self.plain = mark.span(1)
-        self.source.at = self.source.settled = self.opened
+        self.call_start, self.scan_start = delimiter.span(1)
+        self.source.at = self.source.settled = self.call_start
         self.reader = self.format.read(self.source, self.tools)
 
     def read_call(self, reader: Calls) -> bool:
-        """Read calls that belong together; whether they have ended, or are none, with more to read behind them."""
+        """Read a group of calls. Returns whether it ended or was not a call, so that reading continues."""
         source = self.source
         try:
             for call in reader:
                 if call is None:
                     return False
-                ahead = source.text[self.sent : self.opened]
-                self.send(ahead[: len(ahead) - blanks(ahead)])
-                self.pieces.append(call)
-                self.sent = self.opened = source.settled = source.at
-                self.behind_mark, self.begun = True, False
+                text = source.text[self.sent : self.call_start]
+                self.send(text[: len(text) - trailing_whitespace(text)])
+                self.events.append(call)
+                self.sent = self.call_start = source.settled = source.at
+                self.after_delimiter, self.begun = True, False
             self.sent = source.at
         except Malformed:
-            if source.settled >= self.plain:
+            if source.settled >= self.scan_start:
                 self.sent = source.settled
-            self.retries = self.retries + 1 if self.opened < self.failed else 0
-            self.failed = max(self.failed, source.at)
-            if self.retries == RETRIES:
-                self.plain = self.failed
+            self.retries = self.retries + 1 if self.call_start < self.failed_until else 0
+            self.failed_until = max(self.failed_until, source.at)
+            if self.retries == MAX_RETRIES:
+                self.scan_start = self.failed_until
         self.reader = None
         return True
 
     def send(self, text: str) -> None:
-        """Add a piece of the block, if there is any."""
+        """Add an event with more text of the block, if there is any."""
         if text:
-            self.pieces.append(Thinking(text) if self.thinking else Text(text))
+            self.events.append(Thinking(text) if self.thinking else Text(text))
             self.begun = True
 
 
-def blanks(text: str) -> int:
-    """How many blanks at the end of a text belong to a mark behind it."""
-    return min(len(text) - len(text.rstrip(SPACE)), BLANKS)
+def trailing_whitespace(text: str) -> int:
+    """The number of whitespace characters at the end of a text that belong to a delimiter after it."""
+    return min(len(text) - len(text.rstrip(SPACE)), MAX_HELD_WHITESPACE)
 
 
-def overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `mark`."""
-    for size in range(min(len(text), len(mark) - 1), 0, -1):
-        if text.endswith(mark[:size]):
+def overlap(text: str, delimiter: str) -> int:
+    """The length of the longest suffix of `text` that is a proper prefix of `delimiter`."""
+    for size in range(min(len(text), len(delimiter) - 1), 0, -1):
+        if text.endswith(delimiter[:size]):
             return size
     return 0

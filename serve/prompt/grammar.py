@@ -108,11 +108,11 @@ def thinking(format: Format, opened: bool, thinks: bool, added: Mapping[str, int
     It ends with its first closing delimiter, and at once where the request wants none, because a model may not end it
     by itself. In the Lark dialect a text never holds an added token: such tokens stand in a grammar by their ids.
     """
-    if not format.think or not format.think_marks or not (opened or thinks):
+    if not format.think or not format.think_delimiters or not (opened or thinks):
         return 'thinking: ""\n'
     if not thinks:
         return f"thinking: {literal(format, format.think[1], added)}\n"
-    close = format.think_marks[1]
+    close = format.think_delimiters[1]
     lead, _, tail = format.think[1].partition(close)
     text = f"({ANY} & ~({ANY} {quoted(close)} {ANY}))"
     if close in added:
@@ -156,7 +156,7 @@ def frame(format: Format, name: str) -> tuple[str, str]:
 
 def literal(format: Format, text: str, added: Mapping[str, int]) -> str:
     """A format's text in Lark: its delimiters as single tokens where the vocabulary has them, else spelled."""
-    tokens = {mark: f"<[{added[mark]}]>" for mark in format.marks if mark in added} | {PROBE: "/[A-Za-z0-9]{9}/"}
+    tokens = {mark: f"<[{added[mark]}]>" for mark in format.delimiters if mark in added} | {PROBE: "/[A-Za-z0-9]{9}/"}
     cut = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
     return " ".join(tokens.get(piece) or quoted(piece) for piece in re.split(f"({cut})", text) if piece) or '""'
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from serve.formats.families import Format, choose
+from serve.formats.families import Format, choose_format
 from serve.prompt.conversation import ChatMessage
 from serve.prompt.template import CALL_ID, Opening, Refused, Template, answer_turn, apply
 from serve.prompt.tools_first import place_of_tools
@@ -36,7 +36,7 @@ def probe_template(hf: Any, format_name: str | None = None) -> Template:
     anywhere = anywhere and (not ways or takes(hf, *loop, REMINDER, ANSWER, LAST))
     first = takes(hf, SYSTEM, USER)
     source = hf.get_chat_template(tools=[TOOL])
-    format = choose(source, format_name)
+    format = choose_format(source, format_name)
     return Template(
         format=format,
         control_tokens=control_tokens(hf, format),
@@ -126,7 +126,7 @@ def control_tokens(hf: Any, format: Format) -> re.Pattern[str] | None:
 
     Added tokens that neither writes, such as the HTML tags of some vocabularies, are words like any other.
     """
-    structure = hf.get_chat_template(tools=[TOOL]) + "".join(format.marks)
+    structure = hf.get_chat_template(tools=[TOOL]) + "".join(format.delimiters)
     tokens = [str(t) for t in hf.added_tokens_decoder.values() if str(t).strip() and (t.special or str(t) in structure)]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 

@@ -58,7 +58,7 @@ def load_tokenizer(
     store: Path | None = None,
     segment_bytes: int = DEFAULT_BOUNDS.segments,
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `families.choose`).
+    """The tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `families.choose_format`).
 
     It remembers tokenised segments in at most `segment_bytes` of memory. With a `store` directory, long ones are found
     there again after a restart. Raises ValueError for a tokenizer that is not a fast one or has no chat template and

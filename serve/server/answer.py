@@ -40,7 +40,7 @@ from serve.diagnosis.divergence import RememberedRequest
 from serve.engine.engine import generate
 from serve.engine.request import Event as EngineEvent
 from serve.engine.request import Failed, Finished, Started, TokenEvent
-from serve.formats.families import of_json
+from serve.formats.families import format_for_json
 from serve.formats.stream import AnswerStream
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import sign
@@ -222,7 +222,7 @@ def answer_stream(context: ServerContext, prepared: Prepared) -> AnswerStream:
     offered = () if choice and choice.type == "none" else message.tools or ()
     return AnswerStream(
         context.tokenizer.hf.backend_tokenizer,
-        of_json(form) if config and config.format else form,
+        format_for_json(form) if config and config.format else form,
         prepared.stops,
         {tool.name: tool.input_schema for tool in offered},
         prepared.prompt.thinking,

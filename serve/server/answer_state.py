@@ -25,7 +25,7 @@ from serve.api.answers import (
 )
 from serve.api.messages import MessagesRequest
 from serve.engine.request import Started
-from serve.formats.families import behind_call
+from serve.formats.families import text_after_call
 from serve.formats.readers import Call
 from serve.formats.stream import AnswerEvent, AnswerStream, Stopped
 from serve.server.blocks import BlockStream, thinking_display
@@ -123,7 +123,7 @@ def reused_by_tier(started: Started) -> dict[str, int]:
 
 def unwritten_closing(stream: AnswerStream) -> str:
     """The text that the format writes after a complete call and that the model has not written yet."""
-    return behind_call(stream.format).removeprefix(stream.source.text[stream.sent :])
+    return text_after_call(stream.format).removeprefix(stream.source.text[stream.sent :])
 
 
 def dispatch_event(call: Call, index: int) -> ToolCallDispatch:

@@ -15,7 +15,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.api.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.api.stops import Stops
-from serve.formats.families import BY_NAME, behind_call, choose, mistral_id, of_json, within_thinking, write_turn
+from serve.formats.families import (
+    BY_NAME,
+    choose_format,
+    format_for_json,
+    mistral_id,
+    text_after_call,
+    within_thinking,
+    write_turn,
+)
 from serve.formats.readers import SPACE, Call
 from serve.formats.schemas import types_of
 from serve.formats.stream import NO_STOPS, AnswerStream, Stopped, Text, Thinking, ThinkingEnd
@@ -50,7 +58,7 @@ def backend():
 
 def read(name, text, cuts=(), stops=(), tools=TOOLS, thinking=False, json=False):
     """The answer's blocks, in the parser's words, deltas merged."""
-    format = of_json(BY_NAME[name]) if json else BY_NAME[name]
+    format = format_for_json(BY_NAME[name]) if json else BY_NAME[name]
     stream = AnswerStream(backend(), format, Stops(stops), tools, thinking)
     bounds = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
     return merge([*(p for a, b in pairwise(bounds) for p in stream.read(text[a:b])), *stream.finish()])
@@ -65,7 +73,7 @@ def spelling(name, marks):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     if marks != "spelled":
-        added = [AddedToken(m, special=marks == "special", normalized=False) for m in BY_NAME[name].marks]
+        added = [AddedToken(m, special=marks == "special", normalized=False) for m in BY_NAME[name].delimiters]
         tokenizer.add_tokens(added)
     return tokenizer
 
@@ -94,7 +102,7 @@ def test_interleaved_thinking_and_calls_come_back_in_their_order(name):
     expected: list = [("Read", call.input), ("now", {})]
     if BY_NAME[name].think:
         expected = [Thinking("first"), ThinkingEnd(), *expected]
-        if not BY_NAME[name].bare:
+        if not BY_NAME[name].call_without_marker:
             blocks += [ThinkingBlock("then"), call]
             expected += [Thinking("then"), ThinkingEnd(), ("Read", call.input)]
     assert read(name, write_turn(BY_NAME[name], blocks)) == expected
@@ -179,7 +187,7 @@ def test_thinking_that_the_model_opens_again_is_opened_once(name):
 @pytest.mark.parametrize("name", CALLING)
 def test_json_may_hold_any_mark_and_thinking_or_calls_come_ahead_of_it(name):
     format, call = BY_NAME[name], ToolUseBlock("a" * 9, "Read", {"path": "x"})
-    text = json.dumps({"marks": [" ".join(format.marks), write_turn(format, [call])]}, ensure_ascii=False)
+    text = json.dumps({"marks": [" ".join(format.delimiters), write_turn(format, [call])]}, ensure_ascii=False)
     for tools in ({}, TOOLS):
         assert read(name, text, json=True, tools=tools) == [Text(text)]
         if format.think:
@@ -202,7 +210,7 @@ def test_a_calls_id_ends_with_mistrals_own_so_that_the_results_name_it():
 
 
 def test_what_stands_behind_a_call_is_known_for_every_format():
-    assert {name: behind_call(format) for name, format in BY_NAME.items() if format.call} == {
+    assert {name: text_after_call(format) for name, format in BY_NAME.items() if format.call} == {
         "qwen3_coder": "\n</tool_call>",
         "hermes": "\n</tool_call>",
         "mistral": "]",
@@ -220,7 +228,7 @@ def test_a_call_inside_thinking_is_thinking_and_a_stop_sequence_inside_a_call_is
 
 
 def test_a_format_is_chosen_by_name_or_by_the_marks_of_the_template():
-    names = {family.name: choose(tokenizer_of(family).hf.chat_template).name for family in FAMILIES}
+    names = {family.name: choose_format(tokenizer_of(family).hf.chat_template).name for family in FAMILIES}
     assert names == {
         "qwen2.5": "hermes",
         "qwen3": "hermes",
@@ -228,10 +236,10 @@ def test_a_format_is_chosen_by_name_or_by_the_marks_of_the_template():
         "mistral-v3": "mistral",
         "deepseek-r1": "deepseek",
     }
-    assert choose("nothing").name == "none"
-    assert choose("<tool_call>", "mistral").name == "mistral"
+    assert choose_format("nothing").name == "none"
+    assert choose_format("<tool_call>", "mistral").name == "mistral"
     with pytest.raises(ValueError, match="hermes"):
-        choose("", "unknown")
+        choose_format("", "unknown")
     for written, inside in (
         ("", False),
         ("<think>\n", True),
