@@ -1,1 +1,1 @@
-"""Prompt-stability rules, on decoded requests and on a body's bytes."""
+"""Prompt-stability rules: on a decoded request (`normalize`), and on the bytes of a body (`body`)."""

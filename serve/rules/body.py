@@ -1,12 +1,12 @@
-"""The prompt-stability rules on a body's bytes: new JSON in place of what a rule changes, every other byte as it came.
+"""The prompt-stability rules on the bytes of a body: JSON that a rule changes is replaced, all other bytes stay.
 
-A body is read only as far as the rules need it, so what they do not know (images, the vendor's tools, fields of other
-engines) survives. Paths in notes are those of the body.
+A body is decoded only as far as the rules need it, so unknown parts (images, the vendor's tools, fields of other
+engines) are kept. Paths in notes are those of the body.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ from msgspec import Raw, Struct
 
 from serve.api.messages import Tool
 from serve.limits.bodies import excess
-from serve.rules.normalize import RULES, Applied, Unparsed, edit_text, joined
+from serve.rules.normalize import Applied, TextEditor, Unparsed, join_moved
 
-# By route: the field of the system text, and that of the conversation.
+# For each route, the field of the system text and that of the conversation.
 FIELDS = {
     "/v1/messages": ("system", "messages"),
     "/v1/messages/count_tokens": ("system", "messages"),
@@ -31,7 +31,7 @@ ABSENT = Raw()
 
 
 class Body(Struct):
-    """The fields that rules read; the value of each, unread."""
+    """The fields that rules read, with their values not decoded."""
 
     system: Raw = ABSENT
     instructions: Raw = ABSENT
@@ -41,21 +41,21 @@ class Body(Struct):
 
 
 class RawMessage(Struct):
-    """A message, or an item of the Responses API, which may have no role."""
+    """A message, or an item of the Responses API, which may have no role; its content is not decoded."""
 
     role: str = ""
     content: Raw = ABSENT
 
 
 class Part(Struct):
-    """A block of text or of something else."""
+    """A content block of any type."""
 
     type: str = ""
     text: Raw = ABSENT
 
 
 class Function(Struct):
-    """What Chat Completions wraps a tool in."""
+    """The function of a tool in Chat Completions."""
 
     name: str = ""
     parameters: Raw = ABSENT
@@ -71,7 +71,7 @@ class ToolSpec(Struct):
 
     @property
     def schema(self) -> Raw:
-        """The JSON of its parameters, wherever it is."""
+        """The JSON of its parameters, in the field that the API has for them."""
         return self.function.parameters if self.function else self.input_schema or self.parameters
 
 
@@ -84,27 +84,25 @@ class ByteEdit(NamedTuple):
 
 
 class EditedBody(NamedTuple):
-    """A body after the rules: the very same object if none applied."""
+    """A body after the rules: the same object if no rule applied."""
 
     body: bytes | bytearray
     applied: tuple[Applied, ...] = ()
     unparsed: tuple[Unparsed, ...] = ()
 
 
-Edit = Callable[[str, str], str]  # a text and its path -> the text to keep
 _BODY = msgspec.json.Decoder(Body)
 _ELEMENTS = msgspec.json.Decoder(list[Raw])
-_TURN = msgspec.json.Decoder(RawMessage)
+_MESSAGE = msgspec.json.Decoder(RawMessage)
 _PART = msgspec.json.Decoder(Part)
 _TOOL = msgspec.json.Decoder(ToolSpec)
 
 
 def normalize_body(body: bytes | bytearray, path: str, rules: frozenset[str]) -> EditedBody:
-    """Apply the rules to the body of a POST to `path`, one of FIELDS; what is no chat request stays as it is.
+    """Apply the rules to the body of a POST to `path`, one of FIELDS.
 
-    So does one of more parts than the server would read.
-
-    As in `normalize`: a text that becomes empty goes, with its message, but one message always stays.
+    As in `normalize`, texts and messages that become empty are dropped, but at least one message stays. A body that is
+    not a chat request, or has more parts than the server accepts, is returned as it is.
     """
     if excess(body):
         return EditedBody(body)
@@ -115,149 +113,141 @@ def normalize_body(body: bytes | bytearray, path: str, rules: frozenset[str]) ->
 
 
 def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> EditedBody:
+    """The body after the rules. Raises ValueError or RecursionError if it cannot be decoded."""
     fields = _BODY.decode(body)
-    system_field, turns_field = FIELDS[path]
-    system, conversation = getattr(fields, system_field), getattr(fields, turns_field)
+    system_field, messages_field = FIELDS[path]
+    system, conversation = getattr(fields, system_field), getattr(fields, messages_field)
     if not _is_list(conversation) and not (path == "/v1/responses" and _is_text(conversation)):
         return EditedBody(body)
-    where = Ranges(body)
-    notes: list[Applied | Unparsed] = []
-    moved: list[str] = []
-
-    def editing(movable: bool) -> Edit:
-        def edit(text: str, at: str) -> str:
-            edited = edit_text(text, at, rules, movable)
-            notes.extend(edited.notes)
-            moved.extend(edited.moved)
-            return edited.kept
-
-        return edit
-
-    splices: list[ByteEdit] = []
-    edited = content_splices(system, system_field, editing(True), where)
-    splices += [where.replaced(system, b"[]" if _is_list(system) else b'""')] if edited is None else edited
+    ranges, editor = Ranges(body), TextEditor(rules)
+    edits = content_edits(system, system_field, editor, True, ranges)
+    if edits is None:
+        edits = [ranges.replace(system, b"[]" if _is_list(system) else b'""')]
     if _is_list(conversation):
-        elements = _ELEMENTS.decode(conversation)
-        turns = [_TURN.decode(element) for element in elements]
-        # Where the system text has no field of its own, it is the messages that a conversation begins with.
-        in_turns = path in ("/v1/chat/completions", "/v1/responses")
-        head = len(list(takewhile(lambda turn: turn.role in SYSTEM_ROLES, turns[:-1]))) if in_turns else 0
-        dropped: set[int] = set()
-        for i, turn in enumerate(turns):
-            if turn.role in SYSTEM_ROLES:
-                edited = content_splices(turn.content, f"{turns_field}[{i}].content", editing(i < head), where)
-                splices += edited or ()
-                dropped |= {i} if edited is None else set()
-        said = [i for i in range(head, len(turns)) if i not in dropped]
-        if turns and not said:
-            dropped.remove(len(turns) - 1)
-            splices.append(where.replaced(turns[-1].content, b'""'))
-            said = [len(turns) - 1]
-        splices += where.without(elements, dropped)
-        if moved:
-            behind = turns[said[0]].role == "user"
-            splices.append(where.inserted(elements, said[0] + behind, _system_turn(moved)))
-    elif moved:
+        # Where the system text has no field of its own, it is the messages at the start of the conversation.
+        system_first = path in ("/v1/chat/completions", "/v1/responses")
+        edits += message_edits(_ELEMENTS.decode(conversation), messages_field, system_first, editor, ranges)
+    elif editor.moved:
         user = b'{"role":"user","content":' + bytes(conversation) + b"}"
-        splices.append(where.replaced(conversation, b"[" + user + b"," + _system_turn(moved) + b"]"))
+        edits.append(ranges.replace(conversation, b"[" + user + b"," + _system_message(editor.moved) + b"]"))
     if _is_list(fields.tools):
-        splices += tool_splices(_ELEMENTS.decode(fields.tools), rules, notes, where)
-    applied = tuple(note for note in notes if isinstance(note, Applied))
-    unparsed = tuple(note for note in notes if isinstance(note, Unparsed))
-    return EditedBody(spliced(body, splices) if splices else body, applied, unparsed)
+        edits += tool_edits(_ELEMENTS.decode(fields.tools), editor, ranges)
+    edited = apply_edits(body, edits) if edits else body
+    return EditedBody(edited, tuple(editor.applied), tuple(editor.unparsed))
 
 
-def content_splices(content: Raw, path: str, edit: Edit, where: Ranges) -> list[ByteEdit] | None:
-    """What editing the texts of a string or of a list of blocks changes; None if nothing would be left of it."""
+def message_edits(
+    elements: Sequence[Raw], field: str, system_first: bool, editor: TextEditor, ranges: Ranges
+) -> list[ByteEdit]:
+    """Edits of the system messages of a list, and the insertion of the texts that rules moved out of `system`.
+
+    With `system_first`, system messages at the start of the list are the request's system text.
+    """
+    messages = [_MESSAGE.decode(element) for element in elements]
+    leading = takewhile(lambda message: message.role in SYSTEM_ROLES, messages[:-1])
+    head = len(list(leading)) if system_first else 0
+    edits: list[ByteEdit] = []
+    dropped: set[int] = set()
+    for i, message in enumerate(messages):
+        if message.role in SYSTEM_ROLES:
+            edited = content_edits(message.content, f"{field}[{i}].content", editor, i < head, ranges)
+            edits += edited or ()
+            dropped |= {i} if edited is None else set()
+    kept = [i for i in range(head, len(messages)) if i not in dropped]
+    if messages and not kept:
+        last = len(messages) - 1
+        dropped.remove(last)
+        edits.append(ranges.replace(messages[last].content, b'""'))
+        kept = [last]
+    edits += ranges.remove(elements, dropped)
+    if editor.moved:
+        after_user = messages[kept[0]].role == "user"
+        edits.append(ranges.insert(elements, kept[0] + after_user, _system_message(editor.moved)))
+    return edits
+
+
+def content_edits(content: Raw, path: str, editor: TextEditor, movable: bool, ranges: Ranges) -> list[ByteEdit] | None:
+    """Edits of a string, or of the texts in a list of blocks; None if nothing would be left of it."""
     if _is_text(content):
         text = msgspec.json.decode(content, type=str)
-        kept = edit(text, path)
+        kept = editor.edit(text, path, movable)
         if kept == text:
             return []
-        return [where.replaced(content, msgspec.json.encode(kept))] if kept else None
+        return [ranges.replace(content, msgspec.json.encode(kept))] if kept else None
     if not _is_list(content):
         return []
-    splices: list[ByteEdit] = []
+    edits: list[ByteEdit] = []
     dropped: set[int] = set()
     elements = _ELEMENTS.decode(content)
     for i, element in enumerate(elements):
         part = _PART.decode(element)
         if part.type in TEXT_TYPES:
-            edited = content_splices(part.text, f"{path}[{i}]", edit, where)
-            splices += edited or ()
+            edited = content_edits(part.text, f"{path}[{i}]", editor, movable, ranges)
+            edits += edited or ()
             dropped |= {i} if edited is None else set()
     if dropped and len(dropped) == len(elements):
         return None
-    return [*splices, *where.without(elements, dropped)]
+    return [*edits, *ranges.remove(elements, dropped)]
 
 
-def tool_splices(
-    elements: Sequence[Raw], rules: frozenset[str], notes: list[Applied | Unparsed], where: Ranges
-) -> Iterator[ByteEdit]:
-    """What the rules change in the tools' definitions; notes which ones did."""
-    wanted = {name: rule.arrange for name, rule in RULES.items() if name in rules and rule.arrange}
-    if not wanted:
+def tool_edits(elements: Sequence[Raw], editor: TextEditor, ranges: Ranges) -> Iterator[ByteEdit]:
+    """Edits of the tools' definitions."""
+    if not editor.arranges_tools:
         return
     specs = [_TOOL.decode(element) for element in elements]
-    # The description tells which tool it was.
+    # The description holds the tool's place in the body.
     given = tuple(
         Tool(spec.function.name if spec.function else spec.name, _object(spec.schema), str(i))
         for i, spec in enumerate(specs)
     )
-    tools = given
-    for name, arrange in wanted.items():
-        arranged = arrange(tools)
-        if any(new is not old for new, old in zip(arranged, tools, strict=True)):
-            notes.append(Applied(name, "tools", ""))
-        tools = arranged
-    for place, tool in enumerate(tools):
+    for place, tool in enumerate(editor.arrange(given)):
         source = int(tool.description or 0)
         new = bytes(elements[source])
         if tool.input_schema is not given[source].input_schema:
-            inside = Ranges(elements[source]).replaced(specs[source].schema, msgspec.json.encode(tool.input_schema))
-            new = spliced(new, [inside])
+            schema = Ranges(elements[source]).replace(specs[source].schema, msgspec.json.encode(tool.input_schema))
+            new = apply_edits(new, [schema])
         if source != place or new != bytes(elements[place]):
-            yield where.replaced(elements[place], new)
+            yield ranges.replace(elements[place], new)
 
 
 class Ranges:
-    """Where in a buffer the values lie that were decoded from it as Raw, which are views of it."""
+    """Byte ranges in a buffer of values that were decoded from it as Raw, which are views of the buffer."""
 
     def __init__(self, buffer: Any) -> None:
         self.base = _address(buffer)
 
-    def of(self, value: Raw) -> tuple[int, int]:
-        """The first byte of a value and the one behind its last."""
+    def range_of(self, value: Raw) -> tuple[int, int]:
+        """The range [start, stop) of a value."""
         start = _address(value) - self.base
         return start, start + len(memoryview(value))
 
-    def replaced(self, value: Raw, new: bytes) -> ByteEdit:
-        """Another value in place of one."""
-        return ByteEdit(*self.of(value), new)
+    def replace(self, value: Raw, new: bytes) -> ByteEdit:
+        """New bytes in place of a value."""
+        return ByteEdit(*self.range_of(value), new)
 
-    def inserted(self, elements: Sequence[Raw], at: int, new: bytes) -> ByteEdit:
-        """A new element of a list, ahead of number `at` or at its end."""
+    def insert(self, elements: Sequence[Raw], at: int, new: bytes) -> ByteEdit:
+        """A new element of a list, before element `at` or at the end."""
         if at < len(elements):
-            start, _ = self.of(elements[at])
+            start, _ = self.range_of(elements[at])
             return ByteEdit(start, start, new + b",")
-        _, end = self.of(elements[-1])
+        _, end = self.range_of(elements[-1])
         return ByteEdit(end, end, b"," + new)
 
-    def without(self, elements: Sequence[Raw], dropped: set[int]) -> Iterator[ByteEdit]:
-        """A list without some of its elements, each with the comma beside it."""
+    def remove(self, elements: Sequence[Raw], dropped: set[int]) -> Iterator[ByteEdit]:
+        """A list without some of its elements, and without the comma next to each."""
         last = max((i for i in range(len(elements)) if i not in dropped), default=-1)
         for i in sorted(dropped):
-            start, stop = self.of(elements[i])
+            start, stop = self.range_of(elements[i])
             if i < last:
-                yield ByteEdit(start, self.of(elements[i + 1])[0], b"")
+                yield ByteEdit(start, self.range_of(elements[i + 1])[0], b"")
             else:
-                yield ByteEdit(self.of(elements[i - 1])[1] if i else start, stop, b"")
+                yield ByteEdit(self.range_of(elements[i - 1])[1] if i else start, stop, b"")
 
 
-def spliced(body: bytes | bytearray, splices: Sequence[ByteEdit]) -> bytes:
-    """The body with these ranges replaced; none overlaps another."""
+def apply_edits(body: bytes | bytearray, edits: Sequence[ByteEdit]) -> bytes:
+    """The body after edits that do not overlap."""
     parts, done = [], 0
-    for start, stop, new in sorted(splices):
+    for start, stop, new in sorted(edits):
         parts += [body[done:start], new]
         done = stop
     return b"".join([*parts, body[done:]])
@@ -277,9 +267,10 @@ def _is_text(value: Raw) -> bool:
 
 
 def _object(schema: Raw) -> dict[str, Any]:
+    """A schema's value, or an empty object if there is none or it is not an object."""
     value = msgspec.json.decode(schema) if memoryview(schema) else None
     return value if isinstance(value, dict) else {}
 
 
-def _system_turn(moved: Sequence[str]) -> bytes:
-    return msgspec.json.encode({"role": "system", "content": joined(moved)})
+def _system_message(moved: Sequence[str]) -> bytes:
+    return msgspec.json.encode({"role": "system", "content": join_moved(moved)})

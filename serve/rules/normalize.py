@@ -1,8 +1,18 @@
-"""Prompt-stability rules: a request in, the same request with a stable frame out, and a report of what was done.
+"""Prompt-stability rules: a request in; the request with a stable system text and tools, and notes on each change, out.
 
-A rule is a pure function of one system text or of the tools' definitions, so no rule can touch what a user, a tool or
-the model wrote. Logging, metrics and the choice of rules belong to the server. For local engines only: the vendor's API
-needs the preamble.
+A rule is a pure function of one system text or of the tools' definitions, so no rule can change what a user, a tool or
+the model wrote. Logging, metrics and the choice of rules are the server's. The rules are for local engines only:
+Anthropic's API needs the billing header.
+
+To add a rule:
+
+1. Write its function here: `str -> Edit` for a system text, or `tools -> tools` for the tools. It returns the same
+   objects for what it does not change.
+2. Add it to RULES, at its place in the order of application. The flags, `--normalize list`, the server, the proxy and
+   `serve explain` take it from there.
+3. Add what it repairs to `cases` in `experiments/stability.py`, and test it in `tests/serve/rules/test_rules.py`.
+   `tests/serve/rules/test_body.py` runs every rule of RULES on bytes as well.
+4. Add its row to the table of rules in the README.
 """
 
 import re
@@ -19,7 +29,7 @@ R = TypeVar("R", bound=CountTokensRequest)
 
 
 class Edit(NamedTuple):
-    """What a rule makes of a text: the text to keep, the text removed, and the line that it could not read."""
+    """The result of a rule for a text: the text to keep, the text removed, and the line that it could not parse."""
 
     kept: str
     removed: str = ""
@@ -27,17 +37,17 @@ class Edit(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A switchable rule, and the function that does it; `render` does what has neither `edit` nor `arrange`."""
+    """A rule that can be switched on. One without `edit` and `arrange` is applied where prompts are rendered."""
 
     description: str  # what it does, in a sentence
-    reads: str  # what the model reads differently for it
+    reads: str  # what the model reads differently because of it
     edit: Callable[[str], Edit] | None = None  # of one system text
-    moves: bool = False  # what `edit` takes out of `system` stands behind the first message instead
+    moves: bool = False  # text that `edit` removes from `system` is moved after the first message
     arrange: Callable[[tuple[Tool, ...]], tuple[Tool, ...]] | None = None
 
 
 class Applied(Struct, frozen=True):
-    """A rule changed something; `where` is a path in the request as it came, such as `system[0]` or `tools`."""
+    """A change by a rule. `where` is a path in the request as it came, such as `system[0]` or `tools`."""
 
     rule: str
     where: str
@@ -45,7 +55,7 @@ class Applied(Struct, frozen=True):
 
 
 class Unparsed(Struct, frozen=True):
-    """A text begins like what a rule removes but has another shape, and stayed; `text` is the start of its line."""
+    """A text that begins like what a rule removes but does not parse, and was kept; `text` is the start of its line."""
 
     rule: str
     where: str
@@ -53,19 +63,22 @@ class Unparsed(Struct, frozen=True):
 
 
 class Normalized(Struct, Generic[R], frozen=True):
-    """A request after the rules: the very same object if no rule applied."""
+    """A request after the rules: the same object if no rule applied."""
 
     request: R
     applied: tuple[Applied, ...]
     unparsed: tuple[Unparsed, ...]
 
 
-# The preamble is `x-anthropic-billing-header:` and then `key=value;` fields with blanks between them, matched by shape
-# because fields come and go with releases. A field may lack its `;` at the end of a line only. The blanks and the line
-# break behind the last field go too; a prompt on the same line stays. One ambiguity remains: on the header's own line,
-# prompt text behind a blank that reads like a field is one to us. What begins like a field there and is none (no
-# blank before it, or one in its value) may be either, so the header stays whole and is reported.
-# Every repeat is possessive: no text makes the match go back, so it takes linear time.
+# The header is `x-anthropic-billing-header:` and `key=value;` fields separated by whitespace. It is matched by shape,
+# because its fields change with releases. Only the last field of a line may lack its `;`. The whitespace and the line
+# break after the last field are removed as well; a prompt on the same line is kept.
+# Ambiguity: on the header's own line, prompt text such as ` foo=bar;` after a space is taken for a field. A malformed
+# field could be either, so then the whole header is kept and reported:
+#   x-anthropic-billing-header: cch=1; You are           -> You are
+#   x-anthropic-billing-header: cch=1; foo=bar; You are  -> You are, as foo is taken for a field
+#   x-anthropic-billing-header: cch=1;foo=bar; You are   -> kept and reported, as no space is before foo
+# Every repeat is possessive, so the match never backtracks and takes linear time.
 _NAME = r"\s*+(?ai:x-anthropic-billing-header)"
 _KEY = r"[A-Za-z][A-Za-z0-9_-]*+="
 _FIELD = _KEY + r"[^\s;]*+"
@@ -77,7 +90,7 @@ _LIKE_HEADER = re.compile(rf"{_NAME}(?![\w-])[^\r\n]{{0,200}}+")
 
 
 def strip_preamble(text: str) -> Edit:
-    """Remove the billing headers that a text starts with, together with the blanks in front of them.
+    """Remove the billing headers at the start of a text, and the whitespace before them.
 
     The shape is that of Claude Code's releases and of NVIDIA Dynamo's published example.
     """
@@ -88,7 +101,7 @@ def strip_preamble(text: str) -> Edit:
     return Edit(text[end:], text[:end], leftover.group().strip() if leftover else "")
 
 
-# A countdown of tokens, in an element or on a line of its own. Values differ in each request, the words do not.
+# A countdown of tokens, in an element or on its own line. Its values differ in each request, its words do not.
 _NUMBER = r"[ \t]*+[0-9][0-9,_.]*+[ \t]*+"
 _COUNTDOWN = re.compile(
     r"<total_tokens>[^<>]{0,200}+</total_tokens>[ \t]*+(?:\r?+\n|\Z)?+"
@@ -96,7 +109,7 @@ _COUNTDOWN = re.compile(
     r"[.;]?+(?:</system_warning>)?+[ \t]*+(?:\r?+\n|\Z)",
     re.MULTILINE,
 )
-# A line that says which day it is, or the report of git, up to the next heading or tag.
+# A line with the date, or the status of git up to the next heading or tag.
 _DATE = (
     r"^[ \t]*+(?:[-*][ \t]++)?+(?:(?:Today's|The current|Current) date(?: is)?+:?+|Date:)"
     r"[^\n0-9]*+[0-9][^\n]*+(?:\n|\Z)"
@@ -111,17 +124,17 @@ def fold_reminders(text: str) -> Edit:
 
 
 def cut_volatile(text: str) -> Edit:
-    """Take out the lines with the date and the paragraphs of git's status."""
+    """Remove the lines with the date and the paragraphs of git's status."""
     return _without(_VOLATILE, text)
 
 
 def sort_schema_keys(tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
-    """Tools with the keys of their schemas in alphabetical order at every depth; lists keep their order."""
+    """The tools with the keys of their schemas in alphabetical order at every depth. Lists keep their order."""
     return tuple(map(_with_sorted_keys, tools))
 
 
 def sort_tools(tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
-    """Tools in the order of their names."""
+    """The tools, sorted by name."""
     return tuple(sorted(tools, key=lambda tool: tool.name))
 
 
@@ -133,133 +146,132 @@ def _without(pattern: re.Pattern[str], text: str) -> Edit:
 def _with_sorted_keys(tool: Tool) -> Tool:
     try:
         plain, ordered = (msgspec.json.encode(tool.input_schema, order=order) for order in (None, "sorted"))
-    except RecursionError:  # a schema that nests too deeply stays
+    except RecursionError:  # a schema that is nested too deeply stays
         return tool
     return tool if plain == ordered else replace(tool, input_schema=msgspec.json.decode(ordered))
 
 
-# In the order in which they apply.
+# In the order in which they are applied.
 RULES = {
     "strip-preamble": Rule(
-        "Remove the x-anthropic-billing-header line in front of a system text.",
-        "Everything but that line.",
+        "Remove the x-anthropic-billing-header line before a system text.",
+        "The same without that line.",
         edit=strip_preamble,
     ),
     "fold-reminders": Rule(
         "Remove token countdowns (<total_tokens>, Token usage: n/m) from system texts.",
-        "The model is not told how much of its context is left.",
+        "The same without how much of its context is left.",
         edit=fold_reminders,
     ),
     "volatile-last": Rule(
-        "Move the date and git status from the system text to a system message behind the first message.",
-        "The same words, later and outside of what surrounded them.",
+        "Move the date and git status from the system text to a system message after the first message.",
+        "The same words, but later and without the text around them.",
         edit=cut_volatile,
         moves=True,
     ),
     "sort-schema-keys": Rule(
         "Sort the keys of tool schemas.",
-        "The same schemas; parameters in alphabetical order, which may sway the order in calls.",
+        "The same schemas with sorted parameters, which may change their order in calls.",
         arrange=sort_schema_keys,
     ),
     "sort-tools": Rule(
         "Sort tools by name.",
-        "The same tools in another order, which may sway the choice among them.",
+        "The same tools in another order, which may change the choice among them.",
         arrange=sort_tools,
     ),
     "tools-first": Rule(
-        "Render tools ahead of the system text, where the chat template writes them right behind it.",
-        "The same words in another order than the model was trained on.",
+        "Render tools before the system text, if the chat template writes them directly after it.",
+        "The same words in an order that the model was not trained on.",
     ),
 }
 DEFAULT_RULES = frozenset({"strip-preamble"})
 
 
 def parse_rules(names: str) -> frozenset[str]:
-    """Read a comma-separated list of rules, or `none`; raises ValueError for an unknown one."""
+    """The rules in a comma-separated list, or none for `none`. Raises ValueError for an unknown rule."""
     return known_rules({name.strip() for name in names.split(",")} - {"", "none"})
 
 
 def known_rules(rules: Collection[str]) -> frozenset[str]:
-    """The rules, which must be among RULES; raises ValueError."""
+    """The rules as a set. Raises ValueError for one that is not in RULES."""
     if unknown := sorted(set(rules) - RULES.keys()):
         raise ValueError(f"expected some of {', '.join(RULES)} or none, got {', '.join(unknown)}")
     return frozenset(rules)
 
 
-class Edited(NamedTuple):
-    """What the rules make of one system text: the text to keep, what they did, what is to stand elsewhere."""
+class TextEditor:
+    """Applies rules to one system text after another, and collects what they did."""
 
-    kept: str
-    notes: tuple[Applied | Unparsed, ...]
-    moved: tuple[str, ...]
+    def __init__(self, rules: Collection[str]) -> None:
+        self.rules = [(name, rule) for name, rule in RULES.items() if name in rules]
+        self.applied: list[Applied] = []
+        self.unparsed: list[Unparsed] = []
+        self.moved: list[str] = []  # texts removed from `system`, to stand after the first message
+
+    def edit(self, text: str, where: str, movable: bool) -> str:
+        """The text after the rules; rules that move text are applied only if it is `movable`."""
+        for name, rule in self.rules:
+            if rule.edit is None or (rule.moves and not movable):
+                continue
+            kept, removed, unparsed = rule.edit(text)
+            if kept != text:
+                self.applied.append(Applied(name, where, removed))
+                self.moved.extend([removed] if rule.moves else [])
+            if unparsed:
+                self.unparsed.append(Unparsed(name, where, unparsed))
+            text = kept
+        return text
+
+    @property
+    def arranges_tools(self) -> bool:
+        """Whether any of the rules changes tools."""
+        return any(rule.arrange for _, rule in self.rules)
+
+    def arrange(self, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
+        """The tools after the rules."""
+        for name, rule in self.rules:
+            if rule.arrange:
+                arranged = rule.arrange(tools)
+                # Not `==`: dicts with another order of keys are equal.
+                if any(new is not old for new, old in zip(arranged, tools, strict=True)):
+                    self.applied.append(Applied(name, "tools", ""))
+                    tools = arranged
+        return tools
 
 
-def edit_text(text: str, where: str, rules: Collection[str], movable: bool) -> Edited:
-    """Apply the named rules to one system text; those that move something only where it is `movable`."""
-    notes: list[Applied | Unparsed] = []
-    moved: list[str] = []
-    for name, rule in RULES.items():
-        if name not in rules or rule.edit is None or (rule.moves and not movable):
-            continue
-        kept, removed, unparsed = rule.edit(text)
-        if kept != text:
-            notes.append(Applied(name, where, removed))
-            moved.extend([removed] if rule.moves else [])
-        if unparsed:
-            notes.append(Unparsed(name, where, unparsed))
-        text = kept
-    return Edited(text, tuple(notes), tuple(moved))
-
-
-def joined(moved: Collection[str]) -> str:
-    """What was moved, as one text."""
+def join_moved(moved: Collection[str]) -> str:
+    """The moved texts, as one text."""
     return "\n\n".join(part.strip("\n") for part in moved)
 
 
 def normalize(request: R, rules: Collection[str]) -> Normalized[R]:
-    """Apply the named rules to the system texts (`system`, and messages of role system) and tools of a request.
+    """Apply the named rules to a request's system texts (`system`, and messages with that role) and tools.
 
-    A block or message that becomes empty goes, but one message always stays. Raises ValueError for an unknown rule.
+    Blocks and messages that become empty are dropped, but at least one message stays. Raises ValueError for an unknown
+    rule.
     """
     rules = known_rules(rules)
-    notes: list[Applied | Unparsed] = []
-    moved: list[str] = []
-
-    def edit(text: str, where: str) -> str:
-        edited = edit_text(text, where, rules, movable=where.startswith("system"))
-        notes.extend(edited.notes)
-        moved.extend(edited.moved)
-        return edited.kept
-
-    system = request.system and _edit_content(request.system, "system", edit)
-    messages = _edit_messages(request.messages, edit)
-    if moved:
+    editor = TextEditor(rules)
+    system = request.system and _edit_content(request.system, "system", editor)
+    messages = _edit_messages(request.messages, editor)
+    if editor.moved:
         at = 1 if messages[0].role == "user" else 0
-        messages = (*messages[:at], InputMessage("system", joined(moved)), *messages[at:])
-    tools = request.tools
-    for name, rule in RULES.items():
-        if name in rules and rule.arrange and tools:
-            arranged = rule.arrange(tools)
-            # Not `==`: dicts are equal whatever the order of their keys.
-            if any(new is not old for new, old in zip(arranged, tools, strict=True)):
-                notes.append(Applied(name, "tools", ""))
-                tools = arranged
+        messages = (*messages[:at], InputMessage("system", join_moved(editor.moved)), *messages[at:])
+    tools = request.tools and editor.arrange(request.tools)
     if "tools-first" in rules and tools and system:
-        notes.append(Applied("tools-first", "tools", ""))  # by `render`
-    applied = tuple(note for note in notes if isinstance(note, Applied))
-    unparsed = tuple(note for note in notes if isinstance(note, Unparsed))
-    if applied:
+        editor.applied.append(Applied("tools-first", "tools", ""))  # it is applied by `prompt.render`
+    if editor.applied:
         request = replace(request, system=system or None, messages=messages, tools=tools)
-    return Normalized(request, applied, unparsed)
+    return Normalized(request, tuple(editor.applied), tuple(editor.unparsed))
 
 
-def _edit_messages(messages: tuple[InputMessage, ...], edit: Callable[[str, str], str]) -> tuple[InputMessage, ...]:
-    """Edit the system messages; drop those that become empty, except that the list never does."""
+def _edit_messages(messages: tuple[InputMessage, ...], editor: TextEditor) -> tuple[InputMessage, ...]:
+    """Edit the system messages, and drop those that become empty, but never all messages."""
     kept: list[InputMessage] = []
     for i, message in enumerate(messages):
         content = message.content
         if message.role == "system":
-            content = _edit_content(content, f"messages[{i}].content", edit)
+            content = _edit_content(content, f"messages[{i}].content", editor)
         if content == message.content:
             kept.append(message)
         elif content:
@@ -267,15 +279,16 @@ def _edit_messages(messages: tuple[InputMessage, ...], edit: Callable[[str, str]
     return tuple(kept) or (replace(messages[-1], content=""),)
 
 
-def _edit_content(
-    content: str | tuple[Block, ...], where: str, edit: Callable[[str, str], str]
-) -> str | tuple[Block, ...]:
-    """Edit a text or the text blocks of a list; drop the blocks that become empty."""
+def _edit_content(content: str | tuple[Block, ...], where: str, editor: TextEditor) -> str | tuple[Block, ...]:
+    """Edit a text, or the text blocks of a list, and drop the blocks that become empty."""
+    movable = where == "system"
     if isinstance(content, str):
-        return edit(content, where)
+        return editor.edit(content, where, movable)
     kept: list[Block] = []
     for i, block in enumerate(content):
-        edited = TextBlock(edit(block.text, f"{where}[{i}]")) if isinstance(block, TextBlock) else block
+        edited = block
+        if isinstance(block, TextBlock):
+            edited = TextBlock(editor.edit(block.text, f"{where}[{i}]", movable))
         if edited == block:
             kept.append(block)
         elif edited != TextBlock(""):
