@@ -1,8 +1,7 @@
 """Where a client's prompts diverge, and what each rule repairs: `python -m experiments.stability`.
 
-Two requests for each way in which coding agents are known to break their prefix, of the shape and size of real ones and
-of synthetic words. How far the second matches the first is counted in characters of system text, tools and messages in
-that order, as `python -m serve explain` counts.
+Two requests for each way in which coding agents are known to break their prefix, with the shape and size of real ones
+and synthetic words. How far the second matches the first is counted in characters, as `python -m serve explain` does.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from serve.rules.normalize import DEFAULT_RULES
 
 @dataclass(frozen=True)
 class Case:
-    """Two requests, and the rule beside the default ones that is for what differs between them."""
+    """Two requests, and the rule, in addition to the default ones, that repairs the difference between them."""
 
     old: Json
     new: Json
@@ -33,7 +32,7 @@ class Case:
 
 
 def cases(release: str) -> dict[str, Case]:
-    """The known ways to diverge, as one client release has them."""
+    """The known ways to diverge, for one release of the client."""
     one = Session(release=release, kin="kin")
     other, there = replace(one, seed=1), replace(one, folder="/home/dev/another")
     base, later = sent(one), sent(one, turn=2)
@@ -49,18 +48,18 @@ def cases(release: str) -> dict[str, Case]:
         ),
         "token countdown": Case(counting(base, 2500), counting(base, 5000), "fold-reminders"),
         "another day": Case(dated(base, 24), dated(base, 25), "volatile-last"),
-        "keys of schemas": Case(base, base | {"tools": [*map(turned, base["tools"])]}, "sort-schema-keys"),
+        "keys of schemas": Case(base, base | {"tools": [*map(reversed_keys, base["tools"])]}, "sort-schema-keys"),
         "order of tools": Case(base, base | {"tools": base["tools"][::-1]}, "sort-tools"),
     }  # fmt: skip
 
 
 def sent(session: Session, turn: int = 0, number: int = 0, header_of: Session | None = None) -> Json:
-    """A body of a session with the header of request `number`."""
+    """A request of a session, with the header of request `number`."""
     return sessions.request(session, turn, header=sessions.session_header(header_of or session, number))
 
 
 def other_task(body: Json) -> Json:
-    """The same with another task in its first message."""
+    """The body with another task in its first message."""
     first, *rest = body["messages"]
     content = first["content"]
     blocks = content if isinstance(content, list) else [text_block(content)]
@@ -69,7 +68,7 @@ def other_task(body: Json) -> Json:
 
 
 def sub_agent(session: Session) -> Json:
-    """A sub-agent's first request: a header, a prompt and fewer tools of its own."""
+    """A sub-agent's first request, with its own header and prompt and fewer tools."""
     body = sent(replace(session, seed=1, subagent=True))
     *others, prompt = body["system"]
     return body | {
@@ -79,30 +78,30 @@ def sub_agent(session: Session) -> Json:
 
 
 def counting(body: Json, used: int) -> Json:
-    """The body with a countdown at the head of its last system block."""
+    """The body with a countdown at the start of its last system block."""
     *others, last = body["system"]
     return body | {"system": [*others, last | {"text": f"Token usage: {used}/200000\n{last['text']}"}]}
 
 
 def dated(body: Json, day: int) -> Json:
-    """The body with a date at the head of its last system block."""
+    """The body with a date at the start of its last system block."""
     *others, last = body["system"]
     return body | {"system": [*others, last | {"text": f"Today's date: 2026-11-{day}\n{last['text']}"}]}
 
 
-def turned(tool: Json) -> Json:
+def reversed_keys(tool: Json) -> Json:
     """The tool with the keys of its schema in another order."""
     return tool | {"input_schema": dict(reversed(tool["input_schema"].items()))}
 
 
-def outcome(case: Case, rules: frozenset[str]) -> Comparison:
+def compare_case(case: Case, rules: frozenset[str]) -> Comparison:
     """How far a case's second request matches its first under a set of rules."""
     old, new = (decode_count_tokens(json.dumps(body).encode()) for body in (case.old, case.new))
     return compare(old, new, rules, characters, CHARACTERS)
 
 
-def told(found: Comparison) -> str:
-    """An outcome in a cell."""
+def table_cell(found: Comparison) -> str:
+    """A comparison as a cell of the table."""
     if found.cause is None:
         return "all"
     return f"{found.position:,} ({found.position / found.length:.1%})\n{found.section}: {found.cause}"
@@ -113,11 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.stability", description=__doc__)
     parser.add_argument("--release", nargs="*", choices=list(RELEASES), default=["2.1.179", "2.1.331"])
     for release in parser.parse_args().release:
-        table = Table("case", "characters", "as sent", "stripped", "with one rule more", title=release, show_lines=True)
+        table = Table("case", "characters", "as sent", "stripped", "with one more rule", title=release, show_lines=True)
         for name, case in cases(release).items():
-            kept, stripped = outcome(case, frozenset()), outcome(case, DEFAULT_RULES)
-            more = f"{case.rule}: {told(outcome(case, DEFAULT_RULES | {case.rule}))}" if case.rule else ""
-            table.add_row(name, f"{kept.length:,}", told(kept), told(stripped), more)
+            kept, stripped = compare_case(case, frozenset()), compare_case(case, DEFAULT_RULES)
+            more = f"{case.rule}: {table_cell(compare_case(case, DEFAULT_RULES | {case.rule}))}" if case.rule else ""
+            table.add_row(name, f"{kept.length:,}", table_cell(kept), table_cell(stripped), more)
         Console().print(table)
 
 

@@ -1,8 +1,8 @@
-"""What a report on a prompt costs: `python -m experiments.bench.divergence`.
+"""The time that a report on a prompt takes: `python -m experiments.bench.divergence`.
 
-A 52K-token prompt is reported on while as many others as the server remembers share all of it but their header, their
-folder, a tool or the last question. The time is that of `Divergences.started`, sections and texts included, and of
-`Volatility.observe`; nothing of it is cached between two reports.
+The prompt has 52K tokens. As many others as the server remembers share all of it except their header, their folder, a
+tool or the last question. Measured are `Divergences.started`, with sections and texts, and `Volatility.observe`.
+Nothing is cached between two reports.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAGE = 64
 
 
 def cases(tokens: int, tokenizer: Tokenizer) -> dict[str, list[Json]]:
-    """For each cause, as many bodies as are remembered and one more, each of `tokens` tokens."""
+    """For each cause, one more body than is remembered, each of `tokens` tokens."""
 
     def count(body: Json) -> int:
         return len(prompt(decode_count_tokens(json.dumps(body).encode()), tokenizer).tokens)
@@ -57,13 +57,13 @@ def cases(tokens: int, tokenizer: Tokenizer) -> dict[str, list[Json]]:
 
 
 def reordered(tools: list[Json], number: int) -> list[Json]:
-    """The tools in an order of the number's own, as far as there are so many; in the last, another one is the first."""
+    """The tools in a random order seeded by `number`. The first stays, except with the last number."""
     first, *rest = tools
     return [*rest, first] if number == REMEMBERED else [first, *random.Random(number).sample(rest, len(rest))]
 
 
-def seen(id: str, body: Json, tokenizer: Tokenizer) -> RememberedRequest:
-    """A body as the server holds it, its answers as sampled; nothing of it is shared with another."""
+def remembered_request(id: str, body: Json, tokenizer: Tokenizer) -> RememberedRequest:
+    """A body as the server remembers it, with its answers as sampled. It shares no memory with others."""
     request = decode_count_tokens(json.dumps(body).encode())
     form = tokenizer.template.format
     recalled = [RecordedAnswer("", tokenizer.encode(write_turn(form, answer))) for answer in answers(request.messages)]
@@ -72,9 +72,9 @@ def seen(id: str, body: Json, tokenizer: Tokenizer) -> RememberedRequest:
 
 
 def measure(bodies: list[Json], tokenizer: Tokenizer, repeats: int) -> tuple[str, int, list[float], list[float]]:
-    """Cause, tokens, and milliseconds of each report and of each look for volatile segments."""
+    """The cause, the prompt's tokens, and the milliseconds of each report and of each check for volatile segments."""
     vocabulary = vocabulary_of(tokenizer.hf)
-    others = [seen(str(number), body, tokenizer) for number, body in enumerate(bodies)]
+    others = [remembered_request(str(number), body, tokenizer) for number, body in enumerate(bodies)]
     last = others.pop()
     kept = [EncodedRequest.encode(other) for other in others]
     reused = {"device": nearest(last.tokens, kept)[1]}
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=52_000)
     parser.add_argument("--repeats", type=int, default=50)
     args = parser.parse_args()
-    table = Table("difference", "cause told", "tokens", "report, ms: median", "max", "volatility, ms: median", "max")
+    table = Table("difference", "cause", "tokens", "report, ms: median", "max", "volatility, ms: median", "max")
     with tempfile.TemporaryDirectory() as folder:
         write_demo_model(Path(folder, "model"), config=TINY)
         tokenizer = load_tokenizer(str(Path(folder, "model")))

@@ -128,7 +128,7 @@ class Thinking(Struct, frozen=True):
     def __post_init__(self) -> None:
         """Raise ValueError for enabled thinking without a budget."""
         if self.type == "enabled" and self.budget_tokens is None:
-            raise ValueError("expected budget_tokens beside type 'enabled', got none")
+            raise ValueError("expected budget_tokens with type 'enabled', got no budget_tokens")
 
 
 class JsonSchemaFormat(Struct, frozen=True, tag="json_schema"):

@@ -1,4 +1,4 @@
-"""Requests that are nearly valid."""
+"""Requests that are almost valid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 @st.composite
 def mutated(draw: st.DrawFn, valid: dict[str, Any], values: st.SearchStrategy) -> object:
-    """A valid request in which one value, somewhere, was replaced by another or removed."""
+    """A valid request in which one value, at any depth, was replaced or removed."""
     body = json.loads(json.dumps(valid))
     parent = body
     while True:

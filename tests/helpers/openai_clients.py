@@ -1,4 +1,4 @@
-"""The official OpenAI client in front of scripted answers, and one answer of the Messages API with everything in it."""
+"""The official OpenAI client with scripted answers, and one answer of the Messages API with every kind of block."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BROKEN = answers.Error(answers.ErrorDetail("api_error", "the device is gone"))
 
 
 def client_of(body: bytes, status: int = 200, kind: str = "application/json") -> openai.OpenAI:
-    """The official client in front of a server that always gives this answer."""
+    """The official client of a server that always gives this answer."""
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(status, content=body, headers={"content-type": kind}, request=request)
@@ -69,7 +69,7 @@ def streaming(body: bytes) -> openai.OpenAI:
 
 
 def data_of(stream: bytes) -> list[bytes]:
-    """The data of a stream's events; asserts that nothing but comments and names stands beside it."""
+    """The data of a stream's events. Asserts that the other lines are only comments and names."""
     assert stream.endswith(b"\n\n")
     lines = [line for line in stream.split(b"\n") if line and not line.startswith((b":", b"event: "))]
     assert all(line.startswith(b"data: ") for line in lines)
@@ -93,7 +93,7 @@ ANY_REQUEST = settings(
 
 
 def served_or_refused(client: httpx.Client, path: str, body: Any, limit: str) -> None:
-    """Assert that a real server answers a body, or refuses it as OpenAI would; the answer has few tokens."""
+    """Assert that a real server answers a body with few tokens, or refuses it as OpenAI would."""
     if type(body.get(limit)) in (int, type(None)):
         body[limit] = min(body.get(limit) or 2, 2)
     response = client.post(path, content=json.dumps(body))

@@ -118,7 +118,7 @@ def test_a_request_of_an_agent_is_read_whole() -> None:
     assert (request.stream, request.temperature, request.top_k, request.stop_sequences) == (True, 1.0, 40, ("END",))
 
 
-def test_markers_do_not_make_two_requests_differ() -> None:
+def test_cache_markers_do_not_make_two_requests_differ() -> None:
     marked = {**MINIMAL, "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", **MARK}]}], **MARK}
     plain = {**MINIMAL, "messages": [{"role": "user", "content": [{"text": "Hi", "type": "text"}]}]}
     assert decode_request(encoded(marked)) == decode_request(encoded(plain))
@@ -184,7 +184,7 @@ BAD_FIELDS = [
         "tool_choice.name: expected the name of one of tools, got 'q'",
     ),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name: expected the name of one of tools, got None"),
-    ({"thinking": {"type": "enabled"}}, "thinking: expected budget_tokens beside type 'enabled', got none"),
+    ({"thinking": {"type": "enabled"}}, "thinking: expected budget_tokens with type 'enabled', got no budget_tokens"),
     (
         {"thinking": {"type": "enabled", "budget_tokens": 0}},
         "thinking.budget_tokens: expected int >= 1, got 0",

@@ -325,7 +325,7 @@ class TestAnswers:
             "prompt_tokens_details": {"cached_tokens": 7},
         }
 
-    def test_usage_is_told_only_where_it_is_asked_for(self) -> None:
+    def test_usage_is_reported_only_where_it_is_asked_for(self) -> None:
         assert b"usage" not in written(EVENTS)
         asked = read_chat(encoded(MINIMAL | {"stream": True, "stream_options": {"include_usage": True}}))[1]
         assert (asked.with_usage, read_chat(encoded(MINIMAL))[1].with_usage) == (True, False)

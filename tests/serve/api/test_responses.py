@@ -249,7 +249,7 @@ def written(events: list[answers.Event], **fields: Any) -> bytes:
     return b"".join(map(asked.event, events))
 
 
-def told(events: list[answers.Event], **fields: Any) -> list[dict[str, Any]]:
+def response_events(events: list[answers.Event], **fields: Any) -> list[dict[str, Any]]:
     return [json.loads(data) for data in data_of(written(events, **fields))]
 
 
@@ -264,7 +264,7 @@ def calling(name: str, arguments: str) -> list[answers.Event]:
 
 class TestAnswers:
     def test_events_come_in_the_apis_order(self) -> None:
-        events = told(EVENTS)
+        events = response_events(EVENTS)
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         assert [event["type"].removeprefix("response.") for event in events] == [
             "created",
@@ -305,13 +305,13 @@ class TestAnswers:
                 read = known.validate_python(fields)
                 assert json.loads(read.model_dump_json(exclude_unset=True, by_alias=True)) == fields
 
-    def test_a_ping_is_a_comment_behind_the_response_that_it_keeps_alive(self) -> None:
+    def test_a_ping_is_a_comment_after_the_response_that_it_keeps_alive(self) -> None:
         stream = written([answers.Ping(), answers.Ping()])
         assert stream.endswith(b"\n\n: ping\n\n: ping\n\n")
         assert [json.loads(data)["type"] for data in data_of(stream)] == ["response.created", "response.in_progress"]
 
-    def test_items_are_told_empty_then_whole_and_all_again_at_the_end(self) -> None:
-        events = told(EVENTS)
+    def test_items_are_sent_empty_then_whole_and_all_again_at_the_end(self) -> None:
+        events = response_events(EVENTS)
         added = [event["item"] for event in events if event["type"] == "response.output_item.added"]
         done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
         assert done == events[-1]["response"]["output"]
@@ -326,7 +326,7 @@ class TestAnswers:
                 assert event["item_id"] == done[event["output_index"]]["id"]
 
     def test_usage_counts_the_whole_prompt(self) -> None:
-        assert told(EVENTS)[-1]["response"]["usage"] == {
+        assert response_events(EVENTS)[-1]["response"]["usage"] == {
             "input_tokens": 15,
             "input_tokens_details": {"cached_tokens": 7, "cache_write_tokens": 5},
             "output_tokens": 11,
@@ -393,8 +393,8 @@ class TestAnswers:
         assert {message.role for message in request.messages[1:]} == {"assistant"}
         assert tuple(sent_back) == ANSWER.content
 
-    def test_a_call_in_a_namespace_is_told_by_it(self) -> None:
-        *_, done = told(calling("agents__wait", "{}"))
+    def test_a_call_in_a_namespace_names_it(self) -> None:
+        *_, done = response_events(calling("agents__wait", "{}"))
         assert (done["item"]["type"], done["item"]["namespace"], done["item"]["name"]) == (
             "function_call",
             "agents",
@@ -405,7 +405,7 @@ class TestAnswers:
         ("arguments", "input"), [('{"input": "+a\\n"}', "+a\n"), ('{"input": 1}', '{"input": 1}'), ("{}", "{}")]
     )
     def test_a_custom_tool_gets_its_text(self, arguments: str, input: str) -> None:
-        _, _, added, delta, whole, done = told(calling("patch", arguments))
+        _, _, added, delta, whole, done = response_events(calling("patch", arguments))
         assert (added["item"]["type"], added["item"]["input"]) == ("custom_tool_call", "")
         assert (delta["type"], delta["delta"]) == ("response.custom_tool_call_input.delta", input)
         assert (whole["type"], whole["input"]) == ("response.custom_tool_call_input.done", input)
@@ -422,7 +422,7 @@ class TestAnswers:
         ],
     )
     def test_how_a_response_ends(self, stop: answers.StopReason, status: str, reason: str | None) -> None:
-        *_, event = told([answers.MessageDelta(answers.Stop(stop), USAGE), answers.MessageStop()])
+        *_, event = response_events([answers.MessageDelta(answers.Stop(stop), USAGE), answers.MessageStop()])
         assert (event["type"], event["response"]["status"]) == (f"response.{status}", status)
         assert event["response"]["incomplete_details"] == (reason and {"reason": reason})
         whole = json.loads(writer().whole(answers.Message(id="msg_1", model="m", stop_reason=stop, usage=USAGE)))

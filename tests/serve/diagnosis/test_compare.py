@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from experiments.stability import Case, cases, outcome, sent
+from experiments.stability import Case, cases, compare_case, sent
 from experiments.workloads.sessions import Session
 from serve.__main__ import main
 from serve.api.messages import CountTokensRequest, decode_count_tokens
@@ -33,11 +33,11 @@ def share(found: Comparison) -> float:
 
 def kept_and_stripped(case: Case) -> tuple[Comparison, Comparison]:
     """As sent and by default; asserts that the position is the first difference, found the slow way."""
-    kept = outcome(case, NOTHING)
+    kept = compare_case(case, NOTHING)
     texts = ["".join(map(chr, characters(decoded(body), False).tokens)) for body in (case.old, case.new)]
     first = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     assert kept.position == first
-    return kept, outcome(case, DEFAULT_RULES)
+    return kept, compare_case(case, DEFAULT_RULES)
 
 
 class TestDivergenceTable:
@@ -68,7 +68,7 @@ class TestDivergenceTable:
         # The folder's name, a few thousand characters into the system text and ahead of all tools.
         assert (stripped.section, stripped.cause) == ("system[1]", "system_changed")
         assert share(stripped) == pytest.approx({FRESH: 0.027, FIXED: 0.08}[release], abs=0.04)
-        repaired = outcome(case, DEFAULT_RULES | {"tools-first"})
+        repaired = compare_case(case, DEFAULT_RULES | {"tools-first"})
         assert (repaired.section, repaired.cause) == ("system[1]", "system_changed")
         assert share(repaired) == pytest.approx({FRESH: 0.88, FIXED: 0.73}[release], abs=0.03)
 
@@ -106,21 +106,21 @@ class TestEachRule:
     )
     def test_it_makes_two_requests_one_and_no_other_rule_does(self, name: str, rule: str, cause: str) -> None:
         case = CASES[FRESH][name]
-        assert outcome(case, NOTHING).cause == cause
-        assert outcome(case, frozenset(RULES) - {rule}).cause is not None
-        repaired = outcome(case, frozenset({rule}))
+        assert compare_case(case, NOTHING).cause == cause
+        assert compare_case(case, frozenset(RULES) - {rule}).cause is not None
+        repaired = compare_case(case, frozenset({rule}))
         assert (repaired.cause, repaired.position) == (None, repaired.length)
 
     @pytest.mark.parametrize("release", [FRESH, FIXED])
-    def test_volatile_last_moves_the_date_behind_the_tools(self, release: str) -> None:
+    def test_volatile_last_moves_the_date_after_the_tools(self, release: str) -> None:
         case = CASES[release]["another day"]
-        before, after = (outcome(case, rules) for rules in (DEFAULT_RULES, DEFAULT_RULES | {"volatile-last"}))
+        before, after = (compare_case(case, rules) for rules in (DEFAULT_RULES, DEFAULT_RULES | {"volatile-last"}))
         assert (before.section, before.cause) == ("system[1]", "system_changed")
         assert after.section == "messages[1] system"
         assert share(before) < 0.01
         assert share(after) > 0.8
 
-    def test_tools_first_leaves_the_tools_in_front_of_a_changed_system_text(self, tokenizer: Tokenizer) -> None:
+    def test_tools_first_leaves_the_tools_before_a_changed_system_text(self, tokenizer: Tokenizer) -> None:
         old, new = (
             decoded(sent(Session(release=FIXED, kin="kin", folder=f, scale=0.05))) for f in ("/home/a", "/home/b")
         )

@@ -358,7 +358,7 @@ class TestDiagnostics:
         missed = min(before.prompt_tokens, len(new.tokens) - 1) - shared
         assert server.divergences.diagnose(new, before.id, shared) == Diagnostics(reason(missed))
 
-    def test_nothing_missed_is_null_and_an_unknown_message_is_told(self) -> None:
+    def test_nothing_missed_is_null_and_an_unknown_message_is_reported(self) -> None:
         server = Server()
         before = server.ask(body("A"))
         new = server.seen(body("A", "B", "C"))

@@ -100,7 +100,7 @@ def test_values_that_come_back_are_two_sessions_and_no_drift() -> None:
         assert observe(volatility, body) == []
 
 
-def test_clients_are_told_apart_by_agent_and_tools() -> None:
+def test_clients_are_distinguished_by_agent_and_tools() -> None:
     volatility = Volatility()
     for number, body in enumerate(turns(4)):
         observe(volatility, drifting(body, number))

@@ -52,7 +52,7 @@ PARTS = ("<parameter=path>", "</parameter>", "Read[ARGS]{}", "<｜tool▁call▁
 
 @cache
 def backend():
-    """A tokenizer with thinking and tool marks, and with most characters as tokens of their own."""
+    """A tokenizer with thinking and tool delimiters, and with most characters as tokens of their own."""
     return tokenizer_of(next(f for f in FAMILIES if f.name == "qwen3")).hf.backend_tokenizer
 
 
@@ -65,33 +65,33 @@ def read(name, text, cuts=(), stops=(), tools=TOOLS, thinking=False, json=False)
 
 
 @cache
-def spelling(name, marks):
-    """A tokenizer with one token a byte; a format's marks are special tokens, ordinary ones, or none at all."""
+def spelling(name, delimiters):
+    """A tokenizer with one token a byte; a format's delimiters are special tokens, ordinary ones, or none at all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    if marks != "spelled":
-        added = [AddedToken(m, special=marks == "special", normalized=False) for m in BY_NAME[name].delimiters]
+    if delimiters != "spelled":
+        added = [AddedToken(m, special=delimiters == "special", normalized=False) for m in BY_NAME[name].delimiters]
         tokenizer.add_tokens(added)
     return tokenizer
 
 
-def sample(name, text, marks, tools=TOOLS, thinking=False):
+def sample(name, text, delimiters, tools=TOOLS, thinking=False):
     """The same as `read`, of the text's tokens."""
-    stream = AnswerStream(spelling(name, marks), BY_NAME[name], NO_STOPS, tools, thinking)
-    ids = spelling(name, marks).encode(text).ids
-    return merge([*(piece for token in ids for piece in stream.feed(token)), *stream.finish()])
+    stream = AnswerStream(spelling(name, delimiters), BY_NAME[name], NO_STOPS, tools, thinking)
+    ids = spelling(name, delimiters).encode(text).ids
+    return merge([*(event for token in ids for event in stream.feed(token)), *stream.finish()])
 
 
-def merge(pieces):
+def merge(events):
     merged: list = []
-    for piece in pieces:
-        if isinstance(piece, Text | Thinking) and merged and type(merged[-1]) is type(piece):
-            merged[-1] = type(piece)(merged[-1].text + piece.text)
+    for event in events:
+        if isinstance(event, Text | Thinking) and merged and type(merged[-1]) is type(event):
+            merged[-1] = type(event)(merged[-1].text + event.text)
         else:
-            merged.append(piece)
+            merged.append(event)
     return [(p.name, p.input) if isinstance(p, Call) else p for p in merged]
 
 
@@ -132,12 +132,12 @@ def test_any_cut_of_any_text_gives_the_same_answer(name, parts, cuts, how):
 @given(
     st.lists(st.sampled_from(("<", "<tool", "</tool_call", "<tool_call", "<thi", "é", "word", " ", "\n")), max_size=9)
 )
-def test_text_is_sent_as_soon_as_it_cannot_belong_to_a_mark(parts):
+def test_text_is_sent_as_soon_as_it_cannot_belong_to_a_delimiter(parts):
     stream, text, sent = AnswerStream(backend(), BY_NAME["hermes"], NO_STOPS, TOOLS), "".join(parts), 0
     for at, letter in enumerate(text):
-        sent += sum(len(piece.text) for piece in stream.read(letter))
+        sent += sum(len(event.text) for event in stream.read(letter))
         held = text[sent : at + 1].lstrip(SPACE)
-        assert any(mark.startswith(held) for mark in ("<tool_call>", "<think>"))
+        assert any(delimiter.startswith(held) for delimiter in ("<tool_call>", "<think>"))
 
 
 def test_json_that_is_no_call_is_sent_as_it_comes():
@@ -154,20 +154,20 @@ UNCLOSED = "<tool_call>\n<function=Read>\n<parameter=path>\n"
 def test_calls_that_never_end_cost_no_more_the_more_there_are(part, end):
     stream, text = AnswerStream(backend(), BY_NAME["qwen3_coder"], NO_STOPS, TOOLS), part * (800_000 // len(part)) + end
     before = time.process_time()
-    pieces = [*stream.read(text), *stream.finish()]
+    events = [*stream.read(text), *stream.finish()]
     assert time.process_time() - before < 5, "reading each anew to the end takes minutes"
-    assert merge(pieces) == [Text(text)]
+    assert merge(events) == [Text(text)]
 
 
 @pytest.mark.parametrize(
     "bad", ['{"name": "Read", "arguments": [1]}', '{"name": "Read"', "no call", '{"arguments": {}}']
 )
-def test_a_malformed_call_is_text_with_its_marks(bad):
+def test_a_malformed_call_is_text_with_its_delimiters(bad):
     text = f"<tool_call>\n{bad}\n</tool_call>"
     assert read("hermes", text) == [Text(text)]
 
 
-def test_a_call_whose_closing_mark_is_missing_at_the_end_is_a_call():
+def test_a_call_whose_closing_delimiter_is_missing_at_the_end_is_a_call():
     assert read("hermes", '<tool_call>\n{"name": "now", "arguments": {}}') == [("now", {})]
 
 
@@ -185,9 +185,9 @@ def test_thinking_that_the_model_opens_again_is_opened_once(name):
 
 
 @pytest.mark.parametrize("name", CALLING)
-def test_json_may_hold_any_mark_and_thinking_or_calls_come_ahead_of_it(name):
+def test_json_may_contain_any_delimiter_and_thinking_or_calls_come_before_it(name):
     format, call = BY_NAME[name], ToolUseBlock("a" * 9, "Read", {"path": "x"})
-    text = json.dumps({"marks": [" ".join(format.delimiters), write_turn(format, [call])]}, ensure_ascii=False)
+    text = json.dumps({"delimiters": [" ".join(format.delimiters), write_turn(format, [call])]}, ensure_ascii=False)
     for tools in ({}, TOOLS):
         assert read(name, text, json=True, tools=tools) == [Text(text)]
         if format.think:
@@ -209,7 +209,7 @@ def test_a_calls_id_ends_with_mistrals_own_so_that_the_results_name_it():
         assert len(call.id) == len("toolu_") + 24 + 9 * bool(own)
 
 
-def test_what_stands_behind_a_call_is_known_for_every_format():
+def test_the_text_after_a_call_is_known_for_every_format():
     assert {name: text_after_call(format) for name, format in BY_NAME.items() if format.call} == {
         "qwen3_coder": "\n</tool_call>",
         "hermes": "\n</tool_call>",
@@ -227,7 +227,7 @@ def test_a_call_inside_thinking_is_thinking_and_a_stop_sequence_inside_a_call_is
     assert read("hermes", f"{inner} STOP it", stops=["STOP"]) == [("Read", {"path": "STOP"}), Stopped("STOP")]
 
 
-def test_a_format_is_chosen_by_name_or_by_the_marks_of_the_template():
+def test_a_format_is_chosen_by_name_or_by_the_delimiters_of_the_template():
     names = {family.name: choose_format(tokenizer_of(family).hf.chat_template).name for family in FAMILIES}
     assert names == {
         "qwen2.5": "hermes",
@@ -300,7 +300,7 @@ def test_arguments_are_the_input_as_json():
     assert json.loads(call.arguments) == call.input
 
 
-# Texts with what JSON is made of and with beginnings of marks, but without whole marks; whitespace is never outermost.
+# Texts with parts of JSON and of delimiters, but without whole delimiters and without whitespace at their ends.
 WORDS = st.text(st.sampled_from('ab {}"\\\né🙂;<[,]'), max_size=12).map(lambda text: f"a{text.rstrip(SPACE)}")
 STRINGS = st.text(st.characters(codec="utf-8"), max_size=6)
 NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -321,7 +321,7 @@ def turns(draw, name):
 
 
 @given(st.sampled_from(CALLING), st.sampled_from(["special", "ordinary", "spelled"]), st.data())
-def test_what_is_written_is_read_back_from_any_tokens(name, marks, data):
+def test_what_is_written_is_read_back_from_any_tokens(name, delimiters, data):
     blocks = data.draw(turns(name))
     expected: list = []
     for block in blocks:
@@ -332,11 +332,11 @@ def test_what_is_written_is_read_back_from_any_tokens(name, marks, data):
                 expected += [Thinking(text), ThinkingEnd()]
             case _:
                 expected.append(("Read", block.input))
-    assert sample(name, write_turn(BY_NAME[name], blocks), marks) == expected
+    assert sample(name, write_turn(BY_NAME[name], blocks), delimiters) == expected
 
 
 @given(st.sampled_from(CALLING), st.lists(st.sampled_from(SOUP), max_size=14), st.booleans())
-def test_no_word_is_lost_and_marks_are_the_same_as_one_token_or_many(name, parts, thinking):
+def test_no_word_is_lost_and_delimiters_are_the_same_as_one_token_or_many(name, parts, thinking):
     numbered = [f"w{i}." if part == "word" else part for i, part in enumerate(parts)]
     answer = sample(name, "".join(numbered), "special", thinking=thinking)
     assert answer == sample(name, "".join(numbered), "spelled", thinking=thinking)
@@ -344,11 +344,11 @@ def test_no_word_is_lost_and_marks_are_the_same_as_one_token_or_many(name, parts
     assert all(told.count(word) == 1 for word in numbered if word.startswith("w"))
 
 
-def test_a_special_token_that_is_no_mark_vanishes_and_a_mark_without_tools_is_text():
+def test_a_special_token_that_is_not_a_delimiter_vanishes_and_a_delimiter_without_tools_is_text():
     assert sample("mistral", "a<|end|>b[TOOL_CALLS]", "special", tools={}) == [Text("ab[TOOL_CALLS]")]
 
 
-def test_an_answer_that_begins_within_thinking_leaves_it_at_the_closing_mark():
+def test_an_answer_that_begins_within_thinking_leaves_it_at_the_closing_delimiter():
     answer = sample("deepseek", "\nso\n</think>\n\nYes", "special", thinking=True)
     assert answer == [Thinking("so"), ThinkingEnd(), Text("Yes")]
     assert sample("deepseek", "\n\n</think>\n\nYes", "special", thinking=True) == [Text("Yes")]

@@ -30,20 +30,20 @@ def backend() -> Tokenizer:
 
 
 def run(ids: list[int], stops: list[str] = ()) -> tuple[list[str], str | None]:
-    """The pieces sent for these tokens, the last one what `finish` gave, and the stop sequence found."""
-    stream, pieces = AnswerStream(backend(), NONE, Stops(stops)), []
+    """The events sent for these tokens, the last one what `finish` gave, and the stop sequence found."""
+    stream, events = AnswerStream(backend(), NONE, Stops(stops)), []
     for token in ids:
-        text, stop = said(stream.feed(token))
-        pieces.append(text)
+        text, stop = text_and_stop(stream.feed(token))
+        events.append(text)
         if stop is not None:
-            return pieces, stop
-    return [*pieces, said(stream.finish())[0]], None
+            return events, stop
+    return [*events, text_and_stop(stream.finish())[0]], None
 
 
-def said(pieces: list[AnswerEvent]) -> tuple[str, str | None]:
-    """The text of some pieces, and the stop sequence that ended them."""
-    stops = [piece.sequence for piece in pieces if isinstance(piece, Stopped)]
-    return "".join(piece.text for piece in pieces if isinstance(piece, Text)), stops[0] if stops else None
+def text_and_stop(events: list[AnswerEvent]) -> tuple[str, str | None]:
+    """The text of some events, and the stop sequence that ended them."""
+    stops = [event.sequence for event in events if isinstance(event, Stopped)]
+    return "".join(event.text for event in events if isinstance(event, Text)), stops[0] if stops else None
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -63,8 +63,8 @@ WORDS = st.text(LETTERS, max_size=40)
 
 @given(text=st.text(max_size=60))
 def test_the_pieces_of_any_text_join_to_the_text(text: str) -> None:
-    pieces, stop = run(backend().encode(text).ids)
-    assert "".join(pieces) == text
+    events, stop = run(backend().encode(text).ids)
+    assert "".join(events) == text
     assert stop is None
 
 
@@ -88,8 +88,8 @@ def byte_letters(text: str) -> str:
 @given(ids=st.lists(st.integers(0, 255 + len(MERGES) + 2), max_size=40))
 def test_any_tokens_give_what_the_tokenizer_decodes(ids: list[int]) -> None:
     whole = backend().decode(ids, skip_special_tokens=True)
-    pieces, _ = run(ids)
-    text = "".join(pieces)
+    events, _ = run(ids)
+    text = "".join(events)
     assert whole.startswith(text)
     assert whole[len(text) :].strip("\ufffd") == "", "only half a character may be missing at the end"
 
@@ -122,22 +122,22 @@ def test_endless_broken_bytes_are_sent_and_cost_no_more_than_others(token: str) 
 
     ids = [backend().token_to_id(token)] * 500
     stream = AnswerStream(Watched(), NONE)
-    pieces = [said(stream.feed(index))[0] for index in ids]
-    text = "".join(pieces)
+    events = [text_and_stop(stream.feed(index))[0] for index in ids]
+    text = "".join(events)
     assert set(text) == {"\ufffd"}
     assert 490 < len(text) <= 500
-    assert not ["" for at in range(480) if not "".join(pieces[at : at + 10])], "nothing is held back for long"
+    assert not ["" for at in range(480) if not "".join(events[at : at + 10])], "nothing is held back for long"
     assert longest < 20
     # And what follows is read as ever.
-    rest = [said(stream.feed(backend().token_to_id(letter)))[0] for letter in ("a", "Ã", "©")]
+    rest = [text_and_stop(stream.feed(backend().token_to_id(letter)))[0] for letter in ("a", "Ã", "©")]
     assert "".join(rest).lstrip("\ufffd") == "aé"
 
 
 def test_characters_that_never_end_with_a_token_are_whole() -> None:
     # Each token ends one character and begins the next.
     first, *middle, last = [backend().token_to_id(token) for token in ("Ã", *["©Ã"] * 40, "©")]
-    pieces, _ = run([first, *middle, last])
-    assert "".join(pieces) == "é" * 41
+    events, _ = run([first, *middle, last])
+    assert "".join(events) == "é" * 41
 
 
 def sentencepiece() -> Tokenizer:
@@ -156,11 +156,11 @@ def test_bytes_of_a_sentencepiece_vocabulary_join_to_characters() -> None:
         flat = [token for group in tokens for token in ([group] if isinstance(group, str) else group)]
         stream = AnswerStream(tokenizer, NONE)
         # As an answer begins: the blank before the first word belongs to the vocabulary, not to the text.
-        pieces = [piece for token in ["▁", *flat] for piece in stream.feed(tokenizer.token_to_id(token))]
-        assert said(pieces + stream.finish())[0] == text
+        events = [event for token in ["▁", *flat] for event in stream.feed(tokenizer.token_to_id(token))]
+        assert text_and_stop(events + stream.finish())[0] == text
 
 
-def test_an_answer_that_goes_on_keeps_its_first_blank_and_the_rest_of_a_character() -> None:
+def test_an_answer_that_goes_on_keeps_its_first_space_and_the_rest_of_a_character() -> None:
     tokenizer = sentencepiece()
     for begun, rest, text in (
         (["▁", "a"], ["▁", "a"], " a"),
@@ -169,7 +169,7 @@ def test_an_answer_that_goes_on_keeps_its_first_blank_and_the_rest_of_a_characte
     ):
         first, then = ([tokenizer.token_to_id(token) for token in tokens] for tokens in (begun, rest))
         stream = AnswerStream(tokenizer, NONE, begun=first)
-        assert said([piece for token in then for piece in stream.feed(token)])[0] == text
+        assert text_and_stop([event for token in then for event in stream.feed(token)])[0] == text
 
 
 def test_tokens_that_the_tokenizer_does_not_know_add_nothing() -> None:
@@ -177,41 +177,41 @@ def test_tokens_that_the_tokenizer_does_not_know_add_nothing() -> None:
     assert run([letter, 99_999, letter]) == (["a", "", "a", ""], None)
 
 
-def test_control_tokens_vanish_and_marks_stay() -> None:
-    end, mark, letter = (backend().token_to_id(token) for token in ("<|end|>", "<think>", "a"))
-    assert "".join(run([letter, end, mark, letter, end])[0]) == "a<think>a"
+def test_control_tokens_vanish_and_delimiters_stay() -> None:
+    end, delimiter, letter = (backend().token_to_id(token) for token in ("<|end|>", "<think>", "a"))
+    assert "".join(run([letter, end, delimiter, letter, end])[0]) == "a<think>a"
 
 
 @given(text=WORDS, stops=st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3), data=st.data())
 def test_the_answer_ends_before_the_first_stop_sequence(text: str, stops: list[str], data: st.DataObject) -> None:
     by_byte = data.draw(st.booleans(), label="one token a byte")
     ids = [backend().token_to_id(c) for c in byte_letters(text)] if by_byte else backend().encode(text).ids
-    pieces, stop = run(ids, stops)
-    assert ("".join(pieces), stop) == cut(text, stops)
+    events, stop = run(ids, stops)
+    assert ("".join(events), stop) == cut(text, stops)
 
 
 @given(text=WORDS, stops=st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=3))
 def test_nothing_is_held_back_that_cannot_become_a_stop_sequence(text: str, stops: list[str]) -> None:
     stream, sent = AnswerStream(backend(), NONE, Stops(stops)), ""
     for token in backend().encode(text).ids:
-        more, stopped = said(stream.feed(token))
+        more, stopped = text_and_stop(stream.feed(token))
         sent += more
         if stopped is not None:
             return
         known = stream.source.text
         longest = max((n for stop in stops for n in range(len(stop)) if known.endswith(stop[:n])), default=0)
         assert len(known) - len(sent) == longest
-    assert sent + said(stream.finish())[0] == text
+    assert sent + text_and_stop(stream.finish())[0] == text
 
 
 def test_a_stop_sequence_over_several_tokens_is_found() -> None:
-    pieces, stop = run(backend().encode("one abc two").ids, ["c t"])
-    assert ("".join(pieces), stop) == ("one ab", "c t")
+    events, stop = run(backend().encode("one abc two").ids, ["c t"])
+    assert ("".join(events), stop) == ("one ab", "c t")
 
 
 def test_of_two_stop_sequences_at_one_place_the_one_that_is_complete_first_ends_the_answer() -> None:
-    pieces, stop = run(backend().encode("aabc").ids, ["abc", "ab"])
-    assert ("".join(pieces), stop) == ("a", "ab")
+    events, stop = run(backend().encode("aabc").ids, ["abc", "ab"])
+    assert ("".join(events), stop) == ("a", "ab")
 
 
 @pytest.mark.parametrize(

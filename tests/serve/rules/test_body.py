@@ -161,7 +161,7 @@ class TestRules:
         made = normalize_body(body, "/v1/messages", DEFAULT_RULES)
         assert json.loads(made.body) == {"messages": [{"role": "system", "content": ""}]}
 
-    def test_what_a_rule_cannot_read_stays_and_is_told(self) -> None:
+    def test_what_a_rule_cannot_parse_stays_and_is_reported(self) -> None:
         body = body_of({"system": "x-anthropic-billing-header: odd", "messages": []})
         made = normalize_body(body, "/v1/messages", DEFAULT_RULES)
         assert made.body is body

@@ -52,16 +52,16 @@ def test_every_variant_seen_in_the_field_is_stripped_and_the_prompt_stays(name: 
 
 
 @pytest.mark.parametrize("fields", [fields for fields in FIELDS_IN_THE_FIELD if fields.endswith(";")])
-@pytest.mark.parametrize("blank", ["", " ", "\t", "   "])
+@pytest.mark.parametrize("space", ["", " ", "\t", "   "])
 @pytest.mark.parametrize(
     "prompt", [PROMPT, "You are x=1; ok", "let a=b; c=d;", "# x=1;", "=1;", "日本語=1;", "; x", "1=2;"]
 )
-def test_a_prompt_on_the_line_of_the_header_stays_whole(fields: str, blank: str, prompt: str) -> None:
-    assert strip_preamble(f"{NAME}: {fields}{blank}{prompt}") == (prompt, f"{NAME}: {fields}{blank}", "")
+def test_a_prompt_on_the_line_of_the_header_stays_whole(fields: str, space: str, prompt: str) -> None:
+    assert strip_preamble(f"{NAME}: {fields}{space}{prompt}") == (prompt, f"{NAME}: {fields}{space}", "")
 
 
 @pytest.mark.parametrize("colon", [":", ": ", ":\t"])
-def test_blanks_between_name_and_fields_may_be_missing(colon: str) -> None:
+def test_whitespace_between_name_and_fields_may_be_missing(colon: str) -> None:
     assert strip_preamble(f"{NAME}{colon}cch=1;\n{PROMPT}").kept == PROMPT
 
 
@@ -136,7 +136,7 @@ def test_what_is_reported_of_a_long_line_is_short() -> None:
     assert len(strip_preamble(f"{NAME}: {'a' * 10_000}").unparsed) <= 300
 
 
-def test_a_broken_header_behind_a_good_one_is_reported() -> None:
+def test_a_broken_header_after_a_good_one_is_reported() -> None:
     assert strip_preamble(f"{HEADER}\n{NAME}: new\nYou") == (f"{NAME}: new\nYou", f"{HEADER}\n", f"{NAME}: new")
 
 

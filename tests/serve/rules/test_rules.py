@@ -77,7 +77,7 @@ class TestVolatile:
     def test_other_texts_are_returned_as_the_same_object(self, text: str) -> None:
         assert cut_volatile(text).kept is text
 
-    def test_what_is_cut_stands_behind_the_first_message_in_every_turn(self) -> None:
+    def test_what_is_cut_stands_after_the_first_message_in_every_turn(self) -> None:
         system = (TextBlock("You are."), TextBlock(f"Stable.\n- Date: 2026-11-25\nMore.\n{GIT}"))
         later = (USER, InputMessage("assistant", "Hi"), InputMessage("user", "Go on"))
         turns = [normalize(request(system, *messages), {"volatile-last"}) for messages in ((USER,), later)]
@@ -158,7 +158,7 @@ class TestToolsFirst:
         with pytest.raises(InvalidRequest, match="expected the tools right after the system text"):
             prompt(self.REQUEST, tokenizer, tools_first=True)
 
-    def test_it_is_told_where_there_is_something_to_move(self) -> None:
+    def test_it_is_reported_where_there_is_something_to_move(self) -> None:
         assert [note.rule for note in normalize(self.REQUEST, {"tools-first"}).applied] == ["tools-first"]
         for same in (request("You are."), request(tools=(tool("Read"),))):
             assert normalize(same, {"tools-first"}).request is same
