@@ -96,19 +96,19 @@ class Delimiters:
         either, first = ["|".join(map(re.escape, delimiters)) or "(?!)" for delimiters in (self.anywhere, self.leading)]
         self.next, self.first = re.compile(f"({either})"), re.compile(f"[{SPACE}]{{0,{MAX_HELD_WHITESPACE}}}({first})")
 
-    def find_delimiter(self, text: str, start: int, fresh: bool) -> re.Match[str] | None:
-        """The first delimiter, as group 1 of the match. With `fresh`, a block begins at `start`."""
-        return (self.first.match(text, start) if fresh else None) or self.next.search(text, start)
+    def find_delimiter(self, text: str, start: int, at_start: bool) -> re.Match[str] | None:
+        """The first delimiter, as group 1 of the match. With `at_start`, a block begins there."""
+        return (self.first.match(text, start) if at_start else None) or self.next.search(text, start)
 
-    def partial_length(self, text: str, fresh: bool) -> int:
+    def partial_length(self, text: str, at_start: bool) -> int:
         """The number of characters at the end of a text that may begin a delimiter."""
         whole = text.lstrip(SPACE)
-        leads = fresh and any(delimiter.startswith(whole) for delimiter in self.leading)
+        leads = at_start and any(delimiter.startswith(whole) for delimiter in self.leading)
         return max([len(whole) if leads else 0, *(overlap(text, delimiter) for delimiter in self.anywhere)])
 
-    def possible(self, fresh: bool) -> bool:
+    def possible(self, at_start: bool) -> bool:
         """Whether a delimiter may follow."""
-        return bool(self.anywhere or (fresh and self.leading))
+        return bool(self.anywhere or (at_start and self.leading))
 
 
 class AnswerStream:
@@ -197,18 +197,18 @@ class AnswerStream:
             self.after_delimiter = self.sent == len(whole)
         delimiters = self.thinking_delimiters if self.thinking else self.text_delimiters
         start = max(self.sent, self.scan_start)
-        fresh = not self.begun and start == self.sent
-        found = delimiters.find_delimiter(whole, start, fresh)
+        at_start = not self.begun and start == self.sent
+        found = delimiters.find_delimiter(whole, start, at_start)
         text = whole[self.sent : found.start(1) if found else len(whole)]
         if not (found or self.source.ended):
-            text = text[: len(text) - delimiters.partial_length(whole[start:], fresh)]
+            text = text[: len(text) - delimiters.partial_length(whole[start:], at_start)]
         if not self.thinking and (stop := self.scan(whole, self.sent + len(text))):
             self.send(whole[self.sent : self.scanned - len(stop)])
             self.events.append(Stopped(stop))
             self.stopped = True
             return False
         begins = 0 if self.thinking else self.stops.depth[self.matched]
-        held = max(trailing_whitespace(text) if delimiters.possible(fresh) else 0, begins)
+        held = max(trailing_whitespace(text) if delimiters.possible(at_start) else 0, begins)
         if not found:
             text = text[: len(text) - (0 if self.source.ended else held)]
             self.send(text)

@@ -16,7 +16,7 @@ from msgspec import Raw, Struct
 
 from serve.api.messages import Tool
 from serve.limits.bodies import excess
-from serve.rules.normalize import Applied, TextEditor, Unparsed, join_moved
+from serve.rules.normalize import Applied, RuleEditor, Unparsed, join_moved
 
 # For each route, the field of the system text and that of the conversation.
 FIELDS = {
@@ -119,7 +119,7 @@ def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Ed
     system, conversation = getattr(fields, system_field), getattr(fields, messages_field)
     if not _is_list(conversation) and not (path == "/v1/responses" and _is_text(conversation)):
         return EditedBody(body)
-    ranges, editor = Ranges(body), TextEditor(rules)
+    ranges, editor = Ranges(body), RuleEditor(rules)
     edits = content_edits(system, system_field, editor, True, ranges)
     if edits is None:
         edits = [ranges.replace(system, b"[]" if _is_list(system) else b'""')]
@@ -137,7 +137,7 @@ def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Ed
 
 
 def message_edits(
-    elements: Sequence[Raw], field: str, system_first: bool, editor: TextEditor, ranges: Ranges
+    elements: Sequence[Raw], field: str, system_first: bool, editor: RuleEditor, ranges: Ranges
 ) -> list[ByteEdit]:
     """Edits of the system messages of a list, and the insertion of the texts that rules moved out of `system`.
 
@@ -166,7 +166,7 @@ def message_edits(
     return edits
 
 
-def content_edits(content: Raw, path: str, editor: TextEditor, movable: bool, ranges: Ranges) -> list[ByteEdit] | None:
+def content_edits(content: Raw, path: str, editor: RuleEditor, movable: bool, ranges: Ranges) -> list[ByteEdit] | None:
     """Edits of a string, or of the texts in a list of blocks; None if nothing would be left of it."""
     if _is_text(content):
         text = msgspec.json.decode(content, type=str)
@@ -190,7 +190,7 @@ def content_edits(content: Raw, path: str, editor: TextEditor, movable: bool, ra
     return [*edits, *ranges.remove(elements, dropped)]
 
 
-def tool_edits(elements: Sequence[Raw], editor: TextEditor, ranges: Ranges) -> Iterator[ByteEdit]:
+def tool_edits(elements: Sequence[Raw], editor: RuleEditor, ranges: Ranges) -> Iterator[ByteEdit]:
     """Edits of the tools' definitions."""
     if not editor.arranges_tools:
         return

@@ -199,8 +199,8 @@ def known_rules(rules: Collection[str]) -> frozenset[str]:
     return frozenset(rules)
 
 
-class TextEditor:
-    """Applies rules to one system text after another, and collects what they did."""
+class RuleEditor:
+    """Applies rules to system texts and tools, and collects what they did."""
 
     def __init__(self, rules: Collection[str]) -> None:
         self.rules = [(name, rule) for name, rule in RULES.items() if name in rules]
@@ -251,7 +251,7 @@ def normalize(request: R, rules: Collection[str]) -> Normalized[R]:
     rule.
     """
     rules = known_rules(rules)
-    editor = TextEditor(rules)
+    editor = RuleEditor(rules)
     system = request.system and _edit_content(request.system, "system", editor)
     messages = _edit_messages(request.messages, editor)
     if editor.moved:
@@ -265,7 +265,7 @@ def normalize(request: R, rules: Collection[str]) -> Normalized[R]:
     return Normalized(request, tuple(editor.applied), tuple(editor.unparsed))
 
 
-def _edit_messages(messages: tuple[InputMessage, ...], editor: TextEditor) -> tuple[InputMessage, ...]:
+def _edit_messages(messages: tuple[InputMessage, ...], editor: RuleEditor) -> tuple[InputMessage, ...]:
     """Edit the system messages, and drop those that become empty, but never all messages."""
     kept: list[InputMessage] = []
     for i, message in enumerate(messages):
@@ -279,7 +279,7 @@ def _edit_messages(messages: tuple[InputMessage, ...], editor: TextEditor) -> tu
     return tuple(kept) or (replace(messages[-1], content=""),)
 
 
-def _edit_content(content: str | tuple[Block, ...], where: str, editor: TextEditor) -> str | tuple[Block, ...]:
+def _edit_content(content: str | tuple[Block, ...], where: str, editor: RuleEditor) -> str | tuple[Block, ...]:
     """Edit a text, or the text blocks of a list, and drop the blocks that become empty."""
     movable = where == "system"
     if isinstance(content, str):
