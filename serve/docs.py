@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from serve.diagnosis.divergence import CAUSES
+from serve.diagnosis.causes import CAUSES
 from serve.proxy.cli import ProxyConfig
 from serve.rules.normalize import DEFAULT_RULES, RULES
 from serve.server.app import ROUTES

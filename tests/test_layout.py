@@ -51,9 +51,7 @@ COMMAND = re.compile(r"python3? -m ([\w.]+)")
 MOST_LINES = 400
 # Longer files, each with its reason.
 LONG_FILES = dict.fromkeys(
-    (
-        "experiments/bench/batching.py",
-    ),
+    ("experiments/bench/batching.py",),
     "not divided yet",
 )
 
