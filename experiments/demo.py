@@ -30,8 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments.bench.tiers import forget
+from experiments.harness.client import Timing, count_tokens, measure
 from experiments.harness.provenance import provenance
-from experiments.harness.server import Server, Timing, count_tokens, measure, running_server
+from experiments.harness.server import Server, running_server
 from experiments.workloads.sessions import Session, billing_header, stable_request, with_header, with_question
 from experiments.workloads.synthetic import Json
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import httpx
 from rich.progress import track
 
-from experiments.harness.server import measure, running_server
+from experiments.harness.client import measure
+from experiments.harness.server import running_server
 from experiments.workloads.demo_model import write_demo_model
 from experiments.workloads.sessions import Session, request, session_header, with_header
 from experiments.workloads.synthetic import Json, prose

@@ -28,8 +28,9 @@ from rich.table import Table
 from cache.pool import pages_for
 from experiments.bench.timing import Asked, Passes
 from experiments.gpu.model import random_params
+from experiments.harness.client import Timing, count_tokens, measure, scrape
 from experiments.harness.provenance import machine, provenance
-from experiments.harness.server import Timing, count_tokens, measure, running_server, scrape
+from experiments.harness.server import running_server
 from experiments.workloads.demo_model import write_demo_model
 from experiments.workloads.sessions import Session, stable_request, with_question
 from model import checkpoint

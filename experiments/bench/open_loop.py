@@ -15,7 +15,7 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 
-from experiments.harness.server import prompt_counts
+from experiments.harness.client import prompt_counts
 
 REFUSALS = (429, 529)
 LAG_SECONDS = 0.01  # how often the client looks whether it is late

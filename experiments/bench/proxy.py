@@ -29,8 +29,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
+from experiments.harness.client import Timing, measure
 from experiments.harness.provenance import provenance
-from experiments.harness.server import Server, Timing, free_port, measure, wait_until_ready
+from experiments.harness.server import Server, free_port, wait_until_ready
 from experiments.workloads import sessions
 from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.sessions import Session

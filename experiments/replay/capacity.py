@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cache.pool import pages_for
 from cache.prefix_cache import PrefixCache
-from experiments.harness.server import prompt_counts
+from experiments.harness.client import prompt_counts
 from experiments.workloads.traces import Call
 from serve.engine.cost import Constants
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from experiments.harness.server import prompt_counts
+from experiments.harness.client import prompt_counts
 from experiments.soak.stage import Broken, Stage
 from experiments.soak.talk import BAD, Topics, branched, demand, disobeys, edited, following, opening, who
 from experiments.workloads.synthetic import Json, prose

@@ -19,7 +19,8 @@ import httpx
 import psutil
 
 from cache.disk import DiskTier
-from experiments.harness.server import running_server, samples_of
+from experiments.harness.client import samples_of
+from experiments.harness.server import running_server
 
 T = TypeVar("T")
 

@@ -20,7 +20,8 @@ import httpx
 import msgspec
 import numpy as np
 
-from experiments.harness.server import NoText, measure, running_server, timed_events
+from experiments.harness.client import NoText, measure, timed_events
+from experiments.harness.server import running_server
 from experiments.sweep.prompts import PromptPart, messages, tokens_of
 
 # A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text. Random

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.demo import READING_SHARE, Reading, sequential_rate, summarise, table, verdict
-from experiments.harness.server import Timing
+from experiments.harness.client import Timing
 
 
 def timings(*ttft_ms: float) -> list[Timing]:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from experiments.harness.server import scrape
+from experiments.harness.client import scrape
 from experiments.workloads.demo_model import TINY
 
 Json = dict[str, Any]

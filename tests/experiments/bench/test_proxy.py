@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.bench.proxy import WORD_SECONDS, WORDS, process, row, take_turns
-from experiments.harness.server import Timing
+from experiments.harness.client import Timing
 
 
 def test_the_engine_waits_and_streams_a_word_at_a_time() -> None:

@@ -13,7 +13,8 @@ import anthropic
 import httpx
 import pytest
 
-from experiments.harness.server import Server, running_server, scrape
+from experiments.harness.client import scrape
+from experiments.harness.server import Server, running_server
 from experiments.workloads import sessions
 from experiments.workloads.sessions import RELEASES, Session
 from tests.helpers.http import (

@@ -22,7 +22,8 @@ import httpx
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness.server import Server, running_server, scrape
+from experiments.harness.client import scrape
+from experiments.harness.server import Server, running_server
 from model import checkpoint
 from model.params import unstacked
 from serve.engine.engine import Engine, generate

@@ -11,7 +11,8 @@ import sys
 import httpx
 import pytest
 
-from experiments.harness.server import running_server, scrape
+from experiments.harness.client import scrape
+from experiments.harness.server import running_server
 from tests.helpers.http import FLAGS, ask, eventually, post, prompt_tokens, text_of
 
 PAGE = int(FLAGS[FLAGS.index("--page-size") + 1])

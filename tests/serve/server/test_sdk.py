@@ -10,7 +10,8 @@ import anthropic
 import httpx
 import pytest
 
-from experiments.harness.server import Server, scrape
+from experiments.harness.client import scrape
+from experiments.harness.server import Server
 from experiments.workloads import sessions
 from experiments.workloads.sessions import Session
 from tests.helpers.http import BODY_LIMIT, CONTEXT, ask, eventually, is_idle, long, post, text_of

@@ -11,7 +11,8 @@ import httpx
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness.server import Server, scrape
+from experiments.harness.client import scrape
+from experiments.harness.server import Server
 from model import checkpoint
 from model.params import unstacked
 from serve.prompt.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from experiments.harness.server import running_server, scrape
+from experiments.harness.client import scrape
+from experiments.harness.server import running_server
 from serve.api.answers import encode
 from serve.api.messages import CountTokensRequest, decode_count_tokens
 from serve.diagnosis.savings import CHUNK, LINK_BYTES, Savings

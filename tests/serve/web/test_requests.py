@@ -11,7 +11,8 @@ import anthropic
 import httpx
 import pytest
 
-from experiments.harness.server import Server, running_server, scrape
+from experiments.harness.client import scrape
+from experiments.harness.server import Server, running_server
 from tests.helpers.http import BILLING, FLAGS, Json, ask, error_of, post, stream, text_block
 
 KEEP = {"x-tokenzero-normalize": "none"}

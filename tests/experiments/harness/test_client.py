@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from experiments.harness.server import Timing, count_tokens, measure
+from experiments.harness.client import Timing, count_tokens, measure
 
 Json = dict[str, Any]
 USAGE = {"input_tokens": 1, "cache_creation_input_tokens": 20, "cache_read_input_tokens": 300, "output_tokens": 0}
