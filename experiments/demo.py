@@ -10,13 +10,10 @@ pages at 60% of the disk's sequential rate, which is measured on a file that is 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +21,15 @@ from statistics import median
 from typing import Any
 
 import httpx
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.bench.tiers import forget
 from experiments.harness.client import Timing, count_tokens, measure
+from experiments.harness.disk import sequential_rate
+from experiments.harness.figures import COLOURS, save, subplots, time_label
 from experiments.harness.provenance import provenance
+from experiments.harness.report import make_table, write_json
 from experiments.harness.server import Server, running_server
 from experiments.workloads.sessions import Session, billing_header, stable_request, with_header, with_question
 from experiments.workloads.synthetic import Json
@@ -138,20 +136,6 @@ def run_restarted(
     return timings, Reading(round(median(sizes)), median(rates))
 
 
-def sequential_rate(folder: Path, size: int) -> float:
-    """Bytes a second of reading a file of `size` bytes from the disk below `folder`, in order and not from memory."""
-    path, room = folder / "sequential", bytearray(1 << 20)
-    path.write_bytes(os.urandom(size))
-    forget(path)
-    start = time.perf_counter()
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(room):
-            pass
-    seconds = time.perf_counter() - start
-    path.unlink()
-    return size / seconds
-
-
 def summarise(timings: dict[str, list[Timing]], reading: Reading, resident_bytes: int) -> dict[str, Any]:
     """The figures of a run as JSON values: cold requests apart, medians over the repeats."""
     arms = {}
@@ -185,11 +169,9 @@ def summarise(timings: dict[str, list[Timing]], reading: Reading, resident_bytes
 
 def table(summary: dict[str, Any]) -> Table:
     """The summary for a terminal."""
-    grid = Table(
-        title=f"TTFT in ms, agent prompt of {summary['prompt_tokens']:,} tokens, {summary['dtype']}", box=SIMPLE_HEAD
-    )
-    for name in ("arm", "n", "median", "min", "max", "reused", "over stable", "NVIDIA's"):
-        grid.add_column(name, justify="left" if name == "arm" else "right")
+    title = f"TTFT in ms, agent prompt of {summary['prompt_tokens']:,} tokens, {summary['dtype']}"
+    columns = ("arm", "n", "median", "min", "max", "reused", "over stable", "NVIDIA's")
+    grid = make_table(columns, words=("arm",), title=title)
     for name, arm in summary["arms"].items():
         times = arm["ttft_ms"]
         grid.add_row(
@@ -218,19 +200,15 @@ def verdict(summary: dict[str, Any]) -> str:
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Every request of every arm on a logarithmic axis, medians named."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"stable": "#0072B2", "varying": "#D55E00", "stripped": "#009E73", "restarted": "#CC79A7"}
+    colours = dict(zip(("stable", "varying", "stripped", "restarted"), COLOURS, strict=False))
     notes = {
         "stable": "no header",
         "varying": "fresh header, kept",
         "stripped": "fresh header, stripped",
         "restarted": "no header, new process",
     }
-    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    figure, axes = subplots(3.8)
+    axes.grid(False, axis="y")
     jitter = random.Random(0)
     for row, (name, arm) in enumerate(summary["arms"].items()):
         heights = [row + jitter.uniform(-0.14, 0.14) for _ in arm["ttft_ms"]]
@@ -249,7 +227,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     low = min(min(arm["ttft_ms"]) for arm in summary["arms"].values())
     high = max(max(arm["ttft_ms"]) for arm in summary["arms"].values())
     axes.set_xlim(low / 2, high * 2)
-    axes.xaxis.set_major_formatter(lambda ms, _: f"{ms / 1000:g} s" if ms >= 1000 else f"{ms:g} ms")
+    axes.xaxis.set_major_formatter(time_label)
     axes.set_xlabel("time to first token (log scale)")
     ratios = summary["ratios"]
     axes.set_title(
@@ -258,10 +236,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         fontsize=10,
         loc="left",
     )
-    axes.grid(axis="x", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -291,8 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         restarted, reading = run_restarted(flags, log, prompt, args.seed + 100, progress)
         summary = summarise(timings | {"restarted": [cold, *restarted]}, reading, resident)
     summary = summary | {"dtype": health["dtype"], "device": health["device"], "seed": args.seed} | provenance()
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(args.out / "summary.json", summary)
     draw(summary, args.out / "ttft.png")
     console.print(table(summary))
     console.print(verdict(summary))

@@ -28,6 +28,7 @@ from experiments.gpu.figure import draw
 from experiments.gpu.provenance import Json, provenance
 from experiments.gpu.sections import SECTIONS, add_shares
 from experiments.gpu.sizes import FULL, SMOKE, Sizes
+from experiments.harness.report import write_json
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 COMPILED = Path(".cache/gpu_bench")
@@ -114,8 +115,7 @@ def summary(row: Json) -> str:
 
 def save(result: Json, folder: Path) -> None:
     """Write the numbers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu_bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "gpu_bench.json", result)
 
 
 def main(argv: list[str] | None = None) -> None:

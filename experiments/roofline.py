@@ -9,14 +9,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from experiments.bench.work import kv_bytes, prefill_flops, weight_bytes
+from experiments.harness.report import make_table
 from model.config import ModelConfig, RopeConfig
-from serve.engine.cost import cost_model
-
-BF16 = 2  # bytes a number
 
 
 @dataclass(frozen=True)
@@ -75,21 +73,6 @@ DEVICES = {
 }
 
 
-def prefill_flops(config: ModelConfig, prompt: int, cached: int = 0) -> float:
-    """FLOPs of a prompt with so many tokens cached: those of serve.engine.cost, and the head for the last token."""
-    return cost_model(config).flops(cached, prompt) + 2.0 * config.vocab_size * config.embed_size
-
-
-def weight_bytes(config: ModelConfig, width: int = BF16) -> float:
-    """Bytes of the weights that a step reads, `width` bytes a number: the layers' matrices and the head."""
-    return width * (cost_model(config).linear_flops / 2 + config.vocab_size * config.embed_size)
-
-
-def kv_bytes(config: ModelConfig, tokens: float, width: int = BF16) -> float:
-    """Bytes of the keys and values of so many tokens, `width` bytes a number."""
-    return 2.0 * width * config.num_layers * config.num_kv_heads * config.head_dim * tokens
-
-
 def prefill(config: ModelConfig, device: Device, prompt: int, cached: int = 0) -> Floor:
     """The floor of TTFT for a prompt of which some tokens are cached.
 
@@ -108,11 +91,9 @@ def decode(config: ModelConfig, device: Device, context: int) -> Floor:
 
 def table(prompt: int, suffix: int) -> Table:
     """The floors of all models on all devices, cold, with all but the suffix cached, and for one decoded token."""
-    grid = Table(box=SIMPLE_HEAD, caption="bf16; " + "; ".join(device.source for device in DEVICES.values()))
-    for column in ("model", "device", "what"):
-        grid.add_column(column)
-    for column in ("TFLOP", "GB", "compute, ms", "memory, ms", "floor, ms"):
-        grid.add_column(column, justify="right")
+    words, numbers = ("model", "device", "what"), ("TFLOP", "GB", "compute, ms", "memory, ms", "floor, ms")
+    caption = "bf16; " + "; ".join(device.source for device in DEVICES.values())
+    grid = make_table((*words, *numbers), words, caption=caption)
     for model, config in MODELS.items():
         for name, device in DEVICES.items():
             rows = {

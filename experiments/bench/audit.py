@@ -9,7 +9,6 @@ share, so that it uses every idle moment. Ratios are taken within a round; those
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -20,13 +19,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from experiments.bench.timing import Asked
 from experiments.harness.provenance import provenance
+from experiments.harness.report import make_table, write_json
 from model import checkpoint
 from model.params import unstacked
 from serve.audit.auditor import Auditor, AuditSettings, attach, audit_pages
@@ -159,11 +158,9 @@ def table(summary: Json) -> Table:
     title = (
         f"{config['sessions']} sessions at once, {config['turns']} turns each behind {config['prefix']:,} tokens; ms"
     )
-    grid = Table(
-        title=title, box=SIMPLE_HEAD, padding=0, caption="*: not within the noise of the two arms that are off"
-    )
-    for name in ("auditor", "TTFT p50", "TTFT p95", "ITL p50", "ITL p99", "audited tokens"):
-        grid.add_column(name, justify="left" if name == "auditor" else "right", no_wrap=True)
+    caption = "*: not within the noise of the two arms that are off"
+    columns = ("auditor", "TTFT p50", "TTFT p95", "ITL p50", "ITL p99", "audited tokens")
+    grid = make_table(columns, words=("auditor",), no_wrap=True, title=title, padding=0, caption=caption)
     for name, arm in summary["arms"].items():
         marks = {f: "" if arm["within_noise"][f] else "*" for f in FIGURES}
         cells = (f"{arm[f]:,.1f} {arm['over_off'][f]:.2f}x{marks[f]}" for f in FIGURES)
@@ -189,8 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         engine.stop()
     summary = {"config": asdict(config), "dtype": "float32"} | summarise(rounds) | provenance()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(args.out, summary)
     console.print(table(summary))
     console.print(f"numbers in {args.out}")
 

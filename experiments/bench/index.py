@@ -8,7 +8,6 @@ the store is full.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,6 +23,7 @@ from rich.table import Table
 from cache.pool import pages_for
 from cache.prefix_cache import PrefixCache
 from experiments.harness.provenance import provenance
+from experiments.harness.report import make_table, write_json
 
 T = TypeVar("T")
 
@@ -180,9 +179,8 @@ def measure(config: Config, pages: int, progress: Progress) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], config: Config) -> Table:
     """p50 / p99 for a terminal."""
-    grid = Table(title=f"ms, p50 / p99; prompts of {config.prompt:,} tokens", box=SIMPLE_HEAD)
-    for column in ("what", *(f"{row['pages']:,} pages" for row in rows)):
-        grid.add_column(column, justify="left" if column == "what" else "right")
+    columns = ("what", *(f"{row['pages']:,} pages" for row in rows))
+    grid = make_table(columns, words=("what",), title=f"ms, p50 / p99; prompts of {config.prompt:,} tokens")
     for group, title in (("match_ms", "match, "), ("growth_ms", f"{config.chunk:,} more tokens, ")):
         for name in rows[0][group]:
             cells = (f"{row[group][name]['p50']:.3f} / {row[group][name]['p99']:.3f}" for row in rows)
@@ -206,9 +204,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = [measure(config, pages, progress) for pages in args.pages]
     worst = max(ms["p99"] for ms in rows[-1]["match_ms"].values())
     goal = {"match_p99_ms": GOAL_MS, "slowest_case_p99_ms": worst}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"config": asdict(config), "cases": config.cases, "goal": goal, "rows": rows} | provenance()
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out, result)
     console.print(table(rows, config))
     console.print(
         f"goal: any match below {GOAL_MS} ms at the 99th percentile; with {rows[-1]['pages']:,} pages: {worst}"

@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,6 +37,7 @@ from experiments.bench.prefill_decode import (
     write_llama,
 )
 from experiments.harness.provenance import PACKAGES, machine, provenance
+from experiments.harness.report import make_table, write_json
 
 RESULTS = Path("experiments/results/bench/llama_cpp.json")
 OURS, PLAIN, FLASH = "tokenzero", "llama.cpp", "llama.cpp, flash attention"
@@ -187,9 +187,9 @@ def compare(
 
 def table(rows: list[dict[str, Any]], threads: int) -> Table:
     """Medians of all sides, and our ratio to the faster way of llama.cpp."""
-    grid = Table(title=f"tokens/s beside llama.cpp, float32, {threads} threads", box=SIMPLE_HEAD)
-    for column in ("llama", "prompt", "phase", OURS, PLAIN, FLASH, "ratio", "same output"):
-        grid.add_column(column, justify="left" if column in ("llama", "phase") else "right")
+    columns = ("llama", "prompt", "phase", OURS, PLAIN, FLASH, "ratio", "same output")
+    title = f"tokens/s, tokenzero and llama.cpp, float32, {threads} threads"
+    grid = make_table(columns, words=("llama", "phase"), title=title)
     for row in rows:
         for phase in PHASES:
             medians = (f"{median(row['tokens_per_second'][side][phase]):,.1f}" for side in (OURS, PLAIN, FLASH))
@@ -218,9 +218,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.models
         for prompt in args.prompts
     ]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"dtype": "float32", "threads": threads, "goal": {"prefill": GOAL}, "rows": rows}
-    args.out.write_text(json.dumps(about | provenance((*PACKAGES, "llama-cpp-python", "gguf")), indent=2) + "\n")
+    write_json(args.out, about | provenance((*PACKAGES, "llama-cpp-python", "gguf")))
     console.print(table(rows, threads))
 
 

@@ -37,14 +37,14 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from experiments.bench.open_loop import Asked, Plan, ask, offer
-from experiments.harness.figures import COLOURS, HEIGHT, WIDTH, save, time_label
+from experiments.harness.figures import COLOURS, HEIGHT, WIDTH, panels, plain, save, time_label
 from experiments.harness.provenance import provenance
+from experiments.harness.report import make_table, write_json
 from experiments.harness.server import running_server
 from experiments.workloads.sessions import RELEASES, Session, http_headers, requests
 
@@ -210,9 +210,8 @@ def sustained(rows: Sequence[dict[str, Any]]) -> float | None:
 def table(config: Config, rows: Sequence[dict[str, Any]]) -> Table:
     """The rates for a terminal."""
     title = f"Agent sessions that come at a rate (1/s), {config.seconds:g} s each; times are p50 p95 p99"
-    grid = Table(title=title, box=SIMPLE_HEAD, padding=0)
-    for name in ("rate", "sent/s", "sent", "done", "529", "lost", "cached", "TTFT, s", "ITL, ms", "good", "good/s"):
-        grid.add_column(name, justify="right", no_wrap=True)
+    columns = ("rate", "sent/s", "sent", "done", "529", "lost", "cached", "TTFT, s", "ITL, ms", "good", "good/s")
+    grid = make_table(columns, no_wrap=True, title=title, padding=0)
     for r in rows:
         ttft = " ".join(f"{ms / 1e3:.1f}" for ms in (r["ttft_ms"] or {}).values())
         itl = " ".join(f"{ms:.0f}" for ms in (r["itl_ms"] or {}).values())
@@ -233,19 +232,15 @@ def table(config: Config, rows: Sequence[dict[str, Any]]) -> Table:
 
 def draw(config: Config, rows: Sequence[dict[str, Any]], path: Path) -> None:
     """TTFT, ITL and goodput over the rate at which sessions come, in panels of their own."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, panels = plt.subplots(3, 1, figsize=(WIDTH, 1.6 * HEIGHT), sharex=True, layout="constrained")
+    figure, places = panels(3, 1, WIDTH, 1.6 * HEIGHT, sharex=True)
     rates = [r["sessions_per_s"] for r in rows]
     times = (
         ("ttft_ms", config.ttft_slo, "Time to first token (log scale)"),
         ("itl_ms", config.itl_slo, "Time between two events with text (log scale)"),
     )
-    for axes, (key, limit, title) in zip(panels, times, strict=False):
+    for axes, (key, limit, title) in zip(places, times, strict=False):
         for percent, colour in zip(PERCENTILES, COLOURS, strict=False):
             at = [r[key][f"p{percent}"] if r[key] else np.nan for r in rows]
             axes.plot(rates, at, marker="o", markersize=4.5, color=colour, label=f"p{percent}")
@@ -256,13 +251,12 @@ def draw(config: Config, rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, fontsize=10, loc="left")
     for key, colour, label in (("offered_per_s", "0.5", "sent"), ("goodput_per_s", COLOURS[4], "good")):
-        panels[2].plot(rates, [r[key] for r in rows], marker="o", markersize=4.5, color=colour, label=label)
-    panels[2].set_ylim(0)
-    panels[2].set_title("Requests a second: all, and those within both limits (goodput)", fontsize=10, loc="left")
-    panels[2].set_xlabel("sessions that come a second")
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        places[2].plot(rates, [r[key] for r in rows], marker="o", markersize=4.5, color=colour, label=label)
+    places[2].set_ylim(0)
+    places[2].set_title("Requests a second: all, and those within both limits (goodput)", fontsize=10, loc="left")
+    places[2].set_xlabel("sessions that come a second")
+    for axes in places:
+        plain(axes)
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
@@ -375,8 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"load: {error}", file=sys.stderr)
         return 2
     summary = {"config": asdict(config), "server_flags": args.flags, **told, "sustained_per_s": sustained(rows)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary | {"rows": rows} | provenance(), indent=2) + "\n")
+    write_json(args.out, summary | {"rows": rows} | provenance())
     draw(config, rows, args.out.with_suffix(".png"))
     console.print(table(config, rows))
     for row in rows:

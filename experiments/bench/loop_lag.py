@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.harness.provenance import provenance
+from experiments.harness.report import write_json
 from experiments.harness.server import running_server
 from experiments.workloads.synthetic import Json
 
@@ -249,9 +250,8 @@ def main() -> None:
     console.print(table)
     late = [row.case for row in rows if row.lag_ms > ALLOWED_MS]
     console.print(f"over {ALLOWED_MS:g} ms: {', '.join(late) or 'none'}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     made = {"allowed_ms": ALLOWED_MS, "rows": [asdict(row) for row in rows]} | provenance()
-    args.out.write_text(json.dumps(made, indent=1) + "\n")
+    write_json(args.out, made, indent=1)
 
 
 if __name__ == "__main__":

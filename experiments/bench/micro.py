@@ -18,6 +18,7 @@ from cache.keys import page_keys, root_key
 from cache.prefix_cache import PrefixCache
 from experiments.bench.host_path import session_of
 from experiments.harness.provenance import PACKAGES, provenance
+from experiments.harness.report import write_json
 from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.sessions import with_question
 from serve.api.answers import ContentBlockDelta, TextDelta, encode_event
@@ -40,8 +41,7 @@ def results() -> Iterator[dict[str, dict[str, float]]]:
     found: dict[str, dict[str, float]] = {}
     yield found
     made = {"unit": "us", "rows": found} | provenance((*PACKAGES, "pytest-benchmark"))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(made, indent=2) + "\n")
+    write_json(RESULTS, made)
 
 
 @pytest.fixture(autouse=True)

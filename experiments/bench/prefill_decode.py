@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,8 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.bench.ceilings import CUBES, SUM_BYTES, Ceilings, Shape, best, measure
 from experiments.bench.timing import timed_tokens
+from experiments.bench.work import kv_bytes, prefill_flops, weight_bytes
 from experiments.harness.provenance import machine, provenance
-from experiments.roofline import kv_bytes, prefill_flops, weight_bytes
+from experiments.harness.report import make_table, write_json
 from model import checkpoint
 from model.config import ModelConfig
 from model.params import unstacked
@@ -214,10 +213,9 @@ def products(size: Size, tokens: int) -> list[Shape]:
 
 def table(rows: list[dict[str, Any]], ceilings: Ceilings, threads: int) -> Table:
     """Medians of all sides, our ratios to both of torch's, and shares of the ceilings."""
-    grid = Table(title=f"tokens/s beside transformers + torch (SDPA), {threads} threads", box=SIMPLE_HEAD)
     columns = ("llama", "prompt", "phase", *SIDES, "/ f32", "/ bf16", "a second", "of the ceiling", "same output")
-    for column in columns:
-        grid.add_column(column, justify="left" if column in ("llama", "phase") else "right")
+    title = f"tokens/s, tokenzero and transformers + torch (SDPA), {threads} threads"
+    grid = make_table(columns, words=("llama", "phase"), title=title)
     for row in rows:
         ours = row["achieved"]["tokenzero"]
         for phase, unit, ceiling in (("prefill", "gflops", "of_matmul_ceiling"), ("decode", "gbs", "of_read_ceiling")):
@@ -267,9 +265,8 @@ def main(argv: list[str] | None = None) -> None:
             measured.append(measure([*CUBES, *layers], sum_bytes=args.sum_bytes))
     ceilings = best(measured)
     rows = [with_ceilings(row, ceilings) for row in rows]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"threads": threads, "ceilings": asdict(ceilings), "goals": GOALS, "rows": rows} | provenance()
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out, result)
     console.print(table(rows, ceilings, threads))
 
 

@@ -31,6 +31,7 @@ from starlette.routing import Route
 
 from experiments.harness.client import Timing, measure
 from experiments.harness.provenance import provenance
+from experiments.harness.report import write_json
 from experiments.harness.server import Server, free_port, wait_until_ready
 from experiments.workloads import sessions
 from experiments.workloads.demo_model import TINY, write_demo_model
@@ -172,8 +173,7 @@ def main() -> None:
     console.print(
         f"{size['tokens']:,} tokens, {size['bytes']:,} bytes, medians over {args.repeats} requests of each way"
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(size | {"rows": rows} | provenance(), indent=1) + "\n")
+    write_json(args.out, size | {"rows": rows} | provenance(), indent=1)
 
 
 if __name__ == "__main__":

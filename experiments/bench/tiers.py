@@ -7,7 +7,6 @@ Run `python -m experiments.bench.tiers --directory DIR`: DIR must be on the disk
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import statistics
@@ -29,7 +28,9 @@ from cache.host import HostTier
 from cache.lmdb_env import FORMAT
 from cache.remote import RemoteTier
 from cache.tier import Item, Tier
+from experiments.harness.disk import drop_from_memory
 from experiments.harness.provenance import provenance
+from experiments.harness.report import write_json
 
 RESULTS = Path("experiments/results/bench/store.json")
 PROMPT_PAGES = 812  # 52K tokens in pages of 64
@@ -64,13 +65,6 @@ def rate(size: int, action: Callable[[], Any]) -> float:
     return size / 1e6 / (time.perf_counter() - start)
 
 
-def forget(path: Path) -> None:
-    """Have the next read of a file come from the disk; a file that is mapped stays in memory."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def measure_file(path: Path, pages: Sequence[Item]) -> dict[str, float]:
     """The yardstick: one file, written and read in order."""
     size, room = sum(len(payload) for _, payload in pages), room_for(pages)
@@ -89,7 +83,7 @@ def measure_file(path: Path, pages: Sequence[Item]) -> dict[str, float]:
     with path.open("rb") as file:
         result["put and sync"] = 1 / (1 / result["put"] + 1 / rate(size, lambda: os.fsync(file.fileno())))
     result["get"] = rate(size, read)
-    forget(path)
+    drop_from_memory(path)
     result["get, cold"] = rate(size, read)
     path.unlink()
     return result
@@ -126,7 +120,7 @@ def measure_tier(tier: Tier, pages: Sequence[Item], batch: int) -> dict[str, flo
 
 def measure_cold_disk(directory: Path, budget: int, pages: Sequence[Item], batch: int) -> float:
     """MB/s of reading pages from a store that nothing of is in memory, as after a restart of the machine."""
-    forget(directory / FORMAT / "data.mdb")
+    drop_from_memory(directory / FORMAT / "data.mdb")
     tier, room = DiskTier(directory, budget), room_for(pages)
     result = rate(sum(len(payload) for _, payload in pages), lambda: get_all(tier, pages, room, batch))
     tier.close()
@@ -231,8 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     show(rates, lookups, Console())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ store, answer the same fresh prompts in turn; the writer finishes between two of
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from rich.table import Table
 from cache.tiers import Tiers
 from experiments.bench.timing import timed_tokens
 from experiments.harness.provenance import provenance
+from experiments.harness.report import write_json
 from model import checkpoint
 from model.params import unstacked
 from serve.engine.engine import Engine
@@ -138,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for engine in engines.values():
                 engine.stop()
     summary = {"config": asdict(config), "dtype": "float32"} | summarise(answers) | provenance()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(args.out, summary)
     console.print(table(summary))
     console.print(f"numbers in {args.out}")
 

@@ -7,22 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from experiments.gpu.provenance import Json
+from experiments.harness.figures import panels, save
 
 
 def draw(result: Json, path: Path) -> None:
     """Prefill and decode beside the rivals and under the ceilings of the same run, and the arms: what was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained", width_ratios=(4, 2, 1))
+    figure, axes = panels(1, 3, 15, 4.5, width_ratios=(4, 2, 1))
     limits = next(iter(result.get("ceilings", [])), {})
-    panels = (
+    shown = (
         ("prefill", "by share cached", "flops", 1e12, "TFLOP/s", share_cached),
         ("decode", "by sequences", "bytes_per_s", 1e9, "GB/s", lambda row: f"batch {row['batch']}"),
     )
-    for ax, (name, order, key, unit, label, tick) in zip(axes[:2], panels, strict=True):
+    for ax, (name, order, key, unit, label, tick) in zip(axes[:2], shown, strict=True):
         rows = [row for row in result.get(name, []) if key in row]
         at = np.arange(len(rows))
         series = {"tokenzero, paged": [row[key] / unit for row in rows]}
@@ -45,8 +41,7 @@ def draw(result: Json, path: Path) -> None:
     axes[2].set_title(f"{rows[0]['prompt']:,}-token prompt" if rows else "arms: not measured")
     where = result["provenance"]
     figure.suptitle(f"{where['device']}, {where['dtype']}, jax {where['versions']['jax']}, {where['when'][:10]}")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def share_cached(row: Json) -> str:

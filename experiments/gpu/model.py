@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.workloads.random_model import random_params
 from model.batch import Batch
-from model.config import ModelConfig
 from model.decoder import forward
 from model.kv import KVPool, bytes_per_token, empty_pool
-from model.params import Layer, Params, unstacked
+from model.params import unstacked
 
 if TYPE_CHECKING:
     from experiments.gpu.sizes import Sizes
@@ -24,28 +24,6 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 LINE_TOKENS = 24  # of the line in front of an agent's prompt that differs from request to request
-
-
-def random_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
-    """Random weights made on the device, which takes no memory but theirs; norms are one."""
-    embed, ffn, layers = config.embed_size, config.ffn_size, config.num_layers
-    keys = iter(jax.random.split(jax.random.key(0), 6))
-
-    def matrix(*shape: int, fan_in: int) -> jax.Array:
-        return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * fan_in**-0.5)(next(keys))
-
-    ones = partial(jnp.ones, dtype=dtype)
-    heads = (config.num_kv_heads, config.group, config.head_dim)
-    layer = Layer(
-        attn_norm=ones((layers, embed)),
-        qkv=matrix(layers, heads[0], heads[1] + 2, heads[2], embed, fan_in=embed),
-        out=matrix(layers, embed, *heads, fan_in=config.num_heads * config.head_dim),
-        mlp_norm=ones((layers, embed)),
-        gate_up=matrix(layers, 2, ffn, embed, fan_in=embed),
-        down=matrix(layers, embed, ffn, fan_in=ffn),
-    )
-    vocab = partial(matrix, config.vocab_size, embed, fan_in=embed)
-    return Params(embed=vocab(), layers=layer, final_norm=ones((embed,)), lm_head=vocab())
 
 
 def forward_passes(sizes: Sizes) -> Iterator[Json]:

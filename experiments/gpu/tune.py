@@ -7,7 +7,6 @@ keeps what every size took. A size that gives another result than the default on
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
@@ -27,6 +26,7 @@ from experiments.gpu.baselines import first_line
 from experiments.gpu.provenance import provenance
 from experiments.gpu.sections import TOLERANCE, paged, seconds
 from experiments.gpu.sizes import FULL
+from experiments.harness.report import write_json
 from model.kernels.hopper import decode as paged_decode
 from model.kernels.hopper import prefill as paged_prefill
 
@@ -114,7 +114,7 @@ def main() -> None:
                 rows.append({"kernel": kernel.__name__, "shape": shape, "tuning": asdict(tuning), "seconds": taken})
                 rows[-1] |= {"refused": refused} if refused else {}
                 if args.out:
-                    args.out.write_text(json.dumps(result, indent=1) + "\n")
+                    write_json(args.out, result, indent=1)
             if not found:
                 continue
             taken, table[shape] = min(found, key=lambda pair: pair[0])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -22,6 +21,7 @@ import msgspec
 from rich.console import Console
 
 from experiments.harness.provenance import provenance
+from experiments.harness.report import write_json
 from experiments.replay.capacity import (
     CAPACITIES,
     COST_MODEL,
@@ -93,9 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         **compared,
         **provenance(("tokenzero", "numpy")),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.trace.stem if args.trace else 'agents'}.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(path, summary)
     console.print(capacity_table(summary))
     console.print(f"results in {path}")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -17,6 +16,7 @@ from rich.table import Table
 from cache.pool import pages_for
 from cache.prefix_cache import PrefixCache
 from experiments.harness.client import prompt_counts
+from experiments.harness.report import make_table
 from experiments.workloads.traces import Call
 from serve.engine.cost import Constants
 
@@ -122,9 +122,8 @@ def least_capacity(calls: Iterable[Call]) -> int:
 def capacity_table(summary: dict[str, Any]) -> Table:
     """The outcomes for a terminal."""
     title = f"{summary['calls']:,} calls, {summary['tokens'] / 1e6:,.0f}M tokens: the share that was cached"
-    grid = Table(title=title, box=SIMPLE_HEAD)
-    for name in ("header", "capacity", "5%", "50%", "95%", "all", "reads/write", "saved"):
-        grid.add_column(name, justify="right", no_wrap=True)
+    columns = ("header", "capacity", "5%", "50%", "95%", "all", "reads/write", "saved")
+    grid = make_table(columns, no_wrap=True, title=title)
     for row in summary["rows"]:
         by_call = [f"{rate:.1%}" for rate in row["hit_rate_by_call"] or ()] or ["-"] * 3
         ends = (f"{row['hit_rate']:.1%}", f"{row['reads_per_write']:,.1f}", f"{row['ms_saved_per_call'] / 1000:,.2f} s")

@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from cache.host import HostTier
 from cache.keys import page_keys, root_key
+from experiments.harness.figures import COLOURS, save, subplots
 from experiments.harness.provenance import provenance
+from experiments.harness.report import make_table, write_json
 from experiments.replay.capacity import PAGE_TOKENS
 from experiments.workloads.sessions import RELEASES, Session, requests
 from experiments.workloads.synthetic import Json
@@ -167,9 +168,7 @@ def summarise(work: Workload, replayed: Sequence[Request], console: Console) -> 
 def table(summary: dict[str, Any]) -> Table:
     """The summary for a terminal."""
     title = f"Share of {summary['pages_asked']:,} pages found, {summary['requests']} requests"
-    grid = Table(title=title, box=SIMPLE_HEAD)
-    for name in ("budget", "of all pages", *POLICIES):
-        grid.add_column(name, justify="right")
+    grid = make_table(("budget", "of all pages", *POLICIES), title=title)
     for row in summary["budgets"]:
         rates = (f"{row['hit_rate'][name]:.1%}" for name in POLICIES)
         grid.add_row(f"{row['bytes'] / 1e9:,.1f} GB", f"{row['share']:.0%}", *rates)
@@ -179,13 +178,8 @@ def table(summary: dict[str, Any]) -> Table:
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Hit rate over budget, one line a policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"LRU": "#0072B2", "FIFO": "#D55E00", "optimum": "#666666"}
-    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    colours = {"LRU": COLOURS[0], "FIFO": COLOURS[1], "optimum": "#666666"}
+    figure, axes = subplots(3.8, 7)
     budgets = [row["bytes"] / 1e9 for row in summary["budgets"]]
     for name, colour in colours.items():
         rates = [100 * row["hit_rate"][name] for row in summary["budgets"]]
@@ -197,11 +191,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("budget of the tier (log scale)")
     axes.set_ylabel("pages found, %")
     axes.set_title("What each eviction policy finds in a trace of agent sessions", fontsize=10, loc="left")
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    save(figure, path)
 
 
 def compare_policies(work: Workload, model: str, out: Path, console: Console) -> None:
@@ -210,8 +201,7 @@ def compare_policies(work: Workload, model: str, out: Path, console: Console) ->
     requested = trace(work, pages_by(model))
     replayed = list(track(requested, "rendering", total=total, console=console, transient=True))
     summary = summarise(work, replayed, console) | provenance(("tokenzero", "transformers", "tokenizers"))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "policies.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(out / "policies.json", summary)
     draw(summary, out / "policies.png")
     console.print(table(summary))
     console.print(f"results in {out}")

@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments.harness.provenance import provenance
+from experiments.harness.report import write_json
 from experiments.harness.server import running_server
 from experiments.soak import checks
 from experiments.soak.checks import Check, unexpected
@@ -260,9 +261,8 @@ def run(config: Config, model: str, out: Path, console: Console) -> list[Check]:
         found = asyncio.run(soak(config, model, folder, progress))
         made = verdict(config, found.seen.kept, model, folder, progress)
         judged = checked(found, made, folder)
-    out.mkdir(parents=True, exist_ok=True)
     told = summary(config, model, found, made, judged) | provenance()
-    (out / "soak.json").write_text(json.dumps(told, indent=2) + "\n")
+    write_json(out / "soak.json", told)
     (out / "samples.jsonl").write_text("".join(json.dumps(asdict(s)) + "\n" for s in found.samples))
     different = [{"other": d.other, "tied": d.tied, **asdict(d.kept)} for d in [*made.differences, *made.wrong]]
     (out / "differences.jsonl").write_text("".join(json.dumps(d) + "\n" for d in different))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness.figures import COLOURS, HEIGHT, WIDTH, save
+from experiments.harness.figures import COLOURS, HEIGHT, WIDTH, panels, plain, save
 from experiments.soak.stage import Life, Sample
 
 BINS = 60  # points of a rate
@@ -16,12 +16,7 @@ BINS = 60  # points of a rate
 
 def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
     """Memory, descriptors and threads, answers a second, hits and evictions by tier; a line where a server ended."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(3, 2, figsize=(WIDTH * 1.3, 1.7 * HEIGHT), sharex=True, layout="constrained")
+    figure, axes = panels(3, 2, WIDTH * 1.3, 1.7 * HEIGHT, sharex=True)
     memory, open_files, answers, in_use, hits, evicted = axes.flat
     held(
         memory,
@@ -50,8 +45,7 @@ def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
         place.set_title(title, fontsize=10, loc="left")
         if place is not memory:  # whose growth would not be seen from zero
             place.set_ylim(0)
-        place.grid(alpha=0.25)
-        place.spines[["top", "right"]].set_visible(False)
+        plain(place)
         for life in lives[:-1]:
             killed = life.end == "kill -9"
             place.axvline(life.ended_s / 60, color="0.5", linewidth=0.8, linestyle=":" if killed else "--")

@@ -7,18 +7,16 @@ come in a random order, each right after a request that leaves their shared pref
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from experiments.harness.report import write_json
 from experiments.sweep.config import ConfigError, points, read_config
 from experiments.sweep.measure import run_sweep
 from experiments.sweep.run_folder import Run, RunError, cells, summary, table
-from experiments.sweep.targets import (
-    TargetError,
-)
+from experiments.sweep.targets import TargetError
 
 RESULTS = Path("experiments/results/sweeps")
 
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(run.measured)} of {wanted} measurements are kept in {folder}: the same command goes on", 130
         )
     found = cells(run.measured, config.seed)
-    (folder / "summary.json").write_text(json.dumps(summary(found), indent=1) + "\n")
+    write_json(folder / "summary.json", summary(found), indent=1)
     console.print(table(found))
     console.print(f"{len(run.measured)} measurements in {folder}; `python -m experiments.plot {folder}` draws them")
     return 0

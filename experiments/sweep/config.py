@@ -14,10 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from experiments.sweep.prompts import PLACED, Arm, Point
-from experiments.sweep.targets import (
-    ARMS,
-    TargetConfig,
-)
+from experiments.sweep.targets import ARMS, TargetConfig
 
 Count = Annotated[int, Meta(ge=1)]
 

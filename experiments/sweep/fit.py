@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from experiments.harness.report import make_table, write_json
 from experiments.sweep.run_folder import Cell, RunError, cells, load
 from model.config import ModelConfig
 from serve.engine.cost import Constants, cost_model, file_contents
@@ -98,7 +98,7 @@ def fit_run(folder: Path, model: str = "", page_size: int = 0, seed: int = 0) ->
         raise ValueError(f"{folder} has no measurement of that model and page size")
     fitted = fit_cells(found, model_config(found[0].point.model), seed)
     sessions = json.loads((folder / "run.json").read_text())["sessions"]
-    (folder / FILE).write_text(json.dumps(fitted | {"session": sessions[-1]}, indent=2) + "\n")
+    write_json(folder / FILE, fitted | {"session": sessions[-1]})
     return fitted, found
 
 
@@ -109,10 +109,8 @@ def constants_of(fitted: dict[str, Any]) -> Constants:
 
 def constants_table(fitted: dict[str, Any]) -> Table:
     """Constants with their intervals, in microseconds."""
-    grid = Table(box=SIMPLE_HEAD, caption=accuracy_line(fitted))
-    grid.add_column("constant")
-    for column in ("microseconds", "95% interval", "for"):
-        grid.add_column(column, justify="right")
+    columns = ("constant", "microseconds", "95% interval", "for")
+    grid = make_table(columns, words=("constant",), caption=accuracy_line(fitted))
     for term in TERMS:
         value, (low, high) = fitted["constants"][term], fitted["intervals_95"][term]
         grid.add_row(term, f"{value * 1e6:,.4g}", f"{low * 1e6:,.4g} - {high * 1e6:,.4g}", UNITS[term])
@@ -127,9 +125,8 @@ def accuracy_line(fitted: dict[str, Any]) -> str:
 
 def prices_table(fitted: dict[str, Any]) -> Table:
     """The price of one volatile token by position."""
-    grid = Table(box=SIMPLE_HEAD, caption=f"one volatile token in {fitted['prices'][0]['prompt_tokens']:,} tokens")
-    for column in ("at position", "costs, ms", "GFLOP"):
-        grid.add_column(column, justify="right")
+    caption = f"one volatile token in {fitted['prices'][0]['prompt_tokens']:,} tokens"
+    grid = make_table(("at position", "costs, ms", "GFLOP"), caption=caption)
     for price in fitted["prices"]:
         gflop = f"{price['flops'] / 1e9:,.1f}" if price["flops"] else ""
         grid.add_row(f"{price['position']:,}", f"{price['ms']:,.1f}", gflop)
@@ -138,9 +135,8 @@ def prices_table(fitted: dict[str, Any]) -> Table:
 
 def crossover_table(constants: Constants, bytes_per_token: int) -> Table:
     """From which position on a token comes sooner from a tier than from the model, by the tier's speed."""
-    grid = Table(box=SIMPLE_HEAD, caption=f"{bytes_per_token:,} bytes of KV a token")
-    for column in ("a tier that reads, MB/s", "beats recompute from position"):
-        grid.add_column(column, justify="right")
+    columns = ("a tier that reads, MB/s", "beats recompute from position")
+    grid = make_table(columns, caption=f"{bytes_per_token:,} bytes of KV a token")
     always = bytes_per_token / constants.linear if constants.linear else 1e9
     for speed in (always / 16, always / 8, always / 4, always / 2, always):
         at = constants.crossover(bytes_per_token / speed)

@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments.harness.report import make_table
 from experiments.sweep.prompts import Point
 from experiments.sweep.targets import Answer
 from serve.engine.cost_fit import Sample
@@ -177,10 +177,8 @@ def by_length(found: Sequence[Cell]) -> Iterator[tuple[int, list[Cell]]]:
 
 def table(found: Sequence[Cell]) -> Table:
     """The medians, as printed."""
-    grid = Table(box=SIMPLE_HEAD)
-    grid.add_column("arm", no_wrap=True)
-    for column in ("position", "prompt", "cached", "TTFT, ms", "95% interval", "n"):
-        grid.add_column(column, justify="right", no_wrap=True)
+    columns = ("arm", "position", "prompt", "cached", "TTFT, ms", "95% interval", "n")
+    grid = make_table(columns, words=("arm",), no_wrap=True)
     for cell in found:
         interval = f"{cell.low_ms:,.1f} - {cell.high_ms:,.1f}"
         counts = (f"{cell.prompt_tokens:,}", f"{cell.cached_tokens:,}", f"{cell.ttft_ms:,.1f}")

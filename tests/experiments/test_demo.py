@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from experiments.demo import READING_SHARE, Reading, sequential_rate, summarise, table, verdict
+from experiments.demo import READING_SHARE, Reading, summarise, table, verdict
 from experiments.harness.client import Timing
 
 
@@ -46,8 +44,3 @@ def test_a_restart_may_cost_a_warm_request_and_reading_at_a_share_of_the_disks_r
 
 def test_the_table_has_a_row_for_every_arm() -> None:
     assert table(summary_of(290)).row_count == 4
-
-
-def test_the_disks_rate_is_measured_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    assert sequential_rate(tmp_path, 3_000_001) > 1e6
-    assert not list(tmp_path.iterdir())

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.bench import batching
-from experiments.bench.batching import GOALS, gaps, window_rate
+from experiments.bench.batching import __main__ as batching
+from experiments.bench.batching.__main__ import GOALS
+from experiments.bench.batching.decode import window_rate
+from experiments.bench.batching.prefill import gaps
 from experiments.workloads.demo_model import TINY, write_demo_model
 
 TOY = (
@@ -29,7 +31,7 @@ TOY = (
         "--output",
         "24",
     ),
-    *("--tokens", "3000", "--company", "2", "--shared", "512", "--sharers", "3", "--new", "40"),
+    *("--tokens", "3000", "--concurrent", "2", "--shared", "512", "--requests", "3", "--new", "40"),
 )
 
 
@@ -73,7 +75,7 @@ def test_every_number_of_sessions_is_measured_in_every_round(result: dict) -> No
     assert decode["eight_over_one"] == decode["sessions"]["8"]["ratio"] > 0
 
 
-def test_latency_beside_a_prefill_is_told_beside_its_yardstick(result: dict) -> None:
+def test_latency_during_a_prefill_is_reported_with_its_yardstick(result: dict) -> None:
     part = result["interference"]
     assert part["chunk"] == 64
     for p50, p95, p99, longest in zip(
@@ -89,7 +91,7 @@ def test_latency_beside_a_prefill_is_told_beside_its_yardstick(result: dict) -> 
         assert ratio == pytest.approx(ms / yardstick, abs=1e-3)
 
 
-def test_sharers_compute_their_prefix_once_and_each_its_own_tokens(result: dict) -> None:
+def test_a_shared_prefix_is_computed_once_and_each_suffix_by_itself(result: dict) -> None:
     part = result["shared"]
     assert part["rounds"]["one_computed"] == [512 + 32] * 2
     assert part["rounds"]["many_computed"] == [512 + 3 * 32] * 2
@@ -104,11 +106,11 @@ def test_a_warm_prompt_reuses_its_prefix_in_the_engine_and_over_http(result: dic
     assert part["http_ttft_ms"] > part["http_pass_ms"] > 0
 
 
-def test_guesses_change_no_token(result: dict) -> None:
-    part = result["guesses"]
+def test_draft_tokens_change_no_token(result: dict) -> None:
+    part = result["speculation"]
     assert part["rounds"]["same_text"] == [1.0, 1.0]
-    assert part["tried_token_ms"] > 0
-    assert part["break_even"] == pytest.approx(part["trial_ms"] / part["step_ms"] - 1, abs=1e-3)
+    assert part["speculative_token_ms"] > 0
+    assert part["break_even"] == pytest.approx(part["verification_ms"] / part["step_ms"] - 1, abs=1e-3)
 
 
 def test_every_goal_is_judged_by_its_own_figure(result: dict) -> None:
@@ -126,6 +128,6 @@ def test_parts_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     out = tmp_path / "chosen.json"
     batching.main([*TOY, "--only", "decode", "--sessions", "1", "2", "--repeats", "1", "--out", str(out)])
     written = json.loads(out.read_text())
-    assert not {"interference", "shared", "warm", "guesses"} & set(written)
+    assert not {"interference", "shared", "warm", "speculation"} & set(written)
     assert written["goals"] == []  # it says nothing of eight
     assert written["commit"]
