@@ -1,10 +1,11 @@
 """The project's story on your own hardware: one real server, one agent prompt, four arms, one table.
 
 `make demo` runs `python -m experiments.demo --model DIR`. Every request is an agent's prompt with a fresh question at
-its end; the arms differ in what stands in front: nothing (stable), a fresh billing header that is kept (varying), or a
-fresh one that the server strips (stripped). Then the server is stopped and started on the same store a few times, and
-each time asked once, with nothing in front (restarted). That is to take no longer than a warm request and reading the
-pages at 60% of the disk's sequential rate, which is measured on a file that is not in memory.
+its end. An arm is one condition; the arms differ in what the prompt starts with: nothing (stable), a fresh billing
+header that is kept (varying), or a fresh one that the server strips (stripped). Then the server is restarted on the
+same store a few times, and each time asked once without a header (restarted). The goal for that is the time of a warm
+request and of reading the pages at 60% of the disk's sequential rate, which is measured on a file that is not in
+memory.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ READING_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Arm:
-    """One condition: whether a header stands in front, which rules the server applies, and how often it is measured."""
+    """One condition: whether prompts have a header, which rules the server applies, and how often it is measured."""
 
     name: str
     header: bool
@@ -62,19 +63,19 @@ RESTARTED = Arm("restarted", header=False, rules="strip-preamble", repeats=5)
 
 @dataclass(frozen=True)
 class Reading:
-    """What a restarted server read from its store for one request, and what the disk reads in order."""
+    """What a restarted server read from its store for one request, and the disk's sequential rate."""
 
     bytes: int
     bytes_per_s: float
 
     @property
     def bound_ms(self) -> float:
-        """What reading may take."""
+        """The time that reading may take."""
         return 1e3 * self.bytes / (READING_SHARE * self.bytes_per_s)
 
 
 def schedule(arms: tuple[Arm, ...], rng: random.Random) -> Iterator[Arm]:
-    """One cold request for each arm, then all repeats in rounds, each round in a fresh order."""
+    """One cold request for each arm, then all repeats in rounds, each round in a new random order."""
     yield from arms
     for number in range(max(arm.repeats for arm in arms)):
         due = [arm for arm in arms if number < arm.repeats]
@@ -121,7 +122,7 @@ def run(
 def run_restarted(
     flags: list[str], log: Path, prompt: Json, seed: int, progress: Progress
 ) -> tuple[list[Timing], Reading]:
-    """Start the server anew for each repeat and ask once: the prompt's pages are on disk, the device is empty.
+    """Restart the server for each repeat and ask once: the prompt's pages are on disk, the device is empty.
 
     Returns the timings, and what each of them read from the store.
     """
@@ -137,7 +138,7 @@ def run_restarted(
 
 
 def summarise(timings: dict[str, list[Timing]], reading: Reading, resident_bytes: int) -> dict[str, Any]:
-    """The figures of a run as JSON values: cold requests apart, medians over the repeats."""
+    """The figures of a run as JSON values: cold requests separately, medians over the repeats."""
     arms = {}
     for name, (cold, *repeats) in timings.items():
         times = [round(t.ttft_ms, 2) for t in repeats]
@@ -188,7 +189,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """The restarted arm beside its bound, in a line."""
+    """The restarted arm and its bound, in a line."""
     restarted, arms = summary["restarted"], summary["arms"]
     found, bound = arms["restarted"]["median_ms"], restarted["bound_ms"]
     return (
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     """Start the server, measure, print the table, write picture and summary."""
     cli = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__.split("\n")[0])
     cli.add_argument(
-        "--model", required=True, help="checkpoint folder, such as experiments.workloads.demo_model writes"
+        "--model", required=True, help="checkpoint folder, such as `python -m experiments.demo_model DIR` writes"
     )
     cli.add_argument("--tokens", type=int, default=52_000, help="length of the prompt (default: 52000)")
     cli.add_argument("--seed", type=int, default=0)

@@ -44,8 +44,8 @@ def run(
 ) -> Json:
     """Run the sections in order, writing the result after each figure; a failure is recorded and does not end the run.
 
-    So is a wrong result, which raises AssertionError at the end: figures of that kernel are worth nothing, but those
-    of the others and the rivals are.
+    So is a wrong result, which raises AssertionError at the end: that kernel's figures are void, but those of the
+    others and of the baselines count.
     """
     start = time.perf_counter()
     result: Json = {"provenance": provenance(sizes, smoke, revision)}
@@ -68,21 +68,21 @@ def run(
 
 
 def section(name: str, sizes: Sizes, end: float) -> Iterator[Json]:
-    """A section's figures as they come, until the clock says `end`; the last one may be a reason for there being none.
+    """A section's figures as they come, until the time `end`; the last one may be a failure with its reason.
 
-    It has a process of its own: a kernel that faults takes its process's hold on the GPU along, one that hangs can be
-    ended, and no section has to do with memory that another has left in pieces.
+    A section runs in its own process: a kernel that faults loses only that process's GPU context, one that hangs can be
+    ended, and no section inherits memory that another has fragmented.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(name, sizes, sender), daemon=True)
     process.start()
-    sender.close()  # the process holds the only one: the pipe ends with it
+    sender.close()  # the process now holds the only one: the pipe ends with it
     limit = sizes.model_figure_s if name in ("forward", "arms") else sizes.figure_s
     try:
         while receiver.poll(max(0.0, min(limit, end - time.perf_counter()))):
             yield receiver.recv()
-        yield {"failed": f"no figure in {limit:g} s, or all {sizes.budget_s:g} s were over"}
+        yield {"failed": f"no figure within {limit:g} s, or the budget of {sizes.budget_s:g} s was spent"}
     except EOFError:
         process.join()
         if process.exitcode:
@@ -93,8 +93,8 @@ def section(name: str, sizes: Sizes, end: float) -> Iterator[Json]:
 
 
 def measure(name: str, sizes: Sizes, sender: Connection) -> None:
-    """The work of a section's process: send each figure, and what went wrong."""
-    if jax.default_backend() == "gpu":  # a second run is to spend its minutes on measuring
+    """The body of a section's process: send each figure, or what went wrong."""
+    if jax.default_backend() == "gpu":  # so that a second run spends its minutes on measuring
         jax.config.update("jax_compilation_cache_dir", str(COMPILED))
     try:
         for row in SECTIONS[name](sizes):
@@ -121,11 +121,11 @@ def save(result: Json, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.gpu_bench", description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; on a CPU too")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; on CPUs as well")
     parser.add_argument("--only", nargs="+", default=(), choices=list(SECTIONS), help="run these sections")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: results/gpu beside this file)")
-    parser.add_argument("--redraw", action="store_true", help="measure nothing, draw the folder's results again")
-    parser.add_argument("--commit", help="what is measured, on a machine that has no git or no checkout")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: experiments/results/gpu)")
+    parser.add_argument("--redraw", action="store_true", help="only draw the folder's results again")
+    parser.add_argument("--commit", help="the commit that is measured, on a machine without git or a checkout")
     args = parser.parse_args(argv)
     console = Console()
     if args.redraw:

@@ -1,7 +1,7 @@
 """The figures of a run: `python -m experiments.plot RUN` writes PNGs beside its measurements.
 
-position.png: TTFT over the mismatch position, one line a prompt length, with the fitted cost model. predicted.png: what
-the model predicts for points that it has not seen, against what was measured. arms.png: the arms side by side.
+position.png: TTFT over the mismatch position, one line a prompt length, with the fitted cost model. predicted.png: the
+model's predictions for points that it has not seen, over what was measured. arms.png: the arms side by side.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,9 +21,6 @@ from experiments.sweep.fit import accuracy_line, constants_of, constants_table, 
 from experiments.sweep.run_folder import Cell, RunError, by_length, cells, load
 from serve.engine.cost import Constants
 from serve.engine.cost_fit import held_out
-
-if TYPE_CHECKING:
-    pass
 
 ARM_COLOURS = dict(
     zip(("stable", "varying", "stripped", "restarted", "relocated", "tools-first", "evicted"), COLOURS, strict=True)
@@ -60,7 +57,7 @@ def draw_position(found: Sequence[Cell], constants: Constants | None, path: Path
     step = 2 ** max(0, int(np.log2(longest / 5)))
     axes.set_xticks(range(0, longest + 1, step))
     axes.xaxis.set_major_formatter(tokens_label)
-    axes.set_xlabel("mismatch position: tokens in front of the first that differs")
+    axes.set_xlabel("mismatch position: tokens before the first that differs")
     axes.set_ylabel("time to first token (log scale)")
     fitted = ", with the fitted cost model" if constants else ""
     axes.set_title(f"TTFT over the mismatch position, by prompt length in tokens{fitted}", fontsize=10, loc="left")
@@ -68,7 +65,7 @@ def draw_position(found: Sequence[Cell], constants: Constants | None, path: Path
 
 
 def draw_predicted(found: Sequence[Cell], fitted: dict[str, Any], path: Path) -> None:
-    """Predicted against measured, each point by a fit that has not seen it."""
+    """Predicted over measured times, each point predicted by a fit that has not seen it."""
     figure, axes = subplots(5.0, 5.6)
     measured, predicted = measured_ms(found), held_out([cell.sample() for cell in found]) * 1e3
     ends = np.array([min(measured.min(), predicted.min()) / 1.5, max(measured.max(), predicted.max()) * 1.5])

@@ -1,7 +1,8 @@
-"""Floors: the least time that a prompt's arithmetic and memory traffic take on a device, whatever the software.
+"""Lower bounds: the least time that a prompt's arithmetic and memory traffic take on a device, for any software.
 
 `python -m experiments.roofline --prompt 52000` prints FLOPs, bytes and ms for named models and devices, cold and with a
-cached prefix. A floor takes the larger of both times, as if they overlapped without loss.
+cached prefix. A lower bound is the larger of both times, as if they overlapped without loss (the roofline model,
+https://doi.org/10.1145/1498765.1498785).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from model.config import ModelConfig, RopeConfig
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does at best: FLOP/s of dense bf16 matrices, and bytes a second from its memory."""
+    """A device's peak: FLOP/s of dense bf16 matrix products, and bytes a second from its memory."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -37,7 +38,7 @@ class Floor:
 
     @property
     def ms(self) -> float:
-        """The floor: arithmetic and traffic overlap at best."""
+        """The lower bound: arithmetic and memory traffic overlap at best."""
         return max(self.compute_ms, self.memory_ms)
 
 
@@ -74,10 +75,10 @@ DEVICES = {
 
 
 def prefill(config: ModelConfig, device: Device, prompt: int, cached: int = 0) -> Floor:
-    """The floor of TTFT for a prompt of which some tokens are cached.
+    """The lower bound of TTFT for a prompt of which some tokens are cached.
 
-    Bytes: the weights once, the cached keys and values read once, the new ones written once. Whoever works in chunks
-    reads more.
+    Bytes: the weights once, the cached keys and values read once, the new ones written once. Prefill in chunks reads
+    more.
     """
     flops = prefill_flops(config, prompt, cached)
     moved = weight_bytes(config) + kv_bytes(config, prompt)
@@ -85,12 +86,12 @@ def prefill(config: ModelConfig, device: Device, prompt: int, cached: int = 0) -
 
 
 def decode(config: ModelConfig, device: Device, context: int) -> Floor:
-    """The floor of one decoded token behind `context` others: it is the prefill of a single token."""
+    """The lower bound of one decoded token after `context` others: the prefill of a single token."""
     return prefill(config, device, context + 1, context)
 
 
 def table(prompt: int, suffix: int) -> Table:
-    """The floors of all models on all devices, cold, with all but the suffix cached, and for one decoded token."""
+    """The lower bounds of all models and devices: cold, with all but the suffix cached, and for one decoded token."""
     words, numbers = ("model", "device", "what"), ("TFLOP", "GB", "compute, ms", "memory, ms", "floor, ms")
     caption = "bf16; " + "; ".join(device.source for device in DEVICES.values())
     grid = make_table((*words, *numbers), words, caption=caption)
@@ -108,7 +109,7 @@ def table(prompt: int, suffix: int) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the floors."""
+    """Print the lower bounds."""
     cli = argparse.ArgumentParser(prog="python -m experiments.roofline", description=__doc__)
     cli.add_argument("--prompt", type=int, default=52_000, metavar="TOKENS", help="(default: %(default)s)")
     cli.add_argument("--suffix", type=int, default=128, metavar="TOKENS", help="new tokens (default: %(default)s)")

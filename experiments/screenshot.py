@@ -1,4 +1,4 @@
-"""The dashboard's picture: agents of several kinds talk to a server on the demo model, and Chromium takes a look.
+"""The dashboard's picture: agents of several kinds talk to a server on the demo model, and Chromium photographs it.
 
 `python -m experiments.screenshot` writes results/dashboard.png. It needs the extra `clients` and a Chromium: the one
 that `make test-clients` has fetched, or `--chromium PATH`.
@@ -50,7 +50,7 @@ def chromium(program: Path) -> Iterator[Browser]:
 
 @dataclass
 class Agent:
-    """A session that grows by what the server answers, with a fresh header in front of each request."""
+    """A session that grows by the server's answers; each request starts with a fresh header."""
 
     session: Session
     headers: dict[str, str]
@@ -58,7 +58,7 @@ class Agent:
     sent: int = 0
 
     def ask(self, client: httpx.Client, url: str, change: Callable[[Json], Json] = lambda body: body) -> None:
-        """Send the next request, changed for once, and take in the answer and a next question."""
+        """Send the next request, changed once by `change`, then append the answer and the next question."""
         self.sent += 1
         body = with_header(change(self.body), session_header(self.session, self.sent))
         answer = measure(client, url, body, self.headers)
@@ -98,7 +98,7 @@ def shortened(body: Json) -> Json:
 
 
 def look(page: Page, url: str, picture: Path) -> None:
-    """Open the dashboard, point at a request whose header broke its prefix, and write what is seen."""
+    """Open the dashboard, point at a request whose header broke its prefix, and write a screenshot."""
     page.goto(url)
     rows = page.locator(".row", has_text="preamble")
     rows.first.wait_for()
@@ -110,12 +110,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.screenshot", description=__doc__)
     parser.add_argument("--chromium", type=Path, default=CHROMIUM, help="the program (default: %(default)s)")
-    parser.add_argument("--model", type=Path, help="checkpoint folder (default: the demo model, made afresh)")
+    parser.add_argument("--model", type=Path, help="checkpoint folder (default: the demo model, written now)")
     parser.add_argument("--out", type=Path, default=PICTURE)
-    parser.add_argument("--dark", action="store_true", help="as those see it who prefer dark pages")
+    parser.add_argument("--dark", action="store_true", help="in the dark colour scheme")
     args = parser.parse_args()
     if not args.chromium.is_file():
-        parser.error(f"{args.chromium}: no such program; run `make test-clients`, which fetches one, or name another")
+        parser.error(f"--chromium {args.chromium}: no such program; `make test-clients` fetches one, or name another")
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or Path(scratch, "model")
         write_demo_model(model)

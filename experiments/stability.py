@@ -32,8 +32,8 @@ class Case:
 
 
 def cases(release: str) -> dict[str, Case]:
-    """The known ways to diverge, for one release of the client."""
-    one = Session(release=release, kin="kin")
+    """The known ways to diverge, as one client release has them."""
+    one = Session(release=release, group="kin")
     other, there = replace(one, seed=1), replace(one, folder="/home/dev/another")
     base, later = sent(one), sent(one, turn=2)
     loaded = sessions.tools(replace(one, num_tools=len(base["tools"]) + 1, scale=one.scale))[-1]

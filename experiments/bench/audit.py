@@ -1,9 +1,10 @@
-"""What the auditor costs the requests of a loaded engine: time to first token and between tokens, with and without it.
+"""The auditor's cost for the requests of a loaded engine: time to first token and between tokens, with and without it.
 
-`python -m experiments.bench.audit --model DIR`: in each round some sessions at once ask an engine again and again, each
-some seconds after its last answer, and behind a prefix that grows. A round is run once an arm, in a random order, on
-texts that no other has seen: with no auditor, again with none, with its default share of the device, and with an equal
-share, so that it uses every idle moment. Ratios are taken within a round; those of the two arms without are the noise.
+`python -m experiments.bench.audit --model DIR`: in each round a few concurrent sessions ask an engine turn by turn,
+each some seconds after its last answer, with a growing prefix. A round runs once for each arm (condition), in random
+order, on fresh texts: twice without an auditor, once with its default share of the device, and once with a share of 1,
+so that it uses every idle moment. Ratios are taken within a round; those of the two arms without an auditor are the
+noise.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """What is asked."""
+    """The load."""
 
     rounds: int = 8
     sessions: int = 3
@@ -52,7 +53,7 @@ class Config:
     prefix: int = 4096  # tokens of a session's first prompt
     more: int = 96  # tokens that each further turn adds to prompt and answer
     output: int = 32
-    pause: float = 1.0  # seconds between an answer and the next request, in the mean
+    pause: float = 1.0  # seconds between an answer and the next request, on average
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def make_engine(folder: Path, config: Config) -> Engine:
 
 
 def session(engine: Engine, config: Config, seed: Sequence[int], pauses: Sequence[float]) -> list[Asked]:
-    """Ask turn by turn, each prompt the last one, its answer and something new."""
+    """Ask turn by turn; each prompt is the last one, its answer and new tokens."""
     rng, vocab = np.random.default_rng(seed), engine.config.vocab_size - 16  # special tokens come last
     tokens, done = rng.integers(0, vocab, config.prefix).astype(np.int32), list[Asked]()
     for pause in pauses:
@@ -107,7 +108,7 @@ def run(engine: Engine, config: Config, number: int, arm: str) -> Round:
         sessions = threads.map(lambda seed, pauses: session(engine, config, seed, pauses), seeds, waits.tolist())
         asked = [each for done in sessions for each in done]
     if auditor.mismatches or auditor.failures:
-        raise RuntimeError("an audit failed or found something wrong: see the log")
+        raise RuntimeError("an audit failed or found a mismatch: see the log above for its sequence")
     gaps = [1e3 * float(gap) for each in asked for gap in np.diff(each.times)]
     return Round(tuple(1e3 * a.ttft for a in asked), tuple(gaps), auditor.tokens, auditor.seconds)
 
@@ -155,9 +156,7 @@ def summarise(rounds: dict[str, list[Round]]) -> Json:
 def table(summary: Json) -> Table:
     """The summary for a terminal: each figure, and its median ratio to the first arm."""
     config = summary["config"]
-    title = (
-        f"{config['sessions']} sessions at once, {config['turns']} turns each behind {config['prefix']:,} tokens; ms"
-    )
+    title = f"{config['sessions']} sessions at once, {config['turns']} turns each after {config['prefix']:,} tokens; ms"
     caption = "*: not within the noise of the two arms that are off"
     columns = ("auditor", "TTFT p50", "TTFT p95", "ITL p50", "ITL p99", "audited tokens")
     grid = make_table(columns, words=("auditor",), no_wrap=True, title=title, padding=0, caption=caption)

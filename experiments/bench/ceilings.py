@@ -1,7 +1,7 @@
-"""What this machine does at best: GFLOP/s of float32 matrix products and GB/s read, by XLA and by torch.
+"""This machine's ceilings: GFLOP/s of float32 matrix products and GB/s read, by XLA and by torch.
 
-Benchmarks measure them in the run whose speeds they are the ceilings of, and take the larger of both libraries':
-`best` over several measurements, since other load on a machine only ever lowers one.
+Benchmarks measure them in the same run as the speeds that they bound, and take the larger library's. `best` combines
+several measurements, since other load on a machine only lowers them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-SUM_BYTES = 256 * 2**20  # what is summed: several times any cache
+SUM_BYTES = 256 * 2**20  # summed: several times the size of any processor cache
 
 Shape = tuple[int, int, int]  # rows, inner, columns
 CUBES: tuple[Shape, ...] = ((1024, 1024, 1024), (2048, 2048, 2048))
@@ -75,7 +75,7 @@ def measure(shapes: Iterable[Shape], repeats: int = 5, sum_bytes: int = SUM_BYTE
 
 
 def ready(function: Callable[..., jax.Array], *arrays: jax.Array) -> Callable[[], object]:
-    """A call that returns when its result is there."""
+    """A call that returns when its result is ready."""
     return lambda: function(*arrays).block_until_ready()
 
 

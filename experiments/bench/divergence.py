@@ -44,7 +44,7 @@ def cases(tokens: int, tokenizer: Tokenizer) -> dict[str, list[Json]]:
         return len(prompt(decode_count_tokens(json.dumps(body).encode()), tokenizer).tokens)
 
     numbers = range(REMEMBERED + 1)
-    stable = sessions.stable_request(Session(kin="bench"), tokens, count)
+    stable = sessions.stable_request(Session(group="bench"), tokens, count)
     asked = sessions.with_question(stable, 0)
     blocks, tools = asked["system"], asked["tools"]
     return {

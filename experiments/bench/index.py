@@ -1,8 +1,8 @@
-"""What finding a prompt's cached prefix takes as the cache grows: up to a million pages of many agents' sessions.
+"""The time to find a prompt's cached prefix as the cache grows to a million pages of many agents' sessions.
 
-`python -m experiments.bench.index` needs no model: pages are numbers. The store is filled as the engine fills it, with
-sessions that share a trunk, go on and branch; then prompts of 52K tokens are matched, and grow by a chunk each while
-the store is full.
+`python -m experiments.bench.index` needs no model: pages are numbers. The cache is filled as the engine fills it, with
+sessions that share a prefix, continue and branch; then prompts of 52K tokens are matched, and grow by a chunk each
+while the cache is full.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ ARRAY_BYTES = sys.getsizeof(np.zeros(0, np.int32))  # of an array without its nu
 
 @dataclass(frozen=True)
 class Config:
-    """What the store is filled with, and what is asked of it; lengths in tokens."""
+    """What the cache is filled with, and what is matched; lengths in tokens."""
 
     page: int = 64
     prompt: int = 52_000
-    trunk: int = 20_000  # that the sessions of one client and project share
-    sessions: int = 12  # of one trunk; each branches off the one before, in the trunk or behind it
+    shared_prefix: int = 20_000  # of all sessions of one client and project
+    sessions: int = 12  # with one shared prefix; each branches off the one before, in that prefix or after it
     chunk: int = 1024  # that a session grows by in a request
     repeats: int = 200
 
@@ -57,32 +57,32 @@ def draw(rng: np.random.Generator, tokens: int) -> np.ndarray:
     return rng.integers(0, VOCAB, tokens, dtype=np.int32)
 
 
-def trunk_of_sessions(config: Config, rng: np.random.Generator) -> list[np.ndarray]:
-    """The prompts of the sessions on one trunk, [prompt] int32 each."""
+def sessions_with_a_shared_prefix(config: Config, rng: np.random.Generator) -> list[np.ndarray]:
+    """The prompts of the sessions with one shared prefix, [prompt] int32 each."""
     prompts = [draw(rng, config.prompt)]
     while len(prompts) < config.sessions:
-        shared = rng.integers(config.trunk, (config.trunk + config.prompt) // 2)
+        shared = rng.integers(config.shared_prefix, (config.shared_prefix + config.prompt) // 2)
         prompts.append(np.concatenate([prompts[-1][:shared], draw(rng, config.prompt - shared)]))
     return prompts
 
 
 def request(store: PrefixCache, prompt: np.ndarray) -> None:
-    """One request as the engine leads it through the store."""
+    """One request's calls on the cache, as the engine makes them."""
     lease, _ = store.extend(store.match(prompt[:-1]), len(prompt))
     store.insert(lease, prompt)
     store.release(lease)
 
 
 def turns(config: Config, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Prompts without end: the sessions of a trunk take turns, each a chunk longer every time; then the next trunk."""
+    """Endless prompts: the sessions of a prefix take turns, each a chunk longer every time; then the next prefix."""
     while True:
-        prompts = trunk_of_sessions(config, rng)
-        for end in range(config.trunk, config.prompt + config.chunk, config.chunk):
+        prompts = sessions_with_a_shared_prefix(config, rng)
+        for end in range(config.shared_prefix, config.prompt + config.chunk, config.chunk):
             yield from (prompt[:end] for prompt in prompts)
 
 
 def fill(config: Config, pages: int, progress: Progress) -> tuple[PrefixCache, list[np.ndarray]]:
-    """A store whose pages are all cached, but for room for one request, and some whole prompts that are in it."""
+    """A cache that is full except for room for one request, and some whole prompts in it."""
     rng = np.random.default_rng(0)
     store = PrefixCache(pages + pages_for(config.prompt + config.chunk, config.page) + 1, config.page)
     task = progress.add_task(f"filling {pages:,} pages", total=pages)
@@ -115,7 +115,7 @@ def time_matches(store: PrefixCache, whole: list[np.ndarray], config: Config) ->
             prompt = whole[rng.integers(len(whole))].copy()
             if at < len(prompt):
                 prompt[at:] = draw(rng, len(prompt) - at)
-                prompt[at] = VOCAB  # no drawn id: nothing can match on
+                prompt[at] = VOCAB  # an id that is never drawn: the match ends here
             ms, lease = timed(lambda prompt=prompt: store.match(prompt))
             assert lease.reused == at, f"{case}: {lease.reused} tokens matched, expected {at}"
             store.release(lease)
@@ -143,7 +143,7 @@ def time_growth(store: PrefixCache, whole: list[np.ndarray], config: Config) -> 
 
 
 def tree_bytes(store: PrefixCache) -> int:
-    """Bytes that tree and pool hold: arrays, each buffer once, nodes and their tables; evicted tails still count."""
+    """Bytes that tree and pool hold: arrays, each buffer once, nodes and their tables. Evicted ends still count."""
     pool, index = store.pool, store.tree
     buffers = {id(array): array.nbytes for array in (pool.ref_counts, pool.free_stack, index.held)}
     held = 0
@@ -161,7 +161,7 @@ def quantiles(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def measure(config: Config, pages: int, progress: Progress) -> dict[str, Any]:
-    """One row: a store of so many pages filled, matched in and grown."""
+    """One row: a cache of `pages` pages, filled, matched in and grown."""
     seconds, (store, whole) = timed(lambda: fill(config, pages, progress))
     nodes = sum(1 for _ in store.tree.nodes())
     cached = store.pool.num_pages - store.pool.free_pages
@@ -195,11 +195,13 @@ def main(argv: list[str] | None = None) -> None:
     cli = argparse.ArgumentParser(prog="python -m experiments.bench.index", description=__doc__.split("\n")[0])
     cli.add_argument("--pages", nargs="+", type=int, default=[10**4, 10**5, 10**6], help="(default: %(default)s)")
     cli.add_argument("--prompt", type=int, default=Config.prompt, metavar="TOKENS", help="(default: %(default)s)")
-    cli.add_argument("--trunk", type=int, default=Config.trunk, metavar="TOKENS", help="(default: %(default)s)")
+    cli.add_argument(
+        "--shared-prefix", type=int, default=Config.shared_prefix, metavar="TOKENS", help="(default: %(default)s)"
+    )
     cli.add_argument("--repeats", type=int, default=Config.repeats, help="(default: %(default)s)")
     cli.add_argument("--out", type=Path, default=RESULTS)
     args = cli.parse_args(argv)
-    config, console = Config(prompt=args.prompt, trunk=args.trunk, repeats=args.repeats), Console()
+    config, console = Config(prompt=args.prompt, shared_prefix=args.shared_prefix, repeats=args.repeats), Console()
     with Progress(console=console, transient=True) as progress:
         rows = [measure(config, pages, progress) for pages in args.pages]
     worst = max(ms["p99"] for ms in rows[-1]["match_ms"].values())

@@ -1,4 +1,4 @@
-"""Prefill and decode beside llama.cpp: the same weights in float32, cores and run, taking turns.
+"""Prefill and decode compared with llama.cpp: the same float32 weights, cores and run, in turns.
 
 `python -m experiments.bench.llama_cpp` needs the `llama-cpp` extra, whose installation compiles llama.cpp for this
 machine, and the `test` extra. The random llama is written as a GGUF file too; keys and values are float32 on both
@@ -41,7 +41,7 @@ from experiments.harness.report import make_table, write_json
 
 RESULTS = Path("experiments/results/bench/llama_cpp.json")
 OURS, PLAIN, FLASH = "tokenzero", "llama.cpp", "llama.cpp, flash attention"
-GOAL = 1.0  # of llama.cpp's prefill, the faster way
+GOAL = 1.0  # times llama.cpp's prefill, the faster of flash attention on and off
 BATCH, MICRO_BATCH = 2048, 512  # llama.cpp's own defaults
 
 # A layer's tensors: Hugging Face's name below `model.layers.N.`, GGUF's below `blk.N.`.
@@ -59,7 +59,7 @@ LAYER = {
 
 
 def need(module: str) -> ModuleType:
-    """The module, or an exit that says how to get it."""
+    """The module; exits with the command that installs it if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -92,7 +92,7 @@ def gguf_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 def write_gguf(folder: Path, path: Path) -> None:
     """Write a llama's checkpoint, one that `write_llama` has made, as a GGUF file in float32.
 
-    It has no tokenizer, only a number of tokens: what runs it is given token ids.
+    It has no tokenizer, only a vocabulary size, since it is run on token ids.
     """
     config = json.loads((folder / "config.json").read_text())
     writer = need("gguf").GGUFWriter(path, "llama")
@@ -186,7 +186,7 @@ def compare(
 
 
 def table(rows: list[dict[str, Any]], threads: int) -> Table:
-    """Medians of all sides, and our ratio to the faster way of llama.cpp."""
+    """Medians of all sides, and our ratio to the faster of llama.cpp's flash attention on and off."""
     columns = ("llama", "prompt", "phase", OURS, PLAIN, FLASH, "ratio", "same output")
     title = f"tokens/s, tokenzero and llama.cpp, float32, {threads} threads"
     grid = make_table(columns, words=("llama", "phase"), title=title)
@@ -197,7 +197,7 @@ def table(rows: list[dict[str, Any]], threads: int) -> Table:
             grid.add_row(
                 row["model"], f"{row['prompt_tokens']:,}", phase, *medians, f"{row['median_ratio'][phase]:.2f}", same
             )
-    grid.caption = f"ratio: to the faster way of llama.cpp; goal: prefill {GOAL}"
+    grid.caption = f"ratio: to the faster of llama.cpp's flash attention on and off; goal: prefill {GOAL}"
     return grid
 
 

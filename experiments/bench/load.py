@@ -1,19 +1,19 @@
 """Agent sessions at a given rate on a server process: `python -m experiments.bench.load --model DIR`, or `--url URL`.
 
-Arrivals are open: sessions begin by a seeded Poisson process, however slow the server is. Turns within a session are
-closed: one comes a seeded pause after the answer before it, as an agent must read an answer and run its tools first.
-History is the session's own, not what the model said, so any two endpoints are asked the same. A session ends when a
-request of it is refused, fails or is given up. Measured are the requests sent in the `--seconds` behind `--ramp`.
+Arrivals are open: sessions arrive by a seeded Poisson process that does not wait for the server. Turns within a session
+are closed: each comes a seeded pause after the answer before it, as an agent reads an answer and runs its tools first.
+History is generated, not what the model said, so all endpoints get the same requests. A session ends when a request of
+it is refused, fails or times out. The requests sent in the `--seconds` after `--ramp` are measured.
 
-TTFT runs to the first `content_block_delta`, ITL from each to the next. Such an event holds what became certain of the
-answer's text: one token here, or several where they end a character or might have begun a mark; elsewhere what that
-server likes. A request is good if its TTFT and its mean ITL are within limits; by default those of MLPerf Inference for
-Llama 2 70B in the server scenario. Goodput is the rate of good requests; by DistServe (Zhong et al., OSDI 2024) it is
-the highest rate of all requests at which 90% are good, told below the table. An answer without text, whose model ended
-its turn at once, has no TTFT and no part in that share.
+TTFT runs to the first `content_block_delta`, ITL from each to the next. Our server sends such an event for each token,
+or for several tokens if they form one character or could start a delimiter; other servers choose their own granularity.
+A request is good if its TTFT and its mean ITL are within limits, by default those of MLPerf Inference for Llama 2 70B
+in the server scenario. Goodput is the rate of good requests; in DistServe (https://arxiv.org/abs/2401.09670) it is the
+highest rate of all requests at which 90% are good, which the line below the table reports. An answer without text,
+whose model ended its turn at once, has no TTFT and is left out of that share.
 
-Clients and server share a machine, of two cores where the published figures were taken. So the clients are one thread,
-what they send is made before a rate begins, and each rate tells how late they ran and how many cores each side took.
+Clients and server share a machine, which had two cores for the published figures. So the clients are one thread, their
+requests are made before a rate begins, and each rate reports how late they ran and how many cores each side used.
 """
 
 from __future__ import annotations
@@ -55,32 +55,32 @@ ATTAINED = 0.9  # the share of good requests at which DistServe reads off a good
 
 
 class LoadError(Exception):
-    """There is nothing to measure: the endpoint does not answer."""
+    """The endpoint does not answer, so nothing can be measured."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is asked, and what counts as good."""
+    """The load, and the limits of a good request."""
 
     rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)  # sessions a second
     seconds: float = 60  # measured of each rate
     ramp: float = 15  # before that, while sessions pile up
-    turns: float = 4  # requests of a session, in the mean; twice as many at most
-    pause: float = 2  # seconds between an answer and the next request, in the mean
+    turns: float = 4  # requests of a session, on average; twice as many at most
+    pause: float = 2  # seconds between an answer and the next request, on average
     release: str = "2.1.179"
     scale: float = 0.3  # of the client's own prompt: first requests of some 6K tokens
     max_tokens: int = 48
-    timeout: float = 60  # seconds after which a request is given up
+    timeout: float = 60  # seconds until a request times out
     ttft_slo: float = 2000  # ms
     itl_slo: float = 200  # ms
     seed: int = 0
 
 
 def plans(config: Config, rate: float, model: str) -> list[Plan]:
-    """The sessions of one rate, in the order in which they come.
+    """The sessions of one rate, in the order of their arrivals.
 
-    Those of two rates share no text, but turns and pauses, and the process that is run faster or slower: what differs
-    between rates is not luck.
+    Two rates share turns, pauses and the arrival process, scaled, but no text: differences between rates are not
+    chance.
     """
     rng, texts = random.Random(f"load {config.seed}"), random.Random(f"load {config.seed}, texts of {rate}")
     made, at = list[Plan](), 0.0
@@ -93,12 +93,12 @@ def plans(config: Config, rate: float, model: str) -> list[Plan]:
     return made
 
 
-def make_session(config: Config, kin: str, seed: int, model: str) -> Session:
-    """A session of one client release in one folder, as those beside it."""
+def make_session(config: Config, group: str, seed: int, model: str) -> Session:
+    """A session of one client release, in the same folder as the others of its group."""
     return Session(
         seed=seed,
         release=config.release,
-        kin=f"load {config.seed} {kin}",
+        group=f"load {config.seed} {group}",
         model=model,
         thinking=False,
         scale=config.scale,
@@ -112,7 +112,7 @@ def bodies(config: Config, session: Session, count: int) -> tuple[bytes, ...]:
 
 
 def percentiles(values: Sequence[float], digits: int = 1) -> dict[str, float] | None:
-    """The values' percentiles by name; None of no values."""
+    """The values' percentiles by name; None if there are no values."""
     if not len(values):
         return None
     found = np.percentile(values, PERCENTILES).round(digits).tolist()
@@ -163,11 +163,11 @@ def summarise(config: Config, rate: float, asked: Sequence[Asked], lags: Sequenc
 async def sweep(
     config: Config, url: str, model: str, keys: dict[str, str], server: psutil.Process | None
 ) -> list[dict[str, Any]]:
-    """Each rate in turn, on sessions of its own. Raises LoadError where a first request finds no answer."""
+    """Each rate in turn, with its own sessions. Raises LoadError if the first requests are not answered."""
     columns = (TextColumn("{task.description:<16}"), BarColumn(), TimeElapsedColumn())
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SECONDS)
     rows = []
-    # Rarely drawn: the thread that draws takes its turns from the one that measures.
+    # Drawn rarely, since drawing takes time from the thread that measures.
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True) as progress:
         async with httpx.AsyncClient(base_url=url, headers=keys, limits=limits, timeout=None) as client:
             await warm_up(client, config, model)
@@ -186,16 +186,18 @@ async def sweep(
 
 
 async def warm_up(client: httpx.AsyncClient, config: Config, model: str) -> None:
-    """Send two requests that nobody counts. Raises LoadError if they are not answered."""
+    """Send two requests that are not counted. Raises LoadError if they are not answered."""
     session = make_session(config, "warm-up", 0, model)
     for body in bodies(config, session, 2):
         first = await ask(client, body, http_headers(session), config.timeout)
         if first.outcome != "completed":
-            raise LoadError(f"{client.base_url}: expected a Messages endpoint that answers, found {first.error}")
+            raise LoadError(
+                f"{client.base_url}: expected a Messages endpoint that answers, found {first.error}: check --url"
+            )
 
 
 def cpu_seconds(server: psutil.Process | None) -> dict[str, float]:
-    """Processor time of the clients' process so far, and of the server where it is ours and alive."""
+    """Processor seconds of the clients' process so far, and of the server if it is ours and alive."""
     used = {"clients": time.process_time()}
     with suppress(psutil.Error):
         used |= {"server": sum(server.cpu_times()[:2])} if server else {}
@@ -203,13 +205,13 @@ def cpu_seconds(server: psutil.Process | None) -> dict[str, float]:
 
 
 def sustained(rows: Sequence[dict[str, Any]]) -> float | None:
-    """DistServe's goodput of this machine: the highest offered requests/s at which enough were good; None if none."""
+    """DistServe's goodput: the highest offered requests/s at which enough requests were good, or None."""
     return max((r["offered_per_s"] for r in rows if (r["attainment"] or 0) >= ATTAINED), default=None)
 
 
 def table(config: Config, rows: Sequence[dict[str, Any]]) -> Table:
     """The rates for a terminal."""
-    title = f"Agent sessions that come at a rate (1/s), {config.seconds:g} s each; times are p50 p95 p99"
+    title = f"Agent sessions that arrive at a rate (1/s), {config.seconds:g} s each; times are p50 p95 p99"
     columns = ("rate", "sent/s", "sent", "done", "529", "lost", "cached", "TTFT, s", "ITL, ms", "good", "good/s")
     grid = make_table(columns, no_wrap=True, title=title, padding=0)
     for r in rows:
@@ -223,7 +225,7 @@ def table(config: Config, rows: Sequence[dict[str, Any]]) -> Table:
     up_to = "at no rate here" if at is None else f"up to {at:.2f} requests/s"
     grid.caption = (
         f"good: TTFT up to {config.ttft_slo:g} ms, mean ITL up to {config.itl_slo:g} ms; {ATTAINED:.0%} are, {up_to}. "
-        f"lost: failed, or given up after {config.timeout:g} s. The clients beside the server: "
+        f"lost: failed, or timed out after {config.timeout:g} s. The clients: "
         f"{max(r['client_lag_ms']['p99'] for r in rows):.1f} ms late (p99), "
         f"on {max(r['cores_used']['clients'] for r in rows):.2f} cores."
     )
@@ -231,7 +233,7 @@ def table(config: Config, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def draw(config: Config, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """TTFT, ITL and goodput over the rate at which sessions come, in panels of their own."""
+    """Draw TTFT, ITL and goodput over the rate of sessions, a panel each."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, places = panels(3, 1, WIDTH, 1.6 * HEIGHT, sharex=True)
@@ -254,7 +256,7 @@ def draw(config: Config, rows: Sequence[dict[str, Any]], path: Path) -> None:
         places[2].plot(rates, [r[key] for r in rows], marker="o", markersize=4.5, color=colour, label=label)
     places[2].set_ylim(0)
     places[2].set_title("Requests a second: all, and those within both limits (goodput)", fontsize=10, loc="left")
-    places[2].set_xlabel("sessions that come a second")
+    places[2].set_xlabel("sessions that arrive a second")
     for axes in places:
         plain(axes)
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -263,7 +265,7 @@ def draw(config: Config, rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 @contextmanager
 def endpoint(args: argparse.Namespace, keys: dict[str, str]) -> Iterator[tuple[str, str, psutil.Process | None]]:
-    """Where to ask, by which model's name, and the server's process if it was started for this. Raises LoadError."""
+    """The endpoint's URL, its model's name, and the server's process if it was started here. Raises LoadError."""
     if args.url:
         url = args.url.rstrip("/")
         yield url, args.model or first_model(url, keys), None
@@ -277,19 +279,19 @@ def endpoint(args: argparse.Namespace, keys: dict[str, str]) -> Iterator[tuple[s
 
 
 def first_model(url: str, keys: dict[str, str]) -> str:
-    """The name of the endpoint's first model. Raises LoadError if it tells none."""
+    """The name of the endpoint's first model. Raises LoadError if it lists none."""
     try:
         answer = httpx.get(f"{url}/v1/models", headers=keys | {"anthropic-version": "2023-06-01"}, timeout=10)
         return answer.raise_for_status().json()["data"][0]["id"]
     except (httpx.HTTPError, LookupError, ValueError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise LoadError(
-            f"{url}/v1/models: expected a list of models, found {problem}; or name one by --model"
+            f"{url}/v1/models: expected a list of models, found {problem}; name a model with --model"
         ) from error
 
 
 def about(url: str) -> dict[str, Any]:
-    """Dtype and device, as a server of ours tells them."""
+    """Dtype and device, which our own server reports at `/health`."""
     with suppress(httpx.HTTPError, ValueError, AttributeError):
         health = httpx.get(f"{url}/health", timeout=10).json()
         return {key: health.get(key) for key in ("dtype", "device")}
@@ -326,18 +328,21 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--rates", type=float, nargs="+", default=default.rates, help="sessions a second")
     cli.add_argument("--seconds", type=float, default=default.seconds, help="measured of each rate")
     cli.add_argument("--ramp", type=float, default=default.ramp, help="seconds before that")
-    cli.add_argument("--turns", type=float, default=default.turns, help="requests of a session, in the mean")
-    cli.add_argument("--pause", type=float, default=default.pause, help="seconds behind an answer, in the mean")
+    cli.add_argument("--turns", type=float, default=default.turns, help="requests of a session, on average")
+    cli.add_argument("--pause", type=float, default=default.pause, help="seconds after an answer, on average")
     cli.add_argument("--scale", type=float, default=default.scale, help="of the client's system text and tools")
     cli.add_argument("--max-tokens", type=int, default=default.max_tokens, help="of an answer")
-    cli.add_argument("--timeout", type=float, default=default.timeout, help="seconds until a request is given up")
+    cli.add_argument("--timeout", type=float, default=default.timeout, help="seconds until a request times out")
     cli.add_argument("--ttft-slo", type=float, default=default.ttft_slo, help="ms to the first token of a good request")
-    cli.add_argument("--itl-slo", type=float, default=default.itl_slo, help="ms between its tokens, in the mean")
+    cli.add_argument("--itl-slo", type=float, default=default.itl_slo, help="ms between its tokens, on average")
     cli.add_argument(
-        "--seed", type=int, default=default.seed, help="a live endpoint has seen the last run's: take another"
+        "--seed", type=int, default=default.seed, help="take another one for an endpoint that has cached the last run"
     )
     cli.add_argument(
-        "--out", type=Path, default=RESULTS, help=f"where the numbers go, a picture beside (default: {RESULTS})"
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help=f"where the numbers go; the picture goes next to them (default: {RESULTS})",
     )
     cli.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     return cli
@@ -348,9 +353,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli = parser()
     args, console = cli.parse_args(arguments), Console()
     if not args.url and not args.model:
-        cli.error("expected --model DIR to serve, or --url of a server that runs")
+        cli.error("expected --model DIR to serve, or --url of a running server")
     if args.url and args.flags:
-        cli.error(f"{' '.join(args.flags)}: flags for a server of our own, but --url names another")
+        cli.error(
+            f"{' '.join(args.flags)}: flags are for a server started here, but --url names another: leave them out"
+        )
     key = os.environ.get(args.key_variable, "") if args.key_variable else ""
     keys = {"x-api-key": key, "authorization": f"Bearer {key}"} if key else {}
     try:
@@ -359,23 +366,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli.error(str(error))
     try:
         with endpoint(args, keys) as (url, model, server):
-            told = about(url)
+            health = about(url)
             rows = asyncio.run(sweep(config, url, model, keys, server))
         if not any(r["completed"] for r in rows):
-            raise LoadError(
-                f"{url}: expected answers, found {rows[0]['errors'] or 'no request sent: take longer --seconds'}"
-            )
+            raise LoadError(f"{url}: expected answers, found {rows[0]['errors'] or 'no request sent: raise --seconds'}")
     except LoadError as error:
         print(f"load: {error}", file=sys.stderr)
         return 2
-    summary = {"config": asdict(config), "server_flags": args.flags, **told, "sustained_per_s": sustained(rows)}
+    summary = {"config": asdict(config), "server_flags": args.flags, **health, "sustained_per_s": sustained(rows)}
     write_json(args.out, summary | {"rows": rows} | provenance())
     draw(config, rows, args.out.with_suffix(".png"))
     console.print(table(config, rows))
     for row in rows:
         for problem, count in row["errors"].items():
             console.print(f"{row['sessions_per_s']:g} sessions/s, {count} times: {problem}", style="yellow")
-    console.print(f"numbers in {args.out}, picture beside")
+    console.print(f"numbers in {args.out}, with a picture")
     return 0
 
 

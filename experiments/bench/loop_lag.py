@@ -1,8 +1,8 @@
-"""How long a real server's event loop stands still: `python -m experiments.bench.loop_lag --model DIR`.
+"""How long a real server's event loop blocks: `python -m experiments.bench.loop_lag --model DIR`.
 
-Each case sends what is dear (huge bodies, stop sequences, schemas, reports, a scrape of a busy store) while a stream of
-another client goes on. A task on the server's loop wants to run every 10 ms; the server counts by how much it was late
-(`tokenzero_loop_lag_seconds`). The figure of a case is the upper bound of the highest bucket that it has filled.
+Each case sends expensive requests (huge bodies, stop sequences, schemas, reports, a scrape of a busy store) while
+another client reads a stream. A task on the server's loop is due every 10 ms; the server counts how late it was
+(`tokenzero_loop_lag_seconds`). The figure of a case is the upper bound of the highest bucket that it filled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from experiments.workloads.synthetic import Json
 RESULTS = Path("experiments/results/bench/loop_lag.json")
 ALLOWED_MS = 50.0
 MIB = 2**20
-SETTLE_SECONDS = 0.3  # before and after a case, for beats that are under way
+SETTLE_SECONDS = 0.3  # before and after a case, for ticks that are under way
 METRIC = "tokenzero_loop_lag_seconds"
 MESSAGES, CHAT, RESPONSES = "/v1/messages", "/v1/chat/completions", "/v1/responses"
 
@@ -41,7 +41,7 @@ Send = Callable[[httpx.Client], list[httpx.Response]]
 
 @dataclass(frozen=True)
 class Lag:
-    """What one case did to the loop."""
+    """The loop's lag in one case."""
 
     case: str
     statuses: list[int]  # of the answers, each once
@@ -67,7 +67,7 @@ def got(path: str, times: int = 20) -> Send:
 
 
 def wanting(schema: Json) -> Json:
-    """The demand that an answer obeys a schema."""
+    """The fields that make an answer obey a schema."""
     return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
 
 
@@ -105,7 +105,7 @@ def scraped_while_stored(client: httpx.Client) -> list[httpx.Response]:
 
 
 def cases() -> Iterator[tuple[str, Send]]:
-    """What is sent, by name."""
+    """The cases: names, and what each sends."""
     forced = {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
     call = {"name": "t", "input_schema": {"type": "object", "properties": {"a": {"const": "word " * 600}}}}
     required = call | {"input_schema": call["input_schema"] | {"required": ["a"], "additionalProperties": False}}
@@ -179,7 +179,7 @@ def cases() -> Iterator[tuple[str, Send]]:
 
 
 def buckets(client: httpx.Client) -> dict[float, float]:
-    """Beats that were at most so many seconds late, by that bound."""
+    """The counts of ticks that were at most so many seconds late, by that bound."""
     for family in text_string_to_metric_families(client.get("/metrics").text):
         if family.name == METRIC:
             return {float(s.labels["le"]): s.value for s in family.samples if s.name == f"{METRIC}_bucket"}
@@ -187,7 +187,7 @@ def buckets(client: httpx.Client) -> dict[float, float]:
 
 
 def highest(before: Mapping[float, float], after: Mapping[float, float]) -> tuple[int, float]:
-    """Beats between two readings, and the bound in seconds that none of them exceeded."""
+    """The ticks between two readings, and the bound in seconds that none of them exceeded."""
     new = {bound: after[bound] - before[bound] for bound in sorted(after)}
     total = new[inf]
     return int(total), next((bound for bound, count in new.items() if count == total), inf)
@@ -195,7 +195,7 @@ def highest(before: Mapping[float, float], after: Mapping[float, float]) -> tupl
 
 @contextmanager
 def bystander(url: str) -> Iterator[None]:
-    """Another client, who reads one stream after another until the block ends."""
+    """Another client, which reads one stream after another until the block ends."""
     done = threading.Event()
 
     def read() -> None:
@@ -214,7 +214,7 @@ def bystander(url: str) -> Iterator[None]:
 
 
 def measured(url: str, case: str, send: Send) -> Lag:
-    """Send a case and read what it did to the loop."""
+    """Send a case and read the loop's lag."""
     with httpx.Client(base_url=url, timeout=600) as client, bystander(url):
         time.sleep(SETTLE_SECONDS)
         before, start = buckets(client), time.perf_counter()

@@ -1,6 +1,6 @@
-"""The small steps of a request's host path, each by itself: `make bench-small`.
+"""The steps of a request's host path, each timed by itself: `make bench-small`.
 
-Not one of the tests: nothing here fails for being slow. `experiments.bench.host_path` times such steps in a row.
+Not part of the tests: nothing here fails for being slow. `experiments.bench.host_path` times such steps in a row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Time = Callable[..., Any]  # pytest-benchmark's fixture
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[dict[str, dict[str, float]]]:
-    """By name, what was timed; written when all is done."""
+    """The times by name; written at the end."""
     found: dict[str, dict[str, float]] = {}
     yield found
     made = {"unit": "us", "rows": found} | provenance((*PACKAGES, "pytest-benchmark"))
@@ -46,7 +46,7 @@ def results() -> Iterator[dict[str, dict[str, float]]]:
 
 @pytest.fixture(autouse=True)
 def recorded(request: pytest.FixtureRequest, benchmark: Any, results: dict[str, dict[str, float]]) -> Iterator[None]:
-    """Keep a test's times; one that failed has none."""
+    """Keep a test's times; a failed one has none."""
     yield
     if benchmark.stats:
         stats = benchmark.stats.stats
@@ -56,7 +56,7 @@ def recorded(request: pytest.FixtureRequest, benchmark: Any, results: dict[str, 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The demo's tokenizer, which remembers the segments that it has seen."""
+    """The demo's tokenizer, which caches the segments that it has seen."""
     folder = tmp_path_factory.mktemp("model")
     write_demo_model(folder, config=TINY)
     return load_tokenizer(str(folder))
@@ -85,15 +85,15 @@ def test_decode_a_body_of_52k_tokens(benchmark: Time, asked: Callable[[], bytes]
 
 
 def test_normalize_52k_tokens(benchmark: Time, asked: Callable[[], bytes]) -> None:
-    """The billing header out of the system text."""
+    """Strip the billing header from the system text."""
     made = with_fresh(benchmark, lambda request: normalize(request, RULES), lambda: decode_request(asked()))
     assert made.applied
 
 
-def test_render_and_tokenise_a_new_question_behind_52k_tokens(
+def test_render_and_tokenise_a_new_question_after_52k_tokens(
     benchmark: Time, tokenizer: Tokenizer, asked: Callable[[], bytes]
 ) -> None:
-    """All but the question was seen before."""
+    """Everything except the question was seen before."""
 
     def request() -> MessagesRequest:
         return normalize(decode_request(asked()), RULES).request
@@ -108,7 +108,7 @@ def test_hash_the_pages_of_52k_tokens(benchmark: Time) -> None:
 
 
 def test_match_and_release_52k_tokens(benchmark: Time) -> None:
-    """A full hit in a store that holds only this; `experiments.bench.index` fills one to a million pages."""
+    """A full hit in a cache that holds only this; `experiments.bench.index` fills one to a million pages."""
     store, tokens = PrefixCache(2 * TOKENS // PAGE, PAGE), ids(TOKENS)
     lease, _ = store.extend(store.match(tokens), TOKENS)
     store.insert(lease, tokens)
@@ -122,8 +122,8 @@ def test_match_and_release_52k_tokens(benchmark: Time) -> None:
     assert benchmark(match) == TOKENS
 
 
-def test_pack_a_batch_of_8_that_decode_behind_52k_tokens(benchmark: Time) -> None:
-    """What the engine does on the host between two steps."""
+def test_pack_a_batch_of_8_that_decode_after_52k_tokens(benchmark: Time) -> None:
+    """The engine's work on the host between two steps."""
     pages = np.arange(TOKENS // PAGE + 1, dtype=np.int32)
     rows = [SequenceInput(ids(1), TOKENS, pages, GREEDY) for _ in range(8)]
     batch, _ = benchmark(pack, rows, Bucket(8, 1), len(pages))

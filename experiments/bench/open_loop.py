@@ -1,6 +1,6 @@
-"""Sessions that come to a Messages endpoint at times of their own, and what its answers' events tell.
+"""Sessions that arrive at a Messages endpoint at fixed times, and the timing of its answers' events.
 
-One thread and one event loop do it all; how late that loop runs is measured along with the rest.
+One thread and one event loop run all sessions; how late that loop runs is measured as well.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from experiments.harness.client import prompt_counts
 
 REFUSALS = (429, 529)
-LAG_SECONDS = 0.01  # how often the client looks whether it is late
+LAG_SECONDS = 0.01  # how often the client measures how late it is
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One session: when it comes, what it sends, and how long it pauses behind each answer."""
+    """One session: its arrival, its requests, and its pause after each answer."""
 
     arrival_s: float
     headers: dict[str, str]
@@ -33,7 +33,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Asked:
-    """One request and what became of it; a completed one without text has no TTFT."""
+    """One request and its outcome; a completed one without text has no TTFT."""
 
     outcome: Literal["completed", "refused", "failed", "timed out"]
     error: str = ""
@@ -46,7 +46,7 @@ class Asked:
 
 
 async def ask(client: httpx.AsyncClient, body: bytes, headers: dict[str, str], timeout: float) -> Asked:
-    """Send one request and time its events; whatever goes wrong is an outcome. Never takes longer than `timeout` s."""
+    """Send one request and time its events; every failure is an outcome. Takes `timeout` s at most."""
     sent, times, usage, ended = time.perf_counter(), list[float](), dict[str, Any](), False
 
     async def content() -> AsyncIterator[bytes]:
@@ -98,10 +98,10 @@ async def ask(client: httpx.AsyncClient, body: bytes, headers: dict[str, str], t
 async def offer(
     client: httpx.AsyncClient, plans: Sequence[Plan], end: float, timeout: float, tick: Callable[[float], object]
 ) -> tuple[list[Asked], list[float]]:
-    """Let sessions come at their times for `end` seconds: what became of each request, and the client's lags in s.
+    """Run sessions that arrive at their times for `end` seconds: each request's outcome, and the client's lags in s.
 
-    Those under way at the end are waited for, each `timeout` seconds at most, and no further ones sent. `tick` is told
-    the seconds that have passed.
+    After `end` no request is sent; those under way are awaited, each `timeout` seconds at most. `tick` gets the seconds
+    that have passed.
     """
     asked, lags = list[Asked](), list[float]()
     start = time.perf_counter()

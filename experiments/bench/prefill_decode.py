@@ -1,8 +1,8 @@
-"""Prefill and decode beside transformers + torch: the same weights, cores and run, taking turns.
+"""Prefill and decode compared with transformers + torch: the same weights, cores and run, in turns.
 
 `python -m experiments.bench.prefill_decode` needs the `test` extra. Ours runs in float32 through the engine, with
 chunks, pages and sampling; torch runs transformers' own model with SDPA and its KV cache, in float32 and in bfloat16,
-greedily, without the cost of `generate`. What the machine does at best is measured in the same run.
+greedily, without the cost of `generate`. The machine's ceilings are measured in the same run.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write_llama(folder: Path, size: Size, max_position: int) -> LlamaForCausalLM
 
 
 def make_engine(folder: Path, tokens: int) -> Engine:
-    """Our engine on the checkpoint, started, with room for one sequence of `tokens` and what came before it."""
+    """Our engine on the checkpoint, started, with room for one sequence of `tokens` and earlier ones."""
     config, params = checkpoint.load(folder, "float32")
     pages = 3 * (tokens // 64 + 2)
     engine = Engine(unstacked(params), config, EngineSettings(num_pages=pages, max_model_len=tokens, max_num_seqs=1))
@@ -120,7 +120,7 @@ def run_torch(model: LlamaForCausalLM, prompt: np.ndarray, count: int) -> Rates:
 
 
 def compare(name: str, prompt_tokens: int, output_tokens: int, repeats: int, console: Console) -> dict[str, Any]:
-    """All sides in turns on fresh prompts, after a warm-up each: tokens per second, and the work behind them."""
+    """All sides in turns on fresh prompts, after a warm-up each: tokens per second, and the work that they took."""
     size, rng = SIZES[name], np.random.default_rng(0)
     total = prompt_tokens + output_tokens
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +153,7 @@ def compare(name: str, prompt_tokens: int, output_tokens: int, repeats: int, con
 
 
 def agreed(ours: list[Rates], theirs: list[Rates]) -> str:
-    """How many prompts both continue alike."""
+    """The number of prompts that both continue with the same tokens."""
     return f"{sum(a.tokens == b.tokens for a, b in zip(ours, theirs, strict=True))} of {len(ours)}"
 
 
@@ -166,7 +166,7 @@ def speeds(rates: dict[str, list[Rates]]) -> dict[str, dict[str, list[float]]]:
 
 
 def ratios(rates: dict[str, list[Rates]], best: str) -> dict[str, dict[str, float]]:
-    """The first side over each other and, by the name `best`, over the fastest of them: medians over the prompts."""
+    """The first side's ratios to the others and, under the name `best`, to the fastest: medians over the prompts."""
     ours, *others = rates
     made: dict[str, dict[str, float]] = {}
     for phase in PHASES:
@@ -181,10 +181,10 @@ def ratios(rates: dict[str, list[Rates]], best: str) -> dict[str, dict[str, floa
 def work(config: ModelConfig, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
     """GFLOP of the prefill, matrices and causal attention, and the MB that a decoded token reads at least, by side.
 
-    A token reads the weights once and the keys and values behind it: of the prompt and half of the output, on average.
+    A token reads the weights once, and the keys and values before it: of the prompt and half of the output, on average.
     """
-    behind = prompt_tokens + output_tokens / 2
-    reads = {side: weight_bytes(config, width) + kv_bytes(config, behind, width) for side, width in SIDES.items()}
+    context = prompt_tokens + output_tokens / 2
+    reads = {side: weight_bytes(config, width) + kv_bytes(config, context, width) for side, width in SIDES.items()}
     return {
         "prefill_gflop": round(prefill_flops(config, prompt_tokens) / 1e9, 3),
         "decode_mb": {side: round(read / 1e6, 3) for side, read in reads.items()},
@@ -192,7 +192,7 @@ def work(config: ModelConfig, prompt_tokens: int, output_tokens: int) -> dict[st
 
 
 def with_ceilings(row: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
-    """The row with what each side did a second, by its medians, and the share of the machine's best that it is."""
+    """The row with each side's median rates, and their shares of the machine's ceilings."""
     done: dict[str, Any] = {}
     for side, by_phase in row["tokens_per_second"].items():
         gflops = row["work"]["prefill_gflop"] * median(by_phase["prefill"]) / row["prompt_tokens"]
@@ -207,7 +207,7 @@ def with_ceilings(row: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
 
 
 def products(size: Size, tokens: int) -> list[Shape]:
-    """The matrix products of so many tokens in a layer of this size: queries, and the feed-forward's two ways."""
+    """The matrix products of `tokens` tokens in a layer: queries, and both directions of the feed-forward."""
     return [(tokens, size.hidden, size.hidden), (tokens, size.hidden, size.ffn), (tokens, size.ffn, size.hidden)]
 
 

@@ -1,9 +1,9 @@
-"""What the proxy adds to a request: `python -m experiments.bench.proxy`.
+"""The time that the proxy adds to a request: `python -m experiments.bench.proxy`.
 
 An agent's prompt of 52K tokens, with a fresh header and a fresh question in each request, goes to an engine that reads
-it, waits as for a cached prefill and streams an answer, a word every few milliseconds. It goes there directly, through
-a proxy that counts characters and through one that counts tokens, which take turns. Engine, proxies and client are
-processes of their own.
+it, waits as for a cached prefill and streams an answer, a word every few milliseconds. The ways, directly, through a
+proxy that counts characters and through one that counts tokens, take turns. Engine, proxies and client are separate
+processes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ RESULTS = Path("experiments/results/bench/proxy.json")
 WORDS = 20  # events of an answer
 WORD_SECONDS = 0.005
 MEASURED = ("ttft_ms", "total_ms")
-WAIT = "x-wait-ms"  # header that tells the engine how long to wait
+WAIT = "x-wait-ms"  # header with the time that the engine waits
 
 
 async def answer(request: Request) -> StreamingResponse:
@@ -106,7 +106,7 @@ def process(*command: str) -> Iterator[str]:
 
 
 def take_turns(urls: dict[str, str], stable: Json, wait_ms: float, repeats: int) -> dict[str, list[Timing]]:
-    """The timings of each way, whose requests take turns, each with a header and a question of its own."""
+    """The timings of each way; requests take turns, each with its own header and question."""
     times: dict[str, list[Timing]] = {name: [] for name in urls}
     with httpx.Client(timeout=60) as client:
         for number in track(range(-3, repeats), f"an engine that waits {wait_ms:.0f} ms"):
@@ -114,13 +114,13 @@ def take_turns(urls: dict[str, str], stable: Json, wait_ms: float, repeats: int)
                 body = sessions.with_question(stable, number)
                 body = sessions.with_header(body, f"{sessions.HEADER} cc_version=2; cch={number & 0xFFFFF:05x};")
                 taken = measure(client, url, body, {WAIT: str(wait_ms)})
-                if number >= 0:  # not those that open connections
+                if number >= 0:  # the first ones open connections
                     times[name].append(taken)
     return times
 
 
 def row(name: str, wait_ms: float, times: dict[str, list[Timing]]) -> dict[str, Any]:
-    """Medians in milliseconds, and by how much they exceed those of the direct way."""
+    """Medians in milliseconds, and their differences to those of the direct way."""
     ttft, whole = ({way: median(getattr(t, field) for t in times[way]) for way in times} for field in MEASURED)
     return {
         "way": name,
@@ -137,7 +137,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.proxy", description=__doc__)
     parser.add_argument("--tokens", type=int, default=52_000, help="length of the prompt (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=60, help="requests of each way (default: %(default)s)")
-    parser.add_argument("--wait-ms", type=float, nargs="+", default=[20, 100], help="what the engine waits")
+    parser.add_argument(
+        "--wait-ms",
+        type=float,
+        nargs="+",
+        default=[20, 100],
+        help="milliseconds that the engine waits (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +154,7 @@ def main() -> None:
         def count(body: Json) -> int:
             return len(prompt(decode_count_tokens(json.dumps(body).encode()), tokenizer).tokens)
 
-        stable = sessions.stable_request(Session(kin="bench"), args.tokens, count)
+        stable = sessions.stable_request(Session(group="bench"), args.tokens, count)
         with (
             process("uvicorn", "experiments.bench.proxy:engine", "--log-level", "error") as direct,
             process("serve", "proxy", "--upstream", direct) as characters,

@@ -1,4 +1,4 @@
-"""What the tiers of the page store cost: MB/s of put and get beside a plain file, and the look-up of a long prompt.
+"""The speed of the tiers: MB/s of put and get compared with a plain file, and the look-up of a long prompt.
 
 Every round writes and reads the same bytes by each way in turn, a batch at a time and into memory that was used before,
 as a restore does; the table and the JSON hold medians over the rounds.
@@ -66,7 +66,7 @@ def rate(size: int, action: Callable[[], Any]) -> float:
 
 
 def measure_file(path: Path, pages: Sequence[Item]) -> dict[str, float]:
-    """The yardstick: one file, written and read in order."""
+    """The baseline: one file, written and read in order."""
     size, room = sum(len(payload) for _, payload in pages), room_for(pages)
 
     def write() -> None:
@@ -76,8 +76,8 @@ def measure_file(path: Path, pages: Sequence[Item]) -> dict[str, float]:
 
     def read() -> None:
         with path.open("rb", buffering=0) as file:
-            for slot in room:
-                assert file.readinto(slot) == len(slot)
+            for buffer in room:
+                assert file.readinto(buffer) == len(buffer)
 
     result = {"put": rate(size, write)}
     with path.open("rb") as file:
@@ -90,9 +90,9 @@ def measure_file(path: Path, pages: Sequence[Item]) -> dict[str, float]:
 
 
 def room_for(pages: Sequence[Item]) -> np.ndarray:
-    """Memory for all pages, [pages, page_bytes] uint8, that has been written to: what is read must be there at last.
+    """Memory for all pages, [pages, page_bytes] uint8, already written to, so that reads do not pay for page faults.
 
-    A few pages' worth, filled again and again, would measure the processor's cache.
+    A few pages' worth, filled repeatedly, would measure the processor's cache.
     """
     return np.ones((len(pages), len(pages[0][1])), np.uint8)
 
@@ -119,7 +119,7 @@ def measure_tier(tier: Tier, pages: Sequence[Item], batch: int) -> dict[str, flo
 
 
 def measure_cold_disk(directory: Path, budget: int, pages: Sequence[Item], batch: int) -> float:
-    """MB/s of reading pages from a store that nothing of is in memory, as after a restart of the machine."""
+    """MB/s of reading pages from a store that is not in memory, as after a restart of the machine."""
     drop_from_memory(directory / FORMAT / "data.mdb")
     tier, room = DiskTier(directory, budget), room_for(pages)
     result = rate(sum(len(payload) for _, payload in pages), lambda: get_all(tier, pages, room, batch))
@@ -128,7 +128,7 @@ def measure_cold_disk(directory: Path, budget: int, pages: Sequence[Item], batch
 
 
 def measure_round(directory: Path, config: Config, number: int) -> dict[str, dict[str, float]]:
-    """One round over all ways; the disk tier's store is kept, so that later rounds evict and reuse its pages."""
+    """One round over all tiers; the disk tier's store is kept, so that later rounds evict and reuse its pages."""
     pages = make_pages(config, number * config.pages)
     budget = 2 * config.pages * config.page_bytes
     disk = DiskTier(directory / "disk", budget)

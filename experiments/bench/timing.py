@@ -1,4 +1,4 @@
-"""When an engine's tokens come, and what its passes take alone: shared by the benchmarks that run one in-process."""
+"""The times of an engine's tokens, and of its passes alone: for benchmarks that run an engine in-process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serve.engine.steps import run_alone, smallest_bucket
 
 
 class Asked:
-    """A prompt ([tokens] int32) submitted to a started engine for up to `count` greedy tokens, and when they come.
+    """A prompt ([tokens] int32) submitted to a started engine for up to `count` greedy tokens, and their times.
 
     Times are those of `time.perf_counter`, taken on the engine's thread as the token is sent.
     """
@@ -30,7 +30,7 @@ class Asked:
         self.number = engine.submit(GenerationRequest(prompt, count), self.take)
 
     def take(self, event: Event) -> None:
-        """Note an event; called by the engine."""
+        """Record an event; called by the engine."""
         now = time.perf_counter()
         with self.changed:
             if isinstance(event, Started):
@@ -43,7 +43,7 @@ class Asked:
             self.changed.notify_all()
 
     def wait(self, count: int | None = None) -> None:
-        """Return once `count` tokens have come, or its end. Raises RuntimeError if it fails or ends too soon."""
+        """Return after `count` tokens, or at its end. Raises RuntimeError if it fails or ends too soon."""
         with self.changed:
             self.changed.wait_for(lambda: self.ended or (count is not None and len(self.times) >= count))
             if isinstance(self.ended, Failed):
@@ -60,7 +60,7 @@ class Asked:
 class Passes:
     """An engine's compiled steps called by hand, on a pool of their own that holds a prompt's keys and values.
 
-    Only while the engine is idle: what is timed is the model's pass and its sampling, with nothing around it.
+    Use it only while the engine is idle: it times the model's pass and its sampling, and nothing else.
     """
 
     def __init__(self, engine: Engine, prompt: np.ndarray) -> None:
@@ -73,7 +73,7 @@ class Passes:
     def seconds(self, prefix: int, count: int, draft: int = 0) -> float:
         """Run tokens [prefix, prefix + count) of the prompt in the fewest chunks: seconds until all is computed.
 
-        With a draft, the last so many are guesses and all are one chunk.
+        With `draft` > 0, the last so many tokens are draft tokens, and all are one chunk.
         """
         runner, taken, largest = self.engine.core.runner, 0.0, self.engine.settings.max_prefill_tokens
         for start in range(prefix, prefix + count, largest):
@@ -85,7 +85,7 @@ class Passes:
 
 
 def timed_tokens(engine: Engine, prompt: np.ndarray, count: int) -> list[tuple[float, int]]:
-    """Up to `count` greedy tokens behind `prompt` ([tokens] int32), each with the seconds since it was submitted.
+    """Up to `count` greedy tokens after `prompt` ([tokens] int32), each with the seconds since the submission.
 
     The engine must be started. Raises RuntimeError if the request fails.
     """

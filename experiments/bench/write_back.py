@@ -1,7 +1,8 @@
-"""What saving pages costs the requests that make them: cold prefill and decode with and without a store.
+"""The cost of saving pages for the requests that make them: cold prefill and decode with and without a store.
 
-`python -m experiments.bench.write_back --model DIR --directory DIR`: two engines in one process, alike but for the
-store, answer the same fresh prompts in turn; the writer finishes between two of them. The store is on `--directory`.
+`python -m experiments.bench.write_back --model DIR --directory DIR`: two engines in one process, which differ only in
+the store, answer the same fresh prompts in turn; the writer finishes between two prompts. The store is in
+`--directory`.
 """
 
 from __future__ import annotations

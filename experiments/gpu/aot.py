@@ -1,4 +1,4 @@
-"""Compile every variant of the GPU kernels for an H200 that need not be there, and check what comes out.
+"""Compile every variant of the GPU kernels for an H200, without one, and check the programs.
 
 Run `python -m experiments.gpu.aot` where jax's CUDA plug-in is installed (no GPU, no driver): it fails on register
 spills, on more shared memory than a block may have, on a kernel without wgmma instructions or with serialised ones, and
@@ -68,7 +68,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """What the tables and the tests call it."""
+        """Its name in tables and tests."""
         shape = f"d{self.head_dim}-group{self.group}-page{self.page_size}"
         return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}"
 
@@ -119,7 +119,7 @@ class Compiled:
     serialised: bool  # whether the assembler says that each wgmma waits for the one before
 
     def faults(self) -> list[str]:
-        """What must not be."""
+        """What is wrong with it, a line each."""
         found = []
         if self.spilled_bytes:
             found.append(f"{self.spilled_bytes} bytes of registers are spilled")
@@ -148,7 +148,7 @@ def read_dump(folder: Path) -> Compiled:
 
 
 def on_h200() -> NamedSharding:
-    """Where arrays are to be for a program to be compiled for an H200."""
+    """The sharding with which programs are compiled for an H200."""
     topology = topologies.get_topology_desc(
         topology_name="", platform="cuda", topology="1x1x1", target_config=H200.strip()
     )
@@ -191,7 +191,7 @@ def forward_with(variant: Variant, config: ModelConfig, sharding: Any = None) ->
         return variant.function(q, *rest)  # the new keys and values are in the pool already
 
     with mock.patch.object(decoder, "paged_attention", attention):
-        # A function of its own, because traces are remembered by function and this one depends on the patch.
+        # A new function each time: traces are cached by function, and this one depends on the patch.
         jitted = jax.jit(lambda *arguments: decoder.forward(*arguments, config), donate_argnums=2)
         return jitted.trace(param_shapes(config, sharding), batch, pool), pool
 

@@ -1,6 +1,6 @@
-"""Other people's attention at the sizes of `experiments.gpu_bench`: torch's and the one that comes with JAX.
+"""Baselines of `experiments.gpu_bench`: the attention of torch and the one that comes with JAX.
 
-Both read contiguous keys and values, ours pages by table. Where one is missing or refuses, the result says why.
+Both read contiguous keys and values; ours reads pages by table. If one is missing or refuses, the result says why.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def torch_attention(queries: int, keys: int, batch: int, heads: int, kv_heads: i
                 arrays = random(heads, queries), random(kv_heads, keys), random(kv_heads, keys)
                 call = partial(scaled_dot_product_attention, *arrays, enable_gqa=True, **options)
                 found[name] = torch_seconds(torch, call)
-        except Exception as error:  # whatever it is that it does not like, ours is measured all the same
+        except Exception as error:  # a baseline that refuses must not end the run
             found[f"{name}_refused"] = first_line(error)
         arrays = call = None
     torch.cuda.empty_cache()
@@ -74,14 +74,14 @@ def jax_attention(tokens: int, heads: int, kv_heads: int, head_dim: int, seconds
         from jax.experimental.pallas.ops.gpu import attention_mgpu
 
         keys = jax.random.split(jax.random.key(0), 3)
-        # Its buffers are float16 whatever comes in, which costs the same as bf16.
+        # Its buffers are always float16, which costs the same as bf16.
         q, k, v = (
             jax.random.normal(key, (1, tokens, count, head_dim), jnp.float16)
             for key, count in zip(keys, (heads, kv_heads, kv_heads), strict=True)
         )
         config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
         return {"seconds": seconds(jax.jit(lambda *arrays: attention_mgpu.attention(*arrays, config)), q, k, v)}
-    except Exception as error:  # whatever it is that it does not like, ours is measured all the same
+    except Exception as error:  # a baseline that refuses must not end the run
         return {"refused": first_line(error)}
 
 

@@ -11,7 +11,7 @@ from experiments.harness.figures import panels, save
 
 
 def draw(result: Json, path: Path) -> None:
-    """Prefill and decode beside the rivals and under the ceilings of the same run, and the arms: what was measured."""
+    """Draw what was measured: prefill and decode with the baselines and ceilings of the same run, and the arms."""
     figure, axes = panels(1, 3, 15, 4.5, width_ratios=(4, 2, 1))
     limits = next(iter(result.get("ceilings", [])), {})
     shown = (
@@ -22,9 +22,9 @@ def draw(result: Json, path: Path) -> None:
         rows = [row for row in result.get(name, []) if key in row]
         at = np.arange(len(rows))
         series = {"tokenzero, paged": [row[key] / unit for row in rows]}
-        for rival in ("torch", "jax"):
-            values = [row.get(rival, {}).get(key, np.nan) / unit for row in rows]
-            series |= {} if np.isnan(values).all() else {f"{rival}, contiguous": values}
+        for other in ("torch", "jax"):
+            values = [row.get(other, {}).get(key, np.nan) / unit for row in rows]
+            series |= {} if np.isnan(values).all() else {f"{other}, contiguous": values}
         for i, (who, values) in enumerate(series.items()):
             ax.bar(at + (i - (len(series) - 1) / 2) * 0.28, values, 0.26, label=who)
         if key in limits:
@@ -45,5 +45,5 @@ def draw(result: Json, path: Path) -> None:
 
 
 def share_cached(row: Json) -> str:
-    """The length of a prompt and how much of it lay in the cache, in two short lines."""
+    """A prompt's length and cached share, in two short lines."""
     return f"{row['length'] // 1024}K\n" + (f"{row['prefix'] / row['length']:.0%}" if row["prefix"] else "cold")

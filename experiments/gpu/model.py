@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from serve.engine.engine import Engine
 
 Json = dict[str, Any]
-LINE_TOKENS = 24  # of the line in front of an agent's prompt that differs from request to request
+LINE_TOKENS = 24  # of the line before an agent's prompt that differs from request to request
 
 
 def forward_passes(sizes: Sizes) -> Iterator[Json]:
@@ -76,12 +76,12 @@ def donated_seconds(call: Callable[[KVPool], tuple[Any, KVPool]], pool: KVPool) 
 
 
 def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
-    """Time to the first token through the engine, of prompts that differ in nothing but their last tokens.
+    """Time to the first token through the engine, of prompts that differ only in their last tokens.
 
-    Stable: the line in front is the same each time. Varying: it differs. Stripped: there is none. The first request of
-    an arm fills the cache and is not counted.
+    Stable: the line before the prompt is the same each time. Varying: it differs. Stripped: there is no line. The first
+    request of an arm fills the cache and is not counted.
     """
-    # Late: the engine's packages are more than a machine needs for the other figures.
+    # Late, because the other figures do not need the engine's packages.
     from serve.engine.engine import Engine
     from serve.engine.settings import EngineSettings
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gpu import baselines as gpu_rivals
+from experiments.gpu import baselines
 from experiments.gpu.model import arms, forward_passes
 from experiments.gpu.provenance import Json
 from experiments.gpu.sizes import Sizes
@@ -20,7 +20,7 @@ from model.kernels.reference import reference
 from model.kernels.xla import blockwise
 from model.kv import KVPool
 
-# Two roundings to bf16 of values of about one; a wrong mask or page is off by far more, NaN by everything.
+# Two roundings to bf16 of values of about one; a wrong mask or page is off by far more.
 TOLERANCE = 0.02
 POOL_BYTES = 16 * 2**30  # of the pool that attention is timed on, at most
 
@@ -39,7 +39,7 @@ def seconds(function: Callable, *arguments: Any, budget: float = 0.5) -> float:
 
 
 def ceilings(sizes: Sizes) -> Iterator[Json]:
-    """What this device reaches in one large matmul and one large copy: FLOP/s, and bytes read and written a second."""
+    """This device's rates for one large matmul and one large copy: FLOP/s, and bytes read and written a second."""
     n = sizes.matmul
     a, b = (jax.random.normal(key, (n, n), jnp.dtype(sizes.dtype)) for key in jax.random.split(jax.random.key(0)))
     matmul = seconds(jax.jit(jnp.matmul), a, b)
@@ -78,11 +78,11 @@ def paged(
 
 
 def poisoned(pool: KVPool, batch: Batch) -> KVPool:
-    """The pool with NaN in every slot that no query of the batch may see."""
+    """The pool with NaN at every position that no query of the batch may see."""
     seen = np.zeros((pool.num_pages, pool.page_size), bool)
     for pages, length in zip(np.asarray(batch.block_table), np.asarray(batch.prefix + batch.lengths), strict=True):
-        slots = np.arange(len(pages) * pool.page_size).reshape(len(pages), -1)
-        seen[pages] = slots < length
+        positions = np.arange(len(pages) * pool.page_size).reshape(len(pages), -1)
+        seen[pages] = positions < length
     return jax.tree.map(lambda side: jnp.where(seen[None, :, None, :, None], side, jnp.nan), pool)
 
 
@@ -93,7 +93,7 @@ def attention(q: jax.Array, pool: KVPool, batch: Batch) -> tuple[Callable, str]:
 
 
 def by_xla(q: jax.Array, pool: KVPool, layer: jax.Array, batch: Batch) -> jax.Array:
-    """XLA's path, which wants the new keys and values beside the pool that holds them."""
+    """XLA's path, which takes the new keys and values as well as the pool that holds them."""
     _, pages, offsets = locate(batch, pool)
     k, v = (side[layer, pages, :, offsets] for side in (pool.k, pool.v))
     return blockwise(q, k, v, pool, layer, batch)
@@ -104,8 +104,8 @@ def correctness(sizes: Sizes) -> Iterator[Json]:
     page, cpu = sizes.page, jax.devices("cpu")[0]
     prefixes = (20 * page, 0, page + 1, 1, page, page - 1)
     for chunks in sizes.checks:
-        behind = [prefixes[i % len(prefixes)] for i in range(len(chunks))]
-        q, pool, layer, batch = paged(sizes, behind, chunks, layers=2)
+        prefix_lengths = [prefixes[i % len(prefixes)] for i in range(len(chunks))]
+        q, pool, layer, batch = paged(sizes, prefix_lengths, chunks, layers=2)
         pool = poisoned(pool, batch)
         function, name = attention(q, pool, batch)
         actual = np.asarray(function(q, pool, layer, batch).astype(jnp.float32))
@@ -113,7 +113,11 @@ def correctness(sizes: Sizes) -> Iterator[Json]:
             wide = jax.tree.map(lambda x: jax.device_put(x, cpu).astype(jnp.float32), (q, pool))
             expected = np.asarray(reference(*wide, 1, jax.device_put(batch, cpu)))
         error = float(np.abs(actual - expected).max())
-        wrong = {} if error < TOLERANCE else {"wrong": f"{name} is off by {error} at chunks {chunks} behind {behind}"}
+        wrong = (
+            {}
+            if error < TOLERANCE
+            else {"wrong": f"{name} is off by {error} at chunks {chunks} after prefixes {prefix_lengths}"}
+        )
         row = {"kernel": name, "smallest_chunk": min(chunks), "largest_chunk": max(chunks), "sequences": len(chunks)}
         yield row | {"largest_error": error} | wrong
 
@@ -133,7 +137,7 @@ def layers_for(sizes: Sizes, tokens: int) -> int:
 
 
 def prefill(sizes: Sizes) -> Iterator[Json]:
-    """FLOP/s of attention over a prompt, of which a share is cached, beside the rivals'."""
+    """FLOP/s of attention over a prompt of which a share is cached, ours and the baselines'."""
     config = sizes.model
     shape = (config.num_heads, config.num_kv_heads, config.head_dim)
     for length in sizes.prompts:
@@ -148,17 +152,17 @@ def prefill(sizes: Sizes) -> Iterator[Json]:
             taken = seconds(over_layers(function, layers), q, pool, batch) / layers
             row = {"length": length, "prefix": prefix, "kernel": name, "seconds": taken, "flops": flop / taken}
             del q, pool, batch
-            row["torch"] = gpu_rivals.torch_attention(chunk, length, 1, *shape)
+            row["torch"] = baselines.torch_attention(chunk, length, 1, *shape)
             if prefix == 0:
-                row["jax"] = gpu_rivals.jax_attention(length, *shape, seconds)
-            for rival, key in (("torch", "best"), ("jax", "seconds")):
-                if key in row.get(rival, {}):
-                    row[rival]["flops"] = flop / row[rival][key]
+                row["jax"] = baselines.jax_attention(length, *shape, seconds)
+            for other, key in (("torch", "best"), ("jax", "seconds")):
+                if key in row.get(other, {}):
+                    row[other]["flops"] = flop / row[other][key]
             yield row
 
 
 def decode(sizes: Sizes) -> Iterator[Json]:
-    """Bytes of keys and values that attention reads a second, one new token per sequence, beside torch's."""
+    """Bytes of keys and values that attention reads a second, one new token per sequence, ours and torch's."""
     config = sizes.model
     for seqs in sizes.decode_batches:
         layers = layers_for(sizes, seqs * sizes.context)
@@ -168,7 +172,7 @@ def decode(sizes: Sizes) -> Iterator[Json]:
         read = (pool.k.nbytes + pool.v.nbytes) / layers
         row = {"batch": seqs, "context": sizes.context, "kernel": name, "seconds": taken, "bytes_per_s": read / taken}
         del q, pool, batch
-        row["torch"] = gpu_rivals.torch_attention(
+        row["torch"] = baselines.torch_attention(
             1, sizes.context, seqs, config.num_heads, config.num_kv_heads, config.head_dim
         )
         if "best" in row["torch"]:
@@ -187,7 +191,7 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[Json]]] = {
 
 
 def add_shares(row: Json, limits: Json | None = None) -> None:
-    """Add to a measurement, ours and the rivals', its share of the ceilings: `mfu` and `of_copy_bandwidth`."""
+    """Add shares of the ceilings to a measurement and its baselines: `mfu` and `of_copy_bandwidth`."""
     for measured in (row, row.get("torch", {}), row.get("jax", {})):
         for key, share in (("flops", "mfu"), ("bytes_per_s", "of_copy_bandwidth")):
             if limits and key in measured and key in limits:

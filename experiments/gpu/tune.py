@@ -1,7 +1,7 @@
 """Find the best sizes of the GPU kernels for each shape on this machine's GPU, and write them into their tables.
 
 Run `python -m experiments.gpu.tune` on a Hopper GPU. `--dry-run` prints them and leaves the files alone, `--out`
-keeps what every size took. A size that gives another result than the default one does is out of the race.
+keeps what every size took. A size whose result differs from the default's is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADS = 32
 
 
 def candidates(module: ModuleType) -> Iterator[Any]:
-    """Every tuning of a kernel that is worth a try; some will not fit a shape."""
+    """Every tuning of a kernel that is worth trying; some do not fit a shape."""
     if module is paged_prefill:
         for block_q, block_kv, stages in product((64, 128), (64, 128, 256), (2, 3, 4)):
             yield paged_prefill.Tuning(block_q, block_kv, stages)
@@ -49,9 +49,9 @@ def candidates(module: ModuleType) -> Iterator[Any]:
 def race(
     kernel: Callable, module: ModuleType, shape: Shape, prefix: int, chunk: int
 ) -> Iterator[tuple[Any, float | None, str]]:
-    """Every tuning of a kernel at a shape: its seconds for one sequence of `chunk` tokens behind a prefix, or why none.
+    """Every tuning of a kernel at a shape: its seconds for `chunk` tokens after a prefix, or why it failed.
 
-    Ends early where one takes the GPU's context down with it: what comes behind would fail for no fault of its own.
+    Ends early if one breaks the GPU's context: all later ones would fail as well.
     """
     head_dim, group, page = shape
     config = replace(FULL.model, head_dim=head_dim, num_heads=HEADS // group * group, num_kv_heads=HEADS // group)
@@ -91,11 +91,11 @@ def main() -> None:
     parser.add_argument("--only", choices=("paged_prefill", "paged_decode"), help="tune this kernel")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), metavar="N", help="the first so many (default: all)")
     parser.add_argument("--out", type=Path, help="a JSON file for what every size took")
-    parser.add_argument("--commit", help="what is measured, on a machine that has no git or no checkout")
+    parser.add_argument("--commit", help="the commit that is measured, on a machine without git or a checkout")
     args = parser.parse_args()
     console = Console()
     if jax.default_backend() != "gpu":
-        parser.error(f"there is no GPU, JAX found {jax.default_backend()}")
+        parser.error(f"tuning needs a Hopper GPU, JAX found {jax.default_backend()}: run it on a machine with one")
     kernels = (
         (paged_prefill, paged_prefill.paged_prefill, 0, 16_384),
         (paged_decode, paged_decode.paged_decode, 53_247, 1),

@@ -1,1 +1,1 @@
-"""What all experiments stand on: a server process, a client that measures, provenance, figures."""
+"""The base of all experiments: a server process, a client that measures, provenance, tables and figures."""

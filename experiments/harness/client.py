@@ -87,7 +87,7 @@ def measure(client: httpx.Client, url: str, body: dict[str, Any], headers: dict[
 
 
 def prompt_counts(usage: Mapping[str, Any]) -> tuple[int, int]:
-    """Tokens of the prompt, and of these the cached ones, by a Messages endpoint's usage, which may leave some out."""
+    """The prompt's tokens and cached tokens by a Messages endpoint's usage, in which fields may be missing."""
     written, read = (usage.get(f"cache_{kind}_input_tokens") or 0 for kind in ("creation", "read"))
     return (usage.get("input_tokens") or 0) + written + read, read
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: machine, versions and commit, written beside every measurement."""
+"""Where a result comes from: machine, versions and commit, written next to every measurement."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

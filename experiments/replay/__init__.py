@@ -1,1 +1,1 @@
-"""What a cache of some size finds in a trace of calls."""
+"""The hits of a cache of given size in a trace of calls."""

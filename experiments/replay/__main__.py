@@ -1,10 +1,10 @@
-"""What a cache of some size finds in a trace of calls: hit rates, reads per write, tokens and time saved.
+"""The hits of a cache of given size in a trace of calls: hit rates, reads per write, tokens and time saved.
 
-No model runs. `python -m experiments.replay` sends the calls of agents at work through a PrefixStore, with
-`--trace FILE` those of a trace in Mooncake's format; `--live URL` asks a Messages endpoint the same.
+No model runs. `python -m experiments.replay` sends the calls of agents at work through a PrefixCache, or with
+`--trace FILE` those of a trace in Mooncake's format; `--live URL` sends them to a Messages endpoint as well.
 
-`--policies --model DIR` asks which pages a tier should let go: the requests of agent sessions, rendered and tokenised
-as the server does it, become keys of pages; LRU is the host tier itself, FIFO and Belady's optimum stand beside it.
+`--policies --model DIR` compares eviction policies of a tier: the requests of agent sessions, rendered and tokenised as
+the server does it, become keys of pages. LRU is the host tier itself; FIFO and Belady's optimum are computed as well.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESULTS = Path("experiments/results/replay")
 
 
 def file_identity(path: Path) -> dict[str, str]:
-    """What tells a trace file from others, wherever it lies."""
+    """A trace file's name and hash, which identify it anywhere."""
     return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--agents", type=int, default=Agents.agents, help="(default: %(default)s)")
     cli.add_argument("--calls", type=int, default=Agents.calls, help="of each agent (default: %(default)s)")
     cli.add_argument("--release", choices=list(RELEASES), default=Agents.release, help="of the agents' client")
-    cli.add_argument("--capacity", type=int, nargs="+", help="of the store, in tokens; as many as you like")
-    cli.add_argument("--live", metavar="URL", help="ask a Messages endpoint as well, without headers")
+    cli.add_argument("--capacity", type=int, nargs="+", help="of the cache, in tokens; several may be named")
+    cli.add_argument("--live", metavar="URL", help="send the calls to a Messages endpoint as well, without headers")
     cli.add_argument("--speed", type=float, default=math.inf, help="of --live, times the trace's (default: no pauses)")
     cli.add_argument("--cost-model", type=Path, default=COST_MODEL, help="prices tokens (default: %(default)s)")
     cli.add_argument("--seed", type=int, default=0)
@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
     args, console = cli.parse_args(argv), Console()
     if args.policies and not args.model:
-        cli.error("--policies needs --model: a checkpoint's folder")
+        cli.error(
+            "--policies needs --model: a checkpoint folder, such as `python -m experiments.demo_model DIR` writes"
+        )
     for name in ("agents", "calls", "sessions", "speed"):
         if not getattr(args, name) > 0:
             cli.error(f"--{name} {getattr(args, name)}: expected more than 0")
@@ -74,12 +76,14 @@ def main(argv: list[str] | None = None) -> None:
         costs = msgspec.json.decode(args.cost_model.read_bytes(), type=CostFile).constants
         calls = read_mooncake(args.trace) if args.trace else generate(work)
     except msgspec.MsgspecError as error:
-        cli.error(f"{args.cost_model} is no cost model: {error}; write one with `python -m experiments.sweep.fit`")
+        cli.error(
+            f"{args.cost_model} is not a cost model: {error}; write one with `python -m experiments.sweep.fit RUN`"
+        )
     except (OSError, ValueError) as error:
         cli.error(str(error))
     least = least_capacity(calls)
     if args.capacity and min(args.capacity) < least:
-        cli.error(f"--capacity {min(args.capacity)}: the longest prompt needs {least} tokens")
+        cli.error(f"--capacity {min(args.capacity)}: expected at least {least} tokens, which the longest prompt needs")
     try:
         live = ask(args.live, calls, args.speed, console) if args.live else None
     except (httpx.HTTPError, LookupError, ValueError) as error:

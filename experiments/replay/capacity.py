@@ -1,4 +1,4 @@
-"""What a cache of some capacity finds in a trace of calls: hit rates, reads per write, tokens and time saved."""
+"""The hits of a cache of given capacity in a trace of calls: hit rates, reads per write, tokens and time saved."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ ALL_PAGES = 2**22  # 268M tokens: more than 10^5 calls of agents write
 
 
 def replay(prompts: Iterable[np.ndarray], store: PrefixCache) -> np.ndarray:
-    """Tokens of each prompt ([tokens] int32), and how many of them the store had: [calls, 2] int64.
+    """Tokens of each prompt ([tokens] int32), and how many of them were cached: [calls, 2] int64.
 
-    One prompt after another is matched, as the engine does it, and kept. An answer is not: the next prompt brings it.
+    One prompt after another is matched, as the engine does it, and kept. Answers are not: the next prompt has them.
     Raises PoolExhausted for a prompt that is longer than the store.
     """
     found = []
@@ -45,8 +45,8 @@ def replay(prompts: Iterable[np.ndarray], store: PrefixCache) -> np.ndarray:
 def ask(url: str, calls: Sequence[Call], speed: float, console: Console) -> np.ndarray:
     """Send the calls as text to a Messages endpoint: tokens and cached tokens by its usage, [calls, 2] int64.
 
-    Each is sent at its time, `speed` times as fast, but not before the one ahead of it is answered. Raises
-    httpx.HTTPError where the endpoint does not answer, or with an error.
+    Each is sent at its time, `speed` times as fast, but after the answer to the one before. Raises httpx.HTTPError if
+    the endpoint does not answer, or answers with an error.
     """
     found, start = [], time.monotonic()
     with httpx.Client(base_url=url, timeout=600, headers={"anthropic-version": "2023-06-01"}) as client:
@@ -60,9 +60,9 @@ def ask(url: str, calls: Sequence[Call], speed: float, console: Console) -> np.n
 
 
 def outcome(calls: Sequence[Call], found: np.ndarray, costs: Constants) -> dict[str, Any]:
-    """What `found` ([calls, 2] int64, see `replay`) amounts to, as JSON values.
+    """A summary of `found` ([calls, 2] int64, see `replay`), as JSON values.
 
-    Hit rates by call, in their 5th, 50th and 95th percentile, are those from a session's second call on.
+    Percentiles 5, 50 and 95 of the hit rates by call leave out the first call of each session.
     """
     tokens, reused = found.T
     _, firsts = np.unique([call.session for call in calls], return_index=True)
@@ -80,7 +80,7 @@ def outcome(calls: Sequence[Call], found: np.ndarray, costs: Constants) -> dict[
 def compare_capacities(
     calls: Sequence[Call], capacities: Sequence[int], costs: Constants, console: Console
 ) -> dict[str, Any]:
-    """The calls' outcome for each capacity in tokens that they outgrow and for one that holds everything, as JSON.
+    """The calls' summary for each capacity in tokens that they exceed and for one that holds everything, as JSON.
 
     Headers stripped, and then kept where calls have one. Capacities below the longest prompt are left out.
     """
@@ -92,7 +92,7 @@ def compare_capacities(
 
     store = PrefixCache(ALL_PAGES, PAGE_TOKENS)
     unlimited = run(False, store)
-    # One page more: a page that is filled further is copied first.
+    # One more page: a partly filled page is copied before it is continued.
     needed = (ALL_PAGES - store.pool.free_pages + 1) * PAGE_TOKENS
     del store
     sizes = [size for size in sorted(capacities) if least_capacity(calls) <= size < needed]
@@ -109,18 +109,18 @@ def compare_capacities(
 
 
 def sized_store(capacity: int) -> PrefixCache:
-    """An empty store with room for `capacity` tokens, in whole pages."""
+    """An empty cache with room for `capacity` tokens, in whole pages."""
     return PrefixCache(capacity // PAGE_TOKENS, PAGE_TOKENS)
 
 
 def least_capacity(calls: Iterable[Call]) -> int:
-    """Tokens that the longest prompt with its header needs, in whole pages, and the one that a copy may take."""
+    """Tokens that the longest prompt with its header needs, in whole pages, with one page for a copy."""
     longest = max(int(call.header[:, 1].sum() + call.blocks[:, 1].sum()) for call in calls)
     return (pages_for(longest, PAGE_TOKENS) + 1) * PAGE_TOKENS
 
 
 def capacity_table(summary: dict[str, Any]) -> Table:
-    """The outcomes for a terminal."""
+    """The summaries for a terminal."""
     title = f"{summary['calls']:,} calls, {summary['tokens'] / 1e6:,.0f}M tokens: the share that was cached"
     columns = ("header", "capacity", "5%", "50%", "95%", "all", "reads/write", "saved")
     grid = make_table(columns, no_wrap=True, title=title)

@@ -28,21 +28,21 @@ from serve.prompt.render import render
 from serve.prompt.tokenizer import load_tokenizer
 from serve.rules.normalize import normalize
 
-# Budgets are shares of all pages that the trace ever needs.
+# Budgets, as shares of all distinct pages of the trace.
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 Request = Sequence[bytes]  # keys of its full pages, in order
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A day of agents: who works, on what, and how much at a time."""
+    """A day of agents: how many sessions, on which projects, and their pace."""
 
     seed: int = 0
     sessions: int = 40
     projects: int = 6  # sessions of one project share tools and prompt up to the folder, and the folder
     at_once: int = 8  # open sessions; when one ends, the next begins
-    turns: int = 20  # of a session, in the mean
-    burst: int = 4  # requests that an agent sends before another's turn comes, in the mean
+    turns: int = 20  # of a session, on average
+    burst: int = 4  # requests in a row of one agent, on average
     bytes_per_token: int = 147_456  # Qwen3-8B in bfloat16
 
 
@@ -55,14 +55,14 @@ def sessions(work: Workload) -> list[Session]:
             seed=work.seed * 10_000 + number,
             folder=f"/home/dev/project-{project}",
             release=releases[project % len(releases)],
-            kin=f"project {project}",
+            group=f"project {project}",
         )
         for number, project in enumerate(projects)
     ]
 
 
 def order(work: Workload) -> Iterator[int]:
-    """Whose request comes next, by number of the session. Some open sessions are busy, others are left for long."""
+    """The session number of each request in order. Some open sessions are busy, others pause for long."""
     rng = random.Random(f"order {work.seed}")
     left = [1 + round(rng.expovariate(1 / work.turns)) for _ in range(work.sessions)]
     pace = [rng.paretovariate(1) for _ in range(work.sessions)]
@@ -85,7 +85,7 @@ def trace(work: Workload, pages_of: Callable[[Json], Request]) -> Iterator[Reque
 
 
 def pages_by(tokenizer_folder: str) -> Callable[[Json], Request]:
-    """What makes pages of a body, as a server with this tokenizer does: preamble stripped, rendered, tokenised."""
+    """A function from a body to its pages, as a server with this tokenizer makes them: preamble stripped, rendered."""
     tokenizer, root = load_tokenizer(tokenizer_folder), root_key(b"", PAGE_TOKENS, b"")
 
     def pages_of(body: Json) -> Request:
@@ -96,7 +96,7 @@ def pages_by(tokenizer_folder: str) -> Callable[[Json], Request]:
 
 
 def lru(requests: Sequence[Request], capacity: int) -> int:
-    """Pages found by the host tier with room for `capacity` pages; of one request the tail goes first."""
+    """Hits of the host tier with room for `capacity` pages; of one request, the last pages are evicted first."""
     tier, hits = HostTier(capacity), 0
     for keys in requests:
         hits += sum(tier.touch_many(keys))
@@ -105,7 +105,7 @@ def lru(requests: Sequence[Request], capacity: int) -> int:
 
 
 def fifo(requests: Sequence[Request], capacity: int) -> int:
-    """Pages found where the page goes first that came first."""
+    """Hits if the oldest page is evicted first."""
     held, hits = OrderedDict[bytes, None](), 0
     for keys in requests:
         hits += sum(key in held for key in keys)
@@ -117,7 +117,10 @@ def fifo(requests: Sequence[Request], capacity: int) -> int:
 
 
 def belady(requests: Sequence[Request], capacity: int) -> int:
-    """Pages found with the future known: those stay that are needed soonest (Belady, 1966). No policy finds more."""
+    """Hits if the future is known: the pages needed soonest stay. No policy has more (Belady, 1966).
+
+    https://doi.org/10.1147/sj.52.0078
+    """
     upcoming = next_uses(requests)
     held, farthest, hits = dict[bytes, int](), list[tuple[int, bytes]](), 0
     for keys, uses in zip(requests, upcoming, strict=True):
@@ -133,7 +136,7 @@ def belady(requests: Sequence[Request], capacity: int) -> int:
 
 
 def next_uses(requests: Sequence[Request]) -> list[list[int]]:
-    """For each page of each request, the number of the next request with that page; a number beyond all if none."""
+    """For each page of each request, the number of the next request with that page, or the number of requests."""
     following: dict[bytes, int] = {}
     uses = []
     for number in reversed(range(len(requests))):

@@ -1,1 +1,1 @@
-"""A soak: the real server under random sessions, restarts and losses, and its answers beside those of no cache."""
+"""A soak: the real server under random sessions, restarts and losses; its answers are compared with cold ones."""

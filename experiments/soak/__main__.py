@@ -1,9 +1,9 @@
-"""Random sessions on a real server for some minutes, and what must hold then: `python -m experiments.soak --minutes N`.
+"""Random sessions on a real server for some minutes, then checks: `python -m experiments.soak --minutes N`.
 
 The server has a small pool and small budgets, so every tier evicts all the time. Conversations branch and are edited,
-streams are left, requests that must be refused come along, answers are forced to obey schemas; the server is killed and
-told to end and started again on its store, which loses pages meanwhile. At the end nothing may be held, memory,
-descriptors and threads are flat, logs and counters clean, and answers are those of no cache.
+streams are abandoned, bad requests must be refused, answers are forced to obey schemas; the server is killed or
+terminated and restarted on its store, which loses pages meanwhile. At the end no page may be held, memory, descriptors
+and threads must be flat, logs and counters clean, and answers equal to those without a cache.
 
 Exit status 1, with one line for each check that failed.
 """
@@ -36,7 +36,7 @@ from experiments.harness.report import write_json
 from experiments.harness.server import running_server
 from experiments.soak import checks
 from experiments.soak.checks import Check, unexpected
-from experiments.soak.clients import Company, Kept, Seen, client
+from experiments.soak.clients import Backlog, Kept, Seen, client
 from experiments.soak.cold import Cold, Difference, by_body, twins
 from experiments.soak.picture import draw
 from experiments.soak.stage import Broken, Life, Sample, Stage, ends, live, lose, sample, until_quiet
@@ -49,12 +49,12 @@ from serve.engine.runtime import set_up_jax
 MODEL = ".cache/demo-model"
 RESULTS = Path("experiments/results/soak")
 CONTEXT, PAGE = 2048, 8  # tokens
-MEMORY_BYTES = 12 << 20  # for what the server remembers of requests: full when a life is warm
-AUDIT_SHARE = 0.1  # of the device's time: the server rests little
+MEMORY_BYTES = 12 << 20  # for what the server remembers of requests: full after warm-up
+AUDIT_SHARE = 0.1  # of the device's time: the server is rarely idle
 TWIN_LOG = "twin.log"
-# Tokens whose pages the pool and each tier hold, each more than the one above: less than sessions touch in a minute.
+# Tokens whose pages the pool and each tier hold: all of them less than sessions touch in a minute.
 POOL_TOKENS, HOST_TOKENS, DISK_TOKENS = 2560, 5120, 18432
-EXPLAINED = 20  # differences that are looked into
+EXPLAINED = 20  # differences that are explained
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Config:
     """What a soak does."""
 
     minutes: float = 20
-    sessions: int = 6  # that talk at the same time
+    sessions: int = 6  # at the same time
     seed: int = 0
     scale: float = 1.0  # of system texts and questions
-    sample_s: float = 3  # between two looks at the process
+    sample_s: float = 3  # between two samples of the process
     lose_s: float = 10  # between two losses of the store
     lose_share: float = 0.2  # of its pages, lost each time
-    judged: int = 1000  # later turns whose tokens are held against cold logits
+    judged: int = 1000  # later turns whose tokens are compared with cold logits
 
     @property
     def seconds(self) -> float:
@@ -78,7 +78,7 @@ class Config:
 
 @dataclass(eq=False)
 class Soaked:
-    """What a soak leaves behind. Each field is written by one task of `soak`."""
+    """The records of a soak. Each field is written by one task of `soak`."""
 
     seen: Seen = field(default_factory=Seen)
     samples: list[Sample] = field(default_factory=list)
@@ -102,19 +102,19 @@ def flags(model: str, store: Path | None) -> list[str]:
 
 
 def store_bytes(model: str) -> int:
-    """The disk's budget: what LMDB takes for DISK_TOKENS of pages, each in whole blocks of 4 KiB and a header."""
+    """The disk's budget: LMDB's space for DISK_TOKENS of pages, each in whole blocks of 4 KiB with a header."""
     page = PAGE * bytes_per_token(load_config(model), "float32")
     return DISK_TOKENS // PAGE * (page + 8192)
 
 
 async def soak(config: Config, model: str, folder: Path, progress: Progress) -> Soaked:
-    """Run sessions and server side by side until the time is over and the server is at rest."""
+    """Run sessions on the server until the time is over and the server is idle."""
     stage, found, rng = Stage(), Soaked(), random.Random(f"soak {config.seed}")
     store, seen = folder / "store", found.seen
     bar = progress.add_task("soaking", total=config.seconds)
-    company = Company(Topics.of(config.seed, config.scale))
+    backlog = Backlog(Topics.of(config.seed, config.scale))
     sessions = [
-        asyncio.create_task(client(stage, seen, f"soak {config.seed} {n}", company, config.seconds))
+        asyncio.create_task(client(stage, seen, f"soak {config.seed} {n}", backlog, config.seconds))
         for n in range(config.sessions)
     ]
 
@@ -161,19 +161,19 @@ async def soak(config: Config, model: str, folder: Path, progress: Progress) -> 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of holding the answers against those of no cache."""
+    """The comparison of the answers with those without a cache."""
 
     compared: int  # first turns
     differences: list[Difference]
     reused: int  # tokens, by the twin
     judged: int = 0  # later turns
-    unknown: int = 0  # whose tokens could not be rebuilt
+    unknown: int = 0  # later turns whose tokens could not be rebuilt
     flips: int = 0  # tokens that were second best, by a near tie
     wrong: list[Difference] = field(default_factory=list)  # later turns
 
 
 def verdict(config: Config, kept: Sequence[Kept], model: str, folder: Path, progress: Progress) -> Verdict:
-    """Ask for each first turn again of a server that reuses nothing, then look into differences and later turns."""
+    """Ask a server that reuses nothing for each first turn again, then judge differences and later turns."""
     groups = by_body([one for one in kept if one.turn == 0])
     bar = progress.add_task("first turns again", total=len(groups))
     with running_server(model, *flags(model, None), log=folder / TWIN_LOG) as server:
@@ -183,7 +183,7 @@ def verdict(config: Config, kept: Sequence[Kept], model: str, folder: Path, prog
     later = [one for one in kept if one.turn > 0 and one.free]
     chosen = random.Random(config.seed).sample(later, min(config.judged, len(later)))
     if not exact or not (found or chosen):
-        return made  # what a near tie is has been said of float32 only
+        return made  # near ties are defined for float32 only
     bar = progress.add_task("later turns, cold", total=len(chosen))
     with closing(Cold(model, folder / "store", CONTEXT)) as cold:
         explained = [cold.tied(d) if n < EXPLAINED else d for n, d in enumerate(found)]
@@ -246,7 +246,7 @@ def table(judged: Sequence[Check]) -> Table:
         grid.add_column(name)
     for check in judged:
         mark = {True: "[green]passed", False: "[red]failed", None: "[yellow]not judged"}[check.passed]
-        grid.add_row(mark, check.name, escape(check.told.partition("; ")[0]))
+        grid.add_row(mark, check.name, escape(check.detail.partition("; ")[0]))
     return grid
 
 
@@ -261,8 +261,8 @@ def run(config: Config, model: str, out: Path, console: Console) -> list[Check]:
         found = asyncio.run(soak(config, model, folder, progress))
         made = verdict(config, found.seen.kept, model, folder, progress)
         judged = checked(found, made, folder)
-    told = summary(config, model, found, made, judged) | provenance()
-    write_json(out / "soak.json", told)
+    report = summary(config, model, found, made, judged) | provenance()
+    write_json(out / "soak.json", report)
     (out / "samples.jsonl").write_text("".join(json.dumps(asdict(s)) + "\n" for s in found.samples))
     different = [{"other": d.other, "tied": d.tied, **asdict(d.kept)} for d in [*made.differences, *made.wrong]]
     (out / "differences.jsonl").write_text("".join(json.dumps(d) + "\n" for d in different))
@@ -277,14 +277,20 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m experiments.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_argument("--minutes", type=float, default=default.minutes, help="of sessions (default: %(default)s)")
-    cli.add_argument("--model", default=MODEL, help="checkpoint folder (default: the demo model, written if need be)")
-    cli.add_argument("--sessions", type=int, default=default.sessions, help="that talk at the same time")
+    cli.add_argument("--model", default=MODEL, help="checkpoint folder (default: the demo model, written if missing)")
+    cli.add_argument(
+        "--sessions", type=int, default=default.sessions, help="conversations at the same time (default: %(default)s)"
+    )
     cli.add_argument("--seed", type=int, default=default.seed)
     cli.add_argument("--scale", type=float, default=default.scale, help="of the texts that conversations share")
-    cli.add_argument("--sample-s", type=float, default=default.sample_s, help="seconds between two looks at the server")
+    cli.add_argument(
+        "--sample-s", type=float, default=default.sample_s, help="seconds between two samples of the server"
+    )
     cli.add_argument("--lose-s", type=float, default=default.lose_s, help="seconds between two losses of the store")
     cli.add_argument("--lose-share", type=float, default=default.lose_share, help="of its pages, lost each time")
-    cli.add_argument("--judged", type=int, default=default.judged, help="later turns that are held against cold logits")
+    cli.add_argument(
+        "--judged", type=int, default=default.judged, help="later turns that are compared with cold logits"
+    )
     cli.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     return cli
 
@@ -311,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"figures in {args.out}, with a picture")
     failed = [check for check in judged if check.passed is False]
     for check in failed:
-        print(f"soak: {check.name}: failed: {check.told}", file=sys.stderr)
+        print(f"soak: {check.name}: failed: {check.detail}", file=sys.stderr)
     return int(bool(failed))
 
 

@@ -1,4 +1,4 @@
-"""What must hold at a soak's end: pure functions of its samples, lives and answers, each with the figures it judged."""
+"""The checks at a soak's end: pure functions of its samples, lives and answers, each with its figures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from experiments.soak.stage import Life, Sample, is_idle
 GROWTH = 0.02  # of resident memory between the second and the last fifth of a life
 SPREAD = 8  # descriptors or threads that come and go with clients
 JUDGED_SECONDS = 120  # a shorter life is all warm-up
-LOST = 0.1  # later turns whose tokens may be unknown, of those that were judged
+LOST = 0.1  # the largest share of later turns with unknown tokens, of those that were judged
 SHOWN = 3  # examples in a failed check's line
 
-STARTED = "Started server process"  # what comes before is progress and a greeting, broken at 80 columns
+STARTED = "Started server process"  # before it are progress and a greeting, wrapped at 80 columns
 RECORD = re.compile(r"\d{4}-\d\d-\d\d |.*(Traceback|Error)")
-# The records that a sound server logs in a soak. Its log has no levels: what is not known here is reported.
+# The records that a sound server logs in a soak. Its log has no levels: all other records are reported.
 EXPECTED = tuple(
     map(
         re.compile,
@@ -38,11 +38,11 @@ EXPECTED = tuple(
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must hold, whether it does, and the figures; `passed` is None where it could not be judged."""
+    """A check, its result and its figures; `passed` is None if it could not be judged."""
 
     name: str
     passed: bool | None
-    told: str
+    detail: str
 
 
 def quiet(last: Sample | None) -> Check:
@@ -69,7 +69,7 @@ def fifths(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]] | Non
 def flat(
     name: str, samples: Sequence[Sample], value: Callable[[Sample], float], most: Callable[[float], float], unit: str
 ) -> Check:
-    """Whether the median of a value's last fifth is at most what `most` makes of that of the second fifth."""
+    """Whether a value's median in the last fifth is at most `most` of its median in the second fifth."""
     if (found := fifths(samples)) is None:
         return Check(name, None, f"no life of {JUDGED_SECONDS} s to judge by")
     before, after = (median(map(value, part)) for part in found)
@@ -97,9 +97,9 @@ def threads(samples: Sequence[Sample]) -> Check:
 
 
 def clients(problems: Sequence[str], answers: int) -> Check:
-    """Every request is answered as it should be: no 5xx, no broken stream, refusals by their status, schemas obeyed."""
-    told = f"{answers:,} answers, {len(problems)} problems"
-    return Check("every client is served", not problems and answers > 0, joined(told, problems))
+    """Every request is answered correctly: no 5xx, no broken stream, refusals by their status, schemas obeyed."""
+    detail = f"{answers:,} answers, {len(problems)} problems"
+    return Check("every client is served", not problems and answers > 0, joined(detail, problems))
 
 
 def counters(samples: Sequence[Sample]) -> Check:
@@ -109,8 +109,8 @@ def counters(samples: Sequence[Sample]) -> Check:
         for name, value in latest.figures.items():
             if value and re.match(r"(server_errors|failed_requests|(errors|corrupt|dropped)_|audit_mismatches)", name):
                 bad[name] = bad.get(name, 0) + value
-    told = ", ".join(f"{name} {value:,.0f}" for name, value in bad.items())
-    return Check("no error is counted", not bad, told or "none in any life")
+    detail = ", ".join(f"{name} {value:,.0f}" for name, value in bad.items())
+    return Check("no error is counted", not bad, detail or "none in any life")
 
 
 def audits(samples: Sequence[Sample]) -> Check:
@@ -120,21 +120,21 @@ def audits(samples: Sequence[Sample]) -> Check:
         for name in totals:
             totals[name] += latest.figures.get(name, 0.0)
     requests, tokens, wrong = totals.values()
-    told = f"{requests:,.0f} requests and {tokens:,.0f} tokens audited, {wrong:,.0f} wrong"
+    detail = f"{requests:,.0f} requests and {tokens:,.0f} tokens audited, {wrong:,.0f} wrong"
     unjudged = not requests and fifths(samples) is None
-    return Check("audits find nothing wrong", None if unjudged else requests > 0 and not wrong, told)
+    return Check("audits find nothing wrong", None if unjudged else requests > 0 and not wrong, detail)
 
 
 def tiers(samples: Sequence[Sample]) -> Check:
-    """The soak has reached every tier, as one of some length must: hits and evictions on each."""
+    """Every tier has hits and evictions, as a long enough soak must have."""
     totals: dict[str, float] = {}
     for latest in last_of_lives(samples):
         for name, value in latest.figures.items():
             if name.startswith(("hits_", "evicted_")):
                 totals[name] = totals.get(name, 0) + value
-    told = ", ".join(f"{name.replace('_', ' ')} {value:,.0f}" for name, value in totals.items())
+    detail = ", ".join(f"{name.replace('_', ' ')} {value:,.0f}" for name, value in totals.items())
     missed = not totals or not all(totals.values())
-    return Check("every tier is hit and evicts", None if missed and fifths(samples) is None else not missed, told)
+    return Check("every tier is hit and evicts", None if missed and fifths(samples) is None else not missed, detail)
 
 
 def last_of_lives(samples: Sequence[Sample]) -> list[Sample]:
@@ -143,11 +143,11 @@ def last_of_lives(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def ended(lives: Sequence[Life]) -> Check:
-    """Each server ends as it was told to, SIGTERM within the time that `running_server` gives it."""
+    """Each server ended with the expected status, after SIGTERM within the time that `running_server` allows."""
     statuses = {"kill -9": (-SIGKILL,), "SIGTERM": (0, -SIGTERM), "by itself": ()}
     odd = [f"life {x.number}, {x.end}: status {x.status}" for x in lives if x.status not in statuses[x.end]]
-    told = f"{len(lives)} lives, {sum(x.end == 'kill -9' for x in lives)} of them killed"
-    return Check("servers end as told", not odd and bool(lives), joined(told, odd))
+    detail = f"{len(lives)} lives, {sum(x.end == 'kill -9' for x in lives)} of them killed"
+    return Check("servers end as told", not odd and bool(lives), joined(detail, odd))
 
 
 def unexpected(lines: Sequence[str]) -> list[str]:
@@ -164,23 +164,23 @@ def logs(lines: Mapping[str, Sequence[str]]) -> Check:
 
 
 def first_turns(compared: int, differences: Sequence[Difference], reused: int) -> Check:
-    """Every first turn is answered as by the server that reuses nothing, near ties aside, which are counted."""
+    """Every first turn is answered as by the server that reuses nothing, except for near ties, which are counted."""
     wrong = [d for d in differences if not d.tied]
-    told = f"{compared:,} compared, {len(wrong)} differ, {len(differences) - len(wrong)} flipped at a near tie"
-    told += f", the twin reused {reused} tokens" if reused else ""
+    detail = f"{compared:,} compared, {len(wrong)} differ, {len(differences) - len(wrong)} flipped at a near tie"
+    detail += f", the twin reused {reused} tokens" if reused else ""
     return Check(
-        "first turns equal their twins", compared > 0 and not wrong and not reused, joined(told, map(shown, wrong))
+        "first turns equal their twins", compared > 0 and not wrong and not reused, joined(detail, map(shown, wrong))
     )
 
 
 def later_turns(judged: int, unknown: int, flips: int, differences: Sequence[Difference]) -> Check:
-    """Every token of the later turns that were looked at is what the logits without a cache say.
+    """Every token of the judged later turns follows from the logits without a cache.
 
-    A few may be unknown, as a killed server has not written their latest answers; most must not be.
+    A few may be unknown, since a killed server has not written their latest answers.
     """
-    told = f"{judged:,} judged, {len(differences)} wrong, {flips} tokens flipped at a near tie, {unknown:,} not known"
+    detail = f"{judged:,} judged, {len(differences)} wrong, {flips} tokens flipped at a near tie, {unknown:,} not known"
     passed = not differences and unknown <= LOST * judged if judged + unknown else None
-    return Check("later turns follow their logits", passed, joined(told, map(shown, differences)))
+    return Check("later turns follow their logits", passed, joined(detail, map(shown, differences)))
 
 
 def shown(difference: Difference) -> str:
@@ -190,6 +190,6 @@ def shown(difference: Difference) -> str:
     return f"turn {kept.turn}, {reused} of {kept.prompt_tokens}: {words:.150} for {difference.other:.150}"
 
 
-def joined(told: str, examples: Iterable[str]) -> str:
+def joined(detail: str, examples: Iterable[str]) -> str:
     """A sentence and the first few examples."""
-    return "; ".join([told, *list(examples)[:SHOWN]])
+    return "; ".join([detail, *list(examples)[:SHOWN]])

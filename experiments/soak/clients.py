@@ -1,7 +1,7 @@
-"""The soak's clients: conversations with branches and edits, streams that are left, requests that must be refused.
+"""The soak's clients: conversations with branches and edits, abandoned streams, requests that must be refused.
 
-History is sent back as the API returned it. Whatever a client sees that a sound server never shows is a problem, told
-in one line.
+History is sent back as the API returned it. Anything that a sound server never sends is a problem, reported in one
+line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from experiments.soak.talk import BAD, Topics, branched, demand, disobeys, edite
 from experiments.workloads.synthetic import Json, prose
 
 REST_EVERY, REST_SECONDS = 10.0, 1.0  # all sessions rest together
-REMEMBERED = 64  # openings, and conversations that rest
+REMEMBERED = 64  # openings, and paused conversations
 LONGEST = 1200  # tokens of a prompt, after which a conversation ends: what follows must fit the server's context
 PROBLEMS = 1000  # that are kept
 
@@ -45,13 +45,13 @@ class Kept:
 
     @property
     def free(self) -> bool:
-        """Whether the model was free in what it said, and all that it said is in the message."""
+        """Whether the answer was unconstrained and is complete in the message."""
         demanded = "tool_choice" in self.body or "output_config" in self.body
         return not demanded and self.message["stop_reason"] != "stop_sequence"
 
     @property
     def said(self) -> tuple[Any, ...]:
-        """What must be the same however it was computed: content without its random ids, why it ended, its counts."""
+        """The parts that do not depend on chance: content without random ids, stop reason, token counts."""
         blocks = [
             {key: value for key, value in b.items() if key not in ("id", "signature")} for b in self.message["content"]
         ]
@@ -61,14 +61,14 @@ class Kept:
 
 @dataclass(eq=False)
 class Seen:
-    """What all clients have seen; they run on one event loop."""
+    """What all clients have seen; they share one event loop."""
 
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
-        """Note what a sound server never shows."""
+        """Record something that a sound server never sends."""
         self.counts["problems"] += 1
         if len(self.problems) < PROBLEMS:
             self.problems.append(" ".join(text.split())[:400])
@@ -76,22 +76,22 @@ class Seen:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a client has to say next, and who it is."""
+    """A client's next request, and its headers."""
 
     headers: dict[str, str]
     body: Json  # without what `demand` adds
 
 
 @dataclass(eq=False)
-class Company:
-    """What clients know of each other: openings that others repeat, conversations that somebody takes up later."""
+class Backlog:
+    """What clients share: openings that others repeat, paused conversations that any client may resume."""
 
     topics: Topics
     openings: deque[Json] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     paused: deque[Conversation] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def next(self, rng: random.Random) -> Conversation:
-        """A conversation that rested meanwhile, one that begins like another, or a new one."""
+        """A paused conversation, one that begins like another, or a new one."""
         place = rng.random()
         if place < 0.4 and self.paused:
             at = rng.randrange(len(self.paused))
@@ -104,27 +104,27 @@ class Company:
 
 
 def rest_s(passed: float) -> float:
-    """Seconds until the end of the moment in which all sessions rest, so that the server can audit; 0 outside it."""
+    """Seconds left of the pause that all sessions make so that the server can audit; 0 outside it."""
     return max(0.0, REST_SECONDS - passed % REST_EVERY)
 
 
-async def client(stage: Stage, seen: Seen, seed: str, company: Company, until_s: float) -> None:
-    """Take up one conversation after another."""
+async def client(stage: Stage, seen: Seen, seed: str, backlog: Backlog, until_s: float) -> None:
+    """Run one conversation after another."""
     rng = random.Random(seed)
     while stage.passed() < until_s:
-        conversation: Conversation | None = company.next(rng)
+        conversation: Conversation | None = backlog.next(rng)
         for _ in range(rng.randint(1, 4)):
             await asyncio.sleep(rest_s(stage.passed()))
             if conversation is not None and stage.passed() < until_s:
-                conversation = await exchange(stage, seen, rng, company.topics, conversation)
+                conversation = await exchange(stage, seen, rng, backlog.topics, conversation)
         if conversation is not None:
-            company.paused.append(conversation)
+            backlog.paused.append(conversation)
 
 
 async def exchange(
     stage: Stage, seen: Seen, rng: random.Random, topics: Topics, conversation: Conversation
 ) -> Conversation | None:
-    """Ask, and say what comes next, on this branch or another; None where the conversation is at its end."""
+    """Ask, and return what comes next, on this branch or another; None at the conversation's end."""
     headers, asked = conversation.headers, conversation.body | demand(rng, conversation.body)
     turn = sum(message["role"] == "assistant" for message in asked["messages"])
     try:
@@ -244,7 +244,7 @@ async def refused(stage: Stage, seen: Seen, rng: random.Random, body: Json, head
 
 
 async def left(stage: Stage, seen: Seen, rng: random.Random, body: Json, headers: dict[str, str]) -> None:
-    """Send a request and go away: in the middle of its body, before its answer, or in the middle of its stream."""
+    """Send a request and disconnect: during its body, before its answer, or during its stream."""
     body = body | {"max_tokens": 400}
     lines, way = rng.randint(0, 60), rng.choice(("body", "answer", "stream", "stream"))
 

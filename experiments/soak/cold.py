@@ -1,11 +1,11 @@
-"""What a soak's answers would be without a cache.
+"""A soak's answers, computed again without a cache.
 
-First turns are asked again of a twin server, each under a salt of its own, so that nothing is reused. Later turns have
-tokens in their history that no text gives back: they are rebuilt from the log of sampled turns, and every token of the
-answer is held against logits computed in one piece, with no store and no engine.
+A twin server is asked for first turns again, each under its own salt, so that nothing is reused. Later turns have
+sampled tokens in their history, which their text does not determine: they are rebuilt from the log of recorded answers,
+and every token of the answer is compared with logits computed in one pass, without cache or engine.
 
 Exact means: equal, or first different at a token whose two best logits lie within NEAR of the logits' scale, since
-float32 rounds differently in other chunks and company.
+float32 rounds differently in other chunks and batches.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from serve.server.prepare import scope_of, trusted
 
 NEAR = 1e-4
 PAGE = 64
-ROWS = 64  # logits of so many positions in one pass: longer answers are looked at up to there
+ROWS = 64  # positions whose logits one pass returns: longer answers are judged up to there
 ASKED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An answer that is not its twin's, or a token that is not what the logits say."""
+    """An answer that differs from its twin's, or a token that does not follow from the logits."""
 
     kept: Kept
     other: str  # what was expected in its place
@@ -57,7 +57,7 @@ class Difference:
 async def twins(url: str, groups: Sequence[Sequence[Kept]], tick: Callable[[], object]) -> tuple[list[Difference], int]:
     """Ask a server that may reuse nothing for the answers of each group, which have one body.
 
-    Those that differ, and how many tokens it reused all the same. Raises Broken if it does not answer.
+    Returns the differences, and how many tokens it reused nevertheless. Raises Broken if it does not answer.
     """
     found: list[Difference] = []
     reused, left = 0, list(groups)
@@ -84,7 +84,7 @@ async def twins(url: str, groups: Sequence[Sequence[Kept]], tick: Callable[[], o
 
 
 def by_body(kept: Sequence[Kept]) -> list[list[Kept]]:
-    """The answers in groups of one body each: it may have been answered in several states of the cache."""
+    """The answers grouped by body; one body may have been answered in several states of the cache."""
     groups: dict[str, list[Kept]] = {}
     for one in kept:
         groups.setdefault(json.dumps(one.body), []).append(one)
@@ -92,9 +92,9 @@ def by_body(kept: Sequence[Kept]) -> list[list[Kept]]:
 
 
 class Cold:
-    """The model without engine, store or cache, and the tokens that a soaked server's prompts had.
+    """The model without engine or cache, and the tokens of a soaked server's prompts.
 
-    `store` is the server's directory, with no server on it any more.
+    `store` is the directory of a server that has ended.
     """
 
     def __init__(self, model: str, store: Path, context: int) -> None:
@@ -110,11 +110,11 @@ class Cold:
         self.forward = jax.jit(forward, static_argnames="config")
 
     def close(self) -> None:
-        """Let go of the log."""
+        """Close the log."""
         self.replay.close()
 
     def prompt(self, kept: Kept) -> tuple[MessagesRequest, bytes, Prompt]:
-        """The request behind an answer as its server saw it: after the rules, whose it was, its prompt."""
+        """An answer's request as its server saw it: the normalised request, its scope, and its prompt."""
         headers = kept.headers
         caller = RequestContext(
             DEFAULT_RULES, headers.get(SALT_HEADER, "").encode(), headers.get("x-api-key", "").encode()
@@ -140,9 +140,9 @@ class Cold:
         return np.asarray(self.forward(self.params, batch, pool, self.config)[0])[:count]
 
     def judge(self, kept: Kept) -> tuple[Difference | None, int] | None:
-        """Hold each token of an answer that is `free` against the logits: the first one that is wrong, and flips.
+        """Compare each token of an answer that is `free` with the logits: the first wrong one, and the number of flips.
 
-        None where the tokens are not known, as the log has lost the answer or some of its history.
+        None if the tokens are unknown because the log has lost the answer or some of its history.
         """
         _, scope, made = self.prompt(kept)
         said = {"role": "assistant", "content": kept.message["content"]}
@@ -155,8 +155,8 @@ class Cold:
             return None
         logits = self.logits(np.concatenate([made.tokens, ids]), len(ids) + 1)
         ended = kept.message["stop_reason"] == "end_turn" and len(ids) == len(sampled.tokens)
-        gaps = behind(logits[: len(ids)], [(token,) for token in ids.tolist()])
-        gaps = np.append(gaps, behind(logits[len(ids) :], [self.stop_ids])) if ended else gaps
+        gaps = shortfall(logits[: len(ids)], [(token,) for token in ids.tolist()])
+        gaps = np.append(gaps, shortfall(logits[len(ids) :], [self.stop_ids])) if ended else gaps
         wrong = np.flatnonzero(gaps > NEAR)
         if not len(wrong):
             return None, int((gaps > 0).sum())
@@ -165,9 +165,9 @@ class Cold:
         return Difference(kept, f"token {at} is {gaps[at]:.1e} of the scale below {best!r}"), int((gaps > 0).sum())
 
     def tied(self, difference: Difference) -> Difference:
-        """The difference of a first turn, and whether a near tie in what is sampled cold explains it.
+        """The difference of a first turn, marked as tied if a near tie in cold sampling explains it.
 
-        The text up to that tie must be what was answered, as far as the answer is text.
+        The text up to that tie must equal the answer, as far as the answer is text.
         """
         request, _, made = self.prompt(difference.kept)
         constraint = constraint_of(request, self.constrainer, self.tokenizer.template.format, made.thinking)
@@ -191,7 +191,7 @@ class Cold:
         return difference
 
 
-def behind(logits: np.ndarray, chosen: Sequence[Sequence[int]]) -> np.ndarray:
-    """How far the best of each row's chosen tokens lies below the row's best, as a share of the row's scale: [rows]."""
-    of_chosen = np.asarray([max(row[list(ids)]) for row, ids in zip(logits, chosen, strict=True)])
-    return (logits.max(1) - of_chosen) / np.abs(logits).max(1)
+def shortfall(logits: np.ndarray, chosen: Sequence[Sequence[int]]) -> np.ndarray:
+    """The gap from each row's best logit to the best of its chosen tokens, as a share of the row's scale: [rows]."""
+    chosen_best = np.asarray([max(row[list(ids)]) for row, ids in zip(logits, chosen, strict=True)])
+    return (logits.max(1) - chosen_best) / np.abs(logits).max(1)

@@ -1,4 +1,4 @@
-"""A soak as a picture: what its server holds and does, over time."""
+"""A soak as a picture: its server's resources and work over time."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
             place.set_ylim(0, 1.3 * place.get_ylim()[1])
             place.legend(frameon=False, fontsize=9, loc="upper left", ncols=3)
     for place in axes[-1]:
-        place.set_xlabel("minutes; the server was killed (dotted) or told to end (dashed)")
+        place.set_xlabel("minutes; the server was killed (dotted) or terminated (dashed)")
     save(figure, path)
 
 
 def held(axes, samples: Sequence[Sample], lines: Sequence[tuple[str, Callable[[Sample], float]]]) -> None:
-    """Values as they were, with a gap between two lives."""
+    """Draw values, with a gap between two lives."""
     for (name, value), colour in zip(lines, COLOURS, strict=False):
         for n, life in enumerate(by_life(samples)):
             times = [s.at_s / 60 for s in life]
@@ -66,7 +66,7 @@ def held(axes, samples: Sequence[Sample], lines: Sequence[tuple[str, Callable[[S
 
 
 def done(axes, samples: Sequence[Sample], names: Sequence[str]) -> None:
-    """Counters as rates, in bins that the eye can follow."""
+    """Draw counters as rates, in bins."""
     width = samples[-1].at_s / BINS
     for name, colour in zip(names, COLOURS, strict=False):
         label = name.partition("_")[2] or name
@@ -85,6 +85,6 @@ def by_life(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def rates(life: Sequence[Sample], name: str) -> Iterator[tuple[float, float]]:
-    """(seconds, figure a second) between each two samples of one life; a counter starts anew with each."""
+    """(seconds, figure a second) between each two samples of one life; a counter starts at 0 in each."""
     for one, other in pairwise(life):
         yield (one.at_s + other.at_s) / 2, (other.figures[name] - one.figures[name]) / (other.at_s - one.at_s)

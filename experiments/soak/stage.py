@@ -1,7 +1,7 @@
-"""The soaked server's lives: it is started, ended by SIGTERM or kill -9, started again on the same store, and watched.
+"""The soaked server's lives: it is started, ended by SIGTERM or kill -9, restarted on the same store, and watched.
 
-Sessions reach it through `Stage.on`, which waits for the next life where one was ended under them. All of this runs on
-one event loop.
+Sessions reach it through `Stage.on`, which waits for the next life if the server was ended during a request. All of
+this runs on one event loop.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ End = Literal["kill -9", "SIGTERM", "by itself"]
 
 
 class Broken(Exception):
-    """An answer that is no answer: status 5xx, a stream that ended early, an event that says so."""
+    """A failed answer: status 5xx, a stream that ended early, or an error event."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The server at one moment: its process, and the figures that `figures` takes from its metrics."""
+    """The server at one moment: its process, and its metrics as `figures` selects them."""
 
     at_s: float  # since the run's start
     life: int
@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Life:
-    """One process of the server, once it has ended: how it was to end, its exit status, its log."""
+    """One ended process of the server: how it was ended, its exit status, its log."""
 
     number: int
     started_s: float  # when it was ready, since the run's start
@@ -64,7 +64,7 @@ class Life:
 
 @dataclass(eq=False)
 class Up:
-    """A running server as sessions see it; `ending` is set before its process is told to end."""
+    """A running server as sessions see it; `ending` is set before its process is ended."""
 
     number: int
     client: httpx.AsyncClient
@@ -75,21 +75,21 @@ class Up:
 
 @dataclass(eq=False)
 class Stage:
-    """Where the sessions find the server of the moment. Only `live` moves it on."""
+    """The current server, where sessions find it. Only `live` changes it."""
 
     begun: float = field(default_factory=time.monotonic)  # when the first server was ready
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     up: Up | None = None
-    interrupted: int = 0  # requests that were sent again since their server was ended
+    interrupted: int = 0  # requests that were sent again because their server was ended
 
     def passed(self) -> float:
         """Seconds since the run's start."""
         return time.monotonic() - self.begun
 
     async def on(self, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
-        """What `work` returns; done again on the next server where this one was ended meanwhile.
+        """The result of `work`, which is repeated on the next server if this one was ended meanwhile.
 
-        Raises Broken, httpx.HTTPError and TimeoutError where it was not.
+        Raises Broken, httpx.HTTPError and TimeoutError if it was not.
         """
         while True:
             await self.ready.wait()
@@ -105,7 +105,7 @@ class Stage:
 
 
 def figures(samples: Mapping[str, float]) -> dict[str, float]:
-    """What a soak looks at of a metrics page: counts by tier are in pages, hits in tokens."""
+    """A soak's figures from a metrics page: counts by tier in pages, hits in tokens."""
 
     def total(name: str, *holding: str) -> float:
         return sum(v for k, v in samples.items() if k.partition("{")[0] == name and all(h in k for h in holding))
@@ -134,9 +134,9 @@ def figures(samples: Mapping[str, float]) -> dict[str, float]:
 
 
 def ends(seconds: float, rng: random.Random) -> list[tuple[float, End]]:
-    """When the server is ended and how: all but the last time in the first part of the run, about once a minute there.
+    """When and how the server is ended: about once a minute in the first part of the run, and at its end.
 
-    So that the last life is long enough to have a plateau. `kill -9` and SIGTERM take turns.
+    So the last life is long enough for a plateau. `kill -9` and SIGTERM alternate.
     """
     count = max(1, round(EARLY * seconds / 60))
     places = sorted((n + rng.uniform(0.6, 1)) * EARLY * seconds / count for n in range(count))
@@ -154,7 +154,7 @@ async def live(
 ) -> list[Life]:
     """Start the server in `folder`, end it at its times, start it again; awaits `last_words` before the last end.
 
-    A server that ends by itself is started again, too. Raises RuntimeError if one does not start.
+    A server that ends by itself is restarted as well. Raises RuntimeError if one does not start.
     """
     lives: list[Life] = []
     ending = list(plan)
@@ -191,7 +191,7 @@ async def live(
 
 
 async def sample(stage: Stage, up: Up) -> Sample | None:
-    """The server now, and what its report on the latest requests costs along with it; None if it is being ended."""
+    """The server now, after a read of its metrics and request reports; None if it is being ended."""
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             metrics = await up.client.get("/metrics")
@@ -211,7 +211,7 @@ async def sample(stage: Stage, up: Up) -> Sample | None:
 
 
 async def until_quiet(stage: Stage) -> Sample | None:
-    """A sample of the server once nothing runs, waits or is held, or as it is after QUIET_SECONDS."""
+    """A sample of the server as soon as it is idle, or after QUIET_SECONDS."""
     deadline, up = stage.passed() + QUIET_SECONDS, stage.up
     assert up is not None
     while True:
@@ -227,7 +227,7 @@ def is_idle(found: Sample) -> bool:
 
 
 def lose(store: Path, budget_bytes: int, share: float, rng: random.Random) -> int:
-    """Delete a random share of what a store holds, as another process that shares it may; how many pages went."""
+    """Delete a random share of a store's pages, as another process that shares it may; returns how many."""
     tier = DiskTier(store, budget_bytes)
     try:
         keys = [entry.key for entry in tier.entries()]

@@ -1,7 +1,7 @@
-"""What random sessions say: openings, turns, demands on an answer, requests that must be refused.
+"""The content of random sessions: openings, turns, demands on an answer, requests that must be refused.
 
-All of it is drawn from the generator that is given. Openings share system texts and questions, so that prompts part
-at all distances from their start.
+All of it is drawn from the given generator. Openings share system texts and questions, so that prompts diverge at all
+distances from their start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KEYS = ("", "key-one", "key-two")
 SALTS = ("", "", "salt-one", "salt-two")
 LENGTHS = (1, 2, 4, 12, 30, 48)  # max_tokens of an answer
 ANY = {"type": "any"}
-DEMAND_TOKENS = 96  # of an answer that obeys a schema, which should come to its end
+DEMAND_TOKENS = 96  # of an answer that obeys a schema: enough for most to end
 STOPS = ((" the", "self"), ("e",), ("\n",), (" import", "def ", "zzzz"))
 POINT = {
     "type": "object",
@@ -55,7 +55,7 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Topics:
-    """Texts that conversations have in common."""
+    """Texts that conversations share."""
 
     systems: tuple[str, ...]
     questions: tuple[str, ...]
@@ -69,7 +69,7 @@ class Topics:
 
 
 def who(rng: random.Random) -> dict[str, str]:
-    """The headers of a client: its key, and its salt, where it has any."""
+    """The headers of a client: its key and salt, if it has any."""
     key, salt = rng.choice(KEYS), rng.choice(SALTS)
     return ({"x-api-key": key} if key else {}) | ({SALT_HEADER: salt} if salt else {})
 
@@ -93,7 +93,7 @@ def question(rng: random.Random, topics: Topics) -> Json:
 
 
 def demand(rng: random.Random, body: Json) -> Json:
-    """How the answer should be: its length, and sometimes sampling, stop sequences, a forced call or a schema."""
+    """Demands on the answer: its length, and sometimes sampling, stop sequences, a forced call or a schema."""
     kinds = ("plain", "sampled", "stop", "format", *(("any", "tool") if "tools" in body else ()))
     weights = (12, 1, 2, 1, 2, 1)[: len(kinds)]
     match rng.choices(kinds, weights)[0]:
@@ -126,13 +126,13 @@ def following(rng: random.Random, topics: Topics, content: Sequence[Json]) -> li
 
 
 def branched(rng: random.Random, topics: Topics, messages: Sequence[Json]) -> list[Json]:
-    """The conversation up to one of its questions, which is asked in another way."""
+    """The conversation up to one of its questions, which is replaced."""
     asked = [i for i, message in enumerate(messages) if message["role"] == "user" and not has_results(message)]
     return [*messages[: rng.choice(asked)], question(rng, topics)]
 
 
 def edited(rng: random.Random, messages: Sequence[Json]) -> list[Json]:
-    """The conversation with one of its answers rewritten by the client; as it is, if none has a text."""
+    """The conversation with one answer rewritten by the client; unchanged if no answer has text."""
     texts = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "text" in dict(*m["content"][:1])]
     if not texts:
         return list(messages)
@@ -151,9 +151,9 @@ def has_results(message: Json) -> bool:
 
 
 def disobeys(body: Json, message: Json) -> str:
-    """How an answer breaks what its request demanded; empty if it does not.
+    """The way in which an answer breaks its request's demands, or an empty string.
 
-    One that `max_tokens` has cut off need not be complete.
+    An answer that `max_tokens` has cut need not be complete.
     """
     cut, choice = message["stop_reason"] == "max_tokens", body.get("tool_choice", {})
     texts = "".join(block["text"] for block in message["content"] if block["type"] == "text")
@@ -162,7 +162,7 @@ def disobeys(body: Json, message: Json) -> str:
         return f"the text holds the stop sequence {found[0]!r}"
     schemas = {tool["name"]: tool["input_schema"] for tool in body.get("tools", ())}
     allowed = {choice["name"]} if "name" in choice else set(schemas)
-    forced = bool(choice) or "output_config" in body  # else a call is the model's own, and may be anything
+    forced = bool(choice) or "output_config" in body  # a call that was not forced may be anything
     if forced and (odd := [call for call in calls if not called(call, allowed, schemas)]):
         return f"the call {odd[0]['name']} {odd[0]['input']} does not fit its schema"
     if cut or calls or not forced:
@@ -219,7 +219,7 @@ class Bad:
 
 
 def broken(**fields: Any) -> Callable[[Json], Bad]:
-    """Makes the refused request of a good body with some fields changed."""
+    """A function from a good body to the refused one with some fields changed."""
     return lambda body: Bad(400, json.dumps(body | fields).encode())
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: TTFT over prompt length, header position and all else that a config names, each point measured in turn.
+"""Sweeps: TTFT over prompt length, header position and the other axes of a config, each point measured in turn.
 
 `python -m experiments.sweep CONFIG.toml` measures into a folder; the same command goes on where it was stopped. Points
 come in a random order, each right after a request that leaves their shared prefix in the cache.
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         run_sweep(config, run, console)
     except (TargetError, OSError, ValueError) as error:
         if not run.measured:
-            return refuse(f"{args.config}: the target does not answer: {error}", 2)
+            return refuse(f"{args.config}: the target does not answer: {error}; check [target] in the config", 2)
         kept = f"{len(run.measured)} of {wanted} measurements are kept in {folder}"
         return refuse(f"{args.config}: the target stopped answering: {error}; {kept}: the same command goes on", 1)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The config of a sweep: its axes, what is wrong with one, and the points it names."""
+"""The config of a sweep: its axes, its checks, and the points that it names."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ConfigError(Exception):
-    """A config asks for what cannot be measured."""
+    """A config that cannot be measured."""
 
 
 def read_config(text: bytes) -> Config:
-    """A config from TOML. Raises ConfigError, naming the field, for whatever cannot be measured."""
+    """A config from TOML. Raises ConfigError, which names the field, if it cannot be measured."""
     try:
         config = msgspec.toml.decode(text, type=Config)
     except msgspec.MsgspecError as error:
@@ -65,14 +65,14 @@ def check(config: Config) -> None:
     if not target.own and not target.url:
         raise ConfigError(f"target.url: expected the endpoint's URL for target {target.kind}")
     if not target.own and len(axes.page_size) > 1:
-        raise ConfigError(f"axes.page_size: target {target.kind} has its own; leave the axis out")
+        raise ConfigError(f"axes.page_size: target {target.kind} has its own page size: leave the axis out")
     for place in axes.position:
         if isinstance(place, str) and not re.fullmatch(r"\d+(\.\d+)?%", place):
             raise ConfigError(f"axes.position: expected a percentage such as '25%' or a count of tokens, got {place!r}")
     for point in points(config):
         size = f"a prompt of {point.prompt_tokens} with {point.header_tokens} of header and {point.suffix_tokens}"
         if point.stable_tokens < 1:
-            raise ConfigError(f"axes.prompt_tokens: {size} of suffix has no token left that could be cached")
+            raise ConfigError(f"axes.prompt_tokens: {size} of suffix leaves no token to cache: raise it")
         if point.arm in PLACED and not 0 <= point.position <= point.stable_tokens:
             raise ConfigError(f"axes.position: {point.place} is outside the {point.stable_tokens} tokens of {size}")
         if point.arm == "tools-first" and not 1 <= config.tools_tokens <= point.stable_tokens:
@@ -85,18 +85,23 @@ def check(config: Config) -> None:
 
 
 def check_model(model: str, longest: int) -> None:
-    """Raise ConfigError if a model is no checkpoint folder, or takes no prompt of this length."""
+    """Raise ConfigError if a model is not a checkpoint folder, or cannot take prompts of this length."""
     try:
         shape = json.loads((Path(model) / "config.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"axes.model: {model} is no checkpoint folder: {error}") from None
+        raise ConfigError(
+            f"axes.model: {model} is not a checkpoint folder: {error}; make the demo model with "
+            f"`python -m experiments.demo_model {model}`, or name another folder"
+        ) from None
     limit = shape.get("max_position_embeddings", 0)
     if limit and longest >= limit:
-        raise ConfigError(f"axes.prompt_tokens: {model} takes {limit} tokens, got {longest}")
+        raise ConfigError(
+            f"axes.prompt_tokens: {model} takes prompts below {limit} tokens, got {longest}: lower the axis"
+        )
 
 
 def points(config: Config) -> list[Point]:
-    """Every combination of the axes, once: an arm that says itself where its header stands has no position."""
+    """Every combination of the axes, once; an arm that places its header itself has no position."""
     axes = config.axes
     product = itertools.product(
         axes.model,
@@ -115,12 +120,12 @@ def points(config: Config) -> list[Point]:
 
 
 def schedule(config: Config, group: Sequence[Point]) -> list[tuple[Point, int]]:
-    """The group's points with the number of the repeat, in rounds, each round in an order of its own."""
+    """The group's points and repeat numbers, in rounds, each round in its own random order."""
     rng = random.Random(repr((config.seed, group[0])))
     return [(point, repeat) for repeat in range(config.repeats) for point in rng.sample(list(group), len(group))]
 
 
 def groups(config: Config) -> Iterator[list[Point]]:
-    """The points of each model and page size: what one target serves without a new start."""
+    """The points of each model and page size: what one target serves without a restart."""
     for _, group in itertools.groupby(points(config), key=lambda point: (point.model, point.page_size)):
         yield list(group)

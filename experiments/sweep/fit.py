@@ -41,7 +41,7 @@ def fit_cells(found: Sequence[Cell], config: ModelConfig | None, seed: int = 0) 
     Raises ValueError for too few points, or for medians of several models or page sizes.
     """
     if len({(cell.point.model, cell.point.page_size) for cell in found}) != 1:
-        raise ValueError("a cost model is of one model and page size: choose with --model and --page-size")
+        raise ValueError("a cost model is of one model and page size: choose them with --model and --page-size")
     samples = [cell.sample() for cell in found]
     constants = fit_cost_model(samples)
     return file_contents(
@@ -62,7 +62,7 @@ def measured_ms(found: Sequence[Cell]) -> np.ndarray:
 
 
 def prices(constants: Constants, config: ModelConfig | None, prompt: int) -> list[dict[str, Any]]:
-    """What one volatile token costs by its position in a prompt: all behind it is computed again."""
+    """The cost of one volatile token by its position in a prompt: all tokens after it are computed again."""
     flops = cost_model(config).flops if config else None
     positions = [round(share * prompt) for share in PRICED]
     return [
@@ -95,7 +95,7 @@ def fit_run(folder: Path, model: str = "", page_size: int = 0, seed: int = 0) ->
         if model in ("", cell.point.model) and page_size in (0, cell.point.page_size)
     ]
     if not found:
-        raise ValueError(f"{folder} has no measurement of that model and page size")
+        raise ValueError(f"{folder} has no measurement of that model and page size: leave out --model and --page-size")
     fitted = fit_cells(found, model_config(found[0].point.model), seed)
     sessions = json.loads((folder / "run.json").read_text())["sessions"]
     write_json(folder / FILE, fitted | {"session": sessions[-1]})
@@ -103,7 +103,7 @@ def fit_run(folder: Path, model: str = "", page_size: int = 0, seed: int = 0) ->
 
 
 def constants_of(fitted: dict[str, Any]) -> Constants:
-    """The constants in a cost model's JSON values."""
+    """The constants of a cost model's JSON."""
     return Constants(**fitted["constants"])
 
 
@@ -118,7 +118,7 @@ def constants_table(fitted: dict[str, Any]) -> Table:
 
 
 def accuracy_line(fitted: dict[str, Any]) -> str:
-    """How well points are predicted that the fit has not seen."""
+    """The error for points that the fit has not seen, in a line."""
     error, r_squared = fitted["held_out"]["median_relative_error"], fitted["held_out"]["r_squared"]
     return f"held-out points: median error {error:.1%}, R² {r_squared:.4f} ({fitted['points']} points, 5 folds)"
 
@@ -134,7 +134,7 @@ def prices_table(fitted: dict[str, Any]) -> Table:
 
 
 def crossover_table(constants: Constants, bytes_per_token: int) -> Table:
-    """From which position on a token comes sooner from a tier than from the model, by the tier's speed."""
+    """The position from which on reading a token from a tier is faster than computing it, by the tier's speed."""
     columns = ("a tier that reads, MB/s", "beats recompute from position")
     grid = make_table(columns, caption=f"{bytes_per_token:,} bytes of KV a token")
     always = bytes_per_token / constants.linear if constants.linear else 1e9

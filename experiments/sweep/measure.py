@@ -34,17 +34,17 @@ def measure_point(target: Target, point: Point, tools_tokens: int, nonce: str) -
 
     Raises TargetError after ATTEMPTS failures.
     """
-    pieces = layout(point, tools_tokens)
+    parts = layout(point, tools_tokens)
     for attempt in range(ATTEMPTS):
         fresh = f"{nonce} {attempt}"
         try:
-            if prefix := shared(pieces):
+            if prefix := shared(parts):
                 prepare(target, [*prefix, PromptPart("question", 1, place="user")], f"{fresh} first")
             if point.arm == "restarted":
                 target.restart()
             elif point.arm == "evicted":
                 target.evict(fresh)
-            return target.ask(pieces, fresh)
+            return target.ask(parts, fresh)
         except TargetError:
             if attempt == ATTEMPTS - 1:
                 raise
@@ -52,19 +52,19 @@ def measure_point(target: Target, point: Point, tools_tokens: int, nonce: str) -
 
 
 def sizes_of(group: Sequence[Point]) -> Sizes:
-    """What a target needs room for."""
+    """The room that a target needs."""
     stored = any(point.arm in STORED for point in group)
     return Sizes(group[0].page_size, max(point.prompt_tokens for point in group), stored)
 
 
 def work(point: Point, tools_tokens: int) -> int:
-    """About how long a point takes, in tokens, for the time that is left."""
+    """The cost of a point, in tokens, to estimate the time left."""
     new = point.prompt_tokens - expected_cached(layout(point, tools_tokens))
     return 256 + new * (1 + point.prompt_tokens // 4096)
 
 
 def run_sweep(config: Config, run: Run, console: Console) -> None:
-    """Measure what the run still lacks.
+    """Measure the points that the run lacks.
 
     Raises TargetError when a target stops answering; all that was measured is in the run.
     """
@@ -90,7 +90,7 @@ def measure_group(
 ) -> None:
     """Start the target of a model and page size, warm up, and measure the points and repeats of `items` in order."""
     model, tools = group[0].model, config.tools_tokens
-    # It makes the fresh text of this session new to an endpoint that has seen the run before.
+    # Makes fresh text new to an endpoint that has seen the run before.
     nonce = secrets.token_hex(8)
     progress.update(task, description="starting")
     with (
@@ -110,5 +110,5 @@ def measure_group(
 
 
 def now() -> str:
-    """The time, UTC."""
+    """The time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,4 +1,4 @@
-"""What the notebooks share: runs that are measured once and then read, and tables as text."""
+"""Helpers of the notebooks: runs that are measured once and then read, and tables as text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from experiments.workloads.demo_model import write_demo_model
 
 CONFIGS = Path("experiments/configs")
 MODEL = Path(".cache/demo-model")  # the one that the configs name
-# Set by tests: measure as little as shows that everything runs.
+# Set by tests: measure only as much as shows that everything runs.
 SMOKE = os.environ.get("TOKENZERO_SMOKE") == "1"
 
-# A kernel without widgets draws no bars; who reads the outputs need not know.
+# A kernel without widgets draws no progress bars; readers of the outputs need not know.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 # Plain text, so that a notebook's diff can be read.
@@ -48,14 +48,14 @@ def sweep(name: str) -> Path:
 
 
 def scratch() -> Path:
-    """A folder for this process; gone with it."""
+    """A folder that is deleted when this process ends."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
 def show(figure: Figure) -> None:
-    """Put a figure into the notebook, and forget it."""
+    """Show a figure in the notebook, and close it."""
     import matplotlib.pyplot as plt
 
     drawn = io.BytesIO()

@@ -54,7 +54,7 @@ class Cell:
     repeats: int
 
     def sample(self) -> Sample:
-        """The cell as the cost model wants it."""
+        """The cell as the cost model takes it, in seconds."""
         return Sample(self.prompt_tokens, self.cached_tokens, self.restored_tokens, self.ttft_ms / 1e3)
 
 
@@ -62,7 +62,7 @@ class Run:
     """A run's folder, opened to go on with it."""
 
     def __init__(self, folder: Path, config: bytes) -> None:
-        """Make the folder, or take up what an earlier session left; a line that a kill tore is dropped.
+        """Make the folder, or open what an earlier session left; a half-written last line is dropped.
 
         Raises RunError if the folder holds another config's run, or something else.
         """
@@ -70,7 +70,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         copy = folder / "config.toml"
         if not copy.exists() and any(folder.iterdir()):
-            raise RunError(f"{folder} holds other files and no run: name another folder with --out")
+            raise RunError(f"{folder} holds other files but not a run: name another folder with --out")
         self.path.touch()
         with self.path.open("r+b") as file:
             whole = file.read()
@@ -88,7 +88,7 @@ class Run:
         return {(m.point, m.repeat) for m in self.measured}
 
     def begin(self, **about: Any) -> int:
-        """Note who measures from here on, see `experiments.harness.provenance`; returns the session's number."""
+        """Record the provenance of a session that measures from here on; returns the session's number."""
         self.sessions.append(about)
         scratch = self.folder / "run.json.new"
         scratch.write_text(json.dumps({"sessions": self.sessions}, indent=2) + "\n")
@@ -105,12 +105,12 @@ class Run:
 
 
 def load(folder: Path) -> list[Measurement]:
-    """The measurements of a run's folder. Raises RunError, naming file and line, for what is none."""
+    """The measurements of a run's folder. Raises RunError for a folder without a run, or for a line that is not one."""
     path, found = folder / "measurements.jsonl", []
     if not path.is_file():
-        raise RunError(f"{folder} holds no run: it has no {path.name}")
+        raise RunError(f"{folder} holds no run: it has no {path.name}; `python -m experiments.sweep CONFIG` makes one")
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):  # the last one may be under way
+        if line.endswith(b"\n"):  # the last one may be half written
             try:
                 found.append(msgspec.json.decode(line, type=Measurement))
             except msgspec.MsgspecError as error:
@@ -144,7 +144,7 @@ def cells(measurements: Sequence[Measurement], seed: int = 0) -> list[Cell]:
 
 
 def order(point: Point) -> tuple:
-    """Points of one arm together, in the order of their lengths and positions."""
+    """Sort key: points of one arm together, by length and position."""
     place = point.position if point.place else 0
     return (
         point.model,
@@ -158,7 +158,7 @@ def order(point: Point) -> tuple:
 
 
 def median_interval(values: Sequence[float], seed: int = 0, rounds: int = 2000) -> tuple[float, float]:
-    """A 95% interval of the median: medians of as many values, drawn with replacement (the percentile bootstrap)."""
+    """A 95% interval of the median, by the percentile bootstrap."""
     drawn = np.random.default_rng(seed).choice(np.asarray(values), (rounds, len(values)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     return float(low), float(high)
@@ -170,7 +170,7 @@ def summary(found: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def by_length(found: Sequence[Cell]) -> Iterator[tuple[int, list[Cell]]]:
-    """The cells of each prompt length, the shortest first, in order of what was cached."""
+    """The cells of each prompt length, the shortest first, sorted by cached tokens."""
     for length in sorted({cell.point.prompt_tokens for cell in found}):
         yield length, sorted((c for c in found if c.point.prompt_tokens == length), key=lambda c: c.cached_tokens)
 

@@ -1,7 +1,7 @@
-"""Whom a sweep asks: an engine in this process, our own server, or any Messages or OpenAI endpoint.
+"""The targets of a sweep: an engine in this process, our own server, or any Messages or OpenAI endpoint.
 
-A target makes a prompt of pieces, asks for one token, and tells how long that took and what was cached. Those that a
-sweep starts itself can be started anew, and their cache can be turned over.
+A target makes a prompt of parts, asks for one token, and reports how long that took and what was cached. Those that a
+sweep starts itself can be restarted, and their device cache can be evicted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experiments.harness.server import running_server
 from experiments.sweep.prompts import PromptPart, messages, tokens_of
 
 # A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text. Random
-# weights end their turn at once in some answers of a hundred.
+# weights end their turn at once in a few percent of answers.
 ATTEMPTS = 12
 # A model that ends its turn at once has no text to time, so it may say a few words.
 OUTPUT_TOKENS = 8
@@ -36,7 +36,7 @@ ARMS = {
     "messages": EVERYWHERE | {"mutated-thinking"},
     "openai": EVERYWHERE | {"mutated-thinking"},
 }
-STORED = frozenset({"restarted", "evicted"})  # arms that read back from a tier what the device has lost
+STORED = frozenset({"restarted", "evicted"})  # arms that read from a tier what the device has lost
 
 
 class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,7 +46,7 @@ class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     url: str = ""  # messages, openai: up to and without `/v1`
     key_variable: str = ""  # messages, openai: the environment variable that holds the API key
     max_prefill_tokens: int = 1024  # in-process, server
-    flags: tuple[str, ...] = ()  # server: more of `python -m serve`'s
+    flags: tuple[str, ...] = ()  # server: further flags of `python -m serve`
 
     @property
     def own(self) -> bool:
@@ -55,7 +55,7 @@ class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TargetError(Exception):
-    """The target does not answer, or not as its API says."""
+    """The target does not answer, or breaks its API."""
 
 
 class EmptyAnswer(TargetError):
@@ -64,7 +64,7 @@ class EmptyAnswer(TargetError):
 
 @dataclass(frozen=True)
 class Answer:
-    """One measured request; None for what the target does not tell."""
+    """One measured request; None for what the target does not report."""
 
     ttft_ms: float
     prompt_tokens: int
@@ -73,16 +73,16 @@ class Answer:
 
 
 class Target(Protocol):
-    """What a sweep needs of those it asks."""
+    """What a sweep needs of a target."""
 
-    def ask(self, pieces: Sequence[PromptPart], nonce: str) -> Answer:
-        """Ask once. Pieces that are fresh depend on `nonce`. Raises TargetError."""
+    def ask(self, parts: Sequence[PromptPart], nonce: str) -> Answer:
+        """Ask once; fresh parts depend on `nonce`. Raises TargetError."""
 
     def restart(self) -> None:
-        """Start it anew on the same store."""
+        """Restart it on the same store."""
 
     def evict(self, nonce: str) -> None:
-        """Have other prompts take the place of all that is on the device."""
+        """Fill the device with other prompts, so that all earlier pages are evicted."""
 
     def about(self) -> dict[str, Any]:
         """Dtype and device, as far as they are known."""
@@ -93,7 +93,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a target that the sweep starts has room for."""
+    """The capacity of a target that the sweep starts."""
 
     page_size: int
     longest: int  # tokens of the longest prompt
@@ -101,12 +101,12 @@ class Sizes:
 
     @property
     def context(self) -> int:
-        """Tokens of the longest request, and some for what a chat template adds."""
+        """Tokens of the longest request, with some room for what a chat template adds."""
         return self.longest + self.longest // 20 + 256
 
     @property
     def pages(self) -> int:
-        """Of the device pool: the shared prompt and others beside it; few where an arm has to push it out."""
+        """Pages of the device pool: the shared prompt and others; few where an arm has to evict it."""
         return (2 if self.stored else 4) * (-(-self.context // self.page_size) + 1)
 
 
@@ -148,12 +148,12 @@ class InProcess:
         self.engine = Engine(self.params, self.config, settings, self.fingerprint, tiers)
         self.engine.start()
 
-    def ask(self, pieces: Sequence[PromptPart], nonce: str) -> Answer:
+    def ask(self, parts: Sequence[PromptPart], nonce: str) -> Answer:
         """See Target: from the submission to the first event, which the engine's thread sends."""
         from serve.engine.request import Event, Failed, Finished, GenerationRequest, Started
 
         fresh = np.random.default_rng(list(nonce.encode()))
-        tokens = tokens_of(pieces, self.config.vocab_size, self.seed, fresh)
+        tokens = tokens_of(parts, self.config.vocab_size, self.seed, fresh)
         events: queue.Queue[tuple[float, Event]] = queue.Queue()
         start = time.perf_counter()
         self.engine.submit(GenerationRequest(tokens, 1), lambda event: events.put((time.perf_counter(), event)))
@@ -190,7 +190,7 @@ class InProcess:
 
 @dataclass(eq=False)
 class Endpoint:
-    """A Messages or OpenAI endpoint; what it reports of its cache is all that is known of it."""
+    """A Messages or OpenAI endpoint; its cache is known only by the usage that it reports."""
 
     kind: Literal["messages", "openai"]
     url: str
@@ -202,25 +202,27 @@ class Endpoint:
     chars_per_token: float = 0.0
 
     def calibrate(self) -> None:
-        """Learn how long a text of so many tokens is, from two prompts; what the template adds falls out."""
+        """Learn the characters per token from two prompts; what the template adds cancels out."""
         self.chars_per_token = 4.0
         sizes = max(1, self.longest // 8), max(2, self.longest // 2)
         short, long = map(self.probe, sizes)
         if long.prompt_tokens <= short.prompt_tokens:
-            raise TargetError(f"{self.url} reports no usage, by which prompts could be sized")
+            raise TargetError(
+                f"{self.url} reports no usage, by which prompts are sized: expected prompt tokens in its answers"
+            )
         self.chars_per_token = 4.0 * (sizes[1] - sizes[0]) / (long.prompt_tokens - short.prompt_tokens)
 
     def probe(self, size: int) -> Answer:
-        """Ask about a text of so many tokens; another question where one has no answer. Raises TargetError at last."""
-        pieces = [PromptPart("base", size, fresh=False), PromptPart("question", 16, place="user")]
+        """Ask about a text of `size` tokens, again if the answer is empty. Raises TargetError."""
+        parts = [PromptPart("base", size, fresh=False), PromptPart("question", 16, place="user")]
         for attempt in range(ATTEMPTS - 1):
             with suppress(EmptyAnswer):
-                return self.ask(pieces, f"probe {size} {attempt}")
-        return self.ask(pieces, f"probe {size}")
+                return self.ask(parts, f"probe {size} {attempt}")
+        return self.ask(parts, f"probe {size}")
 
-    def ask(self, pieces: Sequence[PromptPart], nonce: str) -> Answer:
-        """See Target: the time is that to the first piece of an answer's text or thinking."""
-        chat = messages(pieces, self.chars_per_token, self.seed, random.Random(nonce))
+    def ask(self, parts: Sequence[PromptPart], nonce: str) -> Answer:
+        """See Target: the time is that to the answer's first text or thinking."""
+        chat = messages(parts, self.chars_per_token, self.seed, random.Random(nonce))
         body = {"model": self.model, "max_tokens": OUTPUT_TOKENS, "temperature": 0}
         headers = {"x-api-key": self.key, "authorization": f"Bearer {self.key}"} if self.key else {}
         try:
@@ -231,11 +233,11 @@ class Endpoint:
             raise TargetError(f"{self.url}: {type(error).__name__}: {error}") from error
 
     def restart(self) -> None:
-        """See Target; the sweep has refused arms that need it."""
+        """See Target; configs with arms that need it are refused."""
         raise NotImplementedError("a sweep restarts only what it started")
 
     def evict(self, nonce: str) -> None:
-        """See Target; the sweep has refused arms that need it."""
+        """See Target; configs with arms that need it are refused."""
         raise NotImplementedError("how much a foreign cache holds is not known")
 
     def close(self) -> None:
@@ -243,7 +245,7 @@ class Endpoint:
         self.client.close()
 
     def about(self) -> dict[str, Any]:
-        """See Target: a server of ours tells."""
+        """See Target: our own server reports them at `/health`."""
         try:
             health = self.client.get(f"{self.url}/health").json()
             return {key: health.get(key) for key in ("dtype", "device")}
@@ -295,7 +297,7 @@ def ask_openai(
 
 
 class OwnServer(Endpoint):
-    """`python -m serve` as a process of its own."""
+    """`python -m serve` in its own process."""
 
     def __init__(self, model: str, config: TargetConfig, sizes: Sizes, folder: Path, seed: int) -> None:
         from model.config import ModelConfig
@@ -336,7 +338,7 @@ class OwnServer(Endpoint):
         ask_fillers(self, self.sizes, 2 * self.sizes.pages, nonce)
 
     def close(self) -> None:
-        """See Target; the client makes new connections if it is used again."""
+        """See Target; the client reconnects if it is used again."""
         self.running.__exit__(None, None, None)
 
 
@@ -355,13 +357,13 @@ def open_target(model: str, config: TargetConfig, sizes: Sizes, folder: Path, se
     return endpoint
 
 
-def prepare(target: Target, pieces: Sequence[PromptPart], nonce: str) -> None:
-    """Ask for what the answer leaves in the cache, be it empty."""
+def prepare(target: Target, parts: Sequence[PromptPart], nonce: str) -> None:
+    """Ask only to fill the cache; an empty answer does as well."""
     with suppress(EmptyAnswer):
-        target.ask(pieces, nonce)
+        target.ask(parts, nonce)
 
 
 def ask_fillers(target: Target, sizes: Sizes, pages: int, nonce: str) -> None:
-    """Ask for other prompts of the longest size, as many as fill a pool of `pages`, and one more."""
+    """Ask for other prompts of the longest size, one more than fill a pool of `pages`."""
     for number in range(pages * sizes.page_size // sizes.longest + 1):
         prepare(target, [PromptPart("question", sizes.longest, place="user")], f"{nonce} filler {number}")

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 END = "<|im_end|>"
 PAD = "<|endoftext|>"
-# Control tokens vanish when text is decoded; marks stay, because the parser of tool calls and thinking reads them.
+# Control tokens vanish when text is decoded; delimiters stay, for the parser of tool calls and thinking.
 CONTROLS = (PAD, "<|im_start|>", END)
 MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
@@ -119,7 +119,7 @@ def source_files() -> tuple[Path, ...]:
 
 
 def source_text(path: Path) -> str:
-    """A source file as text; a byte that is not UTF-8 becomes the replacement character."""
+    """A source file as text; bytes that are not UTF-8 become replacement characters."""
     return path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -154,7 +154,7 @@ def train_tokenizer(config: DemoConfig, console: Console | None = None) -> Token
 
 
 def _watched(texts: list[str], console: Console) -> Iterator[str]:
-    """The texts, behind a progress bar that stays up while the merges are counted."""
+    """The texts, with a progress bar that stays up while the merges are counted."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         yield from progress.track(texts, description="tokenizer: reading the standard library")
@@ -176,7 +176,7 @@ def weights(config: DemoConfig, vocab: int, seed: int) -> dict[str, np.ndarray]:
     special *= np.where([token == END for token in CONTROLS + MARKS], config.end_scale, 0.5).astype(np.float32)[:, None]
     tensors = {"model.embed_tokens.weight": embed, "model.norm.weight": np.ones(config.hidden, np.float32)}
     for layer in range(config.layers):
-        # Layers speak louder than the embedding: with tied weights its echo would make the model repeat its last token.
+        # Layers outweigh the embedding: with tied weights it would otherwise make the model repeat its last token.
         shapes = {
             "self_attn.q_proj": (q, config.hidden, config.hidden**-0.5),
             "self_attn.k_proj": (kv, config.hidden, config.hidden**-0.5),
@@ -214,7 +214,7 @@ def write_demo_model(
         return False
     foreign = sorted({entry.name for entry in target.iterdir()} - set(FILES)) if target.is_dir() else []
     if foreign:
-        raise FileExistsError(f"{target} holds {foreign[0]!r}, which is no part of a demo model: name another folder")
+        raise FileExistsError(f"{target} holds {foreign[0]!r}, which is not part of a demo model: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         made = Path(scratch) / target.name

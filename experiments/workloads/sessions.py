@@ -47,13 +47,13 @@ class Session:
     """One agent session. Equal fields give equal bytes, on every machine with the same Python release.
 
     Sessions of different seed or folder share no text from the first words on, so that arms of an experiment share no
-    cache. Two with the same `kin` share tools and prompt up to the folder, as two real sessions of one client do.
+    cache. Two with the same `group` share tools and the prompt up to the folder, as two real sessions of one client do.
     """
 
     seed: int = 0
     folder: str = "/home/dev/project"
     release: str = "2.1.179"
-    kin: str = ""
+    group: str = ""
     model: str = "local-model"
     thinking: bool = True
     subagent: bool = False
@@ -61,17 +61,17 @@ class Session:
     num_tools: int | None = None  # None: as many as the release's client sends
 
     def __post_init__(self) -> None:
-        """Refuse a release that nobody measured."""
+        """Raise ValueError for an unknown release."""
         if self.release not in RELEASES:
             raise ValueError(f"unknown client release {self.release!r}: take one of {', '.join(RELEASES)}")
 
     def rng(self, *place: object) -> random.Random:
-        """Random numbers of one place in this session; seeded by text, so no hash seed has a part in it."""
+        """Random numbers for one place in this session, seeded by text and so independent of the hash seed."""
         return random.Random(repr((self.seed, self.folder, *place)))
 
-    def kin_rng(self, *place: object) -> random.Random:
-        """Random numbers that all sessions of one kin draw alike."""
-        return random.Random(repr((self.kin, self.release, *place))) if self.kin else self.rng(self.release, *place)
+    def group_rng(self, *place: object) -> random.Random:
+        """Random numbers that are the same in all sessions of one group."""
+        return random.Random(repr((self.group, self.release, *place))) if self.group else self.rng(self.release, *place)
 
 
 def billing_header(
@@ -100,7 +100,7 @@ def session_header(session: Session, request_number: int) -> str:
 
 
 def with_header(request: Json, line: str) -> Json:
-    """The request with `line` as a system block of its own in front; an empty line adds nothing."""
+    """The request with `line` as its first system block; an empty line adds nothing."""
     system = request.get("system") or []
     blocks = [text_block(system)] if isinstance(system, str) else system
     return request | {"system": [text_block(line), *blocks]} if line else request
@@ -144,7 +144,7 @@ def extend(request: Json, *messages: Json) -> Json:
 
 
 def stable_request(session: Session, tokens: int, count: Callable[[Json], int], question_tokens: int = 300) -> Json:
-    """The part that repeats, without a header: with one question behind it, it counts `tokens`, within 0.5%.
+    """The part that repeats, without a header: followed by one question, it counts `tokens`, within 0.5%.
 
     Whole turns are added and the last tool results cut, in at most six counts. A target below twice the client's own
     prompt scales system text and tools down. It ends with the assistant's words, so that `with_question` comes next.
@@ -165,7 +165,7 @@ def stable_request(session: Session, tokens: int, count: Callable[[Json], int], 
         if error <= max(1, tokens // 5000):
             break
         if previous and chars != previous[0]:
-            # Text differs in density; the bounds keep a nearly vertical or level step from throwing the guess away.
+            # Text differs in density; the bounds keep a nearly vertical or level step from going astray.
             slope = min(max((counted - previous[1]) / (chars - previous[0]), 0.1), 1)
         previous = (chars, counted)
         chars += (tokens - counted) / slope
@@ -211,13 +211,13 @@ def opening(session: Session) -> list[Json]:
     release = RELEASES[session.release]
     context = [] if release.git_in_system else [_git(session)]
     if not release.reminder:
-        context += [_environment(session), prose(session.kin_rng("context"), round(1200 * session.scale))]
+        context += [_environment(session), prose(session.group_rng("context"), round(1200 * session.scale))]
     task = f"In {session.folder}: {prose(session.rng('task'), 300)}"
     blocks = [text_block(f"<system-reminder>\n{text}\n</system-reminder>") for text in context]
     user = {"role": "user", "content": [*blocks, text_block(task)] if blocks else task}
     if not release.reminder:
         return [user]
-    skills = prose(session.kin_rng("skills"), round(release.reminder * session.scale))
+    skills = prose(session.group_rng("skills"), round(release.reminder * session.scale))
     return [user, {"role": "system", "content": f"{_environment(session)}\n\nSkills at hand:\n{skills}"}]
 
 
@@ -258,13 +258,14 @@ def _frame(session: Session) -> Json:
 
 
 def _identity(session: Session) -> str:
-    return f"{session.kin_rng('identity').getrandbits(32):08x} is your name: a coding agent that works from a terminal."
+    name = f"{session.group_rng('identity').getrandbits(32):08x}"
+    return f"{name} is your name: a coding agent that works from a terminal."
 
 
 def _prompt(session: Session) -> str:
     """The long system block, its folder a third of the way in, where the clients have it."""
-    release, rng = RELEASES[session.release], session.kin_rng("prompt")
-    # Sized without a look at the session's own lines, so that sessions of one kin have the folder at one place.
+    release, rng = RELEASES[session.release], session.group_rng("prompt")
+    # Sized without the session's own lines, so that sessions of one group have the folder at the same place.
     chars = round(release.system * session.scale) - 450
     folder = f"Notes that last are kept in {session.folder}/.agent/memory, and the working folder is {session.folder}."
     parts = ["# Manner", prose(rng, chars // 3), "# Memory", folder, "# Work", prose(rng, chars * 2 // 3)]
@@ -275,7 +276,7 @@ def _prompt(session: Session) -> str:
 
 def tools(session: Session) -> list[Json]:
     """The release's tools: as many and as long as the client's, fewer where `scale` leaves no room for all."""
-    release, rng = RELEASES[session.release], session.kin_rng("tools")
+    release, rng = RELEASES[session.release], session.group_rng("tools")
     chars = round(release.tool_chars * session.scale)
     names = list(TOOLS)[: min(session.num_tools or release.tools, max(3, chars // 1200))]
     shares = [rng.uniform(0.3, 1.7) for _ in names]

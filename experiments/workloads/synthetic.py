@@ -1,7 +1,6 @@
-"""What synthetic sessions are made of: sentences, tool definitions, and tool calls on the standard library's files.
+"""Parts of synthetic sessions: sentences, tool definitions, and tool calls on the standard library's files.
 
-Every function draws from the generator that it is given and nothing else; `experiments.workloads.sessions` arranges
-the pieces.
+Every function draws only from the generator that it is given; `experiments.workloads.sessions` arranges the parts.
 """
 
 import base64
@@ -76,7 +75,7 @@ REASONS += ("instead of guessing", "without touching its neighbours", "once the 
 
 
 def prose(rng: random.Random, chars: int) -> str:
-    """Plain sentences of close to `chars` characters; the last one is broken off between two words."""
+    """Plain sentences of close to `chars` characters; the last one is cut between two words."""
     text = ""
     while len(text) <= chars:
         (v, w), (n, m), r = rng.sample(VERBS, 2), rng.sample(NOUNS, 2), rng.choice(REASONS)
@@ -96,7 +95,7 @@ def thinking_block(rng: random.Random) -> Json:
 
 
 def tool(rng: random.Random, name: str, chars: int) -> Json:
-    """One tool of about `chars` characters of JSON; what its schema leaves over is description."""
+    """One tool of about `chars` characters of JSON; its description fills what the schema leaves."""
     words = [word.partition(":") for word in TOOLS[name].split()]
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

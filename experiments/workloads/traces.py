@@ -1,7 +1,7 @@
 """Traces of calls: agents at work, made from synthetic sessions, or read from a file in Mooncake's format.
 
-A prompt is a row of blocks, each an id and a length in tokens; equal ids stand for equal text. As tokens, a block is
-its id, repeated: blocks that differ do so from their first token on.
+A prompt is a sequence of blocks, each an id and a length in tokens; equal ids stand for equal text. As tokens, a block
+is its id, repeated: blocks that differ do so from their first token on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from experiments.workloads.sessions import Session, request, session_header, tur
 from experiments.workloads.synthetic import Json, prose
 
 CHARS_PER_TOKEN = 4  # of prose, code and JSON together, about
-CALLS_PER_TASK = 8  # in the mean; then a person reads the answer and thinks
+CALLS_PER_TASK = 8  # on average; then a person reads the answer and thinks
 MOONCAKE_BLOCK = 512  # tokens
 NO_BLOCKS = np.zeros((0, 2), np.int32)  # [0, 2] int32
 
@@ -35,7 +35,7 @@ class Call:
     session: str
     time_s: float  # since the trace began
     blocks: np.ndarray  # [blocks, 2] int32: id, tokens
-    # [blocks, 2] int32, the preamble that the client puts in front
+    # [blocks, 2] int32, the preamble that the client puts before the prompt
     header: np.ndarray = field(default_factory=lambda: NO_BLOCKS)
 
     def tokens(self, header: bool = False) -> np.ndarray:
@@ -44,7 +44,7 @@ class Call:
         return np.repeat(blocks[:, 0], blocks[:, 1])
 
     def text(self) -> str:
-        """The prompt without its header in words, of about as many tokens; equal blocks are equal lines."""
+        """The prompt without its header as text of about as many tokens; equal blocks are equal lines."""
         return "\n".join(block_text(number, tokens) for number, tokens in self.blocks.tolist())
 
 
@@ -58,11 +58,11 @@ class Agents:
     projects: int = 2  # agents of one project share folder, tools and prompt
     release: str = "2.1.179"
     window: int = 160_000  # tokens; a longer history gives way to a summary
-    subagents: float = 0.04  # a call, in the mean; the agent waits for their end
+    subagents: float = 0.04  # a call, on average; the agent waits for their end
     subagent_calls: int = 12
     sides: float = 0.1  # small requests without tools, such as for a title, a call
-    call_s: float = 8.0  # from call to call, in the mean
-    think_s: float = 120.0  # that a person takes for the next task, in the mean
+    call_s: float = 8.0  # from call to call, on average
+    think_s: float = 120.0  # from an answer to a person's next task, on average
     start_s: float = 600.0  # within which the agents begin
 
 
@@ -78,10 +78,10 @@ def agent(work: Agents, number: int) -> Iterator[Call]:
         seed=work.seed * 10_000 + number,
         folder=f"/home/dev/project-{project}",
         release=work.release,
-        kin=f"project {project}",
+        group=f"project {project}",
     )
     rng = session.rng("pace")
-    aside = blocks([prose(session.kin_rng("side"), 1500)])
+    aside = blocks([prose(session.group_rng("side"), 1500)])
     time_s = rng.uniform(0, work.start_s)
     for turn, prompt in enumerate(prompts(session, work.calls, work.window)):
         yield Call(f"{number}", time_s, prompt, header_blocks(session, turn))
@@ -90,8 +90,8 @@ def agent(work: Agents, number: int) -> Iterator[Call]:
             small = np.concatenate([aside, prompt[-1:]])
             yield Call(f"{number} side {turn}", time_s, small, header_blocks(session, -1 - turn))
         if rng.random() < work.subagents:
-            seed, kin = session.rng("sub", turn).getrandbits(32), f"{session.kin} sub-agents"
-            own = replace(session, seed=seed, kin=kin, subagent=True, num_tools=10)
+            seed, group = session.rng("sub", turn).getrandbits(32), f"{session.group} sub-agents"
+            own = replace(session, seed=seed, group=group, subagent=True, num_tools=10)
             for step, part in enumerate(prompts(own, work.subagent_calls, work.window)):
                 yield Call(f"{number} sub {turn}", time_s, part, header_blocks(own, step))
                 time_s += rng.expovariate(1 / work.call_s)
@@ -100,8 +100,8 @@ def agent(work: Agents, number: int) -> Iterator[Call]:
 def prompts(session: Session, calls: int, window: int) -> list[np.ndarray]:
     """The prompts of a session's calls as blocks, [blocks, 2] int32 each, without header.
 
-    Each extends the one before it, up to the call whose prompt would have over `window` tokens: it begins anew, with a
-    summary. Prompts that extend each other are views of one array.
+    Each extends the one before it, up to the call whose prompt would have over `window` tokens: that one starts again
+    with a summary. Prompts that extend each other are views of one array.
     """
     frame = blocks(texts(request(session, header=False)))
     parts, ends, made = [frame], [len(frame)], list[np.ndarray]()
@@ -126,7 +126,7 @@ def views(parts: list[np.ndarray], ends: list[int]) -> list[np.ndarray]:
 
 
 def texts(body: Json) -> Iterator[str]:
-    """What a template renders of a body, in the order of most: system text by paragraphs, tools, messages."""
+    """The texts of a body in the order of most templates: system text by paragraphs, tools, messages."""
     for block in body["system"]:
         yield from block["text"].split("\n\n")
     yield from map(json.dumps, body["tools"])
@@ -150,32 +150,34 @@ def spoken(messages: Iterable[Json]) -> Iterator[str]:
 
 
 def header_blocks(session: Session, number: int) -> np.ndarray:
-    """The preamble of the session's request `number`, [blocks, 2] int32: what stays, and what changes."""
+    """The preamble of the session's request `number`, [blocks, 2] int32: a constant and a changing block."""
     stays, mark, changes = session_header(session, number).partition("cch=")
     return blocks(part for part in (stays + mark, changes) if part)
 
 
 def blocks(texts: Iterable[str]) -> np.ndarray:
-    """Each text as a block, [blocks, 2] int32: an id that is a hash of it, and its tokens, by its length."""
+    """Each text as a block, [blocks, 2] int32: a hash as its id, and its tokens, estimated from its length."""
     rows = [(block_id(text), max(1, round(len(text) / CHARS_PER_TOKEN))) for text in texts]
     return np.array(rows, np.int32).reshape(-1, 2)
 
 
 def block_id(text: str) -> int:
-    """31 bits: two of a trace's texts that follow the same prefix hardly ever get the same."""
+    """A hash of 31 bits: two texts that follow the same prefix in a trace hardly ever collide."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
 
 
 @lru_cache(4096)
 def block_text(number: int, tokens: int) -> str:
-    """Words of about `tokens` tokens for the block with this id; other ids give others from the first word on."""
+    """Text of about `tokens` tokens for the block with this id; other ids differ from the first word on."""
     return f"{number:08x} {prose(random.Random(number), tokens * CHARS_PER_TOKEN)}"
 
 
 class MooncakeLine(msgspec.Struct, frozen=True):
-    """One request of a trace in Mooncake's format (github.com/kvcache-ai/Mooncake, FAST25-release/traces).
+    """One request of a trace in Mooncake's format.
 
-    An id stands for 512 tokens and all before them, the last for what is left.
+    https://github.com/kvcache-ai/Mooncake/tree/main/FAST25-release/traces
+
+    An id stands for 512 tokens and all before them; the last one for the tokens that are left.
     """
 
     timestamp: Annotated[float, msgspec.Meta(ge=0)]  # milliseconds
@@ -187,8 +189,8 @@ class MooncakeLine(msgspec.Struct, frozen=True):
 def read_mooncake(path: Path) -> list[Call]:
     """The calls of a JSONL file in Mooncake's format, in the order of their times.
 
-    The format names no sessions, so all calls are one's. It has no ids for answers, which the next prompt brings along.
-    Raises ValueError with file and line for a line that is no such call, and for a file without any.
+    The format names no sessions, so all calls belong to one. It has no ids for answers, which are part of the next
+    prompt. Raises ValueError with file and line for a line that is not such a call, and for an empty file.
     """
     calls = []
     with path.open("rb") as file:

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from experiments.bench.index import Config, fill, main, time_growth, time_matches, tree_bytes
 
-CONFIG = Config(page=16, prompt=640, trunk=256, sessions=3, chunk=64, repeats=4)
+CONFIG = Config(page=16, prompt=640, shared_prefix=256, sessions=3, chunk=64, repeats=4)
 
 
 def test_the_store_is_filled_to_the_pages_and_holds_the_prompts_that_are_matched() -> None:
@@ -21,7 +21,7 @@ def test_the_store_is_filled_to_the_pages_and_holds_the_prompts_that_are_matched
     assert len(whole) > 3
     assert all(store.peek(prompt) == CONFIG.prompt for prompt in whole)
     branches = sum(len(node.children) > 1 for node in store.tree.nodes())
-    assert branches >= 4, "sessions share trunks and branch"
+    assert branches >= 4, "sessions share prefixes and branch"
     assert tree_bytes(store) > 300 * 4 * CONFIG.page
 
 
@@ -46,7 +46,7 @@ def test_quarters_end_with_a_page_and_the_middle_does_not(case) -> None:
 
 def test_the_command_writes_a_row_for_each_number_of_pages(tmp_path: Path) -> None:
     out = tmp_path / "index.json"
-    main(["--pages", "200", "400", "--prompt", "4096", "--trunk", "2048", "--repeats", "2", "--out", str(out)])
+    main(["--pages", "200", "400", "--prompt", "4096", "--shared-prefix", "2048", "--repeats", "2", "--out", str(out)])
     result = json.loads(out.read_text())
     assert [row["pages"] >= pages for row, pages in zip(result["rows"], (200, 400), strict=True)] == [True, True]
     assert result["goal"]["slowest_case_p99_ms"] > 0

@@ -208,9 +208,9 @@ class TestRuns:
     ) -> None:
         url = f"http://127.0.0.1:{free_port()}"
         assert main(["--url", url, *named, "--out", str(tmp_path / "load.json")]) == 2
-        told = capsys.readouterr().err
-        assert f"load: {url}" in told
-        assert "ConnectError" in told
+        printed = capsys.readouterr().err
+        assert f"load: {url}" in printed
+        assert "ConnectError" in printed
         assert not list(tmp_path.iterdir())
 
     def test_a_server_that_does_not_start_is_an_error_with_its_log(

@@ -67,11 +67,11 @@ def test_a_wrong_result_is_kept_with_all_others_and_fails_the_run(tmp_path, monk
     def wrong(q, pool, layer, batch):
         return jnp.zeros_like(q)
 
-    monkeypatch.setattr(sections, "attention", lambda *_: (wrong, "nobody"))
+    monkeypatch.setattr(sections, "attention", lambda *_: (wrong, "a kernel"))
     found = list(sections.correctness(SMOKE))
-    assert [row["wrong"].startswith("nobody is off by") for row in found] == [True, True]
+    assert [row["wrong"].startswith("a kernel is off by") for row in found] == [True, True]
     monkeypatch.setattr(gpu_bench, "section", lambda name, *_, **__: iter(found if name == "correctness" else [{}]))
-    with pytest.raises(AssertionError, match="nobody is off by"):
+    with pytest.raises(AssertionError, match="a kernel is off by"):
         run(SMOKE, True, tmp_path, Console(quiet=True), ("correctness", "decode"))
     result = json.loads((tmp_path / "gpu_bench.json").read_text())
     assert (result["correctness"], result["decode"]) == (found, [{}])
@@ -99,6 +99,6 @@ def test_shares_are_of_the_ceilings_of_the_run():
     assert row == {"flops": 4.0, "mfu": 0.5, "torch": {"flops": 2.0, "mfu": 0.25}}
 
 
-def test_rivals_without_a_gpu_say_so():
+def test_baselines_without_a_gpu_say_so():
     assert "missing" in torch_attention(1, 8, 1, 4, 2, 64)
     assert "refused" in jax_attention(128, 4, 2, 64, lambda function, *arrays: function(*arrays))

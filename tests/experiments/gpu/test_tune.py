@@ -4,7 +4,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.gpu import tune as kernels_tune
+from experiments.gpu import tune
 from experiments.gpu.tune import candidates, with_table
 from model.kernels.hopper import decode as paged_decode
 from model.kernels.hopper import prefill as paged_prefill
@@ -35,8 +35,8 @@ def test_what_does_not_fit_or_is_wrong_is_out_of_the_race_and_a_fault_ends_it(mo
         return 2 * q if tuning == "wrong" else q
 
     tunings = ["good", "too large", "wrong", "fault", "never tried"]
-    monkeypatch.setattr(kernels_tune, "candidates", lambda module: iter(tunings))
-    found = list(kernels_tune.race(kernel, paged_prefill, (64, 4, 64), prefix=64, chunk=8))
+    monkeypatch.setattr(tune, "candidates", lambda module: iter(tunings))
+    found = list(tune.race(kernel, paged_prefill, (64, 4, 64), prefix=64, chunk=8))
     assert [tuning for tuning, _, _ in found] == tunings[:4]
     assert [taken is not None for _, taken, _ in found] == [True, False, False, False]
     assert [why.partition(" ")[0] for _, _, why in found] == ["", "ValueError:", "off", "JaxRuntimeError:"]

@@ -72,8 +72,8 @@ def test_sessions_take_turns_and_each_has_its_own_requests_in_their_order() -> N
         assert lengths == sorted(set(lengths)), "each request extends the one before"
 
 
-def test_sessions_of_one_project_share_its_folder_and_their_kin() -> None:
-    assert len({(s.kin, s.folder) for s in sessions(SMALL)}) == len({s.kin for s in sessions(SMALL)}) > 1
+def test_sessions_of_one_project_share_its_folder_and_group() -> None:
+    assert len({(s.group, s.folder) for s in sessions(SMALL)}) == len({s.group for s in sessions(SMALL)}) > 1
     assert len({s.seed for s in sessions(SMALL)}) == SMALL.sessions
 
 

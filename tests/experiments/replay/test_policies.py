@@ -184,8 +184,8 @@ def test_a_live_server_finds_what_the_store_predicts(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--trace", "none.jsonl"], "none.jsonl"),
-        (["--cost-model", "pyproject.toml"], "no cost model"),
-        (["--agents", "1", "--calls", "2", "--capacity", "100"], "--capacity 100: the longest prompt needs"),
+        (["--cost-model", "pyproject.toml"], "not a cost model"),
+        (["--agents", "1", "--calls", "2", "--capacity", "100"], "--capacity 100: expected at least"),
         (
             ["--agents", "1", "--calls", "1", "--live", "http://127.0.0.1:9"],
             "--live http://127.0.0.1:9: expected a Mess",

@@ -22,7 +22,7 @@ from cache.disk import DiskTier
 from experiments.soak import checks
 from experiments.soak.__main__ import main
 from experiments.soak.clients import Kept, Seen, joined, refused
-from experiments.soak.cold import Cold, Difference, behind, by_body
+from experiments.soak.cold import Cold, Difference, by_body, shortfall
 from experiments.soak.picture import draw, rates
 from experiments.soak.stage import Broken, Life, Sample, Stage, Up, ends, figures, lose
 from experiments.soak.talk import BAD, FORMATS, TOOLS, Topics, branched, demand, disobeys, edited, following, opening
@@ -74,7 +74,7 @@ class TestChecks:
         assert checks.memory(life_of(growth=0.03)).passed is True, "1.8% between the middles of the two"
         failed = checks.memory(life_of(growth=0.04))
         assert failed.passed is False
-        assert "+2.4%" in failed.told
+        assert "+2.4%" in failed.detail
 
     def test_a_short_life_is_not_judged_and_of_several_the_longest_is(self) -> None:
         short = life_of(seconds=100, growth=0.5)
@@ -94,7 +94,7 @@ class TestChecks:
         assert checks.quiet(replace(sample, figures=RESTING)).passed
         left = checks.quiet(replace(sample, figures=RESTING | {held: 1}))
         assert not left.passed
-        assert f"{held} 1" in left.told
+        assert f"{held} 1" in left.detail
         assert not checks.quiet(None).passed
 
     @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ class TestChecks:
         assert checks.counters([first, second]).passed
         bad = checks.counters([replace(first, figures=BUSY | {name: 2}), second])
         assert not bad.passed
-        assert f"{name} 2" in bad.told
+        assert f"{name} 2" in bad.detail
 
     def test_a_tier_that_was_never_reached_is_found(self) -> None:
         assert checks.tiers(life_of()).passed
@@ -124,7 +124,7 @@ class TestChecks:
         assert after(audit_mismatches_total=1).passed is False
         assert after(audited_requests_total=0).passed is False
 
-    def test_a_server_that_ends_otherwise_than_told_is_found(self) -> None:
+    def test_a_server_that_ends_with_another_status_is_found(self) -> None:
         killed, ended = Life(0, 0, 1, "kill -9", -9, Path()), Life(1, 2, 3, "SIGTERM", -15, Path())
         assert checks.ended([killed, ended, replace(ended, status=0)]).passed
         for odd in (replace(ended, status=-9), replace(killed, status=-11), replace(ended, end="by itself", status=0)):
@@ -165,7 +165,7 @@ class TestChecks:
         tied = Difference(kept("a"), "b", tied=True)
         passed = checks.first_turns(9, [tied], 0)
         assert passed.passed
-        assert "1 flipped" in passed.told
+        assert "1 flipped" in passed.detail
         assert not checks.first_turns(9, [tied, replace(tied, tied=False)], 0).passed
         assert not checks.first_turns(0, [], 0).passed
         assert not checks.first_turns(9, [], 16).passed, "a twin that reuses is none"
@@ -403,10 +403,10 @@ class TestStage:
 
 
 class TestCold:
-    def test_tokens_are_told_by_how_far_they_lie_below_the_best(self) -> None:
+    def test_tokens_are_judged_by_how_far_they_lie_below_the_best(self) -> None:
         logits = np.asarray([[0, 10, 5], [-20, 4, 2]], np.float32)
-        assert behind(logits, [(1,), (2, 0)]).tolist() == pytest.approx([0, 0.1])
-        assert behind(logits, [(0,), (1,)]).tolist() == pytest.approx([1, 0])
+        assert shortfall(logits, [(1,), (2, 0)]).tolist() == pytest.approx([0, 0.1])
+        assert shortfall(logits, [(0,), (1,)]).tolist() == pytest.approx([1, 0])
 
     def test_answers_to_one_body_are_grouped(self) -> None:
         one, other = kept("a", {"x": 1}), kept("b", {"x": 2})
@@ -449,11 +449,11 @@ class TestRuns:
     def test_a_short_soak_passes_and_tells_what_it_did(self, model: str, tmp_path: Path) -> None:
         sizes = "--minutes 0.15 --sessions 3 --scale 0.2 --sample-s 0.5 --lose-s 2 --judged 0"
         assert main(["--model", model, *sizes.split(), "--out", str(tmp_path)]) == 0
-        told = json.loads((tmp_path / "soak.json").read_text())
-        assert told["passed"] is True
-        assert [life["end"] for life in told["lives"]] == ["kill -9", "SIGTERM"]
-        assert told["requests"]
-        assert told["machine"]["cores"]
+        written = json.loads((tmp_path / "soak.json").read_text())
+        assert written["passed"] is True
+        assert [life["end"] for life in written["lives"]] == ["kill -9", "SIGTERM"]
+        assert written["requests"]
+        assert written["machine"]["cores"]
         assert {"life", "rss", "figures"} <= set(json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0]))
         assert (tmp_path / "differences.jsonl").read_text() == ""
         assert (tmp_path / "soak.png").stat().st_size > 10_000

@@ -95,12 +95,12 @@ def common(one: str, two: str) -> int:
     ],
 )
 def test_two_requests_of_an_arm_share_what_it_says_and_no_more(arm: str, place: str, cached: int) -> None:
-    pieces = layout(point(arm, place), tools_tokens=40)
-    assert expected_cached(pieces) == cached
-    one, two = (tokens_of(pieces, 16_000, 0, np.random.default_rng(seed)) for seed in (1, 2))
+    parts = layout(point(arm, place), tools_tokens=40)
+    assert expected_cached(parts) == cached
+    one, two = (tokens_of(parts, 16_000, 0, np.random.default_rng(seed)) for seed in (1, 2))
     assert len(one) == len(two) == (92 if arm == "stripped" else 100)
     assert np.argmin(np.append(one == two, False)) == cached
-    first = tokens_of(shared(pieces), 16_000, 0, np.random.default_rng(3))
+    first = tokens_of(shared(parts), 16_000, 0, np.random.default_rng(3))
     assert np.array_equal(first, one[:cached])
 
 
@@ -161,12 +161,15 @@ ENDPOINT = 'kind = "openai"\nurl = "http://127.0.0.1:9"'
         ({"arms": ("mutated-thinking",)}, "axes.arm: target in-process has no mutated-thinking"),
         ({"arms": ("restarted", "stable"), "target": ENDPOINT}, "axes.arm: target openai has no restarted"),
         ({"arms": ("sideways",)}, "sideways"),
-        ({"lengths": [16]}, "axes.prompt_tokens: .* has no token left"),
+        ({"lengths": [16]}, "axes.prompt_tokens: .* leaves no token to cache"),
         ({"lengths": []}, r"\$\.axes\.prompt_tokens"),
         ({"lengths": [20]}, "axes.position: 10 is outside the 4 tokens"),
         ({"arms": ("tools-first",), "lengths": [50]}, "tools_tokens: arm tools-first wants 1 to 34 .*, got 40"),
-        ({"lengths": [4096]}, "axes.prompt_tokens: .* takes 4096 tokens, got 4096"),
-        ({"model": "/nowhere"}, "axes.model: /nowhere is no checkpoint folder"),
+        ({"lengths": [4096]}, "axes.prompt_tokens: .* takes prompts below 4096 tokens, got 4096"),
+        (
+            {"model": "/nowhere"},
+            "axes.model: /nowhere is not a checkpoint folder: .*`python -m experiments.demo_model /nowhere`",
+        ),
         ({"target": ENDPOINT}, "the target does not answer: http://127.0.0.1:9: ConnectError"),
     ],
 )
@@ -278,7 +281,7 @@ def test_a_folder_of_another_run_is_left_as_it_is(tmp_path: Path, capsys: pytest
     with pytest.raises(RunError, match="holds a run of another config"):
         Run(tmp_path / "run", b"two")
     assert len(Run(tmp_path / "run", b"one").measured) == 1
-    with pytest.raises(RunError, match="holds other files and no run"):
+    with pytest.raises(RunError, match="holds other files but not a run"):
         Run(tmp_path, b"one")
 
 

@@ -185,8 +185,8 @@ def test_sessions_share_nothing_from_the_start(other):
     assert http_headers(Session()) != http_headers(other)
 
 
-def test_kin_sessions_share_tools_and_the_prompt_up_to_the_folder():
-    one, two = (request(Session(seed, f"/srv/{seed}", kin="k"), header=False) for seed in (1, 2))
+def test_sessions_of_a_group_share_tools_and_the_prompt_up_to_the_folder():
+    one, two = (request(Session(seed, f"/srv/{seed}", group="k"), header=False) for seed in (1, 2))
     assert one["tools"] == two["tools"]
     texts = ["".join(block["text"] for block in body["system"]) for body in (one, two)]
     shared = shared_start(*texts)

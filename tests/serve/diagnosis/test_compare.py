@@ -122,7 +122,7 @@ class TestEachRule:
 
     def test_tools_first_leaves_the_tools_before_a_changed_system_text(self, tokenizer: Tokenizer) -> None:
         old, new = (
-            decoded(sent(Session(release=FIXED, kin="kin", folder=f, scale=0.05))) for f in ("/home/a", "/home/b")
+            decoded(sent(Session(release=FIXED, group="kin", folder=f, scale=0.05))) for f in ("/home/a", "/home/b")
         )
         before, after = (
             compare(

@@ -95,7 +95,7 @@ def test_what_users_and_the_model_say_is_no_field() -> None:
 
 def test_values_that_come_back_are_two_sessions_and_no_drift() -> None:
     volatility = Volatility()
-    pairs = zip(turns(30, kin="k", folder="/a"), turns(30, kin="k", folder="/b"), strict=True)
+    pairs = zip(turns(30, group="k", folder="/a"), turns(30, group="k", folder="/b"), strict=True)
     for body in itertools.chain.from_iterable(pairs):
         assert observe(volatility, body) == []
 
