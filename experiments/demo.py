@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,7 +138,7 @@ def run_restarted(
 
 def summarise(timings: dict[str, list[Timing]], reading: Reading, resident_bytes: int) -> dict[str, Any]:
     """The figures of a run as JSON values: cold requests separately, medians over the repeats."""
-    arms = {}
+    arms: dict[str, dict[str, Any]] = {}
     for name, (cold, *repeats) in timings.items():
         times = [round(t.ttft_ms, 2) for t in repeats]
         arms[name] = {
@@ -275,4 +274,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +62,7 @@ def sessions_with_a_shared_prefix(config: Config, rng: np.random.Generator) -> l
     """The prompts of the sessions with one shared prefix, [prompt] int32 each."""
     prompts = [draw(rng, config.prompt)]
     while len(prompts) < config.sessions:
-        shared = rng.integers(config.shared_prefix, (config.shared_prefix + config.prompt) // 2)
+        shared = int(rng.integers(config.shared_prefix, (config.shared_prefix + config.prompt) // 2))
         prompts.append(np.concatenate([prompts[-1][:shared], draw(rng, config.prompt - shared)]))
     return prompts
 
@@ -116,7 +117,7 @@ def time_matches(store: PrefixCache, whole: list[np.ndarray], config: Config) ->
             if at < len(prompt):
                 prompt[at:] = draw(rng, len(prompt) - at)
                 prompt[at] = VOCAB  # an id that is never drawn: the match ends here
-            ms, lease = timed(lambda prompt=prompt: store.match(prompt))
+            ms, lease = timed(partial(store.match, prompt))
             assert lease.reused == at, f"{case}: {lease.reused} tokens matched, expected {at}"
             store.release(lease)
             times[case].append(ms)
@@ -131,10 +132,10 @@ def time_growth(store: PrefixCache, whole: list[np.ndarray], config: Config) -> 
     for _ in range(config.repeats):
         prompt = np.concatenate([whole[rng.integers(len(whole))], draw(rng, config.chunk)])
         evicted = store.stats().pages_evicted
-        match_ms, lease = timed(lambda prompt=prompt: store.match(prompt[:-1]))
-        extend_ms, (lease, _) = timed(lambda lease=lease, prompt=prompt: store.extend(lease, len(prompt)))
-        insert_ms, _ = timed(lambda lease=lease, prompt=prompt: store.insert(lease, prompt))
-        release_ms, _ = timed(lambda lease=lease: store.release(lease))
+        match_ms, lease = timed(partial(store.match, prompt[:-1]))
+        extend_ms, (lease, _) = timed(partial(store.extend, lease, len(prompt)))
+        insert_ms, _ = timed(partial(store.insert, lease, prompt))
+        release_ms, _ = timed(partial(store.release, lease))
         assert store.stats().pages_evicted > evicted, "the store was not full: nothing was evicted"
         for step, ms in zip(times, (match_ms, extend_ms, insert_ms, release_ms), strict=True):
             times[step].append(ms)

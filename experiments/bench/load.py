@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ import httpx
 import numpy as np
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from experiments.bench.open_loop import Asked, Plan, ask, offer
@@ -176,13 +177,16 @@ async def sweep(
                 end = config.ramp + config.seconds
                 bar = progress.add_task(f"{rate:g} sessions/s", total=end)
                 before, begun = cpu_seconds(server), time.perf_counter()
-                asked, lags = await offer(
-                    client, planned, end, config.timeout, lambda at, bar=bar: progress.update(bar, completed=at)
-                )
+                asked, lags = await offer(client, planned, end, config.timeout, partial(advance, progress, bar))
                 took = time.perf_counter() - begun
                 used = {who: round((now - before[who]) / took, 2) for who, now in cpu_seconds(server).items()}
                 rows.append(summarise(config, rate, asked, lags) | {"sessions": len(planned), "cores_used": used})
     return rows
+
+
+def advance(progress: Progress, bar: TaskID, seconds: float) -> None:
+    """Move a progress bar to so many seconds."""
+    progress.update(bar, completed=seconds)
 
 
 async def warm_up(client: httpx.AsyncClient, config: Config, model: str) -> None:
@@ -282,7 +286,7 @@ def first_model(url: str, keys: dict[str, str]) -> str:
     """The name of the endpoint's first model. Raises LoadError if it lists none."""
     try:
         answer = httpx.get(f"{url}/v1/models", headers=keys | {"anthropic-version": "2023-06-01"}, timeout=10)
-        return answer.raise_for_status().json()["data"][0]["id"]
+        return str(answer.raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPError, LookupError, ValueError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise LoadError(

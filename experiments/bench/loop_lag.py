@@ -107,7 +107,7 @@ def scraped_while_stored(client: httpx.Client) -> list[httpx.Response]:
 def cases() -> Iterator[tuple[str, Send]]:
     """The cases: names, and what each sends."""
     forced = {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
-    call = {"name": "t", "input_schema": {"type": "object", "properties": {"a": {"const": "word " * 600}}}}
+    call: Json = {"name": "t", "input_schema": {"type": "object", "properties": {"a": {"const": "word " * 600}}}}
     required = call | {"input_schema": call["input_schema"] | {"required": ["a"], "additionalProperties": False}}
     letters = wanting({"const": "a" * 300})
     yield "nothing", lambda client: []

@@ -84,7 +84,7 @@ def write_llama(folder: Path, size: Size, max_position: int) -> LlamaForCausalLM
         max_position_embeddings=max_position,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)
     return model
 
@@ -126,7 +126,8 @@ def compare(name: str, prompt_tokens: int, output_tokens: int, repeats: int, con
     with tempfile.TemporaryDirectory() as folder:
         model = write_llama(Path(folder), size, total)
         engine = make_engine(Path(folder), total)
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half: Any = copy.deepcopy(model)
+    half.to(torch.bfloat16)
     sides: dict[str, Callable[[np.ndarray, int], Rates]] = {
         "tokenzero": lambda prompt, count: run_engine(engine, prompt, count),
         "torch f32": lambda prompt, count: run_torch(model, prompt, count),

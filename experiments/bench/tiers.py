@@ -101,7 +101,7 @@ def get_all(tier: Tier, pages: Sequence[Item], room: np.ndarray, batch: int) -> 
     """Get all pages, `batch` at a time."""
     for at in range(0, len(pages), batch):
         keys = [key for key, _ in pages[at : at + batch]]
-        assert None not in tier.get_many(keys, room[at : at + len(keys)])
+        assert None not in tier.get_many(keys, list(room[at : at + len(keys)]))
 
 
 def measure_tier(tier: Tier, pages: Sequence[Item], batch: int) -> dict[str, float]:

@@ -73,13 +73,13 @@ class Variant:
         return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}"
 
     @property
-    def function(self) -> Callable:
+    def function(self) -> Callable[..., Any]:
         """The kernel's wrapper."""
         return {"paged_prefill": paged_prefill.paged_prefill, "paged_decode": paged_decode.paged_decode}[self.kernel]
 
     def arguments(self, sharding: Any = None, kv_heads: int = 8, context: int = 53_248) -> tuple[Any, ...]:
         """Shapes to trace `function` with, for a pool of two layers."""
-        array = partial(jax.ShapeDtypeStruct, sharding=sharding)
+        array: Any = partial(jax.ShapeDtypeStruct, sharding=sharding)
         tokens, pages = self.seqs * self.chunk, context // self.page_size
         side = array((2, pages, kv_heads, self.page_size, self.head_dim), jnp.bfloat16)
         batch = Batch(
@@ -96,7 +96,7 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Both kernels, with the keys whole and split, at each head size and page size, usual groups and tuned shapes."""
-    shapes = {(d, group, 64) for d in SUPPORTED["head_dim"] for group in (1, 4, 7, 8)}
+    shapes: set[tuple[Any, int, Any]] = {(d, group, 64) for d in SUPPORTED["head_dim"] for group in (1, 4, 7, 8)}
     shapes |= {(d, 4, page) for d in SUPPORTED["head_dim"] for page in SUPPORTED["page_size"]}
     shapes |= {*paged_prefill.TUNED, *paged_decode.TUNED}
     batches = (
@@ -167,7 +167,7 @@ def compile_variant(variant: Variant, sharding: NamedSharding, dump: Path) -> Co
 def param_shapes(config: ModelConfig, sharding: Any = None) -> Params:
     """The shapes of a llama's parameters in bf16."""
 
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
+    def array(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
 
     layers, embed, ffn = config.num_layers, config.embed_size, config.ffn_size
@@ -187,12 +187,12 @@ def forward_with(variant: Variant, config: ModelConfig, sharding: Any = None) ->
     """The forward pass traced with the variant's kernel in it, the pool donated; and the pool's shape."""
     _, pool, _, batch = variant.arguments(sharding, config.num_kv_heads)
 
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> Any:
         return variant.function(q, *rest)  # the new keys and values are in the pool already
 
     with mock.patch.object(decoder, "paged_attention", attention):
         # A new function each time: traces are cached by function, and this one depends on the patch.
-        jitted = jax.jit(lambda *arguments: decoder.forward(*arguments, config), donate_argnums=2)
+        jitted = jax.jit(lambda params, batch, pool: decoder.forward(params, batch, pool, config), donate_argnums=2)
         return jitted.trace(param_shapes(config, sharding), batch, pool), pool
 
 

@@ -36,14 +36,17 @@ def torch_attention(queries: int, keys: int, batch: int, heads: int, kv_heads: i
 
     # One query sees everything; as many as keys are the plain causal case, which every backend takes.
     plain = queries in (1, keys)
-    options: Json = {"is_causal": queries > 1} if plain else {"attn_mask": causal_lower_right(queries, keys)}
+    causal: Json = {"is_causal": queries > 1} if plain else {"attn_mask": causal_lower_right(queries, keys)}
+    options: Json = causal | {"enable_gqa": True}
     backends = {"flash": SDPBackend.FLASH_ATTENTION} | ({"cudnn": SDPBackend.CUDNN_ATTENTION} if plain else {})
     found: Json = {}
+    arrays: Any = None
+    call: Any = None
     for name, backend in backends.items():
         try:
             with sdpa_kernel(backend), torch.inference_mode():
                 arrays = random(heads, queries), random(kv_heads, keys), random(kv_heads, keys)
-                call = partial(scaled_dot_product_attention, *arrays, enable_gqa=True, **options)
+                call = partial(scaled_dot_product_attention, *arrays, **options)
                 found[name] = torch_seconds(torch, call)
         except Exception as error:  # a baseline that refuses must not end the run
             found[f"{name}_refused"] = first_line(error)

@@ -13,7 +13,7 @@ from experiments.harness.figures import panels, save
 def draw(result: Json, path: Path) -> None:
     """Draw what was measured: prefill and decode with the baselines and ceilings of the same run, and the arms."""
     figure, axes = panels(1, 3, 15, 4.5, width_ratios=(4, 2, 1))
-    limits = next(iter(result.get("ceilings", [])), {})
+    limits: Json = next(iter(result.get("ceilings", [])), {})
     shown = (
         ("prefill", "by share cached", "flops", 1e12, "TFLOP/s", share_cached),
         ("decode", "by sequences", "bytes_per_s", 1e9, "GB/s", lambda row: f"batch {row['batch']}"),

@@ -86,7 +86,10 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
     from serve.engine.settings import EngineSettings
 
     rng = np.random.default_rng(0)
-    draw = partial(rng.integers, 0, sizes.model.vocab_size, dtype=np.int32)
+
+    def draw(count: int) -> np.ndarray:
+        return rng.integers(0, sizes.model.vocab_size, count, dtype=np.int32)
+
     pages = 3 * -(-(sizes.context + sizes.page) // sizes.page)
     settings = EngineSettings(
         num_pages=pages,
@@ -102,7 +105,7 @@ def arms(sizes: Sizes, requests: int = 4) -> Iterator[Json]:
         for arm in ("stable", "varying", "stripped"):
             line = draw(LINE_TOKENS)
             body = draw(sizes.context - LINE_TOKENS - sizes.warm)
-            measured = []
+            measured: list[Json] = []
             for _ in range(requests + 1):
                 front = {"stable": line, "varying": draw(LINE_TOKENS), "stripped": line[:0]}[arm]
                 measured.append(first_token(engine, np.concatenate([front, body, draw(sizes.warm)])))
@@ -123,7 +126,7 @@ def first_token(engine: Engine, prompt: np.ndarray) -> Json:
     """Submit a prompt for two greedy tokens and wait for the first; raises RuntimeError where the engine fails."""
     from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 
-    events: queue.Queue = queue.Queue()
+    events: queue.Queue[Any] = queue.Queue()
     found: Json = {}
     start = time.perf_counter()
     engine.submit(GenerationRequest(prompt, max_tokens=2), events.put)

@@ -25,7 +25,7 @@ TOLERANCE = 0.02
 POOL_BYTES = 16 * 2**30  # of the pool that attention is timed on, at most
 
 
-def seconds(function: Callable, *arguments: Any, budget: float = 0.5) -> float:
+def seconds(function: Callable[..., Any], *arguments: Any, budget: float = 0.5) -> float:
     """Seconds of one call: the mean of as many as fit the budget, up to 100 and back to back, after two to warm up."""
     jax.block_until_ready(function(*arguments))
     start = time.perf_counter()
@@ -45,7 +45,7 @@ def ceilings(sizes: Sizes) -> Iterator[Json]:
     matmul = seconds(jax.jit(jnp.matmul), a, b)
     # An addition, because a bare copy would be optimised away; in place, because memory must be found for a new array.
     copy = jax.jit(lambda x: x + 1, donate_argnums=0)
-    array, repeats = jax.random.bits(jax.random.key(0), sizes.copy_bytes // 4), 50
+    array, repeats = jax.random.bits(jax.random.key(0), (sizes.copy_bytes // 4,)), 50
     array = jax.block_until_ready(copy(copy(array)))
     start = time.perf_counter()
     for _ in range(repeats):
@@ -83,10 +83,11 @@ def poisoned(pool: KVPool, batch: Batch) -> KVPool:
     for pages, length in zip(np.asarray(batch.block_table), np.asarray(batch.prefix + batch.lengths), strict=True):
         positions = np.arange(len(pages) * pool.page_size).reshape(len(pages), -1)
         seen[pages] = positions < length
-    return jax.tree.map(lambda side: jnp.where(seen[None, :, None, :, None], side, jnp.nan), pool)
+    k, v = (jnp.where(seen[None, :, None, :, None], side, jnp.nan) for side in (pool.k, pool.v))
+    return KVPool(k=k, v=v)
 
 
-def attention(q: jax.Array, pool: KVPool, batch: Batch) -> tuple[Callable, str]:
+def attention(q: jax.Array, pool: KVPool, batch: Batch) -> tuple[Callable[..., Any], str]:
     """The attention that this machine uses for such a batch, compiled, and its name."""
     chosen = kernel_for(q, pool, batch)
     return (jax.jit(chosen), chosen.__name__) if chosen else (jax.jit(by_xla), blockwise.__name__)
@@ -110,8 +111,8 @@ def correctness(sizes: Sizes) -> Iterator[Json]:
         function, name = attention(q, pool, batch)
         actual = np.asarray(function(q, pool, layer, batch).astype(jnp.float32))
         with jax.default_device(cpu):  # the reference is many small steps
-            wide = jax.tree.map(lambda x: jax.device_put(x, cpu).astype(jnp.float32), (q, pool))
-            expected = np.asarray(reference(*wide, 1, jax.device_put(batch, cpu)))
+            wide_q, wide_pool = jax.tree.map(lambda x: jax.device_put(x, cpu).astype(jnp.float32), (q, pool))
+            expected = np.asarray(reference(wide_q, wide_pool, 1, jax.device_put(batch, cpu)))
         error = float(np.abs(actual - expected).max())
         wrong = (
             {}
@@ -122,7 +123,7 @@ def correctness(sizes: Sizes) -> Iterator[Json]:
         yield row | {"largest_error": error} | wrong
 
 
-def over_layers(function: Callable, layers: int) -> Callable:
+def over_layers(function: Callable[..., Any], layers: int) -> Callable[..., Any]:
     """One program that attends in each layer of a pool, as a model does.
 
     A short kernel takes less time than its launch, and one layer's keys and values may still lie in the chip's cache.
@@ -150,7 +151,7 @@ def prefill(sizes: Sizes) -> Iterator[Json]:
             # Each query multiplies with the keys that it sees, and their values, once.
             flop = 4 * config.num_heads * config.head_dim * (chunk * prefix + chunk * (chunk + 1) / 2)
             taken = seconds(over_layers(function, layers), q, pool, batch) / layers
-            row = {"length": length, "prefix": prefix, "kernel": name, "seconds": taken, "flops": flop / taken}
+            row: Json = {"length": length, "prefix": prefix, "kernel": name, "seconds": taken, "flops": flop / taken}
             del q, pool, batch
             row["torch"] = baselines.torch_attention(chunk, length, 1, *shape)
             if prefix == 0:
@@ -170,7 +171,13 @@ def decode(sizes: Sizes) -> Iterator[Json]:
         function, name = attention(q, pool, batch)
         taken = seconds(over_layers(function, layers), q, pool, batch) / layers
         read = (pool.k.nbytes + pool.v.nbytes) / layers
-        row = {"batch": seqs, "context": sizes.context, "kernel": name, "seconds": taken, "bytes_per_s": read / taken}
+        row: Json = {
+            "batch": seqs,
+            "context": sizes.context,
+            "kernel": name,
+            "seconds": taken,
+            "bytes_per_s": read / taken,
+        }
         del q, pool, batch
         row["torch"] = baselines.torch_attention(
             1, sizes.context, seqs, config.num_heads, config.num_kv_heads, config.head_dim

@@ -47,7 +47,7 @@ def candidates(module: ModuleType) -> Iterator[Any]:
 
 
 def race(
-    kernel: Callable, module: ModuleType, shape: Shape, prefix: int, chunk: int
+    kernel: Callable[..., Any], module: ModuleType, shape: Shape, prefix: int, chunk: int
 ) -> Iterator[tuple[Any, float | None, str]]:
     """Every tuning of a kernel at a shape: its seconds for `chunk` tokens after a prefix, or why it failed.
 
@@ -96,7 +96,7 @@ def main() -> None:
     console = Console()
     if jax.default_backend() != "gpu":
         parser.error(f"tuning needs a Hopper GPU, JAX found {jax.default_backend()}: run it on a machine with one")
-    kernels = (
+    kernels: tuple[tuple[ModuleType, Any, int, int], ...] = (
         (paged_prefill, paged_prefill.paged_prefill, 0, 16_384),
         (paged_decode, paged_decode.paged_decode, 53_247, 1),
     )
@@ -107,9 +107,9 @@ def main() -> None:
             continue
         table, path = dict(module.TUNED), Path(str(module.__file__))
         for shape in track(SHAPES[: args.shapes], kernel.__name__, console=console):
-            found = []
+            found: list[tuple[float, Any]] = []
             for tuning, taken, refused in race(kernel, module, shape, prefix, chunk):
-                console.print(f"{shape}: {tuning}, {refused or f'{taken * 1e3:.3f} ms'}")
+                console.print(f"{shape}: {tuning}, {refused if taken is None else f'{taken * 1e3:.3f} ms'}")
                 found += [(taken, tuning)] if taken is not None else []
                 rows.append({"kernel": kernel.__name__, "shape": shape, "tuning": asdict(tuning), "seconds": taken})
                 rows[-1] |= {"refused": refused} if refused else {}
@@ -117,8 +117,8 @@ def main() -> None:
                     write_json(args.out, result, indent=1)
             if not found:
                 continue
-            taken, table[shape] = min(found, key=lambda pair: pair[0])
-            console.print(f"best of {shape}: {table[shape]}, {taken * 1e3:.3f} ms")
+            best, table[shape] = min(found, key=lambda pair: pair[0])
+            console.print(f"best of {shape}: {table[shape]}, {best * 1e3:.3f} ms")
             if not args.dry_run:
                 path.write_text(with_table(path.read_text(), table))
 

@@ -97,7 +97,7 @@ def count_tokens(client: httpx.Client, url: str, body: dict[str, Any]) -> int:
     response = client.post(f"{url}/v1/messages/count_tokens", json=body)
     if response.status_code != 200:
         raise RuntimeError(f"{response.status_code}: {response.text[:500]}")
-    return response.json()["input_tokens"]
+    return int(response.json()["input_tokens"])
 
 
 def scrape(client: httpx.Client, url: str = "") -> dict[str, float]:

@@ -22,11 +22,11 @@ class Server:
     """A running server: where it listens and the process it is."""
 
     url: str
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
 
     def resident_bytes(self) -> int:
         """Memory that the process holds now."""
-        return psutil.Process(self.process.pid).memory_info().rss
+        return int(psutil.Process(self.process.pid).memory_info().rss)
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def free_port() -> int:
     """A free port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def wait_until_ready(server: Server, log: Path | None) -> None:

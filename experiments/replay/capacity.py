@@ -67,7 +67,7 @@ def outcome(calls: Sequence[Call], found: np.ndarray, costs: Constants) -> dict[
     tokens, reused = found.T
     _, firsts = np.unique([call.session for call in calls], return_index=True)
     rates = np.delete(reused / tokens, firsts)
-    seconds = costs.ttft_s(tokens, 0) - costs.ttft_s(tokens, reused)  # [calls] float64
+    seconds: Any = costs.ttft_s(tokens, 0) - costs.ttft_s(tokens, reused)  # [calls] float64
     return {
         "hit_rate_by_call": np.percentile(rates, [5, 50, 95]).round(4).tolist() if len(rates) else None,
         "hit_rate": round(float(reused.sum() / tokens.sum()), 4),

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -90,20 +91,26 @@ class Soaked:
 
 def flags(model: str, store: Path | None) -> list[str]:
     """The soaked server's flags; without a store, those of its twin."""
-    token = bytes_per_token(load_config(model), "float32")
-    sizes = {"max-model-len": CONTEXT, "page-size": PAGE, "max-prefill-tokens": 128, "max-body-bytes": BODY_BYTES}
+    token = bytes_per_token(load_config(model), np.dtype(np.float32))
+    sizes: dict[str, Any] = {
+        "max-model-len": CONTEXT,
+        "page-size": PAGE,
+        "max-prefill-tokens": 128,
+        "max-body-bytes": BODY_BYTES,
+        "max-num-seqs": 4,
+    }
     if store is None:
-        small = {"kv-pool-bytes": 8 * POOL_TOKENS * token, "max-num-seqs": 4}
+        small: dict[str, Any] = {"kv-pool-bytes": 8 * POOL_TOKENS * token}
     else:
         tiers = {"host-cache-bytes": HOST_TOKENS * token, "store": store, "store-bytes": store_bytes(model)}
         audits = {"audit-share": AUDIT_SHARE, "memory-bytes": MEMORY_BYTES}
-        small = {"kv-pool-bytes": POOL_TOKENS * token, "max-num-seqs": 4, **tiers, "flush-seconds": 0.3, **audits}
+        small = {"kv-pool-bytes": POOL_TOKENS * token, **tiers, "flush-seconds": 0.3, **audits}
     return [str(part) for name, value in {**sizes, **small}.items() for part in (f"--{name}", value)]
 
 
 def store_bytes(model: str) -> int:
     """The disk's budget: LMDB's space for DISK_TOKENS of pages, each in whole blocks of 4 KiB with a header."""
-    page = PAGE * bytes_per_token(load_config(model), "float32")
+    page = PAGE * bytes_per_token(load_config(model), np.dtype(np.float32))
     return DISK_TOKENS // PAGE * (page + 8192)
 
 

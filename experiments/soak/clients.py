@@ -164,7 +164,8 @@ async def answer(http: httpx.AsyncClient, body: Json, headers: dict[str, str], s
         response = await http.post("/v1/messages", json=body, headers=headers)
         if response.status_code != 200:
             raise Broken(f"expected an answer, got {response.status_code}: {response.text[:300]}")
-        return response.json()
+        message: Json = response.json()
+        return message
     async with http.stream("POST", "/v1/messages", json=body | {"stream": True}, headers=headers) as response:
         if response.status_code != 200:
             raise Broken(f"expected a stream, got {response.status_code}: {(await response.aread())[:300]!r}")

@@ -194,4 +194,5 @@ class Cold:
 def shortfall(logits: np.ndarray, chosen: Sequence[Sequence[int]]) -> np.ndarray:
     """The gap from each row's best logit to the best of its chosen tokens, as a share of the row's scale: [rows]."""
     chosen_best = np.asarray([max(row[list(ids)]) for row, ids in zip(logits, chosen, strict=True)])
-    return (logits.max(1) - chosen_best) / np.abs(logits).max(1)
+    gaps: np.ndarray = (logits.max(1) - chosen_best) / np.abs(logits).max(1)
+    return gaps

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.harness.figures import COLOURS, HEIGHT, WIDTH, panels, plain, save
 from experiments.soak.stage import Life, Sample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BINS = 60  # points of a rate
 
@@ -28,7 +32,7 @@ def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
     held(
         in_use,
         samples,
-        [(name, lambda s, n=name: s.figures[n.replace(" ", "_")]) for name in ("pages in use", "running")],
+        [("pages in use", lambda s: s.figures["pages_in_use"]), ("running", lambda s: s.figures["running"])],
     )
     tiers = [name.removeprefix("evicted_") for name in samples[-1].figures if name.startswith("evicted_")]
     done(hits, samples, [f"hits_{tier}" for tier in tiers])
@@ -57,7 +61,7 @@ def draw(samples: Sequence[Sample], lives: Sequence[Life], path: Path) -> None:
     save(figure, path)
 
 
-def held(axes, samples: Sequence[Sample], lines: Sequence[tuple[str, Callable[[Sample], float]]]) -> None:
+def held(axes: Axes, samples: Sequence[Sample], lines: Sequence[tuple[str, Callable[[Sample], float]]]) -> None:
     """Draw values, with a gap between two lives."""
     for (name, value), colour in zip(lines, COLOURS, strict=False):
         for n, life in enumerate(by_life(samples)):
@@ -65,7 +69,7 @@ def held(axes, samples: Sequence[Sample], lines: Sequence[tuple[str, Callable[[S
             axes.plot(times, [*map(value, life)], color=colour, linewidth=1.4, label=name if not n else None)
 
 
-def done(axes, samples: Sequence[Sample], names: Sequence[str]) -> None:
+def done(axes: Axes, samples: Sequence[Sample], names: Sequence[str]) -> None:
     """Draw counters as rates, in bins."""
     width = samples[-1].at_s / BINS
     for name, colour in zip(names, COLOURS, strict=False):

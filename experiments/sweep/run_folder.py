@@ -143,7 +143,7 @@ def cells(measurements: Sequence[Measurement], seed: int = 0) -> list[Cell]:
     return made
 
 
-def order(point: Point) -> tuple:
+def order(point: Point) -> tuple[str | int, ...]:
     """Sort key: points of one arm together, by length and position."""
     place = point.position if point.place else 0
     return (

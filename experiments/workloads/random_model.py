@@ -17,7 +17,8 @@ def random_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
     keys = iter(jax.random.split(jax.random.key(0), 6))
 
     def matrix(*shape: int, fan_in: int) -> jax.Array:
-        return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * fan_in**-0.5)(next(keys))
+        made: jax.Array = jax.jit(lambda key: jax.random.normal(key, shape, dtype) * fan_in**-0.5)(next(keys))
+        return made
 
     ones = partial(jnp.ones, dtype=dtype)
     heads = (config.num_kv_heads, config.group, config.head_dim)
