@@ -12,15 +12,15 @@
 # # What a prompt pays for the position at which it stops matching
 #
 # A prefix cache holds the first $p$ of a prompt's $n$ tokens; the others are computed again. This notebook measures the
-# time to first token over $n$ and $p$, fits a cost model to it, and reads from the model what one volatile token costs
-# by where it stands.
+# time to first token over $n$ and $p$, fits a cost model to it, and derives the cost of one volatile token by its
+# position.
 #
 # The measurement is `python -m experiments.sweep experiments/configs/position.toml`: the demo model (5.8M parameters,
 # random weights: speed does not depend on them) in float32 through the real engine, in this process. Points come in a
 # random order, each right after a request that leaves its shared prefix in the cache; medians with 95% bootstrap
 # intervals.
 
-# %%
+# %% tags=["results"]
 from IPython.display import Image, display
 
 from experiments.plot import draw
@@ -36,16 +36,16 @@ console.print(table(cells))
 # %% [markdown]
 # ## The curve
 #
-# Each line is one prompt length. On the left the first token differs and all is computed; on the right nothing does but
-# the question. Points are medians, bars their intervals, lines the fitted model:
+# Each line is one prompt length. On the left the first token differs and all is computed; on the right only the question
+# is. Points are medians, bars their intervals, lines the fitted model:
 #
 # $$\mathrm{TTFT}(n, p) = \underbrace{a}_{\text{fixed}} + \underbrace{b\,(n - p)}_{\text{matrices}}
 #   + \underbrace{c\,\tfrac{n^2 - p^2}{2}}_{\text{causal attention}} + \underbrace{d\,p}_{\text{matching}}$$
 #
-# The attention term is why the price does not fall in proportion: a token far behind is dearer than one in front, as it
-# looks at all before it.
+# The attention term is why the price does not fall in proportion: a later token costs more, because it attends to all
+# earlier ones.
 
-# %%
+# %% tags=["results"]
 position, predicted = (path for path in draw(run, console) if path.name != "arms.png")
 display(Image(position, width=900))
 
@@ -54,28 +54,27 @@ display(Image(position, width=900))
 #
 # Each point below is predicted by a fit that has not seen it (five folds).
 
-# %%
+# %% tags=["results"]
 console.print(constants_table(fitted))
 display(Image(predicted, width=620))
 
 # %% [markdown]
 # ## The price of one volatile token
 #
-# A header, a date, a counter: whatever changes at position $p$ makes the request pay for everything behind it.
+# A header, a date, a counter: a change at position $p$ makes the request pay for everything after it.
 
-# %%
+# %% tags=["results"]
 console.print(prices_table(fitted))
 
 # %% [markdown]
 # ## When is a page worth reading back?
 #
 # The tiers below the device answer at their own speed. By the fitted model a token at position $p$ costs
-# $b + c\,p$ seconds to compute; a tier that reads $r$ bytes a second brings it in `bytes per token` $/ r$. The deeper
-# in
-# the prompt a page stands, the slower a tier may be and still win. The engine decides this page by page
-# (`serve/cost.py`).
+# $b + c\,p$ seconds to compute; a tier that reads $r$ bytes a second delivers it in `bytes per token` $/ r$ seconds. The
+# later a page is in the prompt, the slower a tier may be and still win. The engine decides this page by page
+# (`serve/engine/cost.py`).
 
-# %%
+# %% tags=["results"]
 config = model_config(cells[0].point.model)
 if config:
     console.print(crossover_table(constants_of(fitted), bytes_per_token(config, "float32")))

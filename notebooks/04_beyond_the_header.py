@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Beyond the header
 #
-# Stripping the preamble repairs a session's turns. What breaks prompts beside it, and what does each remedy buy? Pairs
-# of requests in Claude Code's shape (`experiments/stability.py`), under each rule of `serve/normalize.py`: how much of
+# Stripping the preamble repairs a session's turns. What else breaks prompts, and what does each remedy gain? Pairs of
+# requests in Claude Code's shape (`experiments/stability.py`), under each rule of `serve/rules/normalize.py`: how much of
 # the second prompt does the first one cover, in tokens?
 
 # %%
@@ -39,8 +39,8 @@ vocabulary = vocabulary_of(tokenizer.hf)
 # %% [markdown]
 # ## What each rule does, and what the model then reads
 #
-# Only the first is on by default: it removes what nobody meant the model to read. The others change what it reads, and
-# say so.
+# Only the first is on by default: it removes a line that is not meant for the model. The others change what the model
+# reads, as the table says.
 
 # %%
 explained = Table("rule", "what it does", "what the model reads differently")
@@ -49,7 +49,7 @@ for name, rule in RULES.items():
 console.print(explained)
 
 # %% [markdown]
-# ## What each buys
+# ## What each gains
 #
 # The share of the second prompt that is covered by the first, with one rule more than the default at a time, and with
 # all of them.
@@ -94,16 +94,15 @@ heat("2.1.179")
 heat("2.1.331")
 
 # %% [markdown]
-# Across folders, the folder's name early in the system text is in front of all tools: `tools-first` puts the tools, the
-# larger part, ahead of it. A tool that comes late, or keys in another order, cost all that follows them until they are
-# sorted.
+# Across folders, the folder's name, early in the system text, comes before all tools: `tools-first` puts the tools, which
+# are longer, before it. A late tool, or keys in another order, cost all that follows them until they are sorted.
 #
 # ## In milliseconds
 #
-# The same remedies as arms of a sweep (`experiments/configs/arms.toml`): a volatile line in front (*varying*), behind
-# the tools (*tools-first*), at the end (*relocated*), or gone (*stripped*).
+# The same remedies as arms of a sweep (`experiments/configs/arms.toml`): a volatile line at the start (*varying*),
+# after the tools (*tools-first*), at the end (*relocated*), or removed (*stripped*).
 
-# %%
+# %% tags=["results"]
 arms = medians(load(sweep("arms")))
 chosen = ("stable", "varying", "stripped", "tools-first", "relocated", "mutated-thinking")
 console.print(table([cell for cell in arms if cell.point.arm in chosen]))
