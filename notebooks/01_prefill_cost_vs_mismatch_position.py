@@ -36,8 +36,8 @@ console.print(table(cells))
 # %% [markdown]
 # ## The curve
 #
-# Each line is one prompt length. On the left the first token differs and all is computed; on the right only the question
-# is. Points are medians, bars their intervals, lines the fitted model:
+# Each line is one prompt length. On the left the first token differs and all is computed; on the right only the
+# question is. Points are medians, bars their intervals, lines the fitted model:
 #
 # $$\mathrm{TTFT}(n, p) = \underbrace{a}_{\text{fixed}} + \underbrace{b\,(n - p)}_{\text{matrices}}
 #   + \underbrace{c\,\tfrac{n^2 - p^2}{2}}_{\text{causal attention}} + \underbrace{d\,p}_{\text{matching}}$$
@@ -69,9 +69,9 @@ console.print(prices_table(fitted))
 # %% [markdown]
 # ## When is a page worth reading back?
 #
-# The tiers below the device answer at their own speed. By the fitted model a token at position $p$ costs
-# $b + c\,p$ seconds to compute; a tier that reads $r$ bytes a second delivers it in `bytes per token` $/ r$ seconds. The
-# later a page is in the prompt, the slower a tier may be and still win. The engine decides this page by page
+# The tiers below the device answer at their own speed. By the fitted model a token at position $p$ costs $b + c\,p$
+# seconds to compute; a tier that reads $r$ bytes a second delivers it in `bytes per token` $/ r$ seconds. The later a
+# page is in the prompt, the slower a tier may be and still win. The engine decides this page by page
 # (`serve/engine/cost.py`).
 
 # %% tags=["results"]

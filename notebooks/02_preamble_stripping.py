@@ -19,9 +19,8 @@
 #
 # NVIDIA measured what that costs: 52K tokens on one B200, 3 rounds of 15 requests for each arm (condition), 168 ms to
 # first token with a stable prefix, 912 with a varying line, 169 with it stripped (the [README](../README.md) has the
-# source). Here are the same arms on our
-# server, over HTTP, with a prompt of 16K tokens (`experiments/configs/preamble.toml`; `make demo` has 52K with fewer
-# repeats, since each costs a CPU 17 seconds).
+# source). Here are the same arms on our server, over HTTP, with a prompt of 16K tokens
+# (`experiments/configs/preamble.toml`; `make demo` has 52K with fewer repeats, since each costs a CPU 17 seconds).
 
 # %% tags=["results"]
 import json
@@ -84,8 +83,8 @@ console.print(control)
 # ## Reasoning that comes back changed
 #
 # The same mismatch later in the prompt: an earlier answer's thinking, about 500 tokens, replayed exactly or mutated.
-# NVIDIA: 167 against 322 ms (1.9x) after a 52K system prompt. Everything before it is still cached, so the price is that
-# of the thinking and what follows it.
+# NVIDIA: 167 against 322 ms (1.9x) after a 52K system prompt. Everything before it is still cached, so the price is
+# that of the thinking and what follows it.
 
 # %% tags=["results"]
 console.print(table(medians(load(sweep("thinking")))))

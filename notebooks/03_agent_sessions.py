@@ -13,8 +13,8 @@
 #
 # An agent calls its model hundreds of times with a history that grows. NVIDIA reports that 85 to 97% of a call's tokens
 # hit the cache on the same worker, 97.2% in aggregate for a swarm of four agents, and 11.7 reads per write. Here are
-# synthetic sessions in Claude Code's shape (`experiments/workloads/sessions.py`), sent through the prefix cache that the
-# server uses. No model runs.
+# synthetic sessions in Claude Code's shape (`experiments/workloads/sessions.py`), sent through the prefix cache that
+# the server uses. No model runs.
 
 # %%
 import json
@@ -52,9 +52,9 @@ def prompts(session: Session, rules: frozenset[str]) -> list[np.ndarray]:
 # %% [markdown]
 # ## One agent, call by call
 #
-# Each prompt is rendered and tokenised as by the server, and matched token by token. With the preamble kept
-# (release 2.1.179, whose header changes in every call) nothing is reused; stripped, all but the first call read nearly
-# all of their prompt.
+# Each prompt is rendered and tokenised as by the server, and matched token by token. With the preamble kept (release
+# 2.1.179, whose header changes in every call) nothing is reused; stripped, all but the first call read nearly all of
+# their prompt.
 
 # %%
 one = Session(seed=1, release="2.1.179")
@@ -72,9 +72,9 @@ show(figure)
 #
 # `python -m experiments.replay` lets four agents work for 300 calls each. They start sub-agents, whose calls have a
 # prompt of their own, and send small requests without tools; a history of over 160,000 tokens is replaced by a summary.
-# Lengths are estimated here, four characters a token, so that 100,000 calls replay in minutes. Time saved is by the cost
-# model of `01_prefill_cost_vs_mismatch_position`: that of a small model on two cores, beyond the 24,576 tokens that it
-# was fitted to.
+# Lengths are estimated here, four characters a token, so that 100,000 calls replay in minutes. Time saved is by the
+# cost model of `01_prefill_cost_vs_mismatch_position`: that of a small model on two cores, beyond the 24,576 tokens
+# that it was fitted to.
 
 # %%
 work = Agents(calls=10) if SMOKE else Agents()
@@ -86,12 +86,12 @@ console.print(capacity_table(compare_capacities(calls, CAPACITIES, costs, consol
 # Published: 85 to 97% a call, 97.2% for four agents, 11.7 reads a write. Nineteen calls in twenty are above 90% here,
 # and the aggregate is within half a point of the published one. Below 90% are early calls of sub-agents and those after
 # a summary; above 97% are calls with a long history, to which one tool result adds little. For the same reason a token
-# is read more often than there: an agent calls hundreds of times before its history is summarised. (NVIDIA's baseline of 6
-# requests wrote 53,992 tokens and read 215,102, 4.0.) Sub-agents read a seventh of the tokens and write half: each
+# is read more often than there: an agent calls hundreds of times before its history is summarised. (NVIDIA's baseline
+# of 6 requests wrote 53,992 tokens and read 215,102, 4.0.) Sub-agents read a seventh of the tokens and write half: each
 # starts almost cold, as the git status in its system text comes before its tools.
 #
-# A million tokens, room for the four histories and a little more, reach the hit rate of an unlimited cache. With less, agents
-# that take turns evict each other. A kept header leaves nothing at any capacity.
+# A million tokens, room for the four histories and a little more, reach the hit rate of an unlimited cache. With less,
+# agents that take turns evict each other. A kept header leaves nothing at any capacity.
 #
 # ## Capacity: which pages to evict
 #

@@ -12,8 +12,8 @@
 # # Beyond the header
 #
 # Stripping the preamble repairs a session's turns. What else breaks prompts, and what does each remedy gain? Pairs of
-# requests in Claude Code's shape (`experiments/stability.py`), under each rule of `serve/rules/normalize.py`: how much of
-# the second prompt does the first one cover, in tokens?
+# requests in Claude Code's shape (`experiments/stability.py`), under each rule of `serve/rules/normalize.py`: how much
+# of the second prompt does the first one cover, in tokens?
 
 # %%
 import json
@@ -94,8 +94,8 @@ heat("2.1.179")
 heat("2.1.331")
 
 # %% [markdown]
-# Across folders, the folder's name, early in the system text, comes before all tools: `tools-first` puts the tools, which
-# are longer, before it. A late tool, or keys in another order, cost all that follows them until they are sorted.
+# Across folders, the folder's name, early in the system text, comes before all tools: `tools-first` puts the tools,
+# which are longer, before it. A late tool, or keys in another order, cost all that follows them until they are sorted.
 #
 # ## In milliseconds
 #

@@ -53,10 +53,10 @@ show(figure)
 # %% [markdown]
 # ## What the kernels reach
 #
-# `make gpu-bench` measures the kernels of `model/kernels/hopper/`, an 8B-shaped model with random weights and the engine
-# on a Hopper GPU, together with torch's attention and JAX's own, and writes `experiments/results/gpu/gpu_bench.json`.
-# Ceilings are one large matrix product and one large copy of the same run. Our keys and values lie in pages in shuffled
-# order, those of the others contiguously.
+# `make gpu-bench` measures the kernels of `model/kernels/hopper/`, an 8B-shaped model with random weights and the
+# engine on a Hopper GPU, together with torch's attention and JAX's own, and writes
+# `experiments/results/gpu/gpu_bench.json`. Ceilings are one large matrix product and one large copy of the same run.
+# Our keys and values lie in pages in shuffled order, those of the others contiguously.
 
 # %% tags=["results"]
 result = json.loads(Path("experiments/results/gpu/gpu_bench.json").read_text())
@@ -64,8 +64,8 @@ console.print(heading(result))
 console.print(attention_table(result))
 
 # %% [markdown]
-# A cold prompt runs at the speed of torch's best backend (cuDNN). With a cached prefix torch has only its flash backend,
-# which is slower. Decode reads keys and values at the speed of a copy.
+# A cold prompt runs at the speed of torch's best backend (cuDNN). With a cached prefix torch has only its flash
+# backend, which is slower. Decode reads keys and values at the speed of a copy.
 #
 # ## The whole model and the engine
 #

@@ -18,7 +18,7 @@ def heading(result: Json) -> str:
 
 
 def attention_table(result: Json) -> Table:
-    """Attention of prompts and of decoded tokens: our rate, its share of the run's ceiling, its ratio to torch's best."""
+    """Attention of prompts and of decoded tokens: our rate, its share of the ceiling, its ratio to torch's best."""
     columns = ("what", "ours", "unit", "of the ceiling", "over torch's best")
     table = make_table(columns, words=("what", "unit"), no_wrap=True)
     for row in measured(result, "prefill", "flops"):

@@ -60,7 +60,7 @@ def test_a_failure_keeps_the_figures_before_it_and_the_next_section_runs(tmp_pat
 
 def test_a_section_that_takes_too_long_is_ended(tmp_path):
     result = run(replace(SMOKE, figure_s=0.01), True, tmp_path, Console(quiet=True), ("ceilings",))
-    assert result["ceilings"] == [{"failed": "no figure in 0.01 s, or all 520 s were over"}]
+    assert result["ceilings"] == [{"failed": "no figure within 0.01 s, or the budget of 520 s was spent"}]
 
 
 def test_a_wrong_result_is_kept_with_all_others_and_fails_the_run(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_a_run_is_fitted_and_the_server_can_load_what_was_found(tmp_path: Path, 
 def test_a_run_over_page_sizes_is_fitted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = run_of(tmp_path, page_sizes=(16, 64))
     assert fit.main([str(folder)]) == 2
-    assert "choose with --model and --page-size" in capsys.readouterr().err
+    assert "choose them with --model and --page-size" in capsys.readouterr().err
     assert fit.main([str(folder), "--page-size", "16"]) == 0
     assert json.loads((folder / fit.FILE).read_text())["page_size"] == 16
     assert fit.main([str(folder), "--page-size", "32"]) == 2
