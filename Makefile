@@ -64,7 +64,7 @@ gpu-bench: .venv/.installed ## measure the kernels and an 8B-shaped model on thi
 	$(BIN)/python -m experiments.gpu_bench
 
 bench-small: .venv/.installed-test ## time the small steps of a request's host path, each by itself
-	$(BIN)/python -m pytest experiments/bench/small.py --benchmark-time-unit=us \
+	$(BIN)/python -m pytest experiments/bench/micro.py --benchmark-time-unit=us \
 		--benchmark-columns=min,median,iqr,rounds
 
 lint: .venv/.installed-test ## check style and types

@@ -28,7 +28,7 @@ from serve.prompt.render import prompt
 from serve.prompt.tokenizer import Tokenizer, load_tokenizer
 from serve.rules.normalize import normalize
 
-RESULTS = Path("experiments/results/bench/small.json")
+RESULTS = Path("experiments/results/bench/micro.json")
 PAGE = 64  # tokens
 TOKENS = 52_000
 RULES = frozenset(["strip-preamble"])

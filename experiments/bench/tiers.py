@@ -32,7 +32,7 @@ from experiments.harness.disk import drop_from_memory
 from experiments.harness.provenance import provenance
 from experiments.harness.report import write_json
 
-RESULTS = Path("experiments/results/bench/store.json")
+RESULTS = Path("experiments/results/bench/tiers.json")
 PROMPT_PAGES = 812  # 52K tokens in pages of 64
 
 
