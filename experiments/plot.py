@@ -1,4 +1,4 @@
-"""The figures of a run: `python -m experiments.plot RUN` writes PNGs beside its measurements.
+"""The figures of a run: `python -m experiments.plot RUN` writes PNGs next to its measurements.
 
 position.png: TTFT over the mismatch position, one line a prompt length, with the fitted cost model. predicted.png: the
 model's predictions for points that it has not seen, over what was measured. arms.png: the arms side by side.

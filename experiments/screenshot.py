@@ -30,7 +30,7 @@ CHROMIUM = Path.home() / ".cache" / "tokenzero" / "clients" / "chromium" / "147.
 PICTURE = Path(__file__).parent / "results" / "dashboard.png"
 # One process and no GPU: what a headless Chromium needs in a container.
 ARGUMENTS = ("--no-sandbox", "--no-zygote", "--headless=shell", "--disable-gpu")
-# The pool holds two of the three sessions, so that host memory is read, too.
+# The pool holds two of the three sessions, so that host memory is read as well.
 FLAGS = ("--kv-pool-bytes", "80MiB", "--host-cache-bytes", "1GB", "--max-num-seqs", "4", "--max-model-len", "30000")
 TURNS = 10
 

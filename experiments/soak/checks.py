@@ -147,7 +147,7 @@ def ended(lives: Sequence[Life]) -> Check:
     statuses = {"kill -9": (-SIGKILL,), "SIGTERM": (0, -SIGTERM), "by itself": ()}
     odd = [f"life {x.number}, {x.end}: status {x.status}" for x in lives if x.status not in statuses[x.end]]
     detail = f"{len(lives)} lives, {sum(x.end == 'kill -9' for x in lives)} of them killed"
-    return Check("servers end as told", not odd and bool(lives), joined(detail, odd))
+    return Check("servers end as expected", not odd and bool(lives), joined(detail, odd))
 
 
 def unexpected(lines: Sequence[str]) -> list[str]:

@@ -85,7 +85,7 @@ def model_config(model: str) -> ModelConfig | None:
 
 
 def fit_run(folder: Path, model: str = "", page_size: int = 0, seed: int = 0) -> tuple[dict[str, Any], list[Cell]]:
-    """Fit a run's cells, all or those of one model and page size, and write the cost model beside them.
+    """Fit a run's cells, all or those of one model and page size, and write the cost model next to them.
 
     Raises RunError for a folder that holds no run, ValueError for cells that no model can be fitted to.
     """

@@ -207,7 +207,7 @@ def write_demo_model(
 ) -> bool:
     """Write the checkpoint unless a complete one is there; true if it was written.
 
-    The files are made in a folder beside `path` that is renamed last, so `path` never holds half a checkpoint.
+    The files are made in a folder next to `path`, which is renamed last, so `path` never holds half a checkpoint.
     """
     target = Path(path).absolute()
     if not force and all((target / name).is_file() for name in FILES):
@@ -239,7 +239,7 @@ def _write_files(folder: Path, seed: int, config: DemoConfig, console: Console) 
 
 
 def documents(config: DemoConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """The JSON files beside the weights, by file name."""
+    """The JSON files next to the weights, by file name."""
     end, pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
     model = {
         "architectures": ["Qwen3ForCausalLM"],

@@ -1,17 +1,17 @@
-"""The store's benchmark at toy sizes: every tier, every way, and a look-up that finds all."""
+"""The tiers benchmark at toy sizes: every tier, and a look-up that finds all."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from experiments.bench import tiers as store
+from experiments.bench import tiers
 
 
-def test_every_tier_is_measured_beside_the_plain_file(tmp_path: Path) -> None:
-    out = tmp_path / "made" / "store.json"
+def test_every_tier_is_compared_with_a_plain_file(tmp_path: Path) -> None:
+    out = tmp_path / "made" / "tiers.json"
     sizes = ["--page-bytes", "262144", "--pages", "32", "--rounds", "2", "--stored", "1000"]
-    store.main(["--directory", str(tmp_path), *sizes, "--out", str(out)])
+    tiers.main(["--directory", str(tmp_path), *sizes, "--out", str(out)])
     result = json.loads(out.read_text())
     assert len(result["rounds"]) == 2
     assert set(result["rates MB/s"]) == {"plain file", "disk (LMDB)", "remote (file://)", "host"}
