@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ def draw(result: Json, path: Path) -> None:
     """Draw what was measured: prefill and decode with the baselines and ceilings of the same run, and the arms."""
     figure, axes = panels(1, 3, 15, 4.5, width_ratios=(4, 2, 1))
     limits: Json = next(iter(result.get("ceilings", [])), {})
-    shown = (
+    shown: tuple[tuple[str, str, str, float, str, Callable[[Json], str]], ...] = (
         ("prefill", "by share cached", "flops", 1e12, "TFLOP/s", share_cached),
         ("decode", "by sequences", "bytes_per_s", 1e9, "GB/s", lambda row: f"batch {row['batch']}"),
     )
