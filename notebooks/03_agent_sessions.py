@@ -28,7 +28,7 @@ from rich.table import Table
 from cache.prefix_cache import PrefixCache
 from experiments.harness.figures import COLOURS, subplots
 from experiments.replay.capacity import CAPACITIES, COST_MODEL, PAGE_TOKENS, capacity_table, compare_capacities, replay
-from experiments.sweep.notebook import MODEL, SMOKE, console, show, sweep
+from experiments.sweep.notebook import MODEL, SMOKE, console, quiet, show, sweep
 from experiments.sweep.run_folder import cells, load, table
 from experiments.workloads.sessions import Session, requests
 from experiments.workloads.traces import Agents, generate
@@ -80,7 +80,7 @@ show(figure)
 work = Agents(calls=10) if SMOKE else Agents()
 calls = generate(work)
 costs = msgspec.json.decode(COST_MODEL.read_bytes(), type=CostFile).constants
-console.print(capacity_table(compare_capacities(calls, CAPACITIES, costs, console)))
+console.print(capacity_table(compare_capacities(calls, CAPACITIES, costs, quiet)))
 
 # %% [markdown]
 # Published: 85 to 97% a call, 97.2% for four agents, 11.7 reads a write. Nineteen calls in twenty are above 90% here,

@@ -30,6 +30,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 # Plain text, so that a notebook's diff can be read.
 console = Console(width=110, force_jupyter=False, color_system=None)
+quiet = Console(quiet=True)  # for what would draw progress bars
 
 
 def sweep(name: str) -> Path:
