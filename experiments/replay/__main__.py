@@ -43,8 +43,8 @@ def file_identity(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Replay agents' calls, a trace file or, for the policies, agent sessions; print a table, write it as JSON."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     cli = argparse.ArgumentParser(prog="python -m experiments.replay", description=__doc__.split("\n")[0])
     cli.add_argument("--trace", type=Path, help="JSONL in Mooncake's format (default: agents at work)")
     cli.add_argument("--agents", type=int, default=Agents.agents, help="(default: %(default)s)")
@@ -59,6 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--model", help="checkpoint folder whose tokenizer and template the policies' trace uses")
     cli.add_argument("--sessions", type=int, default=Workload.sessions, help="of the policies' trace")
     cli.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
+    return cli
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Replay agents' calls, a trace file or, for the policies, agent sessions; print a table, write it as JSON."""
+    cli = parser()
     args, console = cli.parse_args(argv), Console()
     if args.policies and not args.model:
         cli.error(

@@ -1,1 +1,1 @@
-"""TTFT over the axes of a config, and what follows from it."""
+"""TTFT over the axes of a config, the cost model fitted to it, and its tables."""

@@ -139,7 +139,7 @@ class TestSummaries:
         assert not is_good(config, replace(DONE, ttft_ms=None, gaps_ms=()))
         assert not is_good(config, replace(DONE, outcome="timed out"))
 
-    def test_a_row_counts_what_was_sent_behind_the_ramp(self) -> None:
+    def test_a_row_counts_what_was_sent_after_the_ramp(self) -> None:
         config = replace(SMALL, ramp=10, seconds=20)
         late = replace(DONE, sent_s=10)
         empty = replace(late, ttft_ms=None, gaps_ms=())

@@ -1,4 +1,4 @@
-"""The benchmarks beside torch and llama.cpp: their sums by hand, and the weights that the others are given."""
+"""The comparisons with torch and llama.cpp: their sums by hand, and the weights that the others get."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def test_the_engine_waits_and_streams_a_word_at_a_time() -> None:
         assert taken.total_ms - taken.ttft_ms > 1e3 * WORD_SECONDS * (WORDS - 1)
 
 
-def test_a_row_tells_by_how_much_the_median_exceeds_the_direct_ways() -> None:
+def test_a_row_reports_by_how_much_the_median_exceeds_the_direct_ways() -> None:
     def timed(*ttft_ms: float) -> list[Timing]:
         return [
             Timing(ttft_ms=ms, total_ms=10 * ms, prompt_tokens=1, cached_tokens=0, output_tokens=1, text="")

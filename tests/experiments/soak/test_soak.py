@@ -446,7 +446,7 @@ class TestCold:
 
 
 class TestRuns:
-    def test_a_short_soak_passes_and_tells_what_it_did(self, model: str, tmp_path: Path) -> None:
+    def test_a_short_soak_passes_and_reports_what_it_did(self, model: str, tmp_path: Path) -> None:
         sizes = "--minutes 0.15 --sessions 3 --scale 0.2 --sample-s 0.5 --lose-s 2 --judged 0"
         assert main(["--model", model, *sizes.split(), "--out", str(tmp_path)]) == 0
         written = json.loads((tmp_path / "soak.json").read_text())
