@@ -36,7 +36,7 @@ def test_the_anthropic_block_reads_its_first_turn_from_the_cache(
     first, second = names["first"].usage, names["second"].usage
     assert first.output_tokens > 0
     assert second.cache_read_input_tokens >= first.cache_creation_input_tokens + first.cache_read_input_tokens
-    assert f"{second.cache_read_input_tokens} of " in capsys.readouterr().out
+    assert f"{second.cache_read_input_tokens} tokens read" in capsys.readouterr().out
 
 
 def test_the_openai_block_asks_both_apis(
