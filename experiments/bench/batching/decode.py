@@ -15,7 +15,8 @@ from experiments.bench.timing import Asked
 from experiments.workloads.random_model import random_params
 from model.config import ModelConfig, RopeConfig
 from model.params import unstacked
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
+from serve.engine.settings import EngineSettings
 
 # The sizes of prefill_decode's llama of that name, which torch makes and this one does not.
 MEDIUM = ModelConfig(

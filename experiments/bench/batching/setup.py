@@ -19,7 +19,8 @@ from experiments.harness.server import running_server
 from experiments.workloads.sessions import Session, stable_request, with_question
 from model import checkpoint
 from model.params import unstacked
-from serve.engine.engine import Engine, EngineSettings
+from serve.engine.engine import Engine
+from serve.engine.settings import EngineSettings
 
 PAGE = 64  # tokens
 GOAL_CHUNK = 256  # tokens of prefill that the goal lets an inter-token gap hold
