@@ -63,13 +63,14 @@ def prompt():
 @pytest.fixture
 def variant_case(variant_folder, prompt):
     """A checkpoint folder of each variant and transformers' logits [tokens, vocab] for the prompt."""
-    return variant_folder, transformers_logits(variant_folder, prompt)
+    return variant_folder, transformers_logits(variant_folder, tuple(prompt.tolist()))
 
 
+@functools.cache
 def transformers_logits(folder, tokens):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(torch.tensor(tokens[None])).logits[0].numpy()
+        return model(torch.tensor([tokens])).logits[0].numpy()
 
 
 def assert_equal_logits(actual, expected):
@@ -94,7 +95,9 @@ def test_a_prompt_of_several_chunks_of_1024_equals_transformers(tiny_checkpoint,
     folder = tiny_checkpoint(family, max_position_embeddings=4096)
     tokens = np.random.default_rng(4).integers(3, 120, 2100)
     pages = shuffled_pages(count=140)
-    assert_equal_logits(Runner(folder).in_chunks(tokens, 1024, pages), transformers_logits(folder, tokens))
+    assert_equal_logits(
+        Runner(folder).in_chunks(tokens, 1024, pages), transformers_logits(folder, tuple(tokens.tolist()))
+    )
 
 
 def test_decode_after_prefill_equals_transformers(variant_case, prompt):

@@ -7,7 +7,11 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from model.sampling import Sampling, greedy, sample, threshold
+from model import sampling as ours
+from model.sampling import Sampling
+
+# Compiled, as the engine runs them.
+greedy, sample, threshold = (jax.jit(function) for function in (ours.greedy, ours.sample, ours.threshold))
 
 
 def sampling(rows, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0, mask=None):

@@ -16,7 +16,7 @@ from serve.engine.request import Failed, Finished, GenerationRequest, TokenEvent
 from serve.engine.settings import EngineSettings
 from serve.engine.steps import SamplingParams
 from tests.helpers.forced_answers import Script
-from tests.helpers.tiny_engine import PAGE, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
+from tests.helpers.tiny_engine import CRAMPED, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,7 @@ def test_concurrent_requests_with_evictions_and_preemptions_are_exact(engine, mo
 
 def test_a_full_pool_preempts_and_resumes(model):
     config, params = model
-    cramped = EngineSettings(num_pages=41, max_model_len=320, page_size=PAGE, max_num_seqs=4, max_prefill_tokens=32)
-    engine = Engine(params, config, cramped)
+    engine = Engine(params, config, CRAMPED)
     engine.start()
     rng, known, flips = np.random.default_rng(9), {}, []
     prompts = [rng.integers(3, VOCAB, 70) for _ in range(4)]
@@ -89,8 +88,7 @@ def test_a_full_pool_preempts_and_resumes(model):
 
 def test_a_constraint_outlives_preemption_and_takes_each_token_once(model):
     config, params = model
-    cramped = EngineSettings(num_pages=41, max_model_len=320, page_size=PAGE, max_num_seqs=4, max_prefill_tokens=32)
-    engine = Engine(params, config, cramped)
+    engine = Engine(params, config, CRAMPED)
     engine.start()
     rng, pending = np.random.default_rng(10), []
     for _ in range(4):

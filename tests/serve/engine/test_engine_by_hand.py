@@ -12,9 +12,7 @@ from serve.engine.engine import Engine
 from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 from serve.engine.steps import SamplingParams
 from tests.helpers.forced_answers import Script
-from tests.helpers.tiny_engine import ALWAYS, SMALL, VOCAB, generate, outcome, prompt, submit, tick, tiers_of
-
-CRAMPED = replace(SMALL, num_pages=41)  # room for one sequence of `max_model_len`
+from tests.helpers.tiny_engine import ALWAYS, CRAMPED, SMALL, VOCAB, generate, outcome, prompt, submit, tick, tiers_of
 
 
 @pytest.fixture
