@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import pytest
 
+import serve.engine.engine  # noqa: F401  # the modules whose compilers are replaced
+
 COMPILERS = ("compile_steps", "compile_page_copies", "compile_comparison")
 
 

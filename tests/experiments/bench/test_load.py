@@ -18,7 +18,7 @@ from experiments.harness.server import free_port, running_server
 from experiments.workloads.demo_model import TINY, write_demo_model
 
 SMALL = Config(seconds=40, ramp=0, scale=0.02, turns=2)
-FLAGS = ("--max-model-len", "24576", "--kv-pool-bytes", "64MiB", "--max-prefill-tokens", "256")
+FLAGS = ("--max-model-len", "24576", "--kv-pool-bytes", "64MiB", "--max-prefill-tokens", "64", "--max-num-seqs", "4")
 DONE = Asked("completed", ttft_ms=100, gaps_ms=(10, 30), prompt_tokens=100, cached_tokens=60, output_tokens=3)
 
 
