@@ -1,10 +1,11 @@
 """A request to token ids: the checkpoint's own chat template around the answers, and the answers as sampled.
 
-The way of a request, downhill: `plan` makes its turns, in which a placeholder stands for each answer; `write_chat` has
-the template write them, once; `split_at_answers` cuts the text there; `answer_segments` puts in the ids that were
-sampled, or else the answer's text in the model's own format, tokenised by itself; `tokenize` makes the ids. So a turn's
-tokens are the same wherever it stands, and each request extends the one before it and what was sampled for it. Text
-from outside never becomes a control token. Nothing here changes a request; that is the business of the rules.
+The way of a request, downhill: `conversation` makes turns of it, and `adapt` changes those that the template refuses
+(`probe` has found out which); `plan` puts a placeholder in the place of each answer; `write_chat` has the template
+write them, once; `split_at_answers` cuts the text there; `answer_segments` puts in the ids that were sampled, or else
+the answer's text in the model's own format, tokenised by itself; `tokenize` makes the ids. So a turn's tokens are the
+same wherever it stands, and each request extends the one before it and what was sampled for it. Text from outside never
+becomes a control token. Nothing here changes a request; that is the business of the rules.
 
 Some requests need more than one rendering:
 - A template that moves tools or system text to the last question (Mistral's) writes the turns before the first answer
