@@ -1,6 +1,1 @@
-"""Why a prompt missed the cache.
-
-`sections` finds the part of a request that a token comes from, `divergence` reports where a prompt stops matching,
-`causes` names why, `volatility` finds lines that change in every request, and `savings` counts what each rule saved.
-`python -m serve explain` is `cli`, which prints what `compare` finds.
-"""
+"""Why a prompt missed the cache: `divergence` reports it, and `cli` is the command `python -m serve explain`."""
