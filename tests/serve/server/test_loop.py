@@ -72,7 +72,7 @@ def got(path: str) -> Callable[[httpx.Client], httpx.Response]:
     [
         (EngineCollector, "collect", got("/metrics")),
         (Divergences, "latest", got("/v1/requests")),
-        (Divergences, "find", got("/v1/requests/msg_1")),
+        (Divergences, "find_report", got("/v1/requests/msg_1")),
         (serve.server.app, "read_messages", posted("/v1/messages")),
         (serve.server.app, "decode_count_tokens", posted("/v1/messages/count_tokens")),
         (serve.server.prepare, "prompt", posted("/v1/messages")),
