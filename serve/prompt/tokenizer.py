@@ -28,7 +28,7 @@ from serve.prompt.template import Template
 MOST_TOKENS = 2**20
 # The tokens of longer texts are counted slice by slice first: a whole text may have 30 million.
 LONG_CHARS, COUNTED_CHARS, COUNTED_TOGETHER = 2**21, 2**16, 2**18
-HEAD_BYTES = 8 * 2**20  # of texts of heads
+HEAD_SHARE = 16  # of the memory for segments, one part in so many is for texts of heads
 NUMPY_BYTES = 200  # of an array besides its values, and of a text besides its characters
 SEGMENT_FOLDER = "segments"  # below the store directory
 STORED_BYTES = 64 * 2**20  # of ids on disk
@@ -60,9 +60,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `families.choose_format`).
 
-    It remembers tokenised segments in at most `segment_bytes` of memory. With a `store` directory, long ones are found
-    there again after a restart. Raises ValueError for a tokenizer that is not a fast one or has no chat template and
-    for an unknown format, StoreError for a directory of another program or version.
+    It remembers tokenised segments and texts of heads in at most `segment_bytes` of memory. With a `store` directory,
+    long segments are found there again after a restart. Raises ValueError for a tokenizer that is not a fast one or has
+    no chat template and for an unknown format, StoreError for a directory of another program or version.
     """
     from transformers import AutoTokenizer
 
@@ -90,7 +90,8 @@ def make_tokenizer(
     segment_bytes: int = DEFAULT_BOUNDS.segments,
 ) -> Tokenizer:
     """The Tokenizer of a fast Hugging Face tokenizer; a tier of `segments` keeps the ids of long ones."""
-    memory = segment_memory(segment_bytes)
+    head_bytes = segment_bytes // HEAD_SHARE
+    memory = segment_memory(segment_bytes - head_bytes)
     encode = make_encoder(hf, segments, memory)
     return Tokenizer(
         hf,
@@ -99,7 +100,7 @@ def make_tokenizer(
         probe_template(hf, format_name),
         max(map(len, hf.get_vocab())),
         memory,
-        Recent(HEAD_BYTES, lambda texts: sum(map(sys.getsizeof, texts))),
+        Recent(head_bytes, lambda texts: sum(map(sys.getsizeof, texts))),
     )
 
 

@@ -122,12 +122,13 @@ def grammar_constraints(
 
 def memories(context: ServerContext) -> dict[str, Memory]:
     """Each kind of memory that grows with requests, by name; `serve/README.md` lists them."""
-    segments, replay, reports = context.tokenizer.segments, context.replay, context.divergences
+    segments, heads = context.tokenizer.segments, context.tokenizer.heads
+    replay, reports = context.replay, context.divergences
     volatility, statuses, savings = context.volatility, context.statuses, context.savings
     auditor = auditor_of(context.engine)
     audited = auditor.settings.sample_bytes if auditor else 0
     return {
-        "segments": Memory(lambda: segments.bytes, segments.most_bytes),
+        "segments": Memory(lambda: segments.bytes + heads.bytes, segments.most_bytes + heads.most_bytes),
         "answers": Memory(lambda: replay.remembered_bytes, int(replay.memory.maxsize)),
         "unwritten_answers": Memory(lambda: replay.waiting_bytes, replay.queue_bytes),
         "reports": Memory(lambda: reports.bytes, reports.remembered.most_bytes + REPORT_BYTES),
