@@ -1,4 +1,4 @@
-"""The decoder: pure functions on pytrees, with no cache policy, text or HTTP.
+"""The decoder: pure functions on pytrees, which know nothing of cache policy, text or HTTP.
 
 - `config`: what a model is, read from a Hugging Face config.json
 - `checkpoint`: weights from disk to Params and back, and their fingerprint
