@@ -15,7 +15,7 @@ MAX_TOKENS = 24
 
 def linear(
     x: Float[jax.Array, "tokens inputs"],
-    weight: Float[jax.Array, "outputs inputs"],
+    weight: Float[jax.Array, "outputs _inputs"],
 ) -> Float32[jax.Array, "tokens outputs"]:
     """`x @ weight.T`, all in float32. A token's result has the same bits in any batch.
 
