@@ -27,9 +27,10 @@ def covered() -> dict[str, tuple[int, int]]:
     """(covered, all) lines and branches by file, of the data that the last `pytest --cov` left."""
     coverage = Coverage()
     coverage.load()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        coverage.json_report(outfile=file.name)
-        files = json.loads(Path(file.name).read_text())["files"]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "coverage.json"
+        coverage.json_report(outfile=str(report))
+        files = json.loads(report.read_text())["files"]
     counts = {}
     for path, found in files.items():
         s = found["summary"]
