@@ -48,13 +48,19 @@ def probe_template(hf: Any, format_name: str | None = None) -> Template:
         users_after_results=not ways or takes(hf, *loop, LATER, ANSWER, LAST),
         moves_tools_to_last_turn=moves_tools_to_last_turn(hf, [SYSTEM, USER] if first else [USER]),
         tools_can_lead=first and tools_can_lead(hf),
-        reads_clock="strftime_now" in source,
+        reads_clock=any("strftime_now" in text for text in template_sources(hf)),
         openings={
             (role, thinking): opening(hf, turns, thinking, as_tool_call)
             for role, turns in (("user", [USER]), ("system", [USER, REMINDER]), ("tool", loop))
             for thinking in (False, True)
         },
     )
+
+
+def template_sources(hf: Any) -> list[str]:
+    """The sources of a tokenizer's chat templates: some have one for requests with tools, and one for others."""
+    templates = hf.chat_template
+    return list(templates.values()) if isinstance(templates, dict) else [templates]
 
 
 def tool_loop(as_tool_call: bool, call_id: str = CALL_ID) -> list[ChatMessage]:

@@ -164,7 +164,10 @@ def apply_with_tools_first(turns: list[ChatMessage], chat: Chat, tokenizer: Toke
         place = place_of_tools(hf, system, tools)
         return astuple(place) if place else ()
 
-    if found := kept(["tools", tools], find_place, chat, tokenizer):
+    found = kept(["tools", tools], find_place, chat, tokenizer)
+    if found and not ToolsPlace(*found).is_in(text, system):
+        found = find_place()  # the one that was kept may hold another request's system text, changed by the template
+    if found:
         text = ToolsPlace(*found).tools_first(text, system)
     before, _, rest = text.rpartition(system)
     return f"{before}{turns[0]['content']}{rest}"

@@ -20,10 +20,14 @@ class ToolsPlace:
 
     def tools_first(self, text: str, system: str) -> str:
         """A conversation's text with tools and system text exchanged; `system` occurs once. Raises Refused."""
-        found = self.before + system + self.gap + self.tools
-        if not text.startswith(found):
+        if not self.is_in(text, system):
             raise Refused("expected the tools right after the system text, in its turn, found them elsewhere")
-        return self.before + self.tools + self.gap + system + text[len(found) :]
+        rest = text[len(self.before + system + self.gap + self.tools) :]
+        return self.before + self.tools + self.gap + system + rest
+
+    def is_in(self, text: str, system: str) -> bool:
+        """Whether a conversation's text begins with system text and tools in this place."""
+        return text.startswith(self.before + system + self.gap + self.tools)
 
 
 def place_of_tools(hf: Any, system: str, tools: list[dict[str, Any]]) -> ToolsPlace | None:

@@ -652,6 +652,32 @@ class TestRenderings:
         assert tokenizer.template.reads_clock
         assert renderings(tokenizer, self.asked(2), self.asked(2)) == [3, 3]
 
+    def test_of_two_templates_either_may_read_the_clock(self) -> None:
+        hf = copy.copy(tokenizer_of(next(f for f in FAMILIES if f.name == "mistral-v3")).hf)
+        for clock, name in (("default", "tool_use"), ("tool_use", "default")):
+            plain = hf.chat_template if isinstance(hf.chat_template, str) else hf.chat_template[clock]
+            hf.chat_template = {clock: "{{ strftime_now('%Y') }}" + plain, name: plain}
+            assert make_tokenizer(hf).template.reads_clock
+            hf.chat_template = plain
+
+    def test_a_template_that_changes_the_system_text_has_its_tools_first_each_time(self) -> None:
+        tools = "{% if loop.first and tools %}[{{ tools | tojson }}]{% endif %}"
+        head = "{% if m.role == 'system' %}{{ m.content | upper }} {{ m.content }}" + tools
+        turns = head + "{% else %}" + tools + "{{ m.content }}{% endif %}"
+        tokenizer = make_tokenizer(byte_level_with("{% for m in messages %}" + turns + "<|end|>{% endfor %}"))
+        asked = request(USER, system="S", tools=TOOLS)
+        outcomes = {refusal_of(asked, tokenizer) for _ in range(3)}
+        assert outcomes == {""}, "what was kept for the first request is not the second one's"
+
+
+def refusal_of(asked: CountTokensRequest, tokenizer: Tokenizer) -> str:
+    """Why a prompt with its tools first is refused, or nothing."""
+    try:
+        prompt(asked, tokenizer, tools_first=True)
+    except InvalidRequest as error:
+        return str(error)
+    return ""
+
 
 def fresh(family: Family) -> Tokenizer:
     """The family's tokenizer with nothing kept."""
