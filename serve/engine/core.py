@@ -336,6 +336,8 @@ class EngineCore:
 
     def cancel(self, numbers: set[int]) -> None:
         """End the requests with these numbers, without an event."""
+        if not numbers:
+            return
         for sequence in [s for s in self.waiting if s.number in numbers]:
             self.waiting.remove(sequence)
             sequence.end()

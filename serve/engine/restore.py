@@ -78,6 +78,11 @@ class Slice:
         """Tokens that are computed once the slice is in its place."""
         return self.pages[-1].index * page_size + self.pages[-1].tokens
 
+    def cancel(self) -> None:
+        """Do not read it, if that has not begun."""
+        if self.loading is not None:
+            self.loading.cancel()
+
 
 @dataclass(eq=False)
 class Restore:
@@ -92,8 +97,7 @@ class Restore:
         """Do not look up and read what will not be used."""
         self.looking.cancel()
         for piece in self.slices or ():
-            if piece.loading is not None:
-                piece.loading.cancel()
+            piece.cancel()
 
 
 class Restorer:
@@ -164,7 +168,7 @@ class Restorer:
             sequence.mark_unsaved(found.missing)
             restore.slices = self._plan(found.pages)
         while restore.slices and restore.slices[0].stop(self.page_size) <= sequence.computed:
-            restore.slices.popleft()
+            restore.slices.popleft().cancel()
         self._start_reads(restore, self.restore_bytes // (1 if sequence.lease else 2))
         if sequence.lease and restore.slices and not self.tokens_before_page(sequence):
             self._check_first(restore, restore.slices[0])
