@@ -490,8 +490,9 @@ class TestCancelling:
         raise AssertionError("every answer ends")
 
     def test_a_client_that_leaves_the_queue_never_runs(self, client: httpx.Client, server: Server) -> None:
-        running = [open_request(server.url, ask(long(number, 6000), 1)) for number in (60, 61, 62, 63)]
-        eventually(lambda: scrape(client)["tokenzero_num_requests_running"] == 4, "the batch is full")
+        answered = scrape(client)["tokenzero_requests_total"]
+        running = [open_request(server.url, ask(f"Go on for long, {number}", 5000)) for number in range(4)]
+        eventually(lambda: scrape(client)["tokenzero_requests_total"] == answered + 4, "the batch is full, and decodes")
         queued = [open_request(server.url, ask("I shall not wait", 5)) for _ in range(3)]
         eventually(lambda: scrape(client)["tokenzero_num_requests_waiting"] == 3, "three wait")
         before = scrape(client)["tokenzero_requests_total"]
