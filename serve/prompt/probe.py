@@ -128,11 +128,11 @@ def common_start(*texts: str) -> str:
 
 
 def control_tokens(hf: Any, format: Format) -> re.Pattern[str] | None:
-    """A pattern of the special tokens, and of those other added tokens that the template or the format writes.
+    """A pattern of the special tokens, and of those other added tokens that a template or the format writes.
 
     Added tokens that neither writes, such as the HTML tags of some vocabularies, are words like any other.
     """
-    structure = hf.get_chat_template(tools=[TOOL]) + "".join(format.delimiters)
+    structure = "".join([*template_sources(hf), *format.delimiters])
     tokens = [str(t) for t in hf.added_tokens_decoder.values() if str(t).strip() and (t.special or str(t) in structure)]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 

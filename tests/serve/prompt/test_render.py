@@ -686,6 +686,15 @@ def fresh(family: Family) -> Tokenizer:
 
 
 class TestControlTokens:
+    def test_what_either_of_two_templates_writes_is_a_control_token(self) -> None:
+        turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        hf = byte_level_with(turns)
+        hf.add_tokens(["[PLAIN]"])
+        hf.chat_template = {"default": "[PLAIN]" + turns, "tool_use": turns}
+        controls = make_tokenizer(hf).template.control_tokens
+        assert controls is not None
+        assert controls.search("a[PLAIN]b")
+
     @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
     def test_text_from_outside_never_becomes_a_control_token(self, family: Family) -> None:
         tokenizer = tokenizer_of(family)
