@@ -68,7 +68,7 @@ ENGINE: tuple[Figure[Engine], ...] = (
         "pages_evicted",
         COUNTER,
         "Cached pages evicted for new ones",
-        lambda engine: engine.core.memory.prefix_cache.stats().pages_evicted,
+        lambda engine: engine.core.memory.prefix_cache.tree.evicted_pages,
     ),
     Figure("num_requests_running", GAUGE, "Sequences in the batch", lambda engine: len(engine.running)),
     Figure("num_requests_waiting", GAUGE, "Requests in the queue", lambda engine: len(engine.waiting)),
@@ -203,7 +203,7 @@ def pages_by_state(engine: Engine) -> dict[str, int]:
 
 def tier_names(restorer: Restorer) -> list[str]:
     """The names of the tiers below the device, the fastest first."""
-    return [tier.name for tier in restorer.tiers.pages.stats()]
+    return [tier.name for tier in restorer.tiers.pages.tiers]
 
 
 def read_figures(figures: Iterable[Figure[S]], source: S) -> Iterator[Metric]:
