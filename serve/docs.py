@@ -11,7 +11,7 @@ from pathlib import Path
 
 from serve.diagnosis.causes import CAUSES
 from serve.proxy.cli import ProxyConfig
-from serve.rules.normalize import DEFAULT_RULES, RULES
+from serve.rules.normalize import RULE_COLUMNS, rule_rows
 from serve.server.app import ROUTES
 from serve.server.config import ServerConfig
 from serve.server.metrics import documented_metrics
@@ -57,11 +57,7 @@ def metric_table() -> str:
 
 def rule_table() -> str:
     """The rules for prompts."""
-    rows = [
-        (f"`{name}`", "on" if name in DEFAULT_RULES else "off", rule.description, rule.reads)
-        for name, rule in RULES.items()
-    ]
-    return markdown_table(("rule", "default", "what it does", "what the model reads"), rows)
+    return markdown_table(RULE_COLUMNS, [(f"`{name}`", *cells) for name, *cells in rule_rows()])
 
 
 TABLES: dict[str, Callable[[], str]] = {

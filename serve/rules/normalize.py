@@ -12,7 +12,7 @@ To add a rule:
    `serve explain` take it from there.
 3. Add what it repairs to `cases` in `experiments/stability.py`, and test it in `tests/serve/rules/test_rules.py`.
    `tests/serve/rules/test_body.py` runs every rule of RULES on bytes as well.
-4. Add its row to the table of rules in the README.
+4. `python -m serve.docs` writes its row into the tables of the READMEs.
 """
 
 import re
@@ -185,6 +185,14 @@ RULES = {
     ),
 }
 DEFAULT_RULES = frozenset({"strip-preamble"})
+RULE_COLUMNS = ("rule", "default", "what it does", "what the model reads")
+
+
+def rule_rows() -> list[tuple[str, str, str, str]]:
+    """The rules as rows of a table with RULE_COLUMNS."""
+    return [
+        (name, "on" if name in DEFAULT_RULES else "off", rule.description, rule.reads) for name, rule in RULES.items()
+    ]
 
 
 def parse_rules(names: str) -> frozenset[str]:

@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from typing import Any, Protocol, TypeVar
 
-from serve.rules.normalize import DEFAULT_RULES, RULES
+from serve.rules.normalize import DEFAULT_RULES, RULE_COLUMNS, rule_rows
 
 C = TypeVar("C")
 
@@ -177,9 +177,9 @@ def print_rules() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("rule", "default", "what it does", "what the model reads")
-    for name, rule in RULES.items():
-        table.add_row(name, "on" if name in DEFAULT_RULES else "off", rule.description, rule.reads)
+    table = Table(*RULE_COLUMNS)
+    for row in rule_rows():
+        table.add_row(*row)
     Console().print(table)
 
 
