@@ -29,6 +29,11 @@ FLAGS = (
 BILLING = "x-anthropic-billing-header: cc_version=2.1.179.471; cc_entrypoint=sdk-cli; cch={:05x};"
 
 
+def encoded(body: object) -> bytes:
+    """A request's body."""
+    return json.dumps(body).encode()
+
+
 def ask(text: str, max_tokens: int = 8, **more: Any) -> Json:
     """A greedy request of one user message."""
     message = {"role": "user", "content": text}

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import httpx2
 import openai
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from serve.api import answers
 from serve.api import messages as wire
+from tests.helpers.http import encoded
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Requests of one of the APIs as the Messages API has them: `minimal` with other fields, read by `read`."""
+
+    read: Callable[[bytes], tuple[wire.MessagesRequest, Any]]
+    minimal: dict[str, Any]
+
+    def __call__(self, **fields: Any) -> wire.MessagesRequest:
+        """The request with these fields."""
+        return self.read(encoded(self.minimal | fields))[0]
+
+    def refusal(self, **fields: Any) -> str:
+        """Why the request with these fields is refused."""
+        with pytest.raises(wire.InvalidRequest) as caught:
+            self(**fields)
+        return str(caught.value)
+
 
 USAGE = answers.Usage(3, 5, 7, 11)
 ANSWER = answers.Message(

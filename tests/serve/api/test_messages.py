@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from serve.api import answers
 from serve.api import messages as wire
 from serve.api.messages import InputMessage, InvalidRequest, TextBlock, decode_count_tokens, decode_request
+from tests.helpers.http import encoded
 from tests.helpers.mutations import mutated
 
 USER = {"role": "user", "content": "Hi"}
@@ -68,10 +69,6 @@ AGENT = {
     "service_tier": "auto",
     "betas": [None],
 }
-
-
-def encoded(body: object) -> bytes:
-    return json.dumps(body).encode()
 
 
 def refusal(body: object) -> str:

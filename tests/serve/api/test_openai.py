@@ -18,19 +18,20 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from experiments.harness.server import Server
 from serve.api import answers
 from serve.api import messages as wire
-from serve.api.messages import InputMessage, InvalidRequest, MessagesRequest, TextBlock, decode_request
+from serve.api.messages import InputMessage, InvalidRequest, TextBlock, decode_request
 from serve.api.openai import read_chat
 from serve.api.openai.chat_answer import ChatWriter
 from serve.api.openai.errors import error_body, is_openai, status_of
 from serve.api.openai.models import model_body, models_body
 from serve.server.prepare import seed_of
-from tests.helpers.http import CONTEXT, ask, long, post, prompt_tokens, text_of
+from tests.helpers.http import CONTEXT, ask, encoded, long, post, prompt_tokens, text_of
 from tests.helpers.mutations import mutated
 from tests.helpers.openai_clients import (
     ANSWER,
     ANY_REQUEST,
     BROKEN,
     EVENTS,
+    Translation,
     client_of,
     data_of,
     json_values,
@@ -90,18 +91,8 @@ AGENT = {
 }
 
 
-def encoded(body: object) -> bytes:
-    return json.dumps(body).encode()
-
-
-def translated(**fields: Any) -> MessagesRequest:
-    return read_chat(encoded(MINIMAL | fields))[0]
-
-
-def refusal(**fields: Any) -> str:
-    with pytest.raises(InvalidRequest) as caught:
-        translated(**fields)
-    return str(caught.value)
+translated = Translation(read_chat, MINIMAL)
+refusal = translated.refusal
 
 
 class TestRequests:

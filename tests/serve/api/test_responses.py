@@ -23,7 +23,7 @@ from serve.api.messages import InputMessage, InvalidRequest, MessagesRequest, Te
 from serve.api.openai import read_responses
 from serve.api.openai.responses_answer import ResponseWriter
 from serve.api.openai.responses_request import ResponsesRequest
-from tests.helpers.http import ask, post, prompt_tokens, text_of
+from tests.helpers.http import ask, encoded, post, prompt_tokens, text_of
 from tests.helpers.mutations import mutated
 from tests.helpers.openai_clients import (
     ANSWER,
@@ -31,6 +31,7 @@ from tests.helpers.openai_clients import (
     BROKEN,
     EVENTS,
     USAGE,
+    Translation,
     client_of,
     data_of,
     json_values,
@@ -112,18 +113,8 @@ AGENT = {
 }
 
 
-def encoded(body: object) -> bytes:
-    return json.dumps(body).encode()
-
-
-def translated(**fields: Any) -> MessagesRequest:
-    return read_responses(encoded(MINIMAL | fields))[0]
-
-
-def refusal(**fields: Any) -> str:
-    with pytest.raises(InvalidRequest) as caught:
-        translated(**fields)
-    return str(caught.value)
+translated = Translation(read_responses, MINIMAL)
+refusal = translated.refusal
 
 
 class TestRequests:
