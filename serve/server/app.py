@@ -39,7 +39,6 @@ from serve.web.assets import PAGE
 from serve.web.headers import APPLIED_HEADER, RULES_HEADER, SALT_HEADER
 from serve.web.pages import (
     ASSET_ROUTES,
-    MAX_BODY_BYTES,
     MAX_LISTED_RULES,
     get_asset,
     get_request,
@@ -52,7 +51,7 @@ from serve.web.timing import Phases
 log = logging.getLogger("tokenzero.app")
 
 
-def create_app(context: ServerContext, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
+def create_app(context: ServerContext) -> Starlette:
     """The application over an engine that is not started yet; the engine starts and stops with the application."""
 
     @asynccontextmanager
@@ -71,7 +70,13 @@ def create_app(context: ServerContext, api_key: str | None = None, max_body_byte
             run_in_threadpool(context.replay.close, engine.settings.stop_seconds),
         )
 
-    guard = Middleware(RequestGuardMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=context.metrics)
+    config = context.config
+    guard = Middleware(
+        RequestGuardMiddleware,
+        api_key=config.api_key,
+        max_body_bytes=config.max_body_bytes,
+        metrics=context.metrics,
+    )
     app = Starlette(
         routes=[*ROUTES, *ASSET_ROUTES],
         middleware=[guard],

@@ -138,7 +138,7 @@ def serve(context: ServerContext) -> None:
     from serve.server.app import create_app
 
     config = context.config
-    app = create_app(context, config.api_key, config.max_body_bytes)
+    app = create_app(context)
     # What is loaded stays: each full garbage collection that looks through it would stop all threads for up to 0.3 s.
     gc.collect()
     gc.freeze()
