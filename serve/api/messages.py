@@ -5,12 +5,14 @@ This module knows no tokens, no templates and no HTTP, and never changes a reque
 Formats: https://docs.claude.com/en/api/messages and https://docs.claude.com/en/api/messages-count-tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from serve.api import unread
+from serve.api.mend import mended
 from serve.api.stops import MAX_STOP_CHARS, MAX_STOPS
 from serve.api.validation import explain_error
 from serve.limits.bodies import excess
@@ -57,29 +59,91 @@ class ToolReferenceBlock(Struct, frozen=True, tag="tool_reference"):
     tool_name: str
 
 
+class ImageBlock(Struct, frozen=True, tag="image"):
+    """An image, which a text model cannot read. `mend` makes it of an image of any source, whose bytes it drops."""
+
+    media_type: str  # empty if the request does not say it
+    size: int  # bytes; 0 if unknown
+    where: str = ""  # the URL without its query, or the id of a file
+
+    @property
+    def text(self) -> str:
+        """What the model reads in its place."""
+        return unread.image_text(self.media_type, self.size, self.where)
+
+
 class TextSource(Struct, frozen=True, tag="text"):
-    """The plain text of a document: the only kind that a text model can read."""
+    """The plain text of a document."""
 
     data: str
 
+    @property
+    def text(self) -> str:
+        """The text."""
+        return self.data
+
+
+class ContentSource(Struct, frozen=True, tag="content"):
+    """The text of a document, or its blocks."""
+
+    content: str | tuple[TextBlock | ImageBlock, ...]
+
+    @property
+    def text(self) -> str:
+        """The texts of the blocks, separated by blank lines."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n\n".join(block.text for block in self.content if block.text)
+
+
+class UnreadSource(Struct, frozen=True, tag="unread"):
+    """A document that cannot be read, and why. `mend` makes it of sources that have no text."""
+
+    media_type: str  # empty if the request does not say it
+    size: int  # bytes; 0 if unknown
+    reason: str
+    where: str = ""  # the URL without its query, or the id of a file
+
+    @property
+    def text(self) -> str:
+        """What the model reads in its place."""
+        return unread.document_text(self.reason, self.media_type, self.size, self.where)
+
 
 class DocumentBlock(Struct, frozen=True, tag="document"):
-    """A plain-text document, with its title and context."""
+    """A document, with its title and context."""
 
-    source: TextSource
+    source: TextSource | ContentSource | UnreadSource
     title: str | None = None
     context: str | None = None
 
-
-class ImageBlock(Struct, frozen=True, tag="image"):
-    """An image: part of the API, but refused, as the model reads text only."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError."""
-        raise ValueError("expected text, got an image, which this model cannot read")
+    @property
+    def text(self) -> str:
+        """Title, context and text, line by line."""
+        return "\n".join(part for part in (self.title, self.context, self.source.text) if part)
 
 
-ResultBlock = TextBlock | DocumentBlock | ToolReferenceBlock | ImageBlock
+class SearchResultBlock(Struct, frozen=True, tag="search_result"):
+    """A passage that a search by the client found."""
+
+    source: str
+    title: str
+    content: tuple[TextBlock, ...]
+
+    @property
+    def text(self) -> str:
+        """Title, source and passages, line by line."""
+        return "\n".join(part for part in (self.title, self.source, *(block.text for block in self.content)) if part)
+
+
+class UnreadBlock(Struct, frozen=True, tag="unread"):
+    """A block that has no struct of its own, or violates it, as a short text. Made by `mend`."""
+
+    kind: str  # its type
+    text: str  # what the model reads in its place
+
+
+ResultBlock = TextBlock | DocumentBlock | SearchResultBlock | ToolReferenceBlock | ImageBlock | UnreadBlock
 
 
 class ToolResultBlock(Struct, frozen=True, tag="tool_result"):
@@ -119,9 +183,12 @@ class ToolChoice(Struct, frozen=True):
 
 
 class Thinking(Struct, frozen=True):
-    """Whether the model thinks first: always (enabled), as it likes (adaptive) or never. The budget is not checked."""
+    """Whether the model thinks first: always (enabled), as it likes (adaptive, between_tools) or never.
 
-    type: Literal["enabled", "adaptive", "disabled"]
+    The budget is not checked.
+    """
+
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: PositiveInt | None = None
     display: str | None = None  # `omitted`: the client wants the signatures only
 
@@ -197,12 +264,12 @@ class InvalidRequest(Exception):
 
 def decode_request(body: bytes | bytearray) -> MessagesRequest:
     """Decode the body of `POST /v1/messages`. Raises InvalidRequest if it is not one."""
-    return decode(_MESSAGES, body, _CHOICES)
+    return decode(_MESSAGES, body, _CHOICES, mended)
 
 
 def decode_count_tokens(body: bytes | bytearray) -> CountTokensRequest:
     """Decode the body of `POST /v1/messages/count_tokens`. Raises InvalidRequest if it is not one."""
-    return decode(_COUNT_TOKENS, body, _CHOICES)
+    return decode(_COUNT_TOKENS, body, _CHOICES, mended)
 
 
 _MESSAGES = msgspec.json.Decoder(MessagesRequest)
@@ -211,15 +278,49 @@ _COUNT_TOKENS = msgspec.json.Decoder(CountTokensRequest)
 R = TypeVar("R")
 
 
-def decode(decoder: msgspec.json.Decoder[R], body: bytes | bytearray, choices: Mapping[str, str]) -> R:
-    """Decode a body with the decoder of its schema. Raises InvalidRequest; `choices` as in `explain_error`."""
+def decode(
+    decoder: msgspec.json.Decoder[R],
+    body: bytes | bytearray,
+    choices: Mapping[str, str],
+    mend: Callable[[Any], Any] | None = None,
+) -> R:
+    """Decode a body with the decoder of its schema. Raises InvalidRequest; `choices` as in `explain_error`.
+
+    `mend`, if given, rewrites the JSON of a body that violates the schema, so that history which cannot be read costs
+    no request. What the schema accepts, it leaves as it is.
+    """
     if problem := excess(body):
         raise InvalidRequest(f"body: {problem}")
     try:
         return decoder.decode(body)
-    # ValueError: malformed JSON, bad UTF-8 or a violated schema. RecursionError: JSON that is nested too deeply.
+    except msgspec.ValidationError as error:
+        if mend is not None:
+            return _decode_mended(decoder, body, choices, mend, error)
+        raise InvalidRequest(explain_error(error, body, choices)) from None
+    # ValueError: malformed JSON or bad UTF-8. RecursionError: JSON that is nested too deeply.
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(explain_error(error, body, choices)) from None
+
+
+def _decode_mended(
+    decoder: msgspec.json.Decoder[R],
+    body: bytes | bytearray,
+    choices: Mapping[str, str],
+    mend: Callable[[Any], Any],
+    violation: msgspec.ValidationError,
+) -> R:
+    """Decode a body after `mend`. Raises InvalidRequest for what is left, or for `violation` if nothing was mended."""
+    try:
+        plain = msgspec.json.decode(body)
+        repaired = mend(plain)
+    except (ValueError, RecursionError):  # such as a number that Python cannot hold
+        raise InvalidRequest(explain_error(violation, body, choices)) from None
+    if repaired == plain:
+        raise InvalidRequest(explain_error(violation, body, choices))
+    try:
+        return msgspec.convert(repaired, decoder.type)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(explain_error(error, msgspec.json.encode(repaired), choices)) from None
 
 
 def _tags(union: Any) -> str:
@@ -232,11 +333,9 @@ _CHOICES = {
     "messages.role": ", ".join(get_args(Role)),
     "messages.content.type": _tags(Block),
     "messages.content.content.type": _tags(ResultBlock),
-    "messages.content.source.type": _tags(TextSource),
-    "messages.content.content.source.type": _tags(TextSource),
     "system.type": _tags(TextBlock),
     "tools.type": "custom (the vendor's own tools are not available here)",
     "tool_choice.type": "auto, any, tool, none",
-    "thinking.type": "enabled, adaptive, disabled",
+    "thinking.type": "enabled, adaptive, between_tools, disabled",
     "output_config.format.type": _tags(JsonSchemaFormat),
 }

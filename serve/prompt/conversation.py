@@ -10,13 +10,16 @@ from serve.api.messages import (
     Block,
     CountTokensRequest,
     DocumentBlock,
+    ImageBlock,
     InputMessage,
     ResultBlock,
+    SearchResultBlock,
     TextBlock,
     ThinkingBlock,
     ToolReferenceBlock,
     ToolResultBlock,
     ToolUseBlock,
+    UnreadBlock,
 )
 
 ChatMessage = dict[str, Any]  # one message as chat templates take it
@@ -117,10 +120,8 @@ def join(content: tuple[Block | ResultBlock, ...] | list[Block]) -> str:
 
 def block_text(block: Block | ResultBlock) -> str:
     """The text that a block adds to the visible text of its turn."""
-    if isinstance(block, TextBlock):
+    if isinstance(block, TextBlock | DocumentBlock | SearchResultBlock | ImageBlock | UnreadBlock):
         return block.text
-    if isinstance(block, DocumentBlock):
-        return "\n".join(part for part in (block.title, block.context, block.source.data) if part)
     if isinstance(block, ToolReferenceBlock):
         return block.tool_name
     return ""

@@ -44,6 +44,13 @@ from serve.api.openai.common import (
 class ImagePart(ImageBlock, frozen=True, tag="image_url"):
     """An image, which is refused."""
 
+    media_type: str = ""
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError."""
+        raise ValueError("expected text, got an image, which this model cannot read")
+
 
 class SystemMessage(Struct, frozen=True, tag_field="role", tag="system"):
     """Instructions, at the start of the conversation or anywhere in it."""

@@ -71,6 +71,13 @@ class SummaryText(Struct, frozen=True, tag="summary_text"):
 class InputImage(ImageBlock, frozen=True, tag="input_image"):
     """An image, which is refused."""
 
+    media_type: str = ""
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError."""
+        raise ValueError("expected text, got an image, which this model cannot read")
+
 
 CALLABLE = ("function", "custom", "namespace")  # the types of tools that are offered to the model
 TEXT_INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}

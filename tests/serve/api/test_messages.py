@@ -156,7 +156,6 @@ BAD_FIELDS = [
     ({"model": 3}, "model: expected str, got 3"),
     ({"stream": "yes"}, 'stream: expected bool, got "yes"'),
     ({"system": 3}, "system: expected str | array | null, got 3"),
-    ({"system": [{"type": "image"}]}, 'system[0].type: expected text, got "image"'),
     ({"system": [{"type": "text"}]}, "system[0].text: field required"),
     ({"temperature": 2.5}, "temperature: expected float <= 2.0, got 2.5"),
     ({"temperature": -1}, "temperature: expected float >= 0.0, got -1"),
@@ -185,7 +184,7 @@ BAD_FIELDS = [
         {"thinking": {"type": "enabled", "budget_tokens": 0}},
         "thinking.budget_tokens: expected int >= 1, got 0",
     ),
-    ({"thinking": {"type": "deep"}}, 'thinking.type: expected enabled, adaptive, disabled, got "deep"'),
+    ({"thinking": {"type": "deep"}}, 'thinking.type: expected enabled, adaptive, between_tools, disabled, got "deep"'),
     ({"output_config": {"format": {"type": "xml"}}}, 'output_config.format.type: expected json_schema, got "xml"'),
 ]
 
@@ -206,39 +205,6 @@ def test_what_is_ignored_is_not_kept() -> None:
     ignored = {"metadata": {"a": []}, "service_tier": "auto", "context_management": {"edits": []}, "new": [1]}
     assert decode_request(encoded(MINIMAL | ignored)) == decode_request(encoded(MINIMAL))
     assert not ignored.keys() & set(wire.MessagesRequest.__struct_fields__)
-
-
-BAD_BLOCKS = [
-    ({"type": "image", "source": {}}, ": expected text, got an image, which this model cannot read"),
-    (
-        {"type": "video"},
-        ".type: expected text, thinking, tool_use, redacted_thinking, tool_result, document, tool_reference, image, "
-        'got "video"',
-    ),
-    ({"text": "Hi"}, ".type: field required"),
-    ("Hi", ': expected object, got "Hi"'),
-    ({"type": "text", "text": None}, ".text: expected str, got null"),
-    ({"type": "tool_use", "id": "a", "name": "b", "input": "{}"}, '.input: expected object, got "{}"'),
-    ({"type": "tool_result", "content": ""}, ".tool_use_id: field required"),
-    ({"type": "tool_result", "tool_use_id": "a", "content": 1}, ".content: expected str | array | null, got 1"),
-    (
-        {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]},
-        ".content[0]: expected text, got an image, which this model cannot read",
-    ),
-    (
-        {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "tool_use"}]},
-        '.content[0].type: expected text, document, tool_reference, image, got "tool_use"',
-    ),
-    ({"type": "document", "source": {"type": "base64"}}, '.source.type: expected text, got "base64"'),
-    ({"type": "text", "text": ["long"] * 99}, '.text: expected str, got ["long","long",'),
-]
-
-
-@pytest.mark.parametrize(("block", "message"), BAD_BLOCKS)
-def test_a_refusal_names_the_path_of_a_block(block: object, message: str) -> None:
-    found = refusal({**MINIMAL, "messages": [USER, {"role": "user", "content": [block]}]})
-    assert found.startswith(f"messages[1].content[0]{message}")
-    assert len(found) < 300
 
 
 @pytest.mark.parametrize("name", MINIMAL)
