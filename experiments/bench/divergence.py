@@ -28,7 +28,7 @@ from serve.api.messages import decode_count_tokens
 from serve.diagnosis.divergence import REMEMBERED, Divergences, EncodedRequest, RememberedRequest, nearest
 from serve.diagnosis.sections import vocabulary_of
 from serve.diagnosis.volatility import Volatility
-from serve.formats.families import write_turn
+from serve.formats.format import write_turn
 from serve.prompt.conversation import answers
 from serve.prompt.render import prompt
 from serve.prompt.replay import RecordedAnswer

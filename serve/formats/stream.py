@@ -1,7 +1,7 @@
 """Sampled tokens to the events of an answer, as a stream: thinking, text and tool calls.
 
 Only whole characters are sent, and no text that may still become a delimiter, a call or a stop sequence. How a family
-of models writes delimiters and calls is in `families`.
+of models writes delimiters and calls is in `format`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.api.stops import Stops
-from serve.formats.families import Format
+from serve.formats.format import Format
 from serve.formats.readers import SPACE, WHITESPACE, Call, Calls, Malformed, Source, match_end
 
 # An incomplete character decodes to this character, which vocabularies themselves spell in one of these ways.

@@ -16,7 +16,8 @@ from typing import Any
 from llguidance import regex_to_lark
 
 from serve.api.messages import InvalidRequest, MessagesRequest, Tool, ToolUseBlock
-from serve.formats.families import Format, to_json, xml_call
+from serve.formats.families import xml_call
+from serve.formats.format import Format, to_json
 from serve.formats.readers import KEY, NAME
 from serve.formats.schemas import (
     alternatives,

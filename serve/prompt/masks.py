@@ -16,7 +16,7 @@ import psutil
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from serve.api.messages import InvalidRequest, MessagesRequest
-from serve.formats.families import Format
+from serve.formats.format import Format
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
 from serve.prompt.grammar import GRAMMAR_CHARS, Grammar, grammar_of

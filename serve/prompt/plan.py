@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from serve.api.messages import Block, CountTokensRequest, TextBlock, ThinkingBlock, ToolUseBlock
-from serve.formats.families import Format
+from serve.formats.format import Format
 from serve.prompt.adapt import adapt_conversation
 from serve.prompt.conversation import ChatMessage, answers, conversation, is_prefilled, tool_definitions, wants_thinking
 from serve.prompt.template import Opening, Template, answer_turn

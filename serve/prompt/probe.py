@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from serve.formats.families import Format, choose_format
+from serve.formats.families import choose_format
+from serve.formats.format import Format
 from serve.prompt.conversation import ChatMessage
 from serve.prompt.template import CALL_ID, Opening, Refused, Template, answer_turn, apply
 from serve.prompt.tools_first import place_of_tools

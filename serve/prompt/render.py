@@ -29,7 +29,7 @@ import msgspec
 import numpy as np
 
 from serve.api.messages import CountTokensRequest, InvalidRequest
-from serve.formats.families import Format, within_thinking, write_turn
+from serve.formats.format import Format, within_thinking, write_turn
 from serve.prompt.conversation import ChatMessage
 from serve.prompt.plan import Chat, PlannedAnswer, break_block, break_turn, plan_chat
 from serve.prompt.replay import RecordedAnswer

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
 
-from serve.formats.families import Format
+from serve.formats.format import Format
 from serve.prompt.conversation import ChatMessage
 
 CALL_ID = "call00000"  # nine letters and digits: Mistral's templates take no other id

@@ -40,7 +40,7 @@ from serve.diagnosis.divergence import RememberedRequest
 from serve.engine.engine import generate
 from serve.engine.request import Event as EngineEvent
 from serve.engine.request import Failed, Finished, Started, TokenEvent
-from serve.formats.families import format_for_json
+from serve.formats.format import format_for_json
 from serve.formats.stream import AnswerStream
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import sign

@@ -25,7 +25,7 @@ from serve.api.answers import (
 )
 from serve.api.messages import MessagesRequest
 from serve.engine.request import Started
-from serve.formats.families import text_after_call
+from serve.formats.format import text_after_call
 from serve.formats.readers import Call
 from serve.formats.stream import AnswerEvent, AnswerStream, Stopped
 from serve.server.blocks import BlockStream, thinking_display

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from serve.api.messages import Block, CountTokensRequest, TextBlock, ThinkingBlock, ToolUseBlock, decode_count_tokens
-from serve.formats.families import write_turn
+from serve.formats.format import write_turn
 from serve.prompt.tokenizer import Tokenizer
 
 Json = dict[str, Any]

@@ -15,15 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.api.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.api.stops import Stops
-from serve.formats.families import (
-    BY_NAME,
-    choose_format,
-    format_for_json,
-    mistral_id,
-    text_after_call,
-    within_thinking,
-    write_turn,
-)
+from serve.formats.families import BY_NAME, choose_format, mistral_id
+from serve.formats.format import format_for_json, text_after_call, within_thinking, write_turn
 from serve.formats.readers import SPACE, Call
 from serve.formats.schemas import types_of
 from serve.formats.stream import NO_STOPS, AnswerStream, Stopped, Text, Thinking, ThinkingEnd

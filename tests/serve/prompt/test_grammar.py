@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from model.sampling import Sampling, sample
 from serve.api.messages import InvalidRequest, ToolUseBlock, decode_request
-from serve.formats.families import BY_NAME, Format, write_turn
+from serve.formats.families import BY_NAME
+from serve.formats.format import Format, write_turn
 from serve.formats.readers import CALLS_END, Call
 from serve.formats.stream import NO_STOPS, AnswerStream, Thinking, ThinkingEnd
 from serve.prompt.grammar import Grammar, grammar_of

@@ -31,7 +31,7 @@ from serve.api.messages import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from serve.formats.families import write_turn
+from serve.formats.format import write_turn
 from serve.prompt.render import Prompt, prompt
 from serve.prompt.replay import RecordedAnswer, ReplayLog, keys, pack, unpack
 from serve.prompt.signing import sign, signing_key, verify

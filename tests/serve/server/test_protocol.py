@@ -16,7 +16,7 @@ import pytest
 from model.config import ModelConfig
 from model.params import Params
 from serve.api.messages import MessagesRequest, ToolUseBlock
-from serve.formats.families import write_turn
+from serve.formats.format import write_turn
 from serve.prompt.signing import verify
 from serve.prompt.tokenizer import Tokenizer
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
