@@ -16,6 +16,7 @@ from serve.api.mend import mended
 from serve.api.stops import MAX_STOP_CHARS, MAX_STOPS
 from serve.api.validation import explain_error
 from serve.limits.bodies import excess
+from serve.limits.surrogates import mend_surrogates
 
 Role = Literal["user", "assistant", "system"]
 
@@ -299,6 +300,8 @@ def decode(
         raise InvalidRequest(explain_error(error, body, choices)) from None
     # ValueError: malformed JSON or bad UTF-8. RecursionError: JSON that is nested too deeply.
     except (ValueError, RecursionError) as error:
+        if (mended := mend_surrogates(body)) is not body:
+            return decode(decoder, mended, choices)
         raise InvalidRequest(explain_error(error, body, choices)) from None
 
 

@@ -27,11 +27,12 @@ from serve.api.openai import read_chat, read_responses
 from serve.api.openai.errors import is_openai
 from serve.api.openai.models import model_body, models_body
 from serve.engine.inbox import Overloaded
+from serve.limits.encodings import ENCODINGS, BodyTooLarge, MalformedBody, UnsupportedEncoding, decode_body
 from serve.rules.normalize import parse_rules
 from serve.server.answer import answer, collect
 from serve.server.context import RequestContext, ServerContext, unrendered
 from serve.server.heartbeat import heartbeat
-from serve.server.middleware import RequestGuardMiddleware, TooLarge
+from serve.server.middleware import RequestGuardMiddleware
 from serve.server.prepare import Prepared, prepare, prompt_length
 from serve.server.trim import trim_while_idle
 from serve.web.access import error_response
@@ -82,7 +83,11 @@ def create_app(context: ServerContext) -> Starlette:
         middleware=[guard],
         exception_handlers={
             InvalidRequest: lambda request, error: error_response(request.scope, 400, str(error)),
-            TooLarge: lambda request, error: error_response(request.scope, 413, str(error)),
+            MalformedBody: lambda request, error: error_response(request.scope, 400, str(error)),
+            BodyTooLarge: lambda request, error: error_response(request.scope, 413, str(error)),
+            UnsupportedEncoding: lambda request, error: error_response(
+                request.scope, 415, str(error), {"accept-encoding": ", ".join(ENCODINGS)}
+            ),
             Overloaded: lambda request, error: error_response(request.scope, 529, str(error), {"retry-after": "1"}),
             ClientDisconnect: lambda request, error: Response(status_code=499),
             HTTPException: http_exception_response,
@@ -165,11 +170,14 @@ async def post_answer(read: Reader, request: Request) -> Response:
     return Response(writer.whole(result), media_type="application/json", headers=response_headers(prepared, phases))
 
 
-async def read_body(request: Request) -> bytearray:
-    """The whole body, gathered as it arrives: joining its pieces at the end would hold the event loop for long."""
-    body = bytearray()
+async def read_body(request: Request) -> bytes | bytearray:
+    """The whole body without its `content-encoding`; raises what `decode_body` raises."""
+    body = bytearray()  # gathered as it arrives: joining its pieces at the end would hold the event loop for long
     async for piece in request.stream():
         body += piece
+    if encodings := ",".join(request.headers.getlist("content-encoding")):
+        context: ServerContext = request.app.state.context
+        return await run_in_threadpool(decode_body, body, encodings, context.config.max_body_bytes)
     return body
 
 
@@ -289,10 +297,17 @@ def http_exception_response(request: Request, error: Exception) -> Response:
     """The response to an unknown route or a wrong method."""
     assert isinstance(error, HTTPException)
     path = f"{request.method} {request.url.path}"
-    texts = {404: f"no such route: {path}", 405: f"method not allowed: {path}"}
+    instead = NOT_SERVED.get(request.url.path, "the API is at /v1/messages, /v1/chat/completions and /v1/responses")
+    texts = {404: f"no such route: {path}: {instead}", 405: f"method not allowed: {path}"}
     text = texts.get(error.status_code, error.detail)
     return error_response(request.scope, error.status_code, text, dict(error.headers or {}))
 
+
+# Routes of the APIs that other servers have, and what to use instead.
+NOT_SERVED = {
+    "/v1/completions": "send the prompt as a user message to /v1/chat/completions",
+    "/v1/embeddings": "this model writes text only",
+}
 
 ROUTES = [
     Route("/v1/messages", post_messages, methods=["POST"]),

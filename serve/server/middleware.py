@@ -1,4 +1,4 @@
-"""The middleware before every route: the API key, the size of the body, and errors in the form of the route's API."""
+"""The middleware before every route: its path, the API key, the body's size, and errors in the form of its API."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import secrets
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.limits.encodings import BodyTooLarge
 from serve.server.metrics import ServerMetrics
 from serve.web.access import OPEN_PATHS, admits, error_response
+from serve.web.paths import api_path
 
 log = logging.getLogger("tokenzero.app")
-
-
-class TooLarge(Exception):
-    """The body exceeds the server's limit."""
 
 
 class RequestGuardMiddleware:
@@ -28,6 +26,7 @@ class RequestGuardMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = {**scope, "path": api_path(scope["path"])}
         headers = dict(scope["headers"])
         read, started = 0, False
 
@@ -36,7 +35,7 @@ class RequestGuardMiddleware:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.limit:
-                raise TooLarge(f"request body: expected at most {self.limit} bytes, got more")
+                raise BodyTooLarge(f"request body: expected at most {self.limit} bytes, got more")
             return message
 
         async def send_with_id(message: Message) -> None:

@@ -63,6 +63,6 @@ def is_openai(path: str, headers: Container[bytes]) -> bool:
 
     Clients of the Messages API send `anthropic-version` with every request.
     """
-    if path.startswith(("/v1/chat/", "/v1/responses")):
+    if path.startswith(("/v1/chat/", "/v1/responses", "/v1/completions", "/v1/embeddings")):
         return True
     return path.startswith("/v1/models") and b"anthropic-version" not in headers
