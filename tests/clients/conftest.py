@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,7 @@ OFFLINE = re.compile("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|EH
 
 # As small as it gets, as the clients' prompts take tens of thousands of tokens.
 MODEL = DemoConfig(32, 1, 1, 1, 32, 64, vocab=8192, positions=65_536, corpus_chars=2_000_000)
-# With an event that is not the API's: clients that do not know it must not mind.
-FLAGS = ("--kv-pool-bytes", "128MiB", "--max-num-seqs", "4", "--enable-streaming-tool-dispatch")
+FLAGS = ("--kv-pool-bytes", "128MiB", "--max-num-seqs", "4")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +58,16 @@ def chromium_program() -> Path:
 
 def fetched(package: str, release: str, folder: Path) -> Path:
     """The folder, filled with a release from npm unless it is there; skips if it cannot be downloaded."""
+    return installed(package, release, folder, Path(package))
+
+
+def with_modules(package: str, release: str) -> Path:
+    """A folder `node_modules` with a release from npm and all that it depends on; skips likewise."""
+    return installed(package, release, RELEASES / package.rpartition("/")[2] / release / "node_modules", Path())
+
+
+def installed(package: str, release: str, folder: Path, part: Path) -> Path:
+    """The folder, filled with a part of `node_modules` after the installation of a release, unless it is there."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip(f"{package} is run on Linux on x86_64 only, not on {sys.platform} on {platform.machine()}")
     if not folder.is_dir():
@@ -71,18 +81,31 @@ def fetched(package: str, release: str, folder: Path) -> Path:
             if npm.returncode and OFFLINE.search(npm.stderr):
                 pytest.skip(f"npm cannot be reached, which {package}@{release} is fetched from: {npm.stderr:.300}")
             assert npm.returncode == 0, npm.stderr
-            Path(scratch, "node_modules", package).rename(folder)
+            Path(scratch, "node_modules", part).rename(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real server process with scripted answers; it must not log a traceback."""
-    folder = tmp_path_factory.mktemp("clients")
+    with scripted_server(tmp_path_factory.mktemp("clients")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def dispatching_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same with an event that is not the API's: the vendor's own clients must not mind."""
+    with scripted_server(tmp_path_factory.mktemp("clients"), "--enable-streaming-tool-dispatch") as server:
+        yield server
+
+
+@contextmanager
+def scripted_server(folder: Path, *flags: str) -> Iterator[Server]:
+    """A server with the answers of `tests.helpers.scripts`, its model and its log in a folder."""
     model, log = folder / "model", folder / "server.log"
     write_demo_model(model, config=MODEL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        with running_server(model, *FLAGS, log=log, program=("-m", "tests.helpers.scripted_process")) as server:
+        with running_server(model, *FLAGS, *flags, log=log, program=("-m", "tests.helpers.scripted_process")) as server:
             yield server
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
