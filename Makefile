@@ -16,7 +16,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadfile -p no:benchmark
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test test-slow test-clients coverage notebooks kernels-interpreted kernels-aot \
+.PHONY: help install demo serve test test-slow test-clients test-frameworks coverage notebooks kernels-interpreted kernels-aot \
 	gpu-bench bench-small lint clean
 
 help: ## show this list
@@ -36,8 +36,11 @@ test: .venv/.installed-test ## run the tests, in WORKERS processes
 test-slow: .venv/.installed-test ## run the tests that take over a minute each
 	$(BIN)/python -m pytest -m slow
 
-test-clients: .venv/.installed-clients ## run Claude Code, Codex and Chromium on the server; fetches 1 GB from npm, once
+test-clients: .venv/.installed-clients ## run Claude Code, Codex, four more agents and Chromium on the server; fetches 2 GB from npm, once
 	$(BIN)/python -m pytest -m clients tests/clients
+
+test-frameworks: .venv/.installed-clients .venv-frameworks/.installed ## run agent frameworks on the server, each a tool loop and a structured answer
+	$(BIN)/python -m pytest -m clients tests/clients/test_frameworks.py
 
 coverage: .venv/.installed-test ## run the tests and print what they cover, by wing; fails below the floors
 	rm -f .cache/coverage*
@@ -73,7 +76,7 @@ lint: .venv/.installed-test ## check style and types
 	$(BIN)/mypy
 
 clean: ## remove what the other targets made, but for results
-	rm -rf .venv .venv-312 .venv-aot-* .cache
+	rm -rf .venv .venv-312 .venv-aot-* .venv-frameworks .cache
 
 $(MODEL)/config.json: | .venv/.installed
 	$(BIN)/python -m experiments.demo_model $(MODEL)
@@ -92,6 +95,13 @@ $(MODEL)/config.json: | .venv/.installed
 
 .venv/.installed-test: pyproject.toml constraints.txt .venv/.installed
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+# Resolved by uv: with pip, frameworks that pin one another take many minutes.
+.venv-frameworks/.installed: tests/clients/frameworks.txt
+	$(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/pip install --quiet --disable-pip-version-check uv
+	.venv-frameworks/bin/uv pip install --quiet --python .venv-frameworks/bin/python --requirement $<
 	@touch $@
 
 .venv/.installed-notebooks: pyproject.toml constraints.txt .venv/.installed

@@ -6,17 +6,18 @@ It takes the flags of `python -m serve`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
 
 import serve.__main__
 import serve.server.context
 from serve.api.messages import MessagesRequest, TextBlock
 from serve.engine.engine import Engine
+from serve.engine.request import Constraint
 from serve.prompt.conversation import blocks, joined
 from serve.prompt.tokenizer import Tokenizer
-from serve.server.context import ServerContext
+from serve.server.config import ServerConfig
+from serve.server.context import ServerContext, grammar_constraints
 from tests.helpers import scripts
 from tests.helpers.forced_answers import Script
 
@@ -51,16 +52,24 @@ def spell(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def scripted(
-    make_context: Callable[..., ServerContext], engine: Engine, tokenizer: Tokenizer, *rest: Any
+    make_context: Callable[..., ServerContext],
+    engine: Engine,
+    tokenizer: Tokenizer,
+    stop_ids: Collection[int],
+    config: ServerConfig,
 ) -> ServerContext:
-    """The context that the command line asks for, with every answer forced."""
+    """The context that the command line asks for, with every answer forced, unless its request has a grammar for it."""
+    grammars, _ = grammar_constraints(engine, tokenizer, stop_ids, config.bounds.grammars)
 
-    def constrain(request: MessagesRequest, thinking_opened: bool) -> Script:
+    def constrain(request: MessagesRequest, thinking_opened: bool) -> Constraint | None:
         assert not thinking_opened, "the script opens its thinking itself"
+        forced = request.tool_choice is not None and request.tool_choice.type in ("any", "tool")
+        if forced or (request.output_config and request.output_config.format):
+            return grammars(request, thinking_opened)
         tokens = [*spell(answer_to(request), tokenizer), tokenizer.hf.eos_token_id]
         return Script(tokens, engine.config.vocab_size)
 
-    return make_context(engine, tokenizer, *rest, constrain=constrain)
+    return make_context(engine, tokenizer, stop_ids, config, constrain=constrain)
 
 
 if __name__ == "__main__":

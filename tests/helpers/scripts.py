@@ -109,6 +109,8 @@ CLINE: Script = {
         "It is written for Cline.",
     )
 }
+# Agent frameworks: `Add two and forty with NAME.`
+FRAMEWORK: Script = {"Add two and forty with": (call("add", a=2, b=40), "The sum of two and forty is 42.")}
 ALL: Script = {
     **CLAUDE_CODE,
     **CLAUDE_CODE_MEDIA,
@@ -122,4 +124,5 @@ ALL: Script = {
     **PI,
     **QWEN_CODE,
     **CLINE,
+    **FRAMEWORK,
 }
