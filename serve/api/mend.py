@@ -8,20 +8,28 @@ mended: they are refused by name.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from serve.api import pdf, vendor_tools
 from serve.api.unread import MAX_NAME, source_of, unread_text, words
 
 Block = dict[str, Any]
 
 
 def mended(body: Any) -> Any:
-    """The body of a request, with its system text and its messages mended."""
+    """The body of a request, with its system text, its tools and its messages mended."""
     if not isinstance(body, dict):
         return body
+    with pdf.reading_time():
+        return mended_fields(body)
+
+
+def mended_fields(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request, mended."""
     fields = dict(body)
     if fields.get("stream", False) is None:
         del fields["stream"]
@@ -30,6 +38,10 @@ def mended(body: Any) -> Any:
         fields["tool_choice"] = {key: choice[key] for key in choice if key != "disable_parallel_tool_use"}
     if isinstance(fields.get("system"), list):
         fields["system"] = [system_text(block) for block in fields["system"]]
+    if isinstance(fields.get("tools"), list):
+        fields["tools"], left_out = vendor_tools.offered(fields["tools"])
+        if left_out:
+            fields["left_out_tools"] = left_out
     messages = fields.get("messages")
     if isinstance(messages, list):
         fields["messages"] = [mended_message(m, last=i == len(messages) - 1) for i, m in enumerate(messages)]
@@ -163,10 +175,28 @@ def document_source(block: Block) -> Block:
         kinds: Kinds = {"text": text_block, "image": image_block}
         blocks = mended_content(content, kinds)
         return {"type": "content", "content": [b if b["type"] in kinds else text(b["text"]) for b in blocks]}
-    reasons = {"base64": "this model reads text only", "url": "not fetched", "file": "not available here"}
+    if kind == "base64" and isinstance(data := source.get("data"), str):
+        if str(source.get("media_type")).startswith("text/"):
+            return {"type": "text", "data": decoded_text(data)}
+        found = pdf.pdf_text(data)
+        return {"type": "text", "data": found.text} if found.text else unread_source(source, found.reason)
+    reasons = {"base64": "it has no data", "url": "not fetched", "file": "not available here"}
     said = source.get("reason") if kind == "unread" else None  # it was mended before
     reason = said if isinstance(said, str) else reasons.get(str(kind), "unknown source")
-    return {"type": "unread", "reason": reason, **source_of(block)}
+    return unread_source(source, reason)
+
+
+def unread_source(source: Block, reason: str) -> Block:
+    """The source of a document that cannot be read."""
+    return {"type": "unread", "reason": reason, **source_of({"source": source})}
+
+
+def decoded_text(data: str) -> str:
+    """A text in Base64; what is not UTF-8 becomes replacement characters."""
+    try:
+        return base64.b64decode(data).decode("utf-8", "replace")
+    except ValueError:
+        return data
 
 
 def search_result_block(block: Block) -> Block:

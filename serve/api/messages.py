@@ -167,7 +167,7 @@ class InputMessage(Struct, frozen=True):
 
 
 class Tool(Struct, frozen=True):
-    """A tool that the client runs. Anthropic's own tools have another `type` and are refused."""
+    """A tool that the client runs. `mend` makes one of a tool of the vendor that a client runs."""
 
     name: NonEmptyStr
     input_schema: dict[str, Any]
@@ -222,6 +222,7 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    left_out_tools: tuple[str, ...] = ()  # types of the vendor's tools that only the vendor can run; set by `mend`
 
     def __post_init__(self) -> None:
         """Raise ValueError if `tool_choice` needs a tool that is not in `tools`."""

@@ -6,8 +6,11 @@ A text is a function of its item alone, so that it stays the same in every later
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
+
+from serve.api import pdf
 
 MAX_NAME = 64  # characters of a type, and of a media type
 MAX_WHERE = 200  # characters of a URL or of a file's id
@@ -25,6 +28,19 @@ KINDS = frozenset({
     "tool_search_tool_result", "mcp_tool_use", "mcp_tool_result", "mcp_tool_listing", "container_upload",
     "compaction", "fallback", "tool_addition", "tool_removal",
 })  # fmt: skip
+
+
+# The same for tools that only a vendor can run, without the date at the end of their types.
+VENDOR_TOOLS = frozenset({
+    "web_search", "web_fetch", "code_execution", "computer", "computer_toolset", "browser_toolset", "mcp_toolset",
+    "advisor", "tool_search_tool_bm25", "tool_search_tool_regex",
+})  # fmt: skip
+
+
+def counted_tool(kind: str) -> str:
+    """The name under which a tool that is left out is counted."""
+    name = re.sub(r"_\d{8}$", "", kind)
+    return name if name in VENDOR_TOOLS else "other"
 
 
 def counted_kind(kind: str) -> str:
@@ -83,8 +99,9 @@ def words(item: Any) -> Iterator[str]:
         if isinstance(value, dict):
             if value.get("type") == "image":
                 yield image_text(**source_of(value))
-            elif value.get("type") == "base64":
-                yield document_text("not read", **source_of({"source": value}))
+            elif value.get("type") == "base64" and isinstance(data := value.get("data"), str):
+                found = pdf.pdf_text(data)
+                yield found.text or document_text(found.reason, **source_of({"source": value}))
             else:
                 # A source of plain text has its words in `data`.
                 plain = value.get("type") == "text" and isinstance(value.get("data"), str)

@@ -20,6 +20,7 @@ class Bounds:
     volatility: int = 16 * MIB
     savings: int = 64 * MIB
     audits: int = 16 * MIB
+    documents: int = 16 * MIB
 
     @property
     def total(self) -> int:

@@ -103,8 +103,16 @@ def assistant_turn(message: InputMessage) -> ChatMessage:
 
 
 def blocks(message: InputMessage) -> tuple[Block, ...]:
-    """A message's content as blocks; a plain string is one text block, so both forms render alike."""
-    return (TextBlock(message.content),) if isinstance(message.content, str) else message.content
+    """A message's content as blocks; a plain string is one text block, so both forms render alike.
+
+    Answers consist of texts, thinking and calls, so that what cannot be read in one is a text on lines of its own.
+    """
+    if isinstance(message.content, str):
+        return (TextBlock(message.content),)
+    if message.role != "assistant":
+        return message.content
+    unread = UnreadBlock | ImageBlock | SearchResultBlock
+    return tuple(TextBlock(f"\n{b.text}\n") if isinstance(b, unread) else b for b in message.content)
 
 
 def result_text(block: ToolResultBlock) -> str:

@@ -34,12 +34,15 @@ from serve.prompt.conversation import ChatMessage
 from serve.prompt.plan import Chat, PlannedAnswer, break_block, break_turn, plan_chat
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.template import Opening, Refused, Template, apply
-from serve.prompt.tokenizer import Tokenizer, TooManyTokens
+from serve.prompt.tokenizer import FAR_BEYOND, MOST_TOKENS, Tokenizer, TooManyTokens, refuse_too_many_tokens
 from serve.prompt.tools_first import ToolsPlace, place_of_tools
 
 log = logging.getLogger("tokenzero.render")
 
 QUESTION: ChatMessage = {"role": "user", "content": "?"}  # before turns that are rendered without their head
+
+USUAL_CHARS = 4  # of a token of English text or code
+LIKELY_CHARS = 8  # a text of more characters than this for each token of a limit is likely too long
 
 Recalled = Sequence[RecordedAnswer | None]  # what was sampled for each answer in a request, None where it is not known
 PromptSegment = str | np.ndarray  # text to be tokenised by itself, or the ids themselves, [tokens] int32
@@ -84,28 +87,38 @@ def prompt(
     recalled: Recalled | None = None,
     render_history_with_template: bool = False,
     tools_first: bool = False,
+    most_tokens: int = MOST_TOKENS,
 ) -> Prompt:
     """The prompt of a request with the answers that are recalled, one item for each (see `ReplayLog.recall`).
 
     `render_history_with_template` leaves the answers in the history to the chat template's own logic. The same happens,
     and is logged, where the template does not write placeholders in their place. `tools_first` renders tools
-    before the system text. Raises InvalidRequest if the template refuses the conversation, or cannot render it so.
+    before the system text. Raises InvalidRequest if the template refuses the conversation, or cannot render it so, and
+    for a prompt of far more than `most_tokens`, before all of it is tokenised.
     """
     try:
         chat = plan_chat(request, tokenizer.template, tools_first)
         if render_history_with_template or not chat.can_be_written(tokenizer.template.format):
-            return by_template(chat, tokenizer)
+            return by_template(chat, tokenizer, most_tokens)
         try:
-            return around_answers(chat, tokenizer, recalled or [None] * len(chat.answers))
+            return around_answers(chat, tokenizer, recalled or [None] * len(chat.answers), most_tokens)
         except Refused as error:
-            whole = by_template(chat, tokenizer)
+            whole = by_template(chat, tokenizer, most_tokens)
             say_once(f"the chat template renders whole conversations, nothing sampled is replayed: {error!s:.200}")
             return whole
     except TooManyTokens as error:
-        raise InvalidRequest(f"messages: prompt is too long: {error}") from None
+        raise too_long(error.tokens, error.most) from None
     # RecursionError: JSON that nests too deeply.
     except (Refused, RecursionError) as error:
         raise InvalidRequest(f"messages: the model's chat template refuses this conversation: {error}") from error
+
+
+def too_long(tokens: int, most: int) -> InvalidRequest:
+    """The refusal of a prompt, in the words of the Messages API: clients read both numbers.
+
+    `tokens` is exact, or an estimate where the prompt was not tokenised to its end.
+    """
+    return InvalidRequest(f"prompt is too long: {tokens} tokens > {most} maximum")
 
 
 @lru_cache(100)
@@ -114,14 +127,15 @@ def say_once(warning: str) -> None:
     log.warning(warning)
 
 
-def by_template(chat: Chat, tokenizer: Tokenizer) -> Prompt:
+def by_template(chat: Chat, tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS) -> Prompt:
     """The prompt as the chat template writes all of it, the answers in the history, too; raises Refused."""
     turns = [break_turn(turn, tokenizer.template.control_tokens, chat.placeholder) for turn in chat.adapted]
     text = apply_with_tools_first(turns, chat, tokenizer, **chat.template_flags, prefill=chat.prefilled)
-    return tokenize([text], chat, tokenizer, None if chat.prefilled else chat.next_opening.generation)
+    opening = None if chat.prefilled else chat.next_opening.generation
+    return tokenize([text], chat, tokenizer, opening, most_tokens=most_tokens)
 
 
-def around_answers(chat: Chat, tokenizer: Tokenizer, recalled: Recalled) -> Prompt:
+def around_answers(chat: Chat, tokenizer: Tokenizer, recalled: Recalled, most_tokens: int = MOST_TOKENS) -> Prompt:
     """The prompt with the template around the answers and the answers as sampled or written; raises Refused."""
     texts = split_at_answers(write_chat(chat, tokenizer), chat)
     segments: list[PromptSegment] = []
@@ -129,10 +143,10 @@ def around_answers(chat: Chat, tokenizer: Tokenizer, recalled: Recalled) -> Prom
         segments += answer_segments(answer, sampled, texts[n], tokenizer.template, chat.placeholder)
         if answer.prefilled:
             opening = sampled.opening if sampled else answer.opening.prefilled
-            return tokenize(segments, chat, tokenizer, opening, prefilled=True)
+            return tokenize(segments, chat, tokenizer, opening, prefilled=True, most_tokens=most_tokens)
         if answer.as_tool_call:
             texts[n + 1] = without_start(texts[n + 1], tokenizer.template.after_call)
-    return tokenize([*segments, texts[-1]], chat, tokenizer, chat.next_opening.generation)
+    return tokenize([*segments, texts[-1]], chat, tokenizer, chat.next_opening.generation, most_tokens=most_tokens)
 
 
 def write_chat(chat: Chat, tokenizer: Tokenizer) -> str:
@@ -251,7 +265,12 @@ def without_start(text: str, start: str) -> str:
 
 
 def tokenize(
-    segments: Sequence[PromptSegment], chat: Chat, tokenizer: Tokenizer, opening: str | None, prefilled: bool = False
+    segments: Sequence[PromptSegment],
+    chat: Chat,
+    tokenizer: Tokenizer,
+    opening: str | None,
+    prefilled: bool = False,
+    most_tokens: int = MOST_TOKENS,
 ) -> Prompt:
     """The prompt of segments that still hold placeholders; the last one is a prefilled answer, if so.
 
@@ -262,13 +281,34 @@ def tokenize(
     for segment in segments:
         last = len(cut)
         cut += [segment] if isinstance(segment, np.ndarray) else segment.split(chat.placeholder)
-    ids = [
-        segment if isinstance(segment, np.ndarray) else (tokenizer.encode_after if n else tokenizer.encode)(segment)
-        for n, segment in enumerate(cut)
-    ]
+    ids = encode_segments(cut, tokenizer, most_tokens)
     answer = np.concatenate([np.zeros(0, np.int32), *(ids[last:] if prefilled else ())])
     written = opening or ""
     if isinstance(cut[-1], np.ndarray):  # delimiters that were sampled are delimiters, those of the client are text
         written += tokenizer.hf.backend_tokenizer.decode(answer, skip_special_tokens=False)
     thinking = within_thinking(tokenizer.template.format, written)
     return Prompt(tuple(cut), np.concatenate(ids), tuple(map(len, ids)), opening, answer, thinking)
+
+
+def encode_segments(
+    segments: Sequence[PromptSegment], tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS
+) -> list[np.ndarray]:
+    """The ids of each segment, [tokens] int32.
+
+    Raises TooManyTokens as soon as there are far more than `most_tokens`, with an estimate of all of them.
+    """
+    chars = [len(segment) * (1 if isinstance(segment, str) else USUAL_CHARS) for segment in segments]
+    ids: list[np.ndarray] = []
+    tokens, enough = 0, int(FAR_BEYOND * most_tokens)
+    for n, segment in enumerate(segments):
+        try:
+            if isinstance(segment, str) and len(segment) > LIKELY_CHARS * (enough - tokens):
+                refuse_too_many_tokens(tokenizer.hf, segment, enough - tokens)
+            encode = tokenizer.encode_after if n else tokenizer.encode
+            ids.append(segment if isinstance(segment, np.ndarray) else encode(segment))
+            tokens += len(ids[-1])
+        except TooManyTokens as error:  # of this segment alone
+            tokens, enough = tokens + error.tokens, 0
+        if tokens > enough:
+            raise TooManyTokens(tokens * sum(chars) // max(1, sum(chars[: n + 1])), most_tokens)
+    return ids

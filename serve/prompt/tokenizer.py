@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from serve.prompt.template import Template
 MOST_TOKENS = 2**20
 # The tokens of longer texts are counted slice by slice first: a whole text may have 30 million.
 LONG_CHARS, COUNTED_CHARS, COUNTED_TOGETHER = 2**21, 2**16, 2**18
+FAR_BEYOND = 1.25  # a text is far beyond a limit at so many times of it
 HEAD_SHARE = 16  # of the memory for segments, one part in so many is for texts of heads
 NUMPY_BYTES = 200  # of an array besides its values, and of a text besides its characters
 SEGMENT_FOLDER = "segments"  # below the store directory
@@ -36,7 +36,11 @@ STORED_CHARS = 1000  # shorter segments are tokenised faster than they are read
 
 
 class TooManyTokens(ValueError):
-    """A text has more than MOST_TOKENS tokens."""
+    """A text or a prompt has about `tokens` tokens, which are more than `most`."""
+
+    def __init__(self, tokens: int, most: int) -> None:
+        super().__init__(f"about {tokens} tokens, expected at most {most}")
+        self.tokens, self.most = tokens, most
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,11 @@ def make_encoder(
     """`encode` for a tokenizer: by segments kept in `memory` where that is exact, else over the whole text."""
 
     def whole(text: str) -> np.ndarray:
-        # The fast call, which tracks no character offsets, exists for batches only.
-        fast = partial(hf.backend_tokenizer.encode_batch_fast, add_special_tokens=False)
         if len(text) > LONG_CHARS:
-            refuse_too_many_tokens(text, lambda slices: sum(map(len, fast(slices))))
-        (encoding,) = fast([text])
+            refuse_too_many_tokens(hf, text, MOST_TOKENS)
+        (encoding,) = encode_fast(hf, [text])
         if len(encoding) > MOST_TOKENS:
-            raise TooManyTokens(f"a text of {len(encoding)} tokens, expected at most {MOST_TOKENS}")
+            raise TooManyTokens(len(encoding), MOST_TOKENS)
         return np.asarray(encoding.ids, np.int32)
 
     if not splits_at_added_tokens(hf):
@@ -153,17 +155,24 @@ def segment_memory(most_bytes: int) -> Recent[str, np.ndarray]:
     return Recent(most_bytes, lambda ids: NUMPY_BYTES + 2 * ids.nbytes)
 
 
-def refuse_too_many_tokens(text: str, count: Callable[[list[str]], int]) -> None:
-    """Raise TooManyTokens for a text of far more than MOST_TOKENS, without tokenising all of it.
+def encode_fast(hf: Any, texts: list[str]) -> list[Any]:
+    """The encodings of texts by the fast call, which tracks no character offsets and exists for batches only."""
+    encodings: list[Any] = hf.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return encodings
 
-    `count` returns the number of tokens of some texts together. Cut into slices, a text has a few more.
+
+def refuse_too_many_tokens(hf: Any, text: str, most: int) -> None:
+    """Raise TooManyTokens for a text of far more than `most` tokens, without tokenising all of it.
+
+    Cut into slices, a text has a few more tokens. Their number is estimated from the slices that were counted.
     """
     tokens = 0
     for start in range(0, len(text), COUNTED_TOGETHER):
-        ends = range(start, min(start + COUNTED_TOGETHER, len(text)), COUNTED_CHARS)
-        tokens += count([text[at : at + COUNTED_CHARS] for at in ends])
-        if tokens > 1.25 * MOST_TOKENS:
-            raise TooManyTokens(f"a text of over {MOST_TOKENS} tokens, expected at most {MOST_TOKENS}")
+        stop = min(start + COUNTED_TOGETHER, len(text))
+        slices = [text[at : min(at + COUNTED_CHARS, stop)] for at in range(start, stop, COUNTED_CHARS)]
+        tokens += sum(map(len, encode_fast(hf, slices)))
+        if tokens > FAR_BEYOND * most:
+            raise TooManyTokens(tokens * len(text) // stop, most)
 
 
 def with_store(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) -> Callable[[str], np.ndarray]:

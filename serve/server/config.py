@@ -76,6 +76,12 @@ class ServerConfig:
     )
     normalize: str = normalize_flag(PROMPTS)
     no_prompt_text_in_reports: bool = prompt_text_flag(PROMPTS)
+    on_image: str = flag(
+        "what an image, or a PDF without text, becomes: a text in its place, or the request's refusal",
+        PROMPTS,
+        "placeholder",
+        choices=("placeholder", "error"),
+    )
     render_history_with_template: bool = flag(
         "render earlier assistant turns with the chat template instead of replaying sampled tokens", PROMPTS, False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from serve.api import pdf
 from serve.api.messages import MessagesRequest
 from serve.audit.auditor import auditor_of
 from serve.diagnosis.divergence import REPORT_BYTES, Divergences
@@ -43,7 +44,7 @@ class ServerContext:
     volatility: Volatility
     statuses: RequestStatuses
     savings: Savings
-    reported: set[str] = field(default_factory=set)  # shapes of unparsed preambles that were logged already
+    reported: set[str] = field(default_factory=set)  # preambles, types of blocks and of tools that were logged already
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def make_context(
     rules, bounds, show_text = config.rules, config.bounds, not config.no_prompt_text_in_reports
     if problem := unrendered(tokenizer, rules):
         raise ValueError(f"--normalize {problem}")
+    pdf.remembered.most_bytes = bounds.documents
     grammars: dict[str, Memory] = {}
     if constrain is None:
         constrain, grammars["grammars"] = grammar_constraints(engine, tokenizer, stop_ids, bounds.grammars)
@@ -136,6 +138,7 @@ def memories(context: ServerContext) -> dict[str, Memory]:
         "volatility": Memory(lambda: volatility.bytes, volatility.clients.most_bytes + REPORTED * FOUND_BYTES),
         "savings": Memory(lambda: savings.bytes, savings.max_links * LINK_BYTES),
         "audits": Memory(lambda: auditor.records.bytes if auditor else 0, audited),
+        "documents": Memory(lambda: pdf.remembered.bytes, pdf.remembered.most_bytes),
         "preambles": Memory(lambda: SHAPE_BYTES * len(context.reported), SHAPE_BYTES * SHAPES),
     }
 

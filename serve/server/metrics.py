@@ -287,6 +287,10 @@ class ServerMetrics:
         self.unparsed = self.counter(
             "unparsed_preambles", "System texts that start like the billing header but do not parse as one"
         )
+        self.unread = self.counter("unread_blocks", "Blocks that the model reads as a short text, by type", "type")
+        self.left_out_tools = self.counter(
+            "left_out_tools", "Tools not offered since only their vendor can run them, by type", "type"
+        )
 
     def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         """Make, register and document a histogram."""

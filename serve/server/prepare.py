@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.api.answers import new_id
-from serve.api.messages import CountTokensRequest, InvalidRequest, MessagesRequest, SeededRequest, ThinkingBlock
+from serve.api.messages import CountTokensRequest, MessagesRequest, SeededRequest, ThinkingBlock
 from serve.api.stops import Stops
 from serve.diagnosis.sections import message_parts, rendered_text, system_parts
 from serve.engine.request import GenerationRequest
 from serve.engine.steps import SamplingParams
 from serve.prompt.conversation import answers
-from serve.prompt.render import Prompt, Recalled, prompt
+from serve.prompt.render import USUAL_CHARS, Prompt, Recalled, prompt, too_long
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import verify
+from serve.prompt.tokenizer import MOST_TOKENS
 from serve.rules.log import warn_once
 from serve.rules.normalize import Normalized, normalize
 from serve.server.context import RequestContext, ServerContext
+from serve.server.unread import refuse_images, report_unread
 from serve.web.timing import Phases
 
 log = logging.getLogger("tokenzero.serving")
@@ -50,17 +52,18 @@ def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestCon
 
     Raises InvalidRequest for a request that cannot be answered.
     """
+    if serving.config.on_image == "error":
+        refuse_images(message)
+    report_unread(serving, message)
     with phases.timed("normalize"):
         normalized = normalize(message, caller.rules)
     report_rules(serving, normalized)
     scope = scope_of(serving.engine.fingerprint, caller)
-    rendered = rendered_prompt(serving, normalized.request, scope, caller.rules, phases)
     limit = serving.engine.settings.max_model_len
+    rendered = rendered_prompt(serving, normalized.request, scope, caller.rules, phases, limit - 1)
     room = limit - len(rendered.tokens)
     if room < 1:
-        raise InvalidRequest(
-            f"messages: prompt is too long: {len(rendered.tokens)} tokens, expected at most {limit - 1}"
-        )
+        raise too_long(len(rendered.tokens), limit - 1)
     with phases.timed("constrain"):
         constraint = serving.constrain(normalized.request, rendered.thinking)
     generation = GenerationRequest(
@@ -93,6 +96,8 @@ def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestCon
 
 def prompt_length(serving: ServerContext, request: CountTokensRequest, caller: RequestContext, phases: Phases) -> int:
     """The number of tokens of the prompt that the request would have; raises InvalidRequest."""
+    if serving.config.on_image == "error":
+        refuse_images(request)
     with phases.timed("normalize"):
         normalized = normalize(request, caller.rules).request
     scope = scope_of(serving.engine.fingerprint, caller)
@@ -117,30 +122,42 @@ def scope_of(fingerprint: bytes, caller: RequestContext) -> bytes:
 
 
 def rendered_prompt(
-    serving: ServerContext, request: CountTokensRequest, scope: bytes, rules: frozenset[str], phases: Phases
+    serving: ServerContext,
+    request: CountTokensRequest,
+    scope: bytes,
+    rules: frozenset[str],
+    phases: Phases,
+    most_tokens: int = MOST_TOKENS,
 ) -> Prompt:
-    """The prompt of a normalised request; the answers in it that were sampled here are replayed."""
+    """The prompt of a normalised request; the answers in it that were sampled here are replayed.
+
+    Raises InvalidRequest for a prompt of far more than `most_tokens` before all of it is tokenised.
+    """
     most = serving.engine.settings.max_model_len - 1
     if (least := least_tokens(request, serving.tokenizer.max_token_chars)) > most:
-        raise InvalidRequest(f"messages: prompt is too long: at least {least} tokens, expected at most {most}")
+        raise too_long(max(least, text_chars(request) // USUAL_CHARS), most)
     with phases.timed("recall"):
         recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
     with phases.timed("render"):
-        return prompt(
-            request, serving.tokenizer, recalled, serving.config.render_history_with_template, "tools-first" in rules
-        )
+        by_template = serving.config.render_history_with_template
+        return prompt(request, serving.tokenizer, recalled, by_template, "tools-first" in rules, most_tokens)
 
 
 def least_tokens(request: CountTokensRequest, max_token_chars: int) -> int:
     """A lower bound of a prompt's tokens: one for each message, and all texts in tokens of `max_token_chars`.
 
-    With it a prompt that is far too long is refused before it is rendered.
+    With it a prompt that is far too long is refused before it is rendered; the refusal has an estimate instead, of
+    USUAL_CHARS a token.
     """
+    return max(len(request.messages), text_chars(request) // max_token_chars)
+
+
+def text_chars(request: CountTokensRequest) -> int:
+    """The characters of all texts of a request, without thinking and calls."""
     texts = sum(len(text) for _, text in system_parts(request))
-    texts += sum(
+    return texts + sum(
         len(rendered_text(block)) for _, block in message_parts(request) if not isinstance(block, ThinkingBlock)
     )
-    return max(len(request.messages), texts // max_token_chars)
 
 
 def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Recalled:

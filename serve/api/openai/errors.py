@@ -43,9 +43,11 @@ def error_of(status: int, message: str, path: str = "/v1/chat/completions") -> E
     for ours, theirs in (RESPONSES_FIELDS if path.startswith("/v1/responses") else CHAT_FIELDS).items():
         message = message.replace(ours, theirs)
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    if message.startswith("prompt is too long"):
+        param = "input" if path.startswith("/v1/responses") else "messages"
+        return ErrorBody(ErrorObject(message, kind, param, "context_length_exceeded"))
     field = FIELD.match(message) if status == 400 else None
-    code = "context_length_exceeded" if "prompt is too long" in message else CODES.get(status_of(status))
-    return ErrorBody(ErrorObject(message, kind, field and field[1], code))
+    return ErrorBody(ErrorObject(message, kind, field and field[1], CODES.get(status_of(status))))
 
 
 def error_body(status: int, message: str, path: str) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 from serve.api import messages as wire
 from serve.api.mend import BLOCKS, RESULT_BLOCKS, mended
 from serve.api.messages import InvalidRequest, TextBlock, decode_request
+from serve.api.vendor_tools import CLIENT_TOOLS
 from serve.prompt.conversation import block_text, blocks, result_text
 from tests.helpers.http import encoded
 
@@ -68,6 +69,8 @@ TEXTS = [
         "[document: not fetched (https://e.com/a.pdf)]",
     ),
     ({"type": "document"}, "[document: unknown source]"),
+    ({"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": "aGk="}}, "hi"),
+    ({"type": "document", "source": {"type": "base64", "data": None}}, "[document: it has no data]"),
     (
         {"type": "search_result", "source": "https://e.com", "title": "T", "content": [{"type": "text", "text": "a"}]},
         "T\nhttps://e.com\na",
@@ -188,3 +191,27 @@ def test_what_was_mended_stays(block: Any) -> None:
     once = mended({**MINIMAL, "messages": [{"role": "user", "content": [block]}]})
     assert mended(once) == once
     assert msgspec.convert(once, wire.MessagesRequest)
+
+
+WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+CUSTOM = {"name": "Read", "input_schema": {"type": "object"}}
+
+
+@pytest.mark.parametrize("kind", sorted(CLIENT_TOOLS))
+def test_a_tool_of_the_vendor_that_the_client_runs_is_a_function_with_its_documented_input(kind: str) -> None:
+    request = decode_request(encoded({**MINIMAL, "tools": [{"type": kind, "name": "its name", "max_characters": 9}]}))
+    assert request.tools
+    assert request.left_out_tools == ()
+    (tool,) = request.tools
+    assert (tool.name, tool.description, tool.input_schema) == ("its name", *CLIENT_TOOLS[kind].values())
+
+
+def test_a_tool_that_only_the_vendor_can_run_is_left_out_beside_others_and_refused_alone() -> None:
+    request = decode_request(encoded({**MINIMAL, "tools": [WEB_SEARCH, CUSTOM, {"type": "mcp_toolset"}]}))
+    assert request.tools == (wire.Tool("Read", {"type": "object"}),)
+    assert request.left_out_tools == ("web_search_20250305", "mcp_toolset")
+    with pytest.raises(InvalidRequest, match=r'tools\[0\].type: expected custom .*, got "web_search_20250305"'):
+        decode_request(encoded({**MINIMAL, "tools": [WEB_SEARCH]}))
+    choice = {"type": "tool", "name": "web_search"}
+    with pytest.raises(InvalidRequest, match=r"tool_choice.name: expected the name of one of tools, got 'web_search'"):
+        decode_request(encoded({**MINIMAL, "tools": [WEB_SEARCH, CUSTOM], "tool_choice": choice}))

@@ -455,7 +455,7 @@ class TestErrors:
         assert (error["message"], error["param"]) == (told, param)
 
     def test_a_prompt_that_is_too_long_has_its_code(self) -> None:
-        error = json.loads(error_body(400, "messages: prompt is too long: 9 tokens", CHAT_PATH))["error"]
+        error = json.loads(error_body(400, "prompt is too long: 9 tokens > 8 maximum", CHAT_PATH))["error"]
         assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
     @pytest.mark.parametrize(

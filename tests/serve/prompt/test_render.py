@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -275,8 +276,27 @@ class TestLength:
             monkeypatch.setattr(tokenizer_module, name, value)
         encode = make_encoder(byte_level())
         assert len(encode("ab" * 50)) == 50
-        with pytest.raises(tokenizer_module.TooManyTokens, match="a text of over 100 tokens, expected at most 100"):
+        with pytest.raises(tokenizer_module.TooManyTokens, match="about 3040 tokens, expected at most 100"):
             encode("a b " * 1000)
+
+    @pytest.mark.parametrize("said", ["word " * 4000, "=" * 9000])
+    def test_a_prompt_that_is_too_long_is_refused_with_both_numbers_before_all_of_it_is_tokenised(
+        self, said: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenizer_module, "COUNTED_CHARS", 500)
+        monkeypatch.setattr(tokenizer_module, "COUNTED_TOGETHER", 1000)
+        for family in FAMILIES:
+            tokenizer = tokenizer_of(family)
+            for texts in ([said], [said[:800]] * 25):
+                asked = request(*({"role": "user", "content": text} for text in texts))
+                tokens = len(render(asked, tokenizer))
+                with pytest.raises(InvalidRequest) as caught:
+                    prompt(asked, tokenizer, most_tokens=tokens // 4)
+                found = re.fullmatch(r"prompt is too long: (\d+) tokens > (\d+) maximum", str(caught.value))
+                assert found
+                assert int(found[2]) == tokens // 4
+                assert 0.8 * tokens < int(found[1]) < 1.25 * tokens, "an estimate"
+                assert len(prompt(asked, tokenizer, most_tokens=tokens).tokens) == tokens
 
     def test_no_prompt_has_fewer_tokens_than_its_texts_and_messages_ask_for(self) -> None:
         for family in FAMILIES:
