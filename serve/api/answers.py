@@ -18,7 +18,7 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "ref
 class Usage(Struct, frozen=True):
     """Token counts. The length of the prompt is the sum of the three input counts."""
 
-    input_tokens: int
+    input_tokens: int  # computed, and computed again by a request with the same prompt: the last token
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
     output_tokens: int = 0

@@ -21,6 +21,7 @@ from serve.limits.surrogates import mend_surrogates
 Role = Literal["user", "assistant", "system"]
 
 # Counts are stored in int32 arrays.
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 NonEmptyStr = Annotated[str, Meta(min_length=1)]
 StopSequence = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -242,7 +243,7 @@ class DiagnosticsRequest(Struct, frozen=True):
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     """Body of `POST /v1/messages`: a prompt and how to continue it."""
 
-    max_tokens: PositiveInt
+    max_tokens: Count  # 0: the prompt is computed for later requests, and not answered
     stream: bool = False
     stop_sequences: StopSequences | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None

@@ -273,6 +273,9 @@ class EngineCore:
                 return
         if sequence.sampled == 0:
             self.start_answer(sequence, token)
+        if not sequence.remaining_tokens:  # only the prompt was wanted
+            self.finish(sequence, "length")
+            return
         sequence.accept_token(token)
         self.counters.generated_tokens += 1
         stopped = token in sequence.request.stop_ids
@@ -280,8 +283,12 @@ class EngineCore:
             self.emit(sequence, TokenEvent(token))
         if stopped or not sequence.remaining_tokens:
             self.answer_s += ANSWER_WEIGHT * (time.perf_counter() - sequence.answered - self.answer_s)
-            self.release(sequence, ENDED)
-            self.emit(sequence, Finished("stop" if stopped else "length"))
+            self.finish(sequence, "stop" if stopped else "length")
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence that has all its tokens, and send its last event."""
+        self.release(sequence, ENDED)
+        self.emit(sequence, Finished(reason))
 
     def start_answer(self, sequence: Sequence, token: int) -> None:
         """Count a prompt that is computed, and send the event that comes before its first token."""

@@ -192,7 +192,7 @@ class Engine:
 def check_numbers(request: GenerationRequest) -> None:
     """Raise ValueError for numbers in a request that no step can take."""
     for name, value, least, limit in (
-        ("max_tokens", request.max_tokens, 1, 2**31),
+        ("max_tokens", request.max_tokens, 0, 2**31),
         ("top_k", request.sampling.top_k, 0, 2**31),
         ("seed", request.sampling.seed, 0, 2**32),
     ):

@@ -33,7 +33,7 @@ class GenerationRequest:
     """What to generate, in tokens."""
 
     tokens: np.ndarray  # the prompt, [tokens] int32
-    max_tokens: int  # of the answer
+    max_tokens: int  # of the answer; 0 computes the prompt only, for later requests
     stop_ids: frozenset[int] = frozenset()  # the answer ends before one of these
     sampling: SamplingParams = GREEDY
     salt: bytes = b""  # only requests of the same salt share pages

@@ -160,6 +160,8 @@ async def remember(context: ServerContext, prepared: Prepared, state: AnswerStat
     """Keep the answer's tokens for the conversation's next request, and for the reports on later requests."""
     context.divergences.answered(prepared.id, state.sampled_ids)
     opening = prepared.prompt.opening
+    if not prepared.message.max_tokens:
+        return  # there is no answer
     # Tokens that a stop sequence cut off were sampled, but the answer does not contain them.
     if state.stop_sequence is not None or opening is None or context.config.render_history_with_template:
         return

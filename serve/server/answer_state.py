@@ -67,9 +67,9 @@ class AnswerState:
 
     def on_started(self, started: Started, diagnostics: Diagnostics | UnsetType | None) -> list[Event]:
         """Begin the message; the token counts of its prompt are known."""
-        # The last prompt token runs through the model for its logits; its KV is stored with the others.
+        # The last prompt token runs through the model for its logits, whenever the same prompt comes.
         computed = started.prompt_tokens - started.reused_tokens
-        self.usage = Usage(0, computed, started.reused_tokens, 0, reused_by_tier(started))
+        self.usage = Usage(1, computed - 1, started.reused_tokens, 0, reused_by_tier(started))
         return [MessageStart(Message(id=self.id, model=self.message.model, usage=self.usage, diagnostics=diagnostics))]
 
     def on_token(self, token: int) -> list[Event]:
@@ -84,6 +84,8 @@ class AnswerState:
             self.sampled += 1  # the stop id, which comes without a TokenEvent
         else:
             self.reason = "model_context_window_exceeded" if self.clamped else "max_tokens"
+        if not self.message.max_tokens:
+            return []  # also where the prompt ends within thinking or an answer
         return self.add(self.stream.finish())
 
     def add(self, parsed: Iterable[AnswerEvent]) -> list[Event]:

@@ -65,7 +65,7 @@ def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestCon
     if room < 1:
         raise too_long(len(rendered.tokens), limit - 1)
     with phases.timed("constrain"):
-        constraint = serving.constrain(normalized.request, rendered.thinking)
+        constraint = serving.constrain(normalized.request, rendered.thinking) if message.max_tokens else None
     generation = GenerationRequest(
         tokens=rendered.tokens,
         max_tokens=min(message.max_tokens, room),

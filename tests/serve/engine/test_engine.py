@@ -68,6 +68,21 @@ def test_concurrent_requests_with_evictions_and_preemptions_are_exact(engine, mo
     engine.core.memory.prefix_cache.check()
 
 
+@pytest.mark.parametrize("length", [1, 5, 32, 33, 170])
+def test_a_request_for_no_tokens_computes_its_prompt_for_the_next_one(engine, model, length):
+    prompt = np.random.default_rng(700 + length).integers(3, VOCAB, length)
+    generated = engine.counters.generated_tokens
+    for reused in (0, length - 1):  # the second time, one token runs as if it decoded
+        tokens, started, last = generate(engine, prompt, 0)
+        assert (tokens, last) == ([], Finished("length"))
+        assert (started.prompt_tokens, started.reused_tokens) == (length, reused)
+    assert engine.counters.generated_tokens == generated
+    tokens, started, _ = generate(engine, prompt, 8)
+    assert started.reused_tokens == length - 1
+    assert_same_or_tied(model, prompt, tokens, reference(model, prompt, 8, {}), [])
+    engine.core.memory.prefix_cache.check()
+
+
 def test_a_full_pool_preempts_and_resumes(model):
     config, params = model
     engine = Engine(params, config, CRAMPED)

@@ -312,7 +312,7 @@ def test_a_step_that_fails_tells_all_though_one_cannot_be_told(make, monkeypatch
 @pytest.mark.parametrize(
     ("count", "sampling", "named"),
     [
-        (0, SamplingParams(), "max_tokens is 0, expected 1 to"),
+        (-1, SamplingParams(), "max_tokens is -1, expected 0 to"),
         (1, SamplingParams(seed=2**32), "seed is 4294967296, expected 0 to 4294967295"),
         (1, SamplingParams(top_k=2**31), "top_k is 2147483648"),
     ],

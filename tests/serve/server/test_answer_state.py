@@ -84,7 +84,7 @@ def test_the_start_has_the_counts_of_the_prompt_and_where_they_came_from() -> No
     (event,) = state.on_started(STARTED, UNSET)
     assert isinstance(event, MessageStart)
     usage = event.message.usage
-    assert (usage.input_tokens, usage.cache_creation_input_tokens, usage.cache_read_input_tokens) == (0, 20, 80)
+    assert (usage.input_tokens, usage.cache_creation_input_tokens, usage.cache_read_input_tokens) == (1, 19, 80)
     assert usage.cache_read_by_tier == reused_by_tier(STARTED) == {"device": 50, "disk": 30}
     assert event.message.id == "msg_1"
 

@@ -353,7 +353,7 @@ class TestHistory:
             kept = self.second_turn(sdk)
         with talk(written, written, render_history_with_template=True) as sdk:
             dropped = self.second_turn(sdk)
-        totals = [u.cache_read_input_tokens + u.cache_creation_input_tokens for u in (kept, dropped)]
+        totals = [u.cache_read_input_tokens + u.cache_creation_input_tokens + u.input_tokens for u in (kept, dropped)]
         assert totals[0] > totals[1]
         assert kept.cache_read_input_tokens > dropped.cache_read_input_tokens
 

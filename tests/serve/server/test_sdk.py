@@ -138,7 +138,7 @@ def test_every_field_is_taken_streaming_and_not(sdk: anthropic.Anthropic) -> Non
     assert (whole.stop_reason, whole.usage.output_tokens) == (streamed.stop_reason, streamed.usage.output_tokens)
     counted = {name: EVERY_FIELD[name] for name in ("system", "messages", "tools", "tool_choice", "thinking")}
     assert sdk.beta.messages.count_tokens(model="claude-x", **counted).input_tokens == (
-        whole.usage.cache_read_input_tokens + whole.usage.cache_creation_input_tokens
+        whole.usage.cache_read_input_tokens + whole.usage.cache_creation_input_tokens + whole.usage.input_tokens
     )
 
 
@@ -162,8 +162,8 @@ def test_what_is_not_there_is_refused_by_name(sdk: anthropic.Anthropic, field: s
 
 
 def test_errors_arrive_as_the_sdks_own(sdk: anthropic.Anthropic) -> None:
-    with pytest.raises(anthropic.BadRequestError, match="max_tokens: expected int >= 1, got 0") as caught:
-        sdk.messages.create(model="m", max_tokens=0, messages=[QUESTION])
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens: expected int >= 0, got -1") as caught:
+        sdk.messages.create(model="m", max_tokens=-1, messages=[QUESTION])
     assert caught.value.body["error"]["type"] == "invalid_request_error"
     assert caught.value.request_id.startswith("req_")
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
