@@ -296,14 +296,12 @@ def decode(
         raise InvalidRequest(f"body: {problem}")
     try:
         return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        if mend is not None:
-            return _decode_mended(decoder, body, choices, mend, error)
-        raise InvalidRequest(explain_error(error, body, choices)) from None
-    # ValueError: malformed JSON or bad UTF-8. RecursionError: JSON that is nested too deeply.
+    # ValueError: malformed JSON, bad UTF-8 or a violated schema. RecursionError: JSON that is nested too deeply.
     except (ValueError, RecursionError) as error:
-        if (mended := mend_surrogates(body)) is not body:
-            return decode(decoder, mended, choices)
+        if (readable := mend_surrogates(body)) is not body:
+            return decode(decoder, readable, choices, mend)
+        if mend is not None and isinstance(error, msgspec.ValidationError):
+            return _decode_mended(decoder, body, choices, mend, error)
         raise InvalidRequest(explain_error(error, body, choices)) from None
 
 

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api.messages import decode_request
+from serve.api.messages import TextBlock, decode_request
 from serve.limits.surrogates import mend_surrogates
 
 HALVES = st.characters(categories=["Cs"])
@@ -58,3 +58,11 @@ def test_a_request_is_read_with_the_replacement() -> None:
         body = b'{"model": "m%b", "max_tokens": 2, "messages": [{"role": "user", "content": "cut %b"}], "%b": 1}'
         request = decode_request(body % (half, half, half))
         assert (request.model, request.messages[0].content) == ("m\ufffd", "cut \ufffd")
+
+
+def test_history_that_cannot_be_read_is_mended_beside_a_half() -> None:
+    known = rb'{"type": "text", "text": "\ud83d"}'
+    body = b'{"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": [%b, %b]}]}'
+    for blocks in ((b'{"type": "new", "x": 1}', known), (known, b'{"type": "new", "x": 1}')):
+        request = decode_request((body % blocks).replace(rb"\\u", rb"\u"))
+        assert TextBlock("\ufffd") in request.messages[0].content
