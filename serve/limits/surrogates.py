@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-BACKSLASH, ED = b"\\\xed"
+BACKSLASH = ord("\\")
 HIGH, LOW = b"89abAB", b"cdefCDEF"  # the digits after `\ud`
 
 
 def mend_surrogates(body: bytes | bytearray) -> bytes | bytearray:
-    r"""The body with U+FFFD for each half of a surrogate pair that stands alone; the same object if there is none.
+    r"""The body with `\ufffd` for each escape such as `\ud83d` that stands alone; the same object if there is none.
 
-    Both ways to write one are mended: the escape `\ud83d`, which becomes `\ufffd`, and three bytes that look like
-    UTF-8. The length stays. Takes up to about 60 bytes of memory for each backslash of the body.
+    The length stays. Takes up to about 60 bytes of memory for each backslash of the body.
     """
     data = np.frombuffer(body, np.uint8)
-    escapes, bytes_ = lone_escapes(data), half_bytes(data)
-    if not len(escapes) and not len(bytes_):
+    places = lone_escapes(data)
+    if not len(places):
         return body
     mended = data.copy()
     for i, byte in enumerate(b"fffd"):
-        mended[escapes + 2 + i] = byte
-    for i, byte in enumerate("\ufffd".encode()):
-        mended[bytes_ + i] = byte
+        mended[places + 2 + i] = byte
     return mended.tobytes()
 
 
@@ -38,10 +35,3 @@ def lone_escapes(data: np.ndarray) -> np.ndarray:
     high = starts[np.isin(data[starts + 3], list(HIGH))]
     low = starts[np.isin(data[starts + 3], list(LOW))]
     return np.concatenate([np.setdiff1d(high, low - 6), np.setdiff1d(low, high + 6)])
-
-
-def half_bytes(data: np.ndarray) -> np.ndarray:
-    """The places, int64, in [bytes] uint8 where three bytes write a half as UTF-8 would if it could."""
-    places = np.flatnonzero(data == ED)
-    places = places[places + 3 <= len(data)]
-    return places[(data[places + 1] >= 0xA0) & (data[places + 1] < 0xC0)]

@@ -30,13 +30,6 @@ def test_escaped_halves_are_replaced_in_keys_and_values_and_at_every_place(value
     assert len(found) == len(body)
 
 
-@given(text=TEXTS)
-def test_halves_as_bytes_are_replaced(text: str) -> None:
-    body = json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    found = bytes(mend_surrogates(body)).decode()
-    assert json.loads(found) == "".join("\ufffd" if 0xD800 <= ord(char) < 0xE000 else char for char in text)
-
-
 def test_what_only_looks_like_a_half_stays() -> None:
     for body in (
         rb'"\\ud83d"',
@@ -54,7 +47,7 @@ def test_what_only_looks_like_a_half_stays() -> None:
 
 
 def test_a_request_is_read_with_the_replacement() -> None:
-    for half in (rb"\ud83d", rb"\ude00", b"\xed\xa0\xbd"):
+    for half in (rb"\ud83d", rb"\ude00"):
         body = b'{"model": "m%b", "max_tokens": 2, "messages": [{"role": "user", "content": "cut %b"}], "%b": 1}'
         request = decode_request(body % (half, half, half))
         assert (request.model, request.messages[0].content) == ("m\ufffd", "cut \ufffd")
