@@ -80,8 +80,10 @@ def system_text(block: Any) -> Any:
     if not isinstance(block, dict) or ("text" not in block and block.get("type") == "text"):
         return block
     kind = block.get("type")
-    if kind == "text" or not isinstance(kind, str):
+    if kind == "text":
         return text_block(block)
+    if not isinstance(kind, str):
+        return text(block)
     return text("\n".join(words(block)) if kind == "image" else unread_text(kind[:MAX_NAME], block))
 
 
