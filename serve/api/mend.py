@@ -177,11 +177,8 @@ def document_source(block: Block) -> Block:
         kinds: Kinds = {"text": text_block, "image": image_block}
         blocks = mended_content(content, kinds)
         return {"type": "content", "content": [b if b["type"] in kinds else text(b["text"]) for b in blocks]}
-    if kind == "base64" and isinstance(data := source.get("data"), str):
-        if str(source.get("media_type")).startswith("text/"):
-            return {"type": "text", "data": decoded_text(data)}
-        found = pdf.pdf_text(data)
-        return {"type": "text", "data": found.text} if found.text else unread_source(source, found.reason)
+    if kind == "base64" and isinstance(source.get("data"), str):
+        return base64_source(source)
     reasons = {"base64": "it has no data", "url": "not fetched", "file": "not available here"}
     said = source.get("reason") if kind == "unread" else None  # it was mended before
     reason = said if isinstance(said, str) else reasons.get(str(kind), "unknown source")
@@ -191,6 +188,17 @@ def document_source(block: Block) -> Block:
 def unread_source(source: Block, reason: str) -> Block:
     """The source of a document that cannot be read."""
     return {"type": "unread", "reason": reason, **source_of({"source": source})}
+
+
+def base64_source(source: Block) -> Block:
+    """The text of a file in Base64: of a PDF, which is the default, or of a text."""
+    media_type = str(source.get("media_type") or "application/pdf")
+    if media_type.startswith("text/"):
+        return {"type": "text", "data": decoded_text(source["data"])}
+    if media_type != "application/pdf":
+        return unread_source(source, "only texts and PDFs are read")
+    found = pdf.pdf_text(source["data"])
+    return {"type": "text", "data": found.text} if found.text else unread_source(source, found.reason)
 
 
 def decoded_text(data: str) -> str:

@@ -318,12 +318,14 @@ def _decode_mended(
         repaired = mend(plain)
     except (ValueError, RecursionError):  # such as a number that Python cannot hold
         raise InvalidRequest(explain_error(violation, body, choices)) from None
-    if repaired == plain:
-        raise InvalidRequest(explain_error(violation, body, choices))
     try:
+        if repaired == plain:
+            raise violation
         return msgspec.convert(repaired, decoder.type)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(explain_error(error, msgspec.json.encode(repaired), choices)) from None
+    except (msgspec.ValidationError, RecursionError) as error:
+        same = error is violation or isinstance(error, RecursionError)
+        shown = body if same else msgspec.json.encode(repaired)
+        raise InvalidRequest(explain_error(error, shown, choices)) from None
 
 
 def _tags(union: Any) -> str:

@@ -72,6 +72,10 @@ TEXTS = [
     ({"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": "aGk="}}, "hi"),
     ({"type": "document", "source": {"type": "base64", "data": None}}, "[document: it has no data]"),
     (
+        {"type": "document", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}},
+        "[document: only texts and PDFs are read (image/png, 3 bytes)]",
+    ),
+    (
         {"type": "search_result", "source": "https://e.com", "title": "T", "content": [{"type": "text", "text": "a"}]},
         "T\nhttps://e.com\na",
     ),
@@ -168,6 +172,13 @@ def test_a_message_without_content_is_empty_unless_it_is_the_last() -> None:
     assert decode_request(encoded({**MINIMAL, "messages": [USER, effort]})).messages[1].content == ()
     with pytest.raises(InvalidRequest, match=r"messages\[1\].content: expected str | array, got null"):
         decode_request(encoded({**MINIMAL, "messages": [USER, {"role": "user", "content": None}]}))
+
+
+def test_half_a_surrogate_pair_and_an_image_are_mended_in_one_body() -> None:
+    halves = {"type": "text", "text": "a\ud83d"}
+    for content in ([IMAGE, halves], [halves, IMAGE]):
+        request = decode_request(encoded({**MINIMAL, "messages": [{"role": "user", "content": content}]}))
+        assert {block_text(block) for block in blocks(request.messages[0])} == {IMAGE_TEXT, "a\ufffd"}
 
 
 def test_a_system_text_of_other_types_is_text() -> None:
