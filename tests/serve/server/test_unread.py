@@ -9,12 +9,16 @@ import httpx
 import pytest
 
 from experiments.harness.client import scrape
-from tests.helpers.http import Json, ask, error_of, post, prompt_tokens, text_of
+from serve.api.messages import InvalidRequest, decode_request
+from serve.api.unread import counted_kind, counted_tool
+from serve.server.unread import refuse_images
+from tests.helpers.http import Json, ask, encoded, error_of, post, prompt_tokens, text_of
 from tests.helpers.pdfs import pdf
 
 TOOL = {"name": "Read", "input_schema": {"type": "object"}}
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"path": "a.png"}}
 PNG = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+IMAGE = {"type": "image", "source": PNG}
 WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 
 
@@ -42,9 +46,42 @@ def counted(client: httpx.Client, messages: list[Json]) -> int:
 
 
 @pytest.mark.parametrize(
+    ("messages", "refused"),
+    [
+        (session(result=[IMAGE]), "messages[2].content[0].content[0]: Could not process image"),
+        (
+            session(result=[document("AAAA")]),
+            "messages[2].content[0].content[0]: this model does not support PDF input",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "document", "source": {"type": "content", "content": [IMAGE]}}]}],
+            "messages[0].content[0].source.content[0]: Could not process image",
+        ),
+    ],
+)
+def test_a_refusal_of_an_image_names_its_place_in_words_that_clients_recover_from(
+    messages: list[Json], refused: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        refuse_images(decode_request(encoded(request(messages))))
+    assert str(caught.value).startswith(refused)
+
+
+def test_other_blocks_are_not_refused_as_images() -> None:
+    readable = session({"type": "hologram"}, result=[document(pdf("text")), {"type": "text", "text": "a"}])
+    refuse_images(decode_request(encoded(request(readable))))
+
+
+def test_types_that_clients_make_up_do_not_grow_the_metrics() -> None:
+    assert {counted_kind(kind) for kind in ("compaction", "made_up", "x" * 999)} == {"compaction", "other"}
+    assert {counted_tool(tool) for tool in ("web_search_20250305", "web_search_20990101")} == {"web_search"}
+    assert counted_tool("made_up_20250101") == "other"
+
+
+@pytest.mark.parametrize(
     "messages",
     [
-        session(result=[{"type": "image", "source": PNG}]),
+        session(result=[IMAGE]),
         session(result=[document(pdf("The text layer of a file"))]),
         session(result=[document("JVBERi0xLjQK")]),
         session({"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "a"}}),
@@ -88,7 +125,7 @@ def test_a_tool_that_only_its_vendor_can_run_is_left_out_and_counted(client: htt
 
 
 def test_a_refused_request_changes_nothing_for_the_next_one(client: httpx.Client) -> None:
-    messages = session(result=[{"type": "image", "source": PNG}])
+    messages = session(result=[IMAGE])
     first = post(client, request(messages))
     for wrong in ({"tool_choice": {"type": "tool", "name": "Write"}}, {"messages": [*messages, {"role": "robot"}]}):
         error_of(client.post("/v1/messages", json=request(messages) | wrong), 400, "invalid_request_error")
