@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from serve.api import pdf, vendor_tools
+from serve.api.tools import ToolAdditionBlock, ToolRemovalBlock
 from serve.api.unread import MAX_NAME, source_of, unread_text, words
 
 Block = dict[str, Any]
@@ -216,6 +217,19 @@ def search_result_block(block: Block) -> Block:
     return {"type": "search_result", **named, "content": [text(b["text"]) for b in content]}
 
 
+def tool_change_block(block: Block) -> Block | None:
+    """An addition or removal of a tool; None for one that has no struct, or of a tool that only the vendor can run."""
+    tool = block.get("tool")
+    if isinstance(tool, dict) and "definition" in tool:
+        (definition,), _ = vendor_tools.offered([tool["definition"]])
+        block = block | {"tool": tool | {"definition": definition}}
+    try:
+        msgspec.convert(block, ToolAdditionBlock | ToolRemovalBlock)
+    except (msgspec.ValidationError, RecursionError):
+        return None
+    return block
+
+
 def unread_block(block: Block) -> Block | None:
     """A block that was mended before."""
     return block if isinstance(block.get("kind"), str) and isinstance(block.get("text"), str) else None
@@ -237,4 +251,6 @@ BLOCKS: Kinds = RESULT_BLOCKS | {
     "redacted_thinking": redacted_thinking_block,
     "tool_use": tool_use_block,
     "tool_result": tool_result_block,
+    "tool_addition": tool_change_block,
+    "tool_removal": tool_change_block,
 }

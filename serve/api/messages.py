@@ -5,7 +5,7 @@ This module knows no tokens, no templates and no HTTP, and never changes a reque
 Formats: https://docs.claude.com/en/api/messages and https://docs.claude.com/en/api/messages-count-tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
@@ -14,6 +14,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from serve.api import unread
 from serve.api.mend import mended
 from serve.api.stops import MAX_STOP_CHARS, MAX_STOPS
+from serve.api.tools import NonEmptyStr as NonEmptyStr
+from serve.api.tools import Tool as Tool
+from serve.api.tools import ToolAdditionBlock, ToolDefinition, ToolReference, ToolRemovalBlock
 from serve.api.validation import explain_error
 from serve.limits.bodies import excess
 from serve.limits.surrogates import mend_surrogates
@@ -23,7 +26,6 @@ Role = Literal["user", "assistant", "system"]
 # Counts are stored in int32 arrays.
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-NonEmptyStr = Annotated[str, Meta(min_length=1)]
 StopSequence = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 StopSequences = Annotated[tuple[StopSequence, ...], Meta(max_length=MAX_STOPS)]
 
@@ -157,7 +159,7 @@ class ToolResultBlock(Struct, frozen=True, tag="tool_result"):
 
 
 OutputBlock = TextBlock | ThinkingBlock | ToolUseBlock
-Block = OutputBlock | RedactedThinkingBlock | ToolResultBlock | ResultBlock
+Block = OutputBlock | RedactedThinkingBlock | ToolResultBlock | ResultBlock | ToolAdditionBlock | ToolRemovalBlock
 
 
 class InputMessage(Struct, frozen=True):
@@ -165,15 +167,7 @@ class InputMessage(Struct, frozen=True):
 
     role: Role
     content: str | tuple[Block, ...]
-
-
-class Tool(Struct, frozen=True):
-    """A tool that the client runs. `mend` makes one of a tool of the vendor that a client runs."""
-
-    name: NonEmptyStr
-    input_schema: dict[str, Any]
-    description: str | None = None
-    type: Literal["custom"] | None = None
+    clear_at: Any = None  # `next_user_message`: a system message's text is gone once one follows
 
 
 class ToolChoice(Struct, frozen=True):
@@ -228,6 +222,8 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Raise ValueError if `tool_choice` needs a tool that is not in `tools`."""
         choice, names = self.tool_choice, {tool.name for tool in self.tools or ()}
+        if choice and choice.type in ("any", "tool") and choice.name not in names:
+            names |= _names_defined_in(self.messages)
         if choice and choice.type == "any" and not names:
             raise ValueError("tool_choice: expected 'any' together with tools, got no tools")
         if choice and choice.type == "tool" and choice.name not in names:
@@ -328,6 +324,12 @@ def _decode_mended(
         raise InvalidRequest(explain_error(error, shown, choices)) from None
 
 
+def _names_defined_in(messages: Iterable[InputMessage]) -> set[str]:
+    """The names of the tools that are defined in mid-conversation."""
+    blocks = (block for message in messages for block in message.content if isinstance(block, ToolAdditionBlock))
+    return {block.tool.definition.name for block in blocks if isinstance(block.tool, ToolDefinition)}
+
+
 def _tags(union: Any) -> str:
     """The tags of a union of structs, separated by commas."""
     return ", ".join(struct.__struct_config__.tag for struct in get_args(union) or (union,))
@@ -338,6 +340,7 @@ _CHOICES = {
     "messages.role": ", ".join(get_args(Role)),
     "messages.content.type": _tags(Block),
     "messages.content.content.type": _tags(ResultBlock),
+    "messages.content.tool.type": _tags(ToolReference | ToolDefinition),
     "system.type": _tags(TextBlock),
     "tools.type": "custom (the vendor's own tools are not available here)",
     "tool_choice.type": "auto, any, tool, none",

@@ -113,12 +113,16 @@ def is_vendors(tool: Any) -> bool:
 def offered(tools: Sequence[Any]) -> tuple[list[Any], list[str]]:
     """Tools with those that a client runs as functions, and the types of those that are left out.
 
-    If nothing could be offered then, the tools stay as they are: such a request is refused by name.
+    If nothing could be offered then, the tools stay as they are: such a request is refused by name. Tools that wait for
+    the vendor's search are offered at once, as nothing else finds them.
     """
     kept = [as_function(tool) for tool in tools if not is_vendors(tool) or tool["type"] in CLIENT_TOOLS]
     if not kept:
         return list(tools), []
-    return kept, [tool["type"] for tool in tools if is_vendors(tool) and tool["type"] not in CLIENT_TOOLS]
+    left_out = [tool["type"] for tool in tools if is_vendors(tool) and tool["type"] not in CLIENT_TOOLS]
+    if any(kind.startswith("tool_search_tool") for kind in left_out):
+        kept = [tool | {"defer_loading": None} if isinstance(tool, dict) else tool for tool in kept]
+    return kept, left_out
 
 
 def as_function(tool: Any) -> Any:

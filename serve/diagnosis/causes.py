@@ -17,7 +17,7 @@ from serve.api.answers import (
 )
 from serve.api.messages import CountTokensRequest, InputMessage, Tool
 from serve.diagnosis.sections import system_parts
-from serve.prompt.conversation import block_text, blocks
+from serve.prompt.conversation import block_text, blocks, shown
 from serve.rules.normalize import strip_preamble
 
 CAUSES = {
@@ -83,7 +83,7 @@ def tools_cause(new: CountTokensRequest, old: CountTokensRequest, section: str) 
     def as_json(tools: Iterable[Tool], order: Literal["sorted"] | None) -> list[bytes]:
         return [msgspec.json.encode(tool, order=order) for tool in tools]
 
-    new_tools, old_tools = new.tools or (), old.tools or ()
+    new_tools, old_tools = comparable_tools(new, old), comparable_tools(old, new)
     try:
         if as_json(new_tools, None) == as_json(old_tools, None):
             return None
@@ -93,9 +93,17 @@ def tools_cause(new: CountTokensRequest, old: CountTokensRequest, section: str) 
     return "tools_reordered" if same else "tools_changed"
 
 
+def comparable_tools(request: CountTokensRequest, other: CountTokensRequest) -> list[Tool]:
+    """The tools of the prompt's head, then the deferred ones that both requests define: one more changes no prompt."""
+    both = {tool.name for tool in other.tools or () if tool.defer_loading}
+    deferred = (tool for tool in request.tools or () if tool.defer_loading and tool.name in both)
+    head = [tool for tool in request.tools or () if not tool.defer_loading]
+    return head + sorted(deferred, key=lambda tool: tool.name)
+
+
 def messages_cause(new: CountTokensRequest, old: CountTokensRequest, section: str) -> str | None:
     """Why the messages differ, from the message that `section` names on, or None."""
-    new_messages, old_messages = new.messages, old.messages
+    new_messages, old_messages = shown(new.messages), shown(old.messages)
     named = int(section.partition("[")[2].partition("]")[0]) if section.startswith("messages") else 0
     at = named
     while at < min(len(new_messages), len(old_messages)) and blocks(new_messages[at]) == blocks(old_messages[at]):

@@ -16,7 +16,8 @@ from cache.radix_tree import common_prefix
 from serve.api.messages import Block, CountTokensRequest, InvalidRequest, ToolUseBlock
 from serve.diagnosis.divergence import RememberedRequest, difference, sections_of
 from serve.diagnosis.sections import Vocabulary, message_parts, rendered_text, system_parts
-from serve.prompt.conversation import blocks, tool_definitions
+from serve.prompt.conversation import blocks, shown, tool_definitions
+from serve.prompt.offered_tools import offered_tools
 from serve.prompt.render import Prompt
 from serve.rules.normalize import DEFAULT_RULES, RULES, normalize
 
@@ -69,7 +70,7 @@ def as_remembered(request: CountTokensRequest, made: Prompt) -> RememberedReques
 
 def extends(new: CountTokensRequest, old: CountTokensRequest) -> bool:
     """Whether the new request has the old one's messages, and more after them."""
-    same = all(blocks(a) == blocks(b) for a, b in zip(new.messages, old.messages, strict=False))
+    same = all(blocks(a) == blocks(b) for a, b in zip(shown(new.messages), shown(old.messages), strict=False))
     return same and len(new.messages) > len(old.messages)
 
 
@@ -81,7 +82,8 @@ def characters(request: CountTokensRequest, tools_first: bool) -> Prompt:
     system = [text for _, text in system_parts(request)]
     tools = [json.dumps(tool, ensure_ascii=False) for tool in tool_definitions(request) or ()]
     frame = [*tools, *system] if tools_first else [*system, *tools]
-    text = "\n\n".join([*frame, *(block_as_text(block) for _, block in message_parts(request))])
+    messages = shown(offered_tools(request).messages)
+    text = "\n\n".join([*frame, *(block_as_text(block) for _, block in message_parts(messages))])
     tokens = np.frombuffer(text.encode("utf-32-le", "replace"), np.int32)
     return Prompt((text,), tokens, (len(tokens),), None, np.zeros(0, np.int32), False)
 

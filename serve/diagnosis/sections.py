@@ -17,8 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from serve.api.messages import Block, CountTokensRequest, TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock
-from serve.prompt.conversation import block_text, blocks, result_text
+from serve.api.messages import (
+    Block,
+    CountTokensRequest,
+    InputMessage,
+    TextBlock,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+from serve.prompt.conversation import block_text, blocks, result_text, shown
+from serve.prompt.offered_tools import offered_tools
 from serve.prompt.render import PromptSegment
 
 PROBE = 64  # characters that a part is recognised by
@@ -137,12 +146,13 @@ def find_sections(request: CountTokensRequest, text: bytes) -> list[tuple[int, s
     """The first byte and the name of each section of a request in its rendered text; parts not found are left out."""
     starts: list[tuple[int, str]] = []
     system_end = add_section_starts(text, system_parts(request), forms_of_text, 0, len(text), starts)
-    tools = ((f"tools[{i}] {tool.name}", tool.name) for i, tool in enumerate(request.tools or ()))
+    offered = offered_tools(request)
+    tools = ((f"{field} {tool.name}", tool.name) for field, tool in offered.head)
     tools_end = add_section_starts(text, tools, forms_of_name, 0, len(text), starts)
     # A call is known by its tool: its JSON is as the model wrote it.
     parts = (
         (n, block.name if isinstance(block, ToolUseBlock) else rendered_text(block))
-        for n, block in message_parts(request)
+        for n, block in message_parts(shown(offered.messages))
     )
     add_section_starts(text, parts, forms_of_text, max(system_end, tools_end), WINDOW, starts)
     return sorted(starts)
@@ -198,9 +208,9 @@ def system_parts(request: CountTokensRequest) -> Iterator[tuple[str, str]]:
             yield f"system[{i}]", block.text
 
 
-def message_parts(request: CountTokensRequest) -> Iterator[tuple[str, Block]]:
+def message_parts(messages: Iterable[InputMessage]) -> Iterator[tuple[str, Block]]:
     """Name and block of each block of the messages: texts under their role, other blocks under their kind."""
-    for i, message in enumerate(request.messages):
+    for i, message in enumerate(messages):
         for block in blocks(message):
             kind = message.role if isinstance(block, TextBlock) else block.__struct_config__.tag
             yield f"messages[{i}] {kind}", block

@@ -22,6 +22,7 @@ from serve.api.messages import CountTokensRequest, TextBlock
 from serve.diagnosis.sections import message_parts, system_parts
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
+from serve.prompt.conversation import shown
 
 log = logging.getLogger("tokenzero.volatility")
 
@@ -77,7 +78,7 @@ class Volatility:
 
     def observe(self, user_agent: str, request: CountTokensRequest) -> list[Volatile]:
         """The segments first noticed as volatile in a client's next request, which is given as the rules left it."""
-        names = (user_agent, *(tool.name for tool in request.tools or ()))
+        names = (user_agent, *(tool.name for tool in request.tools or () if not tool.defer_loading))
         key = hashlib.blake2b("\0".join(names).encode("utf-8", "replace"), digest_size=16).digest()
         user_agent = user_agent[:SHOWN_CHARS]
         segments = {
@@ -154,7 +155,8 @@ def segments_of(request: CountTokensRequest) -> Iterator[tuple[Place, str]]:
     for section, text in system_parts(request):
         yield from lines_of(section, text)
     for i, tool in enumerate(request.tools or ()):
-        yield (f"tools[{i}] {tool.name:.{SHOWN_CHARS}}", 0), msgspec.json.encode(tool).decode()
-    for section, block in message_parts(request):
+        if not tool.defer_loading:
+            yield (f"tools[{i}] {tool.name:.{SHOWN_CHARS}}", 0), msgspec.json.encode(tool).decode()
+    for section, block in message_parts(shown(request.messages)):
         if isinstance(block, TextBlock) and (section.endswith("system") or block.text.startswith("<system-reminder>")):
             yield from lines_of(section, block.text)

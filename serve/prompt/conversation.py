@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
+
+from msgspec.structs import replace
 
 from serve.api.messages import (
     Block,
@@ -21,13 +24,15 @@ from serve.api.messages import (
     ToolUseBlock,
     UnreadBlock,
 )
+from serve.api.tools import ToolAdditionBlock, ToolRemovalBlock
+from serve.prompt.offered_tools import as_function, offered_tools
 
 ChatMessage = dict[str, Any]  # one message as chat templates take it
 
 
 def is_prefilled(request: CountTokensRequest) -> bool:
     """Whether the last message is the start of the assistant's answer, to be continued."""
-    last = request.messages[-1]
+    last = next((m for m in reversed(request.messages) if not is_silent(m)), request.messages[-1])
     return last.role == "assistant" and not any(isinstance(b, ToolUseBlock) for b in blocks(last))
 
 
@@ -36,10 +41,64 @@ def wants_thinking(request: CountTokensRequest) -> bool:
     return request.thinking is not None and request.thinking.type != "disabled"
 
 
+def shown(messages: Sequence[InputMessage]) -> list[InputMessage]:
+    """The messages as the model is to see them, one for one: results in the order of their calls, no cleared text."""
+    last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
+    result = [*lasting(messages[:last_user]), *messages[last_user:]]
+    calls: list[str] = []
+    heard = (i for i, message in enumerate(result) if not is_silent(message))
+    for is_answer, group in groupby(heard, lambda i: result[i].role == "assistant"):
+        run = list(group)
+        if is_answer:
+            calls = [block.id for i in run for block in blocks(result[i]) if isinstance(block, ToolUseBlock)]
+        elif calls:
+            for i, message in zip(run, in_call_order([result[i] for i in run], calls), strict=True):
+                result[i] = message
+    return result
+
+
+def lasting(messages: Sequence[InputMessage]) -> list[InputMessage]:
+    """The messages, one for one, without the texts of those system messages that the next user message clears.
+
+    A longer conversation does not have these texts: it differs from the shorter one where they stood.
+    """
+    return [
+        replace(message, content=tuple(block for block in blocks(message) if not isinstance(block, TextBlock)))
+        if message.role == "system" and message.clear_at == "next_user_message"
+        else message
+        for message in messages
+    ]
+
+
+def is_silent(message: InputMessage) -> bool:
+    """Whether a message adds nothing to the prompt: a system message without text."""
+    return message.role == "system" and not join(blocks(message))
+
+
+def in_call_order(run: Sequence[InputMessage], calls: Sequence[str]) -> Sequence[InputMessage]:
+    """The messages after an answer with these ids of calls, its results exchanged until they are in the calls' order.
+
+    Formats that write no ids pair results with calls by their places. Results without a call come last.
+    """
+    places: defaultdict[str, deque[int]] = defaultdict(deque)
+    for place, id in enumerate(calls):
+        places[id].append(place)
+    results = [block for message in run for block in blocks(message) if isinstance(block, ToolResultBlock)]
+    order = [waiting.popleft() if (waiting := places[r.tool_use_id]) else len(calls) for r in results]
+    if order == sorted(order):
+        return run
+    ordered = iter([result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])])
+    return [
+        replace(m, content=tuple(next(ordered) if isinstance(b, ToolResultBlock) else b for b in blocks(m)))
+        for m in run
+    ]
+
+
 def joined(messages: Sequence[InputMessage]) -> list[InputMessage]:
-    """The messages, with neighbouring ones of the assistant joined: some clients split an answer."""
+    """The messages as they are shown, with neighbouring ones of the assistant joined: some clients split an answer."""
+    heard = [message for message in shown(messages) if not is_silent(message)]
     result: list[InputMessage] = []
-    for role, group in groupby(messages, lambda message: message.role):
+    for role, group in groupby(heard or messages[-1:], lambda message: message.role):
         run = list(group)
         split = role == "assistant" and len(run) > 1
         result += [InputMessage("assistant", tuple(b for message in run for b in blocks(message)))] if split else run
@@ -52,23 +111,15 @@ def answers(messages: Sequence[InputMessage]) -> list[tuple[Block, ...]]:
 
 
 def tool_definitions(request: CountTokensRequest) -> list[dict[str, Any]] | None:
-    """The tools in the form that chat templates take; None without tools."""
-    if not request.tools:
-        return None
-    return [
-        {
-            "type": "function",
-            "function": {"name": t.name, "description": t.description or "", "parameters": t.input_schema},
-        }
-        for t in request.tools
-    ]
+    """The tools of the prompt's head in the form that chat templates take; None without tools."""
+    return [as_function(tool) for tool in request.tools or () if not tool.defer_loading] or None
 
 
 def conversation(request: CountTokensRequest) -> list[ChatMessage]:
     """The request as a chat template's messages: the system text first, tool results as turns of role `tool`."""
     system = request.system if isinstance(request.system, str) else join(request.system or ())
     head = [{"role": "system", "content": system}] if system else []
-    return head + [turn for message in joined(request.messages) for turn in turns(message)]
+    return head + [turn for message in joined(offered_tools(request).messages) for turn in turns(message)]
 
 
 def turns(message: InputMessage) -> list[ChatMessage]:
@@ -128,8 +179,7 @@ def join(content: tuple[Block | ResultBlock, ...] | list[Block]) -> str:
 
 def block_text(block: Block | ResultBlock) -> str:
     """The text that a block adds to the visible text of its turn."""
-    if isinstance(block, TextBlock | DocumentBlock | SearchResultBlock | ImageBlock | UnreadBlock):
-        return block.text
     if isinstance(block, ToolReferenceBlock):
         return block.tool_name
-    return ""
+    written = TextBlock | DocumentBlock | SearchResultBlock | ImageBlock | UnreadBlock
+    return block.text if isinstance(block, written | ToolAdditionBlock | ToolRemovalBlock) else ""

@@ -30,6 +30,7 @@ from serve.formats.schemas import (
     types_of,
 )
 from serve.prompt.conversation import is_prefilled, wants_thinking
+from serve.prompt.offered_tools import offered_tools
 
 # JSON as chat templates and `formats` write it: no free whitespace, which a model may never stop writing.
 STRICT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -82,7 +83,10 @@ def grammar_of(
     if forced and not format.call:
         raise InvalidRequest("tool_choice: expected 'auto' or 'none', as this model's chat template has no tool calls")
     named = choice.name if choice and choice.type == "tool" else None
-    tools = [(f"tools[{i}]", tool) for i, tool in enumerate(request.tools or ()) if named in (None, tool.name)]
+    tools = [(field, tool) for field, tool in offered_tools(request).callable if named in (None, tool.name)]
+    if forced and not tools:
+        found = f"{named!r:.80}, which is not loaded or was removed" if named else "none that is loaded"
+        raise InvalidRequest(f"tool_choice: expected a tool that may be called at the end of messages, got {found}")
     bodies = [answer(wanted.schema)] if wanted and not forced else []
     if tools and format.call and (choice is None or choice.type != "none"):
         bodies.append(tool_calls(format, tools, not (choice and choice.disable_parallel_tool_use), added))

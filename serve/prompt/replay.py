@@ -31,7 +31,7 @@ from cache.lmdb_env import RECORDS
 from cache.worker import Worker
 from serve.api.messages import Block, InputMessage, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.limits.bounds import DEFAULT_BOUNDS
-from serve.prompt.conversation import blocks, joined, turns
+from serve.prompt.conversation import blocks, joined, lasting, turns
 
 log = logging.getLogger("tokenzero.replay")
 
@@ -163,10 +163,11 @@ def keys(scope: bytes, messages: Sequence[InputMessage]) -> list[bytes]:
     """The keys of a conversation's answers, 32 bytes each: a hash of the answer and of everything before it.
 
     `scope` separates those who may not share records: API key, salt, model. Signatures, redacted thinking, whitespace
-    around texts, the borders between neighbouring texts, key order and the spelling of numbers make no difference.
+    around texts, the borders between neighbouring texts, key order and the spelling of numbers make no difference, nor
+    do texts that the next user message clears: an answer is found after it as well.
     """
     chain, result = hashlib.sha256(scope).digest(), list[bytes]()
-    for message in joined(messages):
+    for message in joined(lasting(messages)):
         if message.role == "assistant":
             try:
                 chain = link(chain, canonical(blocks(message)))

@@ -42,6 +42,7 @@ from serve.engine.request import Event as EngineEvent
 from serve.engine.request import Failed, Finished, Started, TokenEvent
 from serve.formats.format import format_for_json
 from serve.formats.stream import AnswerStream
+from serve.prompt.offered_tools import offered_tools
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import sign
 from serve.server.answer_state import AnswerState, reused_by_tier
@@ -221,12 +222,12 @@ def answer_stream(context: ServerContext, prepared: Prepared) -> AnswerStream:
     """The parser of the answer to a request."""
     message, form = prepared.message, context.tokenizer.template.format
     choice, config = message.tool_choice, message.output_config
-    offered = () if choice and choice.type == "none" else message.tools or ()
+    offered = () if choice and choice.type == "none" else offered_tools(message).callable
     return AnswerStream(
         context.tokenizer.hf.backend_tokenizer,
         format_for_json(form) if config and config.format else form,
         prepared.stops,
-        {tool.name: tool.input_schema for tool in offered},
+        {tool.name: tool.input_schema for _, tool in offered},
         prepared.prompt.thinking,
         prepared.prompt.prefilled_answer_ids.tolist(),
     )

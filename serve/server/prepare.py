@@ -17,7 +17,7 @@ from serve.api.stops import Stops
 from serve.diagnosis.sections import message_parts, rendered_text, system_parts
 from serve.engine.request import GenerationRequest
 from serve.engine.steps import SamplingParams
-from serve.prompt.conversation import answers
+from serve.prompt.conversation import answers, is_silent, shown
 from serve.prompt.render import USUAL_CHARS, Prompt, Recalled, prompt, too_long
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import verify
@@ -149,14 +149,17 @@ def least_tokens(request: CountTokensRequest, max_token_chars: int) -> int:
     With it a prompt that is far too long is refused before it is rendered; the refusal has an estimate instead, of
     USUAL_CHARS a token.
     """
-    return max(len(request.messages), text_chars(request) // max_token_chars)
+    heard = sum(not is_silent(message) for message in request.messages)
+    return max(heard, text_chars(request) // max_token_chars)
 
 
 def text_chars(request: CountTokensRequest) -> int:
     """The characters of all texts of a request, without thinking and calls."""
     texts = sum(len(text) for _, text in system_parts(request))
     return texts + sum(
-        len(rendered_text(block)) for _, block in message_parts(request) if not isinstance(block, ThinkingBlock)
+        len(rendered_text(block))
+        for _, block in message_parts(shown(request.messages))
+        if not isinstance(block, ThinkingBlock)
     )
 
 

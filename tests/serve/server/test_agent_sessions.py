@@ -7,13 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import anthropic
+import httpx
 import numpy as np
 import pytest
 
 from model.config import ModelConfig
 from model.params import Params
 from serve.api.messages import Block, MessagesRequest, TextBlock, ThinkingBlock, ToolUseBlock
+from serve.formats.families import write_turn
 from serve.prompt.conversation import answers
+from serve.prompt.tokenizer import make_tokenizer
 from tests.helpers.conversations import OPENING, answer_of, body_of, generated, is_extension, message, next_messages
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
 from tests.helpers.scripted_server import context_over, listening, saying
@@ -93,3 +96,63 @@ def test_thirty_turns_of_an_agent(family: Family, small: Model) -> None:
                 turn, tuple(ToolUseBlock(b.id, b.name, b.input) for b in final.content if b.type == "tool_use")
             )
     assert len(engine.asked) == TURNS
+
+
+def tool(name: str, properties: Json, **more: Any) -> Json:
+    return {"name": name, "description": name, "input_schema": {"type": "object", "properties": properties}, **more}
+
+
+def found(id: str, name: str) -> Json:
+    """The result of a search that found a tool."""
+    return {"type": "tool_result", "tool_use_id": id, "content": [{"type": "tool_reference", "tool_name": name}]}
+
+
+QUESTION = message("user", {"type": "text", "text": "Edit the notebook. " * 50})
+SEARCHED = [QUESTION, message("assistant", {"type": "tool_use", "id": "toolu_0", "name": "ToolSearch", "input": {}})]
+BASH, SEARCH, WRITE = (tool(name, {"path": {"type": "string"}}) for name in ("Bash", "ToolSearch", "Write"))
+HOLD = tool("Placeholder", {}, defer_loading=True)
+EDIT = tool("NotebookEdit", {"mode": {"enum": ["insert", "delete"]}, "cell": {"type": "integer"}}, defer_loading=True)
+EDIT["input_schema"]["required"] = ["mode"]
+
+
+def test_a_tool_search_reads_the_prompt_before_and_its_tool_is_known(small: Model) -> None:
+    hf = tokenizer_of(next(family for family in FAMILIES if family.name == "qwen3")).hf
+    tokenizer = make_tokenizer(hf, "qwen3_coder")  # whose calls have no types of their own
+    says = [ToolUseBlock("", "ToolSearch", {"path": "notebook"}), ToolUseBlock("", "NotebookEdit", {"cell": 5})]
+
+    def next_answer(request: MessagesRequest, thinking_opened: bool) -> list[int]:
+        answer = (says[len(answers(request.messages))],)
+        return tokenizer.encode(write_turn(tokenizer.template.format, answer)).tolist()
+
+    engine, context = context_over(small, tokenizer, saying(tokenizer, VOCAB, next_answer))
+    with listening(context) as url, anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as sdk:
+
+        def ask(tools: list[Any], *messages: Any) -> anthropic.types.Message:
+            return sdk.messages.create(model="m", max_tokens=500, system="S", tools=tools, messages=messages)
+
+        (search,) = ask([BASH, HOLD, SEARCH, WRITE], QUESTION).content
+        history = [QUESTION, message("assistant", search.to_dict()), message("user", found(search.id, "NotebookEdit"))]
+        second = ask([BASH, EDIT, SEARCH, WRITE, HOLD], *history)
+    (call,) = second.content
+    assert call.to_dict()["input"] == {"cell": 5}, "a number by the schema of the tool that was loaded"
+    before, after = (request.tokens for request in engine.asked)
+    assert is_extension(after, before)
+    assert second.usage.cache_read_input_tokens >= 0.99 * len(before)
+
+
+def test_a_tool_that_was_loaded_can_be_demanded_and_no_other(small: Model) -> None:
+    _, context = context_over(small, tokenizer_of(next(family for family in FAMILIES if family.name == "qwen2.5")))
+    choice = {"type": "tool", "name": "NotebookEdit", "disable_parallel_tool_use": True}
+
+    def ask(client: httpx.Client, name: str) -> httpx.Response:
+        messages = [*SEARCHED, message("user", found("toolu_0", name))]
+        body = {"model": "m", "max_tokens": 200, "tools": [BASH, EDIT, SEARCH], "tool_choice": choice}
+        return client.post("/v1/messages", json=body | {"messages": messages}, timeout=60)
+
+    with listening(context) as url, httpx.Client(base_url=url) as client:
+        loaded, missing = ask(client, "NotebookEdit"), ask(client, "Bash")
+    (call,) = loaded.json()["content"]
+    assert call["name"] == "NotebookEdit"
+    assert call["input"]["mode"] in ("insert", "delete")
+    assert missing.status_code == 400
+    assert "tool_choice: expected a tool that may be called" in missing.json()["error"]["message"]
