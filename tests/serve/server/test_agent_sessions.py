@@ -14,7 +14,7 @@ import pytest
 from model.config import ModelConfig
 from model.params import Params
 from serve.api.messages import Block, MessagesRequest, TextBlock, ThinkingBlock, ToolUseBlock
-from serve.formats.families import write_turn
+from serve.formats.format import write_turn
 from serve.prompt.conversation import answers
 from serve.prompt.tokenizer import make_tokenizer
 from tests.helpers.conversations import OPENING, answer_of, body_of, generated, is_extension, message, next_messages
