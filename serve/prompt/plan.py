@@ -42,7 +42,8 @@ class Chat:
     turns: list[ChatMessage]  # the same with answers as placeholders and control tokens broken
     answers: list[PlannedAnswer]
     next_opening: Opening  # before the answer that the model is to give
-    tools: list[dict[str, Any]] | None  # control tokens broken
+    tools: list[dict[str, Any]] | None  # as the template takes them, control tokens broken
+    template: Template  # for the form of head that the request has
     thinking: bool
     prefilled: bool  # the last answer is begun by the client
     tools_first: bool  # tools before the system text
@@ -51,6 +52,11 @@ class Chat:
     def template_flags(self) -> dict[str, bool]:
         """How the turns are to be rendered: closed by the start of an answer, unless the client has begun it."""
         return {"answer": not self.prefilled, "thinking": self.thinking}
+
+    @property
+    def last_opening(self) -> Opening:
+        """The opening of the answer that the prompt ends in."""
+        return self.answers[-1].opening if self.prefilled else self.next_opening
 
     def can_be_written(self, format: Format) -> bool:
         """Whether a format can write all answers; one without tool calls would lose them."""
@@ -61,7 +67,9 @@ def plan_chat(request: CountTokensRequest, template: Template, tools_first: bool
     """The plan of a request. Raises RecursionError for JSON that nests too deeply."""
     placeholder, answer_placeholder = secrets.token_hex(12), secrets.token_hex(12)
     prefilled, thinking = is_prefilled(request), wants_thinking(request)
-    adapted = adapt_conversation(conversation(request), template)
+    chat, tools = conversation(request), tool_definitions(request)
+    template = template.for_head(bool(tools), chat[0]["role"] == "system")
+    adapted = adapt_conversation(chat, template)
     given = answers(request.messages)
     turns: list[ChatMessage] = []
     planned: list[PlannedAnswer] = []
@@ -88,7 +96,8 @@ def plan_chat(request: CountTokensRequest, template: Template, tools_first: bool
         turns=turns,
         answers=planned,
         next_opening=template.opening(role_before, thinking),
-        tools=break_controls(tool_definitions(request), template.control_tokens, placeholder),
+        tools=break_controls(tools, template.control_tokens, placeholder) if tools else template.no_tools,
+        template=template,
         thinking=thinking,
         prefilled=prefilled,
         tools_first=tools_first,

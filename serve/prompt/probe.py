@@ -1,13 +1,15 @@
 """Find out what a chat template takes and writes, once for each checkpoint, by rendering small conversations with it.
 
 Templates differ in what they refuse (a system message in the middle, two user turns in a row, a tool result without
-its call), in what they move, and in how an answer in the history begins.
+its call), in what they move, and in how an answer in the history begins. All of it may depend on whether the request
+has tools and a system text, so each form of a conversation's head is probed by itself.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.formats.families import choose_format
@@ -23,35 +25,84 @@ USER = {"role": "user", "content": "word1"}
 REMINDER = {"role": "system", "content": "word4"}
 LATER = {"role": "user", "content": "word5"}
 ANSWER = {"role": "assistant", "content": "word6"}
+SECOND = {"role": "assistant", "content": "word7"}
 LAST = {"role": "user", "content": "word8"}
-TOOL = {"type": "function", "function": {"name": "word9", "description": "", "parameters": {}}}
+# Templates write tools out of their parts: a schema without parameters is refused by some.
+VALUE = {"type": "string", "description": "A value."}
+SCHEMA = {"type": "object", "properties": {"value": VALUE}, "required": ["value"]}
+TOOL = {"type": "function", "function": {"name": "word9", "description": "", "parameters": SCHEMA}}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Renders small conversations that all have the same tools and the same turns before them."""
+
+    hf: Any
+    tools: list[dict[str, Any]] | None
+    head: tuple[ChatMessage, ...] = ()
+
+    def attempt(self, turns: Sequence[ChatMessage], **template_flags: bool) -> str:
+        """The template's text, empty if it refuses."""
+        return attempt(self.hf, [*self.head, *turns], self.tools, **template_flags)
+
+    def takes(self, *turns: ChatMessage) -> bool:
+        """Whether the template writes each of these turns once and in its place."""
+        words = [word for turn in turns for word in WORD.findall(str(turn))]
+        return [word for word in WORD.findall(self.attempt(turns)) if word in words] == words
 
 
 def probe_template(hf: Any, format_name: str | None = None) -> Template:
-    """Render small conversations with the tokenizer's chat template, and describe what it makes of them."""
-    # The ways to write an answer before tool results that the template takes: as text, as a call.
-    ways = [as_tool_call for as_tool_call in (False, True) if takes(hf, *tool_loop(as_tool_call), ANSWER, LAST)]
-    as_tool_call = ways[:1] == [True]
-    loop = tool_loop(as_tool_call)
-    anywhere = takes(hf, SYSTEM, USER, REMINDER, ANSWER, REMINDER | {"content": "word7"}, LAST)
-    anywhere = anywhere and (not ways or takes(hf, *loop, REMINDER, ANSWER, LAST))
-    first = takes(hf, SYSTEM, USER)
-    source = hf.get_chat_template(tools=[TOOL])
-    format = choose_format(source, format_name)
-    return Template(
+    """Render small conversations with the tokenizer's chat template, and describe what it makes of them.
+
+    The result is for requests with tools and a system text; its `heads` has the others.
+    """
+    format = choose_format(hf.get_chat_template(tools=[TOOL]), format_name)
+    none = no_tools(hf)
+    shared = Template(
         format=format,
         control_tokens=control_tokens(hf, format),
-        answer_as_tool_call=as_tool_call,
-        after_call=after_call(hf) if as_tool_call else "",
-        short_ids=bool(ways) and not takes(hf, *tool_loop(as_tool_call, "toolu_0123456789"), ANSWER, LAST),
-        systems="anywhere" if anywhere else "first" if first else "never",
-        users_in_a_row=takes(hf, USER, LATER, ANSWER, LAST),
-        users_after_results=not ways or takes(hf, *loop, LATER, ANSWER, LAST),
-        moves_tools_to_last_turn=moves_tools_to_last_turn(hf, [SYSTEM, USER] if first else [USER]),
-        tools_can_lead=first and tools_can_lead(hf),
+        no_tools=none,
+        tools_can_lead=Probe(hf, none).takes(SYSTEM, USER) and tools_can_lead(hf),
         reads_clock=any("strftime_now" in text for text in template_sources(hf)),
+    )
+    heads = {
+        (bool(tools), system): probe_head(hf, tools, system, shared)
+        for tools in ([TOOL], none)
+        for system in (True, False)
+    }
+    return replace(heads[True, True], heads=heads)
+
+
+def no_tools(hf: Any) -> list[dict[str, Any]] | None:
+    """The tools of a request without tools: an empty list for a template that refuses None."""
+    return [] if not attempt(hf, [USER], answer=True) and attempt(hf, [USER], [], answer=True) else None
+
+
+def probe_head(hf: Any, tools: list[dict[str, Any]] | None, system: bool, shared: Template) -> Template:
+    """What the template makes of conversations with these tools, and with a system text or none."""
+    plain = Probe(hf, tools)
+    leads = plain.takes(SYSTEM, USER)  # the template takes a system text
+    probe = replace(plain, head=(SYSTEM,)) if system and leads else plain
+    # The ways to write an answer before tool results that the template takes: as text, as a call.
+    ways = [as_tool_call for as_tool_call in (False, True) if probe.takes(*tool_loop(as_tool_call), ANSWER, LAST)]
+    as_tool_call = ways[:1] == [True]
+    loop = tool_loop(as_tool_call)
+    anywhere = plain.takes(*probe.head, USER, REMINDER, ANSWER, REMINDER | {"content": "word7"}, LAST)
+    anywhere = anywhere and (not ways or probe.takes(*loop, REMINDER, ANSWER, LAST))
+    moves = moves_tools_to_last_turn(probe)
+    # The turns after a head that would move are rendered without it.
+    rest = Probe(hf, shared.no_tools) if moves else probe
+    return replace(
+        shared,
+        answer_as_tool_call=as_tool_call,
+        after_call=after_call(probe) if as_tool_call else "",
+        short_ids=bool(ways) and not probe.takes(*tool_loop(as_tool_call, "toolu_0123456789"), ANSWER, LAST),
+        systems="anywhere" if anywhere else "first" if leads else "never",
+        users_in_a_row=probe.takes(USER, LATER, ANSWER, LAST),
+        users_after_results=not ways or probe.takes(*loop, LATER, ANSWER, LAST),
+        moves_tools_to_last_turn=moves,
         openings={
-            (role, thinking): opening(hf, turns, thinking, as_tool_call)
+            (role, thinking): opening(rest, turns, thinking, as_tool_call)
             for role, turns in (("user", [USER]), ("system", [USER, REMINDER]), ("tool", loop))
             for thinking in (False, True)
         },
@@ -80,14 +131,9 @@ def attempt(
         return ""
 
 
-def takes(hf: Any, *turns: ChatMessage) -> bool:
-    """Whether the template writes every turn once and in its place."""
-    return WORD.findall(attempt(hf, turns)) == [word for turn in turns for word in WORD.findall(str(turn))]
-
-
-def moves_tools_to_last_turn(hf: Any, head: Sequence[ChatMessage]) -> bool:
+def moves_tools_to_last_turn(probe: Probe) -> bool:
     """Whether tools or the texts before the first answer are written elsewhere once the conversation goes on."""
-    short, longer = (attempt(hf, turns, [TOOL]) for turns in (head, [*head, ANSWER, LAST]))
+    short, longer = probe.attempt([USER]), probe.attempt([USER, ANSWER, LAST])
     stays = common_start(short, longer.partition("word6")[0])
     return any(word not in stays for word in WORD.findall(short))
 
@@ -102,24 +148,43 @@ def tools_can_lead(hf: Any) -> bool:
     return [word for word in WORD.findall(text) if word != "word1"] == ["word9", "word0"]
 
 
-def opening(hf: Any, before: Sequence[ChatMessage], thinking: bool, as_tool_call: bool) -> Opening:
+def opening(probe: Probe, before: Sequence[ChatMessage], thinking: bool, as_tool_call: bool) -> Opening:
     """How answers begin after the turns `before`."""
+    word = WORD.findall(str(before[-1]))[-1]
 
-    def text_before_answer(*turns: ChatMessage) -> str:
-        text, found, _ = attempt(hf, [*before, *turns], thinking=thinking).partition("word6")
-        return text if found else ""
+    def after_word(text: str) -> str | None:
+        return text.rpartition(word)[2] if text else None
 
-    call = [answer_turn("word6", True), tool_loop(True)[-1], answer_turn("word7", False), LAST]
-    forms = (
-        attempt(hf, before, answer=True, thinking=thinking),
-        text_before_answer(ANSWER),
-        text_before_answer(ANSWER, LAST),
-        text_before_answer(*call) if as_tool_call else "",
+    def before_answer(*turns: ChatMessage, answer: bool = True) -> str | None:
+        text, found, _ = probe.attempt([*before, *turns], answer=answer, thinking=thinking).partition("word6")
+        return after_word(text) if found else None
+
+    result = tool_loop(as_tool_call)[-1]
+    call = answer_turn("word6", True)
+    generation = after_word(probe.attempt(before, answer=True, thinking=thinking))
+    prefilled, history = before_answer(ANSWER, answer=False), before_answer(ANSWER, LAST)
+    history_call = before_answer(call, result, SECOND, LAST) if as_tool_call else None
+    # Templates write answers in another way after the last question than before it (Qwen3.5, Step-3.5, DeepSeek-V4).
+    loops = (
+        [before_answer(call, result), before_answer(call, result, SECOND, result)]
+        if as_tool_call
+        else [before_answer(ANSWER, result), before_answer(ANSWER, result, SECOND, LAST)]
     )
-    same = common_start(*filter(None, forms))
-    closed = attempt(hf, before, thinking=thinking)
-    header = same[len(closed) :] if closed and same.startswith(closed) else ""
-    return Opening(header, *(text[len(same) :] for text in forms))
+    written = [form for form in (prefilled, history, history_call, *loops) if form is not None]
+    same = common_start(*written, *([] if generation is None else [generation]))
+    closed = after_word(probe.attempt(before, thinking=thinking))
+
+    def rest(form: str | None) -> str:
+        return form[len(same) :] if form is not None else ""
+
+    return Opening(
+        header=same[len(closed) :] if closed is not None and same.startswith(closed) else "",
+        generation=rest(generation),
+        prefilled=rest(prefilled),
+        history=rest(history),
+        history_call=rest(history_call),
+        written=tuple(sorted({rest(form) for form in written} or {""}, key=len, reverse=True)),
+    )
 
 
 def common_start(*texts: str) -> str:
@@ -138,9 +203,9 @@ def control_tokens(hf: Any, format: Format) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
-def after_call(hf: Any) -> str:
+def after_call(probe: Probe) -> str:
     """What the template writes between the argument of a call and the end of the turn, which is an added token."""
-    plain = attempt(hf, [USER, ANSWER, LAST]).partition("word6")[2]
-    end = next((token for token in map(str, hf.added_tokens_decoder.values()) if plain.startswith(token)), "")
-    called = attempt(hf, [*tool_loop(True), ANSWER, LAST]).partition("word2")[2]
+    plain = probe.attempt([USER, ANSWER, LAST]).partition("word6")[2]
+    end = next((token for token in map(str, probe.hf.added_tokens_decoder.values()) if plain.startswith(token)), "")
+    called = probe.attempt([*tool_loop(True), ANSWER, LAST]).partition("word2")[2]
     return called.partition(end)[0] if end else ""

@@ -140,29 +140,29 @@ def around_answers(chat: Chat, tokenizer: Tokenizer, recalled: Recalled, most_to
     texts = split_at_answers(write_chat(chat, tokenizer), chat)
     segments: list[PromptSegment] = []
     for n, (answer, sampled) in enumerate(zip(chat.answers, recalled, strict=True)):
-        segments += answer_segments(answer, sampled, texts[n], tokenizer.template, chat.placeholder)
+        segments += answer_segments(answer, sampled, texts[n], chat.template, chat.placeholder)
         if answer.prefilled:
             opening = sampled.opening if sampled else answer.opening.prefilled
             return tokenize(segments, chat, tokenizer, opening, prefilled=True, most_tokens=most_tokens)
         if answer.as_tool_call:
-            texts[n + 1] = without_start(texts[n + 1], tokenizer.template.after_call)
+            texts[n + 1] = without_start(texts[n + 1], chat.template.after_call)
     return tokenize([*segments, texts[-1]], chat, tokenizer, chat.next_opening.generation, most_tokens=most_tokens)
 
 
 def write_chat(chat: Chat, tokenizer: Tokenizer) -> str:
     """The template's text for a conversation, tools and system text always at the first question; raises Refused."""
-    if not chat.answers or not tokenizer.template.moves_tools_to_last_turn:
+    if not chat.answers or not chat.template.moves_tools_to_last_turn:
         return apply_with_tools_first(chat.turns, chat, tokenizer, **chat.template_flags)
     first, thinking = chat.answers[0].turn, chat.thinking
     head_turns, rest_turns = chat.turns[:first], [QUESTION, *chat.turns[first:]]
 
     def write_head() -> tuple[str, str]:
         head = apply_with_tools_first(head_turns, chat, tokenizer, thinking=thinking)
-        return head, apply(tokenizer.hf, [QUESTION], thinking=thinking)
+        return head, apply(tokenizer.hf, [QUESTION], chat.template.no_tools, thinking=thinking)
 
     key = [head_turns, chat.tools, thinking, chat.tools_first]
     head, question = kept(key, write_head, chat, tokenizer)
-    rest = apply(tokenizer.hf, rest_turns, None, **chat.template_flags)
+    rest = apply(tokenizer.hf, rest_turns, chat.template.no_tools, **chat.template_flags)
     return head + without_start(rest, question)
 
 
@@ -220,15 +220,12 @@ def answer_segments(
     Raises Refused unless the text ends as it did when the template was probed.
     """
     opening, format = answer.opening, template.format
-    written = opening.history
-    if answer.prefilled or answer.as_tool_call:
-        written = opening.prefilled if answer.prefilled else opening.history_call
-    header = without_end(text, opening.header, written)
+    header, written = split_opening(text, opening)
     if sampled is not None:
         return [header + sampled.opening, sampled.tokens]
     said = write_turn(format, [break_block(block, template.control_tokens, placeholder) for block in answer.blocks])
     if answer.prefilled:
-        return [header + written, said]
+        return [header + opening.prefilled, said]
     if answer.as_tool_call and not written.startswith(opening.history):
         # Mistral's template begins the placeholder's call with `[TOOL_CALLS] [{"name": "call", `, which `header` no
         # longer has. It writes a space before a text answer and none before a call: so none is added here.
@@ -243,18 +240,25 @@ def join_thinking(header: str, past: str, said: str, thinking: Opening, format: 
     for answers that have none.
     """
     if format.think and said.startswith(format.think[0]):
-        if (header + thinking.generation).endswith(format.think[0]):
-            return [header + thinking.generation, said.removeprefix(format.think[0])]
-        if format.think[1].strip() in past:
+        opened, (open_delimiter, close_delimiter) = header + thinking.generation, map(str.strip, format.think)
+        if opened.endswith(format.think[0]):
+            return [opened, said.removeprefix(format.think[0])]
+        if header.endswith(open_delimiter):
+            return [header, said.removeprefix(format.think[0])]
+        if close_delimiter in past:
             return [header, said]
+        if opened.endswith(open_delimiter) and past.strip():
+            return [opened, said.removeprefix(format.think[0])]
     return [header + past, said]
 
 
-def without_end(text: str, header: str, written: str) -> str:
-    """The text without `written` at its end, before which the header must stand; raises Refused."""
-    if not text.endswith(header + written):
-        raise Refused(f"expected {header + written!r} before an answer, found {text[-len(header + written) :]!r}")
-    return text.removesuffix(written)
+def split_opening(text: str, opening: Opening) -> tuple[str, str]:
+    """The text up to an answer's header, and what is written after the header; raises Refused."""
+    for written in opening.written:
+        if text.endswith(opening.header + written):
+            return text[: len(text) - len(written)], written
+    expected = [opening.header + written for written in opening.written]
+    raise Refused(f"expected one of {expected} before an answer, found {text[-max(map(len, expected)) :]!r}")
 
 
 def without_start(text: str, start: str) -> str:
@@ -283,7 +287,7 @@ def tokenize(
         cut += [segment] if isinstance(segment, np.ndarray) else segment.split(chat.placeholder)
     ids = encode_segments(cut, tokenizer, most_tokens)
     answer = np.concatenate([np.zeros(0, np.int32), *(ids[last:] if prefilled else ())])
-    written = opening or ""
+    written = "" if opening is None else chat.last_opening.header + opening
     if isinstance(cut[-1], np.ndarray):  # delimiters that were sampled are delimiters, those of the client are text
         written += tokenizer.hf.backend_tokenizer.decode(answer, skip_special_tokens=False)
     thinking = within_thinking(tokenizer.template.format, written)

@@ -24,6 +24,8 @@ class Opening:
     """The text between a turn and the words of the answer after it: a header, then what depends on the answer's place.
 
     Qwen3 without thinking: `generation` is an empty think block, the others are empty. Mistral: `history` is a space.
+    Qwen3.5 writes an empty think block before answers after the last question and none before earlier ones: `written`
+    has both.
     """
 
     header: str = ""  # in every place
@@ -31,14 +33,19 @@ class Opening:
     prefilled: str = ""  # before an answer that the client has begun
     history: str = ""  # before an answer in the history
     history_call: str = ""  # the same where the answer is written as a tool call, up to its first argument
+    written: tuple[str, ...] = ("",)  # all that the template writes before answers that it is given, longest first
 
 
 @dataclass(frozen=True)
 class Template:
-    """How to write conversations for one chat template."""
+    """How to write conversations for one chat template, with one form of head.
+
+    The head is what comes before the first message: tools or none, a system text or none.
+    """
 
     format: Format
     control_tokens: re.Pattern[str] | None = None  # finds the tokens that structure a prompt, in text from outside
+    no_tools: list[dict[str, Any]] | None = None  # what a request without tools gives the template
     answer_as_tool_call: bool = False  # the answer before tool results must be a tool call
     after_call: str = ""  # what the template writes between the placeholder in that call and the end of the turn
     short_ids: bool = False  # ids of tool calls must be nine letters and digits
@@ -49,6 +56,11 @@ class Template:
     tools_can_lead: bool = False  # the tools can be rendered before the system text: see `tools_first`
     reads_clock: bool = False  # its text changes with the time: nothing of it is kept
     openings: Mapping[tuple[str, bool], Opening] = field(default_factory=dict)  # by role of the turn before, thinking
+    heads: Mapping[tuple[bool, bool], Template] = field(default_factory=dict)  # by form of head: tools, system text
+
+    def for_head(self, tools: bool, system: bool) -> Template:
+        """The same chat template for requests with this form of head."""
+        return self.heads.get((tools, system), self)
 
     def opening(self, role: str, thinking: bool) -> Opening:
         """How answers begin after a turn of `role`."""
