@@ -68,7 +68,7 @@ def plan_chat(request: CountTokensRequest, template: Template, tools_first: bool
     placeholder, answer_placeholder = secrets.token_hex(12), secrets.token_hex(12)
     prefilled, thinking = is_prefilled(request), wants_thinking(request)
     chat, tools = conversation(request), tool_definitions(request)
-    template = template.for_head(bool(tools), chat[0]["role"] == "system")
+    template = template.for_head(bool(tools), any(turn["role"] == "system" for turn in chat[:1]))
     adapted = adapt_conversation(chat, template)
     given = answers(request.messages)
     turns: list[ChatMessage] = []

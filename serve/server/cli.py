@@ -91,6 +91,7 @@ def start(config: ServerConfig, console: Any) -> ServerContext:
 
         model = load_model(config, bar("loading weights"))
         engine = build_engine(config, model, bar("compiling steps"))
+        report_template(config.model, model.tokenizer)
         stops = stop_ids(model.config.eos_token_ids, model.tokenizer.hf)
         return make_context(engine, model.tokenizer, stops, config)
 
@@ -110,6 +111,14 @@ def load_model(config: ServerConfig, on_progress: OnProgress) -> LoadedModel:
     model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress)
     fingerprint = checkpoint.fingerprint(model_config, params)
     return LoadedModel(model_config, unstacked(params) if on_cpu else params, fingerprint, tokenizer, dtype)
+
+
+def report_template(name: str, tokenizer: Tokenizer) -> None:
+    """Log what does not work with the checkpoint's chat template, and what follows from it."""
+    from serve.prompt.check import check_template
+
+    for finding in check_template(tokenizer):
+        log.warning("chat template of %s: %s", name, finding)
 
 
 def build_engine(config: ServerConfig, model: LoadedModel, on_progress: OnProgress) -> Engine:
