@@ -148,7 +148,11 @@ def message_edits(
     head = len(list(leading)) if system_first else 0
     edits: list[ByteEdit] = []
     dropped: set[int] = set()
+    answered = False
     for i, message in enumerate(messages):
+        answered |= message.role in ("assistant", "")  # items of the Responses API without a role follow a call
+        if answered and message.role == "user" and editor.orders_blocks and _is_list(message.content):
+            edits += order_edits(message.content, f"{field}[{i}].content", editor, ranges)
         if message.role in SYSTEM_ROLES:
             edited = content_edits(message.content, f"{field}[{i}].content", editor, i < head, ranges)
             edits += edited or ()
@@ -188,6 +192,19 @@ def content_edits(content: Raw, path: str, editor: RuleEditor, movable: bool, ra
     if dropped and len(dropped) == len(elements):
         return None
     return [*edits, *ranges.remove(elements, dropped)]
+
+
+def order_edits(content: Raw, path: str, editor: RuleEditor, ranges: Ranges) -> Iterator[ByteEdit]:
+    """Edits that give a message's blocks another order."""
+    elements = _ELEMENTS.decode(content)
+    parts = [_PART.decode(element) for element in elements]
+    texts = [
+        msgspec.json.decode(part.text, type=str) if part.type in TEXT_TYPES and _is_text(part.text) else None
+        for part in parts
+    ]
+    for place, source in enumerate(editor.order(texts, path)):
+        if source != place:
+            yield ranges.replace(elements[place], bytes(elements[source]))
 
 
 def tool_edits(elements: Sequence[Raw], editor: RuleEditor, ranges: Ranges) -> Iterator[ByteEdit]:

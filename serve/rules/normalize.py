@@ -1,13 +1,13 @@
 """Prompt-stability rules: a request in; the request with a stable system text and tools, and notes on each change, out.
 
-A rule is a pure function of one system text or of the tools' definitions, so no rule can change what a user, a tool or
-the model wrote. Logging, metrics and the choice of rules are the server's. The rules are for local engines only:
-Anthropic's API needs the billing header.
+A rule is a pure function of one system text, of the order of one message's texts or of the tools' definitions, so no
+rule can change what a user, a tool or the model wrote. Logging, metrics and the choice of rules are the server's. The
+rules are for local engines only: Anthropic's API needs the billing header.
 
 To add a rule:
 
-1. Write its function here: `str -> Edit` for a system text, or `tools -> tools` for the tools. It returns the same
-   objects for what it does not change.
+1. Write its function here: `str -> Edit` for a system text, `texts -> order` for the blocks of a user's message, or
+   `tools -> tools` for the tools. It returns the same objects for what it does not change.
 2. Add it to RULES, at its place in the order of application. The flags, `--normalize list`, the server, the proxy and
    `serve explain` take it from there.
 3. Add what it repairs to `cases` in `experiments/stability.py`, and test it in `tests/serve/rules/test_rules.py`.
@@ -16,7 +16,7 @@ To add a rule:
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -37,12 +37,13 @@ class Edit(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A rule that can be switched on. One without `edit` and `arrange` is applied where prompts are rendered."""
+    """A rule that can be switched on. One without a function is applied where prompts are rendered."""
 
     description: str  # what it does, in a sentence
     reads: str  # what the model reads differently because of it
     edit: Callable[[str], Edit] | None = None  # of one system text
     moves: bool = False  # text that `edit` removes from `system` is moved after the first message
+    order: Callable[[Sequence[str | None]], list[int]] | None = None  # of a message's blocks, by their texts
     arrange: Callable[[tuple[Tool, ...]], tuple[Tool, ...]] | None = None
 
 
@@ -109,13 +110,26 @@ _COUNTDOWN = re.compile(
     r"[.;]?+(?:</system_warning>)?+[ \t]*+(?:\r?+\n|\Z)",
     re.MULTILINE,
 )
-# A line with the date, or the status of git up to the next heading or tag.
+# A line with the date, or the status of git up to the next heading or tag. In a numbered line (Cline's environment) the
+# date must be in figures, as lists of instructions have such lines as well.
 _DATE = (
-    r"^[ \t]*+(?:[-*][ \t]++)?+(?:(?:Today's|The current|Current) date(?: is)?+:?+|Date:)"
+    r"^[ \t]*+(?:[-*][ \t]++)?+(?:(?:Today's|The current|Current) date(?: and time)?+(?: is)?+:?+|Date:)"
     r"[^\n0-9]*+[0-9][^\n]*+(?:\n|\Z)"
 )
+_NUMBERED_DATE = r"^[ \t]*+[0-9]{1,2}\.[ \t]++Date:[ \t]*+[0-9]{1,4}[/.-][0-9]{1,2}[/.-][0-9]{1,4}[ \t]*+\r?+(?:\n|\Z)"
+_DATE_ELEMENT = r"^[ \t]*+<current_date>[^<>\n]*+</current_date>[ \t]*+\r?+(?:\n|\Z)"
 _GIT = r"^[ \t]*+(?:gitStatus\b|Git status\b)[^\n]*+(?:\n(?![#<])[^\n]*+)*+(?:\n|\Z)"
-_VOLATILE = re.compile(f"{_DATE}|{_GIT}", re.MULTILINE)
+# The folder, in a line of its own with a path (pi), or in an `<env>` element (opencode, Cline).
+_FOLDER = r"^Current working directory:[ \t]*+(?:[~/]|[A-Za-z]:[\\/])[^\n]*+(?:\n|\Z)"
+_VOLATILE = re.compile("|".join([_DATE, _NUMBERED_DATE, _DATE_ELEMENT, _GIT, _FOLDER]), re.MULTILINE)
+_ENVIRONMENT = re.compile(r"^[ \t]*+<env>[ \t]*+\r?+\n(?:(?![ \t]*+</?env>)[^\n]*+\n)*+[ \t]*+</env>", re.MULTILINE)
+_ENVIRONMENT_FOLDER = re.compile(
+    r"^[ \t]*+(?:[0-9]{1,2}\.[ \t]++|[-*][ \t]++)?+"
+    r"(?i:(?:(?:current|primary) )?+working directory|workspace root folder|is directory a git repo(?:sitory)?+)"
+    r":[^\n]*+\n",
+    re.MULTILINE,
+)
+_REMINDER = re.compile(r"\s*+<system-reminder>.*</system-reminder>\s*+", re.DOTALL)
 
 
 def fold_reminders(text: str) -> Edit:
@@ -124,8 +138,23 @@ def fold_reminders(text: str) -> Edit:
 
 
 def cut_volatile(text: str) -> Edit:
-    """Remove the lines with the date and the paragraphs of git's status."""
-    return _without(_VOLATILE, text)
+    """Remove the lines with the date, the paragraphs of git's status, and the lines with the folder."""
+    folders: list[str] = []
+
+    def without_folders(environment: re.Match[str]) -> str:
+        kept, removed, _ = _without(_ENVIRONMENT_FOLDER, environment[0])
+        folders.append(removed)
+        return kept
+
+    kept, removed, _ = _without(_VOLATILE, _ENVIRONMENT.sub(without_folders, text))
+    moved = "".join(folders) + removed
+    return Edit(kept, moved) if moved else Edit(text)
+
+
+def reminders_last(texts: Sequence[str | None]) -> list[int]:
+    """The order of a message's blocks with those last that are a `<system-reminder>`; a block without text is None."""
+    reminders = [bool(text and _REMINDER.fullmatch(text)) for text in texts]
+    return sorted(range(len(texts)), key=reminders.__getitem__)
 
 
 def sort_schema_keys(tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
@@ -164,10 +193,15 @@ RULES = {
         edit=fold_reminders,
     ),
     "volatile-last": Rule(
-        "Move the date and git status from the system text to a system message after the first message.",
+        "Move the date, the folder and git status from the system text to a system message after the first message.",
         "The same words, but later and without the text around them.",
         edit=cut_volatile,
         moves=True,
+    ),
+    "reminders-last": Rule(
+        "Put <system-reminder> blocks last in the user's messages after the first answer.",
+        "The same words, but reminders after the results and words of their message.",
+        order=reminders_last,
     ),
     "sort-schema-keys": Rule(
         "Sort the keys of tool schemas.",
@@ -231,6 +265,20 @@ class RuleEditor:
         return text
 
     @property
+    def orders_blocks(self) -> bool:
+        """Whether any of the rules changes the order of a message's blocks."""
+        return any(rule.order for _, rule in self.rules)
+
+    def order(self, texts: Sequence[str | None], where: str) -> list[int]:
+        """The order of a message's blocks after the rules."""
+        order = list(range(len(texts)))
+        for name, rule in self.rules:
+            if rule.order and (ordered := rule.order(texts)) != order:
+                self.applied.append(Applied(name, where, ""))
+                order = ordered  # there is one rule of this kind
+        return order
+
+    @property
     def arranges_tools(self) -> bool:
         """Whether any of the rules changes tools."""
         return any(rule.arrange for _, rule in self.rules)
@@ -253,7 +301,7 @@ def join_moved(moved: Collection[str]) -> str:
 
 
 def normalize(request: R, rules: Collection[str]) -> Normalized[R]:
-    """Apply the named rules to a request's system texts (`system`, and messages with that role) and tools.
+    """Apply the named rules to a request's system texts (`system`, and messages with that role), messages and tools.
 
     Blocks and messages that become empty are dropped, but at least one message stays. Raises ValueError for an unknown
     rule.
@@ -274,10 +322,15 @@ def normalize(request: R, rules: Collection[str]) -> Normalized[R]:
 
 
 def _edit_messages(messages: tuple[InputMessage, ...], editor: RuleEditor) -> tuple[InputMessage, ...]:
-    """Edit the system messages, and drop those that become empty, but never all messages."""
+    """Edit the system messages, and drop those that become empty, but never all messages; order users' blocks."""
     kept: list[InputMessage] = []
+    answered = False
     for i, message in enumerate(messages):
         content = message.content
+        answered |= message.role == "assistant"
+        if answered and message.role == "user" and editor.orders_blocks and not isinstance(content, str):
+            texts = [block.text if isinstance(block, TextBlock) else None for block in content]
+            content = tuple(content[n] for n in editor.order(texts, f"messages[{i}].content"))
         if message.role == "system":
             content = _edit_content(content, f"messages[{i}].content", editor)
         if content == message.content:

@@ -33,8 +33,12 @@ READERS: dict[str, Callable[[bytes], MessagesRequest]] = {
     "/v1/responses": lambda body: read_responses(body)[0],
 }
 
-TEXTS = st.lists(st.sampled_from([HEADER, DATE, COUNT, "\n", "You é help.\n", '"\\'])).map("".join) | st.text(
-    max_size=9
+REMINDER = "<system-reminder>\nR\n</system-reminder>"
+ENVIRONMENT = "<env>\n2. Date: 11/28/2026\n4. Working Directory: /a\n</env>\n"
+TEXTS = (
+    st.just(REMINDER)
+    | st.lists(st.sampled_from([HEADER, DATE, COUNT, ENVIRONMENT, "\n", "You é help.\n", '"\\'])).map("".join)
+    | st.text(max_size=9)
 )
 SCHEMAS = st.fixed_dictionaries(
     {"type": st.just("object")},

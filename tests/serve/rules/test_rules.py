@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from itertools import pairwise
 
 import pytest
 
@@ -16,6 +18,7 @@ from serve.api.messages import (
     ToolResultBlock,
     decode_count_tokens,
 )
+from serve.prompt.probe import common_start
 from serve.prompt.render import prompt, render_text
 from serve.rules.normalize import DEFAULT_RULES, RULES, Applied, cut_volatile, fold_reminders, normalize, parse_rules
 from serve.server.config import parse_config
@@ -24,6 +27,32 @@ from tests.helpers.model_families import FAMILIES, tokenizer_of
 
 USER = InputMessage("user", "Hello")
 GIT = "gitStatus: at the start.\nCurrent branch: main\n\nStatus:\nM a.py\n\nRecent commits:\nab1 Fix"
+# The environments in agents' system texts, in their shapes, and the lines that are moved.
+ENVIRONMENTS = {
+    "Cline": (
+        "You edit.\nYou run in:\n<env>\n1. Platform: linux\n2. Date: 11/28/2026\n3. IDE: Terminal Shell\n"
+        "4. Working Directory: /home/a/project\n</env>\nRules follow.",
+        ["2. Date: 11/28/2026", "4. Working Directory: /home/a/project"],
+    ),
+    "opencode": (
+        "You code.\n<env>\n  Working directory: /home/a/project\n  Workspace root folder: /home/a/project\n"
+        "  Is directory a git repo: yes\n  Platform: linux\n  Today's date: Sat Nov 28 2026\n</env>\nMore.",
+        [
+            "  Working directory: /home/a/project",
+            "  Workspace root folder: /home/a/project",
+            "  Is directory a git repo: yes",
+            "  Today's date: Sat Nov 28 2026",
+        ],
+    ),
+    "pi": (
+        "You help.\nCurrent date: 2026-11-28\nCurrent working directory: /home/a/project",
+        ["Current date: 2026-11-28", "Current working directory: /home/a/project"],
+    ),
+    "Codex": (
+        "<environment>\n  <current_date>2026-11-28</current_date>\n  <shell>bash</shell>\n</environment>",
+        ["  <current_date>2026-11-28</current_date>"],
+    ),
+}
 BY_NAME = {family.name: family for family in FAMILIES}
 
 
@@ -70,6 +99,39 @@ class TestVolatile:
     def test_dates_and_git_status_are_cut(self, line: str) -> None:
         assert cut_volatile(f"Stable.\n{line}") == ("Stable.\n", line, "")
 
+    @pytest.mark.parametrize("shape", ENVIRONMENTS)
+    def test_the_date_and_the_folder_of_an_agents_environment_are_cut(self, shape: str) -> None:
+        text, moved = ENVIRONMENTS[shape]
+        kept, removed, unparsed = cut_volatile(text)
+        assert (sorted(removed.splitlines()), unparsed) == (sorted(moved), "")
+        assert kept.splitlines() == [line for line in text.splitlines() if line not in moved]
+
+    @pytest.mark.parametrize("shape", ENVIRONMENTS)
+    def test_two_days_in_two_folders_share_the_whole_system_text(self, shape: str) -> None:
+        text, _ = ENVIRONMENTS[shape]
+        other = text.replace("/home/a/project", "/srv/b").replace("2026", "2027").replace("Sat", "Sun")
+        assert other != text
+        assert cut_volatile(other).kept == cut_volatile(text).kept
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "2. Date: use the format MM/DD/YYYY, such as 11/28/2026\n",
+            "Working directory: where 12 commands run\n",
+            "Current working directory: see below\n",
+            "<env>\nWorking directory: /a\nis not closed\n",
+            "Write <env> and </env> around it.\nWorking directory: /a\n",
+        ],
+    )
+    def test_lines_that_only_look_like_an_environment_stay(self, text: str) -> None:
+        assert cut_volatile(text).kept is text
+
+    def test_many_openings_of_an_environment_take_linear_time(self) -> None:
+        for text in ("<env>\n" * 200_000, "x <env>\n" * 200_000, "<env>\n" + "a\n" * 400_000):
+            started = time.process_time()
+            assert cut_volatile(text).kept is text
+            assert time.process_time() - started < 2
+
     def test_git_status_ends_at_a_heading_or_tag(self) -> None:
         assert cut_volatile(f"{GIT}\n# Next\nStays").kept == "# Next\nStays"
 
@@ -91,6 +153,56 @@ class TestVolatile:
     def test_system_messages_stay_where_they_are(self) -> None:
         same = request("Stable.", USER, InputMessage("system", "- Date: 2026-11-25"))
         assert normalize(same, {"volatile-last"}).request is same
+
+
+class TestRemindersLast:
+    """A client's reminder stands in the user's last message only: it leaves the message before when it moves on."""
+
+    REMINDER = TextBlock("<system-reminder>\nKeep the list up to date.\n</system-reminder>\n")
+    RESULTS = tuple(ToolResultBlock(f"toolu_{n}", "one line of a file\n" * 40) for n in range(3))
+
+    def session(self, turn: int) -> tuple[InputMessage, ...]:
+        """The conversation up to the user's message number `turn`, with the reminder in that message alone."""
+        messages: list[InputMessage] = [InputMessage("user", (self.REMINDER, TextBlock("Fix it.")))]
+        for n in range(turn + 1):
+            said = (self.RESULTS[n], TextBlock(f"Go on with {n}."))
+            messages += [InputMessage("assistant", f"Step {n}."), InputMessage("user", said)]
+        blocks = messages[-1].content
+        return (*messages[:-1], InputMessage("user", (blocks[0], self.REMINDER, blocks[1])))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", ["qwen3", "llama3.1", "mistral-v3"])
+    def test_what_stands_beside_a_reminder_that_moves_stays_in_the_prefix(self, name: str) -> None:
+        def texts(rules: set[str]) -> list[str]:
+            asked = (normalize(request("S", *self.session(turn)), rules).request for turn in range(3))
+            return [render_text(made, tokenizer_of(BY_NAME[name])) for made in asked]
+
+        for rules, kept in (({"reminders-last"}, True), (set[str](), False)):
+            for shorter, longer in pairwise(texts(rules)):
+                after = shorter.removeprefix(common_start(shorter, longer))
+                assert "Keep the list" in after
+                assert ("Go on" not in after) == kept
+
+    def test_a_message_is_the_same_with_any_reminders_place_in_it(self) -> None:
+        said = (*self.RESULTS, TextBlock("Go."))
+        answered = (USER, InputMessage("assistant", "A"))
+        made = [
+            normalize(
+                request(None, *answered, InputMessage("user", (*said[:at], self.REMINDER, *said[at:]))),
+                {"reminders-last"},
+            )
+            for at in range(5)
+        ]
+        assert {done.request.messages[-1].content for done in made} == {(*said, self.REMINDER)}
+        assert [bool(done.applied) for done in made] == [True] * 4 + [False]
+        assert made[0].applied == (Applied("reminders-last", "messages[2].content", ""),)
+
+    def test_the_first_messages_and_other_texts_keep_their_order(self) -> None:
+        """Projects share what stands before the first answer; a reminder beside words in a text stays with them."""
+        first = InputMessage("user", (self.REMINDER, TextBlock("Q")))
+        mixed = InputMessage("user", (TextBlock(f"{self.REMINDER.text}Now this."), TextBlock("Q")))
+        plain = InputMessage("user", f"{self.REMINDER.text}Q")
+        same = request(None, first, InputMessage("assistant", "A"), mixed, plain)
+        assert normalize(same, {"reminders-last"}).request is same
 
 
 class TestTools:
