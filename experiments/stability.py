@@ -48,6 +48,7 @@ def cases(release: str) -> dict[str, Case]:
         ),
         "token countdown": Case(counting(base, 2500), counting(base, 5000), "fold-reminders"),
         "another day": Case(dated(base, 24), dated(base, 25), "volatile-last"),
+        "a reminder moves on": Case(reminded(later), reminded(sent(one, turn=3)), "reminders-last"),
         "keys of schemas": Case(base, base | {"tools": [*map(reversed_keys, base["tools"])]}, "sort-schema-keys"),
         "order of tools": Case(base, base | {"tools": base["tools"][::-1]}, "sort-tools"),
     }  # fmt: skip
@@ -87,6 +88,15 @@ def dated(body: Json, day: int) -> Json:
     """The body with a date at the start of its last system block."""
     *others, last = body["system"]
     return body | {"system": [*others, last | {"text": f"Today's date: 2026-11-{day}\n{last['text']}"}]}
+
+
+def reminded(body: Json) -> Json:
+    """The body with a reminder at the start of its last message."""
+    *others, last = body["messages"]
+    content = last["content"]
+    blocks = content if isinstance(content, list) else [text_block(content)]
+    reminder = text_block("<system-reminder>\nKeep the list of tasks up to date.\n</system-reminder>")
+    return body | {"messages": [*others, last | {"content": [reminder, *blocks]}]}
 
 
 def reversed_keys(tool: Json) -> Json:
