@@ -16,18 +16,15 @@ from dataclasses import replace
 
 from serve.api.messages import ToolUseBlock
 from serve.formats.format import Format, json_call, to_json
+from serve.formats.json_calls import read_deepseek, read_mistral, spellings
 from serve.formats.readers import (
     CALL_BEGIN,
     CALL_END,
     CALLS_BEGIN,
     CALLS_END,
     SEP,
-    read_deepseek,
-    read_hermes,
-    read_llama,
-    read_mistral,
-    read_xml,
 )
+from serve.formats.tagged import read_llama, read_tagged
 
 
 def hermes_call(call: ToolUseBlock) -> str:
@@ -75,7 +72,7 @@ def deepseek_v31_call(call: ToolUseBlock) -> str:
 QWEN3_CODER = Format(
     "qwen3_coder",
     call=xml_call,
-    read=read_xml,
+    read=read_tagged,
     call_openers=("<tool_call>", "<function="),
     extra_delimiters=("</tool_call>",),
     text_call_separator="\n\n",
@@ -84,7 +81,7 @@ QWEN3_CODER = Format(
 HERMES = Format(
     "hermes",
     call=hermes_call,
-    read=read_hermes,
+    read=read_tagged,
     call_openers=("<tool_call>",),
     extra_delimiters=("</tool_call>",),
     hints=("<tool_call>", '"arguments'),
@@ -114,8 +111,8 @@ DEEPSEEK = Format(
     "deepseek",
     call=deepseek_call,
     read=read_deepseek,
-    call_openers=(CALLS_BEGIN, CALL_BEGIN),
-    extra_delimiters=(SEP, CALL_END, CALLS_END),
+    call_openers=(*spellings(CALLS_BEGIN), *spellings(CALL_BEGIN)),
+    extra_delimiters=(*spellings(SEP), *spellings(CALL_END), *spellings(CALLS_END)),
     before=CALLS_BEGIN,
     after=CALLS_END,
     text_call_separator="",
@@ -133,7 +130,7 @@ LLAMA3 = Format(
     "llama3",
     call=llama_call,
     read=read_llama,
-    call_openers=("<|python_tag|>",),
+    call_openers=("<|python_tag|>", "<function="),
     call_without_marker=True,
     between="; ",
     text_call_separator="<|python_tag|>",

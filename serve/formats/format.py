@@ -24,7 +24,7 @@ class Format:
     call: Callable[[ToolUseBlock], str] | None = None  # writes one call; None if the models cannot call tools
     read: Reader | None = None  # reads a call, or a group of calls, from its opening delimiter on
     call_openers: tuple[str, ...] = ()  # the delimiters that may begin a call
-    call_without_marker: bool = False  # at the start of a block, a `{` may begin a call as well
+    call_without_marker: bool = False  # a `{` may begin a call as well, and at the start of a block a `[`
     delimiters_inside_text: bool = True  # delimiters count inside text, not only at the start of a block
     extra_delimiters: tuple[str, ...] = ()  # inside calls and after them
     before: str = ""  # written before the first of consecutive calls
@@ -75,7 +75,7 @@ def write_turn(format: Format, blocks: Iterable[Block]) -> str:
     - Neighbouring texts, which become one.
     - Ids, which most formats do not write.
     - In `qwen3_coder`, values that have another type by their schema.
-    - In `llama3`, text that looks like a call at the start of a block.
+    - In `llama3`, text that looks like a call.
     """
     kept = [b for b in blocks if is_written(format, b)]
     parts: list[str] = []

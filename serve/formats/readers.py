@@ -1,7 +1,9 @@
 """Readers of tool calls, one function for each format, which parse a call while its text arrives.
 
 The functions are generators. They yield None when they need more text, and each call as soon as it is complete. They
-raise Malformed if the text is not a call. Each character is read once. `families` writes the same forms.
+raise Malformed if the text is not a call, and Cut if it ended before the call did. `families` writes the same forms;
+the readers accept what models write instead as well: JSON with the faults that `lenient` mends, a bracket too many or
+too few, several calls where one belongs, arguments as a string or without any, and closing delimiters twice or never.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from serve.api.answers import new_id
-from serve.formats.schemas import decode_json, member, typed, types_of
+from serve.formats.lenient import decode_lenient, read_cut_object
 
 SPACE = " \t\r\n"  # whitespace; next to a delimiter it belongs to the delimiter, not to the blocks
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -31,8 +33,31 @@ class Call:
     arguments: str
 
 
+@dataclass(frozen=True)
+class CutCall:
+    """A tool call that the limit of tokens ended. `arguments` is the beginning of its compact JSON, never all of it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Prose:
+    """Text between the delimiters of a call; the call follows."""
+
+    text: str
+
+
 class Malformed(Exception):
     """The text is not a call, although it began like one."""
+
+
+class Cut(Malformed):
+    """The answer was cut off within a call, whose name is known if there is a `call`."""
+
+    def __init__(self, call: CutCall | None = None) -> None:
+        self.call = call
 
 
 class Source:
@@ -42,6 +67,9 @@ class Source:
         self.text, self.at = "", 0
         self.settled = 0  # the text before this belongs to complete calls
         self.ended = False  # no more text will come
+        self.cut = False  # it ended because of the limit of tokens
+        self.unclosed = ""  # the closing delimiter that the last call still lacks
+        self.flat = False  # values are read as if they had no calls in them
 
     def add(self, more: str) -> None:
         """Append text. The interpreter does so in place if this is the only reference, and otherwise copies it all."""
@@ -53,8 +81,26 @@ class Source:
 T = TypeVar("T")
 Tools = Mapping[str, dict[str, Any]]  # input schemas by name
 Reading = Generator[None, None, T]  # yields when it needs more text
-Calls = Generator[Call | None, None, None]  # also yields complete calls
+Calls = Generator[Call | Prose | None, None, None]  # also yields complete calls
 Reader = Callable[[Source, Tools], Calls]
+
+
+def cut_call(name: str, members: dict[str, Any], string: tuple[str, str] | None = None) -> CutCall:
+    """A call that was cut off: its complete arguments, and the key and text of a string that has no end."""
+    text = encoded(members)[:-1]
+    if string is not None:
+        text += ("," if members else "") + encoded({string[0]: string[1]})[1:-2]
+    return CutCall(new_id("toolu"), name, text)
+
+
+def complete_arguments(arguments: str) -> dict[str, Any]:
+    """The arguments that are complete in the JSON of a call, which may be cut off."""
+    return read_cut_object(arguments)[0]
+
+
+def encoded(value: Any) -> str:
+    """A value as compact JSON."""
+    return msgspec.json.encode(value).decode()
 
 
 def make_call(name: object, input: object, id: object = None) -> Call:
@@ -65,7 +111,7 @@ def make_call(name: object, input: object, id: object = None) -> Call:
     if not (isinstance(name, str) and name and isinstance(input, dict)):
         raise Malformed
     try:
-        arguments = msgspec.json.encode(input).decode()
+        arguments = encoded(input)
     except RecursionError:
         raise Malformed from None
     own = id if isinstance(id, str) and SHORT_ID.fullmatch(id) else ""
@@ -78,15 +124,14 @@ NAME = re.compile(r"""[^\s<>\[\]{}()"',;]*""")
 KEY = re.compile(r"[^<>\n]*")
 SHORT_ID = re.compile("[A-Za-z0-9]{9}")
 STRING_TEXT = re.compile(r'[^"\\]*')  # in a string of JSON
-JSON_REST = re.compile(r"[\s:,0-9+\-.eEtrufalsn]*")  # JSON without its strings and brackets
-CALL_KEYS = ('"name"', '"arguments"', '"parameters"', '"type"', '"id"', '"function"')  # a call begins with one of these
-XML_NEXT = ("<parameter=", "</function>", "</tool_call>")  # after a value; models sometimes forget the second
+PYTHON_STRING_TEXT = re.compile(r"[^'\\]*")  # in a string between single quotes
+JSON_REST = re.compile(r"[\s:,0-9+\-.eEtrufalsnTFNo]*")  # JSON, and Python's words, without strings and brackets
 
 
 def wait_for_more(source: Source) -> Reading[None]:
-    """Wait for more text. Raises Malformed if the text has ended."""
+    """Wait for more text. Raises Malformed if the text has ended, Cut if that was due to the limit of tokens."""
     if source.ended:
-        raise Malformed
+        raise Cut if source.cut else Malformed
     yield
 
 
@@ -107,8 +152,10 @@ def read_match(source: Source, pattern: re.Pattern[str]) -> Reading[str]:
 
 
 def read_name(source: Source, pattern: re.Pattern[str] = NAME) -> Reading[str]:
-    """Read a name. Raises Malformed if there is none."""
+    """Read a name. Raises Malformed if there is none, and Cut if it may go on where the text was cut off."""
     name = yield from read_match(source, pattern)
+    if source.cut and source.at == len(source.text):
+        raise Cut
     if not name:
         raise Malformed
     return name
@@ -133,20 +180,40 @@ def read_any(source: Source, *delimiters: str) -> Reading[str]:
 
 
 def read_exactly(source: Source, delimiter: str) -> Reading[None]:
-    """Read a delimiter. Raises Malformed if other text is there."""
+    """Read a delimiter. Raises Malformed if other text is there, Cut if the text was cut off within it."""
     if not (yield from read_if(source, delimiter)):
-        raise Malformed
+        raise not_found(source, delimiter)
+
+
+def not_found(source: Source, *delimiters: str) -> Malformed:
+    """The error for a text that continues with none of the delimiters."""
+    rest = source.text[source.at : source.at + max(map(len, delimiters))]
+    return Cut() if source.cut and any(delimiter.startswith(rest) for delimiter in delimiters) else Malformed()
+
+
+def at_any(source: Source, *delimiters: str) -> Reading[str]:
+    """The one of several delimiters that comes next, or "". Nothing is read."""
+    at = source.at
+    found = yield from read_any(source, *delimiters)
+    source.at = at
+    return found
 
 
 def read_closing(source: Source, *delimiters: str) -> Reading[None]:
     """Read those of the delimiters that follow a complete call. A model may forget them, or be cut off."""
     for delimiter in delimiters:
-        yield from read_match(source, WHITESPACE)
-        was_read = yield from read_if(source, delimiter)
-        if not was_read and source.ended and delimiter.startswith(source.text[source.at :]):
-            source.at = len(source.text)
+        yield from read_one_of(source, delimiter)
     yield from read_match(source, WHITESPACE)
     source.settled = source.at
+
+
+def read_one_of(source: Source, *spellings: str) -> Reading[str]:
+    """Read and return one of the spellings of a delimiter after a complete call, or ""."""
+    yield from read_match(source, WHITESPACE)
+    found = yield from read_any(source, *spellings)
+    if not found and source.ended and any(mark.startswith(source.text[source.at :]) for mark in spellings):
+        source.at = len(source.text)
+    return found
 
 
 def read_up_to(source: Source, delimiter: str) -> Reading[int]:
@@ -158,31 +225,56 @@ def read_up_to(source: Source, delimiter: str) -> Reading[int]:
     return at
 
 
-def read_object(source: Source) -> Reading[dict[str, Any]]:
-    """Read a JSON object. Its end is found by brackets and strings, reading each character once; then it is decoded."""
-    start, closing = source.at, ["}"]
-    yield from read_exactly(source, "{")
-    while closing:
-        yield from read_match(source, JSON_REST)
-        sign = yield from read_character(source)
-        if sign == '"':
-            yield from read_string(source)
-        elif sign in "{[":
-            closing.append("}" if sign == "{" else "]")
-        elif sign != closing.pop():
-            raise Malformed
+def read_object(source: Source, *ends: str) -> Reading[dict[str, Any]]:
+    """Read a JSON object. Raises Malformed for anything else.
+
+    Its end is found by brackets and strings, reading each character once; then it is decoded. Where one of `ends`
+    follows, or nothing, brackets may be missing.
+    """
+    value = decoded((yield from read_brackets(source, *ends))[0])
+    if not isinstance(value, dict):
+        raise Malformed
+    return value
+
+
+def decoded(text: str) -> Any:
+    """The value of JSON with the usual faults. Raises Malformed for other text."""
     try:
-        read: dict[str, Any] = decode_json(source.text[start : source.at])
-        return read
+        return decode_lenient(text)
     except ValueError:
         raise Malformed from None
 
 
-def read_string(source: Source) -> Reading[None]:
-    """Read a string of JSON after its opening quote."""
+def read_brackets(source: Source, *ends: str) -> Reading[tuple[str, str]]:
+    """Read the text of a JSON object, with its missing brackets at the end; return it and these brackets."""
+    start, closing = source.at, ["}"]
+    yield from read_exactly(source, "{")
+    while closing:
+        yield from read_match(source, JSON_REST)
+        if source.ended and not source.cut and source.at == len(source.text):
+            break
+        sign = yield from read_character(source)
+        if sign in "\"'":
+            yield from read_string(source, sign)
+        elif sign in "{[":
+            closing.append("}" if sign == "{" else "]")
+        elif sign == closing[-1]:
+            closing.pop()
+        else:
+            source.at -= 1
+            if not (yield from at_any(source, *ends)):
+                raise Malformed
+            break
+    missing = "".join(reversed(closing))
+    return source.text[start : source.at] + missing, missing
+
+
+def read_string(source: Source, quote: str = '"') -> Reading[None]:
+    """Read a string after its opening quote."""
+    pattern = STRING_TEXT if quote == '"' else PYTHON_STRING_TEXT
     while True:
-        yield from read_match(source, STRING_TEXT)
-        if (yield from read_character(source)) == '"':
+        yield from read_match(source, pattern)
+        if (yield from read_character(source)) == quote:
             return
         yield from read_character(source)  # the character after a backslash
 
@@ -195,106 +287,9 @@ def read_character(source: Source) -> Reading[str]:
     return source.text[source.at - 1]
 
 
-def read_json_call(source: Source) -> Calls:
-    """Read `{"name": ..., "arguments": {...}}`, or Llama's `parameters`. Other JSON is rejected by its first key."""
-    start = source.at
-    yield from read_exactly(source, "{")
-    yield from read_match(source, WHITESPACE)
-    if not (yield from read_any(source, *CALL_KEYS)):
-        raise Malformed
-    source.at = start
-    value = yield from read_object(source)
-    yield make_call(value.get("name"), value.get("arguments", value.get("parameters")), value.get("id"))
-
-
-def read_hermes(source: Source, tools: Tools) -> Calls:
-    """Read one call. It is complete at the end of its object."""
-    yield from read_exactly(source, "<tool_call>")
-    yield from read_match(source, WHITESPACE)
-    yield from read_json_call(source)
-    yield from read_closing(source, "</tool_call>")
-
-
-def read_xml(source: Source, tools: Tools) -> Calls:
-    """Read one call. It is complete at `</function>` or at the outer closing tag. Models may forget outer tags."""
-    yield from read_if(source, "<tool_call>")
-    yield from read_match(source, WHITESPACE)
-    yield from read_exactly(source, "<function=")
-    name = yield from read_name(source)
-    yield from read_exactly(source, ">")
-    schema, given = tools.get(name, {}), {}
-    yield from read_match(source, WHITESPACE)
-    follows = yield from read_any(source, *XML_NEXT)
-    while follows == "<parameter=":
-        key = yield from read_name(source, KEY)
-        yield from read_exactly(source, ">")
-        text, follows = yield from read_value(source)
-        given[key] = typed(text, types_of(member(schema.get("properties"), key), schema))
-    if not follows:
-        raise Malformed
-    yield make_call(name, given)
-    yield from read_closing(source, *(["</tool_call>"] if follows == "</function>" else []))
-
-
-def read_value(source: Source) -> Reading[tuple[str, str]]:
-    """Read a value and the tag after its `</parameter>`, which is part of the value if no known tag follows it."""
-    start = source.at
-    while True:
-        end = yield from read_up_to(source, "</parameter>")
-        yield from read_match(source, WHITESPACE)
-        if follows := (yield from read_any(source, *XML_NEXT)):
-            return source.text[start:end].removeprefix("\n").removesuffix("\n"), follows
-
-
-def read_llama(source: Source, tools: Tools) -> Calls:
-    """Read calls separated by semicolons. Each is complete at the end of its object."""
-    yield from read_if(source, "<|python_tag|>")
-    yield from read_match(source, WHITESPACE)
-    yield from read_json_call(source)
-    yield from read_match(source, WHITESPACE)
-    while (yield from read_if(source, ";")):
-        yield from read_match(source, WHITESPACE)
-        yield from read_json_call(source)
-        yield from read_match(source, WHITESPACE)
-
-
-def read_mistral(source: Source, tools: Tools) -> Calls:
-    """Read calls of either form. Each is complete at the end of its object."""
-    yield from read_exactly(source, "[TOOL_CALLS]")
-    yield from read_match(source, WHITESPACE)
-    if (yield from read_if(source, "[")):
-        another = True
-        while another:
-            yield from read_match(source, WHITESPACE)
-            yield from read_json_call(source)
-            yield from read_match(source, WHITESPACE)
-            another = yield from read_if(source, ",")
-        yield from read_closing(source, "]")
-        return
-    name, id = (yield from read_name(source)), None
-    if (yield from read_if(source, "[CALL_ID]")):
-        id = yield from read_name(source)
-    yield from read_if(source, "[ARGS]")
-    yield from read_match(source, WHITESPACE)
-    yield make_call(name, (yield from read_object(source)), id)
-
-
-def read_deepseek(source: Source, tools: Tools) -> Calls:
-    """Read calls of either form. Each is complete at the end of its object."""
-    yield from read_if(source, CALLS_BEGIN)
-    yield from read_match(source, WHITESPACE)
-    yield from read_exactly(source, CALL_BEGIN)
-    another = True
-    while another:
-        name = yield from read_name(source)
-        yield from read_exactly(source, SEP)
-        yield from read_match(source, WHITESPACE)
-        if not source.text.startswith("{", source.at):
-            name = yield from read_name(source)
-            yield from read_match(source, WHITESPACE)
-            yield from read_if(source, "```json")
-            yield from read_match(source, WHITESPACE)
-        yield make_call(name, (yield from read_object(source)))
-        yield from read_closing(source, "```", CALL_END)
-        another = yield from read_if(source, CALL_BEGIN)
-    yield from read_closing(source, CALLS_END)
+def overlap(text: str, delimiter: str) -> int:
+    """The length of the longest suffix of `text` that is a proper prefix of `delimiter`."""
+    for size in range(min(len(text), len(delimiter) - 1), 0, -1):
+        if text.endswith(delimiter[:size]):
+            return size
+    return 0

@@ -1,4 +1,4 @@
-"""JSON as models write it, and JSON schemas as clients write them: the types that a schema names, and its limits.
+"""JSON schemas as clients write them: the types that a schema names, values of these types, and a schema's limits.
 
 Schemas come from clients and may be malformed: only `schema_text` refuses them, the other functions ignore what they
 cannot read. Keywords: https://json-schema.org/draft/2020-12/json-schema-validation.
@@ -12,9 +12,8 @@ from decimal import Decimal
 from math import lcm
 from typing import Any
 
-import msgspec
-
 from serve.api.messages import InvalidRequest
+from serve.formats.lenient import decode_json, decode_lenient
 
 KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
 PYTHON = {"True": "true", "False": "false", "None": "null"}  # as templates print them, and models that imitate them
@@ -27,26 +26,14 @@ MAX_INTEGER, MAX_NUMBER = 2**63 - 1024, 10**15
 MAX_MULTIPLE = 100_000  # states that llguidance may spend on multipleOf
 
 
-def decode_json(text: str) -> Any:
-    """The value of JSON as models write it, with line breaks in strings.
-
-    Raises ValueError for text that is not JSON, and for values that an answer cannot contain: infinity, NaN, lone
-    surrogates and nesting that is too deep.
-    """
-    try:
-        value = json.loads(text, strict=False)
-        carried = msgspec.json.decode(msgspec.json.encode(value)) == value  # infinity and NaN become null
-    except (OverflowError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    if not carried:
-        raise ValueError("infinity and NaN are not JSON")
-    return value
-
-
 def typed(text: str, types: set[str]) -> Any:
-    """Text as a JSON value, if it is one of the types that its schema names; otherwise the text itself."""
+    """Text as a JSON value, if it is one of the types that its schema names; otherwise the text itself.
+
+    Where a text cannot be meant, an object or array may have the faults of `lenient`, such as Python's literals.
+    """
+    decode = decode_lenient if "string" not in types and types & {"object", "array"} else decode_json
     try:
-        value: Any = decode_json(PYTHON.get(text, text)) if types - {"string"} else text
+        value: Any = decode(PYTHON.get(text, text)) if types - {"string"} else text
     except ValueError:
         return text
     kind = kind_of(value)
@@ -59,6 +46,11 @@ def typed(text: str, types: set[str]) -> Any:
 def kind_of(value: object) -> str:
     """The name of a value's JSON type."""
     return KINDS.get(type(value), "object")
+
+
+def value_types(schema: object, root: Mapping[str, Any]) -> set[str]:
+    """The JSON types that a written value may have. A schema that names none allows objects, arrays and text."""
+    return types_of(schema, root) or ({"string", "object", "array"} if isinstance(schema, dict) else set())
 
 
 def types_of(schema: object, root: Mapping[str, Any]) -> set[str]:

@@ -13,7 +13,20 @@ from typing import Any
 
 from serve.api.stops import Stops
 from serve.formats.format import Format
-from serve.formats.readers import SPACE, WHITESPACE, Call, Calls, Malformed, Source, match_end
+from serve.formats.late_calls import LateCalls
+from serve.formats.readers import (
+    SPACE,
+    WHITESPACE,
+    Call,
+    Calls,
+    Cut,
+    CutCall,
+    Malformed,
+    Prose,
+    Source,
+    match_end,
+    overlap,
+)
 
 # An incomplete character decodes to this character, which vocabularies themselves spell in one of these ways.
 REPLACEMENT_CHAR = "\ufffd"
@@ -55,7 +68,7 @@ class Stopped:
     sequence: str
 
 
-AnswerEvent = Text | Thinking | ThinkingEnd | Call | Stopped
+AnswerEvent = Text | Thinking | ThinkingEnd | Call | CutCall | Stopped
 
 
 class CharacterStream:
@@ -92,9 +105,16 @@ class Delimiters:
     """The delimiters that count in a block: some of them anywhere, others only at its start."""
 
     def __init__(self, anywhere: Sequence[str], leading: Sequence[str]) -> None:
+        self.extended: dict[str, Delimiters] = {}
         self.anywhere, self.leading = [list(filter(None, delimiters)) for delimiters in (anywhere, leading)]
         either, first = ["|".join(map(re.escape, delimiters)) or "(?!)" for delimiters in (self.anywhere, self.leading)]
         self.next, self.first = re.compile(f"({either})"), re.compile(f"[{SPACE}]{{0,{MAX_HELD_WHITESPACE}}}({first})")
+
+    def with_another(self, delimiter: str) -> Delimiters:
+        """These delimiters and another one that counts anywhere."""
+        if delimiter not in self.extended:
+            self.extended[delimiter] = Delimiters((*self.anywhere, delimiter), self.leading)
+        return self.extended[delimiter]
 
     def find_delimiter(self, text: str, start: int, at_start: bool) -> re.Match[str] | None:
         """The first delimiter, as group 1 of the match. With `at_start`, a block begins there."""
@@ -118,7 +138,11 @@ class AnswerStream:
     - Thinking without content gives no event. A second opening delimiter inside thinking is kept as text; at the start
       of thinking it is dropped.
     - A call is one event, sent when its arguments are complete, whether its tool was offered or not: the client reports
-      what is wrong with it. Without tools, text that looks like a call is text.
+      is wrong with it. Without tools, text that looks like a call is text.
+    - Calls inside thinking are thinking, unless the answer ends with them, perhaps after the delimiter that closes
+      thinking: from the first on, thinking is held back until that is clear. These calls are of offered tools only.
+    - A call that the limit of tokens ended is a CutCall if its name is known, and otherwise dropped.
+    - A closing delimiter that stands later than its call is dropped.
     - Text that begins like a call but does not parse as one is text, delimiters included. It is read again after its
       first delimiter.
     - Stop sequences are matched in text only, not in thinking or calls. The first that is complete ends the answer; of
@@ -147,12 +171,14 @@ class AnswerStream:
             self.characters.feed(token)
         self.format, self.stops, self.tools = format, stops, tools or {}
         think, unthink = format.think_delimiters or ("", "")
-        delimiters = (think, *(format.call_openers if self.tools else ()))
-        opening_brace = ("{",) if format.call_without_marker and self.tools else ()
+        bare = format.call_without_marker and bool(self.tools)
+        self.openers = (*(format.call_openers if self.tools else ()), *(["{"] if bare else []))
+        leading = ("[",) if bare else ()
+        inside = format.delimiters_inside_text
         self.text_delimiters = Delimiters(
-            *(delimiters, opening_brace) if format.delimiters_inside_text else ((), (*delimiters, *opening_brace))
+            *((think, *self.openers), leading) if inside else ((), (think, *self.openers, *leading))
         )
-        self.thinking_delimiters = Delimiters((unthink,), (think,))
+        self.thinking_delimiters = Delimiters((unthink, *self.openers), (think,))
         self.switch = (think, unthink)
         self.thinking = thinking
         self.stopped = False
@@ -164,30 +190,38 @@ class AnswerStream:
         self.begun = False  # whether any of the block was sent
         self.reader: Calls | None = None  # reads the incomplete call
         self.call_start = 0  # where the delimiter of that call begins
+        self.late: LateCalls | None = None  # reads calls inside thinking
+        self.thinking_end = self.end_scanned = 0  # where thinking ends, if after `sent`; how far that was searched for
         self.failed_until = self.retries = 0  # how far text was read that was not a call, and how often again
         self.events: list[AnswerEvent] = []
 
     @property
     def heavy(self) -> bool:
         """Whether the next token may take too long for an event loop."""
-        return self.reader is not None and len(self.source.text) - self.call_start > HEAVY_CHARS
+        return (self.reader or self.late) is not None and len(self.source.text) - self.call_start > HEAVY_CHARS
 
     def feed(self, token: int) -> list[AnswerEvent]:
         """The events of the next token; none after a stop sequence."""
         return self.read(self.characters.feed(token))
 
-    def finish(self) -> list[AnswerEvent]:
-        """The events of what was held back, at the end of the answer."""
-        self.source.ended = True
+    def finish(self, cut: bool = False) -> list[AnswerEvent]:
+        """The events of what was held back, at the end of the answer; `cut` says that the limit of tokens ended it."""
+        self.source.ended, self.source.cut = True, cut
         return self.read("")
 
     def read(self, characters: str) -> list[AnswerEvent]:
         """The events of more characters."""
         self.source.add(characters)
-        while not self.stopped and (self.read_call(self.reader) if self.reader else self.read_block()):
+        while not self.stopped and self.step():
             pass
         events, self.events = self.events, []
         return events
+
+    def step(self) -> bool:
+        """Read a call, a block or a part of it. Returns whether reading continues."""
+        if self.reader:
+            return self.read_call(self.reader)
+        return self.read_late_calls(self.late) if self.late else self.read_block()
 
     def read_block(self) -> bool:
         """Read text or thinking up to the next delimiter. Returns whether there was one, so that reading continues."""
@@ -196,6 +230,8 @@ class AnswerStream:
             self.sent = match_end(WHITESPACE, whole, self.sent)
             self.after_delimiter = self.sent == len(whole)
         delimiters = self.thinking_delimiters if self.thinking else self.text_delimiters
+        if closing := self.source.unclosed if not self.thinking and self.format.delimiters_inside_text else "":
+            delimiters = delimiters.with_another(closing)
         start = max(self.sent, self.scan_start)
         at_start = not self.begun and start == self.sent
         found = delimiters.find_delimiter(whole, start, at_start)
@@ -218,6 +254,9 @@ class AnswerStream:
             self.send(text[: len(text) - trailing_whitespace(text)])
             self.sent = found.end(1)
             self.switch_to(found[1] == self.switch[0])
+        elif found[1] == closing:
+            self.send(text)
+            self.sent, self.source.unclosed = found.end(1), ""
         else:
             self.send(text[: len(text) - held])
             self.sent += len(text) - held
@@ -242,7 +281,11 @@ class AnswerStream:
         """Begin a call. The text held back before it is sent with the call, or as text with what is not a call."""
         assert self.format.read
         self.call_start, self.scan_start = delimiter.span(1)
+        if self.thinking:
+            self.late = LateCalls(self.format.read, self.openers, self.tools)
+            return
         self.source.at = self.source.settled = self.call_start
+        self.source.unclosed = ""
         self.reader = self.format.read(self.source, self.tools)
 
     def read_call(self, reader: Calls) -> bool:
@@ -253,20 +296,74 @@ class AnswerStream:
                 if call is None:
                     return False
                 text = source.text[self.sent : self.call_start]
-                self.send(text[: len(text) - trailing_whitespace(text)])
-                self.events.append(call)
+                if isinstance(call, Prose):
+                    self.send(text + call.text)
+                else:
+                    self.send(text[: len(text) - trailing_whitespace(text)])
+                    self.events.append(call)
+                    self.after_delimiter, self.begun = True, False
                 self.sent = self.call_start = source.settled = source.at
-                self.after_delimiter, self.begun = True, False
             self.sent = source.at
+        except Cut as cut:
+            text = source.text[self.sent : self.call_start]
+            self.send(text[: len(text) - trailing_whitespace(text)])
+            self.events += [cut.call] if cut.call else []
+            self.sent = len(source.text)
         except Malformed:
             if source.settled >= self.scan_start:
                 self.sent = source.settled
-            self.retries = self.retries + 1 if self.call_start < self.failed_until else 0
-            self.failed_until = max(self.failed_until, source.at)
-            if self.retries == MAX_RETRIES:
-                self.scan_start = self.failed_until
+            self.count_failure(source.at)
         self.reader = None
         return True
+
+    def count_failure(self, read_to: int) -> None:
+        """Note that the text from `call_start` is no call. After many such texts, all of them are passed over."""
+        self.retries = self.retries + 1 if self.call_start < self.failed_until else 0
+        self.failed_until = max(self.failed_until, read_to)
+        if self.retries == MAX_RETRIES:
+            self.scan_start = self.failed_until
+
+    def read_late_calls(self, late: LateCalls) -> bool:
+        """Read calls inside thinking. Returns whether it is clear what they are, so that reading continues."""
+        source, whole, start = self.source, self.source.text, self.call_start
+        end = self.find_thinking_end(start)
+        stop = end if end is not None else len(whole) - (0 if source.ended else overlap(whole, self.switch[1]))
+        fed = start + len(late.source.text)
+        late.source.add(whole[fed:stop])
+        late.source.ended = source.ended or end is not None
+        state = late.advance()
+        follows = whole[end + len(self.switch[1]) :].strip(SPACE) if end is not None else ""
+        if (state != "thinking" and not late.source.ended) or (state == "calls" and not follows and not source.ended):
+            return False
+        self.late = None
+        if state == "calls" and not follows and not source.cut:
+            self.send_late_calls(late)
+        elif state == "calls":
+            self.scan_start = stop
+        else:
+            self.call_start = start + late.call_start
+            self.scan_start = self.call_start + 1
+            self.count_failure(start + late.source.at)
+        return True
+
+    def find_thinking_end(self, start: int) -> int | None:
+        """Where the delimiter that closes thinking is, at `start` or later. Each character is searched once."""
+        if self.thinking_end < start:
+            at = self.source.text.find(self.switch[1], max(self.end_scanned, start))
+            if at < 0:
+                self.end_scanned = len(self.source.text) - len(self.switch[1]) + 1
+                return None
+            self.thinking_end = at
+        return self.thinking_end
+
+    def send_late_calls(self, late: LateCalls) -> None:
+        """End thinking with the calls in it. Words between their delimiters are thinking."""
+        text = self.source.text[self.sent : self.call_start]
+        text += "".join(piece.text for piece in late.found if isinstance(piece, Prose))
+        self.send(text[: len(text) - trailing_whitespace(text)])
+        self.switch_to(False)
+        self.events += [piece for piece in late.found if isinstance(piece, Call)]
+        self.sent = len(self.source.text)
 
     def send(self, text: str) -> None:
         """Add an event with more text of the block, if there is any."""
@@ -278,11 +375,3 @@ class AnswerStream:
 def trailing_whitespace(text: str) -> int:
     """The number of whitespace characters at the end of a text that belong to a delimiter after it."""
     return min(len(text) - len(text.rstrip(SPACE)), MAX_HELD_WHITESPACE)
-
-
-def overlap(text: str, delimiter: str) -> int:
-    """The length of the longest suffix of `text` that is a proper prefix of `delimiter`."""
-    for size in range(min(len(text), len(delimiter) - 1), 0, -1):
-        if text.endswith(delimiter[:size]):
-            return size
-    return 0
