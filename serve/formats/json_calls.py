@@ -69,14 +69,20 @@ def read_json_call(source: Source, tools: Tools, *ends: str, marked: bool = True
 
 
 def call_of(value: dict[str, Any], offered: Tools) -> Call:
-    """The call that a JSON object means. Without arguments its tool must be among those `offered`, if there are any."""
-    if isinstance(inner := value.get("function"), dict) and "name" not in value:
+    """The call that a JSON object means.
+
+    Where a tool may be described as well, `offered` has the tools: a call without an object of arguments, or within a
+    member `function`, is of one of these, and has no `description`.
+    """
+    inner = value.get("function")
+    if wrapped := isinstance(inner, dict) and "name" not in value:
         value = inner
     name = next((value[key] for key in NAMES if key in value), None)
     given = [value[key] for key in ARGUMENTS if key in value]
     if not given and value.keys() - {*NAMES, "type", "id"}:
         raise Malformed  # the arguments may be its other members
-    if not (given and isinstance(given[0], dict)) and offered and name not in offered:
+    plain = not wrapped and given and isinstance(given[0], dict)
+    if offered and ("description" in value or (not plain and name not in offered)):
         raise Malformed
     return make_call(name, arguments_of(given[0] if given else None), value.get("id"))
 

@@ -94,8 +94,12 @@ def cut_call(name: str, members: dict[str, Any], string: tuple[str, str] | None 
 
 
 def complete_arguments(arguments: str) -> dict[str, Any]:
-    """The arguments that are complete in the JSON of a call, which may be cut off."""
-    return read_cut_object(arguments)[0]
+    """The arguments in the JSON of a call; of a call that was cut off, those that are complete."""
+    try:
+        whole: dict[str, Any] = msgspec.json.decode(arguments)
+        return whole
+    except msgspec.DecodeError:
+        return read_cut_object(arguments)[0]
 
 
 def encoded(value: Any) -> str:

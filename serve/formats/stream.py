@@ -191,6 +191,7 @@ class AnswerStream:
         self.reader: Calls | None = None  # reads the incomplete call
         self.call_start = 0  # where the delimiter of that call begins
         self.late: LateCalls | None = None  # reads calls inside thinking
+        self.flat = False  # `Source.flat` for the rest of this block of thinking
         self.thinking_end = self.end_scanned = 0  # where thinking ends, if after `sent`; how far that was searched for
         self.failed_until = self.retries = 0  # how far text was read that was not a call, and how often again
         self.events: list[AnswerEvent] = []
@@ -275,7 +276,7 @@ class AnswerStream:
         """Begin or end thinking. Beginning it twice changes nothing."""
         if self.begun and self.thinking:
             self.events.append(ThinkingEnd())
-        self.thinking, self.after_delimiter, self.begun = thinking, True, False
+        self.thinking, self.after_delimiter, self.begun, self.flat = thinking, True, False, False
 
     def open_call(self, delimiter: re.Match[str]) -> None:
         """Begin a call. The text held back before it is sent with the call, or as text with what is not a call."""
@@ -283,6 +284,7 @@ class AnswerStream:
         self.call_start, self.scan_start = delimiter.span(1)
         if self.thinking:
             self.late = LateCalls(self.format.read, self.openers, self.tools)
+            self.late.source.flat = self.flat
             return
         self.source.at = self.source.settled = self.call_start
         self.source.unclosed = ""
@@ -332,7 +334,8 @@ class AnswerStream:
         late.source.add(whole[fed:stop])
         late.source.ended = source.ended or end is not None
         state = late.advance()
-        follows = whole[end + len(self.switch[1]) :].strip(SPACE) if end is not None else ""
+        self.flat = late.source.flat
+        follows = end is not None and self.has_text(end + len(self.switch[1]))
         if (state != "thinking" and not late.source.ended) or (state == "calls" and not follows and not source.ended):
             return False
         self.late = None
@@ -345,6 +348,11 @@ class AnswerStream:
             self.scan_start = self.call_start + 1
             self.count_failure(start + late.source.at)
         return True
+
+    def has_text(self, start: int) -> bool:
+        """Whether the answer goes on at `start` with more than some whitespace."""
+        whole = self.source.text
+        return len(whole) - start > MAX_HELD_WHITESPACE or match_end(WHITESPACE, whole, start) < len(whole)
 
     def find_thinking_end(self, start: int) -> int | None:
         """Where the delimiter that closes thinking is, at `start` or later. Each character is searched once."""

@@ -197,22 +197,27 @@ def read_value(source: Source, known: Collection[str], missing: Collection[str])
     follow. Raises Malformed if it has no end.
     """
     start, depth = source.at, 0  # the number of quoted calls around the place
-    unclosed = inner = outer = None  # ends without a closing tag, within a quoted call, and at the outer tag
+    # Ends without a closing tag, those that may as well be words, those within a quoted call, those at the outer tag.
+    unclosed = unlikely = inner = outer = None
     while tag := (yield from find_tag(source)):
         at = source.at = tag.end()
         if tag[0] == "<function=":
             if (yield from begins_call(source)):
-                if end := unclosed or (outer if source.flat else None):
+                if end := unclosed or ((unlikely or outer) if source.flat else None):
                     return end
                 depth += not source.flat
         elif tag[0] == "</parameter>":
-            end = yield from read_closed(source, tag.start(), on_its_line(source, start, tag.start()), known)
+            end = yield from read_closed(source, start, tag.start(), known)
             if end and not depth:
                 return end
             inner = inner or end
         elif tag[0] == "</function>":
-            if not depth:
-                unclosed = unclosed or ValueEnd(tag.start(), tag.end(), tag[0], closed=False)
+            end = ValueEnd(tag.start(), tag.end(), tag[0], closed=False)
+            follows = (yield from after_call(source)) if not depth else ""
+            if follows == "</tool_call>" or (follows and on_its_line(source, start, tag.start())):
+                unclosed = unclosed or end
+            elif not depth:
+                unlikely = unlikely or end
             depth = max(0, depth - 1)
         elif tag[0] == "</tool_call>":
             outer = outer or ValueEnd(tag.start(), tag.end(), tag[0], closed=False)
@@ -221,7 +226,8 @@ def read_value(source: Source, known: Collection[str], missing: Collection[str])
             if on_its_line(source, start, tag.start()) or without_misspelt_tag(text, "") != text:
                 return ValueEnd(tag.start(), source.at, tag[0], key, closed=False)
         source.at = at
-    if found := unclosed or inner or outer:
+    first = min(filter(None, (unlikely, inner)), key=lambda end: end.at, default=outer)
+    if found := unclosed or first:
         source.flat = True
         return found
     raise Cut if source.cut else Malformed
@@ -240,26 +246,37 @@ def find_tag(source: Source) -> Reading[re.Match[str] | None]:
 
 def begins_call(source: Source) -> Reading[bool]:
     """Whether a call follows `<function=`, and not only words about one."""
-    yield from read_match(source, NAME)
-    if not (yield from read_if(source, ">")):
+    name = yield from read_match(source, NAME)
+    if not name or not (yield from read_if(source, ">")):
         return False
     yield from read_match(source, WHITESPACE)
-    return bool((yield from at_any(source, "<parameter=", "</function>")))
+    follows = yield from read_any(source, "<parameter=", "</function>")
+    return follows == "</function>" or bool(follows and (yield from read_key(source)))
 
 
-def read_closed(source: Source, at: int, on_its_line: bool, known: Collection[str]) -> Reading[ValueEnd | None]:
+def after_call(source: Source) -> Reading[str]:
+    """What follows a complete call: one of the tags around calls, a new line or the end as "\\n", or words as ""."""
+    space = yield from read_match(source, WHITESPACE)
+    tag = yield from at_any(source, "</tool_call>", "<tool_call>", "<function=")
+    return tag or ("\n" if "\n" in space or source.at == len(source.text) else "")
+
+
+def read_closed(source: Source, start: int, at: int, known: Collection[str]) -> Reading[ValueEnd | None]:
     """Read what follows a closing tag at `at`: the end of the value, or None if the tag is part of the value.
 
-    A parameter that the schema does not have counts if the closing tag stands where this call has its closing tags.
+    Where the closing tag stands elsewhere than this call has its closing tags, it counts before a parameter that the
+    schema has, and where the call ends visibly.
     """
     yield from read_match(source, WHITESPACE)
     follows = yield from read_any(source, *TAGS)
     if not follows:
         return ValueEnd(at, source.at, "") if source.at == len(source.text) and not source.cut else None
-    if follows != "<parameter=":
-        return ValueEnd(at, source.at, follows)
-    key = yield from read_key(source)
-    return ValueEnd(at, source.at, follows, key) if key and (not known or key in known or on_its_line) else None
+    usual = on_its_line(source, start, at)
+    key = (yield from read_key(source)) if follows == "<parameter=" else ""
+    end = ValueEnd(at, source.at, follows, key)
+    if follows == "<parameter=":
+        return end if key and (usual or not known or key in known) else None
+    return end if usual or (yield from after_call(source)) else None
 
 
 def on_its_line(source: Source, start: int, at: int) -> bool:

@@ -41,6 +41,7 @@ from serve.engine.engine import generate
 from serve.engine.request import Event as EngineEvent
 from serve.engine.request import Failed, Finished, Started, TokenEvent
 from serve.formats.format import format_for_json
+from serve.formats.readers import complete_arguments
 from serve.formats.stream import AnswerStream
 from serve.prompt.offered_tools import offered_tools
 from serve.prompt.replay import RecordedAnswer
@@ -277,4 +278,4 @@ def filled(block: OutputBlock, text: str, signature: str) -> OutputBlock:
         case ThinkingBlock():
             return ThinkingBlock(text, signature)
         case ToolUseBlock(id, name):
-            return ToolUseBlock(id, name, msgspec.json.decode(text))
+            return ToolUseBlock(id, name, complete_arguments(text))

@@ -86,7 +86,7 @@ class AnswerState:
             self.reason = "model_context_window_exceeded" if self.clamped else "max_tokens"
         if not self.message.max_tokens:
             return []  # also where the prompt ends within thinking or an answer
-        return self.add(self.stream.finish())
+        return self.add(self.stream.finish(cut=reason != "stop"))
 
     def add(self, parsed: Iterable[AnswerEvent]) -> list[Event]:
         """Add what the parser returned, up to what ends the answer."""
@@ -99,8 +99,9 @@ class AnswerState:
                 if self.dispatch:
                     events.append(dispatch_event(piece, self.blocks.calls - 1))
                 if self.one_call:
-                    # The model cannot write the closing delimiter any more; the conversation's history has it.
-                    self.ids += self.encode(unwritten_closing(self.stream)).tolist()
+                    if not self.stream.source.ended:
+                        # The model cannot write the closing delimiter any more; the conversation's history has it.
+                        self.ids += self.encode(unwritten_closing(self.stream)).tolist()
                     self.ended = True
                     break
         return events

@@ -16,7 +16,7 @@ from serve.api.answers import (
     ThinkingDelta,
 )
 from serve.api.messages import CountTokensRequest, OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
-from serve.formats.readers import Call
+from serve.formats.readers import Call, CutCall, complete_arguments
 from serve.formats.stream import AnswerEvent, Text, Thinking, ThinkingEnd
 
 # What a client sees of thinking: its text, only a signed empty block, or nothing.
@@ -59,16 +59,22 @@ class BlockStream:
             case ThinkingEnd():
                 return self.close() if self.open is ThinkingBlock else []
             case Call(id, name, input, arguments):
-                closed = self.close()
-                index = len(self.blocks)
-                self.blocks.append(ToolUseBlock(id, name, input))
-                return [
-                    *closed,
-                    ContentBlockStart(index, ToolUseBlock(id, name, {})),
-                    ContentBlockDelta(index, InputJsonDelta(arguments)),
-                    ContentBlockStop(index),
-                ]
+                return self.add_call(ToolUseBlock(id, name, input), arguments)
+            case CutCall(id, name, arguments):
+                return self.add_call(ToolUseBlock(id, name, complete_arguments(arguments)), arguments)
         return []
+
+    def add_call(self, block: ToolUseBlock, arguments: str) -> list[BlockEvent]:
+        """A call as a block of its own; `arguments` is its JSON, or the beginning of it if the call was cut off."""
+        closed = self.close()
+        index = len(self.blocks)
+        self.blocks.append(block)
+        return [
+            *closed,
+            ContentBlockStart(index, ToolUseBlock(block.id, block.name, {})),
+            ContentBlockDelta(index, InputJsonDelta(arguments)),
+            ContentBlockStop(index),
+        ]
 
     def begin(self, kind: type[TextBlock] | type[ThinkingBlock]) -> list[BlockEvent]:
         """Open a block of this kind unless one is open; return the events."""

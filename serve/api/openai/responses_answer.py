@@ -323,13 +323,27 @@ def completed_item(item: Item, text: str, signature: str) -> Item:
                 item, status="completed", content=(ReasoningText(text),), encrypted_content=signature or None
             )
         case FunctionCallItem():
-            return replace(item, status="completed", arguments=text)
+            return replace(item, status=call_status(text), arguments=text)
         case CustomCallItem():
-            return replace(item, status="completed", input=custom_input(text))
+            return replace(item, status=call_status(text), input=custom_input(text))
+
+
+def call_status(arguments: str) -> Status:
+    """The status of a call: incomplete if its arguments were cut off."""
+    try:
+        msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError:
+        return "incomplete"
+    return "completed"
 
 
 def custom_input(arguments: str) -> str:
-    """The text for a custom tool: `input` of the arguments that the model wrote, or all of them without one."""
+    """The text for a custom tool: `input` of the arguments that the model wrote, or all of them without one.
+
+    Arguments that were cut off are returned as they are.
+    """
+    if call_status(arguments) == "incomplete":
+        return arguments
     text = msgspec.json.decode(arguments).get("input")
     return text if isinstance(text, str) else arguments
 

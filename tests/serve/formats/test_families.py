@@ -280,7 +280,7 @@ def test_a_parameter_is_what_its_schema_says_and_else_text(text, type, value):
     assert repr(call) == repr(("Read", {"x": value})), "1 and 1.0 and true are not the same"
 
 
-@pytest.mark.parametrize("value", ["1e999", '"\\ud83d"', "[" * 5000 + "]" * 5000, "1" * 5000])
+@pytest.mark.parametrize("value", ["1e999", "[" * 5000 + "]" * 5000, "1" * 5000])
 def test_a_call_whose_arguments_the_wire_cannot_carry_is_text(value):
     text = f'<tool_call>{{"name": "Read", "arguments": {{"a": {value}}}}}</tool_call>'
     assert read("hermes", text) == [Text(text)]

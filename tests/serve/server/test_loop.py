@@ -114,13 +114,13 @@ def test_a_long_call_is_read_by_another_thread(url: str, monkeypatch: pytest.Mon
             "additionalProperties": False,
         },
     }
-    made, threads = serve.formats.readers.make_call, []
+    made, threads = serve.formats.readers.new_id, []
 
     def noted(*args: Any) -> Any:
         threads.append(threading.current_thread().name)
         return made(*args)
 
-    monkeypatch.setattr(serve.formats.readers, "make_call", noted)
+    monkeypatch.setattr(serve.formats.readers, "new_id", noted)
     with httpx.Client(base_url=url, timeout=60) as client:
         one = {"type": "any", "disable_parallel_tool_use": True}
         for chars, aside in ((10**9, False), (10, True)):
