@@ -109,11 +109,11 @@ def call_of_cut_json(source: Source, start: int, tools: Tools, marked: bool) -> 
 
 
 def read_braces(source: Source, *marks: str) -> Reading[None]:
-    """Read braces that are too many: those right after a call, and those before one of the marks."""
+    """Read braces that are too many: those right after a call, and those before one of the marks or the end."""
     yield from read_match(source, BRACES)
     at = source.at
     yield from read_match(source, MORE_BRACES)
-    if not (yield from at_any(source, *marks)):
+    if not (yield from at_any(source, *marks)) and source.at < len(source.text):
         source.at = at
 
 
@@ -150,7 +150,7 @@ def read_arguments(source: Source, name: str, *ends: str) -> Reading[dict[str, A
         if (yield from read_if(source, '"')):
             yield from read_string(source)
         elif not (yield from read_any(source, "null", "None", *ends)) and source.at < len(source.text):
-            raise Malformed
+            raise not_found(source, "null", "None", "```json", "[ARGS]", "[CALL_ID]", *ends)
         elif source.cut and source.at == len(source.text):
             raise Cut
     except Cut:

@@ -13,6 +13,7 @@ from serve.api.answers import (
     ContentBlockStart,
     ContentBlockStop,
     Event,
+    InputJsonDelta,
     MessageDelta,
     MessageStart,
     MessageStop,
@@ -25,6 +26,7 @@ from serve.api.messages import MessagesRequest, TextBlock, ToolUseBlock, decode_
 from serve.api.stops import Stops
 from serve.engine.request import Started
 from serve.formats.stream import AnswerStream
+from serve.server.answer import filled
 from serve.server.answer_state import AnswerState, reused_by_tier
 from tests.helpers.model_families import FAMILIES, tokenizer_of
 
@@ -161,3 +163,36 @@ def test_thinking_is_signed_over_all_tokens_up_to_its_end() -> None:
     deltas = [event.delta for event in events if isinstance(event, ContentBlockDelta)]
     signatures = [delta.signature for delta in deltas if isinstance(delta, SignatureDelta)]
     assert signatures == [f"signed {len(TOKENIZER.encode(text))}"]
+
+
+def test_a_call_that_was_cut_off_is_a_block_with_the_beginning_of_its_arguments() -> None:
+    state = state_of()
+    text = 'Look:\n<tool_call>\n{"name": "Read", "arguments": {"path": "a.py", "n": 3, "text": "half'
+    events = feed(state, text) + state.on_finished("length") + state.close()
+    delta, stop = events[-2:]
+    assert isinstance(delta, ContentBlockDelta)
+    assert delta.delta == InputJsonDelta('{"path":"a.py","n":3,"text":"half')
+    assert isinstance(stop, ContentBlockStop)
+    text_block, call = state.blocks.blocks
+    assert text_block == TextBlock("Look:")
+    assert isinstance(call, ToolUseBlock)
+    assert (call.name, call.input) == ("Read", {"path": "a.py", "n": 3})
+    assert filled(ToolUseBlock(call.id, call.name, {}), delta.delta.partial_json, "") == call
+    assert end_of(state)[0] == Stop("max_tokens", None)
+
+
+@pytest.mark.parametrize("shown", [{"type": "adaptive"}, {"type": "adaptive", "display": "omitted"}, None])
+def test_calls_at_the_end_of_thinking_are_blocks_after_it(shown: dict[str, str] | None) -> None:
+    state = state_of(**({"thinking": shown} if shown else {}))
+    text = f"<think>\nI need it.\n{CALL}"
+    assert not any(isinstance(e, ContentBlockDelta) and "tool_call" in repr(e) for e in feed(state, text))
+    state.on_finished("stop")
+    state.close()
+    *thinking, call = state.blocks.blocks
+    assert isinstance(call, ToolUseBlock)
+    assert call.input == {"path": "a.py"}
+    assert len(thinking) == (shown is not None)
+    if thinking:
+        assert thinking[0].signature == f"signed {len(TOKENIZER.encode(text))}"  # type: ignore[union-attr]
+    assert end_of(state)[0] == Stop("tool_use", None)
+    assert state.sampled_ids == TOKENIZER.encode(text).tolist(), "as sampled, for the next request"
