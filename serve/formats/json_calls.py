@@ -150,7 +150,7 @@ def read_arguments(source: Source, name: str, *ends: str) -> Reading[dict[str, A
         if (yield from read_if(source, '"')):
             yield from read_string(source)
         elif not (yield from read_any(source, "null", "None", *ends)) and source.at < len(source.text):
-            raise not_found(source, "null", "None", "```json", "[ARGS]", "[CALL_ID]", *ends)
+            raise not_found(source, "null", "None", "```json", "json", "[ARGS]", "[CALL_ID]", *ends)
         elif source.cut and source.at == len(source.text):
             raise Cut
     except Cut:

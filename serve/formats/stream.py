@@ -192,10 +192,8 @@ class AnswerStream:
         self.call_start = 0  # where the delimiter of that call begins
         self.late: LateCalls | None = None  # reads calls inside thinking
         self.flat = False  # `Source.flat` for the rest of this block of thinking
-        self.thinking_end, self.end_scanned = (
-            -1,
-            0,
-        )  # where thinking ends, if after `sent`; how far that was searched for
+        self.thinking_end = -1  # where this block of thinking ends, as far as that was searched for
+        self.end_scanned = 0  # how far it was
         self.failed_until = self.retries = 0  # how far text was read that was not a call, and how often again
         self.events: list[AnswerEvent] = []
 
