@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.api.messages import ToolUseBlock
-from serve.formats.families import BY_NAME, write_turn
+from serve.formats.families import BY_NAME
+from serve.formats.format import write_turn
 from serve.formats.lenient import decode_lenient, read_cut_object
 from serve.formats.readers import Call, CutCall, complete_arguments
 from serve.formats.stream import NO_STOPS, AnswerStream, Text, Thinking, ThinkingEnd
