@@ -41,7 +41,7 @@ from serve.formats.readers import (
 NAMES, ARGUMENTS = ("name", "function"), ("arguments", "parameters")  # the keys of a call's JSON
 CALL_KEYS = tuple(f"{quote}{key}{quote}" for key in (*NAMES, *ARGUMENTS, "type", "id") for quote in "\"'")
 BRACES = re.compile("}*")
-MORE_BRACES = re.compile(f"[{SPACE}}}]*")
+MORE_BRACES, MORE_BRACKETS = re.compile(f"[{SPACE}}}]*"), re.compile(f"[{SPACE}}}\\]]*")
 CUT_ARGUMENTS = re.compile(r"""["'](?:arguments|parameters)["']\s*:\s*""")
 
 
@@ -50,14 +50,18 @@ def read_json_call(source: Source, tools: Tools, *ends: str, marked: bool = True
 
     Without a delimiter before it (not `marked`), JSON that has no arguments is a call only of a tool that was offered.
     """
-    start = source.at
-    yield from read_exactly(source, "{")
-    yield from read_match(source, WHITESPACE)
+    start, opened = source.at, marked and bool((yield from at_any(source, '"name"')))
+    if not opened:
+        yield from read_exactly(source, "{")
+        yield from read_match(source, WHITESPACE)
+    while marked and (yield from at_any(source, "{")):  # one too many
+        start, source.at = source.at, source.at + 1
+        yield from read_match(source, WHITESPACE)
     if not (yield from read_any(source, *CALL_KEYS)):
         raise not_found(source, *CALL_KEYS) if marked else Malformed()
     source.at = start
     try:
-        text, missing = yield from read_brackets(source, *ends)
+        text, missing = yield from read_brackets(source, *ends, opened=opened)
     except Cut:
         yield call_of_cut_json(source, start, tools, marked)
         return
@@ -112,7 +116,7 @@ def read_braces(source: Source, *marks: str) -> Reading[None]:
     """Read braces that are too many: those right after a call, and those before one of the marks or the end."""
     yield from read_match(source, BRACES)
     at = source.at
-    yield from read_match(source, MORE_BRACES)
+    yield from read_match(source, MORE_BRACES if "]" in marks else MORE_BRACKETS)
     if not (yield from at_any(source, *marks)) and source.at < len(source.text):
         source.at = at
 
@@ -136,7 +140,7 @@ def read_json_calls(source: Source, tools: Tools, *ends: str, marked: bool = Tru
         comma = yield from read_any(source, ",", ";")
         yield from read_match(source, WHITESPACE)
         another = yield from at_any(source, "{", *(['"'] if in_array and comma else []))
-        if not another:
+        if not another and not (in_array and comma and (yield from at_any(source, "]"))):
             source.at = at
     yield from read_closing(source, *(["]"] if in_array else []), *(["```"] if fenced else []))
 
@@ -170,8 +174,9 @@ def read_mistral(source: Source, tools: Tools) -> Calls:
         yield from read_match(source, WHITESPACE)
     if opening := (yield from at_any(source, "[", "{")):
         yield from read_json_calls(source, tools, "[TOOL_CALLS]")
-        if opening == "{":
-            yield from read_if(source, "]")
+        while opening == "{" or source.text[source.at - 1] == "]":  # not after whitespace, where text may begin
+            if not (yield from read_if(source, "]")):
+                break
         return
     name, id = (yield from read_name(source)), None
     if (yield from read_if(source, "[CALL_ID]")):

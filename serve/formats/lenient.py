@@ -1,8 +1,9 @@
 r"""JSON as models write it: read strictly where it is JSON, and otherwise with its usual faults mended.
 
 The faults: line breaks and invalid escapes in strings (the backslash of `\d` stays), halves of surrogate pairs, which
-become U+FFFD, trailing commas, and Python's literals (single quotes, True, False, None). The JSON of an answer that was
-cut off is read as far as it goes. Grammar: https://www.rfc-editor.org/rfc/rfc8259.
+become U+FFFD, trailing commas, a bracket that an outer one closes, and Python's literals (single quotes, tuples, True,
+False, None). The JSON of an answer that was cut off is read as far as it goes. Grammar:
+https://www.rfc-editor.org/rfc/rfc8259.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def read_value(text: str, at: int, depth: int) -> tuple[Any, int]:
         members = {}
         for key, value, end in read_members(text, at, depth):
             members[key], at = value, end
-        return members, skip(text, skip_comma(text, at + (not members))) + 1
-    if text.startswith("[", at):
+        at = skip(text, skip_comma(text, at + (not members)))
+        return members, at + text.startswith("}", at)
+    if text.startswith(("[", "("), at):
         return read_list(text, at, depth)
     if string := STRING.match(text, at):
         return unescape(string), string.end()
@@ -83,32 +85,34 @@ def read_value(text: str, at: int, depth: int) -> tuple[Any, int]:
 def read_members(text: str, at: int, depth: int) -> Iterator[tuple[str, Any, int]]:
     """The members of the object at `at`, each with the place after its value. Raises ValueError at the first fault."""
     at = skip(text, at + 1)
-    while not text.startswith("}", at):
+    while not text.startswith(("}", "]"), at):
         key = STRING.match(text, at)
         colon = skip(text, key.end()) if key else at
         if not key or not text.startswith(":", colon):
             raise ValueError(f"expected a key, found {text[at : at + 20]!r}")
         value, end = read_value(text, colon + 1, depth + 1)
         yield unescape(key), value, end
-        at = next_item(text, end, "}")
+        at = next_item(text, end)
 
 
 def read_list(text: str, at: int, depth: int) -> tuple[list[Any], int]:
-    """The array at `at`, and where it ends."""
+    """The array or tuple at `at`, and where it ends."""
     values, at = [], skip(text, at + 1)
-    while not text.startswith("]", at):
+    while not text.startswith(("]", ")", "}"), at):
         value, at = read_value(text, at, depth + 1)
         values.append(value)
-        at = next_item(text, at, "]")
-    return values, at + 1
+        at = next_item(text, at)
+    return values, at + text.startswith(("]", ")"), at)
 
 
-def next_item(text: str, at: int, closing: str) -> int:
-    """Where the next item or the closing bracket is. Raises ValueError if neither a comma nor the bracket follows."""
-    after = skip_comma(text, at)
-    if not text.startswith((",", closing), skip(text, at)):
-        raise ValueError(f"expected ',' or {closing!r}, found {text[at : at + 20]!r}")
-    return skip(text, after)
+def next_item(text: str, at: int) -> int:
+    """Where the next item or a closing bracket is. Raises ValueError if neither a comma nor a bracket follows.
+
+    A bracket of the outer object or array closes the inner one as well.
+    """
+    if not text.startswith((",", "}", "]", ")"), skip(text, at)):
+        raise ValueError(f"expected ',' or a closing bracket, found {text[at : at + 20]!r}")
+    return skip(text, skip_comma(text, at))
 
 
 def skip(text: str, at: int) -> int:

@@ -19,6 +19,7 @@ from serve.api.answers import new_id
 from serve.formats.lenient import decode_lenient, read_cut_object
 
 SPACE = " \t\r\n"  # whitespace; next to a delimiter it belongs to the delimiter, not to the blocks
+CLOSING = ("</parameter>", "</function>", "</tool_call>")  # tags that models write after a call, in any number
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, SEP, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 
@@ -249,10 +250,14 @@ def decoded(text: str) -> Any:
         raise Malformed from None
 
 
-def read_brackets(source: Source, *ends: str) -> Reading[tuple[str, str]]:
-    """Read the text of a JSON object, with its missing brackets at the end; return it and these brackets."""
+def read_brackets(source: Source, *ends: str, opened: bool = False) -> Reading[tuple[str, str]]:
+    """Read the text of a JSON object; return it, and the brackets that are missing at its end, which are added.
+
+    With `opened` its first brace is missing as well.
+    """
     start, closing = source.at, ["}"]
-    yield from read_exactly(source, "{")
+    if not opened:
+        yield from read_exactly(source, "{")
     while closing:
         yield from read_match(source, JSON_REST)
         if source.ended and not source.cut and source.at == len(source.text):
@@ -262,15 +267,16 @@ def read_brackets(source: Source, *ends: str) -> Reading[tuple[str, str]]:
             yield from read_string(source, sign)
         elif sign in "{[":
             closing.append("}" if sign == "{" else "]")
-        elif sign == closing[-1]:
-            closing.pop()
+        elif sign in closing[-2:]:  # it may close the bracket within as well
+            while closing.pop() != sign:
+                pass
         else:
             source.at -= 1
             if not (yield from at_any(source, *ends)):
                 raise Malformed
             break
     missing = "".join(reversed(closing))
-    return source.text[start : source.at] + missing, missing
+    return "{" * opened + source.text[start : source.at] + missing, missing
 
 
 def read_string(source: Source, quote: str = '"') -> Reading[None]:

@@ -15,6 +15,7 @@ from serve.api.stops import Stops
 from serve.formats.format import Format
 from serve.formats.late_calls import LateCalls
 from serve.formats.readers import (
+    CLOSING,
     SPACE,
     WHITESPACE,
     Call,
@@ -179,6 +180,8 @@ class AnswerStream:
             *((think, *self.openers), leading) if inside else ((), (think, *self.openers, *leading))
         )
         self.thinking_delimiters = Delimiters((unthink, *self.openers), (think,))
+        self.closers = (*format.extra_delimiters, *CLOSING)
+        self.after_calls = re.compile(f"(?:[{SPACE}]|{'|'.join(map(re.escape, self.closers))})*")
         self.switch = (think, unthink)
         self.thinking = thinking
         self.stopped = False
@@ -351,9 +354,12 @@ class AnswerStream:
         return True
 
     def has_text(self, start: int) -> bool:
-        """Whether the answer goes on at `start` with more than some whitespace."""
-        whole = self.source.text
-        return len(whole) - start > MAX_HELD_WHITESPACE or match_end(WHITESPACE, whole, start) < len(whole)
+        """Whether the answer goes on at `start` with more than some whitespace and closing delimiters."""
+        rest = self.source.text[start : start + MAX_HELD_WHITESPACE]
+        if start + len(rest) < len(self.source.text):
+            return True
+        rest = rest[match_end(self.after_calls, rest, 0) :]
+        return bool(rest) and (self.source.ended or not any(mark.startswith(rest) for mark in self.closers))
 
     def find_thinking_end(self, start: int) -> int | None:
         """Where the delimiter that closes thinking is, at `start` or later. Each character is searched once."""

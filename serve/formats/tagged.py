@@ -14,6 +14,7 @@ from typing import Any
 
 from serve.formats.json_calls import read_arguments, read_json_calls
 from serve.formats.readers import (
+    CLOSING,
     KEY,
     NAME,
     WHITESPACE,
@@ -43,7 +44,6 @@ PROSE = re.compile(r"[^<{]*")
 MAX_TAG = 40  # characters of a misspelt closing tag
 MAX_PROSE = 300  # characters between the opening tag and the call
 TAGS = ("<parameter=", "</function>", "</tool_call>")  # after a value; models sometimes forget the second
-CLOSING = ("</parameter>", "</function>", "</tool_call>")
 TAG = re.compile("</parameter>|<parameter=|</function>|</tool_call>|<function=")
 TAG_CHARS = len("</parameter>")
 
@@ -64,10 +64,12 @@ def read_tagged(source: Source, tools: Tools) -> Calls:
 
     A call is complete at the end of its object, at `</function>`, or at the outer tag. Models may forget outer tags.
     """
-    wrapped = yield from read_if(source, "<tool_call>")
-    yield from read_match(source, WHITESPACE)
+    wrapped = False
+    while (yield from read_if(source, "<tool_call>")):  # models write it twice
+        wrapped = True
+        yield from read_match(source, WHITESPACE)
     start = source.at
-    if not (yield from at_any(source, "<function=", "{", "[", "```")):
+    if not (yield from at_any(source, "<function=", "{", "[", "```", '"name"')):
         if not (yield from read_prose(source)):
             raise not_found(source, "<function=")
         if not (yield from at_any(source, "<function=", "{")):
@@ -122,7 +124,8 @@ def read_function(source: Source, tools: Tools) -> Calls:
     yield from read_match(source, WHITESPACE)
     name = yield from read_name(source)
     yield from read_match(source, WHITESPACE)
-    yield from read_exactly(source, ">")
+    if not (yield from at_any(source, "<parameter=")):  # before it, models forget the bracket
+        yield from read_exactly(source, ">")
     yield from read_match(source, WHITESPACE)
     if (yield from at_any(source, "{")):
         yield make_call(name, (yield from read_arguments(source, name, *TAGS)))

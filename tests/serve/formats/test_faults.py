@@ -66,6 +66,10 @@ HERMES_FAULTS = [
     ('{"name": "run", "arguments": {"path": "/a"}', [RUN]),
     ('{"name": "run", "arguments": {"path": "/a"', [RUN]),
     ('{"name": "run", "arguments": {"path": "/a",},}', [RUN]),
+    ('{{"name": "run", "arguments": {"path": "/a"}}}', [RUN]),
+    ('"name": "run", "arguments": {"path": "/a"}}', [RUN]),
+    ('{"name": "run", "arguments": {"arr": ["a", "b"}}', [("run", {"arr": ["a", "b"]})]),
+    ('{"name": "run", "arguments": {"arr": ["a", "b"', [("run", {"arr": ["a", "b"]})]),
     (
         "{'name': 'run', 'arguments': {'path': '/a', 'flag': True, 'any': None}}",
         [("run", RUN[1] | {"flag": True, "any": None})],
@@ -150,6 +154,7 @@ XML_FAULTS = [
     ("<parameter=other>\n[1]\n</parameter>\n", {"other": "[1]"}),
     ("<parameter= path >\n/a\n</parameter>\n", {"path": "/a"}),
     ('{"path": "/a"}', {"path": "/a"}),
+    ("<parameter=arr>\n('a', 'b')\n</parameter>\n", {"arr": ["a", "b"]}),
 ]
 
 
@@ -170,6 +175,8 @@ def test_no_delimiter_around_a_call_is_text():
         (f"<tool_call>{call} ok </tool_call> then", [RUN, Text("ok  then")]),
         (f"{call}</tool_call>\n</parameter></function>\nSo.", [RUN, Text("So.")]),
         (f"<tool_call>{call}", [RUN]),
+        (f"<tool_call>\n<tool_call>{call}</tool_call></tool_call>", [RUN]),
+        (f"<tool_call>{call.replace('run>', 'run')}</tool_call>", [RUN]),
         (f"<tool_call>{call}</tool_", [RUN]),
     ):
         assert read_any_way("qwen3_coder", text) == events
@@ -183,6 +190,9 @@ OTHER_FAULTS = [
     ("mistral", f"[TOOL_CALLS]{JSON}", [RUN]),
     ("mistral", f"[TOOL_CALLS] {JSON}, {JSON}", [RUN, RUN]),
     ("mistral", f"[TOOL_CALLS] [TOOL_CALLS] [{JSON}]", [RUN]),
+    ("mistral", f"[TOOL_CALLS] [{JSON},]", [RUN]),
+    ("mistral", f"[TOOL_CALLS] [{JSON}]]", [RUN]),
+    ("mistral", f"[TOOL_CALLS] [{JSON}]\n]", [RUN, Text("]")]),
     ("mistral", f"[TOOL_CALLS] [{JSON}}}, {JSON[:-1]}]", [RUN, RUN]),
     ("mistral", f"[TOOL_CALLS] [{JSON[:-1]}, {JSON}", None),
     ("mistral", '[TOOL_CALLS] [{"name": "run", "arguments": "{\\"path\\": \\"/a\\"}"}, {"name": "now"}]', [RUN, NOW]),

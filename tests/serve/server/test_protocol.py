@@ -394,3 +394,67 @@ class TestHistory:
 def force(sdk: Any, constrain: Any) -> None:
     """Give the server another constraint."""
     object.__setattr__(sdk.context, "constrain", constrain)
+
+
+class TestCutCalls:
+    """A call that `max_tokens` ended, on all three APIs."""
+
+    BEGUN = 'Look:\n<tool_call>\n{"name": "Read", "arguments": {"limit": 3, "path": "a.'
+    WHOLE = BEGUN + 'py"}}\n</tool_call>'
+    LIMIT = len(TOKENIZER.encode(BEGUN))
+
+    def test_clients_of_the_messages_api_see_the_call_and_may_send_it_back(self, talk: Callable[..., Any]) -> None:
+        asked = ASKED | {"max_tokens": self.LIMIT, "tools": [READ]}
+        with talk(self.WHOLE, self.WHOLE, "I see.") as sdk:
+            with sdk.messages.stream(**asked) as stream:
+                streamed = stream.get_final_message()
+            whole = sdk.messages.create(**asked)
+            for answer in (streamed, whole):
+                text, call = answer.content
+                assert text.text == "Look:"
+                assert (call.type, call.name, call.input) == ("tool_use", "Read", {"limit": 3})
+                assert answer.stop_reason == "max_tokens"
+            result = {"type": "tool_result", "tool_use_id": call.id, "content": "cut off, try again", "is_error": True}
+            history = [QUESTION, {"role": "assistant", "content": whole.content}, {"role": "user", "content": [result]}]
+            after = sdk.messages.create(**asked | {"messages": history})
+            assert after.content[0].text == "I see."
+            assert after.usage.cache_read_input_tokens > whole.usage.cache_read_input_tokens, "the cut answer is reused"
+
+    def test_openais_clients_see_the_beginning_of_the_arguments(self, talk: Callable[..., Any]) -> None:
+        function = {"name": "Read", "parameters": READ["input_schema"]}
+        chat = {"messages": [QUESTION], "max_tokens": self.LIMIT, "tools": [{"type": "function", "function": function}]}
+        responses = {"input": "What is in a.py?", "max_output_tokens": self.LIMIT}
+        responses["tools"] = [{"type": "function", **function}]
+        with talk(*[self.WHOLE] * 3) as sdk:
+            chunks = httpx.post(
+                str(sdk.base_url.join("/v1/chat/completions")),
+                json=chat | {"model": "any", "stream": True},
+                timeout=60,
+            ).text
+            pieces = [json.loads(line[6:]) for line in chunks.splitlines() if line.startswith("data: {")]
+            deltas = [piece["choices"][0]["delta"] for piece in pieces if piece["choices"]]
+            calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+            assert "".join(call["function"]["arguments"] for call in calls) == '{"limit":3,"path":"a.'
+            assert "".join(delta.get("content") or "" for delta in deltas) == "Look:"
+            assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+            url = str(sdk.base_url.join("/v1/responses"))
+            whole = httpx.post(url, json=responses | {"model": "any"}, timeout=60).json()
+            events = httpx.post(url, json=responses | {"model": "any", "stream": True}, timeout=60).text
+        assert (whole["status"], whole["output"][-1]["name"]) == ("incomplete", "Read")
+        done = [json.loads(line[6:]) for line in events.splitlines() if "response.output_item.done" in line[:60]]
+        items = [event["item"] for event in done if event.get("item", {}).get("type") == "function_call"]
+        assert [(item["status"], item["arguments"]) for item in items] == [("incomplete", '{"limit":3,"path":"a.')]
+
+
+def test_a_call_in_thinking_that_was_not_closed_is_called_and_its_answer_is_reused(talk: Callable[..., Any]) -> None:
+    asked = ASKED | {"tools": [READ], "thinking": THINKING}
+    with talk(f"I need it.\n{CALL}", "Done.") as sdk:
+        with sdk.messages.stream(**asked) as stream:
+            answer = stream.get_final_message()
+        thought, call = answer.content
+        assert (thought.thinking, call.input, answer.stop_reason) == ("I need it.", {"path": "a.py"}, "tool_use")
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "x = 1"}
+        history = [QUESTION, {"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
+        after = sdk.messages.create(**asked | {"messages": history})
+    prompt = answer.usage.input_tokens + answer.usage.cache_creation_input_tokens + answer.usage.cache_read_input_tokens
+    assert after.usage.cache_read_input_tokens >= prompt + answer.usage.output_tokens - 16, "all full pages"
