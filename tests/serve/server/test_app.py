@@ -497,11 +497,11 @@ class TestCancelling:
         eventually(lambda: scrape(client)["tokenzero_requests_total"] == answered + 4, "the batch is full, and decodes")
         queued = [open_request(server.url, ask("I shall not wait", 5)) for _ in range(3)]
         eventually(lambda: scrape(client)["tokenzero_num_requests_waiting"] == 3, "three wait")
+        assert scrape(client)["tokenzero_num_requests_running"] == 4
         before = scrape(client)["tokenzero_requests_total"]
         for connection in queued:
             connection.close()
         eventually(lambda: scrape(client)["tokenzero_num_requests_waiting"] == 0, "the queue is empty")
-        assert scrape(client)["tokenzero_num_requests_running"] == 4
         for connection in running:
             connection.close()
         eventually(lambda: is_idle(client), "all are given up")
