@@ -36,10 +36,16 @@ def adapt_run(run: Sequence[ChatMessage], template: Template, first: bool) -> li
             content = text if leads else f"<system-reminder>\n{text}\n</system-reminder>"
             turns.append({"role": "user", "content": content})
     if not template.users_after_results and any(turn["role"] == "tool" for turn in turns):
-        turns = into_results(join_users(turns))
+        # Before the first answer there is no call: a template of strict alternation wants a user there.
+        turns = [as_user(turn) for turn in turns] if first else into_results(join_users(turns))
     if not template.users_in_a_row:
         turns = join_users(turns)
     return turns
+
+
+def as_user(turn: ChatMessage) -> ChatMessage:
+    """The turn, with the user in the place of a tool."""
+    return {"role": "user", "content": turn["content"]} if turn["role"] == "tool" else turn
 
 
 def join_users(run: Sequence[ChatMessage]) -> list[ChatMessage]:
