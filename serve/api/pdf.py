@@ -27,7 +27,7 @@ from serve.limits.recent import Recent
 PROCESS = Path(__file__).with_name("pdf_process.py")
 READING_SECONDS = 60.0  # for all PDFs of a request
 FILE_SECONDS = 30.0  # for one of them
-PROCESSES = 2  # that run at the same time
+PROCESSES = 4  # that run at the same time
 MAX_BYTES = 32 * 2**20
 
 BUSY = "there was no time to read it"
@@ -57,7 +57,7 @@ def reading_time(seconds: float = READING_SECONDS) -> Iterator[None]:
 
 
 def pdf_text(data: str) -> PdfText:
-    """The text of a PDF in Base64, remembered or read now."""
+    """The text of a PDF in Base64, which may be a data URL; remembered or read now."""
     key = hashlib.blake2b(data.encode("utf-8", "replace"), digest_size=32).digest()
     if (found := remembered.get(key)) is None:
         found = read(data)
@@ -70,7 +70,7 @@ def read(data: str) -> PdfText:
     if len(data) * 3 // 4 > MAX_BYTES:
         return PdfText(reason=f"it has over {MAX_BYTES >> 20} MiB")
     try:
-        content = base64.b64decode(data)
+        content = base64.b64decode(data.partition(",")[2] if data.startswith("data:") else data)
     except ValueError:
         return PdfText(reason="its data is not Base64")
     left = _deadline.get(time.monotonic() + FILE_SECONDS) - time.monotonic()

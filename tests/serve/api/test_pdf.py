@@ -21,7 +21,9 @@ def nothing_remembered() -> None:
 
 
 def test_the_text_of_all_pages_is_read() -> None:
-    assert pdf_text(pdf("The first page", "", "The last one")) == PdfText("The first page\n\nThe last one")
+    data = pdf("The first page", "", "The last one")
+    assert pdf_text(data) == PdfText("The first page\n\nThe last one")
+    assert pdf_text(f"data:application/pdf;base64,{data}") == pdf_text(data)
 
 
 @pytest.mark.parametrize(
