@@ -20,9 +20,12 @@ import httpx
 import msgspec
 import numpy as np
 
+from experiments.harness import llama_server
 from experiments.harness.client import NoText, measure, timed_events
+from experiments.harness.provenance import versions
 from experiments.harness.server import running_server
 from experiments.sweep.prompts import PromptPart, messages, tokens_of
+from experiments.workloads.gguf_file import write_gguf
 
 # A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text. Random
 # weights end their turn at once in a few percent of answers.
@@ -33,6 +36,7 @@ EVERYWHERE = frozenset({"stable", "varying", "stripped", "tools-first", "relocat
 ARMS = {
     "in-process": EVERYWHERE | {"restarted", "evicted"},
     "server": EVERYWHERE | {"restarted", "evicted", "mutated-thinking"},
+    "llama.cpp": EVERYWHERE | {"mutated-thinking"},
     "messages": EVERYWHERE | {"mutated-thinking"},
     "openai": EVERYWHERE | {"mutated-thinking"},
 }
@@ -42,7 +46,7 @@ STORED = frozenset({"restarted", "evicted"})  # arms that read from a tier what 
 class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The config's `[target]`."""
 
-    kind: Literal["in-process", "server", "messages", "openai"] = "in-process"
+    kind: Literal["in-process", "server", "llama.cpp", "messages", "openai"] = "in-process"
     url: str = ""  # messages, openai: up to and without `/v1`
     key_variable: str = ""  # messages, openai: the environment variable that holds the API key
     max_prefill_tokens: int = 1024  # in-process, server
@@ -51,7 +55,7 @@ class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def own(self) -> bool:
         """Whether the sweep starts it."""
-        return self.kind in ("in-process", "server")
+        return self.kind in ("in-process", "server", "llama.cpp")
 
 
 class TargetError(Exception):
@@ -296,23 +300,14 @@ def ask_openai(
     return Answer(first, usage["prompt_tokens"], details.get("cached_tokens"))
 
 
-class OwnServer(Endpoint):
-    """`python -m serve` in its own process."""
+class Process(Endpoint):
+    """A server of the Messages API in its own process."""
 
-    def __init__(self, model: str, config: TargetConfig, sizes: Sizes, folder: Path, seed: int) -> None:
-        from model.config import ModelConfig
-        from model.kv import bytes_per_token
+    program: Sequence[str] = ("-m", "serve")
 
+    def __init__(self, model: str, served: Path, flags: Sequence[str], sizes: Sizes, folder: Path, seed: int) -> None:
         super().__init__("messages", "", model, seed, sizes.longest)
-        shape = ModelConfig.from_hf(msgspec.json.decode((Path(model) / "config.json").read_bytes()))
-        page = sizes.page_size * bytes_per_token(shape, np.dtype(np.float32))
-        store = ("--store", str(folder / "store")) if sizes.stored else ()
-        self.flags = (
-            *("--page-size", str(sizes.page_size), "--kv-pool-bytes", str(sizes.pages * page)),
-            *("--max-model-len", str(sizes.context), "--max-prefill-tokens", str(config.max_prefill_tokens)),
-            *(*store, *config.flags),
-        )
-        self.sizes, self.log = sizes, folder / "server.log"
+        self.served, self.flags, self.sizes, self.log = served, flags, sizes, folder / "server.log"
         self.start()
         try:
             self.calibrate()
@@ -322,7 +317,7 @@ class OwnServer(Endpoint):
 
     def start(self) -> None:
         """A server process."""
-        self.running = running_server(self.model, *self.flags, log=self.log)
+        self.running = running_server(self.served, *self.flags, log=self.log, program=self.program)
         try:
             self.url = self.running.__enter__().url
         except RuntimeError as error:
@@ -333,13 +328,47 @@ class OwnServer(Endpoint):
         self.close()
         self.start()
 
+    def close(self) -> None:
+        """See Target; the client reconnects if it is used again."""
+        self.running.__exit__(None, None, None)
+
+
+class OwnServer(Process):
+    """`python -m serve`."""
+
+    def __init__(self, model: str, config: TargetConfig, sizes: Sizes, folder: Path, seed: int) -> None:
+        from model.config import ModelConfig
+        from model.kv import bytes_per_token
+
+        shape = ModelConfig.from_hf(msgspec.json.decode((Path(model) / "config.json").read_bytes()))
+        page = sizes.page_size * bytes_per_token(shape, np.dtype(np.float32))
+        store = ("--store", str(folder / "store")) if sizes.stored else ()
+        flags = (
+            *("--page-size", str(sizes.page_size), "--kv-pool-bytes", str(sizes.pages * page)),
+            *("--max-model-len", str(sizes.context), "--max-prefill-tokens", str(config.max_prefill_tokens)),
+            *(*store, *config.flags),
+        )
+        super().__init__(model, Path(model), flags, sizes, folder, seed)
+
     def evict(self, nonce: str) -> None:
         """See Target; on a GPU, pages in bfloat16 are half as large."""
         ask_fillers(self, self.sizes, 2 * self.sizes.pages, nonce)
 
-    def close(self) -> None:
-        """See Target; the client reconnects if it is used again."""
-        self.running.__exit__(None, None, None)
+
+class LlamaCpp(Process):
+    """llama.cpp's server with its defaults, on the checkpoint as a GGUF file."""
+
+    program = llama_server.PROGRAM
+
+    def __init__(self, model: str, sizes: Sizes, folder: Path, seed: int) -> None:
+        if problem := llama_server.missing():
+            raise TargetError(problem)
+        write_gguf(Path(model), served := folder / "model.gguf")
+        super().__init__(model, served, ("--context", str(sizes.context)), sizes, folder, seed)
+
+    def about(self) -> dict[str, Any]:
+        """See Target; keys and values are float16, as is its default."""
+        return {"dtype": "float32", "device": "cpu", "engine": versions(llama_server.PACKAGES)}
 
 
 def open_target(model: str, config: TargetConfig, sizes: Sizes, folder: Path, seed: int) -> Target:
@@ -351,6 +380,8 @@ def open_target(model: str, config: TargetConfig, sizes: Sizes, folder: Path, se
         return InProcess(model, config, sizes, folder, seed)
     if config.kind == "server":
         return OwnServer(model, config, sizes, folder, seed)
+    if config.kind == "llama.cpp":
+        return LlamaCpp(model, sizes, folder, seed)
     key = os.environ.get(config.key_variable, "") if config.key_variable else ""
     endpoint = Endpoint(config.kind, config.url.rstrip("/"), model, seed, sizes.longest, key)
     endpoint.calibrate()
