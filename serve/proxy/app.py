@@ -1,7 +1,7 @@
 """The proxy's application: a request's bytes are forwarded unchanged, except where a rule changes them.
 
 The answer's bytes are forwarded as they arrive, and so is every request that is not a chat request. The comparison with
-earlier prompts runs in a thread after the request is sent, so nothing waits for it.
+earlier prompts runs in a thread while the engine works.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpcore
+import msgspec
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.proxy.chat import Chat, chat_route, edit_body
 from serve.proxy.relay import BODILESS, relay, relay_chat
-from serve.proxy.reports import Chat, Reports
+from serve.proxy.reports import Reports
 from serve.proxy.upstream import Upstream, UpstreamFault, faults, request_headers
-from serve.rules.body import FIELDS, normalize_body
+from serve.rules.body import Unread
 from serve.rules.log import warn_once
 from serve.web.access import OPEN_PATHS, admits, error_response
 from serve.web.assets import PAGE
@@ -33,7 +36,7 @@ from serve.web.pages import (
     MAX_BODY_BYTES,
     get_asset,
     get_request,
-    get_requests,
+    latest_records,
     until_disconnect,
     wants_page,
 )
@@ -79,6 +82,16 @@ def routes(forward: ASGIApp) -> list[BaseRoute]:
     ]
 
 
+async def get_requests(request: Request) -> Response:
+    """`GET /v1/requests`: what the server has there, and how many requests passed without rules or report, and why."""
+    reports: Reports = request.app.state.records
+
+    def encode() -> bytes:
+        return msgspec.json.encode(latest_records(reports) | reports.left_out())
+
+    return Response(await run_in_threadpool(encode), media_type="application/json")
+
+
 class Root:
     """At `/`: the dashboard for browsers, the engine's own answer for other clients."""
 
@@ -102,7 +115,8 @@ class ApiKeyMiddleware:
         """Refuse the request, or pass it on."""
         locked = scope["type"] == "http" and self.key and scope["path"] not in OPEN_PATHS
         if locked and not admits(self.key or "", dict(scope["headers"])):
-            await error_response(scope, 401, "invalid x-api-key")(scope, receive, send)
+            form = {**scope, "path": chat_route(scope["path"]) or scope["path"]}
+            await error_response(form, 401, "invalid x-api-key")(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -135,23 +149,40 @@ class Proxy:
 
     async def read(self, request: Request) -> Chat | AsyncIterator[bytes]:
         """A chat request after the rules; for any other request the body, not read yet."""
-        path = request.scope["path"]
-        if request.method != "POST" or path not in FIELDS:
+        route = chat_route(request.scope["path"])
+        if request.method != "POST" or route is None:
             return request.stream()
         body, rest = await read_whole(request.stream())
         received = time.perf_counter()
         if rest is not None:
+            self.note(route, Unread("too_large", f"expected at most {MAX_BODY_BYTES} bytes, got more"))
             return rest
-        if len(body) > AT_ONCE_BYTES:
-            normal = await run_in_threadpool(normalize_body, body, path, self.rules)
+        encodings = ",".join(request.headers.getlist("content-encoding"))
+        if encodings or len(body) > AT_ONCE_BYTES:
+            edited, changed = await run_in_threadpool(edit_body, body, encodings, route, self.rules)
         else:
-            normal = normalize_body(body, path, self.rules)
+            edited, changed = edit_body(body, encodings, route, self.rules)
         held_s = time.perf_counter() - received
-        for odd in normal.unparsed:
+        for odd in edited.unparsed:
             warn_once(odd, self.reported)
-        applied = tuple(f"{note.rule} {note.where}" for note in normal.applied)
-        agent = request.headers.get("user-agent", "")
-        return Chat(f"req_{secrets.token_hex(12)}", path, agent, normal.body, applied, received, held_s)
+        if edited.unread:
+            self.note(route, edited.unread)
+        return Chat(
+            id=f"req_{secrets.token_hex(12)}",
+            path=route,
+            agent=request.headers.get("user-agent", ""),
+            sent=edited.body if changed else body,
+            decoded=changed,
+            body=edited.body,
+            applied=tuple(f"{note.rule} {note.where}" for note in edited.applied),
+            received=received,
+            held_s=held_s,
+        )
+
+    def note(self, route: str, unread: Unread) -> None:
+        """Count a request to which no rule could be applied; without rules, nothing is lost."""
+        if self.rules:
+            self.reports.without_rules.note(unread.reason, f"POST {route}: no rule was applied: {unread.text}")
 
     async def exchange(
         self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event, send: Send
@@ -161,14 +192,18 @@ class Proxy:
             answer = await self.open(request, content, uploaded)
             try:
                 if isinstance(content, Chat) and answer.status not in BODILESS:
-                    await relay_chat(content, answer, send, self.reports.statuses)
+                    await relay_chat(content, answer, send, self.reports)
                 else:
                     await relay(answer, send)
             finally:
                 await answer.aclose()
         except UpstreamFault as fault:
             log.warning("%s %s: %s", request.method, request.scope["path"], fault)
-            await error_response(request.scope, fault.status, str(fault))(request.scope, request.receive, send)
+            scope = {**request.scope, "path": content.path if isinstance(content, Chat) else request.scope["path"]}
+            await error_response(scope, fault.status, str(fault))(request.scope, request.receive, send)
+        finally:
+            if isinstance(content, Chat):
+                self.reports.forget(content.id)
 
     async def open(
         self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event
@@ -185,8 +220,8 @@ class Proxy:
 
         async def body() -> AsyncIterator[bytes]:
             if isinstance(content, Chat):
-                for start in range(0, len(content.body), AT_ONCE_BYTES):
-                    yield bytes(content.body[start : start + AT_ONCE_BYTES])
+                for start in range(0, len(content.sent), AT_ONCE_BYTES):
+                    yield bytes(content.sent[start : start + AT_ONCE_BYTES])
                 while unreported:
                     self.reports.submit(unreported.pop())
             else:
@@ -200,7 +235,9 @@ class Proxy:
             port=self.upstream.port,
             target=self.upstream.path + target(request.scope),
         )
-        headers = request_headers(request.headers.raw, self.upstream.authority, len(chat.body) if chat else None)
+        headers = request_headers(
+            request.headers.raw, self.upstream, len(chat.sent) if chat else None, decoded=bool(chat and chat.decoded)
+        )
         timeout = self.upstream.timeout
         limits = {"connect": min(CONNECT_SECONDS, timeout), "read": timeout, "write": timeout}
 

@@ -41,6 +41,14 @@ class ProxyConfig:
     host: str = host_flag(GROUP)
     port: int = port_flag(GROUP, 8080)
     api_key: str | None = api_key_flag(GROUP)
+    upstream_api_key: str | None = flag(
+        "key for the upstream in place of the clients' own",
+        GROUP,
+        None,
+        metavar="KEY",
+        shown="$TOKENZERO_UPSTREAM_API_KEY, or the clients' keys are forwarded",
+        environment="TOKENZERO_UPSTREAM_API_KEY",
+    )
     timeout: float = flag(
         "seconds without a byte from the upstream after which a request is given up", GROUP, 600.0, metavar="S"
     )
@@ -58,7 +66,7 @@ class ProxyConfig:
     @property
     def engine(self) -> Upstream:
         """The engine to forward to. Raises ValueError, see `parse_upstream`."""
-        return parse_upstream(self.upstream, self.rules, self.timeout)
+        return parse_upstream(self.upstream, self.rules, self.timeout, self.upstream_api_key)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,11 +13,11 @@ from starlette.types import Message, Send
 
 from serve.api.answers import Error, ErrorDetail, encode_event
 from serve.api.openai.errors import error_body
-from serve.proxy.reports import READERS, Chat
+from serve.proxy.chat import Chat
+from serve.proxy.reports import Reports
 from serve.proxy.upstream import UpstreamFault, end_to_end, pieces
 from serve.web.headers import APPLIED_HEADER, REPORT_HEADER
 from serve.web.pages import MAX_LISTED_RULES
-from serve.web.request_status import RequestStatuses
 from serve.web.timing import server_timing
 
 log = logging.getLogger("tokenzero.proxy")
@@ -45,12 +45,12 @@ async def relay(answer: httpcore.Response, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, statuses: RequestStatuses) -> None:
+async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, reports: Reports) -> None:
     """Forward the answer to a chat request, event by event or whole. Raises UpstreamFault before anything is sent."""
-    received = {name.lower(): value for name, value in answer.headers}
+    received, statuses = {name.lower(): value for name, value in answer.headers}, reports.statuses
     headers = end_to_end(answer.headers, b"content-length")
     headers.append((b"server-timing", server_timing({"proxy": chat.held_s}).encode()))
-    headers += [(REPORT_HEADER.encode(), chat.id.encode())] if chat.path in READERS else []
+    headers += [(REPORT_HEADER.encode(), chat.id.encode())] if await reports.is_made(chat.id) else []
     if chat.applied:
         headers.append((APPLIED_HEADER.encode(), ", ".join(chat.applied[:MAX_LISTED_RULES]).encode()))
     encoded = b"content-encoding" in received
@@ -101,7 +101,7 @@ def generated_tokens(answer: bytes) -> int:
 
 def end_of_events(data: bytes) -> int:
     """The position after the last whole event of a stream; 0 if there is none."""
-    return max((at + len(end) for end in (b"\n\n", b"\r\n\r\n") if (at := data.rfind(end)) >= 0), default=0)
+    return max((at + len(end) for end in (b"\n\n", b"\r\n\r\n", b"\r\r") if (at := data.rfind(end)) >= 0), default=0)
 
 
 def error_event(path: str, text: str, before: bytes) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from threading import Lock
 
 from serve.api.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
@@ -14,6 +16,7 @@ from serve.diagnosis.compare import Render, characters
 from serve.diagnosis.divergence import Divergences, RememberedRequest, nearest
 from serve.diagnosis.sections import CHARACTERS, Vocabulary
 from serve.diagnosis.volatility import Volatility
+from serve.proxy.chat import Chat
 from serve.web.request_status import RequestStatuses
 
 log = logging.getLogger("tokenzero.proxy")
@@ -21,6 +24,7 @@ log = logging.getLogger("tokenzero.proxy")
 # Limits on the requests that wait for their report; a request beyond them gets none.
 MAX_WAITING_BYTES = 64 * 2**20
 MAX_WAITING = 32
+REPORT_SECONDS = 0.25  # that the head of an answer waits for a report, which it names
 # The routes whose prompts are compared, and the reader of each.
 READERS: dict[str, Callable[[bytes | bytearray], CountTokensRequest]] = {
     "/v1/messages": decode_count_tokens,
@@ -29,17 +33,17 @@ READERS: dict[str, Callable[[bytes | bytearray], CountTokensRequest]] = {
 }
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A chat request after the rules."""
+@dataclass
+class LeftOut:
+    """How many requests were left out of something, by reason; the first of each reason is logged."""
 
-    id: str  # of the report on it
-    path: str
-    agent: str  # the client's name
-    body: bytes | bytearray
-    applied: tuple[str, ...]  # the rules that changed it, with their places
-    received: float  # when its last byte arrived, by `time.perf_counter`
-    held_s: float  # how long the rules took
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def note(self, reason: str, text: str) -> None:
+        """Count a request."""
+        self.counts[reason] += 1
+        if self.counts[reason] == 1:
+            log.warning("%s (logged once; all are counted in /v1/requests)", text)
 
 
 class Reports:
@@ -60,20 +64,27 @@ class Reports:
         self.volatility = Volatility(show_prompt_text)
         self.statuses = RequestStatuses()
         self.thread = ThreadPoolExecutor(1, "reports")
-        self.waiting: dict[str, int] = {}  # bytes of the waiting bodies, by request
         self.lock = Lock()
+        self.waiting: dict[str, int] = {}  # bytes of the waiting bodies, by request
+        self.reports: dict[str, Future[bool]] = {}  # of the requests whose answer has not begun
+        self.without_rules, self.without_report = LeftOut(), LeftOut()
 
     def submit(self, chat: Chat) -> None:
         """Report on a request later, unless too many wait already."""
+        if chat.path not in READERS:
+            return
         with self.lock:
             room = MAX_WAITING_BYTES - sum(self.waiting.values()) - len(chat.body)
-            if chat.path not in READERS or len(self.waiting) >= MAX_WAITING or room < 0:
-                return
-            self.waiting[chat.id] = len(chat.body)
-        self.thread.submit(self.report, chat)
+            accepted = len(self.waiting) < MAX_WAITING and room >= 0
+            if accepted:
+                self.waiting[chat.id] = len(chat.body)
+        if accepted:
+            self.reports[chat.id] = self.thread.submit(self.report, chat)
+        else:
+            self.without_report.note("busy", "no report: too many requests wait for theirs")
 
-    def report(self, chat: Chat) -> None:
-        """Compare a request with the latest ones, and remember it."""
+    def report(self, chat: Chat) -> bool:
+        """Compare a request with the latest ones, and remember it; whether the report could be made."""
         try:
             request = READERS[chat.path](chat.body)
             rendered = self.render(request, False)
@@ -84,10 +95,31 @@ class Reports:
             )
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
             self.volatility.observe(chat.agent, request)
-        except InvalidRequest as error:  # images, for example: the engine may support what this package does not
-            log.debug("no report on %s: %s", chat.id, error)
+        except InvalidRequest as error:  # the engine may support what this package does not
+            self.without_report.note("unread", f"POST {chat.path}: no report: {error}")
+            return False
         except Exception:  # a failed report must not fail a request
             log.exception("%s: the report on its prompt failed", chat.id)
+            self.without_report.counts["failed"] += 1
+            return False
         finally:
             with self.lock:
                 self.waiting.pop(chat.id, None)
+        return True
+
+    async def is_made(self, id: str) -> bool:
+        """Whether there is a report on a request; waits a little for one that is being made."""
+        report = self.reports.get(id)
+        if report is None:
+            return False
+        await asyncio.wait({asyncio.wrap_future(report)}, timeout=REPORT_SECONDS)
+        return report.done() and not report.cancelled() and report.result()
+
+    def forget(self, id: str) -> None:
+        """The request's answer has been sent."""
+        self.reports.pop(id, None)
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """The counts that are not zero of requests that passed without rules and without a report, by reason."""
+        counts = {"without_rules": self.without_rules.counts, "without_report": self.without_report.counts}
+        return {name: dict(count) for name, count in counts.items() if count}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import httpcore
@@ -16,6 +16,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade expect".split()
 )
+KEYS = (b"x-api-key", b"authorization")  # the headers with a client's key
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -28,12 +29,32 @@ class Upstream:
     port: int | None
     path: bytes = b""  # prefix of every path
     timeout: float = 600.0  # seconds without a byte after which a request is given up
+    api_key: str | None = field(default=None, repr=False)  # that replaces the clients' keys
 
     @property
     def authority(self) -> bytes:
         """The value of the `host` header."""
         host = b"[%b]" % self.host if b":" in self.host else self.host
         return host if self.port is None else b"%b:%d" % (host, self.port)
+
+    @property
+    def is_vendor(self) -> bool:
+        """Whether it is the vendor's own API."""
+        host = self.host.decode()
+        return host == VENDOR or host.endswith(f".{VENDOR}")
+
+    def keyed(self, headers: Headers) -> Headers:
+        """A request's headers with the key for the engine in place of the client's.
+
+        Engines read it from `authorization` on every route, or as the Messages API has it, from `x-api-key`. The
+        vendor's own API would take the first for another kind of credential.
+        """
+        if not self.api_key:
+            return headers
+        kept = [(name, value) for name, value in headers if name.lower() not in KEYS]
+        key = self.api_key.encode()
+        bearer = [] if self.is_vendor else [(b"authorization", b"Bearer " + key)]
+        return [*kept, (b"x-api-key", key), *bearer]
 
 
 class UpstreamFault(Exception):
@@ -44,13 +65,19 @@ class UpstreamFault(Exception):
         self.status = status
 
 
-def parse_upstream(url: str, rules: frozenset[str], timeout: float) -> Upstream:
-    """The engine at a URL. Raises ValueError for an invalid URL or timeout, and for rules that it does not allow."""
+def parse_upstream(url: str, rules: frozenset[str], timeout: float, api_key: str | None = None) -> Upstream:
+    """The engine at a URL. Raises ValueError for an invalid URL, timeout or key, and for rules that it forbids."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--upstream: expected a URL such as http://127.0.0.1:8000, got {url!r:.80}")
     host = parts.hostname.rstrip(".")
-    if rules and (host == VENDOR or host.endswith(f".{VENDOR}")):
+    if not timeout > 0:
+        raise ValueError(f"--timeout: expected more than 0 seconds, got {timeout}")
+    if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise ValueError(f"--upstream-api-key: expected printable ASCII without spaces, got {len(api_key)} others")
+    path = parts.path.rstrip("/").encode()
+    upstream = Upstream(parts.scheme.encode(), host.encode(), parts.port, path, timeout, api_key)
+    if rules and upstream.is_vendor:
         refused = "needs the billing header that strip-preamble removes"
         if "strip-preamble" not in rules:
             refused = f"expects prompts as its clients wrote them, not as {', '.join(sorted(rules))} changes them"
@@ -59,9 +86,7 @@ def parse_upstream(url: str, rules: frozenset[str], timeout: float) -> Upstream:
         raise ValueError(
             "--normalize: the proxy cannot apply tools-first, which needs the chat template; use the server"
         )
-    if not timeout > 0:
-        raise ValueError(f"--timeout: expected more than 0 seconds, got {timeout}")
-    return Upstream(parts.scheme.encode(), host.encode(), parts.port, parts.path.rstrip("/").encode(), timeout)
+    return upstream
 
 
 @contextmanager
@@ -82,14 +107,18 @@ async def pieces(answer: httpcore.Response) -> AsyncIterator[bytes]:
             yield piece
 
 
-def request_headers(given: Headers, authority: bytes, length: int | None) -> Headers:
-    """A client's headers for the engine; `length` is that of the body, or None if the client's own header is kept."""
-    kept = [(name, value) for name, value in end_to_end(given, b"host") if length is None or name != b"content-length"]
+def request_headers(given: Headers, upstream: Upstream, length: int | None, decoded: bool = False) -> Headers:
+    """A client's headers for the engine; `length` is that of the body, or None if the client's own header is kept.
+
+    With `decoded`, the body has no `content-encoding` any more.
+    """
+    dropped = [b"host", *([] if length is None else [b"content-length"]), *([b"content-encoding"] if decoded else [])]
+    kept = upstream.keyed(end_to_end(given, *dropped))
     if length is not None:
         kept.append((b"content-length", str(length).encode()))
     elif any(name == b"transfer-encoding" for name, _ in given):
         kept.append((b"transfer-encoding", b"chunked"))
-    return [(b"host", authority), *kept]
+    return [(b"host", upstream.authority), *kept]
 
 
 def end_to_end(headers: Headers, *without: bytes) -> Headers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,6 +16,7 @@ from msgspec import Raw, Struct
 
 from serve.api.messages import Tool
 from serve.limits.bodies import excess
+from serve.limits.surrogates import mend_surrogates
 from serve.rules.normalize import Applied, RuleEditor, Unparsed, join_moved
 
 # For each route, the field of the system text and that of the conversation.
@@ -83,12 +84,20 @@ class ByteEdit(NamedTuple):
     new: bytes
 
 
+class Unread(NamedTuple):
+    """Why the rules could not be applied to a body."""
+
+    reason: Literal["too_large", "encoding", "malformed"]
+    text: str
+
+
 class EditedBody(NamedTuple):
     """A body after the rules: the same object if no rule applied."""
 
     body: bytes | bytearray
     applied: tuple[Applied, ...] = ()
     unparsed: tuple[Unparsed, ...] = ()
+    unread: Unread | None = None
 
 
 _BODY = msgspec.json.Decoder(Body)
@@ -101,25 +110,36 @@ _TOOL = msgspec.json.Decoder(ToolSpec)
 def normalize_body(body: bytes | bytearray, path: str, rules: frozenset[str]) -> EditedBody:
     """Apply the rules to the body of a POST to `path`, one of FIELDS.
 
-    As in `normalize`, texts and messages that become empty are dropped, but at least one message stays. A body that is
-    not a chat request, or has more parts than the server accepts, is returned as it is.
+    As in `normalize`, texts and messages that become empty are dropped, but at least one message stays. A body without
+    a conversation is returned as it is, and so is one that is not JSON of this API or has more parts than the server
+    accepts: then `unread` says why.
     """
-    if excess(body):
-        return EditedBody(body)
+    if problem := excess(body):
+        return EditedBody(body, unread=Unread("too_large", problem))
+    editor = RuleEditor(rules)
     try:
-        return _normalized(body, path, rules)
-    except (ValueError, RecursionError):  # not JSON, or not of this API's shape
-        return EditedBody(body)
+        edits = body_edits(body, path, editor)
+    except (ValueError, RecursionError) as error:
+        # The places of edits in the mended body are those in this one: its length is the same.
+        if (mended := mend_surrogates(body)) is body:
+            return EditedBody(body, unread=Unread("malformed", str(error)))
+        editor = RuleEditor(rules)
+        try:
+            edits = body_edits(mended, path, editor)
+        except (ValueError, RecursionError) as still:
+            return EditedBody(body, unread=Unread("malformed", str(still)))
+    edited = apply_edits(body, edits) if edits else body
+    return EditedBody(edited, tuple(editor.applied), tuple(editor.unparsed))
 
 
-def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> EditedBody:
-    """The body after the rules. Raises ValueError or RecursionError if it cannot be decoded."""
+def body_edits(body: bytes | bytearray, path: str, editor: RuleEditor) -> list[ByteEdit]:
+    """What the rules change in a body. Raises ValueError or RecursionError if it cannot be decoded."""
     fields = _BODY.decode(body)
     system_field, messages_field = FIELDS[path]
     system, conversation = getattr(fields, system_field), getattr(fields, messages_field)
     if not _is_list(conversation) and not (path == "/v1/responses" and _is_text(conversation)):
-        return EditedBody(body)
-    ranges, editor = Ranges(body), RuleEditor(rules)
+        return []
+    ranges = Ranges(body)
     edits = content_edits(system, system_field, editor, True, ranges)
     if edits is None:
         edits = [ranges.replace(system, b"[]" if _is_list(system) else b'""')]
@@ -132,8 +152,7 @@ def _normalized(body: bytes | bytearray, path: str, rules: frozenset[str]) -> Ed
         edits.append(ranges.replace(conversation, b"[" + user + b"," + _system_message(editor.moved) + b"]"))
     if _is_list(fields.tools):
         edits += tool_edits(_ELEMENTS.decode(fields.tools), editor, ranges)
-    edited = apply_edits(body, edits) if edits else body
-    return EditedBody(edited, tuple(editor.applied), tuple(editor.unparsed))
+    return edits
 
 
 def message_edits(

@@ -45,12 +45,14 @@ class RequestRecords(Protocol):
 async def get_requests(request: Request) -> Response:
     """`GET /v1/requests`: what the latest requests found in the cache, what broke their prefix, and how they went."""
     records: RequestRecords = request.app.state.records
+    body = await run_in_threadpool(lambda: msgspec.json.encode(latest_records(records)))
+    return Response(body, media_type="application/json")
 
-    def encode() -> bytes:
-        data = [request_record(records, report) for report in records.divergences.latest()]
-        return msgspec.json.encode({"data": data, "volatile": records.volatility.latest(), "causes": CAUSES})
 
-    return Response(await run_in_threadpool(encode), media_type="application/json")
+def latest_records(records: RequestRecords) -> dict[str, Any]:
+    """The records of the latest requests, the parts of prompts that change in every one, and what the causes mean."""
+    data = [request_record(records, report) for report in records.divergences.latest()]
+    return {"data": data, "volatile": records.volatility.latest(), "causes": CAUSES}
 
 
 def request_record(records: RequestRecords, report: Report) -> dict[str, Any]:

@@ -40,10 +40,10 @@ CHATS = ("/v1/messages", "/v1/chat/completions", "/v1/responses")
 
 @contextmanager
 def proxy_of(
-    url: str, rules: frozenset[str] = DEFAULT_RULES, timeout: float = 30, **more: Any
+    url: str, rules: frozenset[str] = DEFAULT_RULES, timeout: float = 30, key: str | None = None, **more: Any
 ) -> Iterator[httpx.Client]:
-    """A client of a proxy in this process."""
-    app = create_proxy(parse_upstream(url, rules, timeout), rules, **more)
+    """A client of a proxy in this process; `key` is its own for the engine."""
+    app = create_proxy(parse_upstream(url, rules, timeout, key), rules, **more)
     with answering(app) as own, httpx.Client(base_url=own, timeout=60) as client:
         yield client
 
@@ -550,7 +550,9 @@ class TestFaults:
         with engine(echo) as url, proxy_of(url, reports=Broken()) as client:
             for _ in range(2 * MAX_WAITING):
                 assert client.post("/v1/messages", json=ask("Hi")).json() == ask("Hi")
-            assert client.get("/v1/requests").json() | {"causes": {}} == {"data": [], "volatile": [], "causes": {}}
+            found = client.get("/v1/requests").json()
+        assert found.pop("without_report") == {"failed": 2 * MAX_WAITING}
+        assert found | {"causes": {}} == {"data": [], "volatile": [], "causes": {}}
 
     def test_browsers_see_the_dashboard_and_clients_the_engine(self) -> None:
         with engine(echo) as url, proxy_of(url, api_key="k") as client:
