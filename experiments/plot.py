@@ -43,7 +43,7 @@ def draw_position(found: Sequence[Cell], constants: Constants | None, path: Path
             model_ms = [constants.ttft_s(prompt, position) * 1e3 for position in curve]
             axes.plot(curve, model_ms, color=colour, linewidth=1.6, alpha=0.8)
         axes.annotate(
-            tokens_label(prompt),
+            tokens_label(row[0].point.prompt_tokens),
             (at[0], max(times[0], constants.ttft_s(prompt, at[0]) * 1e3) if constants else times[0]),
             xytext=(-8, 0),
             textcoords="offset points",
