@@ -1,9 +1,10 @@
-"""Captured requests of the Messages API, Chat Completions and the Responses API, told apart by their shape."""
+"""The prompts in requests of all three APIs, as far as they can be read: of captures, told apart by their shape."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,22 @@ import msgspec
 
 from serve.api.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
 from serve.api.openai import read_chat, read_responses
+from serve.api.vendor_tools import CLIENT_TOOLS
+from serve.limits.bodies import excess
 from serve.limits.surrogates import mend_surrogates
 
 Api = Literal["messages", "chat", "responses"]
-READERS: dict[Api, Callable[[bytes], CountTokensRequest]] = {
+Body = bytes | bytearray
+READERS: dict[Api, Callable[[Body], CountTokensRequest]] = {
     "messages": decode_count_tokens,
     "chat": lambda body: read_chat(body)[0],
     "responses": lambda body: read_responses(body)[0],
+}
+# What makes a prompt. The other fields say how it is answered, which another engine may be able to do.
+PROMPT_FIELDS: dict[Api, tuple[str, ...]] = {
+    "messages": ("model", "system", "messages", "tools", "thinking"),
+    "chat": ("model", "messages", "tools", "reasoning_effort"),
+    "responses": ("model", "instructions", "input", "tools", "reasoning"),
 }
 CONVERSATIONS = ("messages", "input")
 WRAPPERS = ("body", "request")  # fields in which captures hold a body, as an object or as text
@@ -68,7 +78,51 @@ def read_capture(content: bytes) -> CountTokensRequest:
             break
         content = inner.encode("utf-8", "surrogatepass") if isinstance(inner, str) else msgspec.json.encode(inner)
         value = decode_json(content) if isinstance(inner, str) else inner
-    return READERS[api_of(value)](content)
+    return read_prompt(content, api_of(value))
+
+
+def read_prompt(body: Body, api: Api) -> CountTokensRequest:
+    """The request in a body, or if the API refuses it, its prompt alone.
+
+    Raises InvalidRequest for a body whose conversation cannot be read.
+    """
+    try:
+        return READERS[api](body)
+    except InvalidRequest:
+        if (prompt := prompt_alone(body, api)) is None:
+            raise
+        with suppress(InvalidRequest):
+            return READERS[api](prompt)
+        raise
+
+
+def prompt_alone(body: Body, api: Api) -> bytes | None:
+    """A body with only the fields that make its prompt, and with functions for tools that only a vendor can run.
+
+    None for a body that is no JSON object, or has too many parts.
+    """
+    try:
+        value = None if excess(body) else decode_json(body)
+        if not isinstance(value, dict):
+            return None
+        kept = {"model": "unknown"} | {field: value[field] for field in PROMPT_FIELDS[api] if field in value}
+        if isinstance(kept.get("tools"), list):
+            kept["tools"] = [as_function(tool, api) for tool in kept["tools"]]
+        return msgspec.json.encode(kept)
+    except (ValueError, RecursionError):
+        return None
+
+
+def as_function(tool: Any, api: Api) -> Any:
+    """A tool that only its vendor can run as a function without parameters; any other as it is."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if not isinstance(kind, str) or kind in ("function", "custom") or kind in CLIENT_TOOLS:
+        return tool
+    name = tool["name"] if isinstance(tool.get("name"), str) else kind
+    if api == "messages":
+        return {"name": name, "description": kind, "input_schema": {"type": "object"}}
+    function = {"name": name, "description": kind}
+    return {"type": "function"} | ({"function": function} if api == "chat" else function)
 
 
 def as_utf8(content: bytes) -> bytes:
@@ -78,7 +132,7 @@ def as_utf8(content: bytes) -> bytes:
     return content.removeprefix(codecs.BOM_UTF8)
 
 
-def decode_json(content: bytes) -> Any:
+def decode_json(content: Body) -> Any:
     """A JSON value; half a surrogate pair is read as U+FFFD. Raises ValueError or RecursionError."""
     try:
         return msgspec.json.decode(content)

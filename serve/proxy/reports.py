@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 
-from serve.api.messages import CountTokensRequest, InvalidRequest, decode_count_tokens
-from serve.api.openai import read_chat, read_responses
+from serve.api.messages import InvalidRequest
+from serve.diagnosis.captures import Api, read_prompt
 from serve.diagnosis.compare import Render, characters
 from serve.diagnosis.divergence import Divergences, RememberedRequest, nearest
 from serve.diagnosis.sections import CHARACTERS, Vocabulary
@@ -25,12 +24,8 @@ log = logging.getLogger("tokenzero.proxy")
 MAX_WAITING_BYTES = 64 * 2**20
 MAX_WAITING = 32
 REPORT_SECONDS = 0.25  # that the head of an answer waits for a report, which it names
-# The routes whose prompts are compared, and the reader of each.
-READERS: dict[str, Callable[[bytes | bytearray], CountTokensRequest]] = {
-    "/v1/messages": decode_count_tokens,
-    "/v1/chat/completions": lambda body: read_chat(body)[0],
-    "/v1/responses": lambda body: read_responses(body)[0],
-}
+# The routes whose prompts are compared, and the API of each.
+APIS: dict[str, Api] = {"/v1/messages": "messages", "/v1/chat/completions": "chat", "/v1/responses": "responses"}
 
 
 @dataclass
@@ -71,7 +66,7 @@ class Reports:
 
     def submit(self, chat: Chat) -> None:
         """Report on a request later, unless too many wait already."""
-        if chat.path not in READERS:
+        if chat.path not in APIS:
             return
         with self.lock:
             room = MAX_WAITING_BYTES - sum(self.waiting.values()) - len(chat.body)
@@ -86,7 +81,7 @@ class Reports:
     def report(self, chat: Chat) -> bool:
         """Compare a request with the latest ones, and remember it; whether the report could be made."""
         try:
-            request = READERS[chat.path](chat.body)
+            request = read_prompt(chat.body, APIS[chat.path])
             rendered = self.render(request, False)
             new = RememberedRequest(chat.id, request, rendered, rendered.tokens, request.model)
             # The proxy does not know what the engine's cache holds: at best, what the nearest prompt shares.

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from serve.__main__ import main
-from serve.diagnosis.captures import api_of, read_capture
+from serve.api.messages import InvalidRequest
+from serve.diagnosis.captures import api_of, read_capture, read_prompt
 from tests.helpers.http import BILLING, ask, text_block
 
 Json = dict[str, Any]
@@ -20,6 +21,7 @@ CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{
 MESSAGES = ask("Hi", system=[text_block(BILLING.format(1)), text_block("You help.")])
 CHAT = {"model": "m", "messages": [{"role": "system", "content": f"{BILLING.format(1)}\nYou help."}, USER]}
 RESPONSES = {"model": "m", "instructions": f"{BILLING.format(1)}\nYou help.", "input": [USER]}
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
 
 
@@ -72,6 +74,33 @@ def test_half_a_character_is_read(half: str) -> None:
     for body in (MESSAGES, CHAT, RESPONSES, {"body": MESSAGES}, {"body": json.dumps(ask("HALF"))}):
         content = json.dumps(body).replace("Hi", half).replace("HALF", half.replace("\\", "\\\\")).encode()
         assert len(read_capture(content).messages) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ask("Hi", tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"}),
+        ask("Hi", tools=[SEARCH, {"type": "bash_20250124", "name": "bash"}, {"name": "f", "input_schema": {}}]),
+        ask("Hi", tools=[{"type": "mcp_toolset", "mcp_server_name": "x"}]),
+        CHAT | {"n": 2, "logprobs": True, "modalities": ["text", "audio"], "audio": {}},
+        CHAT | {"tools": [{"type": "web_search_preview"}]},
+        RESPONSES | {"previous_response_id": "resp_1", "background": True, "tools": [{"type": "web_search"}]},
+        {"messages": [USER], "max_tokens": 1},
+        {"input": "Hi"},
+    ],
+)
+def test_what_an_api_refuses_has_a_prompt_all_the_same(body: Json) -> None:
+    request = read_capture(json.dumps(body).encode())
+    assert len(request.messages) == 1
+    named = {tool.get("name", tool["type"]) for tool in body.get("tools", ())}
+    assert {tool.name for tool in request.tools or ()} <= named
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"messages": 1}', b'{"model": "m", "messages": [{"role": "nobody"}]}'])
+def test_what_has_none_is_refused(body: bytes) -> None:
+    for api in ("messages", "chat", "responses"):
+        with pytest.raises(InvalidRequest):
+            read_prompt(body, api)  # type: ignore[arg-type]
 
 
 class TestExplain:

@@ -28,6 +28,15 @@ CHAT = {
     "messages": [{"role": "system", "content": f"{BILLING.format(1)}\nYou help."}, {"role": "user", "content": "Hi"}],
 }
 RESPONSES = {"model": "any", "instructions": f"{BILLING.format(1)}\nYou help.", "input": "Hi"}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+USED = {
+    "role": "assistant",
+    "content": [
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "x"}},
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
+    ],
+}
 LINE = b"x-anthropic-billing-header"
 COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -176,6 +185,22 @@ def test_a_stream_with_cr_line_ends_is_not_held() -> None:
 
 
 class TestReportHeader:
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"messages": [{"role": "user", "content": [IMAGE, text_block("What is it?")]}]},
+            {"tools": [SEARCH], "tool_choice": {"type": "tool", "name": "web_search"}},
+            {"tools": [SEARCH, {"name": "f", "input_schema": {}}]},
+            {"messages": [USED, {"role": "user", "content": "And?"}]},
+            {"max_tokens": -1, "stop_sequences": 7},
+        ],
+        ids=["image", "search alone", "search", "history", "options"],
+    )
+    def test_what_this_package_would_refuse_is_reported_all_the_same(self, more: Json, echoing: httpx.Client) -> None:
+        answer = echoing.post("/v1/messages", json=MESSAGES | more)
+        found = echoing.get(f"/v1/requests/{answer.headers['x-tokenzero-report']}").json()
+        assert found["sections"][0]["section"] == "system[0]"
+
     def test_it_is_sent_only_where_the_report_will_be_found(self, echoing: httpx.Client) -> None:
         for body, readable in (
             (ask("Hi"), True),
