@@ -164,9 +164,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = [f"{row['route'].removeprefix('/v1/')}: {row['way']}" for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, max(row["prompt_tokens"] for row in rows) * 1.42)
+    longest = max(row["prompt_tokens"] for row in rows)
+    axes.set_xlim(0, longest * 1.65)
+    axes.set_xticks(range(0, longest, 1000))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("tokens of the prompt; filled: from llama.cpp's cache, by its own usage")
+    axes.set_xlabel("prompt tokens; filled: cached, by llama.cpp's own usage")
     save(figure, path)
 
 

@@ -21,8 +21,12 @@
 # intervals.
 
 # %% tags=["results"]
+import json
+from pathlib import Path
+
 from IPython.display import Image, display
 
+from experiments.foreign import table as ways_table
 from experiments.plot import draw
 from experiments.sweep.fit import constants_of, constants_table, crossover_table, fit_run, model_config, prices_table
 from experiments.sweep.notebook import console, sweep
@@ -78,3 +82,31 @@ console.print(prices_table(fitted))
 config = model_config(cells[0].point.model)
 if config:
     console.print(crossover_table(constants_of(fitted), bytes_per_token(config, "float32")))
+
+# %% [markdown]
+# ## Another engine
+#
+# The same prompts over HTTP to llama.cpp's server with its defaults, on the same weights as a GGUF file:
+# `python -m experiments.sweep experiments/configs/foreign.toml`. Positions are the cached tokens that it reports
+# itself. It was measured on two cores that other programs used as well, so the intervals are wide; 15 repeats in
+# random order.
+
+# %% tags=["results"]
+foreign = sweep("foreign")
+position, _ = draw(foreign, console)
+display(Image(position, width=900))
+
+# %% [markdown]
+# The curve has the same form: a mismatch at token zero costs the whole prompt, and one halfway through 8,192 tokens
+# still costs almost two thirds of it.
+#
+# Does a client's header put it at zero? `python -m experiments.foreign` sends an agent's prompt twice in a row, with a
+# fresh header and a fresh question each time. On its Messages route this release of llama.cpp overwrites the hash
+# `cch` itself ([#21793](https://github.com/ggml-org/llama.cpp/pull/21793)). A fresh version suffix, which each session
+# of the client has, still costs the whole prompt, and so does the hash on its chat route. Through the proxy only the
+# question is computed.
+
+# %% tags=["results"]
+measured = json.loads(Path("experiments/results/foreign/summary.json").read_text())
+console.print(ways_table(measured["rows"]))
+display(Image("experiments/results/foreign/cached.png", width=900))

@@ -10,6 +10,8 @@ import pytest
 
 from experiments.harness import llama_server
 from experiments.harness.server import Server, running_server
+from experiments.sweep.__main__ import main as sweep
+from experiments.sweep.run_folder import cells, load
 from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.gguf_file import write_gguf
 from tests.helpers.http import BILLING, Json, ask, text_block
@@ -89,3 +91,14 @@ def test_through_the_proxy_a_fresh_header_costs_it_nothing(
         assert direct[1] < 0.2
     assert stripped[0] < 0.2
     assert stripped[1] > 0.99
+
+
+def test_a_sweep_starts_it_and_reads_its_own_counts(folder: Path, tmp_path: Path) -> None:
+    config, out = tmp_path / "sweep.toml", tmp_path / "out"
+    axes = f'[axes]\nmodel = ["{folder}"]\nprompt_tokens = [1024]\nposition = ["0%", "50%", "100%"]\n'
+    config.write_text(f'warmups = 0\nrepeats = 1\n[target]\nkind = "llama.cpp"\n{axes}')
+    assert sweep([str(config), "--out", str(out)]) == 0
+    first, half, last = cells(load(out))
+    assert first.cached_tokens < 16
+    assert half.cached_tokens == pytest.approx(half.prompt_tokens / 2, rel=0.15)
+    assert last.cached_tokens > 0.8 * last.prompt_tokens
