@@ -30,8 +30,8 @@ from experiments.workloads.gguf_file import write_gguf
 # A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text. Random
 # weights end their turn at once in a few percent of answers.
 ATTEMPTS = 12
-# A model that ends its turn at once has no text to time, so it may say a few words.
-OUTPUT_TOKENS = 8
+OUTPUT_TOKENS = 8  # a model that ends its turn at once has no text to time, so it may say a few words
+ONE_REQUEST = {"connection": "close"}  # a server may close a connection while it is used again
 EVERYWHERE = frozenset({"stable", "varying", "stripped", "tools-first", "relocated"})
 ARMS = {
     "in-process": EVERYWHERE | {"restarted", "evicted"},
@@ -202,7 +202,7 @@ class Endpoint:
     seed: int
     longest: int  # tokens of the longest prompt
     key: str = ""
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=600))
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=600, headers=ONE_REQUEST))
     chars_per_token: float = 0.0
 
     def calibrate(self) -> None:

@@ -92,7 +92,7 @@ def test_half_a_character_is_read(half: str) -> None:
 def test_what_an_api_refuses_has_a_prompt_all_the_same(body: Json) -> None:
     request = read_capture(json.dumps(body).encode())
     assert len(request.messages) == 1
-    named = {tool.get("name", tool["type"]) for tool in body.get("tools", ())}
+    named = {tool.get("name") or tool["type"] for tool in body.get("tools", ())}
     assert {tool.name for tool in request.tools or ()} <= named
 
 

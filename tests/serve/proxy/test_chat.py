@@ -134,6 +134,7 @@ def test_a_compressed_body_that_no_rule_changes_arrives_as_it_came(encoding: str
         (b"\x1f\x9d\x90 packed", "compress", "encoding", "got 'compress'"),
         (gzip.compress(bytes(40 * 2**20)), "gzip", "too_large", "bytes after gzip"),
         (encoded(MESSAGES)[:-1], "", "malformed", "truncated"),
+        (encoded(MESSAGES).replace(b"You help", b"\xed\xa0\xbd"), "", "malformed", "utf-8"),
         (encoded(MESSAGES).decode().encode("utf-16"), "", "malformed", "malformed"),
     ],
 )
@@ -166,7 +167,7 @@ def test_without_rules_nothing_is_missed() -> None:
         assert "without_rules" not in client.get("/v1/requests").json()
 
 
-@pytest.mark.parametrize("half", [b"\\ud83d", b"\\uDE00 and more", b"a\\\\\\ud83d", b"\xed\xa0\xbd"])
+@pytest.mark.parametrize("half", [b"\\ud83d", b"\\uDE00 and more", b"a\\\\\\ud83d"])
 @pytest.mark.parametrize("place", ["user", "system", "result"])
 def test_half_a_character_stays_and_the_header_goes(half: bytes, place: str, echoing: httpx.Client) -> None:
     system, user = ("HALF" if place == it else "You help." for it in ("system", "user"))
