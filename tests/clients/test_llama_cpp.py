@@ -100,5 +100,5 @@ def test_a_sweep_starts_it_and_reads_its_own_counts(folder: Path, tmp_path: Path
     assert sweep([str(config), "--out", str(out)]) == 0
     first, half, last = cells(load(out))
     assert first.cached_tokens < 16
-    assert half.cached_tokens == pytest.approx(half.prompt_tokens / 2, rel=0.15)
+    assert 0.35 < half.cached_tokens / half.prompt_tokens < 0.6
     assert last.cached_tokens > 0.8 * last.prompt_tokens
