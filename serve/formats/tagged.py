@@ -230,10 +230,11 @@ def read_value(source: Source, known: Collection[str], missing: Collection[str])
                 return ValueEnd(tag.start(), source.at, tag[0], key, closed=False)
         source.at = at
     first = min(filter(None, (unlikely, inner)), key=lambda end: end.at, default=outer)
-    if found := unclosed or first:
-        source.flat = True
-        return found
-    raise Cut if source.cut else Malformed
+    found = unclosed or (first if not source.cut else None)
+    if not found:
+        raise Cut if source.cut else Malformed
+    source.flat = True
+    return found
 
 
 def find_tag(source: Source) -> Reading[re.Match[str] | None]:

@@ -314,6 +314,8 @@ def test_what_is_known_of_a_cut_calls_arguments_is_valid_json_up_to_where_it_was
     ):
         assert [event.arguments for event in read(name, text, cut=True)] == [arguments]
     assert read("hermes", '<tool_call>\n{"name": "run", "arguments": {"path": "/a"}', cut=True) == [RUN], "all is there"
+    (call,) = read("qwen3_coder", f"<tool_call>\n<function=run>\n<parameter=path>\n{NESTED}\nand", cut=True)
+    assert call.arguments == json.dumps({"path": f"{NESTED}\nand"}, separators=(",", ":"))[:-2]
     assert read("hermes", "A <tool_call>\n", cut=True) == [Text("A")]
     assert read("hermes", "<tool_call> is what", cut=True) == [Text("<tool_call> is what")]
 
