@@ -444,7 +444,8 @@ class TestCutCalls:
             events = httpx.post(url, json=responses | {"model": "any", "stream": True}, timeout=60).text
         assert (whole["status"], whole["output"][-1]["name"]) == ("incomplete", "Read")
         done = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")]
-        items = [event["item"] for event in done if event.get("item", {}).get("type") == "function_call"]
+        ends = [event for event in done if event["type"] == "response.output_item.done"]
+        items = [event["item"] for event in ends if event["item"]["type"] == "function_call"]
         assert [(item["status"], item["arguments"]) for item in items] == [("incomplete", '{"limit":3,"path":"a.')]
 
 
