@@ -217,6 +217,7 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: JsonSchemaFormat | None = None  # what the API's first beta had in place of `output_config.format`
     left_out_tools: tuple[str, ...] = ()  # types of the vendor's tools that only the vendor can run; set by `mend`
 
     def __post_init__(self) -> None:
@@ -228,6 +229,11 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
             raise ValueError("tool_choice: expected 'any' together with tools, got no tools")
         if choice and choice.type == "tool" and choice.name not in names:
             raise ValueError(f"tool_choice.name: expected the name of one of tools, got {choice.name!r:.80}")
+
+    @property
+    def answer_format(self) -> JsonSchemaFormat | None:
+        """The form that the answer must have; None if it is free."""
+        return (self.output_config.format if self.output_config else None) or self.output_format
 
 
 class DiagnosticsRequest(Struct, frozen=True):
@@ -246,6 +252,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     diagnostics: DiagnosticsRequest | UnsetType | None = UNSET
+    safeguards: Any = None  # verdicts on tool calls that only the vendor gives
 
 
 class SeededRequest(MessagesRequest, frozen=True, kw_only=True):
@@ -346,4 +353,5 @@ _CHOICES = {
     "tool_choice.type": "auto, any, tool, none",
     "thinking.type": "enabled, adaptive, between_tools, disabled",
     "output_config.format.type": _tags(JsonSchemaFormat),
+    "output_format.type": _tags(JsonSchemaFormat),
 }

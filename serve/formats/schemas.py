@@ -19,11 +19,16 @@ KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", type(N
 PYTHON = {"True": "true", "False": "false", "None": "null"}  # as templates print them, and models that imitate them
 # The keywords whose value is a schema, a list of schemas, or a mapping of names to schemas.
 SCHEMA_KEYS, LIST_KEYS = ("items", "additionalProperties"), ("anyOf", "oneOf", "allOf", "prefixItems")
-MAPPING_KEYS = ("properties", "patternProperties", "$defs", "definitions")
+DEFINITIONS = ("$defs", "definitions")
+MAPPING_KEYS = ("properties", "patternProperties", *DEFINITIONS)
 SCHEMA_CHARS = 2**18
 # Bounds for numbers without one, within 64 bits and a double, so that clients can read every number.
 MAX_INTEGER, MAX_NUMBER = 2**63 - 1024, 10**15
 MAX_MULTIPLE = 100_000  # states that llguidance may spend on multipleOf
+
+
+class Unenforceable(InvalidRequest):
+    """A schema that no grammar can be made of, though it may be used for all else."""
 
 
 def typed(text: str, types: set[str]) -> Any:
@@ -112,9 +117,9 @@ def member(value: object, key: str) -> Any:
 
 
 def tool_schema(schema: dict[str, Any], field: str) -> dict[str, Any]:
-    """The schema of a tool's arguments, with `type: object` if it names no type. Raises InvalidRequest for another."""
+    """The schema of a tool's arguments, with `type: object` if it names no type. Raises Unenforceable for another."""
     if schema.get("type", "object") != "object":
-        raise InvalidRequest(f"{field}.type: expected 'object', got {schema['type']!r:.80}")
+        raise Unenforceable(f"{field}.type: expected 'object', got {schema['type']!r:.80}")
     return schema | {"type": "object"}
 
 
@@ -147,8 +152,7 @@ def bounded(schema: Any) -> Any:
             result[key] = [bounded(part) for part in inner]
         elif key in MAPPING_KEYS and isinstance(inner, dict):
             result[key] = {name: bounded(part) for name, part in inner.items()}
-    types = schema.get("type")
-    types = set(types if isinstance(types, list) else [types])
+    types = {kind for kind in listed(schema.get("type")) or [schema.get("type")] if isinstance(kind, str)}
     if types & {"integer", "number"}:
         limit = MAX_NUMBER if "number" in types else MAX_INTEGER
         low, high = numbers(schema, "minimum", "exclusiveMinimum"), numbers(schema, "maximum", "exclusiveMaximum")

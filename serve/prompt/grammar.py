@@ -11,8 +11,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
+import msgspec
 from llguidance import regex_to_lark
 
 from serve.api.messages import InvalidRequest, MessagesRequest, Tool, ToolUseBlock
@@ -20,6 +23,8 @@ from serve.formats.families import xml_call
 from serve.formats.format import Format, to_json
 from serve.formats.readers import KEY, NAME
 from serve.formats.schemas import (
+    DEFINITIONS,
+    Unenforceable,
     alternatives,
     bounded,
     listed_values,
@@ -36,6 +41,7 @@ from serve.prompt.offered_tools import offered_tools
 STRICT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # The client checks a tool's arguments anyway: keywords of its schema that llguidance does not know are left out.
 LENIENT = STRICT | {"lenient": True}
+ANSWER_FIELD = "output_config.format"
 GRAMMAR_CHARS = 2**20  # of all schemas together
 PROBE = "Zq7Zq7Zq7"  # stands for the varying parts of a call; as long as the ids that Mistral's models write
 ANY = "/(?s:.*)/"
@@ -44,6 +50,14 @@ FREE = f'({ANY} & ~({ANY} "</parameter>" {ANY}))'
 # Text that is not read as JSON: values of tags are, where their schema allows more than strings.
 WORDS = "null|true|false|None|True|False|NaN|Infinity"
 NO_JSON = rf'(/([^\s\[{{"0-9\-](?s:.*))?/ & ~/({WORDS})\s*/)'
+
+
+class Form(Enum):
+    """How a schema's values are written: as an answer in JSON, as a call's arguments in JSON, or each in its tag."""
+
+    ANSWER = "answer"
+    ARGUMENTS = "arguments"
+    PARAMETERS = "parameters"
 
 
 @dataclass(frozen=True)
@@ -64,33 +78,51 @@ class Body:
 
 
 def grammar_of(
-    request: MessagesRequest, format: Format, thinking_opened: bool, added: Mapping[str, int]
+    request: MessagesRequest,
+    format: Format,
+    thinking_opened: bool,
+    added: Mapping[str, int],
+    schemas: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> Grammar | None:
     """The grammar that a request demands: calls, JSON or, where it allows both, either; None if it demands nothing.
 
     `thinking_opened` says that the prompt ends inside thinking; `added` has the ids of the tokenizer's added tokens by
-    their text. Raises InvalidRequest if the format has no calls, the client has begun the answer, or a schema cannot be
-    used.
+    their text; `schemas`, by field, take the place of the request's own. Raises InvalidRequest if the format has no
+    calls, the client has begun the answer, or a schema is too large, Unenforceable if there is no grammar of one.
     """
-    choice, config = request.tool_choice, request.output_config
+    choice, wanted = request.tool_choice, request.answer_format
     forced = choice is not None and choice.type in ("any", "tool")
-    wanted = config.format if config else None
     if not forced and not wanted:
         return None
-    field = "tool_choice" if forced else "output_config.format"
+    field = "tool_choice" if forced else ANSWER_FIELD
     if is_prefilled(request):
         raise InvalidRequest(f"messages: expected the user's message last together with {field}, got the assistant's")
     if forced and not format.call:
         raise InvalidRequest("tool_choice: expected 'auto' or 'none', as this model's chat template has no tool calls")
-    named = choice.name if choice and choice.type == "tool" else None
-    tools = [(field, tool) for field, tool in offered_tools(request).callable if named in (None, tool.name)]
+    tools = demanded_tools(request, format, schemas)
     if forced and not tools:
+        named = choice.name if choice and choice.type == "tool" else None
         found = f"{named!r:.80}, which is not loaded or was removed" if named else "none that is loaded"
         raise InvalidRequest(f"tool_choice: expected a tool that may be called at the end of messages, got {found}")
-    bodies = [answer(wanted.schema)] if wanted and not forced else []
-    if tools and format.call and (choice is None or choice.type != "none"):
+    bodies = [answer(schemas.get(ANSWER_FIELD, wanted.schema))] if wanted and not forced else []
+    if tools:
         bodies.append(tool_calls(format, tools, not (choice and choice.disable_parallel_tool_use), added))
     return assemble(bodies, thinking(format, thinking_opened, wants_thinking(request), added))
+
+
+def demanded_tools(
+    request: MessagesRequest, format: Format, schemas: Mapping[str, dict[str, Any]]
+) -> list[tuple[str, Tool]]:
+    """The tools that an answer under a grammar may call, each with its field, and with its schema in `schemas`."""
+    choice = request.tool_choice
+    if not format.call or (choice and choice.type == "none"):
+        return []
+    named = choice.name if choice and choice.type == "tool" else None
+    return [
+        (field, msgspec.structs.replace(tool, input_schema=schemas[field]) if field in schemas else tool)
+        for field, tool in offered_tools(request).callable
+        if named in (None, tool.name)
+    ]
 
 
 def assemble(bodies: Sequence[Body], thinking: str) -> Grammar:
@@ -100,9 +132,27 @@ def assemble(bodies: Sequence[Body], thinking: str) -> Grammar:
     return Grammar(start + thinking + "".join(body.rules for body in bodies), schemas)
 
 
+def schema_grammars(schema: dict[str, Any], form: Form, whole: bool) -> list[str]:
+    """Grammars that compile if a schema can be enforced in this form: the whole schema of a field, or one within it.
+
+    Raises Unenforceable if there is no grammar, InvalidRequest if the schema is too large.
+    """
+    if form is Form.ANSWER:
+        return [f"start: %json {schema_text(schema, STRICT, 'schema')}\n"]
+    schema = tool_schema(schema, "schema") if whole else schema
+    texts = [f"start: %json {schema_text(schema, LENIENT, 'schema')}\n"]
+    if form is Form.PARAMETERS:
+        value = {key: inner for key, inner in schema.items() if key not in DEFINITIONS}
+        definitions = {key: inner for key, inner in schema.items() if key in DEFINITIONS}
+        tagged = schema if whole else definitions | {"properties": {"value": value}, "required": ["value"]}
+        expression, rules = tagged_arguments(bounded(tagged), "value", "schema")
+        texts.append(f"start: {expression or quoted('')}\n{rules}")
+    return texts
+
+
 def answer(schema: dict[str, Any]) -> Body:
     """One JSON value that is valid for the schema. A keyword that llguidance cannot enforce is an error later."""
-    field = "output_config.format.schema"
+    field = f"{ANSWER_FIELD}.schema"
     text = schema_text(schema, STRICT, field)
     return Body("answer", f"answer: %json {text}\n", ((field, text),))
 
@@ -177,12 +227,12 @@ def tagged_arguments(schema: dict[str, Any], name: str, field: str) -> tuple[str
         properties, required = schema.get("properties", {}), schema.get("required", [])
         open = {key: None for key in required if key not in properties}
         if open and schema.get("additionalProperties") is False:
-            raise InvalidRequest(f"{field}.required: expected names of properties, got {next(iter(open))!r:.80}")
+            raise Unenforceable(f"{field}.required: expected names of properties, got {next(iter(open))!r:.80}")
         parameters, rules, chars = [], [], 0
         for i, (key, value) in enumerate((properties | open).items()):
             if not key or not KEY.fullmatch(key) or value is False:
                 if key in required:
-                    raise InvalidRequest(f"{field}: expected {key!r:.80} to be possible, as it is required")
+                    raise Unenforceable(f"{field}: expected {key!r:.80} to be possible, as it is required")
                 continue
             expression, rule = tagged_value(value, schema, f"{name}_{i}")
             parameter = f"{quoted(f'<parameter={key}>' + chr(10))} {expression}"
@@ -192,7 +242,7 @@ def tagged_arguments(schema: dict[str, Any], name: str, field: str) -> tuple[str
             if (chars := chars + len(parameter) + len(rule)) > GRAMMAR_CHARS:
                 raise InvalidRequest(f"{field}: expected parameters of at most {GRAMMAR_CHARS} characters, got {chars}")
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InvalidRequest(f"{field}: expected a JSON schema, got one that cannot be read: {error}") from None
+        raise Unenforceable(f"{field}: expected a JSON schema, got one that cannot be read: {error}") from None
     return " ".join(parameters), "".join(rules)
 
 
@@ -201,7 +251,7 @@ def tagged_value(schema: Any, root: dict[str, Any], name: str) -> tuple[str, str
     types = types_of(schema, root)
     options, rules = [], ""
     if others := sorted(types - {"string"}):
-        defined = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        defined = {key: root[key] for key in DEFINITIONS if key in root}
         text = json.dumps(defined | schema | {"type": others, "x-guidance": LENIENT})
         options.append(f"%json {text} {quoted(XML_END)}")
     if "string" in types or not types:

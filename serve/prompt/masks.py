@@ -17,13 +17,17 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from serve.api.messages import InvalidRequest, MessagesRequest
 from serve.formats.format import Format
+from serve.formats.schemas import Unenforceable
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
+from serve.prompt.enforce import Enforcer, Report, demanded_schemas
 from serve.prompt.grammar import GRAMMAR_CHARS, Grammar, grammar_of
 
 TEXT_BYTES = 100  # of memory that a character of a grammar takes, at least
 TRIAL_STEPS = 4  # after which a grammar that has no finite text, or too many choices, has shown it
 REASON_CHARS = 300
+FUEL = 1_000_000  # llguidance's own default: one or two seconds
+RELAXED_SHARE = 16  # a part of the memory for grammars holds relaxed schemas
 
 
 class ConstraintError(Exception):
@@ -33,9 +37,23 @@ class ConstraintError(Exception):
 def constraint_of(
     request: MessagesRequest, constrainer: Constrainer, format: Format, thinking_opened: bool
 ) -> Constraint | None:
-    """The constraint of a request's answer, None if it demands nothing: see `grammar_of`, `Constrainer.start`."""
-    grammar = grammar_of(request, format, thinking_opened, constrainer.added_tokens)
-    return constrainer.start(grammar) if grammar else None
+    """The constraint of a request's answer, None if it demands nothing: see `grammar_of`, `Constrainer.start`.
+
+    A schema that cannot be enforced is enforced without the keywords that it fails for: see `Enforcer`.
+    """
+
+    def start(schemas: Mapping[str, dict[str, Any]]) -> Constraint | None:
+        grammar = grammar_of(request, format, thinking_opened, constrainer.added_tokens, schemas)
+        return constrainer.start(grammar) if grammar else None
+
+    demanded = demanded_schemas(request, format)
+    try:
+        constraint = start(constrainer.enforcer.known(demanded))
+    except Unenforceable:
+        return start(constrainer.enforcer.enforced(demanded))
+    if constraint:
+        constrainer.enforcer.compiled(demanded)
+    return constraint
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +72,10 @@ class Constrainer:
     words: int  # of a mask: ceil(vocab / 32)
     compile: Callable[[str], LLMatcher]  # Lark text -> a new state, kept; raises ConstraintError; any thread
     compiled: Recent[str, Compiled]
+    enforcer: Enforcer
 
     def start(self, grammar: Grammar) -> Constraint:
-        """The constraint of a new answer. Raises InvalidRequest, naming the field, for what does not compile.
+        """The constraint of a new answer. Raises Unenforceable, naming the field, for what does not compile.
 
         May take some seconds for the largest schemas: not to be called on the engine's thread.
         """
@@ -72,15 +91,20 @@ class Constrainer:
             try:
                 matcher = self.compile(text)
             except ConstraintError as error:
-                raise InvalidRequest(f"{field}: {error}") from None
+                raise Unenforceable(f"{field}: {error}") from None
         return Constraint(matcher, self.words)
 
 
 def make_constrainer(
-    hf: Any, stop_ids: Collection[int], vocab: int, most_bytes: int = DEFAULT_BOUNDS.grammars
+    hf: Any,
+    stop_ids: Collection[int],
+    vocab: int,
+    most_bytes: int = DEFAULT_BOUNDS.grammars,
+    report: Report = lambda demanded, dropped: None,
 ) -> Constrainer:
     """The Constrainer of a fast Hugging Face tokenizer and a model with `vocab` logits; it remembers grammars.
 
+    `report` is called once for each schema that is not enforced as a whole, with the pointers of what was left out.
     Raises ValueError if there is no stop id or llguidance cannot read the tokenizer.
     """
     tokens = max(len(hf), vocab)
@@ -88,7 +112,15 @@ def make_constrainer(
     if not stops:
         raise ValueError(f"stop ids: expected one below {tokens}, got {sorted(stop_ids)}")
     tokenizer = llguidance.hf.from_tokenizer(hf, n_vocab=tokens, eos_token=stops)
-    compiled: Recent[str, Compiled] = Recent(most_bytes, lambda kept: kept.bytes)
+    relaxed_bytes = most_bytes // RELAXED_SHARE
+    compiled: Recent[str, Compiled] = Recent(most_bytes - relaxed_bytes, lambda kept: kept.bytes)
+
+    def compiles(text: str, whole: bool) -> bool:
+        try:
+            compile_grammar(text, tokenizer, FUEL if whole else FUEL // 4)
+        except ConstraintError:
+            return False
+        return True
 
     def compile(text: str) -> LLMatcher:
         if (kept := compiled.get(text)) is None:
@@ -97,7 +129,8 @@ def make_constrainer(
         return kept.matcher.deep_copy()
 
     added_tokens = {str(token): id for id, token in hf.added_tokens_decoder.items()}
-    return Constrainer(added_tokens, -(-vocab // 32), compile, compiled)
+    enforcer = Enforcer(compiles, report, relaxed_bytes)
+    return Constrainer(added_tokens, -(-vocab // 32), compile, compiled, enforcer)
 
 
 def sized(text: str, tokenizer: LLTokenizer) -> Compiled:
@@ -108,10 +141,13 @@ def sized(text: str, tokenizer: LLTokenizer) -> Compiled:
     return Compiled(matcher, max(process.memory_info().rss - before, TEXT_BYTES * len(text)))
 
 
-def compile_grammar(text: str, tokenizer: LLTokenizer) -> LLMatcher:
-    """A grammar at its start. Raises ConstraintError for text that is not one, or whose first tokens lead nowhere."""
+def compile_grammar(text: str, tokenizer: LLTokenizer, fuel: int = FUEL) -> LLMatcher:
+    """A grammar at its start, after at most so much work of the lexer.
+
+    Raises ConstraintError for text that is not one, or whose first tokens lead nowhere.
+    """
     # Short errors, as they go to clients.
-    limits = LLParserLimits(verbose_errors=False)
+    limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=fuel)
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=limits)
     trial = Constraint(matcher.deep_copy(), -(-tokenizer.vocab_size // 32))
     for _ in range(TRIAL_STEPS):

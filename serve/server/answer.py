@@ -222,11 +222,11 @@ def count_savings(context: ServerContext, prepared: Prepared, reused: int) -> No
 def answer_stream(context: ServerContext, prepared: Prepared) -> AnswerStream:
     """The parser of the answer to a request."""
     message, form = prepared.message, context.tokenizer.template.format
-    choice, config = message.tool_choice, message.output_config
+    choice = message.tool_choice
     offered = () if choice and choice.type == "none" else offered_tools(message).callable
     return AnswerStream(
         context.tokenizer.hf.backend_tokenizer,
-        format_for_json(form) if config and config.format else form,
+        format_for_json(form) if message.answer_format else form,
         prepared.stops,
         {tool.name: tool.input_schema for _, tool in offered},
         prepared.prompt.thinking,

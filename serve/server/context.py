@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from serve.api import pdf
@@ -14,7 +15,9 @@ from serve.diagnosis.sections import vocabulary_of
 from serve.diagnosis.volatility import FOUND_BYTES, REPORTED, Volatility
 from serve.engine.engine import Engine
 from serve.engine.request import Constraint
+from serve.prompt.enforce import DemandedSchema
 from serve.prompt.masks import constraint_of, make_constrainer
+from serve.prompt.relax import keyword_label
 from serve.prompt.replay import ReplayLog
 from serve.prompt.signing import signing_key
 from serve.prompt.tokenizer import Tokenizer
@@ -23,6 +26,9 @@ from serve.server.config import ServerConfig
 from serve.server.metrics import EngineCollector, Memory, MemoryCollector, ServerMetrics
 from serve.web.request_status import RequestStatuses
 
+log = logging.getLogger("tokenzero.serving")
+
+SHOWN_KEYWORDS = 8  # in the log, of a schema
 # The constraint of a request's answer; the flag says whether the prompt ends inside thinking.
 Constrain = Callable[[MessagesRequest, bool], Constraint | None]
 
@@ -75,9 +81,9 @@ def make_context(
         raise ValueError(f"--normalize {problem}")
     pdf.remembered.most_bytes = bounds.documents
     grammars: dict[str, Memory] = {}
-    if constrain is None:
-        constrain, grammars["grammars"] = grammar_constraints(engine, tokenizer, stop_ids, bounds.grammars)
     metrics = ServerMetrics()
+    if constrain is None:
+        constrain, grammars["grammars"] = grammar_constraints(engine, tokenizer, stop_ids, bounds.grammars, metrics)
     context = ServerContext(
         engine=engine,
         tokenizer=tokenizer,
@@ -110,16 +116,25 @@ def make_context(
 
 
 def grammar_constraints(
-    engine: Engine, tokenizer: Tokenizer, stop_ids: Collection[int], most_bytes: int
+    engine: Engine, tokenizer: Tokenizer, stop_ids: Collection[int], most_bytes: int, metrics: ServerMetrics
 ) -> tuple[Constrain, Memory]:
     """What compiles the grammars that requests demand, and the memory of compiled ones."""
-    constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size, most_bytes)
-    compiled = constrainer.compiled
+
+    def report(demanded: DemandedSchema, dropped: Sequence[str]) -> None:
+        for pointer in dropped:
+            metrics.unenforced_keywords.labels(keyword_label(pointer)).inc()
+        shown = ", ".join(f"{pointer or 'the whole schema'!s:.120}" for pointer in dropped[:SHOWN_KEYWORDS])
+        more = len(dropped) - SHOWN_KEYWORDS
+        left = f" and {more} more" if more > 0 else ""
+        log.warning("the schema of %.80r cannot be enforced as a whole: left out: %s%s", demanded.name, shown, left)
+
+    constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size, most_bytes, report)
+    compiled, found = constrainer.compiled, constrainer.enforcer.found
 
     def constrain(request: MessagesRequest, thinking_opened: bool) -> Constraint | None:
         return constraint_of(request, constrainer, tokenizer.template.format, thinking_opened)
 
-    return constrain, Memory(lambda: compiled.bytes, compiled.most_bytes)
+    return constrain, Memory(lambda: compiled.bytes + found.bytes, compiled.most_bytes + found.most_bytes)
 
 
 def memories(context: ServerContext) -> dict[str, Memory]:

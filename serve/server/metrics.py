@@ -280,6 +280,9 @@ class ServerMetrics:
         self.cache_miss_tokens = self.counter(
             "cache_miss_tokens", "Computed tokens that the nearest sequence held after the mismatch, by cause", "cause"
         )
+        self.unenforced_keywords = self.counter(
+            "unenforced_schema_keywords", "Keywords left out of a schema, counted when it is first enforced", "keyword"
+        )
         self.volatile = self.counter("volatile_segments", "Parts of prompts that change in every request of a client")
         self.dropped_answers = self.counter(
             "write_dropped_answers", "Recorded answers not written because the disk was too slow"

@@ -25,7 +25,7 @@ from serve.prompt.tokenizer import MOST_TOKENS
 from serve.rules.log import warn_once
 from serve.rules.normalize import Normalized, normalize
 from serve.server.context import RequestContext, ServerContext
-from serve.server.unread import refuse_images, report_unread
+from serve.server.unread import refuse_images, report_safeguards, report_unread
 from serve.web.timing import Phases
 
 log = logging.getLogger("tokenzero.serving")
@@ -55,6 +55,7 @@ def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestCon
     if serving.config.on_image == "error":
         refuse_images(message)
     report_unread(serving, message)
+    report_safeguards(serving, message)
     with phases.timed("normalize"):
         normalized = normalize(message, caller.rules)
     report_rules(serving, normalized)

@@ -12,6 +12,7 @@ from serve.api.messages import (
     DocumentBlock,
     ImageBlock,
     InvalidRequest,
+    MessagesRequest,
     ResultBlock,
     ToolResultBlock,
     UnreadBlock,
@@ -70,6 +71,15 @@ def report_unread(serving: ServerContext, request: CountTokensRequest) -> None:
         serving.metrics.left_out_tools.labels(name).inc()
         if is_new(f"tool {name}", serving.reported):
             log.warning("tools: left out %.64r, which only its vendor can run", tool)
+
+
+def report_safeguards(serving: ServerContext, request: MessagesRequest) -> None:
+    """Log once that a client waits for verdicts on tool calls, and what that costs."""
+    if request.safeguards and is_new("safeguards", serving.reported):
+        log.warning(
+            "safeguards: no verdicts on tool calls are given here, so Claude Code's auto mode asks the model for each "
+            "in a request of its own (38,181 tokens when cold), or denies the call: use --permission-mode default"
+        )
 
 
 def is_new(name: str, reported: set[str]) -> bool:
