@@ -14,6 +14,8 @@ from serve.api import pdf
 
 MAX_NAME = 64  # characters of a type, and of a media type
 MAX_WHERE = 200  # characters of a URL or of a file's id
+MIN_DATA = 1024  # characters; shorter texts are taken for words
+BASE64 = re.compile(r"[\w+/-]+={0,2}", re.ASCII)
 # Fields whose strings are no words: ids, marks for caches, encrypted or encoded data.
 WORDLESS = frozenset({"type", "id", "signature", "cache_control", "caller", "citations", "data", "media_type"})
 # Fields whose strings need no name before them.
@@ -28,12 +30,22 @@ KINDS = frozenset({
     "tool_search_tool_result", "mcp_tool_use", "mcp_tool_result", "mcp_tool_listing", "container_upload",
     "compaction", "fallback", "tool_addition", "tool_removal",
 })  # fmt: skip
+# Likewise from https://platform.openai.com/docs/api-reference/responses/create.
+OPENAI_KINDS = frozenset({
+    "input_audio", "tool_call", "agent_message", "code_interpreter_call", "compaction_summary", "computer_call",
+    "computer_call_output", "context_compaction", "file_search_call", "image_generation_call", "item_reference",
+    "mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools", "program", "program_output",
+    "web_search_call",
+})  # fmt: skip
 
 
 # The same for tools that only a vendor can run, without the date at the end of their types.
 VENDOR_TOOLS = frozenset({
     "web_search", "web_fetch", "code_execution", "computer", "computer_toolset", "browser_toolset", "mcp_toolset",
     "advisor", "tool_search_tool_bm25", "tool_search_tool_regex",
+    # From https://platform.openai.com/docs/api-reference/responses/create.
+    "code_interpreter", "computer_use_preview", "file_search", "image_generation", "mcp", "programmatic_tool_calling",
+    "shell", "tool_search", "web_search_preview",
 })  # fmt: skip
 
 
@@ -45,7 +57,7 @@ def counted_tool(kind: str) -> str:
 
 def counted_kind(kind: str) -> str:
     """The name under which a type is counted."""
-    return kind if kind in KINDS else "other"
+    return kind if kind in KINDS | OPENAI_KINDS else "other"
 
 
 def image_text(media_type: str, size: int, where: str) -> str:
@@ -110,10 +122,19 @@ def words(item: Any) -> Iterator[str]:
         elif isinstance(value, list):
             waiting += reversed([(name, element) for element in value])
         elif isinstance(value, str):
-            if value:
+            if value := without_data(value):
                 yield value if name in BARE or not name else f"{name}: {value}"
         elif value is not None and value is not False:
             yield f"{name}: {json.dumps(value)}" if name else json.dumps(value)
+
+
+def without_data(text: str) -> str:
+    """A text, or the size of the data that it encodes: that of a `data:` URL, or much Base64 without a break."""
+    head, comma, data = text.partition(",") if text.startswith("data:") else ("", "", text)
+    if not comma and (len(text) < MIN_DATA or not BASE64.fullmatch(text)):
+        return text
+    media_type = head.removeprefix("data:").partition(";")[0][:MAX_NAME]
+    return f"[data: not read{_about(media_type, base64_size(data), '')}]"
 
 
 def is_wordless(name: str) -> bool:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 import jax
+from msgspec.structs import replace
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -23,7 +24,7 @@ from starlette.routing import Route
 
 from serve.api.answers import Error, ErrorDetail, Event, Message, TokenCount, encode, encode_event
 from serve.api.messages import InvalidRequest, MessagesRequest, decode_count_tokens, decode_request
-from serve.api.openai import read_chat, read_responses
+from serve.api.openai import input_tokens_body, read_chat, read_responses
 from serve.api.openai.errors import is_openai
 from serve.api.openai.models import model_body, models_body
 from serve.engine.inbox import Overloaded
@@ -99,7 +100,10 @@ def create_app(context: ServerContext) -> Starlette:
 
 
 class Writer(Protocol):
-    """Writes one answer in the form of its API, event by event or whole."""
+    """Writes one answer in the form of its API, event by event or whole, after `begin`."""
+
+    def begin(self, id: str, model: str) -> None:
+        """Set the id of the message that is written, and the name of the model."""
 
     def event(self, event: Event) -> bytes:
         """The bytes that an event adds to a stream."""
@@ -114,6 +118,9 @@ Reader = Callable[[bytes | bytearray], tuple[MessagesRequest, Writer]]
 
 class MessagesWriter:
     """Writes answers in the form of the Messages API."""
+
+    def begin(self, id: str, model: str) -> None:
+        """Do nothing: the message has both."""
 
     event = staticmethod(encode_event)
     whole = staticmethod(encode)
@@ -148,7 +155,11 @@ async def post_answer(read: Reader, request: Request) -> Response:
     def read_and_prepare() -> tuple[Prepared, Writer]:
         with phases.timed("decode"):
             message, writer = read(body)
-        return prepare(context, message, request_context, phases), writer
+        # OpenAI's APIs work without the name of a model.
+        message = message if message.model else replace(message, model=context.config.name)
+        prepared = prepare(context, message, request_context, phases)
+        writer.begin(prepared.id, message.model)
+        return prepared, writer
 
     prepared, writer = await run_in_threadpool(read_and_prepare)
     events = answer(context, prepared, phases)
@@ -199,6 +210,21 @@ async def post_count_tokens(request: Request) -> Response:
         return prompt_length(context, message, request_context, phases)
 
     content = encode(TokenCount(await run_in_threadpool(count)))
+    return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
+
+
+async def post_input_tokens(request: Request) -> Response:
+    """`POST /v1/responses/input_tokens`: the same count for a body of `/v1/responses`."""
+    context: ServerContext = request.app.state.context
+    body, phases = await read_body(request), Phases()
+    request_context = request_context_of(request, context)
+
+    def count() -> int:
+        with phases.timed("decode"):
+            message, _ = read_responses(body)
+        return prompt_length(context, message, request_context, phases)
+
+    content = input_tokens_body(await run_in_threadpool(count))
     return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
 
 
@@ -314,6 +340,7 @@ ROUTES = [
     Route("/v1/messages/count_tokens", post_count_tokens, methods=["POST"]),
     Route("/v1/chat/completions", post_chat_completions, methods=["POST"]),
     Route("/v1/responses", post_responses, methods=["POST"]),
+    Route("/v1/responses/input_tokens", post_input_tokens, methods=["POST"]),
     Route("/v1/requests", get_requests, methods=["GET"]),
     Route("/v1/requests/{id}", get_request, methods=["GET"]),
     Route("/v1/models", get_models, methods=["GET"]),

@@ -6,13 +6,16 @@ change the meaning of an answer are refused by name.
 
 from __future__ import annotations
 
-import secrets
 import time
+
+import msgspec
+from msgspec import Struct
 
 from serve.api.messages import MessagesRequest, decode
 from serve.api.openai import chat_request, responses_request
 from serve.api.openai.chat_answer import ChatWriter
 from serve.api.openai.responses_answer import ResponseWriter
+from serve.api.pdf import reading_time
 
 
 def read_chat(body: bytes | bytearray) -> tuple[MessagesRequest, ChatWriter]:
@@ -22,10 +25,25 @@ def read_chat(body: bytes | bytearray) -> tuple[MessagesRequest, ChatWriter]:
     """
     chat = decode(chat_request.DECODER, body, chat_request.CHOICES)
     with_usage = chat.stream_options is not None and chat.stream_options.include_usage is True
-    return chat_request.to_messages(chat), ChatWriter(int(time.time()), with_usage)
+    writer = ChatWriter(int(time.time()), with_usage, chat.custom_names, chat.legacy)
+    with reading_time():
+        return chat_request.to_messages(chat), writer
 
 
 def read_responses(body: bytes | bytearray) -> tuple[MessagesRequest, ResponseWriter]:
     """The request in a body of `POST /v1/responses`, and the writer of its answer. Raises InvalidRequest likewise."""
     request = decode(responses_request.DECODER, body, responses_request.CHOICES)
-    return responses_request.to_messages(request), ResponseWriter(request, secrets.token_hex(12), int(time.time()))
+    with reading_time():
+        return responses_request.to_messages(request), ResponseWriter(request, int(time.time()))
+
+
+class InputTokens(Struct, frozen=True):
+    """The answer of `POST /v1/responses/input_tokens`."""
+
+    input_tokens: int
+    object: str = "response.input_tokens"
+
+
+def input_tokens_body(tokens: int) -> bytes:
+    """Body of the answer of `POST /v1/responses/input_tokens`, whose request `read_responses` reads."""
+    return msgspec.json.encode(InputTokens(tokens))

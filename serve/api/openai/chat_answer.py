@@ -15,6 +15,7 @@ from serve.api.answers import (
     ERROR_STATUS,
     ContentBlockDelta,
     ContentBlockStart,
+    ContentBlockStop,
     Error,
     Event,
     FunctionCall,
@@ -30,10 +31,10 @@ from serve.api.answers import (
     Usage,
 )
 from serve.api.messages import TextBlock, ThinkingBlock, ToolUseBlock
-from serve.api.openai.common import PING, prompt_tokens
+from serve.api.openai.common import PING, custom_input, prompt_tokens
 from serve.api.openai.errors import error_of
 
-FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call", "content_filter"]
 FINISH: dict[StopReason | None, FinishReason] = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
@@ -64,11 +65,19 @@ class PartialFunction(Struct, frozen=True, omit_defaults=True):
     name: str | None = None
 
 
+class PartialCustom(Struct, frozen=True, omit_defaults=True):
+    """The text for a custom tool, and in its first chunk the tool's name."""
+
+    input: str
+    name: str | None = None
+
+
 class PartialCall(Struct, frozen=True, omit_defaults=True):
     """More of call number `index`. Its first chunk has the id."""
 
     index: int
-    function: PartialFunction
+    function: PartialFunction | None = None
+    custom: PartialCustom | None = None
     id: str | None = None
     type: str | None = None
 
@@ -80,6 +89,7 @@ class Delta(Struct, frozen=True, omit_defaults=True):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: tuple[PartialCall, ...] | None = None
+    function_call: PartialFunction | None = None  # the older form of a call
 
 
 class ChunkChoice(Struct, frozen=True):
@@ -109,13 +119,29 @@ class CompleteCall(Struct, frozen=True):
     type: Literal["function"] = "function"
 
 
+class CustomInput(Struct, frozen=True):
+    """The name of a custom tool, and the text for it."""
+
+    name: str
+    input: str
+
+
+class CustomCall(Struct, frozen=True):
+    """A call of a custom tool in the answer."""
+
+    id: str
+    custom: CustomInput
+    type: Literal["custom"] = "custom"
+
+
 class ChatAnswer(Struct, frozen=True, kw_only=True):
     """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: tuple[CompleteCall, ...] | UnsetType = UNSET
+    tool_calls: tuple[CompleteCall | CustomCall, ...] | UnsetType = UNSET
+    function_call: FunctionCall | UnsetType = UNSET
     refusal: None = None
 
 
@@ -140,13 +166,22 @@ class Completion(Struct, frozen=True, kw_only=True):
 
 
 class ChatWriter:
-    """Writes one answer in the form of Chat Completions, as chunks or whole."""
+    """Writes one answer in the form of Chat Completions, as chunks or whole.
 
-    def __init__(self, created: int, with_usage: bool = False) -> None:
-        self.created = created  # seconds since 1970
-        self.with_usage = with_usage
+    `created` is in seconds since 1970; `custom` names the tools that take any text. A `legacy` client gets its one call
+    in the older form, as `function_call`.
+    """
+
+    def __init__(
+        self, created: int, with_usage: bool = False, custom: frozenset[str] = frozenset(), legacy: bool = False
+    ) -> None:
+        self.created, self.with_usage, self.custom, self.legacy = created, with_usage, custom, legacy
         self.id = self.model = ""
         self.calls = 0  # that have begun
+        self.custom_parts: list[str] | None = None  # the arguments so far, within a call of a custom tool
+
+    def begin(self, id: str, model: str) -> None:
+        """Do nothing: the first event has the id and the model."""
 
     def event(self, event: Event) -> bytes:
         """An event of the Messages API as server-sent events: none, one or several."""
@@ -161,7 +196,7 @@ class ChatWriter:
 
     def whole(self, message: Message) -> bytes:
         """The body of a chat completion."""
-        return msgspec.json.encode(completion(message, self.created))
+        return msgspec.json.encode(completion(message, self.created, self.custom, self.legacy))
 
     def chunks(self, event: Event) -> list[Chunk]:
         """The chunks for an event of the Messages API."""
@@ -171,19 +206,35 @@ class ChatWriter:
                 return [self.chunk(Delta(role="assistant", content=""))]
             case ContentBlockStart(_, ToolUseBlock(id, name)):
                 self.calls += 1
-                call = PartialCall(self.calls - 1, PartialFunction("", name), id, "function")
-                return [self.chunk(Delta(tool_calls=(call,)))]
+                self.custom_parts = [] if name in self.custom else None
+                return [self.chunk(self.call_delta(PartialFunction("", name), id))]
             case ContentBlockDelta(_, TextDelta(text)):
                 return [self.chunk(Delta(content=text))]
             case ContentBlockDelta(_, ThinkingDelta(text)):
                 return [self.chunk(Delta(reasoning_content=text))]
+            case ContentBlockDelta(_, InputJsonDelta(more)) if self.custom_parts is not None:
+                self.custom_parts.append(more)
             case ContentBlockDelta(_, InputJsonDelta(more)):
-                return [self.chunk(Delta(tool_calls=(PartialCall(self.calls - 1, PartialFunction(more)),)))]
+                return [self.chunk(self.call_delta(PartialFunction(more)))]
+            case ContentBlockStop() if self.custom_parts is not None:
+                whole = self.call_delta(PartialFunction(custom_input("".join(self.custom_parts))))
+                self.custom_parts = None
+                return [self.chunk(whole)]
             case MessageDelta(stop, usage):
-                last = self.chunk(Delta(), FINISH.get(stop.stop_reason, "stop"))
+                last = self.chunk(Delta(), finish_reason(stop.stop_reason, self.legacy))
                 counts = msgspec.structs.replace(last, choices=(), usage=chat_usage(usage))
                 return [last, counts] if self.with_usage else [last]
         return []
+
+    def call_delta(self, more: PartialFunction, id: str | None = None) -> Delta:
+        """More of the latest call, in the form of its tool; `id` belongs to its first piece."""
+        if self.legacy:
+            return Delta(function_call=more)
+        index = self.calls - 1
+        if self.custom_parts is None:
+            return Delta(tool_calls=(PartialCall(index, more, None, id, id and "function"),))
+        custom = PartialCustom(more.arguments, more.name)
+        return Delta(tool_calls=(PartialCall(index, None, custom, id, id and "custom"),))
 
     def chunk(self, delta: Delta, finish_reason: FinishReason | None = None) -> Chunk:
         """A chunk of this answer."""
@@ -196,27 +247,40 @@ class ChatWriter:
         )
 
 
-def completion(message: Message, created: int) -> Completion:
-    """A message as a chat completion. `created` is in seconds since 1970."""
+def completion(
+    message: Message, created: int, custom: frozenset[str] = frozenset(), legacy: bool = False
+) -> Completion:
+    """A message as a chat completion. `created`, `custom` and `legacy` as in ChatWriter."""
     text = "".join(block.text for block in message.content if isinstance(block, TextBlock))
     thinking = "".join(block.thinking for block in message.content if isinstance(block, ThinkingBlock))
-    calls = tuple(
-        CompleteCall(block.id, FunctionCall(block.name, msgspec.json.encode(block.input).decode()))
-        for block in message.content
-        if isinstance(block, ToolUseBlock)
-    )
+    calls = tuple(complete_call(block, custom) for block in message.content if isinstance(block, ToolUseBlock))
+    older = calls[0].function if legacy and calls and isinstance(calls[0], CompleteCall) else UNSET
     answer = ChatAnswer(
         content=text or (None if calls else ""),
         reasoning_content=thinking or UNSET,
-        tool_calls=calls or UNSET,
+        tool_calls=UNSET if legacy else calls or UNSET,
+        function_call=older,
     )
     return Completion(
         id=completion_id(message),
         created=created,
         model=message.model,
-        choices=(CompletionChoice(answer, FINISH.get(message.stop_reason, "stop")),),
+        choices=(CompletionChoice(answer, finish_reason(message.stop_reason, legacy)),),
         usage=chat_usage(message.usage),
     )
+
+
+def complete_call(block: ToolUseBlock, custom: frozenset[str]) -> CompleteCall | CustomCall:
+    """A call in the form of its tool."""
+    arguments = msgspec.json.encode(block.input).decode()
+    if block.name in custom:
+        return CustomCall(block.id, CustomInput(block.name, custom_input(arguments)))
+    return CompleteCall(block.id, FunctionCall(block.name, arguments))
+
+
+def finish_reason(reason: StopReason | None, legacy: bool) -> FinishReason:
+    """Why the answer ended."""
+    return "function_call" if legacy and reason == "tool_use" else FINISH.get(reason, "stop")
 
 
 def completion_id(message: Message) -> str:

@@ -5,6 +5,7 @@ Format: https://platform.openai.com/docs/api-reference/chat/create.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,14 +13,13 @@ from msgspec import Meta, Struct
 
 from serve.api.messages import (
     Block,
-    ImageBlock,
     InputMessage,
+    InvalidRequest,
     NonEmptyStr,
     PositiveInt,
     SeededRequest,
     StopSequence,
     StopSequences,
-    TextBlock,
     ThinkingBlock,
     Tool,
     ToolResultBlock,
@@ -30,74 +30,42 @@ from serve.api.openai.common import (
     NO_INPUT,
     UNLIMITED,
     JsonFormat,
-    RefusalPart,
     TextFormat,
     ToolMode,
-    parse_arguments,
+    call_input,
+    refuse_logprobs,
     split_system,
     to_output_config,
     to_thinking,
     to_tool_choice,
 )
+from serve.api.openai.content import (
+    answer_content,
+    plain_text,
+    result_content,
+    system_content,
+    unread_item,
+    user_content,
+)
+from serve.api.openai.tools import TEXT_INPUT
 
 
-class ImagePart(ImageBlock, frozen=True, tag="image_url"):
-    """An image, which is refused."""
+class ChatMessage(Struct, frozen=True):
+    """A message of any role. Only its role is checked: history that cannot be read becomes a short text.
 
-    media_type: str = ""
-    size: int = 0
+    `reasoning_content` and `reasoning` are not in OpenAI's API; clients that keep reasoning send it so. `function_call`
+    is the older form of a tool call.
+    """
 
-    def __post_init__(self) -> None:
-        """Raise ValueError."""
-        raise ValueError("expected text, got an image, which this model cannot read")
-
-
-class SystemMessage(Struct, frozen=True, tag_field="role", tag="system"):
-    """Instructions, at the start of the conversation or anywhere in it."""
-
-    content: str | tuple[TextBlock, ...]
-
-
-class DeveloperMessage(SystemMessage, frozen=True, tag_field="role", tag="developer"):
-    """The newer name of a system message."""
-
-
-class UserMessage(Struct, frozen=True, tag_field="role", tag="user"):
-    """A message of the user."""
-
-    content: str | tuple[TextBlock | ImagePart, ...]
-
-
-class CalledFunction(Struct, frozen=True):
-    """A function's name, and its arguments: a JSON object as text."""
-
-    name: NonEmptyStr
-    arguments: str
-
-
-class ToolCall(Struct, frozen=True, tag="function"):
-    """A tool call of the assistant."""
-
-    id: str
-    function: CalledFunction
-
-
-class AssistantMessage(Struct, frozen=True, tag_field="role", tag="assistant"):
-    """An earlier answer. `reasoning_content` is not in OpenAI's API; clients that keep reasoning send it so."""
-
-    content: str | tuple[TextBlock | RefusalPart, ...] | None = None
-    reasoning_content: str | None = None
-    tool_calls: tuple[ToolCall, ...] | None = None
-
-
-class ToolMessage(Struct, frozen=True, tag_field="role", tag="tool"):
-    """The result of a tool call."""
-
-    tool_call_id: str
-    content: str | tuple[TextBlock | ImagePart, ...]
-
-
-ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+    role: str
+    content: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+    tool_call_id: Any = None
+    name: Any = None
 
 
 class Function(Struct, frozen=True):
@@ -108,22 +76,48 @@ class Function(Struct, frozen=True):
     parameters: dict[str, Any] | None = None
 
 
-class FunctionTool(Struct, frozen=True, tag="function"):
-    """A tool. Types other than function are refused."""
+class ChatTool(Struct, frozen=True):
+    """A tool: a function, or a custom tool that takes any text. Other types are left out: only OpenAI runs them."""
 
-    function: Function
+    type: str | None = None
+    function: Function | None = None
+    custom: Function | None = None
+
+    @property
+    def kind(self) -> str:
+        """Its type."""
+        return self.type or "function"
 
 
-class FunctionName(Struct, frozen=True):
-    """The name of one of the functions."""
+class Named(Struct, frozen=True):
+    """The name of a tool."""
 
     name: str
 
 
-class NamedTool(Struct, frozen=True, tag="function"):
+class NamedFunction(Struct, frozen=True, tag="function"):
     """The one function that must be called."""
 
-    function: FunctionName
+    function: Named
+
+
+class NamedCustom(Struct, frozen=True, tag="custom"):
+    """The one custom tool that must be called."""
+
+    custom: Named
+
+
+class AllowedTools(Struct, frozen=True):
+    """The tools that may be called, or must."""
+
+    mode: Literal["auto", "required"]
+    tools: tuple[NamedFunction | NamedCustom, ...]
+
+
+class AllowedChoice(Struct, frozen=True, tag="allowed_tools"):
+    """The choice of some of the tools."""
+
+    allowed_tools: AllowedTools
 
 
 class JsonSchema(Struct, frozen=True):
@@ -144,18 +138,27 @@ class StreamOptions(Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class ChatRequest(Struct, frozen=True, kw_only=True):
-    """Body of `POST /v1/chat/completions`."""
+class PromptCacheOptions(Struct, frozen=True):
+    """Whether only to fill the cache."""
 
-    model: str
+    prewarm: bool | None = None
+
+
+class ChatRequest(Struct, frozen=True, kw_only=True):
+    """Body of `POST /v1/chat/completions`. `functions` and `function_call` are the older form of tools."""
+
+    model: str | None = None
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
-    tools: tuple[FunctionTool, ...] | None = None
-    tool_choice: ToolMode | NamedTool | None = None
+    tools: tuple[ChatTool, ...] | None = None
+    tool_choice: ToolMode | NamedFunction | NamedCustom | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
+    functions: tuple[Function, ...] | None = None
+    function_call: Literal["none", "auto"] | Named | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = None
     reasoning_effort: str | None = None
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
     stop: StopSequence | StopSequences | None = None
     seed: int | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -163,16 +166,31 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for log probabilities."""
+        refuse_logprobs(logprobs=self.logprobs, top_logprobs=self.top_logprobs)
+
+    @property
+    def custom_names(self) -> frozenset[str]:
+        """The names of the tools that take any text."""
+        return frozenset(tool.custom.name for tool in self.tools or () if tool.kind == "custom" and tool.custom)
+
+    @property
+    def legacy(self) -> bool:
+        """Whether the client expects its calls in the older form."""
+        return bool(self.functions) and not self.tools
 
 
 # The accepted values of fields that have a fixed set, for error texts only: the structs above decide.
 CHOICES = {
-    "messages.role": "system, developer, user, assistant, tool",
-    "messages.content.type": "text",
-    "messages.tool_calls.type": "function",
-    "tools.type": "function",
     "tool_choice": "none, auto, required",
-    "tool_choice.type": "function",
+    "tool_choice.type": "function, custom, allowed_tools (other tools are not available here)",
+    "tool_choice.allowed_tools.mode": "auto, required",
+    "tool_choice.allowed_tools.tools.type": "function, custom",
+    "function_call": "none, auto",
     "response_format.type": "text, json_object, json_schema",
     "n": "1",
 }
@@ -182,57 +200,130 @@ DECODER = msgspec.json.Decoder(ChatRequest)
 
 def to_messages(chat: ChatRequest) -> SeededRequest:
     """A chat request as one of the Messages API. Raises InvalidRequest for errors that the schema does not catch."""
-    head, rest = split_system([to_message(message, f"messages[{i}]") for i, message in enumerate(chat.messages)])
-    tools = tuple(to_tool(tool.function) for tool in chat.tools or ())
-    named = chat.tool_choice.function.name if isinstance(chat.tool_choice, NamedTool) else None
-    mode = chat.tool_choice if isinstance(chat.tool_choice, str) else None
+    head, rest = split_system([to_message(message) for message in chat.messages])
+    mode, named, parallel = chosen(chat)
+    tools = offered_tools(chat)
+    if isinstance(chat.tool_choice, AllowedChoice):
+        tools = allowed(chat.tool_choice.allowed_tools, tools)
+    prewarms = chat.prompt_cache_options is not None and chat.prompt_cache_options.prewarm is True
     return SeededRequest(
-        model=chat.model,
+        model=chat.model or "",
         system=head or None,
         messages=rest,
         tools=tools or None,
-        tool_choice=to_tool_choice(mode, named, chat.parallel_tool_calls, tools),
+        tool_choice=to_tool_choice(mode, named, parallel, tools),
         thinking=to_thinking(chat.reasoning_effort),
         output_config=to_output_config(chat.reasoning_effort, wanted_schema(chat.response_format)),
-        max_tokens=chat.max_completion_tokens or chat.max_tokens or UNLIMITED,
+        max_tokens=0 if prewarms else chat.max_completion_tokens or chat.max_tokens or UNLIMITED,
         stop_sequences=(chat.stop,) if isinstance(chat.stop, str) else chat.stop,
         temperature=chat.temperature,
         top_p=chat.top_p,
         stream=chat.stream is True,
         seed=chat.seed,
+        left_out_tools=left_out(chat),
     )
 
 
-def to_message(message: ChatMessage, where: str) -> InputMessage:
-    """One message of a chat; `where` is its path."""
-    match message:
-        case SystemMessage(content):
-            return InputMessage("system", content)
-        case UserMessage(content):
-            return InputMessage("user", content)
-        case ToolMessage(call, content):
-            return InputMessage("user", (ToolResultBlock(call, content),))
-        case AssistantMessage():
-            return InputMessage("assistant", tuple(answer_blocks(message, where)))
+def to_message(message: ChatMessage) -> InputMessage:
+    """One message of a chat."""
+    match message.role:
+        case "system" | "developer":
+            return InputMessage("system", system_content(message.content))
+        case "user":
+            return InputMessage("user", user_content(message.content))
+        case "assistant":
+            return InputMessage("assistant", tuple(answer_blocks(message)))
+        case "tool" | "function":
+            # The result of a function in the older form has its name instead of an id.
+            id = message.tool_call_id if message.role == "tool" else message.name
+            content = result_content(message.content)
+            return InputMessage("user", (ToolResultBlock(id if isinstance(id, str) else "", content),))
+    return InputMessage("user", (unread_item(message.role, {"name": message.name, "content": message.content}),))
 
 
-def answer_blocks(answer: AssistantMessage, where: str) -> list[Block]:
+def answer_blocks(answer: ChatMessage) -> list[Block]:
     """The blocks of an earlier answer, in the order in which models write them: reasoning, text, calls."""
+    content = answer_content(answer.content or answer.refusal)
+    reasoning = answer.reasoning_content or answer.reasoning
     blocks: list[Block] = []
-    if answer.reasoning_content:
-        blocks.append(ThinkingBlock(answer.reasoning_content))
-    content = (TextBlock(answer.content),) if isinstance(answer.content, str) else answer.content or ()
-    blocks += [TextBlock(part.text) for part in content if part.text]
-    for i, call in enumerate(answer.tool_calls or ()):
-        arguments = parse_arguments(call.function.arguments, f"{where}.tool_calls[{i}].function.arguments")
-        blocks.append(ToolUseBlock(call.id, call.function.name, arguments))
-    return blocks
+    if reasoning and not any(isinstance(block, ThinkingBlock) for block in content):
+        blocks.append(ThinkingBlock(plain_text(reasoning)))
+    calls = answer.tool_calls if isinstance(answer.tool_calls, list) else [answer.tool_calls]
+    older = [{"id": named_id(answer.function_call), "function": answer.function_call}]
+    called = calls if answer.function_call is None else calls + older
+    return blocks + content + [to_call(call) for call in called if call is not None]
 
 
-def to_tool(function: Function) -> Tool:
+def named_id(call: Any) -> Any:
+    """The name of a call in the older form, which stands for its id."""
+    return call.get("name") if isinstance(call, dict) else None
+
+
+def to_call(call: Any) -> Block:
+    """A call of a function or of a custom tool, or its words if it is malformed."""
+    match call:
+        case {"function": {"name": str(name)} as function} if name:
+            return ToolUseBlock(id_of(call), name, call_input(function.get("arguments")))
+        case {"custom": {"name": str(name)} as custom} if name:
+            text = custom.get("input")
+            return ToolUseBlock(id_of(call), name, {"input": "" if text is None else plain_text(text)})
+    return unread_item("tool_call", call)
+
+
+def id_of(call: Mapping[str, Any]) -> str:
+    """The id of a call; empty without one."""
+    id = call.get("id")
+    return id if isinstance(id, str) else ""
+
+
+def offered_tools(chat: ChatRequest) -> tuple[Tool, ...]:
+    """The tools that the client runs. Raises InvalidRequest for one without a definition."""
+    tools = [to_tool(function, function.parameters) for function in chat.functions or ()]
+    for i, tool in enumerate(chat.tools or ()):
+        match tool.kind, tool:
+            case "function", ChatTool(function=Function() as function):
+                tools.append(to_tool(function, function.parameters))
+            case "custom", ChatTool(custom=Function() as custom):
+                tools.append(to_tool(custom, TEXT_INPUT))
+            case "function" | "custom", _:
+                raise InvalidRequest(f"tools[{i}].{tool.kind}: field required")
+    return tuple(tools)
+
+
+def to_tool(function: Function, schema: dict[str, Any] | None) -> Tool:
     """A function as a tool."""
-    schema = NO_INPUT if function.parameters is None else function.parameters
-    return Tool(function.name, schema, function.description)
+    return Tool(function.name, NO_INPUT if schema is None else schema, function.description)
+
+
+def left_out(chat: ChatRequest) -> tuple[str, ...]:
+    """The types of the tools that only OpenAI can run."""
+    return tuple(tool.kind for tool in chat.tools or () if tool.kind not in ("function", "custom"))
+
+
+def chosen(chat: ChatRequest) -> tuple[ToolMode | None, str | None, bool | None]:
+    """The mode, the tool that must be called, and whether calls may be parallel."""
+    match chat.tool_choice:
+        case NamedFunction(Named(name)) | NamedCustom(Named(name)):
+            return None, name, chat.parallel_tool_calls
+        case AllowedChoice(AllowedTools(mode)):
+            return mode, None, chat.parallel_tool_calls
+        case str(mode):
+            return mode, None, chat.parallel_tool_calls
+    parallel = False if chat.legacy else chat.parallel_tool_calls  # the older form has room for one call
+    match chat.function_call:
+        case Named(name):
+            return None, name, parallel
+    return chat.function_call, None, parallel
+
+
+def allowed(choice: AllowedTools, tools: Sequence[Tool]) -> tuple[Tool, ...]:
+    """The tools that are allowed. Raises InvalidRequest for a name that is not among the tools."""
+    names = [entry.function.name if isinstance(entry, NamedFunction) else entry.custom.name for entry in choice.tools]
+    for i, name in enumerate(names):
+        if name not in {tool.name for tool in tools}:
+            field = f"tool_choice.allowed_tools.tools[{i}]"
+            raise InvalidRequest(f"{field}: expected the name of one of tools, got {name!r:.80}")
+    return tuple(tool for tool in tools if tool.name in names)
 
 
 def wanted_schema(format: TextFormat | JsonFormat | SchemaFormat | None) -> dict[str, Any] | None:

@@ -27,6 +27,8 @@ ANY_OBJECT = {"type": "object"}
 NO_INPUT = {"type": "object", "properties": {}}  # for a function without parameters
 PING = b": ping\n\n"  # a comment, which clients ignore
 
+NO_LOGPROBS = "expected none, as this server returns no log probabilities: leave it out"
+
 ToolMode = Literal["none", "auto", "required"]
 
 
@@ -36,17 +38,6 @@ class TextFormat(Struct, frozen=True, tag="text"):
 
 class JsonFormat(Struct, frozen=True, tag="json_object"):
     """The answer is any JSON object."""
-
-
-class RefusalPart(Struct, frozen=True, tag="refusal"):
-    """What the assistant said instead of an answer. It is read as text."""
-
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        """The refusal."""
-        return self.refusal
 
 
 def split_system(messages: Sequence[InputMessage]) -> tuple[tuple[TextBlock, ...], tuple[InputMessage, ...]]:
@@ -65,12 +56,42 @@ def text_blocks(message: InputMessage) -> list[TextBlock]:
     return [block for block in message.content if isinstance(block, TextBlock)]
 
 
-def parse_arguments(text: str, where: str) -> dict[str, Any]:
-    """The arguments of a call; an empty text has none. Raises InvalidRequest unless they are a JSON object."""
+def call_input(arguments: Any) -> dict[str, Any]:
+    """The input of a call in the history: the object in a JSON text, or an object that was never encoded.
+
+    Anything else is kept as it is in the field `arguments`, so that the model sees what it wrote: clients send
+    malformed calls back, with their own error message after them.
+    """
+    value = decoded(decoded(arguments))  # some clients encode the text twice
+    if isinstance(value, dict):
+        return value
+    absent = arguments is None or (isinstance(arguments, str) and not arguments.strip())
+    return {} if absent else {"arguments": arguments}
+
+
+def decoded(text: Any) -> Any:
+    """The JSON in a text; any other value as it is."""
     try:
-        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+        return msgspec.json.decode(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):
-        raise InvalidRequest(f"{where}: expected a JSON object as text, got {text!r:.80}") from None
+        return text
+
+
+def complete_arguments(arguments: str) -> dict[str, Any] | None:
+    """The arguments of a call that the model wrote; None if they were cut off."""
+    try:
+        return msgspec.json.decode(arguments, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def custom_input(arguments: str) -> str:
+    """The text for a custom tool: `input` of the arguments that the model wrote, or all of them without one.
+
+    Arguments that were cut off are returned as they are.
+    """
+    text = (complete_arguments(arguments) or {}).get("input")
+    return text if isinstance(text, str) else arguments
 
 
 def to_tool_choice(
@@ -85,6 +106,13 @@ def to_tool_choice(
         return None
     kinds: dict[ToolMode | None, Literal["auto", "any", "none"]] = {"required": "any", "none": "none"}
     return ToolChoice("tool" if named is not None else kinds.get(mode, "auto"), named, parallel is False)
+
+
+def refuse_logprobs(**fields: Any) -> None:
+    """Raise ValueError for a field that asks for log probabilities. False, 0 and null do not."""
+    for name, value in fields.items():
+        if value:
+            raise ValueError(f"{name}: {NO_LOGPROBS}")
 
 
 def to_thinking(effort: str | None) -> Thinking | None:

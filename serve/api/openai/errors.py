@@ -34,17 +34,21 @@ CHAT_FIELDS = {
     "output_config.format": "response_format",
     ".input_schema": ".function.parameters",
 }
-RESPONSES_FIELDS = {"output_config.format": "text.format", ".input_schema": ".parameters", "messages": "input"}
+RESPONSES_FIELDS = {"output_config.format": "text.format", ".input_schema": ".parameters"}
+MESSAGES = re.compile(r"^messages(?=[:\[.])")  # the field of both others that is `input` in the Responses API
 FIELD = re.compile(r"(?!body:)([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
 
 def error_of(status: int, message: str, path: str = "/v1/chat/completions") -> ErrorBody:
     """An error in OpenAI's form. Fields named in `message` get the names that the API at `path` has for them."""
-    for ours, theirs in (RESPONSES_FIELDS if path.startswith("/v1/responses") else CHAT_FIELDS).items():
+    responses = path.startswith("/v1/responses")
+    for ours, theirs in (RESPONSES_FIELDS if responses else CHAT_FIELDS).items():
         message = message.replace(ours, theirs)
+    if responses:
+        message = MESSAGES.sub("input", message)
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     if message.startswith("prompt is too long"):
-        param = "input" if path.startswith("/v1/responses") else "messages"
+        param = "input" if responses else "messages"
         return ErrorBody(ErrorObject(message, kind, param, "context_length_exceeded"))
     field = FIELD.match(message) if status == 400 else None
     return ErrorBody(ErrorObject(message, kind, field and field[1], CODES.get(status_of(status))))

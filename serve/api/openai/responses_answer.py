@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
 from serve.api.answers import (
@@ -21,6 +21,7 @@ from serve.api.answers import (
     InputJsonDelta,
     Message,
     MessageDelta,
+    MessageStart,
     Ping,
     SignatureDelta,
     StopReason,
@@ -28,65 +29,25 @@ from serve.api.answers import (
     ThinkingDelta,
     Usage,
 )
-from serve.api.messages import OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
+from serve.api.messages import OutputBlock, ToolUseBlock
+from serve.api.openai.cache_diagnostics import CacheDiagnostics, cache_diagnostics
 from serve.api.openai.common import PING, ToolMode, prompt_tokens
-from serve.api.openai.responses_request import (
-    CALLABLE,
-    NamedTool,
+from serve.api.openai.output_items import (
+    ClientCallItem,
+    CustomCallItem,
+    FunctionCallItem,
+    MessageItem,
+    OutputItem,
     OutputText,
-    Reasoning,
+    ReasoningItem,
     ReasoningText,
-    ResponsesRequest,
-    SummaryText,
-    ToolSpec,
-    callable_tools,
+    Status,
+    block_content,
+    completed_item,
+    empty_item,
 )
-
-Status = Literal["in_progress", "completed", "incomplete", "failed"]
-
-
-class MessageItem(Struct, frozen=True, tag="message"):
-    """Text of the answer."""
-
-    id: str
-    status: Status = "in_progress"
-    role: Literal["assistant"] = "assistant"
-    content: tuple[OutputText, ...] = ()
-
-
-class ReasoningItem(Struct, frozen=True, tag="reasoning"):
-    """Reasoning of the answer. `encrypted_content` is its signature here; clients send back both."""
-
-    id: str
-    status: Status = "in_progress"
-    summary: tuple[SummaryText, ...] = ()
-    content: tuple[ReasoningText, ...] = ()
-    encrypted_content: str | None = None
-
-
-class FunctionCallItem(Struct, frozen=True, tag="function_call"):
-    """A call of a function."""
-
-    id: str
-    call_id: str
-    name: str
-    namespace: str | None
-    status: Status = "in_progress"
-    arguments: str = ""
-
-
-class CustomCallItem(Struct, frozen=True, tag="custom_tool_call"):
-    """A call of a tool that takes any text."""
-
-    id: str
-    call_id: str
-    name: str
-    namespace: str | None
-    status: Status = "in_progress"
-    input: str = ""
-
-
-Item = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
+from serve.api.openai.responses_request import Reasoning, ResponsesRequest
+from serve.api.openai.tools import ToolChoice, ToolSpec
 
 
 class InputDetails(Struct, frozen=True):
@@ -144,11 +105,12 @@ class Response(Struct, frozen=True, kw_only=True):
     instructions: str | None
     max_output_tokens: int | None
     model: str
-    output: tuple[Item, ...] = ()
+    output: tuple[OutputItem, ...] = ()
     parallel_tool_calls: bool
+    prompt_cache_diagnostics: CacheDiagnostics | UnsetType = UNSET  # only if the request asks for it
     reasoning: Reasoning
     temperature: float | None
-    tool_choice: ToolMode | NamedTool
+    tool_choice: ToolMode | ToolChoice
     tools: tuple[ToolSpec, ...]
     top_p: float | None
     usage: ResponseUsage | None = None
@@ -157,30 +119,36 @@ class Response(Struct, frozen=True, kw_only=True):
 class ResponseWriter:
     """Writes the answer to one request in the form of the Responses API, as events or whole.
 
-    `id` is part of every id in the answer; `created` is in seconds since 1970.
+    `created` is in seconds since 1970.
     """
 
-    def __init__(self, request: ResponsesRequest, id: str, created: int) -> None:
-        self.id = id
-        self.tools = callable_tools(request.tools or ())
+    def __init__(self, request: ResponsesRequest, created: int) -> None:
+        self.id = ""  # part of every id in the answer
+        self.tools = request.callable_tools
+        self.prewarms = request.prewarms
         self.response = Response(
-            id=f"resp_{id}",
+            id="",
             created_at=created,
             instructions=request.instructions,
             max_output_tokens=request.max_output_tokens,
-            model=request.model,
+            model=request.model or "",
             parallel_tool_calls=request.parallel_tool_calls is not False,
             reasoning=request.reasoning or Reasoning(),
             temperature=request.temperature,
             tool_choice=request.tool_choice or "auto",
-            tools=tuple(tool for tool in request.tools or () if tool.type in CALLABLE),
+            tools=tuple(tool for tool in request.tools or () if tool.offered),
             top_p=request.top_p,
         )
         self.num_sent = 0  # events
-        self.output: list[Item] = []  # the complete items
-        self.item: Item = MessageItem("")  # the item in progress
+        self.output: list[OutputItem] = []  # the complete items
+        self.item: OutputItem = MessageItem("")  # the item in progress
         self.parts: list[str] = []  # its text so far
         self.signature = ""
+
+    def begin(self, id: str, model: str) -> None:
+        """Set the id of the message that is written, such as `msg_5b0c...`, and the name of the model."""
+        self.id = id.removeprefix("msg_")
+        self.response = replace(self.response, id=f"resp_{self.id}", model=model)
 
     def event(self, event: Event) -> bytes:
         """An event of the Messages API as server-sent events: none, one or several."""
@@ -195,6 +163,7 @@ class ResponseWriter:
 
     def whole(self, message: Message) -> bytes:
         """The body of a response."""
+        self.diagnosed(message)
         items = [
             completed_item(self.empty_item(block, i), *block_content(block)) for i, block in enumerate(message.content)
         ]
@@ -203,9 +172,12 @@ class ResponseWriter:
     def events(self, event: Event) -> list[dict[str, Any]]:
         """The events for an event of the Messages API."""
         match event:
+            case MessageStart(message):
+                self.diagnosed(message)
             case ContentBlockStart(_, block):
                 self.item, self.parts, self.signature = self.empty_item(block, len(self.output)), [], ""
-                return [self.output_event("added"), *self.part_events("added", "")]
+                # A call of a type of its own has no form for a part of it: it is sent when it is complete.
+                return [] if isinstance(self.item, ClientCallItem) else self.added_events(self.item)
             case ContentBlockDelta(_, SignatureDelta(signature)):
                 self.signature = signature
             case ContentBlockDelta(_, TextDelta(more) | ThinkingDelta(more) | InputJsonDelta(more)):
@@ -214,7 +186,10 @@ class ResponseWriter:
             case ContentBlockStop():
                 text = "".join(self.parts)
                 self.item = completed_item(self.item, text, self.signature)
-                events = [*self.done_events(text), *self.part_events("done", text), self.output_event("done")]
+                late = isinstance(self.item, ClientCallItem)
+                events = self.added_events(replace(self.item, status="in_progress")) if late else []
+                events += [*self.done_events(text), *self.part_events("done", text)]
+                events.append(self.output_event("done", self.item))
                 self.output.append(self.item)
                 return events
             case MessageDelta(stop, usage):
@@ -226,23 +201,19 @@ class ResponseWriter:
                 return [self.response_event(failed, "failed")]
         return []
 
-    def empty_item(self, block: OutputBlock, index: int) -> Item:
+    def empty_item(self, block: OutputBlock, index: int) -> OutputItem:
         """The item for a block, without content; `index` is its place in the output."""
-        match block:
-            case TextBlock():
-                return MessageItem(f"msg_{self.id}_{index}")
-            case ThinkingBlock():
-                return ReasoningItem(f"rs_{self.id}_{index}")
-            case ToolUseBlock(call, name):
-                tool = self.tools.get(name)
-                own, namespace = (tool.spec.name, tool.namespace) if tool else (name, None)
-                if tool and tool.custom:
-                    return CustomCallItem(f"ctc_{self.id}_{index}", call, own, namespace)
-                return FunctionCallItem(f"fc_{self.id}_{index}", call, own, namespace)
+        tool = self.tools.get(block.name) if isinstance(block, ToolUseBlock) else None
+        return empty_item(block, f"{self.id}_{index}", tool)
 
-    def final_response(self, reason: StopReason | None, usage: Usage, output: list[Item]) -> Response:
+    def diagnosed(self, message: Message) -> None:
+        """Take over the diagnostics that the request asked for."""
+        if message.diagnostics is not UNSET:
+            self.response = replace(self.response, prompt_cache_diagnostics=cache_diagnostics(message.diagnostics))
+
+    def final_response(self, reason: StopReason | None, usage: Usage, output: list[OutputItem]) -> Response:
         """The response when it is complete or cut short."""
-        cut = CUT_SHORT.get(reason)
+        cut = None if self.prewarms else CUT_SHORT.get(reason)
         return replace(
             self.response,
             status="incomplete" if cut else "completed",
@@ -250,6 +221,10 @@ class ResponseWriter:
             output=tuple(output),
             usage=response_usage(usage),
         )
+
+    def added_events(self, item: OutputItem) -> list[dict[str, Any]]:
+        """The events that begin an item."""
+        return [self.output_event("added", item), *self.part_events("added", "")]
 
     def delta_events(self, more: str) -> list[dict[str, Any]]:
         """Events for more text of the item. A custom tool's input is sent only when it is complete."""
@@ -274,6 +249,7 @@ class ResponseWriter:
             case CustomCallItem(input=text):
                 delta = self.item_event("custom_tool_call_input.delta", delta=text)
                 return [delta, self.item_event("custom_tool_call_input.done", input=text)]
+        return []
 
     def part_events(self, kind: str, text: str) -> list[dict[str, Any]]:
         """The event about an item's only part, if it has parts."""
@@ -288,9 +264,9 @@ class ResponseWriter:
         """An event about the content of the item."""
         return self.numbered_event(kind, item_id=self.item.id, output_index=len(self.output), **fields)
 
-    def output_event(self, kind: str) -> dict[str, Any]:
-        """An event about the item as a whole."""
-        return self.numbered_event(f"output_item.{kind}", output_index=len(self.output), item=self.item)
+    def output_event(self, kind: str, item: OutputItem) -> dict[str, Any]:
+        """An event about an item as a whole."""
+        return self.numbered_event(f"output_item.{kind}", output_index=len(self.output), item=item)
 
     def response_event(self, response: Response, kind: str) -> dict[str, Any]:
         """An event about the response."""
@@ -300,52 +276,6 @@ class ResponseWriter:
         """The next event, with its number."""
         self.num_sent += 1
         return {"type": f"response.{kind}", "sequence_number": self.num_sent - 1, **fields}
-
-
-def block_content(block: OutputBlock) -> tuple[str, str]:
-    """The text and the signature of a block, as its deltas would have sent them."""
-    match block:
-        case TextBlock(text):
-            return text, ""
-        case ThinkingBlock(text, signature):
-            return text, signature
-        case ToolUseBlock(input=arguments):
-            return msgspec.json.encode(arguments).decode(), ""
-
-
-def completed_item(item: Item, text: str, signature: str) -> Item:
-    """An item with its content."""
-    match item:
-        case MessageItem():
-            return replace(item, status="completed", content=(OutputText(text),))
-        case ReasoningItem():
-            return replace(
-                item, status="completed", content=(ReasoningText(text),), encrypted_content=signature or None
-            )
-        case FunctionCallItem():
-            return replace(item, status=call_status(text), arguments=text)
-        case CustomCallItem():
-            return replace(item, status=call_status(text), input=custom_input(text))
-
-
-def call_status(arguments: str) -> Status:
-    """The status of a call: incomplete if its arguments were cut off."""
-    try:
-        msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
-    except msgspec.DecodeError:
-        return "incomplete"
-    return "completed"
-
-
-def custom_input(arguments: str) -> str:
-    """The text for a custom tool: `input` of the arguments that the model wrote, or all of them without one.
-
-    Arguments that were cut off are returned as they are.
-    """
-    if call_status(arguments) == "incomplete":
-        return arguments
-    text = msgspec.json.decode(arguments).get("input")
-    return text if isinstance(text, str) else arguments
 
 
 def response_usage(usage: Usage) -> ResponseUsage:

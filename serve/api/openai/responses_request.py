@@ -6,140 +6,37 @@ Format: https://platform.openai.com/docs/api-reference/responses/create.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from serve.api.messages import (
-    ImageBlock,
-    InputMessage,
+    DiagnosticsRequest,
     InvalidRequest,
     MessagesRequest,
     PositiveInt,
-    RedactedThinkingBlock,
     TextBlock,
     Thinking,
-    ThinkingBlock,
-    Tool,
-    ToolResultBlock,
-    ToolUseBlock,
 )
 from serve.api.openai.common import (
     ANY_OBJECT,
-    NO_INPUT,
+    NO_LOGPROBS,
     UNLIMITED,
     JsonFormat,
-    RefusalPart,
     TextFormat,
     ToolMode,
-    parse_arguments,
+    refuse_logprobs,
     split_system,
     to_output_config,
     to_thinking,
     to_tool_choice,
 )
-
-
-class InputText(Struct, frozen=True, tag="input_text"):
-    """Text of a user, a developer or a tool."""
-
-    text: str
-
-
-class OutputText(Struct, frozen=True, tag="output_text"):
-    """Text of the assistant, in requests and in responses."""
-
-    text: str
-    annotations: tuple[Any, ...] = ()
-
-
-class ReasoningText(Struct, frozen=True, tag="reasoning_text"):
-    """The model's reasoning, in requests and in responses."""
-
-    text: str
-
-
-class SummaryText(Struct, frozen=True, tag="summary_text"):
-    """A summary of another server's reasoning."""
-
-    text: str
-
-
-class InputImage(ImageBlock, frozen=True, tag="input_image"):
-    """An image, which is refused."""
-
-    media_type: str = ""
-    size: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError."""
-        raise ValueError("expected text, got an image, which this model cannot read")
-
-
-CALLABLE = ("function", "custom", "namespace")  # the types of tools that are offered to the model
-TEXT_INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-
-Part = InputText | OutputText | ReasoningText | TextBlock | RefusalPart | InputImage
-
-# The fields that an item of each type must have.
-ITEMS: Mapping[str, tuple[str, ...]] = {
-    "message": ("role", "content"),
-    "reasoning": (),
-    "function_call": ("call_id", "name", "arguments"),
-    "function_call_output": ("call_id", "output"),
-    "custom_tool_call": ("call_id", "name", "input"),
-    "custom_tool_call_output": ("call_id", "output"),
-}
-
-
-class Item(Struct, frozen=True, kw_only=True):
-    """One item of the conversation. Without a type it is a message."""
-
-    type: str = "message"
-    role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | tuple[Part, ...] | None = None
-    summary: tuple[SummaryText, ...] | None = None
-    encrypted_content: str | None = None
-    call_id: str | None = None
-    name: str | None = None
-    namespace: str | None = None
-    arguments: str | None = None
-    input: str | None = None
-    output: str | tuple[Part, ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for other types and for missing fields."""
-        if self.type not in ITEMS:
-            raise ValueError(f"expected an item of type {', '.join(ITEMS)}, got {self.type!r:.80}")
-        for field in ITEMS[self.type]:
-            if getattr(self, field) is None:
-                raise ValueError(f"expected {field} in an item of type {self.type}, got none")
-
-
-class ToolSpec(Struct, frozen=True, omit_defaults=True):
-    """A tool: a `function`, a `custom` tool that takes any text, or a `namespace` of these. Others are ignored."""
-
-    type: str
-    name: str = ""
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    tools: tuple[ToolSpec, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a tool without a name."""
-        if self.type in CALLABLE and not self.name:
-            raise ValueError(f"expected a name in a tool of type {self.type}, got none")
-
-
-class NamedTool(Struct, frozen=True):
-    """The one tool that must be called."""
-
-    type: Literal["function", "custom"]
-    name: str
+from serve.api.openai.items import Item, to_message, tools_of, type_of
+from serve.api.openai.tools import CallableTool, ToolChoice, ToolSpec, callable_tools, chosen, left_out, to_tool
 
 
 class SchemaFormat(Struct, frozen=True, tag="json_schema"):
@@ -161,14 +58,28 @@ class Reasoning(Struct, frozen=True):
     summary: str | None = None
 
 
-class ResponsesRequest(Struct, frozen=True, kw_only=True):
-    """Body of `POST /v1/responses`."""
+class ConfigurationUpdate(Struct, frozen=True):
+    """An item that changes the options of the conversation from there on."""
 
-    model: str
+    reasoning: Reasoning | None = None
+    text: TextOptions | None = None
+
+
+class PromptCacheOptions(Struct, frozen=True):
+    """Whether only to fill the cache, and which earlier response to compare with."""
+
+    prewarm: bool | None = None
+    comparison_response_id: str | None = None
+
+
+class ResponsesRequest(Struct, frozen=True, kw_only=True):
+    """Body of `POST /v1/responses`, and of `POST /v1/responses/input_tokens`."""
+
+    model: str | None = None
     input: str | Annotated[tuple[Item, ...], Meta(min_length=1)]
     instructions: str | None = None
     tools: tuple[ToolSpec, ...] | None = None
-    tool_choice: ToolMode | NamedTool | None = None
+    tool_choice: ToolMode | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
@@ -176,26 +87,45 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     stream: bool | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    top_logprobs: Any = None
+    include: tuple[str, ...] | None = None
     previous_response_id: str | None = None
     conversation: Any = None
     prompt: Any = None
     background: bool | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for fields that need stored responses."""
+        """Raise ValueError for fields that need stored responses, and for log probabilities."""
         for field in ("previous_response_id", "conversation", "prompt", "background"):
             if getattr(self, field):
                 raise ValueError(f"{field}: expected none, as nothing is stored here: send the whole input")
+        refuse_logprobs(top_logprobs=self.top_logprobs)
+        if "message.output_text.logprobs" in (self.include or ()):
+            raise ValueError(f"include: {NO_LOGPROBS}")
+
+    @property
+    def callable_tools(self) -> dict[str, CallableTool]:
+        """The tools that the model can call, by name: the request's own, then those that its items bring.
+
+        Of several definitions the first one counts, so that a later item changes nothing before it.
+        """
+        tools = callable_tools(self.tools or ())
+        for item in () if isinstance(self.input, str) else self.input:
+            for name, tool in callable_tools(tools_of(item)).items():
+                tools.setdefault(name, replace(tool, found=type_of(item) == "tool_search_output"))
+        return tools
+
+    @property
+    def prewarms(self) -> bool:
+        """Whether the request only fills the cache."""
+        return self.prompt_cache_options is not None and self.prompt_cache_options.prewarm is True
 
 
 # The accepted values of fields that have a fixed set, for error texts only: the structs above decide.
 CHOICES = {
-    "input.role": "user, assistant, system, developer",
-    "input.content.type": "input_text, output_text, reasoning_text, text, refusal",
-    "input.output.type": "input_text, text",
-    "input.summary.type": "summary_text",
     "tool_choice": "none, auto, required",
-    "tool_choice.type": "function, custom",
+    "tool_choice.mode": "auto, required",
     "text.format.type": "text, json_object, json_schema",
 }
 
@@ -207,70 +137,53 @@ def to_messages(request: ResponsesRequest) -> MessagesRequest:
 
     Raises InvalidRequest for errors that the schema does not catch.
     """
-    items = (Item(role="user", content=request.input),) if isinstance(request.input, str) else request.input
-    said = [message for i, item in enumerate(items) if (message := to_message(item, f"input[{i}]"))]
+    items: tuple[Item, ...] = (
+        ({"role": "user", "content": request.input},) if isinstance(request.input, str) else request.input
+    )
+    said = [message for item in items if (message := to_message(item))]
     if not said:
         raise InvalidRequest("input: expected at least one message, got only reasoning that is not here")
     head, rest = split_system(said)
     instructions = (TextBlock(request.instructions),) if request.instructions else ()
-    tools = tuple(to_tool(name, tool) for name, tool in callable_tools(request.tools or ()).items())
-    reasoning = request.reasoning or Reasoning()
+    tools_by_name = request.callable_tools
+    mode, named, offered = chosen(request.tool_choice, tools_by_name)
+    tools = tuple(to_tool(name, tools_by_name[name]) for name in offered)
+    reasoning, text = configuration(request, items)
     return MessagesRequest(
-        model=request.model,
+        model=request.model or "",
         system=(*instructions, *head) or None,
         messages=rest,
         tools=tools or None,
-        tool_choice=to_tool_choice(
-            request.tool_choice if isinstance(request.tool_choice, str) else None,
-            request.tool_choice.name if isinstance(request.tool_choice, NamedTool) else None,
-            request.parallel_tool_calls,
-            tools,
-        ),
+        tool_choice=to_tool_choice(mode, named, request.parallel_tool_calls, tools),
         thinking=to_thinking(reasoning.effort) or (Thinking("adaptive") if reasoning.summary else None),
-        output_config=to_output_config(reasoning.effort, wanted_schema(request.text)),
-        max_tokens=request.max_output_tokens or UNLIMITED,
+        output_config=to_output_config(reasoning.effort, wanted_schema(text)),
+        max_tokens=0 if request.prewarms else request.max_output_tokens or UNLIMITED,
         temperature=request.temperature,
         top_p=request.top_p,
         stream=request.stream is True,
+        diagnostics=comparison(request.prompt_cache_options),
+        left_out_tools=left_out(request.tools or ()),
     )
 
 
-def to_message(item: Item, where: str) -> InputMessage | None:
-    """An item as a message, or None if it is empty. `where` is its path. Messages of one turn are joined later."""
-    match item:
-        case Item(type="message", role=role, content=content):
-            assert role is not None
-            role = "system" if role == "developer" else role
-            return InputMessage(role, content if isinstance(content, str) else text_blocks(content or ()))
-        case Item(type="reasoning"):
-            return reasoning_message(item)
-        case Item(type="function_call", call_id=str(id), name=str(name), arguments=str(arguments)):
-            called = parse_arguments(arguments, f"{where}.arguments")
-            return InputMessage("assistant", (ToolUseBlock(id, full_name(item.namespace, name), called),))
-        case Item(type="custom_tool_call", call_id=str(id), name=str(name), input=text):
-            return InputMessage("assistant", (ToolUseBlock(id, full_name(item.namespace, name), {"input": text}),))
-        case Item(call_id=str(id), output=output):
-            result = output if isinstance(output, str) else text_blocks(output or ())
-            return InputMessage("user", (ToolResultBlock(id, result),))
-    raise AssertionError(f"an item of type {item.type} has its fields")
+def configuration(request: ResponsesRequest, items: Sequence[Item]) -> tuple[Reasoning, TextOptions | None]:
+    """The reasoning and the text options after the latest of the items that change them; malformed ones change none."""
+    reasoning, text = request.reasoning or Reasoning(), request.text
+    for item in items:
+        if type_of(item) == "configuration_update":
+            with suppress(msgspec.ValidationError):
+                update = msgspec.convert(item, ConfigurationUpdate)
+                if update.reasoning and update.reasoning.effort:
+                    reasoning = Reasoning(update.reasoning.effort, reasoning.summary)
+                text = update.text or text
+    return reasoning, text
 
 
-def reasoning_message(item: Item) -> InputMessage | None:
-    """The message of a reasoning item: its text, another server's encrypted reasoning, or None without either."""
-    content = (
-        item.content if isinstance(item.content, str) else "".join(p.text for p in text_blocks(item.content or ()))
-    )
-    thinking = content or "\n\n".join(part.text for part in item.summary or ())
-    if thinking:
-        return InputMessage("assistant", (ThinkingBlock(thinking, item.encrypted_content or ""),))
-    if item.encrypted_content:
-        return InputMessage("assistant", (RedactedThinkingBlock(item.encrypted_content),))
-    return None
-
-
-def text_blocks(parts: Sequence[Part]) -> tuple[TextBlock, ...]:
-    """The text blocks of an item's parts."""
-    return tuple(TextBlock(part.text) for part in parts if not isinstance(part, InputImage))
+def comparison(options: PromptCacheOptions | None) -> DiagnosticsRequest | UnsetType:
+    """The request for diagnostics in the Messages API's form: its message has the id of the response that it became."""
+    if options is None or options.comparison_response_id is None:
+        return UNSET
+    return DiagnosticsRequest(f"msg_{options.comparison_response_id.removeprefix('resp_')}")
 
 
 def wanted_schema(text: TextOptions | None) -> dict[str, Any] | None:
@@ -281,41 +194,3 @@ def wanted_schema(text: TextOptions | None) -> dict[str, Any] | None:
         case SchemaFormat(schema):
             return schema
     return None
-
-
-@dataclass(frozen=True)
-class CallableTool:
-    """A tool that the model can call, and its namespace."""
-
-    spec: ToolSpec
-    namespace: str | None
-
-    @property
-    def custom(self) -> bool:
-        """Whether its input is any text instead of JSON."""
-        return self.spec.type == "custom"
-
-
-def callable_tools(tools: Sequence[ToolSpec], namespace: str | None = None) -> dict[str, CallableTool]:
-    """The tools that the model can call, by the names that it calls them by.
-
-    OpenAI's own tools, such as its web search, are left out: agents list them for every server.
-    """
-    tools_by_name: dict[str, CallableTool] = {}
-    for spec in tools:
-        if spec.type == "namespace":
-            tools_by_name |= callable_tools(spec.tools, spec.name)
-        elif spec.type in CALLABLE:
-            tools_by_name[full_name(namespace, spec.name)] = CallableTool(spec, namespace)
-    return tools_by_name
-
-
-def full_name(namespace: str | None, name: str) -> str:
-    """The name by which the model calls a tool."""
-    return f"{namespace}__{name}" if namespace else name
-
-
-def to_tool(name: str, tool: CallableTool) -> Tool:
-    """A tool of the Messages API. A custom tool gets its text as its only argument, `input`."""
-    schema = TEXT_INPUT if tool.custom else tool.spec.parameters
-    return Tool(name, NO_INPUT if schema is None else schema, tool.spec.description)

@@ -159,6 +159,7 @@ class TestRequests:
             temperature=1.0,
             top_p=0.9,
             stream=True,
+            left_out_tools=("web_search",),
         )
 
     @pytest.mark.parametrize(
@@ -185,33 +186,30 @@ REFUSED = [
     ({"input": []}, "input: expected array of length >= 1, got []"),
     ({"input": 3}, "input: expected str | array, got 3"),
     ({"input": [{"type": "reasoning", "summary": []}]}, "input: expected at least one message, got only reasoning"),
-    (
-        {"input": [{"type": "item_reference", "id": "msg_1"}]},
-        "input[0]: expected an item of type message, reasoning, function_call, function_call_output, custom_tool_call, "
-        "custom_tool_call_output, got 'item_reference'",
-    ),
-    ({"input": [{"role": "user"}]}, "input[0]: expected content in an item of type message, got none"),
-    ({"input": [{"role": "tool", "content": ""}]}, "input[0].role: expected user, assistant, system, developer, got "),
-    (
-        {"input": [{"type": "function_call", "name": "a", "arguments": "{}"}]},
-        "input[0]: expected call_id in an item of type function_call, got none",
-    ),
-    (
-        {"input": [{"type": "function_call", "call_id": "c", "name": "a", "arguments": "{"}]},
-        "input[0].arguments: expected a JSON object as text, got '{'",
-    ),
-    (
-        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-        "input[0].content[0]: expected text, got an image, which this model cannot read",
-    ),
-    ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0].type: expected input_te"),
+    ({"input": ["Hi"]}, 'input[0]: expected object, got "Hi"'),
     ({"previous_response_id": "resp_1"}, "previous_response_id: expected none, as nothing is stored here: send the wh"),
     ({"conversation": {"id": "conv_1"}}, "conversation: expected none"),
     ({"background": True}, "background: expected none"),
     ({"tools": [{"type": "function"}]}, "tools[0]: expected a name in a tool of type function, got none"),
     ({"tools": [{"name": "a"}]}, "tools[0].type: field required"),
     ({"tools": [SEARCH], "tool_choice": "required"}, "tool_choice: expected 'required' together with tools, got no to"),
-    ({"tool_choice": {"type": "web_search"}}, "tool_choice.type: expected function, custom, got "),
+    (
+        {"tools": [READ, SEARCH], "tool_choice": {"type": "web_search"}},
+        "tool_choice.type: expected function, custom, allowed_tools, local_shell, shell, apply_patch, tool_search, "
+        "got 'web_search': it is not available here, so choose 'auto'",
+    ),
+    ({"tools": [READ], "tool_choice": {"type": "shell"}}, "tool_choice: expected the name of one of tools, got"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.name: field required"),
+    (
+        {"tools": [READ], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [NOW]}},
+        "tool_choice.tools[0].name: expected the name of one of tools, got 'now'",
+    ),
+    (
+        {"tools": [READ, SEARCH], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [SEARCH]}},
+        "tool_choice: expected 'required' together with tools, got no tools",
+    ),
+    ({"top_logprobs": 3}, "top_logprobs: expected none, as this server returns no log probabilities: leave it out"),
+    ({"include": ["message.output_text.logprobs"]}, "include: expected none, as this server returns no log probab"),
     ({"tool_choice": {"type": "function", "name": "q"}}, "tool_choice: expected the name of one of tools, got 'q'"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type: expected text, json_object, json_schema, got "),
     ({"max_output_tokens": 0}, "max_output_tokens: expected int >= 1, got 0"),
@@ -232,7 +230,9 @@ def test_a_mutated_request_is_read_or_refused(body: object) -> None:
 
 def writer(**fields: Any) -> ResponseWriter:
     asked = encoded(MINIMAL | {"tools": [READ, SEARCH, NOW, PATCH, AGENTS]} | fields)
-    return ResponseWriter(msgspec.json.decode(asked, type=ResponsesRequest), "1", 1_700_000_000)
+    made = ResponseWriter(msgspec.json.decode(asked, type=ResponsesRequest), 1_700_000_000)
+    made.begin("msg_1", MINIMAL["model"])
+    return made
 
 
 def written(events: list[answers.Event], **fields: Any) -> bytes:
@@ -478,6 +478,66 @@ class TestServed:
         ]
         follow = sdk.responses.create(**asked | {"input": history})
         assert follow.usage.input_tokens_details.cached_tokens >= response.usage.input_tokens - 1
+
+    def test_a_call_of_a_tool_that_the_client_runs_is_extended_by_its_result(self, sdk: openai.OpenAI) -> None:
+        schema = {"type": "object", "properties": {"query": {"enum": ["mail", "files"]}}, "required": ["query"]}
+        search = {"type": "tool_search", "execution": "client", "parameters": schema | {"additionalProperties": False}}
+        asked = ASKED | {"tools": [search], "parallel_tool_calls": False, "max_output_tokens": 200}
+        response = sdk.responses.create(**asked, tool_choice={"type": "tool_search"})
+        (call,) = response.output
+        assert (response.status, call.type, call.execution) == ("completed", "tool_search_call", "client")
+        assert call.arguments["query"] in ("mail", "files")
+        output = {"type": "tool_search_output", "call_id": call.call_id, "execution": "client", "tools": [READ]}
+        history = [{"role": "user", "content": ASKED["input"]}, call.to_dict(), output]
+        follow = sdk.responses.create(**asked | {"input": history, "max_output_tokens": 2})
+        assert follow.usage.input_tokens_details.cached_tokens >= response.usage.input_tokens - 1
+
+    def test_what_cannot_be_read_is_extended_by_what_follows(self, sdk: openai.OpenAI) -> None:
+        image = {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo="}
+        history: list[Any] = [
+            {"role": "user", "content": [{"type": "input_text", "text": "What is in it?"}, image]},
+            {
+                "type": "web_search_call",
+                "id": "ws_1",
+                "status": "completed",
+                "action": {"type": "search", "query": "x"},
+            },
+            {"type": "dream", "of": "sheep"},
+        ]
+        first = sdk.responses.create(**ASKED | {"input": history, "max_output_tokens": 2})
+        longer = [*history, *first.output, {"type": "nap"}, {"role": "user", "content": "And now?"}]
+        second = sdk.responses.create(**ASKED | {"input": longer, "max_output_tokens": 2})
+        assert second.usage.input_tokens_details.cached_tokens >= first.usage.input_tokens
+
+    def test_the_count_of_a_prompt_is_that_of_its_response(self, sdk: openai.OpenAI) -> None:
+        asked: dict[str, Any] = {"input": ASKED["input"], "instructions": "Count", "tools": [READ, SEARCH]}
+        counted = sdk.responses.input_tokens.count(**asked)
+        response = sdk.responses.create(model="any", max_output_tokens=1, **asked)
+        assert (counted.object, counted.input_tokens) == ("response.input_tokens", response.usage.input_tokens)
+
+    def test_a_request_may_name_no_model(self, client: httpx.Client) -> None:
+        name = client.get("/v1/models").json()["data"][0]["id"]
+        asked = {"max_output_tokens": 1, "input": "Hi"}
+        assert client.post("/v1/responses", json=asked).json()["model"] == name
+        with client.stream("POST", "/v1/responses", json=asked | {"stream": True}) as response:
+            created, *_ = data_of(response.read())
+        assert json.loads(created)["response"]["model"] == name
+        chat = {"max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
+        assert client.post("/v1/chat/completions", json=chat).json()["model"] == name
+
+    def test_a_prewarmed_prompt_is_read_and_compared_with(self, sdk: openai.OpenAI) -> None:
+        asked = ASKED | {"input": "Warm this prompt of the third SDK", "max_output_tokens": 1}
+        warm = sdk.responses.create(**asked, prompt_cache_options={"prewarm": True})
+        assert (warm.status, warm.output, warm.usage.output_tokens) == ("completed", [], 0)
+        options = {"comparison_response_id": warm.id}
+        hit = sdk.responses.create(**asked, prompt_cache_options=options)
+        assert hit.usage.input_tokens_details.cached_tokens >= warm.usage.input_tokens - 1
+        assert hit.prompt_cache_diagnostics.type == "cache_hit"
+        missed = sdk.responses.create(**asked, instructions="Other", prompt_cache_options=options)
+        assert missed.prompt_cache_diagnostics.reason == "input_changed"
+        assert missed.prompt_cache_diagnostics.cache_missed_tokens > 0
+        unknown = sdk.responses.create(**asked, prompt_cache_options={"comparison_response_id": "resp_0"})
+        assert unknown.prompt_cache_diagnostics.type == "comparison_response_not_found"
 
     def test_json_obeys_its_schema(self, sdk: openai.OpenAI) -> None:
         schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
