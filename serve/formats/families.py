@@ -1,6 +1,7 @@
 """How open models write thinking and tool calls: the table of formats, and the choice among them.
 
-Each format is that of its models' chat templates and model cards:
+Each format is that of its models' chat templates and model cards. GLM, gpt-oss, Kimi, MiniMax and Nemotron have modules
+of their own; the others are here:
 
 - Hermes, also Qwen2.5 and Qwen3: https://github.com/NousResearch/Hermes-Function-Calling
 - Qwen3-Coder: https://huggingface.co/Qwen/Qwen3-Coder-30B-A3B-Instruct
@@ -15,8 +16,13 @@ import re
 from dataclasses import replace
 
 from serve.api.messages import ToolUseBlock
-from serve.formats.format import Format, json_call, to_json
+from serve.formats.format import Format, json_call, tagged_arguments, to_json
+from serve.formats.glm import GLM45, GLM47
+from serve.formats.harmony import HARMONY
 from serve.formats.json_calls import read_deepseek, read_mistral, spellings
+from serve.formats.kimi import KIMI_K2
+from serve.formats.minimax import MINIMAX_M2
+from serve.formats.nemotron import NEMOTRON
 from serve.formats.readers import (
     CALL_BEGIN,
     CALL_END,
@@ -26,6 +32,8 @@ from serve.formats.readers import (
 )
 from serve.formats.tagged import read_llama, read_tagged
 
+XML_PARAMETER = ("<parameter={}>\n", "\n</parameter>\n")
+
 
 def hermes_call(call: ToolUseBlock) -> str:
     """A call in the form of Hermes, Qwen2.5 and Qwen3: a JSON object between tags, each on its own line."""
@@ -34,9 +42,9 @@ def hermes_call(call: ToolUseBlock) -> str:
 
 def xml_call(call: ToolUseBlock) -> str:
     """A call in the form of Qwen3-Coder: tags, with strings as they are and other values as JSON."""
-    values = ((key, value if isinstance(value, str) else to_json(value)) for key, value in call.input.items())
-    parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values)
-    return f"<tool_call>\n<function={call.name}>\n{parameters}</function>\n</tool_call>"
+    return (
+        f"<tool_call>\n<function={call.name}>\n{tagged_arguments(call.input, XML_PARAMETER)}</function>\n</tool_call>"
+    )
 
 
 def llama_call(call: ToolUseBlock) -> str:
@@ -76,6 +84,7 @@ QWEN3_CODER = Format(
     call_openers=("<tool_call>", "<function="),
     extra_delimiters=("</tool_call>",),
     text_call_separator="\n\n",
+    parameter=XML_PARAMETER,
     hints=("<function=", "<parameter="),
 )
 HERMES = Format(
@@ -140,7 +149,23 @@ THINKING = Format("thinking", hints=("<think>",))
 NONE = Format("none", think=None)
 
 # In the order in which `choose_format` tries them: specific hints before general ones.
-FORMATS = (QWEN3_CODER, HERMES, MISTRAL_ARGS, MISTRAL, DEEPSEEK, DEEPSEEK_V31, LLAMA3, THINKING, NONE)
+FORMATS = (
+    QWEN3_CODER,
+    GLM47,
+    GLM45,
+    KIMI_K2,
+    MINIMAX_M2,
+    NEMOTRON,
+    HARMONY,
+    HERMES,
+    MISTRAL_ARGS,
+    MISTRAL,
+    DEEPSEEK,
+    DEEPSEEK_V31,
+    LLAMA3,
+    THINKING,
+    NONE,
+)
 BY_NAME = {format.name: format for format in FORMATS}
 
 

@@ -7,7 +7,7 @@ what `write_turn` writes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,17 +31,28 @@ class Format:
     between: str = "\n"  # between two of them
     after: str = ""  # after the last of them
     text_call_separator: str = "\n"  # between text and a call
+    parameter: tuple[str, str] | None = None  # around an argument that stands in tags, with {} for its name
+    call_id: str = "[A-Za-z0-9]{9}"  # a pattern of what the models write for the id of a call
+    ends_with_call: bool = False  # an answer has one call, as the models end their turn after it
+    # For models that write each part of an answer as a message with a header (gpt-oss). `read` reads headers as well.
+    headers: tuple[str, ...] = ()  # the delimiters that may begin or end a message, in text and in thinking
+    leading: tuple[str, ...] = ()  # those at the start of an answer, whose first header the prompt has begun
+    think_tokens: tuple[str, str] | None = None  # the delimiters in `think`, where it has more than them and whitespace
+    answer_header: str = ""  # written before an answer that is text only
+    write: Callable[[Sequence[Block]], str] | None = None  # writes all blocks of a turn
     hints: tuple[str, ...] = ()  # a chat template that contains all of these has this format
 
     @property
     def think_delimiters(self) -> tuple[str, str] | None:
         """The delimiters that open and close thinking, without the whitespace around them."""
+        if self.think_tokens:
+            return self.think_tokens
         return (self.think[0].strip(SPACE), self.think[1].strip(SPACE)) if self.think else None
 
     @property
     def delimiters(self) -> tuple[str, ...]:
         """All delimiters. Special tokens with these texts must be kept when an answer is decoded."""
-        return (*(self.think_delimiters or ()), *self.call_openers, *self.extra_delimiters)
+        return (*(self.think_delimiters or ()), *self.call_openers, *self.headers, *self.extra_delimiters)
 
 
 def to_json(value: Any) -> str:
@@ -52,6 +63,13 @@ def to_json(value: Any) -> str:
 def json_call(call: ToolUseBlock, arguments: str = "arguments") -> str:
     """A call as a JSON object with its name and arguments."""
     return f'{{"name": {to_json(call.name)}, "{arguments}": {to_json(call.input)}}}'
+
+
+def tagged_arguments(input: dict[str, Any], parameter: tuple[str, str]) -> str:
+    """Arguments in tags, strings as they are and other values as JSON."""
+    opening, closing = parameter
+    values = ((key, value if isinstance(value, str) else to_json(value)) for key, value in input.items())
+    return "".join(f"{opening.replace('{}', key)}{value}{closing}" for key, value in values)
 
 
 def format_for_json(format: Format) -> Format:
@@ -74,10 +92,12 @@ def write_turn(format: Format, blocks: Iterable[Block]) -> str:
     - Texts and thinking that contain delimiters, or whitespace next to one.
     - Neighbouring texts, which become one.
     - Ids, which most formats do not write.
-    - In `qwen3_coder`, values that have another type by their schema.
+    - In formats with arguments in tags, values that have another type by their schema.
     - In `llama3`, text that looks like a call.
     """
     kept = [b for b in blocks if is_written(format, b)]
+    if format.write:
+        return format.write(kept)
     parts: list[str] = []
     for before, block, after in zip([None, *kept], kept, [*kept[1:], None], strict=False):
         parts.append(separator(format, before, block))
@@ -98,7 +118,7 @@ def text_after_call(format: Format) -> str:
     assert format.read
     source = Source()
     source.add(write_turn(format, [ToolUseBlock("any", "any", {})]))
-    next(filter(None, format.read(source, {})))
+    next(filter(None, format.read(source, {"any": {}})))
     return source.text[source.at :]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from serve.formats.readers import WHITESPACE, Call, Calls, Malformed, Prose, Reader, Source, Tools, match_end
+from serve.formats.readers import WHITESPACE, Call, Calls, Channel, Malformed, Prose, Reader, Source, Tools, match_end
 
 # What the text so far is: nothing but complete calls, something that may still become that, or thinking.
 State = Literal["calls", "open", "thinking"]
@@ -41,7 +41,7 @@ class LateCalls:
                 for piece in self.reader:
                     if piece is None:
                         return "open"
-                    if isinstance(piece, Call) and piece.name not in self.tools:
+                    if isinstance(piece, Channel) or (isinstance(piece, Call) and piece.name not in self.tools):
                         return "thinking"
                     self.found.append(piece)
                     self.call_start = source.at

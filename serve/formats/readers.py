@@ -50,6 +50,13 @@ class Prose:
     text: str
 
 
+@dataclass(frozen=True)
+class Channel:
+    """A message has begun or ended: what follows is thinking, or else text."""
+
+    thinking: bool
+
+
 class Malformed(Exception):
     """The text is not a call, although it began like one."""
 
@@ -82,7 +89,7 @@ class Source:
 T = TypeVar("T")
 Tools = Mapping[str, dict[str, Any]]  # input schemas by name
 Reading = Generator[None, None, T]  # yields when it needs more text
-Calls = Generator[Call | Prose | None, None, None]  # also yields complete calls
+Calls = Generator[Call | Prose | Channel | None, None, None]  # also yields complete calls, and channels
 Reader = Callable[[Source, Tools], Calls]
 
 

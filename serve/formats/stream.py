@@ -21,6 +21,7 @@ from serve.formats.readers import (
     WHITESPACE,
     Call,
     Calls,
+    Channel,
     Cut,
     CutCall,
     Malformed,
@@ -140,12 +141,12 @@ class AnswerStream:
         think, unthink = format.think_delimiters or ("", "")
         bare = format.call_without_marker and bool(self.tools)
         self.openers = (*(format.call_openers if self.tools else ()), *(["{"] if bare else []))
-        leading = ("[",) if bare else ()
-        inside = format.delimiters_inside_text
+        anywhere = (*format.headers, think, *self.openers)
+        leading = (*format.leading, *(["["] if bare else []))
         self.text_delimiters = Delimiters(
-            *((think, *self.openers), leading) if inside else ((), (think, *self.openers, *leading))
+            *(anywhere, leading) if format.delimiters_inside_text else ((), (*anywhere, *leading))
         )
-        self.thinking_delimiters = Delimiters((unthink, *self.openers), (think,))
+        self.thinking_delimiters = Delimiters((unthink, *format.headers, *self.openers), (think,))
         self.closers = (*format.extra_delimiters, *CLOSING)
         self.after_calls = re.compile(f"(?:[{SPACE}]|{'|'.join(map(re.escape, self.closers))})*")
         self.switch = (think, unthink)
@@ -252,7 +253,7 @@ class AnswerStream:
         """Begin a call. The text held back before it is sent with the call, or as text with what is not a call."""
         assert self.format.read
         self.call_start, self.scan_start = delimiter.span(1)
-        if self.thinking:
+        if self.thinking and delimiter[1] not in self.format.headers:
             self.late = LateCalls(self.format.read, self.openers, self.tools)
             self.late.source.flat = self.flat
             return
@@ -264,16 +265,16 @@ class AnswerStream:
         """Read a group of calls. Returns whether it ended or was not a call, so that reading continues."""
         source = self.source
         try:
-            for call in reader:
-                if call is None:
+            for read in reader:
+                if read is None:
                     return False
                 text = source.text[self.sent : self.call_start]
-                if isinstance(call, Prose):
-                    self.send(text + call.text)
+                if isinstance(read, Prose):
+                    self.send(text + read.text)
                 else:
                     self.send(text[: len(text) - trailing_whitespace(text)])
-                    self.events.append(call)
-                    self.after_delimiter, self.begun = True, False
+                    self.switch_to(isinstance(read, Channel) and read.thinking)
+                    self.events += [] if isinstance(read, Channel) else [read]
                 self.sent = self.call_start = source.settled = source.at
             self.sent = source.at
         except Cut as cut:

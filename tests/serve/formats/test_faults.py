@@ -243,7 +243,7 @@ def test_thinking_that_ends_with_calls_ends_before_them(name):
     assert read_any_way(name, written(name, RUN), thinking=True) == [RUN]
 
 
-@pytest.mark.parametrize("name", CALLING)
+@pytest.mark.parametrize("name", [name for name in CALLING if BY_NAME[name].call_openers])
 def test_calls_that_thinking_only_mentions_stay_thinking(name):
     close = BY_NAME[name].think_delimiters[1]
     call, unknown = written(name, RUN), written(name, ("unknown", {"path": "/a"}))
@@ -266,7 +266,7 @@ def test_no_part_of_a_call_is_sent_as_thinking_before_it_is_clear_what_it_is():
     assert [type(event) for event in stream.finish()] == [ThinkingEnd, Call]
 
 
-@pytest.mark.parametrize("name", CALLING)
+@pytest.mark.parametrize("name", [name for name in CALLING if BY_NAME[name].call_openers])
 def test_a_call_that_was_cut_off_is_told_from_its_name_on_and_never_as_text(name):
     input = {"path": "/a", "any": 'say "hi" to C:\\d', "n": 12}
     text = written(name, ("run", input))
