@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 from serve.api.messages import InvalidRequest, MessagesRequest
-from serve.formats.families import xml_call
 from serve.formats.format import Format
 from serve.formats.schemas import Unenforceable
 from serve.limits.recent import Recent
@@ -51,7 +50,7 @@ def demanded_schemas(request: MessagesRequest, format: Format) -> list[DemandedS
     forced = choice is not None and choice.type in ("any", "tool")
     if not forced and not wanted:
         return []
-    form = Form.PARAMETERS if format.call is xml_call else Form.ARGUMENTS
+    form = Form.PARAMETERS if format.parameter else Form.ARGUMENTS
     demanded = [
         DemandedSchema(field, f"tool {tool.name}", tool.input_schema, form)
         for field, tool in demanded_tools(request, format, {})

@@ -19,9 +19,8 @@ import msgspec
 from llguidance import regex_to_lark
 
 from serve.api.messages import InvalidRequest, MessagesRequest, Tool, ToolUseBlock
-from serve.formats.families import xml_call
-from serve.formats.format import Format, to_json
-from serve.formats.readers import KEY, NAME
+from serve.formats.format import Format, tagged_arguments, to_json
+from serve.formats.readers import KEY, NAME, SPACE
 from serve.formats.schemas import (
     DEFINITIONS,
     Unenforceable,
@@ -45,8 +44,6 @@ ANSWER_FIELD = "output_config.format"
 GRAMMAR_CHARS = 2**20  # of all schemas together
 PROBE = "Zq7Zq7Zq7"  # stands for the varying parts of a call; as long as the ids that Mistral's models write
 ANY = "/(?s:.*)/"
-XML_END = "\n</parameter>\n"
-FREE = f'({ANY} & ~({ANY} "</parameter>" {ANY}))'
 # Text that is not read as JSON: values of tags are, where their schema allows more than strings.
 WORDS = "null|true|false|None|True|False|NaN|Infinity"
 NO_JSON = rf'(/([^\s\[{{"0-9\-](?s:.*))?/ & ~/({WORDS})\s*/)'
@@ -58,6 +55,10 @@ class Form(Enum):
     ANSWER = "answer"
     ARGUMENTS = "arguments"
     PARAMETERS = "parameters"
+
+
+# Whether parameters in tags can be enforced does not depend on the tags.
+TAGS = Format("tags", parameter=("<parameter={}>\n", "\n</parameter>\n"))
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def grammar_of(
         named = choice.name if choice and choice.type == "tool" else None
         found = f"{named!r:.80}, which is not loaded or was removed" if named else "none that is loaded"
         raise InvalidRequest(f"tool_choice: expected a tool that may be called at the end of messages, got {found}")
-    bodies = [answer(schemas.get(ANSWER_FIELD, wanted.schema))] if wanted and not forced else []
+    header = literal(format, format.answer_header, added)
+    bodies = [answer(schemas.get(ANSWER_FIELD, wanted.schema), header)] if wanted and not forced else []
     if tools:
         bodies.append(tool_calls(format, tools, not (choice and choice.disable_parallel_tool_use), added))
     return assemble(bodies, thinking(format, thinking_opened, wants_thinking(request), added))
@@ -145,16 +147,19 @@ def schema_grammars(schema: dict[str, Any], form: Form, whole: bool) -> list[str
         value = {key: inner for key, inner in schema.items() if key not in DEFINITIONS}
         definitions = {key: inner for key, inner in schema.items() if key in DEFINITIONS}
         tagged = schema if whole else definitions | {"properties": {"value": value}, "required": ["value"]}
-        expression, rules = tagged_arguments(bounded(tagged), "value", "schema")
+        expression, rules = parameters(TAGS, {}, bounded(tagged), "value", "schema")
         texts.append(f"start: {expression or quoted('')}\n{rules}")
     return texts
 
 
-def answer(schema: dict[str, Any]) -> Body:
-    """One JSON value that is valid for the schema. A keyword that llguidance cannot enforce is an error later."""
+def answer(schema: dict[str, Any], header: str) -> Body:
+    """A header, in Lark, and one JSON value that is valid for the schema.
+
+    A keyword that llguidance cannot enforce is an error later.
+    """
     field = f"{ANSWER_FIELD}.schema"
     text = schema_text(schema, STRICT, field)
-    return Body("answer", f"answer: %json {text}\n", ((field, text),))
+    return Body("answer", f"answer: {header} %json {text}\n", ((field, text),))
 
 
 def thinking(format: Format, opened: bool, thinks: bool, added: Mapping[str, int]) -> str:
@@ -171,7 +176,8 @@ def thinking(format: Format, opened: bool, thinks: bool, added: Mapping[str, int
     lead, _, tail = format.think[1].partition(close)
     text = f"({ANY} & ~({ANY} {quoted(close)} {ANY}))"
     if close in added:
-        rules = f"thoughts: THOUGHTS <[{added[close]}]> {quoted(tail)}\nTHOUGHTS: {text} & ({ANY} {quoted(lead)})\n"
+        end = f"<[{added[close]}]> {literal(format, tail, added)}"
+        rules = f"thoughts: THOUGHTS {end}\nTHOUGHTS: {text} & ({ANY} {quoted(lead)})\n"
     else:
         rules = f"thoughts[lazy]: THOUGHTS\nTHOUGHTS: {text} {quoted(format.think[1])}\n"
     return f"thinking: {'thoughts' if opened else f'({literal(format, format.think[0], added)} thoughts)?'}\n{rules}"
@@ -191,12 +197,12 @@ def tool_calls(format: Format, tools: Sequence[tuple[str, Tool]], parallel: bool
         schema = tool_schema(tool.input_schema, f"{field}.input_schema")
         text = schema_text(schema, LENIENT, f"{field}.input_schema")
         arguments, more = f"%json {text}", ""
-        if format.call is xml_call:
-            arguments, more = tagged_arguments(bounded(schema), f"value_{i}", f"{field}.input_schema")
+        if format.parameter:
+            arguments, more = parameters(format, added, bounded(schema), f"value_{i}", f"{field}.input_schema")
         rules.append(f"call_{i}: {literal(format, head, added)} {arguments} {literal(format, tail, added)}\n{more}")
         schemas.append((f"{field}.input_schema", text))
     before, between, after = (literal(format, t, added) for t in (format.before, format.between, format.after))
-    others = f"({between} call)*" if parallel else ""
+    others = f"({between} call)*" if parallel and not format.ends_with_call else ""
     call = " | ".join(f"call_{i}" for i in range(len(tools)))
     return Body("calls", f"calls: {before} call {others} {after}\ncall: {call}\n" + "".join(rules), tuple(schemas))
 
@@ -204,14 +210,16 @@ def tool_calls(format: Format, tools: Sequence[tuple[str, Tool]], parallel: bool
 def frame(format: Format, name: str) -> tuple[str, str]:
     """The texts that `format` writes before and after the arguments of a call."""
     assert format.call
-    arguments = f"<parameter={PROBE}>\n{PROBE}{XML_END}" if format.call is xml_call else to_json({PROBE: PROBE})
-    head, _, tail = format.call(ToolUseBlock(PROBE, name, {PROBE: PROBE})).partition(arguments)
+    given = {PROBE: PROBE}
+    arguments = tagged_arguments(given, format.parameter) if format.parameter else to_json(given)
+    head, _, tail = format.call(ToolUseBlock(PROBE, name, given)).partition(arguments)
     return head, tail
 
 
 def literal(format: Format, text: str, added: Mapping[str, int]) -> str:
     """A format's text in Lark: its delimiters as single tokens where the vocabulary has them, else spelled."""
-    tokens = {mark: f"<[{added[mark]}]>" for mark in format.delimiters if mark in added} | {PROBE: "/[A-Za-z0-9]{9}/"}
+    tokens = {mark: f"<[{added[mark]}]>" for mark in format.delimiters if mark in added}
+    tokens[PROBE] = f"/{format.call_id}/"
     cut = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
     return " ".join(tokens.get(piece) or quoted(piece) for piece in re.split(f"({cut})", text) if piece) or '""'
 
@@ -221,45 +229,56 @@ def quoted(text: str) -> str:
     return json.dumps(text)
 
 
-def tagged_arguments(schema: dict[str, Any], name: str, field: str) -> tuple[str, str]:
-    """Qwen3-Coder's parameters in tags, in the schema's order: a Lark expression and its rules, named after `name`."""
+def parameters(
+    format: Format, added: Mapping[str, int], schema: dict[str, Any], name: str, field: str
+) -> tuple[str, str]:
+    """Arguments in tags, in the schema's order: a Lark expression and its rules, named after `name`."""
+    assert format.parameter
+    opening = format.parameter[0]
     try:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         open = {key: None for key in required if key not in properties}
         if open and schema.get("additionalProperties") is False:
             raise Unenforceable(f"{field}.required: expected names of properties, got {next(iter(open))!r:.80}")
-        parameters, rules, chars = [], [], 0
+        written, rules, chars = [], [], 0
         for i, (key, value) in enumerate((properties | open).items()):
             if not key or not KEY.fullmatch(key) or value is False:
                 if key in required:
                     raise Unenforceable(f"{field}: expected {key!r:.80} to be possible, as it is required")
                 continue
-            expression, rule = tagged_value(value, schema, f"{name}_{i}")
-            parameter = f"{quoted(f'<parameter={key}>' + chr(10))} {expression}"
-            parameters.append(parameter if key in required else f"({parameter})?")
+            expression, rule = tagged_value(format, added, value, schema, f"{name}_{i}")
+            parameter = f"{literal(format, opening.replace('{}', key), added)} {expression}"
+            written.append(parameter if key in required else f"({parameter})?")
             rules.append(rule)
             # Each parameter brings all definitions that it refers to, so that few of them can make a long grammar.
             if (chars := chars + len(parameter) + len(rule)) > GRAMMAR_CHARS:
                 raise InvalidRequest(f"{field}: expected parameters of at most {GRAMMAR_CHARS} characters, got {chars}")
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise Unenforceable(f"{field}: expected a JSON schema, got one that cannot be read: {error}") from None
-    return " ".join(parameters), "".join(rules)
+    return " ".join(written), "".join(rules)
 
 
-def tagged_value(schema: Any, root: dict[str, Any], name: str) -> tuple[str, str]:
+def tagged_value(
+    format: Format, added: Mapping[str, int], schema: Any, root: dict[str, Any], name: str
+) -> tuple[str, str]:
     """A value and its closing tag as a Lark expression and its rules: text, or JSON of the types that are not."""
+    assert format.parameter
+    closing = format.parameter[1]
+    tag = closing.strip(SPACE)
     types = types_of(schema, root)
     options, rules = [], ""
     if others := sorted(types - {"string"}):
         defined = {key: root[key] for key in DEFINITIONS if key in root}
         text = json.dumps(defined | schema | {"type": others, "x-guidance": LENIENT})
-        options.append(f"%json {text} {quoted(XML_END)}")
+        options.append(f"%json {text} {literal(format, closing, added)}")
     if "string" in types or not types:
-        free = f"{FREE} & {NO_JSON}" if others else FREE
+        free = f"({ANY} & ~({ANY} {quoted(tag)} {ANY}))" + (f" & {NO_JSON}" if others else "")
         parts = list(alternatives(schema, root)) or [{}]
         texts = " | ".join(text for part in parts for text in texts_of(part, types)) or "/[^\\s\\S]/"
         options.append(name)
-        rules = f"{name}[lazy]: {name.upper()}\n{name.upper()}: (({texts}) & {free}) {quoted(XML_END)}\n"
+        rules = f"{name}[lazy]: {name.upper()}\n{name.upper()}: (({texts}) & {free}) {quoted(closing)}\n"
+        if tag in added:  # which no text holds
+            rules = f"{name}: {name.upper()} {literal(format, closing, added)}\n{name.upper()}: ({texts}) & {free}\n"
     return f"({' | '.join(options)})", rules
 
 

@@ -71,6 +71,51 @@ FAMILIES = (
     ),
 )
 
+GLM = (
+    ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    (
+        *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+        *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    ),
+)
+KIMI_TOOLS = ("tool_calls_section_begin", "tool_calls_section_end", "tool_call_begin", "tool_call_argument_begin")
+# The families that agents run besides these.
+AGENT_FAMILIES = (
+    Family("glm-4.6", "<|endoftext|>", "<|user|>", *GLM, thinks=True),
+    Family("glm-4.7", "<|endoftext|>", "<|user|>", *GLM, thinks=True),
+    Family(
+        "kimi-k2",
+        "[BOS]",
+        "<|im_end|>",
+        ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>"),
+        (*(f"<|{name}|>" for name in (*KIMI_TOOLS, "tool_call_end")), "<think>", "</think>"),
+        thinks=True,
+    ),
+    Family(
+        "minimax-m2",
+        "]~!b[",
+        "[e~[",
+        ("]~b]",),
+        ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>"),
+        thinks=True,
+    ),
+    Family(
+        "gpt-oss",
+        "<|startoftext|>",
+        "<|return|>",
+        tuple(f"<|{name}|>" for name in ("start", "channel", "constrain", "message", "end", "call")),
+        thinks=True,
+    ),
+    Family(
+        "nemotron-nano",
+        "<s>",
+        "<SPECIAL_12>",
+        ("<SPECIAL_10>", "<SPECIAL_11>"),
+        ("<think>", "</think>", "<TOOLCALL>", "</TOOLCALL>", "<TOOL_RESPONSE>", "</TOOL_RESPONSE>"),
+        thinks=True,
+    ),
+)
+
 
 @cache
 def tokenizer_of(family: Family) -> Tokenizer:

@@ -23,12 +23,12 @@ from serve.formats.stream import NO_STOPS, AnswerStream, Thinking, ThinkingEnd
 from serve.prompt.grammar import Grammar, grammar_of
 from serve.prompt.masks import Constrainer, Constraint, ConstraintError, constraint_of, make_constrainer
 from tests.helpers.http import ask
-from tests.helpers.model_families import FAMILIES, tokenizer_of
+from tests.helpers.model_families import AGENT_FAMILIES, FAMILIES, tokenizer_of
 
 Json = dict[str, Any]
 ROWS = 16
 SPARE = 50  # logits that no token of the tokenizer belongs to
-FAMILY = {family.name: family for family in FAMILIES}
+FAMILY = {family.name: family for family in (*FAMILIES, *AGENT_FAMILIES)}
 FORMATS = {
     "hermes": "qwen3",
     "qwen3_coder": "qwen3",
@@ -37,6 +37,12 @@ FORMATS = {
     "mistral_args": "mistral-v3",
     "deepseek": "deepseek-r1",
     "deepseek_v31": "deepseek-r1",
+    "glm45": "glm-4.6",
+    "glm47": "glm-4.7",
+    "kimi_k2": "kimi-k2",
+    "minimax_m2": "minimax-m2",
+    "nemotron": "nemotron-nano",
+    "harmony": "gpt-oss",
 }
 
 
@@ -257,6 +263,7 @@ def test_any_schema_is_obeyed(schema: Json, seed: int, temperature: float) -> No
         assert valid(json.loads(text_of("hermes", ids)), schema)
 
 
+THINKING = {"type": "enabled", "budget_tokens": 1024}
 TEXT = {"type": "string", "maxLength": 12}
 TOOLS = {
     "Read": closed({"path": TEXT, "limit": {"type": "integer", "minimum": 1}, "flag": {"type": "boolean"}}, "path"),
@@ -320,22 +327,44 @@ def test_a_chosen_tool_is_called_once_where_no_parallel_calls_are_wanted(format:
         assert not others
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [name for name in FORMATS if not BY_NAME[name].ends_with_call])
 def test_several_calls_are_written_as_the_history_has_them(format: str) -> None:
     hf, form, constrainer, end = setting(format)
-    blocks = [
-        ToolUseBlock("toolu_0123456789", "Read", {"path": "a b\n"}),
-        ToolUseBlock("toolu_9876543210", "ReadAll", {}),
-    ]
+    ids = ["functions.Read:0", "functions.ReadAll:1"] if format == "kimi_k2" else ["toolu_0123456789"] * 2
+    blocks = [ToolUseBlock(ids[0], "Read", {"path": "a b\n"}), ToolUseBlock(ids[1], "ReadAll", {})]
     text = write_turn(form, blocks)
-    ids = [*hf(text, add_special_tokens=False)["input_ids"], end]
+    tokens = [*hf(text, add_special_tokens=False)["input_ids"], end]
     many = demands(format, tools=OFFERED, tool_choice={"type": "any"})
     one = demands(format, tools=OFFERED, tool_choice={"type": "any", "disable_parallel_tool_use": True})
     assert many
     assert one
-    feed(constrainer.start(many), ids)
+    feed(constrainer.start(many), tokens)
     with pytest.raises(ConstraintError):
-        feed(constrainer.start(one), ids)
+        feed(constrainer.start(one), tokens)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_messages_in_channels_are_one_call_or_the_final_json(thinks: bool) -> None:
+    hf, _, constrainer, end = setting("harmony")
+    fields = {"thinking": THINKING} if thinks else {}
+    grammar = demands("harmony", tools=OFFERED, **wanted({"type": "null"}), **fields)
+    assert grammar
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant" * thinks
+    call = "<|channel|>commentary to=functions.ReadAll <|constrain|>json<|message|>{}"
+    for text in ("<|channel|>final<|message|>null", call):
+        feed(constrainer.start(grammar), [*hf(thought + text, add_special_tokens=False)["input_ids"], end])
+    for text in ("null", call + "<|call|><|start|>assistant" + call):
+        with pytest.raises(ConstraintError):
+            feed(constrainer.start(grammar), [*hf(thought + text, add_special_tokens=False)["input_ids"], end])
+
+
+@pytest.mark.parametrize("format", ["glm45", "glm47", "minimax_m2"])
+def test_a_value_in_tags_may_be_empty(format: str) -> None:
+    hf, form, constrainer, end = setting(format)
+    grammar = demands(format, tools=[tool("f", closed({"s": {"type": "string"}}, "s"))], tool_choice={"type": "any"})
+    assert grammar
+    text = write_turn(form, [ToolUseBlock("toolu_0", "f", {"s": ""})])
+    feed(constrainer.start(grammar), [*hf(text, add_special_tokens=False)["input_ids"], end])
 
 
 def feed(constraint: Constraint, ids: Sequence[int]) -> None:
@@ -347,11 +376,10 @@ def feed(constraint: Constraint, ids: Sequence[int]) -> None:
     assert constraint.finished
 
 
-THINKING = {"type": "enabled", "budget_tokens": 1024}
-
-
 @pytest.mark.parametrize("opened", [True, False])
-@pytest.mark.parametrize("format", ["hermes", "qwen3_coder", "deepseek", "deepseek_v31"])
+@pytest.mark.parametrize(
+    "format", ["hermes", "qwen3_coder", "deepseek", "deepseek_v31", "glm45", "kimi_k2", "minimax_m2"]
+)
 def test_thinking_comes_before_calls(format: str, opened: bool) -> None:
     grammar = demands(format, opened, tools=OFFERED, tool_choice={"type": "any"}, thinking=THINKING)
     assert grammar
