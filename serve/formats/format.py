@@ -33,6 +33,9 @@ class Format:
     text_call_separator: str = "\n"  # between text and a call
     parameter: tuple[str, str] | None = None  # around an argument that stands in tags, with {} for its name
     call_id: str = "[A-Za-z0-9]{9}"  # a pattern of what the models write for the id of a call
+    history_id: Callable[[str, str, int], str] | None = None  # (name, id, calls before it) -> its id in the history
+    named_results: bool = False  # chat templates name a result after the call before it
+    call_end: str = ""  # the token that ends a turn of calls, where another one ends a turn of text
     ends_with_call: bool = False  # an answer has one call, as the models end their turn after it
     # For models that write each part of an answer as a message with a header (gpt-oss). `read` reads headers as well.
     headers: tuple[str, ...] = ()  # the delimiters that may begin or end a message, in text and in thinking

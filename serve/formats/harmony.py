@@ -118,6 +118,8 @@ HARMONY = Format(
     read=read_harmony,
     extra_delimiters=(CONSTRAIN,),
     ends_with_call=True,
+    named_results=True,
+    call_end=CALL,
     headers=(START, CHANNEL, MESSAGE, END, CALL, RETURN),
     leading=("to=",),
     think_tokens=(ANALYSIS, END),

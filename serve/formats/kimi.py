@@ -47,9 +47,9 @@ def kimi_id(name: str, id: str, number: int) -> str:
 
 
 def kimi_call(call: ToolUseBlock) -> str:
-    """A call in the form of Kimi-K2; its id is in the model's form, see `kimi_id`, or stands for the number."""
-    id = call.id if call.id.startswith(f"functions.{call.name}:") else f"functions.{call.name}:{call.id}"
-    return f"{CALL_BEGIN}{id}{ARGUMENTS}{to_json(call.input)}{CALL_END}"
+    """A call in the form of Kimi-K2. The number is the end of an id in the model's form; another id stands for it."""
+    number = re.sub(r"[^\w-]", "", call.id.rpartition(":")[2])
+    return f"{CALL_BEGIN}functions.{call.name}:{number}{ARGUMENTS}{to_json(call.input)}{CALL_END}"
 
 
 def read_kimi(source: Source, tools: Tools) -> Calls:
@@ -95,5 +95,6 @@ KIMI_K2 = Format(
     after=SECTION_END,
     text_call_separator="",
     call_id="[0-9]{1,4}",
+    history_id=kimi_id,
     hints=(CALL_BEGIN, ARGUMENTS),
 )

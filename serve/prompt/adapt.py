@@ -6,7 +6,7 @@ extends a shorter one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from serve.formats.families import mistral_id
@@ -20,6 +20,8 @@ def adapt_conversation(turns: Sequence[ChatMessage], template: Template) -> list
     for is_answer, group in groupby(turns, lambda turn: turn["role"] == "assistant"):
         run = list(group)
         adapted += run if is_answer else adapt_run(run, template, first=not adapted)
+    if template.format.history_id:
+        return number_calls(adapted, template.format.history_id)
     return [shorten_ids(turn) for turn in adapted] if template.short_ids else adapted
 
 
@@ -82,3 +84,26 @@ def shorten_ids(turn: ChatMessage) -> ChatMessage:
     if "tool_calls" in turn:
         return turn | {"tool_calls": [call | {"id": mistral_id(call["id"])} for call in turn["tool_calls"]]}
     return turn
+
+
+def number_calls(turns: Sequence[ChatMessage], history_id: Callable[[str, str, int], str]) -> list[ChatMessage]:
+    """The turns with the ids of calls as the model writes them, and each result named after its call.
+
+    `history_id` makes them of the call's name, its id and the number of calls before it.
+    """
+    result: list[ChatMessage] = []
+    named: dict[str, dict[str, str]] = {}  # by id: what a result says of its call
+    count = 0
+    for turn in turns:
+        if "tool_calls" in turn:
+            calls = []
+            for call in turn["tool_calls"]:
+                name = call["function"]["name"]
+                own = history_id(name, call["id"], count)
+                named[call["id"]] = {"tool_call_id": own, "name": name}
+                calls.append(call | {"id": own})
+                count += 1
+            result.append(turn | {"tool_calls": calls})
+        else:
+            result.append(turn | (named.get(turn["tool_call_id"], {}) if turn["role"] == "tool" else {}))
+    return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from serve.api.messages import Block, CountTokensRequest, TextBlock, ThinkingBlo
 from serve.formats.format import Format
 from serve.prompt.adapt import adapt_conversation
 from serve.prompt.conversation import ChatMessage, answers, conversation, is_prefilled, tool_definitions, wants_thinking
-from serve.prompt.template import Opening, Template, answer_turn
+from serve.prompt.template import CALL_NAME, Opening, Template, answer_turn
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,19 @@ def plan_chat(request: CountTokensRequest, template: Template, tools_first: bool
         if turn["role"] != "assistant":
             turns.append(break_turn(turn, template.control_tokens, placeholder))
         else:
+            blocks = with_ids(given[len(planned)], turn) if template.format.history_id else given[len(planned)]
+            name = call_name(blocks) if template.format.named_results else CALL_NAME
+            name = break_controls(name, template.control_tokens, placeholder)
+            opening = template.opening(role_before, thinking)
             answer = PlannedAnswer(
                 turn=len(turns),
-                blocks=given[len(planned)],
-                opening=template.opening(role_before, thinking),
+                blocks=blocks,
+                opening=opening.with_name(name),
                 thinking_opening=template.opening(role_before, True),
                 as_tool_call=template.answer_as_tool_call and following is not None and following["role"] == "tool",
                 prefilled=prefilled and len(planned) == len(given) - 1,
             )
-            turns.append(answer_turn(f"{answer_placeholder}{len(planned)}x", answer.as_tool_call))
+            turns.append(answer_turn(f"{answer_placeholder}{len(planned)}x", answer.as_tool_call, name=name))
             planned.append(answer)
         role_before = turn["role"]
     return Chat(
@@ -101,6 +106,19 @@ def plan_chat(request: CountTokensRequest, template: Template, tools_first: bool
         thinking=thinking,
         prefilled=prefilled,
         tools_first=tools_first,
+    )
+
+
+def call_name(blocks: Sequence[Block]) -> str:
+    """The name of the first call in an answer, as the template is to write it."""
+    return next((block.name for block in blocks if isinstance(block, ToolUseBlock)), CALL_NAME)
+
+
+def with_ids(blocks: Sequence[Block], turn: ChatMessage) -> tuple[Block, ...]:
+    """An answer's blocks with the ids that its calls have in the adapted turn."""
+    ids = iter([call["id"] for call in turn.get("tool_calls", ())])
+    return tuple(
+        msgspec.structs.replace(block, id=next(ids)) if isinstance(block, ToolUseBlock) else block for block in blocks
     )
 
 

@@ -95,14 +95,14 @@ def probe_head(hf: Any, tools: list[dict[str, Any]] | None, system: bool, shared
     return replace(
         shared,
         answer_as_tool_call=as_tool_call,
-        after_call=after_call(probe) if as_tool_call else "",
+        after_call=after_call(probe, shared.format) if as_tool_call else "",
         short_ids=bool(ways) and not probe.takes(*tool_loop(as_tool_call, "toolu_0123456789"), ANSWER, LAST),
         systems="anywhere" if anywhere else "first" if leads else "never",
         users_in_a_row=probe.takes(USER, LATER, ANSWER, LAST),
         users_after_results=not ways or probe.takes(*loop, LATER, ANSWER, LAST),
         moves_tools_to_last_turn=moves,
         openings={
-            (role, thinking): opening(rest, turns, thinking, as_tool_call)
+            (role, thinking): opening(rest, turns, thinking, as_tool_call, shared.format)
             for role, turns in (("user", [USER]), ("system", [USER, REMINDER]), ("tool", loop))
             for thinking in (False, True)
         },
@@ -148,7 +148,9 @@ def tools_can_lead(hf: Any) -> bool:
     return [word for word in WORD.findall(text) if word != "word1"] == ["word9", "word0"]
 
 
-def opening(probe: Probe, before: Sequence[ChatMessage], thinking: bool, as_tool_call: bool) -> Opening:
+def opening(
+    probe: Probe, before: Sequence[ChatMessage], thinking: bool, as_tool_call: bool, format: Format
+) -> Opening:
     """How answers begin after the turns `before`."""
     word = WORD.findall(str(before[-1]))[-1]
 
@@ -171,7 +173,8 @@ def opening(probe: Probe, before: Sequence[ChatMessage], thinking: bool, as_tool
         else [before_answer(ANSWER, result), before_answer(ANSWER, result, SECOND, LAST)]
     )
     written = [form for form in (prefilled, history, history_call, *loops) if form is not None]
-    same = common_start(*written, *([] if generation is None else [generation]))
+    forms = [*written, *([] if generation is None else [generation])]
+    same = without_part(common_start(*forms), forms, format.think_delimiters or ())
     closed = after_word(probe.attempt(before, thinking=thinking))
 
     def rest(form: str | None) -> str:
@@ -193,6 +196,17 @@ def common_start(*texts: str) -> str:
     return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
 
 
+def without_part(start: str, texts: Sequence[str], delimiters: Sequence[str]) -> str:
+    """The start of some texts, without the part of a delimiter at its end that one of them goes on with."""
+    parts = [
+        size
+        for delimiter in delimiters
+        for size in range(1, len(delimiter))
+        if start.endswith(delimiter[:size]) and any(t.startswith(delimiter, len(start) - size) for t in texts)
+    ]
+    return start[: len(start) - max(parts, default=0)]
+
+
 def control_tokens(hf: Any, format: Format) -> re.Pattern[str] | None:
     """A pattern of the special tokens, and of those other added tokens that a template or the format writes.
 
@@ -203,9 +217,10 @@ def control_tokens(hf: Any, format: Format) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
-def after_call(probe: Probe) -> str:
+def after_call(probe: Probe, format: Format) -> str:
     """What the template writes between the argument of a call and the end of the turn, which is an added token."""
     plain = probe.attempt([USER, ANSWER, LAST]).partition("word6")[2]
     end = next((token for token in map(str, probe.hf.added_tokens_decoder.values()) if plain.startswith(token)), "")
+    end = format.call_end or end
     called = probe.attempt([*tool_loop(True), ANSWER, LAST]).partition("word2")[2]
     return called.partition(end)[0] if end else ""

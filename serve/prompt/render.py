@@ -224,8 +224,12 @@ def answer_segments(
     if sampled is not None:
         return [header + sampled.opening, sampled.tokens]
     said = write_turn(format, [break_block(block, template.control_tokens, placeholder) for block in answer.blocks])
+    if format.headers and said and not answer.prefilled:
+        return [header, said]  # with a header of its own
     if answer.prefilled:
-        return [header + opening.prefilled, said]
+        if not said.startswith(format.answer_header):
+            raise Refused(f"expected an answer that begins with text, got {said[:40]!r}")
+        return [header + opening.prefilled, said.removeprefix(format.answer_header)]
     if answer.as_tool_call and not written.startswith(opening.history):
         # Mistral's template begins the placeholder's call with `[TOOL_CALLS] [{"name": "call", `, which `header` no
         # longer has. It writes a space before a text answer and none before a call: so none is added here.

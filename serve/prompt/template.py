@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
@@ -12,6 +12,7 @@ from jinja2.exceptions import TemplateError
 from serve.formats.format import Format
 from serve.prompt.conversation import ChatMessage
 
+CALL_NAME = "call"  # of the call that stands for an answer
 CALL_ID = "call00000"  # nine letters and digits: Mistral's templates take no other id
 
 
@@ -34,6 +35,12 @@ class Opening:
     history: str = ""  # before an answer in the history
     history_call: str = ""  # the same where the answer is written as a tool call, up to its first argument
     written: tuple[str, ...] = ("",)  # all that the template writes before answers that it is given, longest first
+
+    def with_name(self, name: str) -> Opening:
+        """The same where the call that stands for an answer has this name."""
+        named = self.history_call.replace(CALL_NAME, name)
+        written = tuple(named if text == self.history_call else text for text in self.written)
+        return replace(self, history_call=named, written=written)
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,9 @@ def apply(
     return str(text)
 
 
-def answer_turn(text: str, as_tool_call: bool, call_id: str = CALL_ID) -> ChatMessage:
-    """An answer that is only `text`: as its content, or as the argument of a tool call."""
+def answer_turn(text: str, as_tool_call: bool, call_id: str = CALL_ID, name: str = CALL_NAME) -> ChatMessage:
+    """An answer that is only `text`: as its content, or as the argument of a tool call with that name."""
     if not as_tool_call:
         return {"role": "assistant", "content": text}
-    call = {"id": call_id, "type": "function", "function": {"name": "call", "arguments": {"turn": text}}}
+    call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": {"turn": text}}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}

@@ -98,7 +98,8 @@ def generated(answer: tuple[Block, ...], in_thinking: bool, tokenizer: Tokenizer
     """
     written = write_turn(tokenizer.template.format, answer).replace('": ', '" :  ')
     if in_thinking:
-        written = written.removeprefix("<think>\n") if written.startswith("<think>") else "\n</think>\n\n" + written
+        opening, closing = tokenizer.template.format.think or ("", "")
+        written = written.removeprefix(opening) if written.startswith(opening) else closing + written
     controls = tokenizer.template.control_tokens
     assert controls is not None
     ids: list[np.ndarray] = []
