@@ -148,9 +148,7 @@ def tools_can_lead(hf: Any) -> bool:
     return [word for word in WORD.findall(text) if word != "word1"] == ["word9", "word0"]
 
 
-def opening(
-    probe: Probe, before: Sequence[ChatMessage], thinking: bool, as_tool_call: bool, format: Format
-) -> Opening:
+def opening(probe: Probe, before: Sequence[ChatMessage], thinking: bool, as_tool_call: bool, format: Format) -> Opening:
     """How answers begin after the turns `before`."""
     word = WORD.findall(str(before[-1]))[-1]
 

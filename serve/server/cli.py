@@ -234,7 +234,11 @@ def open_tiers(config: ServerConfig, on_cpu: bool) -> Tiers | None:
 
 
 def stop_ids(declared: tuple[int, ...], tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: the model's declared ones, the tokenizer's own, and Llama's end of a call."""
-    calls = [id for id, token in tokenizer.added_tokens_decoder.items() if str(token) == "<|eom_id|>"]
+    """The tokens that end an answer: the model's declared ones, the tokenizer's own, and the ends of calls.
+
+    Llama 3.1 ends a call with `<|eom_id|>`, gpt-oss with `<|call|>`.
+    """
+    ends = ("<|eom_id|>", "<|call|>")
+    calls = [id for id, token in tokenizer.added_tokens_decoder.items() if str(token) in ends]
     own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return frozenset([*declared, *own, *calls])

@@ -18,7 +18,7 @@ from serve.formats.format import write_turn
 from serve.prompt.conversation import answers
 from serve.prompt.tokenizer import make_tokenizer
 from tests.helpers.conversations import OPENING, answer_of, body_of, generated, is_extension, message, next_messages
-from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
+from tests.helpers.model_families import AGENT_FAMILIES, FAMILIES, Family, tokenizer_of
 from tests.helpers.scripted_server import context_over, listening, saying
 
 Json = dict[str, Any]
@@ -60,7 +60,11 @@ def meant(answer: tuple[Block, ...]) -> list[tuple]:
     return parts
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+# Arguments in tags have types only where the schema has them, which these answers do not keep to.
+WITH_JSON = [family for family in AGENT_FAMILIES if family.name == "gpt-oss"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *WITH_JSON], ids=lambda family: family.name)
 def test_thirty_turns_of_an_agent(family: Family, small: Model) -> None:
     tokenizer, rng = tokenizer_of(family), random.Random(family.name)
     planned = [answer_of(turn, rng, family.thinks) for turn in range(TURNS)]
