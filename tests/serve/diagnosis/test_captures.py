@@ -96,7 +96,7 @@ def test_what_an_api_refuses_has_a_prompt_all_the_same(body: Json) -> None:
     assert {tool.name for tool in request.tools or ()} <= named
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"messages": 1}', b'{"model": "m", "messages": [{"role": "nobody"}]}'])
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"messages": 1}', b'{"model": "m", "messages": [1]}'])
 def test_what_has_none_is_refused(body: bytes) -> None:
     for api in ("messages", "chat", "responses"):
         with pytest.raises(InvalidRequest):

@@ -320,8 +320,8 @@ def test_marks_inside_of_a_json_answer_are_text(talk: Any) -> None:
 
 
 class TestConstraintErrors:
-    def test_a_schema_that_is_none_is_the_clients_fault(self, talk: Any) -> None:
-        config = {"format": {"type": "json_schema", "schema": {"type": "sring"}}}
+    def test_a_schema_that_would_make_too_large_a_grammar_is_the_clients_fault(self, talk: Any) -> None:
+        config = {"format": {"type": "json_schema", "schema": {"multipleOf": 10_000_019}}}
         with talk() as sdk, pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):
             sdk.messages.create(**ASKED, output_config=config)
 
