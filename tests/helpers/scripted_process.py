@@ -18,6 +18,7 @@ from serve.prompt.conversation import blocks, joined
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.config import ServerConfig
 from serve.server.context import ServerContext, grammar_constraints
+from serve.server.metrics import ServerMetrics
 from tests.helpers import scripts
 from tests.helpers.forced_answers import Script
 
@@ -59,7 +60,8 @@ def scripted(
     config: ServerConfig,
 ) -> ServerContext:
     """The context that the command line asks for, with every answer forced, unless its request has a grammar for it."""
-    grammars, _ = grammar_constraints(engine, tokenizer, stop_ids, config.bounds.grammars)
+    metrics = ServerMetrics()  # which nothing reads
+    grammars, _ = grammar_constraints(engine, tokenizer, stop_ids, config.bounds.grammars, metrics)
 
     def constrain(request: MessagesRequest, thinking_opened: bool) -> Constraint | None:
         assert not thinking_opened, "the script opens its thinking itself"
