@@ -10,20 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from experiments.harness.server import Server
 from tests.clients.conftest import with_modules
+from tests.clients.records import requests_of, table
 from tests.helpers import scripts
 
 pytestmark = pytest.mark.clients
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -121,11 +117,6 @@ def run(command: list[str], work: Path, home: Path, environment: dict[str, str])
     return done.stdout + done.stderr
 
 
-def requests_of(server: Server) -> list[Json]:
-    """The server's records of its latest requests, the newest first."""
-    return list(httpx.get(f"{server.url}/v1/requests", timeout=30).json()["data"])
-
-
 @pytest.mark.parametrize("agent", AGENTS, ids=[agent.name for agent in AGENTS])
 def test_an_agent_runs_its_tool_and_reads_all_that_came_before(
     agent: Agent, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -151,12 +142,3 @@ def test_an_agent_runs_its_tool_and_reads_all_that_came_before(
     shares = [after["reused_tokens"] / before["prompt_tokens"] for before, after in pairwise(session)]
     assert shares[0] >= 0.99
     assert shares[1] >= agent.resumed_share
-
-
-def table(title: str, records: list[Json]) -> Table:
-    """What each request read."""
-    shown = Table("request", "prompt tokens", "read", "of the prompt before", title=title)
-    for i, (before, record) in enumerate(zip([None, *records], records, strict=False), 1):
-        share = f"{record['reused_tokens'] / before['prompt_tokens']:.2%}" if before else ""
-        shown.add_row(str(i), f"{record['prompt_tokens']:,}", f"{record['reused_tokens']:,}", share)
-    return shown

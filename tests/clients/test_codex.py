@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from experiments.harness.server import Server
+from tests.clients.records import requests_of, table
 from tests.helpers.media import PNG
 from tests.helpers.scripts import CODEX, CODEX_IMAGE, CODEX_MCP
 
@@ -86,13 +88,21 @@ def test_a_session_runs_its_tools_and_reads_all_that_came_before(
 
 
 @pytest.mark.parametrize("codex", ["0.171.0"], indirect=True)
-def test_a_picture_in_the_history_costs_no_turn(codex: Path, server: Server, tmp_path: Path) -> None:
+def test_a_picture_in_the_history_costs_no_turn(
+    codex: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {record["id"] for record in requests_of(server)}
     work = tmp_path / "work"
     work.mkdir()
     (work / "dot.png").write_bytes(PNG)
     runs = hold(codex, server.url, tmp_path, CODEX_IMAGE)
     said = [item["text"] for item in items(runs, "agent_message")]
     assert said == [answers[-1] for answers in CODEX_IMAGE.values()]
+    records = [record for record in reversed(requests_of(server)) if record["id"] not in known]
+    with capsys.disabled():
+        Console().print("", table("Codex 0.171.0, a picture", records))
+    for before, after in pairwise(records):
+        assert after["reused_tokens"] >= 0.99 * before["prompt_tokens"]
     assert min(shares(runs)[1:]) > 0.95
 
 
