@@ -10,7 +10,7 @@ from serve.rules.normalize import Unparsed
 # Shapes of unparsed headers that are logged, and the memory that each takes, approximately.
 SHAPES, SHAPE_BYTES = 1000, 300
 
-log = logging.getLogger("tokenzero.serving")
+log = logging.getLogger("tokenzero.server")
 
 
 def warn_once(odd: Unparsed, reported: set[str]) -> None:

@@ -52,7 +52,7 @@ from serve.server.prepare import Prepared
 from serve.web.request_status import track
 from serve.web.timing import Phases
 
-log = logging.getLogger("tokenzero.serving")
+log = logging.getLogger("tokenzero.server")
 
 PING_SECONDS = 5.0
 
@@ -198,7 +198,7 @@ def report_divergence(
         if report.cause:
             context.metrics.cache_misses.labels(report.cause).inc()
             context.metrics.cache_miss_tokens.labels(report.cause).inc(report.lost_tokens)
-        context.metrics.volatile.inc(len(context.volatility.observe(prepared.caller.agent, request)))
+        context.metrics.volatile.inc(len(context.volatility.observe(prepared.request_context.agent, request)))
     except Exception:  # a failed report must not fail the answer
         log.exception("%s: the report on its prompt failed", prepared.id)
     return diagnostics
@@ -206,7 +206,7 @@ def report_divergence(
 
 def count_savings(context: ServerContext, prepared: Prepared, reused: int) -> None:
     """Count the tokens and seconds that each rule saved a request of which `reused` tokens came from the cache."""
-    request, length = prepared.caller, len(prepared.prompt.tokens)
+    request, length = prepared.request_context, len(prepared.prompt.tokens)
     try:
         saved = context.savings.observe(prepared.original, request.rules, reused, length, request.salt)
     except Exception:  # a failed estimate must not fail the answer

@@ -26,7 +26,7 @@ from serve.server.config import ServerConfig
 from serve.server.metrics import EngineCollector, Memory, MemoryCollector, ServerMetrics
 from serve.web.request_status import RequestStatuses
 
-log = logging.getLogger("tokenzero.serving")
+log = logging.getLogger("tokenzero.server")
 
 SHOWN_KEYWORDS = 8  # in the log, of a schema
 # The constraint of a request's answer; the flag says whether the prompt ends inside thinking.

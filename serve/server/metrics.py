@@ -269,7 +269,7 @@ class ServerMetrics:
             "loop_lag_seconds", "Delay of a task on the event loop that is due every 10 ms", LAG_SECONDS
         )
         self.responses = self.counter("http_responses", "Responses by path and status", "path", "status")
-        self.normalized = self.counter("rule_applications", "Texts that a rule changed", "rule")
+        self.rule_applications = self.counter("rule_applications", "Texts that a rule changed", "rule")
         self.saved_tokens = self.counter("rule_saved_tokens", "Tokens reused because of this rule alone", "rule")
         self.saved_seconds = self.counter(
             "rule_saved_seconds", "Time to compute these tokens, by the cost model", "rule"

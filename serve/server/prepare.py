@@ -28,7 +28,7 @@ from serve.server.context import RequestContext, ServerContext
 from serve.server.unread import refuse_images, report_safeguards, report_unread
 from serve.web.timing import Phases
 
-log = logging.getLogger("tokenzero.serving")
+log = logging.getLogger("tokenzero.server")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Prepared:
     """A request that is ready for the engine."""
 
     id: str  # of the message that answers it
-    caller: RequestContext
+    request_context: RequestContext
     original: MessagesRequest  # as the client sent it
     message: MessagesRequest  # after the rules
     prompt: Prompt
@@ -47,43 +47,45 @@ class Prepared:
     clamped: bool  # `max_tokens` is more than the context has room for
 
 
-def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestContext, phases: Phases) -> Prepared:
+def prepare(
+    context: ServerContext, message: MessagesRequest, request_context: RequestContext, phases: Phases
+) -> Prepared:
     """Normalise, render and tokenise a request, compile its grammar, clamp its `max_tokens` to the room left.
 
     Raises InvalidRequest for a request that cannot be answered.
     """
-    if serving.config.on_image == "error":
+    if context.config.on_image == "error":
         refuse_images(message)
-    report_unread(serving, message)
-    report_safeguards(serving, message)
+    report_unread(context, message)
+    report_safeguards(context, message)
     with phases.timed("normalize"):
-        normalized = normalize(message, caller.rules)
-    report_rules(serving, normalized)
-    scope = scope_of(serving.engine.fingerprint, caller)
-    limit = serving.engine.settings.max_model_len
-    rendered = rendered_prompt(serving, normalized.request, scope, caller.rules, phases, limit - 1)
+        normalized = normalize(message, request_context.rules)
+    report_rules(context, normalized)
+    scope = scope_of(context.engine.fingerprint, request_context)
+    limit = context.engine.settings.max_model_len
+    rendered = rendered_prompt(context, normalized.request, scope, request_context.rules, phases, limit - 1)
     room = limit - len(rendered.tokens)
     if room < 1:
         raise too_long(len(rendered.tokens), limit - 1)
     with phases.timed("constrain"):
-        constraint = serving.constrain(normalized.request, rendered.thinking) if message.max_tokens else None
+        constraint = context.constrain(normalized.request, rendered.thinking) if message.max_tokens else None
     generation = GenerationRequest(
         tokens=rendered.tokens,
         max_tokens=min(message.max_tokens, room),
-        stop_ids=serving.stop_ids,
+        stop_ids=context.stop_ids,
         sampling=SamplingParams(
             temperature=1.0 if message.temperature is None else message.temperature,
             top_k=message.top_k or 0,
             top_p=1.0 if message.top_p is None else message.top_p,
             seed=seed_of(message),
         ),
-        salt=caller.salt,
+        salt=request_context.salt,
         constraint=constraint,
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(
         new_id("msg"),
-        caller,
+        request_context,
         message,
         normalized.request,
         rendered,
@@ -95,14 +97,16 @@ def prepare(serving: ServerContext, message: MessagesRequest, caller: RequestCon
     )
 
 
-def prompt_length(serving: ServerContext, request: CountTokensRequest, caller: RequestContext, phases: Phases) -> int:
+def prompt_length(
+    context: ServerContext, request: CountTokensRequest, request_context: RequestContext, phases: Phases
+) -> int:
     """The number of tokens of the prompt that the request would have; raises InvalidRequest."""
-    if serving.config.on_image == "error":
+    if context.config.on_image == "error":
         refuse_images(request)
     with phases.timed("normalize"):
-        normalized = normalize(request, caller.rules).request
-    scope = scope_of(serving.engine.fingerprint, caller)
-    return len(rendered_prompt(serving, normalized, scope, caller.rules, phases).tokens)
+        normalized = normalize(request, request_context.rules).request
+    scope = scope_of(context.engine.fingerprint, request_context)
+    return len(rendered_prompt(context, normalized, scope, request_context.rules, phases).tokens)
 
 
 def seed_of(message: MessagesRequest) -> int:
@@ -116,14 +120,14 @@ def seed_of(message: MessagesRequest) -> int:
     return int.from_bytes(hashlib.blake2b(written, digest_size=4).digest(), "little")
 
 
-def scope_of(fingerprint: bytes, caller: RequestContext) -> bytes:
-    """A hash of the model's fingerprint and the caller's salt and key: only equal scopes share recorded answers."""
-    parts = (fingerprint, caller.salt, caller.key)
+def scope_of(fingerprint: bytes, request_context: RequestContext) -> bytes:
+    """A hash of the model and of the request's salt and key: only equal scopes share recorded answers."""
+    parts = (fingerprint, request_context.salt, request_context.key)
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def rendered_prompt(
-    serving: ServerContext,
+    context: ServerContext,
     request: CountTokensRequest,
     scope: bytes,
     rules: frozenset[str],
@@ -134,14 +138,14 @@ def rendered_prompt(
 
     Raises InvalidRequest for a prompt of far more than `most_tokens` before all of it is tokenised.
     """
-    most = serving.engine.settings.max_model_len - 1
-    if (least := least_tokens(request, serving.tokenizer.max_token_chars)) > most:
+    most = context.engine.settings.max_model_len - 1
+    if (least := least_tokens(request, context.tokenizer.max_token_chars)) > most:
         raise too_long(max(least, text_chars(request) // USUAL_CHARS), most)
     with phases.timed("recall"):
-        recalled = trusted(serving.replay.recall(scope, request.messages), request, serving.signing_key)
+        recalled = trusted(context.replay.recall(scope, request.messages), request, context.signing_key)
     with phases.timed("render"):
-        by_template = serving.config.render_history_with_template
-        return prompt(request, serving.tokenizer, recalled, by_template, "tools-first" in rules, most_tokens)
+        by_template = context.config.render_history_with_template
+        return prompt(request, context.tokenizer, recalled, by_template, "tools-first" in rules, most_tokens)
 
 
 def least_tokens(request: CountTokensRequest, max_token_chars: int) -> int:
@@ -180,10 +184,10 @@ def trusted(recalled: Recalled, request: CountTokensRequest, key: bytes) -> Reca
     ]
 
 
-def report_rules(serving: ServerContext, normalized: Normalized[Any]) -> None:
+def report_rules(context: ServerContext, normalized: Normalized[Any]) -> None:
     """Count the rules that were applied, and log each kind of unreadable header once."""
     for odd in normalized.unparsed:
-        serving.metrics.unparsed.inc()
-        warn_once(odd, serving.reported)
+        context.metrics.unparsed.inc()
+        warn_once(odd, context.reported)
     for applied in normalized.applied:
-        serving.metrics.normalized.labels(applied.rule).inc()
+        context.metrics.rule_applications.labels(applied.rule).inc()

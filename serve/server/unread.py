@@ -22,7 +22,7 @@ from serve.api.unread import counted_kind, counted_tool
 from serve.rules.log import SHAPES
 from serve.server.context import ServerContext
 
-log = logging.getLogger("tokenzero.serving")
+log = logging.getLogger("tokenzero.server")
 
 Unread = ImageBlock | DocumentBlock | UnreadBlock
 
@@ -58,24 +58,24 @@ def refuse_images(request: CountTokensRequest) -> None:
             raise InvalidRequest(f"{place}: this model does not support PDF input, send its text: {block.source.text}")
 
 
-def report_unread(serving: ServerContext, request: CountTokensRequest) -> None:
+def report_unread(context: ServerContext, request: CountTokensRequest) -> None:
     """Count what cannot be read and which tools are left out, by type, and log each type once."""
     for place, block in unread_blocks(request):
         kind = block.kind if isinstance(block, UnreadBlock) else str(block.__struct_config__.tag)
         name = counted_kind(kind)
-        serving.metrics.unread.labels(name).inc()
-        if is_new(f"block {name}", serving.reported):
+        context.metrics.unread.labels(name).inc()
+        if is_new(f"block {name}", context.reported):
             log.warning("%s: the model reads a short text in place of a block of type %.64r", place, kind)
     for tool in request.left_out_tools:
         name = counted_tool(tool)
-        serving.metrics.left_out_tools.labels(name).inc()
-        if is_new(f"tool {name}", serving.reported):
+        context.metrics.left_out_tools.labels(name).inc()
+        if is_new(f"tool {name}", context.reported):
             log.warning("tools: left out %.64r, which only its vendor can run", tool)
 
 
-def report_safeguards(serving: ServerContext, request: MessagesRequest) -> None:
+def report_safeguards(context: ServerContext, request: MessagesRequest) -> None:
     """Log once that a client waits for verdicts on tool calls, and what that costs."""
-    if request.safeguards and is_new("safeguards", serving.reported):
+    if request.safeguards and is_new("safeguards", context.reported):
         log.warning(
             "safeguards: no verdicts on tool calls are given here, so Claude Code's auto mode asks the model for each "
             "in a request of its own (38,181 tokens when cold), or denies the call: use --permission-mode default"
