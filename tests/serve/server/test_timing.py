@@ -89,7 +89,7 @@ class TestHeader:
         assert add_up(taken, wall_s)
 
     def test_a_refusal_tells_none(self, client: httpx.Client) -> None:
-        response = client.post("/v1/messages", json=ask("Refused?", max_tokens=0))
+        response = client.post("/v1/messages", json=ask("Refused?", max_tokens=-1))
         assert response.status_code == 400
         assert "server-timing" not in response.headers
 
@@ -134,7 +134,7 @@ class TestMetrics:
     def test_every_answer_counts_once_in_each_phase_and_its_tokens_in_the_itl(self, client: httpx.Client) -> None:
         before = scrape(client)
         answers = [client.post("/v1/messages", json=ask(f"Counted {number}?", max_tokens=6)) for number in range(3)]
-        client.post("/v1/messages", json=ask("Refused?", max_tokens=0))
+        client.post("/v1/messages", json=ask("Refused?", max_tokens=-1))
         after = scrape(client)
 
         def moved(name: str) -> float:
