@@ -228,7 +228,8 @@ def user(content: Any) -> list[Json]:
     return [{"role": "user", "content": content}]
 
 
-ODD_TOOL = {"name": "t", "input_schema": {"type": "object", "properties": {"a": {"type": 5}}}}
+# The grammar of such a multiple would be too large.
+ODD_TOOL = {"name": "t", "input_schema": {"type": "object", "properties": {"a": {"multipleOf": 10_000_019}}}}
 BAD: dict[str, Callable[[Json], Bad]] = {
     "empty body": lambda body: Bad(400, b""),
     "torn JSON": lambda body: Bad(400, json.dumps(body).encode()[:-9]),
@@ -252,7 +253,8 @@ BAD: dict[str, Callable[[Json], Bad]] = {
     "tool_choice of no tool": broken(tool_choice={"type": "tool", "name": "nothing"}),
     "odd tool schema": broken(tools=[ODD_TOOL], tool_choice=ANY),
     "odd format": broken(
-        tool_choice={"type": "none"}, output_config={"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}
+        tool_choice={"type": "none"},
+        output_config={"format": {"type": "json_schema", "schema": {"multipleOf": 10_000_019}}},
     ),
     "thinking without budget": broken(thinking={"type": "enabled"}),
     "system of numbers": broken(system=[7]),
