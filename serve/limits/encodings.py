@@ -5,6 +5,7 @@ The encodings: https://www.rfc-editor.org/rfc/rfc9110#section-8.4.1 and https://
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,7 @@ import zstandard
 
 Body = bytes | bytearray
 PIECE = 2**20  # bytes that are decoded at once
+GIVEN = 2**12  # bytes that zlib is given at once: what follows a member is copied, and a member may have 20 bytes
 MOST_ENCODINGS = 3  # one on top of the other
 MOST_WINDOW = 2**27  # bytes of memory that a zstd frame may demand
 
@@ -56,16 +58,18 @@ def decode_body(body: Body, encodings: str, most_bytes: int) -> Body:
 
 def inflated(body: Body, wbits: int) -> Iterator[bytes]:
     """The decoded pieces of zlib's formats, of one gzip member or several. Raises zlib.error or EOFError."""
-    rest: Body = body
-    while rest:
+    at = 0
+    while at < len(body):
         member = zlib.decompressobj(wbits)
         while not member.eof:
-            piece = member.decompress(rest, PIECE)
-            rest = member.unconsumed_tail
-            if not (piece or rest or member.eof):
+            given = body[at : at + GIVEN]
+            piece = member.decompress(given, PIECE)
+            at += len(given) - len(member.unconsumed_tail) - len(member.unused_data)
+            if not (piece or given or member.eof):
                 raise EOFError("it ends too early")
             yield piece
-        rest = member.unused_data.lstrip(b"\0") if wbits == GZIP else b""
+        padding = ZEROS.match(body, at) if wbits == GZIP else None
+        at = padding.end() if padding else len(body)
 
 
 def deflated(body: Body) -> Iterator[bytes]:
@@ -92,6 +96,7 @@ def unbrotli(body: Body) -> Iterator[bytes]:
         raise EOFError("it ends too early")
 
 
+ZEROS = re.compile(rb"\0*")  # after a gzip member
 ZLIB, RAW_DEFLATE, GZIP = zlib.MAX_WBITS, -zlib.MAX_WBITS, zlib.MAX_WBITS | 16
 DECODERS: dict[str, Callable[[Body], Iterator[bytes]]] = {
     "gzip": lambda body: inflated(body, GZIP),

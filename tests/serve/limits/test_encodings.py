@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -90,3 +91,9 @@ def test_an_unknown_encoding_is_named_with_what_to_do() -> None:
         decode_body(b"", "gzip, LZMA", LIMIT)
     with pytest.raises(UnsupportedEncoding, match="at most 3, got 4"):
         decode_body(b"", "gzip, gzip, gzip, gzip", LIMIT)
+
+
+def test_many_small_members_take_no_more_than_their_bytes() -> None:
+    start = time.process_time()
+    assert decode_body(gzip.compress(b"") * 100_000 + gzip.compress(b"end"), "gzip", LIMIT) == b"end"
+    assert time.process_time() - start < 5
