@@ -20,9 +20,9 @@ from serve.api.messages import (
     CountTokensRequest,
     InputMessage,
     ResultBlock,
-    TextBlock,
     ToolReferenceBlock,
     ToolResultBlock,
+    UnreadBlock,
 )
 from serve.api.tools import Tool, ToolAdditionBlock, ToolDefinition, ToolNameReference, ToolRemovalBlock
 
@@ -63,7 +63,8 @@ def offered_tools(request: CountTokensRequest) -> OfferedTools:
             case _:
                 return block
         offered.add(name)
-        return TextBlock(definition_text(known[name]))
+        # No TextBlock: `clear_at` clears those.
+        return UnreadBlock("tool_definition", definition_text(known[name]))
 
     def rewritten(message: InputMessage, field: str) -> InputMessage:
         if message.role == "assistant" or not isinstance(message.content, tuple):

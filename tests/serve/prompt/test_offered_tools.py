@@ -13,7 +13,7 @@ from serve.api.messages import CountTokensRequest, InvalidRequest, decode_count_
 from serve.diagnosis.causes import tools_cause
 from serve.diagnosis.sections import Sections, vocabulary_of
 from serve.formats.families import BY_NAME
-from serve.prompt.conversation import conversation, is_prefilled, shown
+from serve.prompt.conversation import answers, conversation, is_prefilled, shown
 from serve.prompt.grammar import Grammar, grammar_of
 from serve.prompt.offered_tools import definition_text, offered_tools
 from serve.prompt.render import prompt, render, render_text
@@ -377,6 +377,15 @@ class TestSystemMessages:
         assert tokens(USER, NOTE, ANSWER, USER) == tokens(USER, ANSWER, USER)
         assert tokens(USER, NOTE, ANSWER, USER, NOTE) == tokens(USER, ANSWER, USER, kept)
         assert tokens(USER, kept, ANSWER, USER) != tokens(USER, ANSWER, USER)
+
+    def test_a_tool_that_a_cleared_message_defines_stays_known_between_two_answers(self) -> None:
+        added = NOTE | {"content": [text("Note."), addition("Late")]}
+        asked = request(USER, ANSWER, added, {"role": "assistant", "content": "B"}, USER, tools=[deferred("Late")])
+        turns = conversation(asked)
+        assert turns[2]["content"] == definition_text(asked.tools[0])
+        answered = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        assert answered == ["A", "B"], "no answer is lost"
+        assert len(answers(asked.messages)) == len(answered)
 
     def test_the_tool_changes_of_a_cleared_message_stay(self) -> None:
         cleared = NOTE | {"content": [text("Note."), removal("Read")]}
