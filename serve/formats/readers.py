@@ -107,7 +107,7 @@ def complete_arguments(arguments: str) -> dict[str, Any]:
         whole: dict[str, Any] = msgspec.json.decode(arguments)
         return whole
     except msgspec.DecodeError:
-        return read_cut_object(arguments)[0]
+        return read_cut_object(f"{arguments} ")[0]  # a number at the end is complete: see `cut_call`
 
 
 def encoded(value: Any) -> str:

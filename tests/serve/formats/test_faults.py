@@ -289,6 +289,13 @@ def test_a_call_that_was_cut_off_is_told_from_its_name_on_and_never_as_text(name
                 assert end <= named + len("<｜tool▁sep｜>"), "the name may go on, or be followed by another"
 
 
+def test_all_complete_arguments_of_a_cut_call_are_known_a_number_at_the_end_too():
+    text = '<tool_call>\n{"name": "run", "arguments": {"path": "/a", "n": 12, '
+    (call,) = read("hermes", text, cut=True)
+    assert call.arguments == '{"path":"/a","n":12'
+    assert complete_arguments(call.arguments) == {"path": "/a", "n": 12}
+
+
 def test_what_is_known_of_a_cut_calls_arguments_is_valid_json_up_to_where_it_was_cut():
     for name, text, arguments in (
         (
