@@ -2,7 +2,7 @@
 
 A PDF stays in an agent's history, so each is read once and its text, or the reason why it has none, is the same in
 every request while it is remembered. A hostile file costs at most the limits of `pdf_process`; all files of a request
-together cost READING_SECONDS, and those for which no time is left are not read. pypdf: https://pypdf.readthedocs.io.
+together cost READING_SECONDS. Those for which no time is left, or no process, are read with the next request. pypdf: https://pypdf.readthedocs.io.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PROCESS = Path(__file__).with_name("pdf_process.py")
 READING_SECONDS = 60.0  # for all PDFs of a request
 FILE_SECONDS = 30.0  # for one of them
 PROCESSES = 4  # that run at the same time
+MOST_WAITING = 8  # requests that wait for a process: each holds a thread, and others need one, too
 MAX_BYTES = 32 * 2**20
 
 BUSY = "there was no time to read it"
@@ -42,7 +43,7 @@ class PdfText:
 
 
 remembered: Recent[bytes, PdfText] = Recent(DEFAULT_BOUNDS.documents, lambda pdf: len(pdf.text) * 4)
-_running = BoundedSemaphore(PROCESSES)
+_running, _waiting = BoundedSemaphore(PROCESSES), BoundedSemaphore(MOST_WAITING)
 _deadline: ContextVar[float] = ContextVar("deadline")
 
 
@@ -61,7 +62,8 @@ def pdf_text(data: str) -> PdfText:
     key = hashlib.blake2b(data.encode("utf-8", "replace"), digest_size=32).digest()
     if (found := remembered.get(key)) is None:
         found = read(data)
-        remembered.put(key, found)
+        if found.reason != BUSY:  # a later request may have the time
+            remembered.put(key, found)
     return found
 
 
@@ -74,12 +76,24 @@ def read(data: str) -> PdfText:
     except ValueError:
         return PdfText(reason="its data is not Base64")
     left = _deadline.get(time.monotonic() + FILE_SECONDS) - time.monotonic()
-    if left <= 0 or not _running.acquire(timeout=left):
+    if left <= 0 or not may_run(left):
         return PdfText(reason=BUSY)
     try:
         return in_process(content, FILE_SECONDS)
     finally:
         _running.release()
+
+
+def may_run(seconds: float) -> bool:
+    """Wait for one of the processes, so many seconds at most. Returns whether it was acquired."""
+    if _running.acquire(blocking=False):
+        return True
+    if not _waiting.acquire(blocking=False):
+        return False
+    try:
+        return _running.acquire(timeout=seconds)
+    finally:
+        _waiting.release()
 
 
 def in_process(content: bytes, seconds: float) -> PdfText:

@@ -2,6 +2,7 @@
 
 import base64
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,21 @@ def test_the_files_of_a_request_share_its_time(tmp_path: Path, monkeypatch: pyte
         found = [pdf_text(pdf(str(n))) for n in range(50)]
     assert time.monotonic() - start < 20
     assert found[-1] == PdfText(reason=pdf_module.BUSY)
+
+
+def test_a_file_that_had_to_wait_is_read_by_the_next_request() -> None:
+    data = pdf("late")
+    with reading_time(0):
+        assert pdf_text(data).reason == pdf_module.BUSY
+    assert pdf_text(data).text == "late"
+
+
+def test_few_requests_wait_for_slow_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(pdf_module, "PROCESS", tmp_path / "slow.py")
+    monkeypatch.setattr(pdf_module, "FILE_SECONDS", 1.5)
+
+    with ThreadPoolExecutor(30) as threads:
+        found = list(threads.map(lambda n: pdf_text(pdf(str(n))).reason, range(30)))
+    held = pdf_module.PROCESSES + pdf_module.MOST_WAITING
+    assert found.count(pdf_module.BUSY) >= len(found) - held, "threads are left for other requests"
