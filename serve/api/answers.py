@@ -5,12 +5,22 @@ https://docs.claude.com/en/api/errors.
 """
 
 import secrets
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from serve.api.messages import OutputBlock
+
+
+class CutInput(dict[str, Any]):
+    """The complete members of the input of a call that was cut off; `arguments` is the beginning of its JSON."""
+
+    def __init__(self, members: Mapping[str, Any], arguments: str) -> None:
+        super().__init__(members)
+        self.arguments = arguments
+
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal", "model_context_window_exceeded"]
 
@@ -215,6 +225,11 @@ ERROR_STATUS = {type: status for status, type in ERROR_TYPES.items()}
 def new_id(kind: Literal["msg", "toolu"]) -> str:
     """A new random id of a message or a tool call, such as `msg_5b0c...`."""
     return f"{kind}_{secrets.token_hex(12)}"
+
+
+def written_arguments(input: dict[str, Any]) -> str:
+    """The arguments of a call as the model wrote them, in compact JSON; of a call that was cut off, the beginning."""
+    return input.arguments if isinstance(input, CutInput) else msgspec.json.encode(input).decode()
 
 
 def encode(answer: Message | TokenCount | Error) -> bytes:

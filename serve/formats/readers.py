@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from serve.api.answers import new_id
+from serve.api.answers import CutInput, new_id
 from serve.formats.lenient import decode_lenient, read_cut_object
 
 SPACE = " \t\r\n"  # whitespace; next to a delimiter it belongs to the delimiter, not to the blocks
@@ -107,7 +107,8 @@ def complete_arguments(arguments: str) -> dict[str, Any]:
         whole: dict[str, Any] = msgspec.json.decode(arguments)
         return whole
     except msgspec.DecodeError:
-        return read_cut_object(f"{arguments} ")[0]  # a number at the end is complete: see `cut_call`
+        members, _ = read_cut_object(f"{arguments} ")  # a number at the end is complete: see `cut_call`
+        return CutInput(members, arguments)
 
 
 def encoded(value: Any) -> str:

@@ -29,6 +29,7 @@ from serve.api.answers import (
     TextDelta,
     ThinkingDelta,
     Usage,
+    written_arguments,
 )
 from serve.api.messages import TextBlock, ThinkingBlock, ToolUseBlock
 from serve.api.openai.common import PING, custom_input, prompt_tokens
@@ -272,7 +273,7 @@ def completion(
 
 def complete_call(block: ToolUseBlock, custom: frozenset[str]) -> CompleteCall | CustomCall:
     """A call in the form of its tool."""
-    arguments = msgspec.json.encode(block.input).decode()
+    arguments = written_arguments(block.input)
     if block.name in custom:
         return CustomCall(block.id, CustomInput(block.name, custom_input(arguments)))
     return CompleteCall(block.id, FunctionCall(block.name, arguments))

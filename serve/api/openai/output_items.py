@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from serve.api.answers import written_arguments
 from serve.api.messages import OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.api.openai.common import complete_arguments, custom_input
 from serve.api.openai.tools import CallableTool
@@ -172,4 +172,4 @@ def block_content(block: OutputBlock) -> tuple[str, str]:
         case ThinkingBlock(text, signature):
             return text, signature
         case ToolUseBlock(input=arguments):
-            return msgspec.json.encode(arguments).decode(), ""
+            return written_arguments(arguments), ""

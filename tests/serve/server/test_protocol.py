@@ -427,7 +427,9 @@ class TestCutCalls:
         chat = {"messages": [QUESTION], "max_tokens": self.LIMIT, "tools": [{"type": "function", "function": function}]}
         responses = {"input": "What is in a.py?", "max_output_tokens": self.LIMIT}
         responses["tools"] = [{"type": "function", **function}]
-        with talk(*[self.WHOLE] * 3) as sdk:
+        with talk(*[self.WHOLE] * 4) as sdk:
+            chat_url = str(sdk.base_url.join("/v1/chat/completions"))
+            answer = httpx.post(chat_url, json=chat | {"model": "any"}, timeout=60).json()["choices"][0]
             chunks = httpx.post(
                 str(sdk.base_url.join("/v1/chat/completions")),
                 json=chat | {"model": "any", "stream": True},
@@ -442,7 +444,11 @@ class TestCutCalls:
             url = str(sdk.base_url.join("/v1/responses"))
             whole = httpx.post(url, json=responses | {"model": "any"}, timeout=60).json()
             events = httpx.post(url, json=responses | {"model": "any", "stream": True}, timeout=60).text
-        assert (whole["status"], whole["output"][-1]["name"]) == ("incomplete", "Read")
+        (call,) = answer["message"]["tool_calls"]
+        assert (answer["finish_reason"], call["function"]["arguments"]) == ("length", '{"limit":3,"path":"a.')
+        item = whole["output"][-1]
+        assert (whole["status"], item["name"]) == ("incomplete", "Read")
+        assert (item["status"], item["arguments"]) == ("incomplete", '{"limit":3,"path":"a.'), "no client runs it"
         done = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")]
         ends = [event for event in done if event["type"] == "response.output_item.done"]
         items = [event["item"] for event in ends if event["item"]["type"] == "function_call"]
