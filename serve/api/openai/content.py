@@ -18,6 +18,7 @@ from serve.api.unread import words
 TEXT_PARTS = frozenset({"text", "input_text", "output_text", "summary_text", "reasoning_text"})
 IMAGE_PARTS = frozenset({"image_url", "input_image", "computer_screenshot"})
 FILE_PARTS = frozenset({"file", "input_file"})
+PART_LEVELS = 50  # of JSON in which images and files are looked for
 USER_BLOCKS: Kinds = RESULT_BLOCKS | {"tool_result": BLOCKS["tool_result"]}
 ANSWER_BLOCKS: Kinds = RESULT_BLOCKS | {kind: BLOCKS[kind] for kind in ("thinking", "redacted_thinking", "tool_use")}
 
@@ -76,13 +77,13 @@ def plain_text(value: Any) -> str:
     return value if isinstance(value, str) else "\n".join(words(translated_parts(value)))
 
 
-def translated_parts(value: Any) -> Any:
-    """A JSON value with the images and files in it, at any depth, as the Messages API has them."""
-    if isinstance(value, list):
-        return [translated_parts(element) for element in value]
-    if isinstance(value, dict):
+def translated_parts(value: Any, levels: int = PART_LEVELS) -> Any:
+    """A JSON value with the images and files in it, down to so many levels, as the Messages API has them."""
+    if isinstance(value, list) and levels:
+        return [translated_parts(element, levels - 1) for element in value]
+    if isinstance(value, dict) and levels:
         part = translated(value)
-        return part if part is not value else {key: translated_parts(field) for key, field in value.items()}
+        return part if part is not value else {key: translated_parts(field, levels - 1) for key, field in value.items()}
     return value
 
 

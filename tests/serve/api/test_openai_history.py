@@ -342,3 +342,24 @@ def test_any_history_of_the_sdks_types_is_read_and_what_is_appended_extends_it(
         turns = conversation(read(encoded({field: [USER, *history, USER]}))[0])
         longer = conversation(read(encoded({field: [USER, *history, USER, USER]}))[0])
         assert longer[: len(turns)] == turns
+
+
+def nested(levels: int) -> Any:
+    value: Any = "leaf"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("levels", [10, 900])
+def test_words_are_read_however_deep_they_stand(levels: int) -> None:
+    deep = nested(levels)
+    call = {"id": "c", "type": "from_the_future", "words": deep}
+    for request in (
+        responses({"type": "from_the_future", "words": deep}),
+        responses({"type": "reasoning", "summary": deep}),
+        chat({"role": "assistant", "reasoning_content": deep, "content": "A"}),
+        chat({"role": "assistant", "tool_calls": [call]}),
+        chat({"role": "oracle", "content": deep}),
+    ):
+        assert "leaf" in repr(second(request))
