@@ -48,7 +48,8 @@ CUT_ARGUMENTS = re.compile(r"""["'](?:arguments|parameters)["']\s*:\s*""")
 def read_json_call(source: Source, tools: Tools, *ends: str, marked: bool = True) -> Calls:
     """Read `{"name": ..., "arguments": {...}}`, or Llama's `parameters`. Other JSON is rejected by its first key.
 
-    Without a delimiter before it (not `marked`), JSON that has no arguments is a call only of a tool that was offered.
+    Without a delimiter before it (not `marked`), JSON that has no arguments is a call only of a tool that was offered,
+    and where it begins a line: elsewhere it is an example, or data with a name.
     """
     start, opened = source.at, marked and bool((yield from at_any(source, '"name"')))
     if not opened:
@@ -68,8 +69,22 @@ def read_json_call(source: Source, tools: Tools, *ends: str, marked: bool = True
     value = decoded(text)
     if missing and not value.keys() & {*ARGUMENTS, "function"}:
         raise Malformed
+    if not (marked or has_arguments(value) or stands_alone(source.text, start, value)):
+        raise Malformed
     yield call_of(value, {} if marked else tools)
     yield from read_braces(source, *ends)
+
+
+def has_arguments(value: dict[str, Any]) -> bool:
+    """Whether the JSON of a call has arguments, itself or in its member `function`."""
+    inner = value.get("function")
+    return any(key in part for part in (value, inner) if isinstance(part, dict) for key in ARGUMENTS)
+
+
+def stands_alone(text: str, start: int, value: dict[str, Any]) -> bool:
+    """Whether JSON at `start` without arguments may be a call: it begins a line, or follows a delimiter or a call."""
+    before = text[max(0, start - 2) : start]
+    return value.get("type", "function") == "function" and (before.endswith(("\n", ">")) or before in ("", "; "))
 
 
 def call_of(value: dict[str, Any], offered: Tools) -> Call:
