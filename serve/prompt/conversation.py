@@ -29,6 +29,10 @@ from serve.prompt.offered_tools import as_function, offered_tools
 
 ChatMessage = dict[str, Any]  # one message as chat templates take it
 
+# Tuples, as `isinstance` takes far longer for unions, and each block of a long history is asked.
+ON_LINES = (UnreadBlock, ImageBlock, SearchResultBlock)  # in an answer, texts on lines of their own
+WITH_TEXT = (TextBlock, DocumentBlock, *ON_LINES, ToolAdditionBlock, ToolRemovalBlock)
+
 
 def is_prefilled(request: CountTokensRequest) -> bool:
     """Whether the last message is the start of the assistant's answer, to be continued."""
@@ -80,10 +84,12 @@ def in_call_order(run: Sequence[InputMessage], calls: Sequence[str]) -> Sequence
 
     Formats that write no ids pair results with calls by their places. Results without a call come last.
     """
+    results = [block for message in run for block in blocks(message) if isinstance(block, ToolResultBlock)]
+    if len(results) < 2:
+        return run
     places: defaultdict[str, deque[int]] = defaultdict(deque)
     for place, id in enumerate(calls):
         places[id].append(place)
-    results = [block for message in run for block in blocks(message) if isinstance(block, ToolResultBlock)]
     order = [waiting.popleft() if (waiting := places[r.tool_use_id]) else len(calls) for r in results]
     if order == sorted(order):
         return run
@@ -162,8 +168,9 @@ def blocks(message: InputMessage) -> tuple[Block, ...]:
         return (TextBlock(message.content),)
     if message.role != "assistant":
         return message.content
-    unread = UnreadBlock | ImageBlock | SearchResultBlock
-    return tuple(TextBlock(f"\n{b.text}\n") if isinstance(b, unread) else b for b in message.content)
+    if not any(isinstance(block, ON_LINES) for block in message.content):
+        return message.content
+    return tuple(TextBlock(f"\n{b.text}\n") if isinstance(b, ON_LINES) else b for b in message.content)
 
 
 def result_text(block: ToolResultBlock) -> str:
@@ -181,5 +188,4 @@ def block_text(block: Block | ResultBlock) -> str:
     """The text that a block adds to the visible text of its turn."""
     if isinstance(block, ToolReferenceBlock):
         return block.tool_name
-    written = TextBlock | DocumentBlock | SearchResultBlock | ImageBlock | UnreadBlock
-    return block.text if isinstance(block, written | ToolAdditionBlock | ToolRemovalBlock) else ""
+    return block.text if isinstance(block, WITH_TEXT) else ""
