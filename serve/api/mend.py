@@ -157,8 +157,9 @@ def tool_reference_block(block: Block) -> Block | None:
 
 
 def image_block(block: Block) -> Block:
-    """An image without its bytes."""
-    return {"type": "image", **source_of(block)}
+    """An image without its bytes; one in the form of its struct stays as it is."""
+    form = [type(block.get("media_type")), type(block.get("size")), type(block.get("where", ""))]
+    return block if form == [str, int, str] else {"type": "image", **source_of(block)}
 
 
 def document_block(block: Block) -> Block:

@@ -37,6 +37,7 @@ ONLY_TEXT = "[image: this model reads text only]"
 TEXTS = [
     (IMAGE, IMAGE_TEXT),
     ({**IMAGE, "cache_control": {"type": "ephemeral"}}, IMAGE_TEXT),
+    ({**IMAGE, "media_type": "image/gif", "size": 6}, "[image: this model reads text only (image/gif, 6 bytes)]"),
     (
         {"type": "image", "source": {"type": "url", "url": "https://e.com/a.png?signed=1"}},
         "[image: this model reads text only (https://e.com/a.png)]",
