@@ -125,7 +125,9 @@ def conversation(request: CountTokensRequest) -> list[ChatMessage]:
     """The request as a chat template's messages: the system text first, tool results as turns of role `tool`."""
     system = request.system if isinstance(request.system, str) else join(request.system or ())
     head = [{"role": "system", "content": system}] if system else []
-    return head + [turn for message in joined(offered_tools(request).messages) for turn in turns(message)]
+    # In the order of the calls, so that a definition keeps its place whatever the order of the results.
+    ordered = replace(request, messages=tuple(shown(request.messages)))
+    return head + [turn for message in joined(offered_tools(ordered).messages) for turn in turns(message)]
 
 
 def turns(message: InputMessage) -> list[ChatMessage]:

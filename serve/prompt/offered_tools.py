@@ -1,7 +1,8 @@
 """The tools of a conversation: those in the prompt's head, and those that are loaded, added or removed on the way.
 
 A tool with `defer_loading` is not in the head. Its definition is written where a `tool_reference` or a `tool_addition`
-names it, as text in the form of the head, so that loading a tool appends to the prompt and changes nothing before it.
+first names it, as text in the form of the head, so that loading a tool appends to the prompt and changes nothing before
+it. Later its name is enough, unless it was removed: a body of many references is no prompt of as many definitions.
 A tool that is removed stays where it is written, for the same reason; a later text says that it is gone.
 Formats: https://platform.claude.com/docs/en/agents-and-tools/tool-use/tool-use-with-prompt-caching and
 https://platform.claude.com/docs/en/build-with-claude/mid-conversation-system-messages.
@@ -10,6 +11,7 @@ https://platform.claude.com/docs/en/build-with-claude/mid-conversation-system-me
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from serve.api.messages import (
 )
 from serve.api.tools import Tool, ToolAdditionBlock, ToolDefinition, ToolNameReference, ToolRemovalBlock
 
+MOST_TIMES = 8  # that one definition is written
 Definition = tuple[str, Tool]  # a tool, and the field of the request that defines it
 
 
@@ -45,6 +48,8 @@ def offered_tools(request: CountTokensRequest) -> OfferedTools:
     known = {tool.name: tool for _, tool in declared}  # by now, in the order of the conversation
     inline: dict[str, Definition] = {}
     offered = {tool.name for _, tool in head}
+    defined: set[str] = set()  # the tools whose definitions were written on the way, and that were not removed since
+    times = Counter[str]()  # how often each definition was written
 
     def written(block: Any, field: str) -> Any:
         """A block with the definitions that it loads as text."""
@@ -55,14 +60,21 @@ def offered_tools(request: CountTokensRequest) -> OfferedTools:
             case ToolAdditionBlock(ToolDefinition(tool)):
                 known[tool.name], inline[tool.name] = tool, (f"{field}.tool.definition", tool)
                 name = tool.name
+                defined.discard(name)
+                times[name] = 0
             case ToolReferenceBlock(name) | ToolAdditionBlock(ToolNameReference(name)) if name in known:
                 pass
             case ToolRemovalBlock(ToolNameReference(name)):
                 offered.discard(name)
+                defined.discard(name)
                 return block
             case _:
                 return block
         offered.add(name)
+        if name in defined or times[name] == MOST_TIMES:
+            return block
+        defined.add(name)
+        times[name] += 1
         # No TextBlock: `clear_at` clears those.
         return UnreadBlock("tool_definition", definition_text(known[name]))
 

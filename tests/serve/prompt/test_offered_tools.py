@@ -129,6 +129,22 @@ class TestDeferredTools:
         assert "Placeholder" not in written
         assert callable_names(asked) == ["demo_add", "Bash", "NotebookEdit", "ToolSearch", "Write", "demo_sub"]
 
+    def test_many_references_to_a_tool_hold_its_definition_once(self) -> None:
+        tools = [deferred("Late")]
+        results = [result(f"c{i}", found("Late", "Late")) for i in range(100)]
+        calls = message("assistant", *[use(f"c{i}", "ToolSearch") for i in range(100)])
+        asked = request(USER, calls, message("user", *results), tools=tools)
+        contents = [turn["content"] for turn in conversation(asked) if turn["role"] == "tool"]
+        assert contents[0] == f"{definition_text(asked.tools[0])}\n\nLate"
+        assert contents[1:] == ["Late\n\nLate"] * 99
+        backwards = request(USER, calls, message("user", *results[::-1]), tools=tools)
+        assert conversation(backwards) == conversation(asked)
+
+    def test_a_tool_that_comes_and_goes_is_defined_a_few_times(self) -> None:
+        changes = message("system", *[addition("Late"), removal("Late")] * 100)
+        (_, turn) = conversation(request(USER, changes, tools=[deferred("Late")]))
+        assert turn["content"].count("The Late tool.") == 8
+
     def test_the_definition_is_the_heads_own(self) -> None:
         tokenizer = tokenizer_of(FAMILIES[0])
         in_head = render_text(request(USER, tools=[tool("Read")]), tokenizer)
