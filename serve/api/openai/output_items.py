@@ -14,7 +14,7 @@ from serve.api.answers import written_arguments
 from serve.api.messages import OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.api.openai.common import complete_arguments, custom_input
 from serve.api.openai.tools import CallableTool
-from serve.api.openai.vendor_tools import CLIENT_TOOLS, call_field
+from serve.api.openai.vendor_tools import CLIENT_TOOLS, call_field, has_required
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -145,7 +145,10 @@ def empty_item(block: OutputBlock, id: str, tool: CallableTool | None) -> Output
 
 
 def completed_item(item: OutputItem, text: str, signature: str) -> OutputItem:
-    """An item with its content: the text of a block's deltas, and the signature of thinking."""
+    """An item with its content: the text of a block's deltas, and the signature of thinking.
+
+    A call of a type of its own that lacks what its item must have, as one that was cut off, becomes a function's.
+    """
     match item:
         case MessageItem():
             return replace(item, status="completed", content=(OutputText(text),))
@@ -161,7 +164,9 @@ def completed_item(item: OutputItem, text: str, signature: str) -> OutputItem:
         case CustomCallItem():
             return replace(item, status=status, input=custom_input(text))
     kind = next(kind for kind, (form, _) in CLIENT_ITEMS.items() if isinstance(item, form))
-    return replace(item, status=status, **{CLIENT_TOOLS[kind].call: call_field(kind, arguments or {})})
+    if arguments is None or not has_required(kind, arguments):
+        return FunctionCallItem(f"fc_{item.id.partition('_')[2]}", item.call_id, kind, None, status, text)
+    return replace(item, status=status, **{CLIENT_TOOLS[kind].call: call_field(kind, arguments)})
 
 
 def block_content(block: OutputBlock) -> tuple[str, str]:

@@ -184,9 +184,8 @@ class ResponseWriter:
                 self.parts.append(more)
                 return self.delta_events(more)
             case ContentBlockStop():
-                text = "".join(self.parts)
+                text, late = "".join(self.parts), isinstance(self.item, ClientCallItem)
                 self.item = completed_item(self.item, text, self.signature)
-                late = isinstance(self.item, ClientCallItem)
                 events = self.added_events(replace(self.item, status="in_progress")) if late else []
                 events += [*self.done_events(text), *self.part_events("done", text)]
                 events.append(self.output_event("done", self.item))

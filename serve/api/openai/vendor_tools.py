@@ -89,6 +89,16 @@ def call_field(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return CLIENT_TOOLS[kind].constant | arguments
 
 
+def has_required(kind: str, arguments: dict[str, Any]) -> bool:
+    """Whether the arguments have what the field of the item must have. Those of a search are the client's own."""
+    if kind == "tool_search":
+        return True
+    required = {*CLIENT_TOOLS[kind].parameters["required"]}
+    if kind == "apply_patch" and arguments.get("type") != "delete_file":
+        required.add("diff")
+    return required <= arguments.keys()
+
+
 def call_arguments(kind: str, value: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call from the field of its item, as the model wrote them: what is null or constant is not."""
     constant = CLIENT_TOOLS[kind].constant

@@ -219,6 +219,24 @@ class TestResponseCalls:
         assert SdkResponse.model_validate(whole).output[0].type == f"{kind}_call"
         assert whole["output"] == [item]
 
+    @pytest.mark.parametrize(
+        ("kind", "arguments", "status"),
+        [
+            ("local_shell", '{"command":["ls', "incomplete"),
+            ("local_shell", '{"timeout_ms":5}', "completed"),
+            ("shell", "{", "incomplete"),
+            ("apply_patch", '{"type":"update_file","path":"a"}', "completed"),
+            ("tool_search", '{"query":"x', "incomplete"),
+        ],
+    )
+    def test_a_call_that_its_own_item_cannot_hold_is_a_functions(self, kind: str, arguments: str, status: str) -> None:
+        tools = [{"type": kind, "execution": "client"}]
+        _, _, added, written, done, completed = response_events(kind, arguments, tools=tools)
+        (item,) = completed["response"]["output"]
+        assert done["item"] == item == added["item"] | {"status": status}
+        assert (item["type"], item["name"], item["call_id"]) == ("function_call", kind, "toolu_1")
+        assert written["arguments"] == item["arguments"] == arguments
+
     @pytest.mark.parametrize(("kind", "arguments", "fields"), [CLIENT_CALLS[i] for i in (0, 2, 4, 5)])
     def test_such_a_call_comes_back_as_the_model_wrote_it(
         self, kind: str, arguments: str, fields: dict[str, Any]
