@@ -202,6 +202,9 @@ def tool_calls(format: Format, tools: Sequence[tuple[str, Tool]], parallel: bool
         rules.append(f"call_{i}: {literal(format, head, added)} {arguments} {literal(format, tail, added)}\n{more}")
         schemas.append((f"{field}.input_schema", text))
     before, between, after = (literal(format, t, added) for t in (format.before, format.between, format.after))
+    if format.between and format.after.startswith(format.between):
+        # One text that begins as the other would be read greedily, which leaves no room for another call.
+        after = f"{between} {literal(format, format.after.removeprefix(format.between), added)}"
     others = f"({between} call)*" if parallel and not format.ends_with_call else ""
     call = " | ".join(f"call_{i}" for i in range(len(tools)))
     return Body("calls", f"calls: {before} call {others} {after}\ncall: {call}\n" + "".join(rules), tuple(schemas))

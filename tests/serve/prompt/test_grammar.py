@@ -47,17 +47,17 @@ FORMATS = {
 
 
 @cache
-def setting(format: str) -> tuple[Any, Format, Constrainer, int]:
+def setting(format: str, family_name: str = "") -> tuple[Any, Format, Constrainer, int]:
     """A family's tokenizer with the format that is asked for, its constrainer and its model's vocabulary."""
-    family = FAMILY[FORMATS[format]]
+    family = FAMILY[family_name or FORMATS[format]]
     hf = tokenizer_of(family).hf
     end = hf.convert_tokens_to_ids(family.end)
     return hf, BY_NAME[format], make_constrainer(hf, {end}, len(hf) + SPARE), end
 
 
-def demands(format: str, thinking_opened: bool = False, **fields: Any) -> Grammar | None:
+def demands(format: str, thinking_opened: bool = False, family: str = "", **fields: Any) -> Grammar | None:
     """The grammar of a request with these fields."""
-    _, form, constrainer, _ = setting(format)
+    _, form, constrainer, _ = setting(format, family)
     request = decode_request(json.dumps(ask("go", **fields)).encode())
     return grammar_of(request, form, thinking_opened, constrainer.added_tokens)
 
@@ -328,14 +328,15 @@ def test_a_chosen_tool_is_called_once_where_no_parallel_calls_are_wanted(format:
 
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if not BY_NAME[name].ends_with_call])
-def test_several_calls_are_written_as_the_history_has_them(format: str) -> None:
-    hf, form, constrainer, end = setting(format)
+@pytest.mark.parametrize("family", ["", "qwen3"])  # where a format's delimiters are tokens, and where most are none
+def test_several_calls_are_written_as_the_history_has_them(format: str, family: str) -> None:
+    hf, form, constrainer, end = setting(format, family)
     ids = ["functions.Read:0", "functions.ReadAll:1"] if format == "kimi_k2" else ["toolu_0123456789"] * 2
     blocks = [ToolUseBlock(ids[0], "Read", {"path": "a b\n"}), ToolUseBlock(ids[1], "ReadAll", {})]
     text = write_turn(form, blocks)
     tokens = [*hf(text, add_special_tokens=False)["input_ids"], end]
-    many = demands(format, tools=OFFERED, tool_choice={"type": "any"})
-    one = demands(format, tools=OFFERED, tool_choice={"type": "any", "disable_parallel_tool_use": True})
+    many = demands(format, family=family, tools=OFFERED, tool_choice={"type": "any"})
+    one = demands(format, family=family, tools=OFFERED, tool_choice={"type": "any", "disable_parallel_tool_use": True})
     assert many
     assert one
     feed(constrainer.start(many), tokens)
