@@ -113,7 +113,9 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse the request, or pass it on."""
-        locked = scope["type"] == "http" and self.key and scope["path"] not in OPEN_PATHS
+        # Some engines generate at `POST /`.
+        is_open = scope["path"] in OPEN_PATHS and scope.get("method") in ("GET", "HEAD")
+        locked = scope["type"] == "http" and self.key and not is_open
         if locked and not admits(self.key or "", dict(scope["headers"])):
             form = {**scope, "path": chat_route(scope["path"]) or scope["path"]}
             await error_response(form, 401, "invalid x-api-key")(scope, receive, send)

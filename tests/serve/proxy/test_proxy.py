@@ -618,3 +618,4 @@ class TestCommand:
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
             assert client.post("/v1/messages", json=HEADERED, headers={"authorization": "Bearer k"}).is_success
             assert client.head("/").is_success
+            assert client.post("/", json=HEADERED).status_code == 401  # where some engines generate, too
