@@ -200,7 +200,8 @@ class Divergences:
             return None
         cause = "evicted"
         if reused >= min(shared, limit) - 1:
-            cause = difference(new, previous.decode(), shared, sections_of(new, self.vocabulary)).cause
+            sections = sections_of(new, self.vocabulary)
+            cause = difference(new, previous.decode(), shared, sections, same_agent=True).cause
         return Diagnostics(miss_reason(cause, missed))
 
 
@@ -342,8 +343,13 @@ def shown_text(request: RememberedRequest, position: int, vocabulary: Vocabulary
     return vocabulary.text(request.tokens[position : position + SHOWN_TOKENS])
 
 
-def difference(new: RememberedRequest, old: RememberedRequest, at: int, sections: Sections) -> Difference:
-    """Why a prompt with these sections shares only `at` tokens with another sequence."""
+def difference(
+    new: RememberedRequest, old: RememberedRequest, at: int, sections: Sections, same_agent: bool = False
+) -> Difference:
+    """Why a prompt with these sections shares only `at` tokens with another sequence.
+
+    With nothing in common, the other is taken for another agent's and this prompt for new, unless `same_agent`.
+    """
     new_bytes, old_bytes = (sections.vocabulary.data(side.tokens[at : at + SHOWN_TOKENS]) for side in (new, old))
     # Two tokens may differ in their last byte only.
     into = common_prefix(np.frombuffer(new_bytes, np.uint8), np.frombuffer(old_bytes, np.uint8))
@@ -356,7 +362,8 @@ def difference(new: RememberedRequest, old: RememberedRequest, at: int, sections
         section, cause = changed_part(new.request, old.request, section)
     nothing_shared = not sections.section_starts or at == 0 or sections.at(at, into - 1) == "template"
     other_agent = cause == "preamble" and agent_text(new.request) != agent_text(old.request)
-    if other_agent or (nothing_shared and cause in ("system_changed", "tools_changed", "tools_reordered")):
+    unlike = other_agent or (nothing_shared and cause in ("system_changed", "tools_changed", "tools_reordered"))
+    if unlike and not same_agent:
         cause = "new_content"
     return Difference(section, cause, new_bytes.decode("utf-8", "replace"), old_bytes.decode("utf-8", "replace"))
 

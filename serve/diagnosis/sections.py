@@ -23,10 +23,9 @@ from serve.api.messages import (
     InputMessage,
     TextBlock,
     ThinkingBlock,
-    ToolResultBlock,
     ToolUseBlock,
 )
-from serve.prompt.conversation import block_text, blocks, result_text, shown
+from serve.prompt.conversation import block_text, blocks, shown
 from serve.prompt.offered_tools import offered_tools
 from serve.prompt.render import PromptSegment
 
@@ -218,6 +217,4 @@ def message_parts(messages: Iterable[InputMessage]) -> Iterator[tuple[str, Block
 
 def rendered_text(block: Block) -> str:
     """A block's text as it is rendered."""
-    if isinstance(block, ToolResultBlock):
-        return result_text(block)
     return block.thinking if isinstance(block, ThinkingBlock) else block_text(block)

@@ -15,6 +15,7 @@ from serve.api.messages import (
     DocumentBlock,
     ImageBlock,
     InputMessage,
+    RedactedThinkingBlock,
     ResultBlock,
     SearchResultBlock,
     TextBlock,
@@ -30,8 +31,11 @@ from serve.prompt.offered_tools import as_function, offered_tools
 ChatMessage = dict[str, Any]  # one message as chat templates take it
 
 # Tuples, as `isinstance` takes far longer for unions, and each block of a long history is asked.
-ON_LINES = (UnreadBlock, ImageBlock, SearchResultBlock)  # in an answer, texts on lines of their own
-WITH_TEXT = (TextBlock, DocumentBlock, *ON_LINES, ToolAdditionBlock, ToolRemovalBlock)
+OF_ANSWERS = (TextBlock, ToolUseBlock, ThinkingBlock, RedactedThinkingBlock)
+WITH_TEXT = (
+    *(TextBlock, DocumentBlock, UnreadBlock, ImageBlock, SearchResultBlock),
+    *(ToolAdditionBlock, ToolRemovalBlock),
+)
 
 
 def is_prefilled(request: CountTokensRequest) -> bool:
@@ -164,15 +168,15 @@ def assistant_turn(message: InputMessage) -> ChatMessage:
 def blocks(message: InputMessage) -> tuple[Block, ...]:
     """A message's content as blocks; a plain string is one text block, so both forms render alike.
 
-    Answers consist of texts, thinking and calls, so that what cannot be read in one is a text on lines of its own.
+    Answers consist of texts, thinking and calls, so that anything else in one is a text on lines of its own.
     """
     if isinstance(message.content, str):
         return (TextBlock(message.content),)
     if message.role != "assistant":
         return message.content
-    if not any(isinstance(block, ON_LINES) for block in message.content):
+    if all(isinstance(block, OF_ANSWERS) for block in message.content):
         return message.content
-    return tuple(TextBlock(f"\n{b.text}\n") if isinstance(b, ON_LINES) else b for b in message.content)
+    return tuple(b if isinstance(b, OF_ANSWERS) else TextBlock(f"\n{block_text(b)}\n") for b in message.content)
 
 
 def result_text(block: ToolResultBlock) -> str:
@@ -188,6 +192,8 @@ def join(content: tuple[Block | ResultBlock, ...] | list[Block]) -> str:
 
 def block_text(block: Block | ResultBlock) -> str:
     """The text that a block adds to the visible text of its turn."""
-    if isinstance(block, ToolReferenceBlock):
-        return block.tool_name
-    return block.text if isinstance(block, WITH_TEXT) else ""
+    if isinstance(block, WITH_TEXT):
+        return block.text
+    if isinstance(block, ToolResultBlock):
+        return result_text(block)
+    return block.tool_name if isinstance(block, ToolReferenceBlock) else ""

@@ -40,6 +40,7 @@ from serve.prompt.tokenizer import (
 from serve.server.prepare import least_tokens
 from tests.helpers.http import eventually
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
+from tests.helpers.pdfs import pdf
 
 Json = dict[str, Any]
 USER = {"role": "user", "content": "Q"}
@@ -111,6 +112,22 @@ class TestConversation:
         content = [thought, secret, text("Yes.")]
         (_, turn, _) = conversation(request(USER, {"role": "assistant", "content": content}, USER))
         assert turn == {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+
+    @pytest.mark.parametrize(
+        "block",
+        [
+            {"type": "document", "source": {"type": "text", "data": "Zebras."}, "title": "Animals"},
+            {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": pdf("Zebras.")}},
+            {"type": "document", "source": {"type": "file", "file_id": "Zebras."}},
+            {"type": "tool_result", "tool_use_id": "1", "content": [text("Zebras.")]},
+            {"type": "tool_reference", "tool_name": "Zebras."},
+            {"type": "search_result", "source": "a", "title": "b", "content": [text("Zebras.")]},
+        ],
+    )
+    def test_an_answers_blocks_of_other_types_are_texts_on_lines_of_their_own(self, block: Any) -> None:
+        (_, turn, _) = conversation(request(USER, {"role": "assistant", "content": [text("Look:"), block]}, USER))
+        assert turn["content"].startswith("Look:\n")
+        assert "Zebras." in turn["content"]
 
     def test_many_messages_of_one_role_are_joined_in_linear_time(self) -> None:
         messages = (InputMessage("assistant", "a"),) * 100_000

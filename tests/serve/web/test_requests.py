@@ -144,6 +144,8 @@ class TestDiagnostics:
         other = create("You were.", [TOOL], again.id)
         assert other.diagnostics.cache_miss_reason.type == "system_changed"
         assert other.diagnostics.cache_miss_reason.cache_missed_input_tokens > 300
+        unlike = create("I am.", [TOOL], first.id)  # from its first word on
+        assert unlike.diagnostics.cache_miss_reason.type == "system_changed"
         tools = create("You were.", [TOOL, TOOL | {"name": "Edit"}], other.id)
         assert tools.diagnostics.cache_miss_reason.type == "tools_changed"
 
