@@ -219,6 +219,7 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
     output_config: OutputConfig | None = None
     output_format: JsonSchemaFormat | None = None  # what the API's first beta had in place of `output_config.format`
     left_out_tools: tuple[str, ...] = ()  # types of the vendor's tools that only the vendor can run; set by `mend`
+    places: tuple[int, ...] = ()  # of the messages in a request of OpenAI's APIs, from which these were made
 
     def __post_init__(self) -> None:
         """Raise ValueError if `tool_choice` needs a tool that is not in `tools`."""

@@ -31,6 +31,11 @@ class MalformedBody(Exception):
     """The body is not what its `content-encoding` says."""
 
 
+def compressed_as(body: Body) -> str | None:
+    """The encoding of a body that begins as compressed data does; None for any other."""
+    return next((name for magic, name in MAGIC.items() if body.startswith(magic)), None)
+
+
 def decode_body(body: Body, encodings: str, most_bytes: int) -> Body:
     """A body without its `content-encoding`, which may list several; the same object if it has none.
 
@@ -106,3 +111,4 @@ DECODERS: dict[str, Callable[[Body], Iterator[bytes]]] = {
     "br": unbrotli,
 }
 ENCODINGS = ("gzip", "deflate", "zstd", "br")
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # how JSON never begins

@@ -28,7 +28,14 @@ from serve.api.openai import input_tokens_body, read_chat, read_responses
 from serve.api.openai.errors import is_openai
 from serve.api.openai.models import model_body, models_body
 from serve.engine.inbox import Overloaded
-from serve.limits.encodings import ENCODINGS, BodyTooLarge, MalformedBody, UnsupportedEncoding, decode_body
+from serve.limits.encodings import (
+    ENCODINGS,
+    BodyTooLarge,
+    MalformedBody,
+    UnsupportedEncoding,
+    compressed_as,
+    decode_body,
+)
 from serve.rules.normalize import parse_rules
 from serve.server.answer import answer, collect
 from serve.server.context import RequestContext, ServerContext, unrendered
@@ -182,13 +189,18 @@ async def post_answer(read: Reader, request: Request) -> Response:
 
 
 async def read_body(request: Request) -> bytes | bytearray:
-    """The whole body without its `content-encoding`; raises what `decode_body` raises."""
+    """The whole body without its `content-encoding`; raises what `decode_body` raises.
+
+    Raises MalformedBody for a compressed body without that header.
+    """
     body = bytearray()  # gathered as it arrives: joining its pieces at the end would hold the event loop for long
     async for piece in request.stream():
         body += piece
     if encodings := ",".join(request.headers.getlist("content-encoding")):
         context: ServerContext = request.app.state.context
         return await run_in_threadpool(decode_body, body, encodings, context.config.max_body_bytes)
+    if found := compressed_as(body):
+        raise MalformedBody(f"body: expected a JSON object, got {found} data: say content-encoding: {found}")
     return body
 
 

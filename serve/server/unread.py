@@ -31,7 +31,8 @@ def unread_blocks(request: CountTokensRequest) -> Iterator[tuple[str, Unread]]:
     """Place and block of each image, document without text and unknown block in the messages of a request."""
     for i, message in enumerate(request.messages):
         if not isinstance(message.content, str):
-            yield from unread_among(f"messages[{i}].content", message.content)
+            place = request.places[i] if i < len(request.places) else i
+            yield from unread_among(f"messages[{place}].content", message.content)
 
 
 def unread_among(where: str, blocks: tuple[Block | ResultBlock, ...]) -> Iterator[tuple[str, Unread]]:

@@ -221,6 +221,7 @@ def to_messages(chat: ChatRequest) -> SeededRequest:
         stream=chat.stream is True,
         seed=chat.seed,
         left_out_tools=left_out(chat),
+        places=tuple(range(len(chat.messages) - len(rest), len(chat.messages))),
     )
 
 

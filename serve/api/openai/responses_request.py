@@ -140,10 +140,10 @@ def to_messages(request: ResponsesRequest) -> MessagesRequest:
     items: tuple[Item, ...] = (
         ({"role": "user", "content": request.input},) if isinstance(request.input, str) else request.input
     )
-    said = [message for item in items if (message := to_message(item))]
-    if not said:
+    numbered = [(i, message) for i, item in enumerate(items) if (message := to_message(item))]
+    if not numbered:
         raise InvalidRequest("input: expected at least one message, got only reasoning that is not here")
-    head, rest = split_system(said)
+    head, rest = split_system([message for _, message in numbered])
     instructions = (TextBlock(request.instructions),) if request.instructions else ()
     tools_by_name = request.callable_tools
     mode, named, offered = chosen(request.tool_choice, tools_by_name)
@@ -163,6 +163,7 @@ def to_messages(request: ResponsesRequest) -> MessagesRequest:
         stream=request.stream is True,
         diagnostics=comparison(request.prompt_cache_options),
         left_out_tools=left_out(request.tools or ()),
+        places=tuple(i for i, _ in numbered[len(numbered) - len(rest) :]),
     )
 
 

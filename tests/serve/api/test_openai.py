@@ -138,6 +138,7 @@ class TestRequests:
             top_p=0.9,
             stream=True,
             seed=7,
+            places=(2, 3, 4, 5, 6, 7, 8),
         )
 
     def test_arguments_keep_their_order(self) -> None:

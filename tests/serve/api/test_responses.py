@@ -160,6 +160,7 @@ class TestRequests:
             top_p=0.9,
             stream=True,
             left_out_tools=("web_search",),
+            places=(*range(2, 14), 15),
         )
 
     @pytest.mark.parametrize(

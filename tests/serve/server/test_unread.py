@@ -10,6 +10,7 @@ import pytest
 
 from experiments.harness.client import scrape
 from serve.api.messages import InvalidRequest, decode_request
+from serve.api.openai import read_chat, read_responses
 from serve.api.unread import counted_kind, counted_tool
 from serve.server.unread import refuse_images
 from tests.helpers.http import Json, ask, encoded, error_of, post, prompt_tokens, text_of
@@ -65,6 +66,19 @@ def test_a_refusal_of_an_image_names_its_place_in_words_that_clients_recover_fro
     with pytest.raises(InvalidRequest) as caught:
         refuse_images(decode_request(encoded(request(messages))))
     assert str(caught.value).startswith(refused)
+
+
+def test_the_place_of_an_image_is_that_in_the_body_of_openais_apis() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": [image]}]
+    part = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+    silent = [{"role": "developer", "content": "d"}, {"type": "additional_tools", "tools": []}]
+    items = [*silent, {"role": "user", "content": "a"}, {"type": "ghost_snapshot"}, {"role": "user", "content": [part]}]
+    chat, _ = read_chat(encoded({"messages": messages}))
+    responses, _ = read_responses(encoded({"input": items}))
+    for read, place in ((chat, 1), (responses, 4)):
+        with pytest.raises(InvalidRequest, match=rf"^messages\[{place}\].content\[0\]: Could not process image"):
+            refuse_images(read)
 
 
 def test_other_blocks_are_not_refused_as_images() -> None:

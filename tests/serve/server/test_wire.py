@@ -84,6 +84,9 @@ class TestEncodings:
         assert f"at most {BODY_LIMIT} bytes" in error_of(response, 413, "request_too_large")
 
     def test_a_body_that_is_not_compressed_as_its_header_says_is_refused(self, client: httpx.Client) -> None:
+        for encoding, compress in (("gzip", gzip.compress), ("zstd", zstandard.compress)):
+            response = client.post("/v1/messages", content=compress(encoded(ask("hi"))))
+            assert f"got {encoding} data: say content-encoding" in error_of(response, 400, "invalid_request_error")
         response = client.post("/v1/messages", json=ask("hi"), headers={"content-encoding": "gzip"})
         assert "expected gzip data" in error_of(response, 400, "invalid_request_error")
 
