@@ -31,11 +31,9 @@ from serve.prompt.offered_tools import as_function, offered_tools
 ChatMessage = dict[str, Any]  # one message as chat templates take it
 
 # Tuples, as `isinstance` takes far longer for unions, and each block of a long history is asked.
-OF_ANSWERS = (TextBlock, ToolUseBlock, ThinkingBlock, RedactedThinkingBlock)
-WITH_TEXT = (
-    *(TextBlock, DocumentBlock, UnreadBlock, ImageBlock, SearchResultBlock),
-    *(ToolAdditionBlock, ToolRemovalBlock),
-)
+OF_ANSWERS = (TextBlock, ToolUseBlock, ThinkingBlock, RedactedThinkingBlock)  # others are texts in an answer
+OTHERS = (UnreadBlock, ImageBlock, SearchResultBlock, ToolAdditionBlock, ToolRemovalBlock)
+WITH_TEXT = (TextBlock, DocumentBlock, *OTHERS)
 
 
 def is_prefilled(request: CountTokensRequest) -> bool:
