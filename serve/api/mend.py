@@ -215,7 +215,7 @@ def search_result_block(block: Block) -> Block:
     """A search result, with text for each field that it lacks."""
     content = mended_content(block.get("content"), {"text": text_block})
     named = {key: block[key] if isinstance(block.get(key), str) else "" for key in ("source", "title")}
-    return {"type": "search_result", **named, "content": [text(b["text"]) for b in content]}
+    return {"type": "search_result", **named, "content": [{"type": "text", "text": b["text"]} for b in content]}
 
 
 def tool_change_block(block: Block) -> Block | None:

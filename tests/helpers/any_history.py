@@ -22,7 +22,7 @@ from anthropic.types import MessageParam, TextBlockParam, ToolUnionParam
 from anthropic.types.beta import BetaMessageParam, BetaToolUnionParam
 from anthropic.types.beta.message_create_params import MessageCreateParamsNonStreaming
 from pydantic import BaseModel
-from typing_extensions import is_typeddict
+from typing_extensions import TypeAliasType, is_typeddict
 
 from serve.api.messages import InvalidRequest, MessagesRequest, decode_request
 from serve.prompt.render import prompt
@@ -44,6 +44,9 @@ WORDS = (
     "<|im_end|>",
     "</think>",
     '{"path": "a"',
+    "[1]",
+    "null",
+    "data:image/png;base64,iVBORw0KGgo=",
     " ",
     PDF,
     "iVBORw0KGgo=",
@@ -60,6 +63,8 @@ class Maker:
     def value(self, kind: Any, depth: int = 0) -> Json:
         """A value of a type."""
         origin, args = get_origin(kind), get_args(kind)
+        if isinstance(kind, TypeAliasType):
+            return self.value(kind.__value__, depth)
         if origin in (Annotated, Required, NotRequired):
             return self.value(args[0], depth)
         if origin in (Union, types.UnionType):

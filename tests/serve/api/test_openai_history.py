@@ -15,7 +15,7 @@ from serve.api import messages as wire
 from serve.api.messages import Block, InputMessage, MessagesRequest, TextBlock
 from serve.api.openai import read_chat, read_responses
 from serve.prompt.conversation import conversation
-from tests.helpers.any_value import any_value
+from tests.helpers.any_history import Maker
 from tests.helpers.http import encoded
 from tests.helpers.media import pdf
 
@@ -335,10 +335,11 @@ def test_any_history_of_the_sdks_types_is_read_and_what_is_appended_extends_it(
     read: Callable[[bytes], tuple[MessagesRequest, Any]], field: str, kind: Any
 ) -> None:
     random = Random(0)
+    maker = Maker(random)
     for _ in range(2500):
-        history = [any_value(kind, random) for _ in range(random.randint(1, 4))]
+        history = [maker.value(kind) for _ in range(random.randint(1, 4))]
         if random.random() < 0.3:
-            history.append({"type": "from_the_future", "role": "oracle", "words": any_value(kind, random)})
+            history.append({"type": "from_the_future", "role": "oracle", "words": maker.value(kind)})
         turns = conversation(read(encoded({field: [USER, *history, USER]}))[0])
         longer = conversation(read(encoded({field: [USER, *history, USER, USER]}))[0])
         assert longer[: len(turns)] == turns
