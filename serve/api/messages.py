@@ -229,7 +229,9 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
         if choice and choice.type == "any" and not names:
             raise ValueError("tool_choice: expected 'any' together with tools, got no tools")
         if choice and choice.type == "tool" and choice.name not in names:
-            raise ValueError(f"tool_choice.name: expected the name of one of tools, got {choice.name!r:.80}")
+            left_out = f" (left out, as only their vendor can run them: {', '.join(self.left_out_tools)!s:.80})"
+            found = f"{choice.name!r:.80}{left_out if self.left_out_tools else ''}"
+            raise ValueError(f"tool_choice.name: expected the name of one of tools, got {found}")
 
     @property
     def answer_format(self) -> JsonSchemaFormat | None:

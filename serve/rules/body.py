@@ -25,6 +25,7 @@ FIELDS = {
     "/v1/messages/count_tokens": ("system", "messages"),
     "/v1/chat/completions": ("system", "messages"),
     "/v1/responses": ("instructions", "input"),
+    "/v1/responses/input_tokens": ("instructions", "input"),
 }
 SYSTEM_ROLES = ("system", "developer")
 TEXT_TYPES = ("text", "input_text")
@@ -137,7 +138,7 @@ def body_edits(body: bytes | bytearray, path: str, editor: RuleEditor) -> list[B
     fields = _BODY.decode(body)
     system_field, messages_field = FIELDS[path]
     system, conversation = getattr(fields, system_field), getattr(fields, messages_field)
-    if not _is_list(conversation) and not (path == "/v1/responses" and _is_text(conversation)):
+    if not _is_list(conversation) and not (messages_field == "input" and _is_text(conversation)):
         return []
     ranges = Ranges(body)
     edits = content_edits(system, system_field, editor, True, ranges)
@@ -145,7 +146,7 @@ def body_edits(body: bytes | bytearray, path: str, editor: RuleEditor) -> list[B
         edits = [ranges.replace(system, b"[]" if _is_list(system) else b'""')]
     if _is_list(conversation):
         # Where the system text has no field of its own, it is the messages at the start of the conversation.
-        system_first = path in ("/v1/chat/completions", "/v1/responses")
+        system_first = path.startswith(("/v1/chat/completions", "/v1/responses"))
         edits += message_edits(_ELEMENTS.decode(conversation), messages_field, system_first, editor, ranges)
     elif editor.moved:
         user = b'{"role":"user","content":' + bytes(conversation) + b"}"

@@ -76,6 +76,7 @@ def headers_of(answer: httpx.Response) -> dict[str, str]:
         ("/openai/deployments/m/chat/completions", "/v1/chat/completions"),
         ("/api/v1/responses/", "/v1/responses"),
         ("/responses", "/v1/responses"),
+        ("/openai/responses/input_tokens", "/v1/responses/input_tokens"),
         ("/v1/completions", None),
         ("/v1/messages/batches", None),
         ("/v1/responses/resp_1/cancel", None),
@@ -95,6 +96,7 @@ def test_the_route_is_the_end_of_the_path(path: str, route: str | None) -> None:
         ("/messages/count_tokens", MESSAGES),
         ("/openai/deployments/m/chat/completions?api-version=1", CHAT),
         ("/responses/", RESPONSES),
+        ("/responses/input_tokens", RESPONSES),
     ],
 )
 def test_rules_hold_on_any_such_path_and_the_path_stays(path: str, body: Json, echoing: httpx.Client) -> None:
@@ -102,7 +104,7 @@ def test_rules_hold_on_any_such_path_and_the_path_stays(path: str, body: Json, e
     assert LINE not in answer.content
     assert answer.json()["model"] == "any"
     assert bytes.fromhex(answer.headers["x-head"]).startswith(f"POST {path} HTTP/1.1\r\n".encode())
-    if "count_tokens" not in path:
+    if "_tokens" not in path:
         assert echoing.get(f"/v1/requests/{answer.headers['x-tokenzero-report']}").is_success
 
 

@@ -130,8 +130,9 @@ class TestRules:
         body = body_of(value)
         made = normalize_body(body, path, rules)
         expected = normalize(read(path, body), rules)
-        assert as_json(read(path, made.body)) == as_json(
-            replaced(expected.request, system=expected.request.system or None)
+        # A text that was moved is a message more in the body, so that the places in it differ.
+        assert as_json(replaced(read(path, made.body), places=())) == as_json(
+            replaced(expected.request, system=expected.request.system or None, places=())
         )
         assert {note.rule for note in made.applied} == {note.rule for note in expected.applied}
         assert (made.body == body) is not bool(made.applied)
