@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -117,6 +119,14 @@ def run(command: list[str], work: Path, home: Path, environment: dict[str, str])
     return done.stdout + done.stderr
 
 
+def end_processes(home: Path) -> None:
+    """End what an agent has left running: Cline starts a process that outlives it."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("HOME") == str(home):
+                process.kill()
+
+
 @pytest.mark.parametrize("agent", AGENTS, ids=[agent.name for agent in AGENTS])
 def test_an_agent_runs_its_tool_and_reads_all_that_came_before(
     agent: Agent, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -128,10 +138,13 @@ def test_an_agent_runs_its_tool_and_reads_all_that_came_before(
     agent.configure(server.url, home, work)
     start = ["node", str(program)] if program.suffix == ".js" else [str(program)]
     known = {record["id"] for record in requests_of(server)}
-    printed = [
-        run([*start, *agent.command(prompt, i > 0)], work, home, agent.environment(server.url))
-        for i, prompt in enumerate(agent.script)
-    ]
+    try:
+        printed = [
+            run([*start, *agent.command(prompt, i > 0)], work, home, agent.environment(server.url))
+            for i, prompt in enumerate(agent.script)
+        ]
+    finally:
+        end_processes(home)
     assert (work / "number.txt").read_text() == "42\n"
     for text, answers in zip(printed, agent.script.values(), strict=True):
         assert answers[-1] in text

@@ -40,6 +40,12 @@ def ask(text: str, max_tokens: int = 8, **more: Any) -> Json:
     return {"model": "any", "max_tokens": max_tokens, "temperature": 0, "messages": [message]} | more
 
 
+def ask_for_long(text: str) -> Json:
+    """A request whose answer cannot end before its thousands of tokens: a long array, by its schema."""
+    schema = {"type": "array", "items": {"enum": [0, 1]}, "minItems": 10_000}
+    return ask(text, 12_000, output_config={"format": {"type": "json_schema", "schema": schema}})
+
+
 def text_block(text: str) -> Json:
     """A block of text."""
     return {"type": "text", "text": text}

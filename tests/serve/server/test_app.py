@@ -24,6 +24,7 @@ from tests.helpers.http import (
     FLAGS,
     Json,
     ask,
+    ask_for_long,
     error_of,
     eventually,
     is_idle,
@@ -493,7 +494,7 @@ class TestCancelling:
 
     def test_a_client_that_leaves_the_queue_never_runs(self, client: httpx.Client, server: Server) -> None:
         answered = scrape(client)["tokenzero_requests_total"]
-        running = [open_request(server.url, ask(f"Go on for long, {number}", 5000)) for number in range(4)]
+        running = [open_request(server.url, ask_for_long(f"Go on for long, {number}")) for number in range(4)]
         eventually(lambda: scrape(client)["tokenzero_requests_total"] == answered + 4, "the batch is full, and decodes")
         queued = [open_request(server.url, ask("I shall not wait", 5)) for _ in range(3)]
         eventually(lambda: scrape(client)["tokenzero_num_requests_waiting"] == 3, "three wait")
