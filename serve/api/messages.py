@@ -14,9 +14,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from serve.api import unread
 from serve.api.mend import mended
 from serve.api.stops import MAX_STOP_CHARS, MAX_STOPS
-from serve.api.tools import NonEmptyStr as NonEmptyStr
-from serve.api.tools import Tool as Tool
-from serve.api.tools import ToolAdditionBlock, ToolDefinition, ToolReference, ToolRemovalBlock
+from serve.api.tools import Tool, ToolAdditionBlock, ToolDefinition, ToolReference, ToolRemovalBlock
 from serve.api.validation import explain_error
 from serve.limits.bodies import excess
 from serve.limits.surrogates import mend_surrogates

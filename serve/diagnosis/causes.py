@@ -15,7 +15,8 @@ from serve.api.answers import (
     ToolsChanged,
     Unavailable,
 )
-from serve.api.messages import CountTokensRequest, InputMessage, Tool
+from serve.api.messages import CountTokensRequest, InputMessage
+from serve.api.tools import Tool
 from serve.diagnosis.sections import system_parts
 from serve.prompt.conversation import block_text, blocks, shown
 from serve.rules.normalize import strip_preamble

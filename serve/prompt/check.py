@@ -14,10 +14,10 @@ from serve.api.messages import (
     InvalidRequest,
     TextBlock,
     Thinking,
-    Tool,
     ToolResultBlock,
     ToolUseBlock,
 )
+from serve.api.tools import Tool
 from serve.formats.families import BY_NAME
 from serve.prompt.plan import plan_chat
 from serve.prompt.probe import template_sources

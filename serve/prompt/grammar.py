@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 from llguidance import regex_to_lark
 
-from serve.api.messages import InvalidRequest, MessagesRequest, Tool, ToolUseBlock
+from serve.api.messages import InvalidRequest, MessagesRequest, ToolUseBlock
+from serve.api.tools import Tool
 from serve.formats.format import Format, tagged_arguments, to_json
 from serve.formats.readers import KEY, NAME, SPACE
 from serve.formats.schemas import (

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from msgspec import Raw, Struct
 
-from serve.api.messages import Tool
+from serve.api.tools import Tool
 from serve.limits.bodies import excess
 from serve.limits.surrogates import mend_surrogates
 from serve.rules.normalize import Applied, RuleEditor, Unparsed, join_moved

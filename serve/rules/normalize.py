@@ -23,7 +23,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from serve.api.messages import Block, CountTokensRequest, InputMessage, TextBlock, Tool
+from serve.api.messages import Block, CountTokensRequest, InputMessage, TextBlock
+from serve.api.tools import Tool
 
 R = TypeVar("R", bound=CountTokensRequest)
 

@@ -15,13 +15,11 @@ from serve.api.messages import (
     Block,
     InputMessage,
     InvalidRequest,
-    NonEmptyStr,
     PositiveInt,
     SeededRequest,
     StopSequence,
     StopSequences,
     ThinkingBlock,
-    Tool,
     ToolResultBlock,
     ToolUseBlock,
 )
@@ -48,6 +46,7 @@ from serve.api.openai.content import (
     user_content,
 )
 from serve.api.openai.tools import TEXT_INPUT
+from serve.api.tools import NonEmptyStr, Tool
 
 
 class ChatMessage(Struct, frozen=True):

@@ -17,9 +17,9 @@ from serve.api.messages import (
     OutputConfig,
     TextBlock,
     Thinking,
-    Tool,
     ToolChoice,
 )
+from serve.api.tools import Tool
 
 # max_tokens of a request without a limit. The server reduces it to the room that is left in the context.
 UNLIMITED = 2**31 - 1

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from serve.api.messages import InvalidRequest, Tool
+from serve.api.messages import InvalidRequest
 from serve.api.openai.common import NO_INPUT, ToolMode
 from serve.api.openai.vendor_tools import CLIENT_TOOLS
+from serve.api.tools import Tool
 
 TEXT_INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 NAMED = ("function", "custom", "namespace")  # the types of tools that have a name of their own

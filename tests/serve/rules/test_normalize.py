@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api.messages import CountTokensRequest, InputMessage, MessagesRequest, TextBlock, Tool, ToolResultBlock
+from serve.api.messages import CountTokensRequest, InputMessage, MessagesRequest, TextBlock, ToolResultBlock
+from serve.api.tools import Tool
 from serve.rules import normalize as module
 from serve.rules.normalize import RULES, Applied, Unparsed, normalize, strip_preamble
 

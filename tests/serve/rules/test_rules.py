@@ -14,10 +14,10 @@ from serve.api.messages import (
     InputMessage,
     InvalidRequest,
     TextBlock,
-    Tool,
     ToolResultBlock,
     decode_count_tokens,
 )
+from serve.api.tools import Tool
 from serve.prompt.probe import common_start
 from serve.prompt.render import prompt, render_text
 from serve.rules.normalize import DEFAULT_RULES, RULES, Applied, cut_volatile, fold_reminders, normalize, parse_rules
