@@ -106,7 +106,7 @@ class AnswerStream:
     - Thinking without content gives no event. A second opening delimiter inside thinking is kept as text; at the start
       of thinking it is dropped.
     - A call is one event, sent when its arguments are complete, whether its tool was offered or not: the client reports
-      is wrong with it. Without tools, text that looks like a call is text.
+      what is wrong with it. Without tools, text that looks like a call is text.
     - Calls inside thinking are thinking, unless the answer ends with them, perhaps after the delimiter that closes
       thinking: from the first on, thinking is held back until that is clear. These calls are of offered tools only.
     - A call that the limit of tokens ended is a CutCall if its name is known, and otherwise dropped.
