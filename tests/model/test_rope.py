@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,15 +28,6 @@ KINDS: list[dict[str, Any]] = [
     {"rope_type": "yarn", **YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
     {"rope_type": "yarn", **YARN, "attention_factor": 1.5},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _torch_has_one_thread() -> Iterator[None]:
-    """On a loaded machine torch's second thread once took cosines of large angles 1.7e-4 off their float64 values."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def both(fields: dict[str, Any], theta: float, head_dim: int) -> tuple[RopeConfig, LlamaRotaryEmbedding]:
