@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -23,7 +23,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors.numpy import load_file
 
 from experiments.bench.prefill_decode import (
     PHASES,
@@ -38,24 +37,13 @@ from experiments.bench.prefill_decode import (
 )
 from experiments.harness.provenance import PACKAGES, machine, provenance
 from experiments.harness.report import make_table, write_json
+from experiments.workloads.gguf_file import LLAMA_LAYER as LAYER
+from experiments.workloads.gguf_file import add_shape, tensors_of, write_tensors
 
 RESULTS = Path("experiments/results/bench/llama_cpp.json")
 OURS, PLAIN, FLASH = "tokenzero", "llama.cpp", "llama.cpp, flash attention"
 GOAL = 1.0  # times llama.cpp's prefill, the faster of flash attention on and off
 BATCH, MICRO_BATCH = 2048, 512  # llama.cpp's own defaults
-
-# A layer's tensors: Hugging Face's name below `model.layers.N.`, GGUF's below `blk.N.`.
-LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def need(module: str) -> ModuleType:
@@ -77,16 +65,12 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def gguf_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """GGUF's name and values of every tensor of a llama's checkpoint; the tied head is the embedding and has none."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+def gguf_tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """GGUF's name and values of every tensor of a llama's checkpoint, its queries and keys interleaved."""
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    yield "token_embd.weight", tensors["model.embed_tokens.weight"]
-    yield "output_norm.weight", tensors["model.norm.weight"]
-    for number in range(config["num_hidden_layers"]):
-        for theirs, name in LAYER.items():
-            weight = tensors[f"model.layers.{number}.{theirs}.weight"]
-            yield f"blk.{number}.{name}.weight", interleaved(weight, heads[name]) if name in heads else weight
+    for name, weight in tensors_of(folder, config["num_hidden_layers"], LAYER):
+        kind = name.split(".")[-2]
+        yield name, interleaved(weight, heads[kind]) if kind in heads else weight
 
 
 def write_gguf(folder: Path, path: Path) -> None:
@@ -96,24 +80,12 @@ def write_gguf(folder: Path, path: Path) -> None:
     """
     config = json.loads((folder / "config.json").read_text())
     writer = need("gguf").GGUFWriter(path, "llama")
-    writer.add_file_type(0)  # all float32
+    add_shape(writer, config)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    for name, values in gguf_tensors(folder):
-        writer.add_tensor(name, values.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, gguf_tensors(folder, config))
 
 
 def load_llama(path: Path, tokens: int, threads: int, flash: bool) -> Any:
