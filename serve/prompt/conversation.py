@@ -104,7 +104,12 @@ def in_call_order(run: Sequence[InputMessage], calls: Sequence[str]) -> Sequence
 
 def joined(messages: Sequence[InputMessage]) -> list[InputMessage]:
     """The messages as they are shown, with neighbouring ones of the assistant joined: some clients split an answer."""
-    heard = [message for message in shown(messages) if not is_silent(message)]
+    return joined_shown(shown(messages))
+
+
+def joined_shown(messages: Sequence[InputMessage]) -> list[InputMessage]:
+    """`joined` for messages that are already as they are shown."""
+    heard = [message for message in messages if not is_silent(message)]
     result: list[InputMessage] = []
     for role, group in groupby(heard or messages[-1:], lambda message: message.role):
         run = list(group)
@@ -129,7 +134,7 @@ def conversation(request: CountTokensRequest) -> list[ChatMessage]:
     head = [{"role": "system", "content": system}] if system else []
     # In the order of the calls, so that a definition keeps its place whatever the order of the results.
     ordered = replace(request, messages=tuple(shown(request.messages)))
-    return head + [turn for message in joined(offered_tools(ordered).messages) for turn in turns(message)]
+    return head + [turn for message in joined_shown(offered_tools(ordered).messages) for turn in turns(message)]
 
 
 def turns(message: InputMessage) -> list[ChatMessage]:
