@@ -1,4 +1,4 @@
-"""Logs each shape of billing header that a rule could not parse once."""
+"""What is logged once: shapes of billing headers that a rule could not parse, and other kinds by their names."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import re
 
 from serve.rules.normalize import Unparsed
 
-# Shapes of unparsed headers that are logged, and the memory that each takes, approximately.
+# What is remembered as logged, and the memory that each takes, approximately.
 SHAPES, SHAPE_BYTES = 1000, 300
 
 log = logging.getLogger("tokenzero.server")
 
 
+def is_new(name: str, reported: set[str]) -> bool:
+    """Whether something is to be logged: it is not among what was `reported`, and is added to it."""
+    if name in reported or len(reported) >= SHAPES:
+        return False
+    reported.add(name)
+    return True
+
+
 def warn_once(odd: Unparsed, reported: set[str]) -> None:
     """Log a header that a rule could not parse, unless its shape is among those `reported`."""
     shape = re.sub(r"=[^;\s]*", "=", odd.text)[:80]  # values may differ in every request
-    if shape not in reported and len(reported) < SHAPES:
-        reported.add(shape)
+    if is_new(shape, reported):
         log.warning("%s begins like a billing header but does not parse, so it was kept: %.120r", odd.where, odd.text)

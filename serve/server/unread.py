@@ -19,7 +19,7 @@ from serve.api.messages import (
     UnreadSource,
 )
 from serve.api.unread import counted_kind, counted_tool
-from serve.rules.log import SHAPES
+from serve.rules.log import is_new
 from serve.server.context import ServerContext
 
 log = logging.getLogger("tokenzero.server")
@@ -81,11 +81,3 @@ def report_safeguards(context: ServerContext, request: MessagesRequest) -> None:
             "safeguards: no verdicts on tool calls are given here, so Claude Code's auto mode asks the model for each "
             "in a request of its own (38,181 tokens when cold), or denies the call: use --permission-mode default"
         )
-
-
-def is_new(name: str, reported: set[str]) -> bool:
-    """Whether something is to be logged: it is not among what was `reported`, and is added to it."""
-    if name in reported or len(reported) >= SHAPES:
-        return False
-    reported.add(name)
-    return True
