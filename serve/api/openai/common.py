@@ -77,7 +77,7 @@ def decoded(text: Any) -> Any:
         return text
 
 
-def complete_arguments(arguments: str) -> dict[str, Any] | None:
+def whole_arguments(arguments: str) -> dict[str, Any] | None:
     """The arguments of a call that the model wrote; None if they were cut off."""
     try:
         return msgspec.json.decode(arguments, type=dict[str, Any])
@@ -90,7 +90,7 @@ def custom_input(arguments: str) -> str:
 
     Arguments that were cut off are returned as they are.
     """
-    text = (complete_arguments(arguments) or {}).get("input")
+    text = (whole_arguments(arguments) or {}).get("input")
     return text if isinstance(text, str) else arguments
 
 

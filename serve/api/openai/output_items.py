@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from serve.api.answers import written_arguments
 from serve.api.messages import OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
-from serve.api.openai.common import complete_arguments, custom_input
+from serve.api.openai.common import custom_input, whole_arguments
 from serve.api.openai.tools import CallableTool
 from serve.api.openai.vendor_tools import CLIENT_TOOLS, call_field, has_required
 
@@ -156,7 +156,7 @@ def completed_item(item: OutputItem, text: str, signature: str) -> OutputItem:
             return replace(
                 item, status="completed", content=(ReasoningText(text),), encrypted_content=signature or None
             )
-    arguments = complete_arguments(text)
+    arguments = whole_arguments(text)
     status: Status = "incomplete" if arguments is None else "completed"
     match item:
         case FunctionCallItem():
