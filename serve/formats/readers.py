@@ -164,6 +164,20 @@ def read_match(source: Source, pattern: re.Pattern[str]) -> Reading[str]:
         yield
 
 
+def find_match(source: Source, pattern: re.Pattern[str], longest: int) -> Reading[re.Match[str] | None]:
+    """Find the next match, of at most `longest` characters, or None if there is none up to the end of the answer.
+
+    `source.at` stays before the match.
+    """
+    while not (found := pattern.search(source.text, source.at)):
+        source.at = max(source.at, len(source.text) - longest + 1)
+        if source.ended:
+            source.at = len(source.text)
+            return None
+        yield
+    return found
+
+
 def read_name(source: Source, pattern: re.Pattern[str] = NAME) -> Reading[str]:
     """Read a name. Raises Malformed if there is none, and Cut if it may go on where the text was cut off."""
     name = yield from read_match(source, pattern)

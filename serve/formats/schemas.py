@@ -116,6 +116,12 @@ def member(value: object, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 
+def properties_of(schema: object) -> dict[str, Any]:
+    """The properties of a schema; none if it has no object of them."""
+    properties = member(schema, "properties")
+    return properties if isinstance(properties, dict) else {}
+
+
 def tool_schema(schema: dict[str, Any], field: str) -> dict[str, Any]:
     """The schema of a tool's arguments, with `type: object` if it names no type. Raises Unenforceable for another."""
     if schema.get("type", "object") != "object":

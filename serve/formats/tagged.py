@@ -27,6 +27,7 @@ from serve.formats.readers import (
     Tools,
     at_any,
     cut_call,
+    find_match,
     make_call,
     match_end,
     not_found,
@@ -38,7 +39,7 @@ from serve.formats.readers import (
     read_match,
     read_name,
 )
-from serve.formats.schemas import member, typed, value_types
+from serve.formats.schemas import properties_of, typed, value_types
 
 PROSE = re.compile(r"[^<{]*")
 MAX_TAG = 40  # characters of a misspelt closing tag
@@ -153,8 +154,7 @@ class CutValue(Cut):
 
 def read_parameters(source: Source, schema: dict[str, Any], given: dict[str, Any]) -> Reading[str]:
     """Read parameters into `given`; return the tag that ends them."""
-    properties = member(schema, "properties")
-    properties = properties if isinstance(properties, dict) else {}
+    properties = properties_of(schema)
     missing = set(properties)  # those that may still follow
     follows = yield from read_any(source, *TAGS)
     if not follows:
@@ -202,7 +202,7 @@ def read_value(source: Source, known: Collection[str], missing: Collection[str])
     start, depth = source.at, 0  # the number of quoted calls around the place
     # Ends without a closing tag, those that may as well be words, those within a quoted call, those at the outer tag.
     unclosed = unlikely = inner = outer = None
-    while tag := (yield from find_tag(source)):
+    while tag := (yield from find_match(source, TAG, TAG_CHARS)):
         at = source.at = tag.end()
         if tag[0] == "<function=":
             if (yield from begins_call(source)):
@@ -235,17 +235,6 @@ def read_value(source: Source, known: Collection[str], missing: Collection[str])
         raise Cut if source.cut else Malformed
     source.flat = True
     return found
-
-
-def find_tag(source: Source) -> Reading[re.Match[str] | None]:
-    """Find the next tag, or None if there is none up to the end of the answer."""
-    while not (tag := TAG.search(source.text, source.at)):
-        source.at = max(source.at, len(source.text) - TAG_CHARS + 1)
-        if source.ended:
-            source.at = len(source.text)
-            return None
-        yield
-    return tag
 
 
 def begins_call(source: Source) -> Reading[bool]:

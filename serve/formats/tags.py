@@ -19,6 +19,7 @@ from serve.formats.readers import (
     Reading,
     Source,
     cut_call,
+    find_match,
     not_found,
     overlap,
     read_any,
@@ -26,7 +27,7 @@ from serve.formats.readers import (
     read_match,
     read_name,
 )
-from serve.formats.schemas import member, typed, value_types
+from serve.formats.schemas import properties_of, typed, value_types
 
 MAX_TAG = 40  # characters
 
@@ -51,8 +52,7 @@ def read_arguments(
     source: Source, tags: Tags, name: str, schema: dict[str, Any]
 ) -> Reading[tuple[dict[str, Any], str]]:
     """Read the arguments of the tool `name` up to the tag that ends them. Returns both. Raises Malformed, and Cut."""
-    properties = member(schema, "properties")
-    properties = properties if isinstance(properties, dict) else {}
+    properties = properties_of(schema)
     given: dict[str, Any] = {}
     string: tuple[str, str] | None = None  # the one that is being read
     try:
@@ -91,7 +91,7 @@ def read_value(source: Source, tags: Tags, missing: Collection[str]) -> Reading[
     """
     depth, start = 0, source.at  # depth: arguments of quoted calls that are open
     possible: tuple[int, int, str] | None = None  # the first end that is not certain, where the text goes on, the tag
-    while tag := (yield from find(source, tags.any)):
+    while tag := (yield from find_match(source, tags.any, MAX_TAG)):
         at, source.at, follows = tag.start(), tag.end(), tag[0]
         if follows == tags.closing:
             yield from read_match(source, WHITESPACE)
@@ -114,17 +114,6 @@ def read_value(source: Source, tags: Tags, missing: Collection[str]) -> Reading[
     source.flat = True
     end, source.at, follows = possible
     return end, follows
-
-
-def find(source: Source, pattern: re.Pattern[str]) -> Reading[re.Match[str] | None]:
-    """Find the next tag, or None if there is none up to the end of the answer."""
-    while not (tag := pattern.search(source.text, source.at)):
-        source.at = max(source.at, len(source.text) - MAX_TAG)
-        if source.ended:
-            source.at = len(source.text)
-            return None
-        yield
-    return tag
 
 
 def begins_argument(source: Source, tags: Tags, missing: Collection[str]) -> Reading[bool]:
