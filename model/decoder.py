@@ -17,9 +17,9 @@ from model import kv, rope
 from model.attention import paged_attention
 from model.batch import Batch, locate
 from model.config import ModelConfig
-from model.kernels.dispatch import linear_for
+from model.kernels.cpu.layers import embedding, logits, run_layers
 from model.kv import KVPool
-from model.params import Layer, Params
+from model.params import Layer, PackedLayers, Params
 
 Carry = tuple[Float[jax.Array, "tokens embed"], KVPool]
 LayerStep = Callable[[Carry, Layer, jax.Array | int], Carry]
@@ -31,6 +31,11 @@ def forward(
     """The logits of the tokens `batch.logit_indices`, and the pool with the new tokens' keys and values written."""
     positions, pages, offsets = locate(batch, pool)
     cos, sin = rope.angles(positions, *rope.inverse_frequencies(config.rope, config.head_dim))
+    if isinstance(params.layers, PackedLayers):
+        x = embedding(params.embed, batch.tokens)
+        x, pool = run_layers(x, params.layers, pool, batch, cos, sin, config.norm_eps)
+        head = params.embed if params.lm_head is None else params.lm_head
+        return logits(x, batch.logit_indices, params.final_norm, head, config.vocab_size, config.norm_eps), pool
 
     def step(carry: Carry, layer: Layer, index: jax.Array | int) -> Carry:
         x, pool = carry
@@ -110,6 +115,4 @@ def product(
     dtype: DTypeLike,
 ) -> Float[jax.Array, "tokens outputs"]:
     """`x @ weight.T` in this dtype."""
-    if kernel := linear_for(x, weight):
-        return kernel(x, weight)
     return jnp.einsum("ti,oi->to", x, weight, preferred_element_type=dtype)

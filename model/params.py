@@ -12,7 +12,7 @@ import dataclasses
 
 import jax
 from flax import struct
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 
 @struct.dataclass
@@ -35,13 +35,39 @@ class Layer:
 
 
 @struct.dataclass
-class Params:
-    """A whole model. `layers` is one stacked Layer, or a tuple of them as `unstacked` makes it."""
+class PackedLayers:
+    """All layers in the order in which the CPU kernel reads them; what a model lacks has no outputs.
 
-    embed: Float[jax.Array, "vocab embed"]
-    layers: Layer | tuple[Layer, ...]
+    A weight is [layers, panels, inputs, panel]: a panel of outputs lies together, input by input. Half of each panel of
+    `gate_up` is gate, half is up. Biases are in the order of their weight's panels.
+    """
+
+    attn_norm: Float32[jax.Array, "layers embed"]
+    qkv: Float32[jax.Array, "layers qkv_panels embed panel"]
+    qkv_bias: Float32[jax.Array, "layers qkv_outputs"]
+    q_norm: Float32[jax.Array, "layers q_norm"]
+    k_norm: Float32[jax.Array, "layers k_norm"]
+    out: Float32[jax.Array, "layers embed_panels heads_dim panel"]
+    out_bias: Float32[jax.Array, "layers out_outputs"]
+    mlp_norm: Float32[jax.Array, "layers embed"]
+    gate_up: Float32[jax.Array, "layers ffn_panels embed panel"]
+    gate_up_bias: Float32[jax.Array, "layers gate_up_outputs"]
+    down: Float32[jax.Array, "layers embed_panels ffn panel"]
+    down_bias: Float32[jax.Array, "layers down_outputs"]
+
+
+@struct.dataclass
+class Params:
+    """A whole model: its layers stacked, or apart as `unstacked` makes them, or packed for the CPU kernels.
+
+    Where the layers are packed, so are the embedding and the head: [panels, embed, panel].
+    """
+
+    embed: Float[jax.Array, "vocab embed"] | Float32[jax.Array, "panels embed panel"]
+    layers: Layer | tuple[Layer, ...] | PackedLayers
     final_norm: Float[jax.Array, "embed"]
-    lm_head: Float[jax.Array, "vocab embed"] | None = None  # None where the embedding is tied
+    # None where the embedding is tied.
+    lm_head: Float[jax.Array, "vocab embed"] | Float32[jax.Array, "panels embed panel"] | None = None
 
 
 def unstacked(params: Params) -> Params:
@@ -51,7 +77,7 @@ def unstacked(params: Params) -> Params:
     separate arrays it reads each weight once. On an H200 stacked weights decode as fast, and compile faster
     (`make gpu-bench`).
     """
-    if isinstance(params.layers, tuple):
+    if not isinstance(params.layers, Layer):
         return params
     leaves, structure = jax.tree.flatten(params.layers)
     layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))

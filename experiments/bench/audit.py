@@ -28,7 +28,7 @@ from experiments.bench.timing import Asked
 from experiments.harness.provenance import provenance
 from experiments.harness.report import make_table, write_json
 from model import checkpoint
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.audit.auditor import Auditor, AuditSettings, attach, audit_pages
 from serve.engine.engine import Engine
 from serve.engine.runtime import set_up_jax
@@ -74,7 +74,7 @@ def make_engine(folder: Path, config: Config) -> Engine:
     audit = AuditSettings()
     own = audit_pages(64 * (audit.max_tokens // PAGE_TOKENS + 2), PAGE_TOKENS, audit)
     settings = EngineSettings(pages, longest, PAGE_TOKENS, audit_pages=own)
-    engine = Engine(unstacked(params), shape, settings, checkpoint.fingerprint(shape, params))
+    engine = Engine(arranged(params, PAGE_TOKENS), shape, settings, checkpoint.fingerprint(shape, params))
     attach(engine, audit)
     return engine
 

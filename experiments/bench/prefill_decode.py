@@ -31,7 +31,7 @@ from experiments.harness.provenance import machine, provenance
 from experiments.harness.report import make_table, write_json
 from model import checkpoint
 from model.config import ModelConfig
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.engine.engine import Engine
 from serve.engine.settings import EngineSettings
 
@@ -93,7 +93,8 @@ def make_engine(folder: Path, tokens: int) -> Engine:
     """Our engine on the checkpoint, started, with room for one sequence of `tokens` and earlier ones."""
     config, params = checkpoint.load(folder, "float32")
     pages = 3 * (tokens // 64 + 2)
-    engine = Engine(unstacked(params), config, EngineSettings(num_pages=pages, max_model_len=tokens, max_num_seqs=1))
+    settings = EngineSettings(num_pages=pages, max_model_len=tokens, max_num_seqs=1)
+    engine = Engine(arranged(params, settings.page_size), config, settings)
     engine.start()
     return engine
 

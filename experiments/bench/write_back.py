@@ -27,7 +27,7 @@ from experiments.bench.timing import timed_tokens
 from experiments.harness.provenance import provenance
 from experiments.harness.report import write_json
 from model import checkpoint
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.engine.engine import Engine
 from serve.engine.settings import EngineSettings
 
@@ -56,11 +56,11 @@ class Answered:
 def make_engines(folder: Path, config: Config, directory: Path) -> dict[str, Engine]:
     """The two engines on one checkpoint, started; their pools hold a few prompts, so that later ones evict."""
     shape, params = checkpoint.load(folder, "float32")
-    params = unstacked(params)
     longest = config.prompt_tokens + config.output_tokens
     settings = EngineSettings(num_pages=3 * (longest // PAGE_TOKENS + 2), max_model_len=longest, page_size=PAGE_TOKENS)
     fingerprint = checkpoint.fingerprint(shape, params)
     stores = {"without": None, "with": Tiers(str(directory), config.store_bytes, 0)}
+    params = arranged(params, PAGE_TOKENS)
     engines = {name: Engine(params, shape, settings, fingerprint, tiers) for name, tiers in stores.items()}
     for engine in engines.values():
         engine.start()

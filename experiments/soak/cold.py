@@ -27,8 +27,8 @@ from experiments.soak.talk import SALT_HEADER
 from model import checkpoint
 from model.batch import Batch
 from model.decoder import forward
+from model.kernels.dispatch import arranged
 from model.kv import empty_pool
-from model.params import unstacked
 from serve.api.messages import MessagesRequest, decode_request
 from serve.prompt.masks import constraint_of, make_constrainer
 from serve.prompt.render import Prompt, prompt
@@ -101,7 +101,7 @@ class Cold:
         folder = checkpoint.resolve(model)
         self.config, params = checkpoint.load(folder, np.float32)
         self.fingerprint = checkpoint.fingerprint(self.config, params)
-        self.params = unstacked(params) if jax.default_backend() == "cpu" else params
+        self.params = arranged(params, PAGE)
         self.tokenizer = load_tokenizer(str(folder))
         self.replay, self.key = ReplayLog(store), signing_key(store)
         self.stop_ids = (*self.config.eos_token_ids, self.tokenizer.hf.eos_token_id)

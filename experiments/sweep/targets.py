@@ -122,7 +122,7 @@ class InProcess:
         import jax
 
         from model import checkpoint
-        from model.params import unstacked
+        from model.kernels.dispatch import arranged
         from serve.engine.runtime import set_up_jax
 
         set_up_jax()
@@ -131,7 +131,7 @@ class InProcess:
         self.dtype, self.device = "float32" if on_cpu else "bfloat16", jax.devices()[0].device_kind
         self.config, params = checkpoint.load(model, jax.numpy.dtype(self.dtype))
         self.fingerprint = checkpoint.fingerprint(self.config, params)
-        self.params = unstacked(params) if on_cpu else params
+        self.params = arranged(params, sizes.page_size)
         self.start()
 
     def start(self) -> None:

@@ -2,11 +2,9 @@
 
 The wrappers refuse by the same rules, so a caller who skips the dispatcher gets the same reason.
 
-Whether a token's result depends on the rest of its batch: the CPU kernels give the same bits in any batch. XLA, which
-does the rest and all products of more than `linear.MAX_TOKENS` tokens, may round differently in each compiled shape:
-its products differ from the kernel's in the last bits, and so do its norms of 1, 2 and 8 tokens. So on a CPU a
-sequence gets the same bits in any batch of the same compiled shape. The GPU kernels also split keys by the number of
-sequences in the shape.
+Whether a token's result depends on the rest of its batch: the CPU kernels, which run the whole model, give the same
+bits in any batch. XLA may round differently in each compiled shape: its norms of 1, 2 and 8 tokens do. The GPU kernels
+also split keys by the number of sequences in the shape.
 """
 
 from __future__ import annotations
@@ -18,9 +16,10 @@ from collections.abc import Callable
 import jax
 
 from model.batch import Batch
-from model.kernels.cpu import build, linear, paged_attention
+from model.kernels.cpu import build, packing, paged_attention
 from model.kernels.limits import QUERY_ROWS, unsupported_reason
 from model.kv import KVPool
+from model.params import Params, unstacked
 
 log = logging.getLogger("tokenzero.kernels")
 
@@ -35,7 +34,7 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
         if not build.available():
             return None
         if reason := paged_attention.unsupported_reason(q, pool):
-            warn_once("CPU kernel", reason)
+            warn_once("CPU kernels", reason)
             return None
         return paged_attention.paged_attention
     if not on_hopper() or batch.decode_seqs:
@@ -50,13 +49,20 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
     return paged_decode if batch.max_chunk * q.shape[2] <= QUERY_ROWS else paged_prefill
 
 
-def linear_for(x: jax.Array, weight: jax.Array) -> Callable[..., jax.Array] | None:
-    """The kernel to call with (x, weight) for few tokens on a CPU, or None for XLA."""
+def arranged(params: Params, page_size: int) -> Params:
+    """Stacked weights as this device reads them fastest, for a pool of this page size.
+
+    On a CPU they are packed for its kernels, or taken apart for XLA where the kernels cannot run the model; the reason
+    is logged once.
+    """
     if not on_cpu():
-        return None
-    if x.shape[0] > linear.MAX_TOKENS or linear.unsupported_reason(x, weight) or not build.available():
-        return None
-    return linear.linear
+        return params
+    if not build.available():
+        return unstacked(params)
+    if reason := packing.unsupported_reason(params, page_size):
+        warn_once("CPU kernels", reason)
+        return unstacked(params)
+    return packing.pack(params, page_size)
 
 
 def on_cpu() -> bool:
@@ -73,5 +79,5 @@ def on_hopper() -> bool:
 
 @functools.cache
 def warn_once(kernels: str, reason: str) -> None:
-    """Log that XLA computes attention, and why."""
-    log.warning("attention runs on XLA's blockwise path, not on the %s: %s", kernels, reason)
+    """Log that XLA computes what kernels could, and why they do not."""
+    log.warning("XLA computes attention, not the %s: %s", kernels, reason)

@@ -18,7 +18,7 @@ from cache.lmdb_env import StoreError
 from cache.pool import pages_for
 from cache.tiers import Tiers
 from model import checkpoint
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.audit.auditor import MIN_PAGES, AuditSettings, attach, auditor_of
 from serve.audit.case import Case, read_case
 from serve.audit.findings import Mismatch
@@ -58,7 +58,7 @@ def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: by
         raise ValueError(f"--model: {folder} has fingerprint {fingerprint.hex()}, the file {case.fingerprint}")
     if root_key(fingerprint, case.page_size, salt).hex() != case.root:
         raise ValueError("--salt: it is not the one of the file's sequence")
-    params = unstacked(params) if jax.default_backend() == "cpu" else params
+    params = arranged(params, case.page_size)
     tokens = np.asarray(case.tokens, np.int32)
     settings = settings_for(case)
     audit = AuditSettings(share=float("inf"), quiet_s=0.0, max_tokens=len(tokens))

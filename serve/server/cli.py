@@ -101,7 +101,7 @@ def load_model(config: ServerConfig, on_progress: OnProgress) -> LoadedModel:
     import jax
 
     from model import checkpoint
-    from model.params import unstacked
+    from model.kernels.dispatch import arranged
     from serve.prompt.tokenizer import load_tokenizer
 
     on_cpu = jax.default_backend() == "cpu"
@@ -110,7 +110,7 @@ def load_model(config: ServerConfig, on_progress: OnProgress) -> LoadedModel:
     tokenizer = load_tokenizer(str(folder), config.tool_parser, config.state_dir, config.bounds.segments)
     model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress)
     fingerprint = checkpoint.fingerprint(model_config, params)
-    return LoadedModel(model_config, unstacked(params) if on_cpu else params, fingerprint, tokenizer, dtype)
+    return LoadedModel(model_config, arranged(params, config.page_size), fingerprint, tokenizer, dtype)
 
 
 def report_template(name: str, tokenizer: Tokenizer) -> None:

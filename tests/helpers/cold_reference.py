@@ -22,8 +22,8 @@ from model.batch import Batch
 from model.checkpoint import layout
 from model.config import ModelConfig, RopeConfig
 from model.decoder import forward
+from model.kernels.dispatch import arranged
 from model.kv import empty_pool
-from model.params import unstacked
 from serve.engine.engine import Engine
 from serve.engine.settings import EngineSettings
 
@@ -57,7 +57,7 @@ def parameters():
         norm = len(spec.shape) <= 2 and "norm" in spec.parts[0].name
         return jnp.ones(spec.shape) if norm else jnp.asarray(rng.normal(size=spec.shape) * 0.2, jnp.float32)
 
-    return unstacked(jax.tree.map(leaf, layout(CONFIG)))
+    return arranged(jax.tree.map(leaf, layout(CONFIG)), PAGE)
 
 
 def records(tier) -> dict[bytes, bytes]:

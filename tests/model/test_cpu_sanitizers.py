@@ -24,19 +24,22 @@ pytestmark = [
 
 CASES = """
 import ctypes, sys
-import batches, jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np
+from dataclasses import replace
 from model.kernels.cpu import build
-from model.kernels.cpu.linear import linear
+from model.decoder import forward
+from model.kernels.cpu.packing import pack
 from model.kernels.cpu.paged_attention import paged_attention
+from model.kv import empty_pool
+from tests.helpers import batches
+from tests.model.test_cpu_layers import ODD, random_params
 
 library = ctypes.CDLL(sys.argv[1])
-for target in (build.LINEAR, build.PAGED_ATTENTION):
+build.library = lambda: library
+for target in build.TARGETS:
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
 for seed in range(int(sys.argv[2])):
     rng = np.random.default_rng(seed)
-    tokens, inputs, outputs = int(rng.integers(1, 40)), 16 * int(rng.integers(1, 30)), int(rng.integers(1, 200))
-    x, weight = rng.standard_normal((tokens, inputs), np.float32), rng.standard_normal((outputs, inputs), np.float32)
-    jax.jit(linear)(x, weight).block_until_ready()
     count = int(rng.integers(1, 5))
     q, pool, batch = batches.ragged(
         [int(n) for n in rng.choice([0, 1, 15, 63, 64, 65, 400, 1500, 2500], count)],
@@ -55,7 +58,24 @@ for seed in range(int(sys.argv[2])):
         batch.starts[s + 1] - batch.starts[s]) // pool.page_size)]})
     table = np.searchsorted(used, np.minimum(np.asarray(batch.block_table), used[-1]))[:, :-2].astype(np.int32)
     pool = type(pool)(*(jnp.asarray(np.asarray(side)[:, used]) for side in (pool.k, pool.v)))
-    jax.jit(paged_attention)(q, pool, 1, batch.replace(block_table=jnp.asarray(table))).block_until_ready()
+    batch = batch.replace(block_table=jnp.asarray(table))
+    jax.jit(paged_attention)(q, pool, 1, batch).block_until_ready()
+    heads, dim, page = pool.k.shape[2:3] + pool.k.shape[:2:-1]
+    config = replace(
+        ODD,
+        embed_size=int(rng.integers(1, 300)),
+        ffn_size=int(rng.integers(1, 300)),
+        num_layers=2,
+        num_kv_heads=heads,
+        num_heads=heads * q.shape[2],
+        head_dim=dim,
+    )
+    pool = empty_pool(config, len(used), page, jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, q.shape[0]), jnp.int32)
+    indices = jnp.asarray(rng.integers(0, int(batch.starts[-1]), 3), jnp.int32)
+    step = jax.jit(lambda params, batch, pool: forward(params, batch, pool, config))
+    batch = batch.replace(tokens=tokens, logit_indices=indices)
+    jax.block_until_ready(step(pack(random_params(config), page), batch, pool))
 print("done")
 """
 
@@ -76,7 +96,7 @@ def run(library, cases):
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own would be all that is found
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent.parent)]),
+        "PYTHONPATH": str(FOLDER.parent.parent),
     }
     command = [sys.executable, "-c", CASES, str(library), str(cases)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
@@ -95,14 +115,15 @@ def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path, march):
 @pytest.mark.parametrize(
     ("source", "right", "wrong"),
     [
-        ("linear.cc", "load(w + r * p.inputs + i)", "load(w + r * p.inputs + i + 1)"),
-        ("paged_attention.cc", "load(keys + slot * p.dim + i * LANES)", "load(keys + slot * p.dim + i * LANES + 1)"),
-        ("paged_attention.cc", "all(values[s * dim + c])", "all(values[s * dim + c + 1])"),
-        ("paged_attention.cc", "table[s * width + position", "table[(s + 1) * width + position"),
+        ("matmul.h", "load(w + v * LANES)", "load(w + v * LANES + 1)"),
+        ("attention.h", "load(keys + slot * p.dim + i * LANES)", "load(keys + slot * p.dim + i * LANES + 1)"),
+        ("attention.h", "all(values[s * dim + c])", "all(values[s * dim + c + 1])"),
+        ("attention.h", "table[s * width + position", "table[(s + 1) * width + position"),
     ],
 )
 def test_a_read_beyond_the_end_would_be_found(tmp_path, source, right, wrong):
-    sources = [Path(shutil.copy(path, tmp_path)) for path in (*build.SOURCES, build.HEADER)][:-1]
+    sources = [Path(shutil.copy(path, tmp_path)) for path in (*build.SOURCES, *build.HEADERS)]
+    sources = [path for path in sources if path.suffix == ".cc"]
     text = (tmp_path / source).read_text()
     assert right in text
     (tmp_path / source).write_text(text.replace(right, wrong))

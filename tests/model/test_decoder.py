@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from model import checkpoint
 from model.batch import Batch
 from model.decoder import forward
+from model.kernels.dispatch import arranged
 from model.kv import copy_pages, empty_pool
-from model.params import unstacked
 
 PAGE = 16
 LENGTH = 150
@@ -21,18 +21,18 @@ BUCKETS = (1, 8, 64, 192, 1024)
 
 
 @functools.cache
-def compiled(folder, unstack):
+def compiled(folder, stacked):
     """A checkpoint with its jitted forward pass, shared by the tests so that each shape compiles once."""
     config, params = checkpoint.load(folder, "float32")
     step = jax.jit(lambda p, b, pool: forward(p, b, pool, config), donate_argnums=2)
-    return config, unstacked(params) if unstack else params, step
+    return config, params if stacked else arranged(params, PAGE), step
 
 
 class Runner:
     """One sequence fed to our forward pass piece by piece, each piece padded to a bucket as the engine pads it."""
 
-    def __init__(self, folder, num_pages=256, unstack=False):
-        self.config, self.params, self.forward = compiled(folder, unstack)
+    def __init__(self, folder, num_pages=256, stacked=False):
+        self.config, self.params, self.forward = compiled(folder, stacked)
         self.pool = empty_pool(self.config, num_pages, PAGE, jnp.float32)
 
     def run(self, tokens, prefix, pages):
@@ -83,10 +83,10 @@ def shuffled_pages(seed=0, count=40):
     return np.random.default_rng(seed).permutation(200)[:count] + 1
 
 
-@pytest.mark.parametrize("size", [1024, 64, 7, 1])
-def test_logits_equal_transformers_for_every_chunking(variant_case, prompt, size):
+@pytest.mark.parametrize(("size", "stacked"), [(1024, False), (64, False), (7, False), (1, False), (64, True)])
+def test_logits_equal_transformers_for_every_chunking(variant_case, prompt, size, stacked):
     folder, expected = variant_case
-    assert_equal_logits(Runner(folder).in_chunks(prompt, size, shuffled_pages()), expected)
+    assert_equal_logits(Runner(folder, stacked=stacked).in_chunks(prompt, size, shuffled_pages()), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -102,7 +102,7 @@ def test_a_prompt_of_several_chunks_of_1024_equals_transformers(tiny_checkpoint,
 
 def test_decode_after_prefill_equals_transformers(variant_case, prompt):
     folder, expected = variant_case
-    runner, pages, split = Runner(folder, unstack=True), shuffled_pages(), 101
+    runner, pages, split = Runner(folder), shuffled_pages(), 101
     assert_equal_logits(runner.in_chunks(prompt[:split], 64, pages), expected[:split])
     assert_equal_logits(runner.in_chunks(prompt, 1, pages, prefix=split), expected[split:])
 

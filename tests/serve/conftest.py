@@ -13,7 +13,8 @@ from experiments.harness.server import Server, running_server
 from experiments.workloads.demo_model import write_demo_model
 from model import checkpoint
 from model.config import ModelConfig
-from model.params import Params, unstacked
+from model.kernels.dispatch import arranged
+from model.params import Params
 from serve.prompt.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.compiled_once import compiled_once
 from tests.helpers.http import FLAGS, MODEL, eventually, is_idle
@@ -88,7 +89,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tupl
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
         AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes, **heads)).save_pretrained(folder)
         config, params = checkpoint.load(folder, "float32")
-        return config, unstacked(params)
+        return config, arranged(params, 16)
 
     return make
 

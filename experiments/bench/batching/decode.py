@@ -14,7 +14,7 @@ from experiments.bench.batching.setup import PAGE, Config, Json, drawing, rounde
 from experiments.bench.timing import Asked
 from experiments.workloads.random_model import random_params
 from model.config import ModelConfig, RopeConfig
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.engine.engine import Engine
 from serve.engine.settings import EngineSettings
 
@@ -40,7 +40,7 @@ LLAMAS = {"28M": MEDIUM, "tiny": replace(SMALL, head_dim=16)}
 def decode(config: Config, console: Console) -> Json:
     """Aggregate tokens per second of n sessions that decode after cached contexts, for each n in turn."""
     shape = LLAMAS[config.llama]
-    params = replace(unstacked(random_params(shape, jnp.dtype("float32"))), lm_head=None)
+    params = arranged(replace(random_params(shape, jnp.dtype("float32")), lm_head=None), PAGE)
     most, length = max(config.sessions), config.context + config.output
     pages = (most + 1) * (pages_for(length, PAGE) + 1)
     chunk = min(config.chunk, config.context)

@@ -18,7 +18,7 @@ from experiments.harness.client import Timing, count_tokens, measure, scrape
 from experiments.harness.server import running_server
 from experiments.workloads.sessions import Session, stable_request, with_question
 from model import checkpoint
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.engine.engine import Engine
 from serve.engine.settings import EngineSettings
 
@@ -74,7 +74,7 @@ def demo_engine(folder: Path, config: Config, speculative_tokens: int = 0) -> En
     settings = EngineSettings(
         pages, longest, PAGE, max_prefill_tokens=config.chunk, speculative_tokens=speculative_tokens
     )
-    return Engine(unstacked(params), shape, settings)
+    return Engine(arranged(params, PAGE), shape, settings)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,13 @@ import jax
 log = logging.getLogger("tokenzero.kernels")
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cc"))
-HEADER = Path(__file__).with_name("common.h")
-PAGED_ATTENTION, LINEAR = "tokenzero_paged_attention", "tokenzero_linear"
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+PAGED_ATTENTION, LAYERS, HEAD, PACK = TARGETS = (
+    "tokenzero_paged_attention",
+    "tokenzero_layers",
+    "tokenzero_head",
+    "tokenzero_pack",
+)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-fast-math", "-fno-math-errno", "-ffp-contract=off")
 BUILD_SECONDS = 300
@@ -54,20 +59,25 @@ def registered() -> bool:
     if os.environ.get("TOKENZERO_CPU_KERNEL") == "off":
         return False
     try:
-        library = ctypes.CDLL(str(built()))
-        for target in (PAGED_ATTENTION, LINEAR):
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+        for target in TARGETS:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library(), target)), platform="cpu")
     except Exception as error:  # XLA can do without the kernels, so no failure is fatal
         log.warning("the model runs on XLA alone, without the CPU kernels: %s", error)
         return False
     return True
 
 
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels' library. Raises RuntimeError if it cannot be built, OSError if it cannot be loaded."""
+    return ctypes.CDLL(str(built()))
+
+
 def built() -> Path:
     """The path of the kernels' library, built unless it is cached. Raises RuntimeError if it cannot be built."""
     compiler = compiler_command()
     command = [*compiler, *FLAGS, target(), "-I", jax.ffi.include_dir()]
-    files = (path.read_bytes() for path in (*SOURCES, HEADER))
+    files = (path.read_bytes() for path in (*SOURCES, *HEADERS))
     inputs = (*files, repr(command[1:]).encode(), compiler_version(compiler), processor().encode())
     name = hashlib.sha256(b"\0".join(hashlib.sha256(data).digest() for data in inputs)).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenzero" / "kernels"

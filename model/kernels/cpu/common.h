@@ -1,4 +1,4 @@
-// What the CPU kernels share: vectors as wide as the machine's, and work that a call's threads divide among them.
+// What the CPU kernels share: vectors as wide as the machine's.
 //
 // Results have the same bits for any shape of a loop: sums are written as `fma`, which is one instruction where the
 // target has it, and lanes are added by `sum` or `sums_of`. The compiler must not contract (-ffp-contract=off): tuned
@@ -7,11 +7,7 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <memory>
-#include <mutex>
 #include <utility>
 
 #if defined(__AVX__)
@@ -100,7 +96,6 @@ inline void fetch(const float* from, int64_t count) {
 }
 
 constexpr int64_t TASKS_PER_THREAD = 4;  // for an even load where tasks or threads differ in speed
-constexpr int SPINS = 4096;
 
 inline int64_t threads_of(const xla::ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
 
@@ -111,44 +106,6 @@ inline void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
-}
-
-// Tasks that the threads of a call take one by one. It outlives the call, for threads that start too late.
-template <typename Run>
-struct Work {
-  Run run;  // (scratch memory of the thread, number of the task)
-  size_t count;
-  std::atomic<size_t> next{0}, done{0};
-  std::mutex mutex;
-  std::condition_variable finished;
-
-  Work(Run run, size_t count) : run(std::move(run)), count(count) {}
-
-  template <typename Scratch>
-  void take_part() {
-    Scratch scratch;
-    size_t mine = 0;
-    for (size_t i; (i = next.fetch_add(1)) < count; ++mine) run(scratch, i);
-    if (!mine) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    if ((done += mine) == count) finished.notify_all();
-  }
-};
-
-struct Nothing {};
-
-// Calls `run(scratch, i)` for every i below `count`, on the threads of the pool and this one, and waits for all.
-template <typename Scratch = Nothing, typename Run>
-void divide(xla::ffi::ThreadPool& pool, size_t count, Run run) {
-  auto work = std::make_shared<Work<Run>>(std::move(run), count);
-  const int64_t helpers = std::min<int64_t>(threads_of(pool), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->template take_part<Scratch>(); });
-  // This thread may be one of the pool's: it must not wait for a task that has not begun.
-  work->template take_part<Scratch>();
-  // Each other thread has at most one task left, which usually takes less time than sleeping and waking up.
-  for (int i = 0; i < SPINS && work->done < count; ++i) relax();
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done == count; });
 }
 
 }  // namespace

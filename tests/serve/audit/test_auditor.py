@@ -18,7 +18,8 @@ from cache.keys import root_key
 from cache.tiers import StoredPage, Tiers
 from model import checkpoint
 from model.config import ModelConfig
-from model.params import Params, unstacked
+from model.kernels.dispatch import arranged
+from model.params import Params
 from serve.audit.auditor import AuditSettings, attach, audit_pages
 from serve.audit.case import Case, read_case, write_case
 from serve.audit.cli import main
@@ -373,7 +374,7 @@ class TestReplay:
     ) -> None:
         config, params = checkpoint.load(model_folder, "float32")
         fingerprint, audits = checkpoint.fingerprint(config, params), tmp_path / "audits"
-        tokens, params = prompt(3), unstacked(params)
+        tokens, params = prompt(3), arranged(params, PAGE)
         right, wrong = tmp_path / "right", tmp_path / "wrong"
         for folder in (right, wrong):
             tiers = tiers_of(folder)

@@ -25,7 +25,7 @@ import pytest
 from experiments.harness.client import scrape
 from experiments.harness.server import Server, running_server
 from model import checkpoint
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.engine.engine import Engine, generate
 from serve.engine.request import TokenEvent
 from serve.engine.settings import EngineSettings
@@ -64,7 +64,7 @@ SIZES = {
 def make_engine(model_folder: Path) -> MakeEngine:
     """Engines that are not started yet."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
-    params = unstacked(params)
+    params = arranged(params, 16)
     return lambda **sizes: Engine(params, config, EngineSettings(**SIZES | sizes))
 
 

@@ -21,7 +21,7 @@ import serve.formats.stream
 import serve.server.app
 import serve.server.prepare
 from model import checkpoint
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.diagnosis.divergence import Divergences
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.context import ServerContext
@@ -35,7 +35,7 @@ from tests.helpers.scripted_server import context_over, listening
 def context(model_folder: Path, tokenizer: Tokenizer) -> ServerContext:
     """What serves the tiny model in this process."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
-    return context_over((config, unstacked(params)), tokenizer)[1]
+    return context_over((config, arranged(params, 16)), tokenizer)[1]
 
 
 @pytest.fixture(scope="module")

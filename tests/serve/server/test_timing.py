@@ -14,7 +14,7 @@ import pytest
 from experiments.harness.client import scrape
 from experiments.harness.server import Server
 from model import checkpoint
-from model.params import unstacked
+from model.kernels.dispatch import arranged
 from serve.prompt.tokenizer import Tokenizer
 from serve.proxy.app import create_proxy
 from serve.proxy.upstream import parse_upstream
@@ -105,7 +105,7 @@ class TestHeader:
 def slow(model_folder: Path, tokenizer: Tokenizer) -> Iterator[httpx.Client]:
     """A client of a server in this process whose constraints take their time."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
-    _, context = context_over((config, unstacked(params)), tokenizer, lambda *_: time.sleep(SLOW_SECONDS))
+    _, context = context_over((config, arranged(params, 16)), tokenizer, lambda *_: time.sleep(SLOW_SECONDS))
     with listening(context) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
         eventually(lambda: is_idle(client), "nothing runs or waits")

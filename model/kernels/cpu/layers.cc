@@ -1,0 +1,326 @@
+// All decoder layers of a step on CPUs as one call from XLA, and the logits as another: norm, query/key/value product, rotation, keys and values
+// into their pages, attention, output product, norm, gate and up products with SiLU, down product. The plain reference
+// is model/decoder.py over the reference of attention.
+//
+// One parallel region runs all of it, so threads meet between phases and nowhere else, and only the batch's real tokens
+// are looked at. Weights are packed (matmul.h); every sum of a token has one order of addition, whatever else the batch
+// holds.
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "matmul.h"
+#include "region.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t FEW_TOKENS = 4;  // whose norms and rotations take less time than another thread needs to join
+
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+// One layer's weights; a bias or norm that the model lacks is null.
+struct Layer {
+  const float *attn_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
+  const float *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+};
+
+// The layer's part of an array [layers, ...]; null if it is empty.
+inline const float* of_layer(const F32& array, int64_t layer) {
+  const int64_t size = array.element_count() / array.dimensions()[0];
+  return size ? array.typed_data() + layer * size : nullptr;
+}
+
+// Memory of one call, not initialised, that begins at a cache line.
+struct Room {
+  std::unique_ptr<float[]> memory;
+  float* begin;
+
+  explicit Room(int64_t count) : memory(new float[count + matmul::LINE]) {
+    begin = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) % 64) / sizeof(float);
+  }
+};
+
+struct Step {
+  int64_t tokens, embed, ffn, kv_heads, group, dim, page_size, pages, seqs, width;
+  float eps;
+  const int32_t *starts, *prefix, *table;  // as in attention::Problem
+  const float *cos, *sin;                  // [tokens, dim / 2]
+  float* x;                                // [tokens, embed]: the residual stream
+
+  int64_t heads() const { return kv_heads * group; }
+  int64_t qkv_size() const { return kv_heads * (group + 2) * dim; }
+};
+
+// What a thread needs for any phase.
+struct Scratch {
+  attention::Scratch attention;
+  matmul::Scratch matmul;
+};
+
+// The sum of squares.
+inline float squares(const float* x, int64_t count) {
+  Vec sums = {};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) sums = fma(load(x + i), load(x + i), sums);
+  float total = sum(sums);
+  for (; i < count; ++i) total += x[i] * x[i];
+  return total;
+}
+
+// Root-mean-square norm of one row.
+inline void norm(const float* x, const float* weight, float eps, int64_t count, float* to) {
+  const float scale = 1.0f / __builtin_sqrtf(squares(x, count) / static_cast<float>(count) + eps);
+  for (int64_t i = 0; i < count; ++i) to[i] = x[i] * scale * weight[i];
+}
+
+// Rotates the pairs (i, i + dim / 2) of one head.
+inline void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float* to) {
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    to[i] = x[i] * cos[i] - x[i + half] * sin[i];
+    to[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
+  }
+}
+
+// x / (1 + exp(-x)).
+inline Vec silu(Vec x) {
+  const Vec e = attention::power_of_2((x < Vec{} ? x : -x) * attention::LOG2_E);
+  return x * (x < Vec{} ? e : all(1.0f)) / (e + 1.0f);
+}
+
+// A panel's finished sums, or as many of them as there are outputs.
+inline void write(const Vec* sums, int vectors, float* to, int64_t count) {
+  if (count >= vectors * LANES) {
+    for (int v = 0; v < vectors; ++v) store(to + v * LANES, sums[v]);
+    return;
+  }
+  float values[matmul::PANEL];
+  for (int v = 0; v < vectors; ++v) store(values + v * LANES, sums[v]);
+  std::memcpy(to, values, count * sizeof(float));
+}
+
+// A product for `tokens` tokens as a phase of a region: calls `put(token, panel, sums)` for each token and panel.
+template <typename Put>
+void multiply(Region<Scratch>& region, int64_t threads, const matmul::Product& product, int64_t tokens, int64_t outputs,
+              const Put& put) {
+  const int64_t panels = matmul::panels(outputs), blocks = (tokens + matmul::BLOCK - 1) / matmul::BLOCK;
+  const int64_t shares = std::min(panels, (TASKS_PER_THREAD * threads + blocks - 1) / blocks);
+  region.run(blocks * shares, [&](Scratch& scratch, uint64_t i) {
+    const int64_t block = i / shares, share = i % shares;
+    const int64_t first = tokens * block / blocks, last = tokens * (block + 1) / blocks;
+    for (int64_t panel = panels * share / shares; panel < panels * (share + 1) / shares; ++panel)
+      matmul::panel(product, panel, first, last, scratch.matmul,
+                    [&](int64_t token, Vec* sums) { put(token, panel, sums); });
+  });
+}
+
+// Runs the phases of one batch over any layer.
+class Decoder {
+ public:
+  Decoder(ffi::ThreadPool& pool, const Step& step, attention::Problem problem)
+      : s(step),
+        threads(threads_of(pool)),
+        normed(s.tokens * s.embed),
+        qkv(s.tokens * s.qkv_size()),
+        queries(s.tokens * s.heads() * s.dim),
+        attended(s.tokens * s.heads() * s.dim),
+        gated(s.tokens * s.ffn),
+        problem(problem),
+        region(pool, threads - 1) {
+    this->problem.q = queries.begin;
+    this->problem.out = attended.begin;
+    tasks = attention::tasks_of(this->problem);
+    partials = attention::partials_of(tasks);
+  }
+
+  // One layer, whose pages are `k` and `v`, [pages, kv_heads, page_size, dim].
+  void layer(const Layer& w, float* k, float* v) {
+    norms(w.attn_norm);
+    multiply(normed.begin, s.embed, w.qkv, s.qkv_size(), [&](int64_t token, int64_t panel, Vec* sums) {
+      const int64_t at = panel * matmul::PANEL;
+      for (int i = 0; w.qkv_bias && i < matmul::VECTORS; ++i) sums[i] += load(w.qkv_bias + at + i * LANES);
+      write(sums, matmul::VECTORS, qkv.begin + token * s.qkv_size() + at, s.qkv_size() - at);
+    });
+    by_token([&](int64_t token) { place(w, token, k, v); });
+    problem.k = k;
+    problem.v = v;
+    region.run(tasks.size(), [&](Scratch& scratch, uint64_t i) {
+      attention::attend(problem, tasks[i], scratch.attention, partials);
+    });
+    project(attended.begin, s.heads() * s.dim, w.out, w.out_bias);
+    norms(w.mlp_norm);
+    multiply(normed.begin, s.embed, w.gate_up, 2 * s.ffn, [&](int64_t token, int64_t panel, Vec* sums) {
+      constexpr int HALF = matmul::VECTORS / 2;
+      const int64_t at = panel * HALF * LANES;
+      for (int i = 0; w.gate_up_bias && i < matmul::VECTORS; ++i)
+        sums[i] += load(w.gate_up_bias + panel * matmul::PANEL + i * LANES);
+      Vec products[HALF];
+      for (int i = 0; i < HALF; ++i) products[i] = silu(sums[i]) * sums[HALF + i];
+      write(products, HALF, gated.begin + token * s.ffn + at, s.ffn - at);
+    });
+    project(gated.begin, s.ffn, w.down, w.down_bias);
+  }
+
+ private:
+  // Calls `run(token)` for every token.
+  template <typename Run>
+  void by_token(const Run& run) {
+    constexpr int64_t SHARE = 8;
+    if (s.tokens <= FEW_TOKENS) {
+      for (int64_t token = 0; token < s.tokens; ++token) run(token);
+      return;
+    }
+    region.run((s.tokens + SHARE - 1) / SHARE, [&](Scratch&, uint64_t i) {
+      const int64_t first = i * SHARE, last = std::min(first + SHARE, s.tokens);
+      for (int64_t token = first; token < last; ++token) run(token);
+    });
+  }
+
+  void norms(const float* weight) {
+    by_token([&](int64_t token) {
+      norm(s.x + token * s.embed, weight, s.eps, s.embed, normed.begin + token * s.embed);
+    });
+  }
+
+  // Queries, keys and values of one token: normed if the model does that, rotated, and put where attention reads them.
+  void place(const Layer& w, int64_t token, float* k, float* v) {
+    const int64_t seq = std::upper_bound(s.starts, s.starts + s.seqs + 1, static_cast<int32_t>(token)) - s.starts - 1;
+    const int64_t position = s.prefix[seq] + token - s.starts[seq];
+    const int64_t page = s.table[seq * s.width + position / s.page_size];
+    const float *cos = s.cos + token * (s.dim / 2), *sin = s.sin + token * (s.dim / 2);
+    float* from = qkv.begin + token * s.qkv_size();
+    for (int64_t head = 0; head < s.kv_heads; ++head, from += (s.group + 2) * s.dim) {
+      for (int64_t i = 0; i < s.group; ++i) {
+        float* query = from + i * s.dim;
+        if (w.q_norm) norm(query, w.q_norm, s.eps, s.dim, query);
+        rotate(query, cos, sin, s.dim, queries.begin + ((token * s.kv_heads + head) * s.group + i) * s.dim);
+      }
+      if (page < 0 || page >= s.pages) continue;
+      float *key = from + s.group * s.dim, *value = key + s.dim;
+      const int64_t at = ((page * s.kv_heads + head) * s.page_size + position % s.page_size) * s.dim;
+      if (w.k_norm) norm(key, w.k_norm, s.eps, s.dim, key);
+      rotate(key, cos, sin, s.dim, k + at);
+      std::memcpy(v + at, value, s.dim * sizeof(float));
+    }
+  }
+
+  // Adds x [tokens, inputs] times a weight, and a bias, to the residual stream.
+  void project(const float* x, int64_t inputs, const float* weight, const float* bias) {
+    multiply(x, inputs, weight, s.embed, [&](int64_t token, int64_t panel, Vec* sums) {
+      const int64_t at = panel * matmul::PANEL, count = s.embed - at;
+      float* to = s.x + token * s.embed + at;
+      for (int i = 0; bias && i < matmul::VECTORS; ++i) sums[i] += load(bias + at + i * LANES);
+      if (count >= matmul::PANEL) {
+        for (int i = 0; i < matmul::VECTORS; ++i) store(to + i * LANES, load(to + i * LANES) + sums[i]);
+        return;
+      }
+      float values[matmul::PANEL];
+      write(sums, matmul::VECTORS, values, matmul::PANEL);
+      for (int64_t i = 0; i < count; ++i) to[i] += values[i];
+    });
+  }
+
+  template <typename Put>
+  void multiply(const float* x, int64_t inputs, const float* weight, int64_t outputs, const Put& put) {
+    ::multiply(region, threads, {x, inputs, weight, inputs}, s.tokens, outputs, put);
+  }
+
+  const Step s;
+  const int64_t threads;
+  // Of all tokens: [tokens, embed], [tokens, kv_heads, group + 2, dim], [tokens, kv_heads, group, dim] twice,
+  // [tokens, ffn].
+  Room normed, qkv, queries, attended, gated;
+  attention::Problem problem;
+  std::vector<attention::Task> tasks;
+  std::vector<attention::Partial> partials;
+  Region<Scratch> region;  // last, so that it is closed before what its threads read is gone
+};
+
+ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S32 starts, S32 prefix, S32 table,
+                  F32 attn_norm, F32 qkv, F32 qkv_bias, F32 q_norm, F32 k_norm, F32 out, F32 out_bias, F32 mlp_norm,
+                  F32 gate_up, F32 gate_up_bias, F32 down, F32 down_bias, ffi::ResultBuffer<ffi::F32> x_out,
+                  ffi::ResultBuffer<ffi::F32> k_out, ffi::ResultBuffer<ffi::F32> v_out, float eps) {
+  const auto shape = k.dimensions();  // [layers, pages, kv_heads, page_size, dim]
+  const int64_t layers = shape[0], kv_heads = shape[2], page_size = shape[3], dim = shape[4];
+  const int64_t seqs = prefix.dimensions()[0], embed = x.dimensions()[1], heads = out.dimensions()[2] / dim;
+  for (const auto& [from, to] : {std::pair{&x, &x_out}, {&k, &k_out}, {&v, &v_out}})
+    if (from->typed_data() != (*to)->typed_data())  // XLA gives them the same memory, unless it must not
+      std::memcpy((*to)->typed_data(), from->typed_data(), from->size_bytes());
+  const Step step = {starts.typed_data()[seqs], embed, down.dimensions()[2], kv_heads, heads / kv_heads, dim, page_size,
+                     shape[1], seqs, table.dimensions()[1], eps, starts.typed_data(), prefix.typed_data(),
+                     table.typed_data(), cos.typed_data(), sin.typed_data(), x_out->typed_data()};
+  if (!step.tokens) return ffi::Error::Success();
+  const attention::Problem problem = {nullptr, nullptr, nullptr, step.starts, step.prefix, step.table, nullptr,
+                                      step.tokens, kv_heads, step.group, dim, page_size, seqs, step.width};
+  Decoder decoder(pool, step, problem);
+  const int64_t pages = shape[1] * kv_heads * page_size * dim;
+  for (int64_t i = 0; i < layers; ++i)
+    decoder.layer({of_layer(attn_norm, i), of_layer(qkv, i), of_layer(qkv_bias, i), of_layer(q_norm, i),
+                   of_layer(k_norm, i), of_layer(out, i), of_layer(out_bias, i), of_layer(mlp_norm, i),
+                   of_layer(gate_up, i), of_layer(gate_up_bias, i), of_layer(down, i), of_layer(down_bias, i)},
+                  k_out->typed_data() + i * pages, v_out->typed_data() + i * pages);
+  return ffi::Error::Success();
+}
+
+// Logits of the tokens `indices`: norm, then the product with the packed head. Equal indices at the end are padding.
+ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, F32 head, ffi::ResultBuffer<ffi::F32> logits,
+                float eps) {
+  const int64_t embed = x.dimensions()[1], rows = indices.dimensions()[0], vocab = logits->dimensions()[1];
+  const int32_t* tokens = indices.typed_data();
+  int64_t count = rows;
+  while (count > 1 && tokens[count - 1] == tokens[count - 2]) --count;
+  const Room normed(count * embed);
+  for (int64_t row = 0; row < count; ++row)
+    norm(x.typed_data() + tokens[row] * embed, weight.typed_data(), eps, embed, normed.begin + row * embed);
+  float* to = logits->typed_data();
+  Region<Scratch> region(pool, threads_of(pool) - 1);
+  multiply(region, threads_of(pool), {normed.begin, embed, head.typed_data(), embed}, count, vocab,
+           [&](int64_t row, int64_t panel, Vec* sums) {
+             const int64_t at = panel * matmul::PANEL;
+             write(sums, matmul::VECTORS, to + row * vocab + at, vocab - at);
+           });
+  for (int64_t row = count; row < rows; ++row)
+    std::memcpy(to + row * vocab, to + (count - 1) * vocab, vocab * sizeof(float));
+  return ffi::Error::Success();
+}
+
+// Packs weights [layers, outputs, inputs] into [layers, panels, inputs, PANEL].
+ffi::Error Pack(ffi::ThreadPool pool, F32 rows, ffi::ResultBuffer<ffi::F32> packed, int64_t parts) {
+  const int64_t outputs = rows.dimensions()[1], inputs = rows.dimensions()[2], panels = packed->dimensions()[1];
+  if (packed->dimensions()[3] != matmul::PANEL)
+    return ffi::Error::InvalidArgument("packed has panels of " + std::to_string(packed->dimensions()[3]) +
+                                       ", expected " + std::to_string(matmul::PANEL));
+  divide(pool, rows.dimensions()[0] * panels, [&](Nothing&, uint64_t i) {
+    matmul::pack(rows.typed_data() + i / panels * outputs * inputs, outputs, inputs, parts, i % panels,
+                 packed->typed_data() + i * inputs * matmul::PANEL);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// Outputs of a panel, for who packs weights.
+extern "C" const int tokenzero_panel = matmul::PANEL;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_layers, Layers,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<S32>().Arg<S32>().Arg<S32>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Ret<F32>().Ret<F32>().Ret<F32>()
+                                  .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    tokenzero_head, Head,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_pack, Pack,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Ret<F32>().Attr<int64_t>("parts"));

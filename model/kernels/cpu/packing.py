@@ -1,0 +1,90 @@
+"""Weights in the order in which the CPU kernels read them: `matmul.h` says why."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float32
+
+from model.kernels.cpu import build, paged_attention
+from model.kernels.cpu.build import PACK
+from model.params import Layer, PackedLayers, Params
+
+
+def pack(params: Params, page_size: int) -> Params:
+    """Stacked weights in the kernels' order, for a pool of this page size.
+
+    Raises ValueError for what `unsupported_reason` names.
+    """
+    if reason := unsupported_reason(params, page_size):
+        raise ValueError(reason)
+    assert isinstance(params.layers, Layer)
+    head = None if params.lm_head is None else panels(params.lm_head[None])[0]
+    return Params(panels(params.embed[None])[0], pack_layers(params.layers), params.final_norm, head)
+
+
+def pack_layers(layers: Layer) -> PackedLayers:
+    """Stacked layers in the kernels' order."""
+    count = layers.attn_norm.shape[0]
+
+    def optional(array: jax.Array | None) -> Float32[jax.Array, "layers outputs"]:
+        return jnp.zeros((count, 0), jnp.float32) if array is None else array.reshape(count, -1)
+
+    return PackedLayers(
+        attn_norm=layers.attn_norm,
+        qkv=panels(layers.qkv.reshape(count, -1, layers.qkv.shape[-1])),
+        qkv_bias=bias_panels(optional(layers.qkv_bias)),
+        q_norm=optional(layers.q_norm),
+        k_norm=optional(layers.k_norm),
+        out=panels(layers.out.reshape(*layers.out.shape[:2], -1)),
+        out_bias=bias_panels(optional(layers.out_bias)),
+        mlp_norm=layers.mlp_norm,
+        gate_up=panels(layers.gate_up.reshape(count, -1, layers.gate_up.shape[-1]), parts=2),
+        gate_up_bias=bias_panels(optional(layers.gate_up_bias), parts=2),
+        down=panels(layers.down),
+        down_bias=bias_panels(optional(layers.down_bias)),
+    )
+
+
+def panels(
+    weight: Float32[jax.Array, "layers outputs inputs"], parts: int = 1
+) -> Float32[jax.Array, "layers panels inputs panel"]:
+    """Weights in panels of outputs, each input by input; every panel has an equal share of each of the `parts`.
+
+    The outputs that fill the last panel up are zero.
+    """
+    count, outputs, inputs = weight.shape
+    share = panel_width() // parts
+    packed: jax.Array = _packed(weight, (count, -(-outputs // parts // share), inputs, panel_width()), parts)
+    return packed
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _packed(weight: jax.Array, shape: tuple[int, ...], parts: int) -> jax.Array:
+    packed: jax.Array = jax.ffi.ffi_call(PACK, jax.ShapeDtypeStruct(shape, jnp.float32))(weight, parts=parts)
+    return packed
+
+
+def bias_panels(bias: Float32[jax.Array, "layers outputs"], parts: int = 1) -> Float32[jax.Array, "layers padded"]:
+    """Biases in the order of their outputs' panels, padded with zeros; none stay none."""
+    return panels(bias[:, :, None], parts).reshape(len(bias), -1) if bias.shape[1] else bias
+
+
+def panel_width() -> int:
+    """Outputs of a panel: what the library was built with."""
+    return int(ctypes.c_int.in_dll(build.library(), "tokenzero_panel").value)
+
+
+def unsupported_reason(params: Params, page_size: int) -> str | None:
+    """Why the kernels cannot run this model, and what they support; None if they can."""
+    for path, array in jax.tree_util.tree_leaves_with_path(params):
+        if array.dtype != jnp.float32:
+            return f"dtype of {jax.tree_util.keystr(path)[1:]} is {array.dtype.name}, supported is float32"
+    assert isinstance(params.layers, Layer)
+    for name, size in (("head_dim", params.layers.qkv.shape[-2]), ("page_size", page_size)):
+        if size % paged_attention.ALIGNMENT:
+            return f"{name} is {size}, supported are multiples of {paged_attention.ALIGNMENT}"
+    return None
