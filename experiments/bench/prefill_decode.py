@@ -59,7 +59,11 @@ class Size:
     vocab: int
 
 
-SIZES = {"28M": Size(512, 8, 8, 4, 1408, 8192), "95M": Size(768, 12, 12, 4, 2304, 16384)}
+SIZES = {
+    "28M": Size(512, 8, 8, 4, 1408, 8192),
+    "95M": Size(768, 12, 12, 4, 2304, 16_384),
+    "135M": Size(576, 30, 9, 3, 1536, 49_152),  # SmolLM2-135M's (https://huggingface.co/HuggingFaceTB/SmolLM2-135M)
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from experiments.bench import prefill_decode
 from experiments.bench.ceilings import Ceilings, best, measure
-from experiments.bench.llama_cpp import LAYER, interleaved, main, write_gguf
+from experiments.bench.llama_cpp import LAYER, interleaved, judged, main, table, write_gguf
 from experiments.bench.prefill_decode import Rates, Size, ratios, repeats_of, with_ceilings, work, write_llama
 from model import checkpoint
 
@@ -56,6 +56,16 @@ def test_ratios_are_taken_prompt_by_prompt_and_to_the_faster_dtype() -> None:
     assert made["prefill"] == {"torch f32": 4, "torch bf16": 2, "torch at best": 2}
     assert made["decode"]["torch at best"] == made["decode"]["torch f32"] == 0.25
     assert [repeats_of(tokens, 5) for tokens in (1024, 4096, 16_384, 10**6)] == [5, 5, 1, 1]
+
+
+def test_each_ratio_is_judged_by_its_phases_goal() -> None:
+    goals = judged({"prefill": 1.6, "decode": 1.04})
+    assert (goals["prefill"]["reached"], goals["decode"]["reached"]) == (True, False)
+    speeds = {"prefill": [2.0], "decode": [1.0]}
+    sides = ("tokenzero", "llama.cpp", "llama.cpp, flash attention")
+    row = {"model": "28M", "prompt_tokens": 1024, "goals": goals, "same_output": dict.fromkeys(sides[1:], "1 of 1")}
+    grid = table([row | {"tokens_per_second": dict.fromkeys(sides, speeds)}], threads=2)
+    assert list(grid.columns[-2].cells) == ["reached", "missed"]
 
 
 def test_ceilings_are_positive_and_the_best_of_all() -> None:
