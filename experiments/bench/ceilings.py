@@ -54,7 +54,7 @@ def least_seconds(run: Callable[[], object], repeats: int) -> float:
 def measure(shapes: Iterable[Shape], repeats: int = 5, sum_bytes: int = SUM_BYTES) -> Ceilings:
     """Multiply matrices of all shapes and sum `sum_bytes` of float32 numbers, in both libraries on their threads."""
     rng = np.random.default_rng(0)
-    multiply, add = jax.jit(jnp.matmul), jax.jit(jnp.sum)
+    multiply = jax.jit(jnp.matmul)
     products: dict[str, list[float]] = {"xla": [], "torch": []}
     for rows, inner, columns in sorted(set(shapes)):
         left = rng.standard_normal((rows, inner), np.float32)
@@ -66,12 +66,19 @@ def measure(shapes: Iterable[Shape], repeats: int = 5, sum_bytes: int = SUM_BYTE
         products["torch"].append(
             billions / least_seconds(partial(torch.matmul, torch.from_numpy(left), torch.from_numpy(right)), repeats)
         )
+    return Ceilings({library: max(rates) for library, rates in products.items()}, read_gbs(sum_bytes, repeats))
+
+
+def read_gbs(sum_bytes: int, repeats: int = 5) -> dict[str, float]:
+    """GB/s at which each library sums `sum_bytes` of float32 numbers, again and again.
+
+    A processor's cache may hold some of them: what is compared with it must read as many bytes.
+    """
     numbers, billions = np.ones(sum_bytes // 4, np.float32), sum_bytes / 1e9
-    sums = {
-        "xla": billions / least_seconds(ready(add, jnp.asarray(numbers)), repeats),
+    return {
+        "xla": billions / least_seconds(ready(jax.jit(jnp.sum), jnp.asarray(numbers)), repeats),
         "torch": billions / least_seconds(partial(torch.sum, torch.from_numpy(numbers)), repeats),
     }
-    return Ceilings({library: max(rates) for library, rates in products.items()}, sums)
 
 
 def ready(function: Callable[..., jax.Array], *arrays: jax.Array) -> Callable[[], object]:

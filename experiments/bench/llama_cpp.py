@@ -35,6 +35,7 @@ from experiments.bench.prefill_decode import (
     speeds,
     write_llama,
 )
+from experiments.harness.other_load import start_watch, warning
 from experiments.harness.provenance import PACKAGES, machine, provenance
 from experiments.harness.report import make_table, write_json
 from experiments.workloads.gguf_file import LLAMA_LAYER as LAYER
@@ -107,12 +108,17 @@ def load_llama(path: Path, tokens: int, threads: int, flash: bool) -> Any:
 
 def run_llama(model: Any, prompt: np.ndarray, count: int) -> Rates:
     """Prefill the prompt and decode `count` tokens, greedily, in llama.cpp."""
+    model.reset()
+    return continue_llama(model, prompt, count)
+
+
+def continue_llama(model: Any, prompt: np.ndarray, count: int) -> Rates:
+    """The same after the `model.n_tokens` tokens whose keys and values llama.cpp holds."""
     read = need("llama_cpp").llama_get_logits_ith
 
     def likeliest() -> int:
         return int(np.ctypeslib.as_array(read(model.ctx, -1), (model.n_vocab(),)).argmax())
 
-    model.reset()
     begin = time.perf_counter()
     model.eval(prompt.tolist())
     tokens = [likeliest()]
@@ -159,7 +165,7 @@ def compare(
     }
 
 
-def table(rows: list[dict[str, Any]], threads: int) -> Table:
+def table(rows: list[dict[str, Any]], threads: int, others: float = 0.0) -> Table:
     """Medians of all sides, and our ratio to the faster of llama.cpp's flash attention on and off."""
     columns = ("llama", "prompt", "phase", OURS, PLAIN, FLASH, "ratio", "goal", "", "same output")
     title = f"tokens/s, tokenzero and llama.cpp, float32, {threads} threads"
@@ -178,7 +184,7 @@ def table(rows: list[dict[str, Any]], threads: int) -> Table:
                 "reached" if goal["reached"] else "missed",
                 "; ".join(row["same_output"].values()),
             )
-    grid.caption = "ratio: to the faster of llama.cpp's flash attention on and off"
+    grid.caption = "ratio: to the faster of llama.cpp's flash attention on and off" + warning(others)
     return grid
 
 
@@ -202,14 +208,16 @@ def main(argv: list[str] | None = None) -> None:
     for module in ("llama_cpp", "gguf"):
         need(module)
     threads, console = machine()["cores"], Console(width=150)
+    others_since = start_watch()
     rows = [
         compare(name, prompt, args.output, args.repeats, threads, console)
         for name in args.models
         for prompt in args.prompts
     ]
-    about = {"dtype": "float32", "threads": threads, "rows": rows}
+    others = others_since()
+    about = {"dtype": "float32", "threads": threads, "other_load": others, "rows": rows}
     write_json(args.out, about | provenance((*PACKAGES, "llama-cpp-python", "gguf")))
-    console.print(table(rows, threads))
+    console.print(table(rows, threads, others))
 
 
 if __name__ == "__main__":

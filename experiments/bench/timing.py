@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cache.pool import pages_for
 from model.kv import empty_pool
 from serve.engine.engine import Engine
 from serve.engine.request import Event, Failed, Finished, GenerationRequest, Started, TokenEvent
-from serve.engine.steps import run_alone, smallest_bucket
+from serve.engine.steps import GREEDY, SequenceInput, pack, run_alone, smallest_bucket
 
 
 class Asked:
@@ -57,6 +60,16 @@ class Asked:
         return self.times[0] - self.submitted
 
 
+@dataclass(frozen=True)
+class StepParts:
+    """Seconds of the parts of a decode step that is run alone, one part after the other."""
+
+    pack: float  # its batch, on the host
+    dispatch: float  # until the call of the forward pass returns, which may compute meanwhile
+    forward: float  # until its logits are there, the dispatch included
+    sampling: float  # from then until the host has the token
+
+
 class Passes:
     """An engine's compiled steps called by hand, on a pool of their own that holds a prompt's keys and values.
 
@@ -82,6 +95,24 @@ class Passes:
             self.pool, seconds = run_alone(runner.steps, runner.params, self.pool, bucket, tokens, start, draft)
             taken += seconds
         return taken
+
+    def decode_parts(self, prefix: int) -> StepParts:
+        """Run token `prefix` of the prompt as a decode step, and time its parts."""
+        runner, size = self.engine.core.runner, self.engine.settings.page_size
+        token, pages = self.prompt[prefix : prefix + 1], np.arange(pages_for(prefix + 1, size), dtype=np.int32)
+        bucket = smallest_bucket(runner.buckets, [1])
+        times = [time.perf_counter()]
+        batch, sampling = pack([SequenceInput(token, prefix, pages, GREEDY)], bucket, runner.steps.table_pages)
+        times.append(time.perf_counter())
+        step = runner.steps.run[bucket]
+        logits, self.pool = step.forward(runner.params, self.pool, batch, runner.steps.nothing)
+        times.append(time.perf_counter())
+        jax.block_until_ready((logits, self.pool))
+        times.append(time.perf_counter())
+        np.asarray(step.sample(logits, sampling))
+        times.append(time.perf_counter())
+        begin, packed, dispatched, computed, sampled = times
+        return StepParts(packed - begin, dispatched - packed, computed - packed, sampled - computed)
 
 
 def timed_tokens(engine: Engine, prompt: np.ndarray, count: int) -> list[tuple[float, int]]:
