@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,9 +183,20 @@ def param_shapes(config: ModelConfig, sharding: Any = None) -> Params:
     return Params(embed=array(config.vocab_size, embed), layers=layer, final_norm=array(embed))
 
 
-def forward_with(variant: Variant, config: ModelConfig, sharding: Any = None) -> tuple[Any, KVPool]:
+def separate(params: Params, sharding: Any = None) -> Params:
+    """The shapes of the same parameters with each layer's in arrays of their own."""
+    assert isinstance(params.layers, Layer)
+    layer = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding), params.layers)
+    return replace(params, layers=(layer,) * params.layers.attn_norm.shape[0])
+
+
+def forward_with(
+    variant: Variant, config: ModelConfig, sharding: Any = None, stacked: bool = True
+) -> tuple[Any, KVPool]:
     """The forward pass traced with the variant's kernel in it, the pool donated; and the pool's shape."""
     _, pool, _, batch = variant.arguments(sharding, config.num_kv_heads)
+    params = param_shapes(config, sharding)
+    params = params if stacked else separate(params, sharding)
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> Any:
         return variant.function(q, *rest)  # the new keys and values are in the pool already
@@ -193,7 +204,7 @@ def forward_with(variant: Variant, config: ModelConfig, sharding: Any = None) ->
     with mock.patch.object(decoder, "paged_attention", attention):
         # A new function each time: traces are cached by function, and this one depends on the patch.
         jitted = jax.jit(lambda params, batch, pool: decoder.forward(params, batch, pool, config), donate_argnums=2)
-        return jitted.trace(param_shapes(config, sharding), batch, pool), pool
+        return jitted.trace(params, batch, pool), pool
 
 
 def pool_sized(program: str, pool: KVPool) -> list[str]:
