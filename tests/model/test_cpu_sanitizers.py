@@ -27,6 +27,11 @@ import ctypes, sys
 import jax, jax.numpy as jnp, numpy as np
 from dataclasses import replace
 from model.kernels.cpu import build
+
+library = ctypes.CDLL(sys.argv[1])
+build.library = lambda: library
+assert build.available()
+
 from model.decoder import forward
 from model.kernels.cpu.packing import pack
 from model.kernels.cpu.paged_attention import paged_attention
@@ -34,10 +39,6 @@ from model.kv import empty_pool
 from tests.helpers import batches
 from tests.model.test_cpu_layers import ODD, random_params
 
-library = ctypes.CDLL(sys.argv[1])
-build.library = lambda: library
-for target in build.TARGETS:
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
 for seed in range(int(sys.argv[2])):
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 5))
@@ -99,7 +100,7 @@ def run(library, cases):
         "PYTHONPATH": str(FOLDER.parent.parent),
     }
     command = [sys.executable, "-c", CASES, str(library), str(cases)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
 
 
 @pytest.mark.parametrize("march", ["-march=native", "-march=x86-64-v3", "-march=x86-64-v2"])

@@ -98,32 +98,32 @@ inline void score(const float* keys, const float* queries, float* scores, int64_
   Vec sums[SLOTS][N] = {};
   for (int64_t d = 0; d < dim; ++d) {
     Vec q[N];
-    for (int i = 0; i < N; ++i) q[i] = load(queries + d * ROWS + i * LANES);
-    for (int s = 0; s < SLOTS; ++s) {
+    UNROLL for (int i = 0; i < N; ++i) q[i] = load(queries + d * ROWS + i * LANES);
+    UNROLL for (int s = 0; s < SLOTS; ++s) {
       const Vec key = all(keys[s * dim + d]);
-      for (int i = 0; i < N; ++i) sums[s][i] = fma(key, q[i], sums[s][i]);
+      UNROLL for (int i = 0; i < N; ++i) sums[s][i] = fma(key, q[i], sums[s][i]);
     }
   }
-  for (int s = 0; s < SLOTS; ++s)
-    for (int i = 0; i < N; ++i) store(scores + s * ROWS + i * LANES, sums[s][i]);
+  UNROLL for (int s = 0; s < SLOTS; ++s)
+    UNROLL for (int i = 0; i < N; ++i) store(scores + s * ROWS + i * LANES, sums[s][i]);
 }
 
 // Adds the values of `slots` keys, weighted by [slots, ROWS], to CHANNELS channels of the totals, [dim, ROWS].
 template <int N, int CHANNELS>
 inline void weigh(const float* values, const float* weights, float* total, int64_t slots, int64_t dim) {
   Vec sums[CHANNELS][N];
-  for (int c = 0; c < CHANNELS; ++c)
-    for (int i = 0; i < N; ++i) sums[c][i] = load(total + c * ROWS + i * LANES);
+  UNROLL for (int c = 0; c < CHANNELS; ++c)
+    UNROLL for (int i = 0; i < N; ++i) sums[c][i] = load(total + c * ROWS + i * LANES);
   for (int64_t s = 0; s < slots; ++s) {
     Vec w[N];
-    for (int i = 0; i < N; ++i) w[i] = load(weights + s * ROWS + i * LANES);
-    for (int c = 0; c < CHANNELS; ++c) {
+    UNROLL for (int i = 0; i < N; ++i) w[i] = load(weights + s * ROWS + i * LANES);
+    UNROLL for (int c = 0; c < CHANNELS; ++c) {
       const Vec value = all(values[s * dim + c]);
-      for (int i = 0; i < N; ++i) sums[c][i] = fma(value, w[i], sums[c][i]);
+      UNROLL for (int i = 0; i < N; ++i) sums[c][i] = fma(value, w[i], sums[c][i]);
     }
   }
-  for (int c = 0; c < CHANNELS; ++c)
-    for (int i = 0; i < N; ++i) store(total + c * ROWS + i * LANES, sums[c][i]);
+  UNROLL for (int c = 0; c < CHANNELS; ++c)
+    UNROLL for (int i = 0; i < N; ++i) store(total + c * ROWS + i * LANES, sums[c][i]);
 }
 
 // Floats that start at a cache line: a vector that crosses one is loaded twice.
@@ -153,10 +153,10 @@ struct Strip {
 };
 
 // One block of keys for N vectors of a strip's queries, `at` rows into it, M keys or channels at a time. Key i is seen
-// by the rows from `seen_from + i * group` on.
+// by the rows from `seen_from + i * group` on. The keys that come `next`, if any, are on their way when it returns.
 template <int N, int M>
-void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, const float* values, int64_t slots,
-           int64_t seen_from) {
+void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, const float* values, const float* next,
+           int64_t slots, int64_t seen_from) {
   const float* queries = strip.queries + at;
   float *scores = strip.scores + at, *total = strip.total + at;
   // Slots after the last one belong to the same page, so reading them is safe; their scores are never used.
@@ -192,10 +192,8 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
       store(column + slot * ROWS, e);
       weight += e;
     }
-    bool moved = false;
-    for (int lane = 0; lane < LANES; ++lane) moved |= peak[lane] != before[lane];
     Vec decay = all(1.0f);
-    if (moved) {
+    if (sum(peak - before) != 0.0f) {  // some peak has moved, since none ever falls
       decay = power_of_2(before - peak);
       for (int64_t d = 0; d < p.dim; ++d) store(sums + d * ROWS, load(sums + d * ROWS) * decay);
     }
@@ -203,17 +201,20 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
     store(strip.peak + at + i * LANES, peak);
   }
   int64_t done = 0;
-  for (; done + M <= p.dim; done += M) weigh<N, M>(values + done, scores, total + done * ROWS, slots, p.dim);
+  for (; done + M <= p.dim; done += M) {
+    if (next) fetch(next + done * slots, M * slots);
+    weigh<N, M>(values + done, scores, total + done * ROWS, slots, p.dim);
+  }
   for (; done < p.dim; done += ALIGNMENT) weigh<N, ALIGNMENT>(values + done, scores, total + done * ROWS, slots, p.dim);
 }
 
 // One block of keys for all vectors of a strip's queries.
 template <int M>
-void blocks(const Problem& p, const Strip& strip, int64_t vecs, const float* keys, const float* values, int64_t slots,
-            int64_t seen_from) {
+void blocks(const Problem& p, const Strip& strip, int64_t vecs, const float* keys, const float* values,
+            const float* next, int64_t slots, int64_t seen_from) {
   int64_t v = 0;
-  for (; v + VECS <= vecs; v += VECS) block<VECS, M>(p, strip, v * LANES, keys, values, slots, seen_from);
-  for (; v < vecs; ++v) block<1, M>(p, strip, v * LANES, keys, values, slots, seen_from);
+  for (; v + VECS <= vecs; v += VECS) block<VECS, M>(p, strip, v * LANES, keys, values, next, slots, seen_from);
+  for (; v < vecs; ++v) block<1, M>(p, strip, v * LANES, keys, values, next, slots, seen_from);
 }
 
 float scale_of(const Problem& p) { return LOG2_E / __builtin_sqrtf(static_cast<float>(p.dim)); }
@@ -237,11 +238,13 @@ void many(const Problem& p, const Task& t, Scratch& s) {
       if (seen_from >= rows) continue;  // all of its queries come before these keys
       const Strip strip = {queries + i * size, total + i * size, s.peak + i * ROWS, s.weight + i * ROWS, s.scores};
       const float *keys = p.k + place, *values = p.v + place;
-      // A few queries are limited by memory: they take fewer keys and values at a time.
+      const bool more = i == strips - 1 && key + slots < t.end;
+      const float* next = more ? p.k + p.place(t.seq, t.head, key + slots) : nullptr;
+      // One vector of queries: more keys and values at a time, so that as many sums are under way.
       if (count <= LANES)
-        blocks<ALIGNMENT>(p, strip, vecs, keys, values, slots, seen_from);
+        blocks<VECS * TOGETHER>(p, strip, vecs, keys, values, next, slots, seen_from);
       else
-        blocks<TOGETHER>(p, strip, vecs, keys, values, slots, seen_from);
+        blocks<TOGETHER>(p, strip, vecs, keys, values, next, slots, seen_from);
     }
   }
 }

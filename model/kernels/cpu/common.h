@@ -90,6 +90,9 @@ inline Vec sums_of(Vec* vectors) {
   return vectors[0];
 }
 
+// Arrays of sums stay in registers only if every loop over them is unrolled.
+#define UNROLL _Pragma("GCC unroll 16")
+
 // Prefetches floats that will be read soon.
 inline void fetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);

@@ -24,9 +24,6 @@ constexpr int64_t BLOCK = 192;                 // tokens for which a panel's wei
 constexpr int64_t DEPTH = (1 << 13) / PANEL;   // inputs of a panel that fit there
 constexpr int64_t LINE = 16;                   // floats of a cache line
 
-// Arrays of sums stay in registers only if every loop over them is unrolled.
-#define UNROLL _Pragma("GCC unroll 16")
-
 inline int64_t panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
 
 // x [tokens, inputs] with rows `stride` floats apart, times weight [panels, inputs, PANEL].
