@@ -39,9 +39,16 @@ inline const float* of_layer(const F32& array, int64_t layer) {
 // Memory of one call, not initialised, that begins at a cache line.
 struct Room {
   std::unique_ptr<float[]> memory;
-  float* begin;
+  float* begin = nullptr;
+  int64_t size = 0;
 
-  explicit Room(int64_t count) : memory(new float[count + matmul::LINE]) {
+  Room() = default;
+  explicit Room(int64_t count) { reserve(count); }
+
+  void reserve(int64_t count) {
+    if (count <= size) return;
+    size = count;
+    memory.reset(new float[count + matmul::LINE]);
     begin = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) % 64) / sizeof(float);
   }
 };
@@ -61,6 +68,7 @@ struct Step {
 struct Scratch {
   attention::Scratch attention;
   matmul::Scratch matmul;
+  Room gated;  // [a block of tokens, ffn]
 };
 
 // The sum of squares.
@@ -105,32 +113,77 @@ inline void write(const Vec* sums, int vectors, float* to, int64_t count) {
   std::memcpy(to, values, count * sizeof(float));
 }
 
-// A product for `tokens` tokens as a phase of a region: calls `put(token, panel, sums)` for each token and panel.
+// The outputs of a product in the panels [from, to) for the tokens [first, last): calls `put(token, panel, sums)`.
 template <typename Put>
-void multiply(Region<Scratch>& region, int64_t threads, const matmul::Product& product, int64_t tokens, int64_t outputs,
-              const Put& put) {
-  const int64_t panels = matmul::panels(outputs), blocks = (tokens + matmul::BLOCK - 1) / matmul::BLOCK;
-  const int64_t shares = std::min(panels, (TASKS_PER_THREAD * threads + blocks - 1) / blocks);
-  region.run(blocks * shares, [&](Scratch& scratch, uint64_t i) {
-    const int64_t block = i / shares, share = i % shares;
-    const int64_t first = tokens * block / blocks, last = tokens * (block + 1) / blocks;
-    for (int64_t panel = panels * share / shares; panel < panels * (share + 1) / shares; ++panel)
-      matmul::panel(product, panel, first, last, scratch.matmul,
-                    [&](int64_t token, Vec* sums) { put(token, panel, sums); });
-  });
+void multiply(const matmul::Product& product, int64_t first, int64_t last, int64_t from, int64_t to,
+              matmul::Scratch& scratch, const Put& put) {
+  for (int64_t at = first, end; at < last; at = end) {
+    end = std::min(at + matmul::BLOCK, last);
+    for (int64_t panel = from; panel < to; ++panel)
+      matmul::panel(product, panel, at, end, scratch, [&](int64_t token, Vec* sums) { put(token, panel, sums); });
+  }
 }
 
-// Runs the phases of one batch over any layer.
+// Few tokens: all threads work on the same tokens, one operation after the other, and share its panels.
+struct Together {
+  Region<Scratch>& region;
+  int64_t threads, tokens, ffn;
+  float* gated;  // [tokens, ffn]
+
+  float* gated_of(int64_t token) const { return gated + token * ffn; }
+
+  template <typename Run>
+  void each(const Run& run) const {
+    constexpr int64_t SHARE = 8;
+    if (tokens <= FEW_TOKENS) {
+      for (int64_t token = 0; token < tokens; ++token) run(token);
+      return;
+    }
+    region.run((tokens + SHARE - 1) / SHARE, [&](Scratch&, uint64_t i) {
+      const int64_t first = i * SHARE, last = std::min(first + SHARE, tokens);
+      for (int64_t token = first; token < last; ++token) run(token);
+    });
+  }
+
+  template <typename Put>
+  void product(const matmul::Product& product, int64_t outputs, const Put& put) const {
+    const int64_t panels = matmul::panels(outputs), shares = std::min(panels, TASKS_PER_THREAD * threads);
+    region.run(shares, [&](Scratch& scratch, uint64_t i) {
+      multiply(product, 0, tokens, panels * i / shares, panels * (i + 1) / shares, scratch.matmul, put);
+    });
+  }
+};
+
+// Many tokens: a thread takes a block of them through all operations, so that they stay in its second level of cache.
+struct Apart {
+  int64_t first, last, ffn;
+  Scratch& scratch;
+
+  float* gated_of(int64_t token) const { return scratch.gated.begin + (token - first) * ffn; }
+
+  template <typename Run>
+  void each(const Run& run) const {
+    for (int64_t token = first; token < last; ++token) run(token);
+  }
+
+  template <typename Put>
+  void product(const matmul::Product& product, int64_t outputs, const Put& put) const {
+    multiply(product, first, last, 0, matmul::panels(outputs), scratch.matmul, put);
+  }
+};
+
+// Runs one batch through any layer.
 class Decoder {
  public:
   Decoder(ffi::ThreadPool& pool, const Step& step, attention::Problem problem)
       : s(step),
         threads(threads_of(pool)),
+        blocks(s.tokens / LEAST_BLOCK >= TASKS_PER_THREAD * threads ? blocks_of(s.tokens, threads) : 1),
         normed(s.tokens * s.embed),
         qkv(s.tokens * s.qkv_size()),
         queries(s.tokens * s.heads() * s.dim),
         attended(s.tokens * s.heads() * s.dim),
-        gated(s.tokens * s.ffn),
+        gated(blocks == 1 ? s.tokens * s.ffn : 0),
         problem(problem),
         region(pool, threads - 1) {
     this->problem.q = queries.begin;
@@ -141,49 +194,66 @@ class Decoder {
 
   // One layer, whose pages are `k` and `v`, [pages, kv_heads, page_size, dim].
   void layer(const Layer& w, float* k, float* v) {
-    norms(w.attn_norm);
-    multiply(normed.begin, s.embed, w.qkv, s.qkv_size(), [&](int64_t token, int64_t panel, Vec* sums) {
-      const int64_t at = panel * matmul::PANEL;
-      for (int i = 0; w.qkv_bias && i < matmul::VECTORS; ++i) sums[i] += load(w.qkv_bias + at + i * LANES);
-      write(sums, matmul::VECTORS, qkv.begin + token * s.qkv_size() + at, s.qkv_size() - at);
-    });
-    by_token([&](int64_t token) { place(w, token, k, v); });
+    by_block([&](const auto& tokens) { before_attention(tokens, w, k, v); });
     problem.k = k;
     problem.v = v;
     region.run(tasks.size(), [&](Scratch& scratch, uint64_t i) {
       attention::attend(problem, tasks[i], scratch.attention, partials);
     });
-    project(attended.begin, s.heads() * s.dim, w.out, w.out_bias);
-    norms(w.mlp_norm);
-    multiply(normed.begin, s.embed, w.gate_up, 2 * s.ffn, [&](int64_t token, int64_t panel, Vec* sums) {
+    by_block([&](const auto& tokens) { after_attention(tokens, w); });
+  }
+
+ private:
+  static constexpr int64_t LEAST_BLOCK = 64;  // tokens for which it pays to read all weights of a layer
+
+  // About as many blocks for each thread, none larger than one of a product.
+  static int64_t blocks_of(int64_t tokens, int64_t threads) {
+    const int64_t least = (tokens + matmul::BLOCK - 1) / matmul::BLOCK, round = TASKS_PER_THREAD * threads;
+    return (least + round - 1) / round * round;
+  }
+
+  // Calls `run` with the tokens together, or apart in blocks.
+  template <typename Run>
+  void by_block(const Run& run) {
+    if (blocks == 1) return run(Together{region, threads, s.tokens, s.ffn, gated.begin});
+    region.run(blocks, [&](Scratch& scratch, uint64_t i) {
+      const int64_t first = s.tokens * i / blocks, last = s.tokens * (i + 1) / blocks;
+      scratch.gated.reserve((last - first) * s.ffn);
+      run(Apart{first, last, s.ffn, scratch});
+    });
+  }
+
+  template <typename Tokens>
+  void before_attention(const Tokens& tokens, const Layer& w, float* k, float* v) {
+    norms(tokens, w.attn_norm);
+    tokens.product({normed.begin, s.embed, w.qkv, s.embed}, s.qkv_size(), [&](int64_t token, int64_t panel, Vec* sums) {
+      const int64_t at = panel * matmul::PANEL;
+      for (int i = 0; w.qkv_bias && i < matmul::VECTORS; ++i) sums[i] += load(w.qkv_bias + at + i * LANES);
+      write(sums, matmul::VECTORS, qkv.begin + token * s.qkv_size() + at, s.qkv_size() - at);
+    });
+    tokens.each([&](int64_t token) { place(w, token, k, v); });
+  }
+
+  template <typename Tokens>
+  void after_attention(const Tokens& tokens, const Layer& w) {
+    const int64_t attended_size = s.heads() * s.dim;
+    project(tokens, {attended.begin, attended_size, w.out, attended_size}, w.out_bias);
+    norms(tokens, w.mlp_norm);
+    tokens.product({normed.begin, s.embed, w.gate_up, s.embed}, 2 * s.ffn, [&](int64_t token, int64_t panel, Vec* sums) {
       constexpr int HALF = matmul::VECTORS / 2;
       const int64_t at = panel * HALF * LANES;
       for (int i = 0; w.gate_up_bias && i < matmul::VECTORS; ++i)
         sums[i] += load(w.gate_up_bias + panel * matmul::PANEL + i * LANES);
       Vec products[HALF];
       for (int i = 0; i < HALF; ++i) products[i] = silu(sums[i]) * sums[HALF + i];
-      write(products, HALF, gated.begin + token * s.ffn + at, s.ffn - at);
+      write(products, HALF, tokens.gated_of(token) + at, s.ffn - at);
     });
-    project(gated.begin, s.ffn, w.down, w.down_bias);
+    project(tokens, {tokens.gated_of(0), s.ffn, w.down, s.ffn}, w.down_bias);
   }
 
- private:
-  // Calls `run(token)` for every token.
-  template <typename Run>
-  void by_token(const Run& run) {
-    constexpr int64_t SHARE = 8;
-    if (s.tokens <= FEW_TOKENS) {
-      for (int64_t token = 0; token < s.tokens; ++token) run(token);
-      return;
-    }
-    region.run((s.tokens + SHARE - 1) / SHARE, [&](Scratch&, uint64_t i) {
-      const int64_t first = i * SHARE, last = std::min(first + SHARE, s.tokens);
-      for (int64_t token = first; token < last; ++token) run(token);
-    });
-  }
-
-  void norms(const float* weight) {
-    by_token([&](int64_t token) {
+  template <typename Tokens>
+  void norms(const Tokens& tokens, const float* weight) {
+    tokens.each([&](int64_t token) {
       norm(s.x + token * s.embed, weight, s.eps, s.embed, normed.begin + token * s.embed);
     });
   }
@@ -210,9 +280,10 @@ class Decoder {
     }
   }
 
-  // Adds x [tokens, inputs] times a weight, and a bias, to the residual stream.
-  void project(const float* x, int64_t inputs, const float* weight, const float* bias) {
-    multiply(x, inputs, weight, s.embed, [&](int64_t token, int64_t panel, Vec* sums) {
+  // Adds a product, and a bias, to the residual stream.
+  template <typename Tokens>
+  void project(const Tokens& tokens, const matmul::Product& product, const float* bias) {
+    tokens.product(product, s.embed, [&](int64_t token, int64_t panel, Vec* sums) {
       const int64_t at = panel * matmul::PANEL, count = s.embed - at;
       float* to = s.x + token * s.embed + at;
       for (int i = 0; bias && i < matmul::VECTORS; ++i) sums[i] += load(bias + at + i * LANES);
@@ -226,13 +297,9 @@ class Decoder {
     });
   }
 
-  template <typename Put>
-  void multiply(const float* x, int64_t inputs, const float* weight, int64_t outputs, const Put& put) {
-    ::multiply(region, threads, {x, inputs, weight, inputs}, s.tokens, outputs, put);
-  }
-
   const Step s;
   const int64_t threads;
+  const int64_t blocks;  // in which the tokens go through all but attention; 1: together
   // Of all tokens: [tokens, embed], [tokens, kv_heads, group + 2, dim], [tokens, kv_heads, group, dim] twice,
   // [tokens, ffn].
   Room normed, qkv, queries, attended, gated;
@@ -280,11 +347,11 @@ ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, F32 head, 
     norm(x.typed_data() + tokens[row] * embed, weight.typed_data(), eps, embed, normed.begin + row * embed);
   float* to = logits->typed_data();
   Region<Scratch> region(pool, threads_of(pool) - 1);
-  multiply(region, threads_of(pool), {normed.begin, embed, head.typed_data(), embed}, count, vocab,
-           [&](int64_t row, int64_t panel, Vec* sums) {
-             const int64_t at = panel * matmul::PANEL;
-             write(sums, matmul::VECTORS, to + row * vocab + at, vocab - at);
-           });
+  const Together together = {region, threads_of(pool), count, 0, nullptr};
+  together.product({normed.begin, embed, head.typed_data(), embed}, vocab, [&](int64_t row, int64_t panel, Vec* sums) {
+    const int64_t at = panel * matmul::PANEL;
+    write(sums, matmul::VECTORS, to + row * vocab + at, vocab - at);
+  });
   for (int64_t row = count; row < rows; ++row)
     std::memcpy(to + row * vocab, to + (count - 1) * vocab, vocab * sizeof(float));
   return ffi::Error::Success();
