@@ -23,7 +23,7 @@ from model.params import PackedLayers, Params, unstacked
 
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernels cannot be built here")
 PAGE = 8
-PAGES = 80
+PAGES = 480
 PLAIN = ModelConfig(
     family="llama",
     vocab_size=131,
@@ -109,8 +109,9 @@ def batch_of(chunks: list[int], prefixes: list[int], spare_seqs: int = 0, spare_
         batch_of([1, 1, 1], [30, 0, 7], spare_seqs=2, spare_tokens=5),
         batch_of([200], [57]),
         batch_of([5, 90, 1], [0, 3, 40], spare_tokens=32),
+        batch_of([1, 1800], [60, 21]),
     ],
-    ids=["decode", "several decode", "prefill", "mixed"],
+    ids=["decode", "several decode", "prefill", "mixed", "so many that threads take them apart"],
 )
 def test_logits_keys_and_values_equal_the_plain_forward_pass(config: ModelConfig, batch: Batch) -> None:
     expected, expected_pool = compiled(config)(unstacked(random_params(config)), batch, random_pool(config))
@@ -122,11 +123,15 @@ def test_logits_keys_and_values_equal_the_plain_forward_pass(config: ModelConfig
 
 
 @needs_kernel
-def test_a_sequence_gets_the_same_bits_in_any_company_and_any_shape() -> None:
-    """Also beyond the last token: in a wider batch, with more padding, beside prefills."""
-    together = batch_of([1, 70, 3, 1], [60, 5, 30, 12], spare_seqs=1, spare_tokens=9)
+@pytest.mark.parametrize(
+    "together",
+    [batch_of([1, 70, 3, 1], [60, 5, 30, 12], spare_seqs=1, spare_tokens=9), batch_of([1, 700], [60, 5])],
+    ids=["few", "so many that threads take them apart"],
+)
+def test_a_sequence_gets_the_same_bits_in_any_company_and_any_shape(together: Batch) -> None:
+    """In a wider batch, with more padding, and beside prefills."""
     whole, pool = compiled(PLAIN)(packed(PLAIN), together, random_pool(PLAIN))
-    for s in range(4):
+    for s in np.flatnonzero(together.lengths):
         start, stop = int(together.starts[s]), int(together.starts[s + 1])
         for spare in (0, 11):
             alone = replace(
