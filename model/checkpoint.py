@@ -19,9 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig, load_config, read_json
@@ -83,6 +80,9 @@ def resolve(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    from huggingface_hub import snapshot_download  # a local checkpoint is loaded without it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(HUB_FILES)))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -152,6 +152,8 @@ def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
 
     Raises FileExistsError if `path` exists, and ValueError for params whose layers are not stacked.
     """
+    import orbax.checkpoint as ocp  # a server does without it
+
     path = Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists: delete it, or save to a new path")
@@ -169,6 +171,8 @@ def restore_orbax(path: str | Path) -> tuple[ModelConfig, Params]:
 
     Raises FileNotFoundError if `save_orbax` did not write the folder, or not completely.
     """
+    import orbax.checkpoint as ocp
+
     path = Path(path).absolute()
     about_file = path / "tokenzero.json"
     if not about_file.is_file():

@@ -65,15 +65,16 @@ def free_port() -> int:
 
 
 def wait_until_ready(server: Server, log: Path | None) -> None:
-    """Return once `/health` answers."""
+    """Return once the server is ready for requests."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             tail = log.read_text()[-2000:] if log else "(no log kept)"
             raise RuntimeError(f"the server ended with status {server.process.returncode} before it was ready:\n{tail}")
         try:
-            if httpx.get(f"{server.url}/health", timeout=2).status_code == 200:
+            if httpx.get(f"{server.url}/ready", timeout=2).status_code == 200:
                 return
         except httpx.TransportError:
-            time.sleep(0.1)
+            pass
+        time.sleep(0.05)
     raise RuntimeError(f"the server was not ready after {START_SECONDS} s")

@@ -129,6 +129,11 @@ class Engine:
         self.inbox.cancel(number)
 
     @property
+    def compiled(self) -> tuple[int, int]:
+        """Shapes of steps that are compiled, and shapes in all: the rest is compiled while requests are served."""
+        return len(self.core.runner.steps.run), len(self.core.runner.buckets)
+
+    @property
     def counters(self) -> Counters:
         """What the engine has done since the start."""
         return self.core.counters

@@ -1,9 +1,10 @@
-"""How JAX is set up in a process that serves."""
+"""How a process that serves is set up: JAX, and what it does without."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 # Triton's matrix products read a layer's slice of the stacked weights from a copy: 14 GB of copies in each step of an
@@ -31,3 +32,12 @@ def set_up_jax() -> None:
 def with_gpu_flag(flags: str) -> str:
     """XLA_FLAGS with cuBLAS for matrix products, unless they say who computes them."""
     return flags if GPU_FLAG in flags else f"{flags} {GPU_FLAG}=false".strip()
+
+
+def leave_out_torch() -> None:
+    """Keep transformers, of which only tokenizers are used, from importing torch where that is installed: it takes 1 s.
+
+    A module that is None cannot be imported: https://docs.python.org/3/library/sys.html#sys.modules
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch

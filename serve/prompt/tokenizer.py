@@ -68,12 +68,9 @@ def load_tokenizer(
     long segments are found there again after a restart. Raises ValueError for a tokenizer that is not a fast one or has
     no chat template and for an unknown format, StoreError for a directory of another program or version.
     """
+    tokenizer_file(folder)
     from transformers import AutoTokenizer
 
-    if not Path(folder, "tokenizer.json").is_file():
-        raise ValueError(
-            f"{folder}: expected a tokenizer.json, found none: write one with transformers' save_pretrained"
-        )
     hf = AutoTokenizer.from_pretrained(folder)
     if not getattr(hf, "is_fast", False):
         raise ValueError(f"{folder}: expected a tokenizer.json, found a slow tokenizer: convert it with transformers")
@@ -85,6 +82,15 @@ def load_tokenizer(
         return make_tokenizer(hf, format_name, None, segment_bytes)
     check_directory(store)
     return make_tokenizer(hf, format_name, DiskTier(store / SEGMENT_FOLDER, STORED_BYTES, name=RECORDS), segment_bytes)
+
+
+def tokenizer_file(folder: str | Path) -> Path:
+    """The file of a checkpoint's fast tokenizer. Raises ValueError if there is none."""
+    if not (path := Path(folder, "tokenizer.json")).is_file():
+        raise ValueError(
+            f"{folder}: expected a tokenizer.json, found none: write one with transformers' save_pretrained"
+        )
+    return path
 
 
 def make_tokenizer(

@@ -279,6 +279,15 @@ async def get_health(request: Request) -> Response:
     return JSONResponse({"status": "ok" if alive else "engine stopped"} | about, 200 if alive else 503)
 
 
+async def get_ready(request: Request) -> Response:
+    """`GET /ready`: 200 while requests are served, with the compiled shapes of steps; 503 before, with the phases."""
+    engine = request.app.state.context.engine
+    if not engine.thread.is_alive():
+        return JSONResponse({"status": "engine stopped"}, 503)
+    compiled, shapes = engine.compiled
+    return JSONResponse({"status": "ready", "compiled": compiled, "shapes": shapes})
+
+
 async def get_metrics(request: Request) -> Response:
     """`GET /metrics`: Prometheus metrics, see below."""
     # In a thread, since a tier's figures may wait for its disk.
@@ -358,6 +367,7 @@ ROUTES = [
     Route("/v1/models", get_models, methods=["GET"]),
     Route("/v1/models/{id:path}", get_model, methods=["GET"]),
     Route("/health", get_health, methods=["GET"]),
+    Route("/ready", get_ready, methods=["GET"]),
     Route("/metrics", get_metrics, methods=["GET"]),
     Route("/", get_root, methods=["GET"]),
     Route("/api/hello", get_hello, methods=["GET"]),

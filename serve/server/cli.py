@@ -1,6 +1,7 @@
-"""`python -m serve --model DIR`: load a checkpoint, compile the engine's steps, and serve until interrupted.
+"""`python -m serve --model DIR`: listen, load a checkpoint, compile the engine's steps, and serve until interrupted.
 
-What imports JAX is imported after the arguments are checked, so that `--help` and a refusal come at once.
+The port is open while the rest is loaded, by two threads: one reads weights and compiles, the other makes what text
+needs. What imports JAX is imported by these, so that `--help`, a refusal and `/health` come at once.
 """
 
 from __future__ import annotations
@@ -8,17 +9,22 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.engine.runtime import set_up_jax, user_cache
+from serve.engine.runtime import leave_out_torch, set_up_jax, user_cache
 from serve.server.config import ServerConfig, parse_config
+from serve.server.threads import end_process, in_thread
 
 if TYPE_CHECKING:
     import argparse
+    from concurrent.futures import Future
 
     import jax
+    from starlette.applications import Starlette
 
     from cache.tiers import Tiers
     from model.config import ModelConfig
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
     from serve.engine.engine import Engine
     from serve.engine.settings import EngineSettings
     from serve.prompt.tokenizer import Tokenizer
-    from serve.server.context import ServerContext
+    from serve.server.progress import OnProgress, StartProgress
 
 log = logging.getLogger("tokenzero")
 
@@ -35,82 +41,162 @@ log = logging.getLogger("tokenzero")
 DEVICE_MARGIN_BYTES = 3 * 2**30
 CPU_POOL_BYTES = 2**30
 HOST_BYTES = 4 * 10**9
-
-OnProgress = Callable[[int, int], None]  # is called with what is done and the total
+INTERRUPTED = 130  # the exit status of what Ctrl-C has ended, as shells count it
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint in memory."""
+    """The weights of a checkpoint in memory."""
 
     config: ModelConfig
     params: Params
     fingerprint: bytes
-    tokenizer: Tokenizer
     dtype: str  # of weights and KV pages
 
 
 def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> None:
-    """Parse, load, compile, and serve until interrupted."""
+    """Parse, listen, load, and serve until interrupted."""
     config = parse_config(argv, cli)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # It logs a line for each kind of accelerator that the machine does not have.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-    set_up_jax()
-
-    import jax
-    from rich.console import Console
-
-    from cache.lmdb_env import StoreError
-
-    console = Console(stderr=True)
     try:
-        context = start(config, console)
-    except (ValueError, OSError, StoreError) as error:
+        check_folder(config.model)
+    except (ValueError, OSError) as error:
         sys.exit(f"tokenzero: {error}")
-    sizes = context.engine.settings
-    console.print(
-        f"{config.model}: {sizes.dtype} on {jax.devices()[0].device_kind}, "
-        f"{sizes.num_pages} pages of {sizes.page_size} tokens, context {sizes.max_model_len}"
+    gc.disable()  # until all is loaded: it stays, so that looking through it finds nothing
+    listen(config)
+
+
+def check_folder(model: str) -> None:
+    """Raise ValueError or OSError for a local folder that is no checkpoint, before anything is loaded."""
+    from model.config import load_config
+    from serve.prompt.tokenizer import tokenizer_file
+
+    if (folder := Path(model).expanduser()).is_dir():
+        tokenizer_file(folder)
+        load_config(folder)
+
+
+def listen(config: ServerConfig) -> None:
+    """Open the port, load, and serve until interrupted; ends the process if the port cannot be opened or loading fails.
+
+    Raises SystemExit.
+    """
+    import uvicorn
+
+    from serve.server.progress import StartProgress, progress_bars
+    from serve.server.starting import StartingApp
+
+    progress = StartProgress(progress_bars())
+    loading = in_thread(load, config, progress)
+
+    def stopping() -> bool:
+        return server.should_exit
+
+    def loaded(loading: Future[Starlette]) -> None:
+        progress.close()
+        server.should_exit = server.should_exit or loading.exception() is not None
+
+    app = StartingApp(loading, progress, stopping)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            log_level="info",
+            access_log=False,
+            timeout_graceful_shutdown=10,
+        )
     )
-    serve(context)
+    loading.add_done_callback(loaded)
+    status = 0
+    try:
+        server.run()
+    except KeyboardInterrupt:  # raised again once the server has stopped
+        status = 0 if loading.done() else INTERRUPTED
+    except SystemExit as ended:  # the port could not be opened; the log says why
+        status = int(ended.code or 0)
+    if not loading.done() or loading.exception():
+        progress.close()
+        end_process(loading.exception() if loading.done() else None, status)
+    sys.exit(status)
 
 
-def start(config: ServerConfig, console: Any) -> ServerContext:
-    """Load and compile, with progress on a rich console. Raises ValueError, OSError and StoreError."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+def load(config: ServerConfig, progress: StartProgress) -> Starlette:
+    """The application over all that it needs. Raises ValueError, OSError, StoreError and SystemExit."""
+    with progress.phase("imports"):
+        leave_out_torch()
+        set_up_jax()
+        import jax
 
-    from serve.server.context import make_context
+        import serve.engine.engine  # before another thread takes its turns  # noqa: F401
+        from model import checkpoint
+    folder = checkpoint.resolve(config.model)
+    text = in_thread(load_text, config, folder, progress)
+    engine = in_thread(load_engine, config, folder, progress)
+    both: list[Future[Any]] = [text, engine]
+    wait(both, return_when=FIRST_EXCEPTION)
+    for each in both:
+        if each.done():
+            each.result()  # raises what it raised, while the other may still be at work
+    with progress.phase("server"):
+        from serve.server.app import create_app
+        from serve.server.context import make_context
 
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+        tokenizer, sizes = text.result(), engine.result().settings
+        stops = stop_ids(engine.result().config.eos_token_ids, tokenizer.hf)
+        app = create_app(make_context(engine.result(), tokenizer, stops, config))
+        # What is loaded stays: each full garbage collection that looks through it would stop all threads for 0.3 s.
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+    log.info(
+        "%s: %s on %s, %d pages of %d tokens, context %d",
+        config.model,
+        sizes.dtype,
+        jax.devices()[0].device_kind,
+        sizes.num_pages,
+        sizes.page_size,
+        sizes.max_model_len,
+    )
+    return app
 
-        def bar(title: str) -> OnProgress:
-            task = progress.add_task(title, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
 
-        model = load_model(config, bar("loading weights"))
-        engine = build_engine(config, model, bar("compiling steps"))
-        report_template(config.model, model.tokenizer)
-        stops = stop_ids(model.config.eos_token_ids, model.tokenizer.hf)
-        return make_context(engine, model.tokenizer, stops, config)
+def load_text(config: ServerConfig, folder: Path, progress: StartProgress) -> Tokenizer:
+    """The checkpoint's tokenizer; reports what its chat template cannot do. Raises ValueError and OSError."""
+    with progress.phase("tokenizer"):
+        from serve.prompt.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(str(folder), config.tool_parser, config.state_dir, config.bounds.segments)
+    with progress.phase("template"):
+        report_template(config.model, tokenizer)
+    return tokenizer
 
 
-def load_model(config: ServerConfig, on_progress: OnProgress) -> LoadedModel:
-    """Read the checkpoint and its tokenizer. Raises ValueError and OSError for what is not a checkpoint."""
+def load_engine(config: ServerConfig, folder: Path, progress: StartProgress) -> Engine:
+    """The engine over the checkpoint's weights. Raises what `load_model` and `build_engine` raise."""
+    model = load_model(config, folder, progress)
+    with progress.phase("steps") as on_progress:
+        return build_engine(config, model, on_progress)
+
+
+def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> LoadedModel:
+    """Read the weights. Raises ValueError and OSError for what is not a checkpoint."""
     import jax
 
     from model import checkpoint
     from model.kernels.dispatch import arranged
-    from serve.prompt.tokenizer import load_tokenizer
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
-    folder = checkpoint.resolve(config.model)
-    tokenizer = load_tokenizer(str(folder), config.tool_parser, config.state_dir, config.bounds.segments)
-    model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress)
-    fingerprint = checkpoint.fingerprint(model_config, params)
-    return LoadedModel(model_config, arranged(params, config.page_size), fingerprint, tokenizer, dtype)
+    with progress.phase("weights") as on_progress:
+        model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress)
+    with progress.phase("fingerprint"):
+        fingerprint = checkpoint.fingerprint(model_config, params)
+    with progress.phase("packing"):
+        params = arranged(params, config.page_size)
+    return LoadedModel(model_config, params, fingerprint, dtype)
 
 
 def report_template(name: str, tokenizer: Tokenizer) -> None:
@@ -138,22 +224,6 @@ def build_engine(config: ServerConfig, model: LoadedModel, on_progress: OnProgre
     engine = Engine(model.params, model.config, sizes, model.fingerprint, tiers, on_progress=on_progress, costs=costs)
     attach(engine, audit_settings(config))
     return engine
-
-
-def serve(context: ServerContext) -> None:
-    """Listen until interrupted."""
-    import uvicorn
-
-    from serve.server.app import create_app
-
-    config = context.config
-    app = create_app(context)
-    # What is loaded stays: each full garbage collection that looks through it would stop all threads for up to 0.3 s.
-    gc.collect()
-    gc.freeze()
-    uvicorn.run(
-        app, host=config.host, port=config.port, log_level="info", access_log=False, timeout_graceful_shutdown=10
-    )
 
 
 def engine_settings(config: ServerConfig, model: ModelConfig, params: Params, dtype: str) -> EngineSettings:

@@ -12,7 +12,7 @@ from serve.api.answers import ERROR_TYPES, Error, ErrorDetail, encode
 from serve.api.openai.errors import error_body, is_openai, status_of
 from serve.web.assets import ASSETS
 
-OPEN_PATHS = ("/", "/health", "/api/hello", *ASSETS)  # the dashboard asks for the key itself
+OPEN_PATHS = ("/", "/health", "/ready", "/api/hello", *ASSETS)  # the dashboard asks for the key itself
 
 
 def admits(key: str, headers: Mapping[bytes, bytes]) -> bool:

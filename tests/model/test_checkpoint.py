@@ -212,7 +212,7 @@ def test_a_hub_id_loads_its_snapshot_and_asks_for_no_other_formats(tiny_checkpoi
         asked[name] = allow_patterns
         return str(tiny_checkpoint("llama"))
 
-    monkeypatch.setattr("model.checkpoint.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     load("someone/llama", jnp.float32)
     offered = [
         "config.json",

@@ -1,0 +1,85 @@
+"""The application of a server that starts: its port is open from the first second, and tells how far the start is.
+
+`/health` and `/ready` answer at once. Every other request waits until it can be served, since an answer that comes late
+costs its client nothing, and an error costs it a retry at least: Anthropic's and OpenAI's SDKs make two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Router
+from starlette.types import Receive, Scope, Send
+
+from serve.server.progress import StartProgress
+from serve.web.access import error_response
+from serve.web.paths import api_path
+
+log = logging.getLogger("tokenzero.server")
+
+WAIT_SECONDS = 50.0  # proxies give up on a silent connection after a minute
+RETRY_SECONDS = 5  # for a request that has waited so long: SDKs try again after that
+POLL_SECONDS = 0.02
+
+
+class StartingApp:
+    """Hands requests to the server's own application from the moment on at which it is live."""
+
+    def __init__(self, loading: Future[Starlette], progress: StartProgress, stopping: Callable[[], bool]) -> None:
+        """`stopping` says that the server ends; requests that wait are refused then."""
+        self.loading, self.progress, self.stopping = loading, progress, stopping
+        self.live: Starlette | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer by the live application; before it, say how far the start is, or wait."""
+        if scope["type"] == "lifespan":
+            await Router(lifespan=self.lifespan)(scope, receive, send)
+            return
+        answer = None if self.live else self.early_answer(api_path(scope["path"]))
+        if answer is None:
+            await self.until_live()
+        if self.live:
+            await self.live(scope, receive, send)
+            return
+        text = "the server is starting: try again later; GET /ready says how far it is"
+        refusal = error_response(scope, 503, text, {"retry-after": str(RETRY_SECONDS)})
+        await (answer or refusal)(scope, receive, send)
+
+    def early_answer(self, path: str) -> Response | None:
+        """The answer that needs no model: the process is alive, and what its start is at."""
+        if path == "/health":
+            return JSONResponse({"status": "starting"})
+        if path == "/ready":
+            return JSONResponse(self.progress.report(), 503, {"retry-after": "1"})
+        return None
+
+    async def until_live(self) -> None:
+        """Return when requests are served, when they never will be, or when a connection may last no longer."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + WAIT_SECONDS
+        while not self.live and not self.stopping() and loop.time() < end:
+            await asyncio.sleep(POLL_SECONDS)
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncIterator[None]:
+        """Start the application once it is loaded, and stop it in the end."""
+        async with AsyncExitStack() as started:
+            task = asyncio.create_task(self.go_live(started))
+            yield
+            task.cancel()
+
+    async def go_live(self, started: AsyncExitStack) -> None:
+        """Wait until the application is loaded, and start it; nothing happens if that fails, see `loading`."""
+        while not self.loading.done():
+            await asyncio.sleep(POLL_SECONDS)
+        if not self.loading.exception():
+            app = self.loading.result()
+            await started.enter_async_context(app.router.lifespan_context(app))
+            self.live = app
+            log.info("ready after %s", self.progress.summary())

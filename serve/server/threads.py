@@ -1,0 +1,48 @@
+"""Threads that load, and the end of a process in which some still do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import ParamSpec, TypeVar
+
+from cache.lmdb_env import StoreError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def in_thread(run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """Call `run` on a thread of its own, which nothing waits for at the end; what it raises, SystemExit too, is kept."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(run(*args, **kwargs))
+        except BaseException as error:  # belongs to whoever asks for the result
+            future.set_exception(error)
+
+    Thread(target=call, name=f"tokenzero-{run.__name__}", daemon=True).start()
+    return future
+
+
+def end_process(error: BaseException | None, status: int) -> None:
+    """End at once, with a sentence about an error that a user can mend, or with the trace of any other.
+
+    Python's own end would take away what threads that still compile are using, which crashes them.
+    """
+    if isinstance(error, ValueError | OSError | StoreError):
+        print(f"tokenzero: {error}", file=sys.stderr)
+    elif isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr)
+    elif error:
+        traceback.print_exception(error)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if error else status)
