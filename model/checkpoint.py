@@ -1,4 +1,4 @@
-"""Weights from disk to the params pytree and back: Hugging Face safetensors in, Orbax in and out, one fingerprint.
+"""Weights from disk to the params pytree and back: Hugging Face safetensors in, Orbax in and out.
 
 Every tensor is checked against the config before anything is allocated; a missing, misshapen or unknown tensor is an
 error. No model maths here, and no tokenizer. The format is https://huggingface.co/docs/safetensors.
@@ -6,27 +6,29 @@ error. No model maths here, and no tokenizer. The format is https://huggingface.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig, load_config, read_json
+from model.fingerprint import fingerprint as fingerprint
 from model.params import Layer, Params
 
 # What a checkpoint needs to run; the same weights in other formats stay on the hub.
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
-FLOATS = ("F32", "BF16", "F16")
+ALIGNMENT = 64  # bytes; XLA copies arrays that start elsewhere
+FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Progress = Callable[[int, int], None]  # (bytes of params made so far, bytes in all)
@@ -49,12 +51,17 @@ class Leaf:
 
 
 class Tensor(NamedTuple):
-    """A tensor of an open safetensors file; `read` returns it as numpy."""
+    """A tensor of a safetensors file that is mapped into memory."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], np.ndarray]
+    data: np.ndarray  # [bytes] uint8; read from the disk when it is used
+
+    def values(self) -> np.ndarray:
+        """The tensor, in its own dtype."""
+        values: np.ndarray = self.data.view(FLOATS[self.dtype]).reshape(self.shape)
+        return values
 
 
 def load(source: str | Path, dtype: Any, progress: Progress | None = None) -> tuple[ModelConfig, Params]:
@@ -66,10 +73,9 @@ def load(source: str | Path, dtype: Any, progress: Progress | None = None) -> tu
     folder = resolve(source)
     config = load_config(folder)
     leaves = layout(config)
-    with ExitStack() as opened:
-        tensors = _open_tensors(_weight_files(folder), opened)
-        _check(leaves, tensors, config, folder)
-        return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None))
+    tensors = _map_tensors(_weight_files(folder))
+    _check(leaves, tensors, config, folder)
+    return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None))
 
 
 def resolve(source: str | Path) -> Path:
@@ -189,56 +195,6 @@ def restore_orbax(path: str | Path) -> tuple[ModelConfig, Params]:
         return config, checkpointer.restore(path / "params", wanted)
 
 
-def fingerprint(config: ModelConfig, params: Params) -> bytes:
-    """32 bytes that name this architecture with these weights in this dtype, for the keys of KV pages.
-
-    It depends only on the values in memory: equal after a restart, on another machine, from safetensors or Orbax, with
-    layers stacked or unstacked. End-of-sequence ids and the context limit do not change KV and are left out. Every bit
-    of every weight enters, through a 64-bit hash per array and layer that the device computes in one pass over its
-    memory (about 1 GB/s of float32 on two CPU cores). That hash distinguishes checkpoints, but it does not protect
-    against deliberately colliding weights, as BLAKE2b over all bytes on the host would.
-    """
-    if isinstance(params.layers, tuple):
-        apart = [jax.tree.map(_hash, layer) for layer in params.layers]
-        layers = jax.tree.map(lambda *words: jnp.stack(words, axis=-1), *apart)
-    else:
-        layers = jax.tree.map(functools.partial(_hash, kept=1), params.layers)
-    words = (jax.tree.map(_hash, (params.embed, params.final_norm, params.lm_head)), layers)
-
-    relevant = dataclasses.replace(config, eos_token_ids=(), max_position=0)
-    digest = hashlib.blake2b(digest_size=32, person=b"tokenzero model")
-    digest.update(f"{relevant.to_json()}{params.embed.dtype.name}".encode())
-    for field, value in jax.tree_util.tree_leaves_with_path(words):
-        digest.update(jax.tree_util.keystr(field).encode())
-        digest.update(np.asarray(value).astype("<u4").tobytes())
-    return digest.digest()
-
-
-@functools.partial(jax.jit, static_argnames="kept")
-def _hash(x: jax.Array, kept: int = 0) -> jax.Array:
-    """Two uint32 hashes of the bits of `x` for each index of its first `kept` axes, [2, *kept axes].
-
-    From the last axis to the first: salt each word with its index, mix, sum modulo 2^32. Integer sums are the same in
-    any order, so on any device and under any sharding.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-
-    def fold(words: jax.Array, seed: int) -> jax.Array:
-        for depth in range(x.ndim - kept):
-            places = jnp.arange(words.shape[-1], dtype=jnp.uint32) + jnp.uint32(seed + (depth << 28))
-            words = jnp.sum(_mix(words ^ _mix(places)), axis=-1, dtype=jnp.uint32)
-        return words
-
-    return jnp.stack([fold(bits, 0x00000001), fold(bits, 0x85EBCA6B)])
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """An invertible scrambling of uint32 words (Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -257,22 +213,25 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _open_tensors(files: Iterable[Path], opened: ExitStack) -> dict[str, Tensor]:
-    """Open the files and read their headers; the weights are mapped, not read."""
+def _map_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Map the files into memory and read their headers, which say where in the rest each tensor is."""
     tensors = {}
     for path in files:
         try:
-            # Works for bfloat16 without torch, because JAX registers it with numpy.
-            file = opened.enter_context(safe_open(path, framework="np"))
+            with safe_open(path, framework="np"):  # checks the whole header
+                pass
         except (SafetensorError, OSError) as error:
             size = path.stat().st_size
             raise ValueError(
                 f"{path} ({size} bytes) is not a whole safetensors file ({error}): download it again"
             ) from error
-        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-            header = file.get_slice(name)
-            read = functools.partial(file.get_tensor, name)
-            tensors[name] = Tensor(path, tuple(header.get_shape()), header.get_dtype(), read)
+        data = np.memmap(path, np.uint8, "r")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        for name, about in header.items():
+            first, end = about["data_offsets"]
+            tensors[name] = Tensor(path, tuple(about["shape"]), about["dtype"], data[start + first : start + end])
     return tensors
 
 
@@ -303,7 +262,7 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
             f"{tensors[unknown[0]].path}: unexpected {_some(unknown)}, expected only the tensors of a {config.family} "
             "model with this config.json: use a merged, unmodified checkpoint"
         )
-    if config.tie_embeddings and HEAD in tensors and not np.array_equal(tensors[HEAD].read(), tensors[EMBED].read()):
+    if config.tie_embeddings and HEAD in tensors and not np.array_equal(tensors[HEAD].data, tensors[EMBED].data):
         raise ValueError(
             f"{tensors[HEAD].path}: {HEAD} differs from {EMBED}, expected equality as tie_word_embeddings is true: "
             "set it to false in config.json"
@@ -316,21 +275,44 @@ def _some(names: list[str]) -> str:
 
 
 def _fill(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress: Progress) -> Params:
-    """Make every leaf: allocate it, convert its tensors into place one by one, and put it on the device."""
-    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(leaves)) * dtype.itemsize
+    """Make every leaf: allocate it, convert its tensors into place side by side, and put it on the device."""
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves)) * dtype.itemsize
     done = 0
 
     def fill(leaf: Leaf) -> jax.Array:
         nonlocal done
-        array = np.empty(leaf.shape, dtype)
-        for part in leaf.parts:
+        array = _aligned(leaf.shape, dtype)
+
+        def convert(part: Part) -> int:
             place = array[part.at]
-            place[...] = tensors[part.name].read().reshape(place.shape)
-            done += place.nbytes
+            _convert(tensors[part.name].values().reshape(place.shape), place)
+            return place.nbytes
+
+        for converted in threads.map(convert, leaf.parts):
+            done += converted
             progress(done, total)
         # Wait, so that the host copy is freed before the next leaf is allocated.
         on_device: jax.Array = jax.device_put(array).block_until_ready()
         return on_device
 
-    filled: Params = jax.tree.map(fill, leaves)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        filled: Params = jax.tree.map(fill, leaves)
     return filled
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that XLA takes as its own on a CPU, where copying it would take as long as reading the file."""
+    size = math.prod(shape) * dtype.itemsize
+    space = np.empty(size + ALIGNMENT, np.uint8)
+    start = -space.ctypes.data % ALIGNMENT
+    return space[start : start + size].view(dtype).reshape(shape)
+
+
+def _convert(values: np.ndarray, place: np.ndarray) -> None:
+    """Write `values` to `place` in its dtype; without Python's lock, which numpy's own cast from bfloat16 holds."""
+    if values.dtype == FLOATS["BF16"] and place.dtype == np.float32 and place.size:
+        # A bfloat16 is the upper half of the float32 with the same value.
+        bits, words = values.view(np.uint16), place.view(np.uint32)
+        np.left_shift(bits, 16, out=words, dtype=np.uint32, casting="unsafe")
+    else:
+        place[...] = values

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 from flax import struct
 from jaxtyping import Float, Float32
 
@@ -80,5 +81,8 @@ def unstacked(params: Params) -> Params:
     if not isinstance(params.layers, Layer):
         return params
     leaves, structure = jax.tree.flatten(params.layers)
+    if all(leaf.devices() == {jax.devices("cpu")[0]} for leaf in leaves):
+        # Parts of an array on the host, which JAX takes as they are where they are aligned.
+        leaves = [[jax.device_put(part) for part in np.asarray(leaf)] for leaf in leaves]
     layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
     return dataclasses.replace(params, layers=layers)

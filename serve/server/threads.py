@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def in_thread(run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Call `run` on a thread of its own, which nothing waits for at the end; what it raises, SystemExit too, is kept."""
+    """Call `run` on a thread that ends with the process; what it raises, be it SystemExit, is raised by `result`."""
     future: Future[T] = Future()
 
     def call() -> None:
