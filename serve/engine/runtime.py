@@ -39,5 +39,6 @@ def leave_out_torch() -> None:
 
     A module that is None cannot be imported: https://docs.python.org/3/library/sys.html#sys.modules
     """
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    if "transformers" not in sys.modules:  # where it is, it may know already that torch is there
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch

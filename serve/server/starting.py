@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
@@ -78,7 +79,8 @@ class StartingApp:
         """Wait until the application is loaded, and start it; nothing happens if that fails, see `loading`."""
         while not self.loading.done():
             await asyncio.sleep(POLL_SECONDS)
-        if not self.loading.exception():
+        # In a thread, so that the first one is there before the first request, which would wait for it.
+        if not await run_in_threadpool(self.loading.exception):
             app = self.loading.result()
             await started.enter_async_context(app.router.lifespan_context(app))
             self.live = app
