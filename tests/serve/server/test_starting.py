@@ -1,0 +1,195 @@
+"""A server that starts: what answers before it is ready, what it loads, and how it ends when it is stopped or fails."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from experiments.harness.server import free_port, running_server
+from serve.server import starting
+from serve.server.progress import StartProgress
+from serve.server.starting import StartingApp
+from tests.helpers.http import FLAGS, ask
+
+# Installed here, and of no use to a server.
+LEFT_OUT = ("torch", "orbax", "tensorstore", "matplotlib")
+TOOL = {"name": "look", "description": "Looks.", "input_schema": {"type": "object", "properties": {}}}
+
+
+@contextmanager
+def starting_server(model: Path, log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server process that has just been made, and its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "serve", "--model", str(model), "--port", str(port), *flags]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def get(url: str) -> httpx.Response:
+    """What a URL answers, once the port is open."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return httpx.get(url, timeout=5)
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+class TestBeforeAServerIsReady:
+    def test_it_is_alive_and_says_what_it_does_and_a_request_waits_for_its_answer(
+        self, model_folder: Path, tmp_path: Path
+    ) -> None:
+        with starting_server(model_folder, tmp_path / "log", *FLAGS) as (url, _):
+            health, ready = get(f"{url}/health"), get(f"{url}/ready/")
+            answer = httpx.post(f"{url}/v1/messages", json=ask("Hello"), timeout=120)
+            later = get(f"{url}/ready")
+        assert (health.status_code, health.json()) == (200, {"status": "starting"})
+        assert ready.status_code == 503
+        assert ready.headers["retry-after"] == "1"
+        assert ready.json()["status"] == "starting"
+        assert all(phase["seconds"] >= 0 for phase in ready.json()["phases"])
+        assert answer.status_code == 200
+        assert later.status_code == 200
+        assert later.json()["status"] == "ready"
+        assert later.json()["compiled"] <= later.json()["shapes"]
+        assert "ready after" in (tmp_path / "log").read_text()
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+    def test_it_can_be_stopped_at_once_and_without_a_trace(
+        self, number: signal.Signals, status: int, model_folder: Path, tmp_path: Path
+    ) -> None:
+        with starting_server(model_folder, tmp_path / "log", *FLAGS) as (url, process):
+            get(f"{url}/health")
+            process.send_signal(number)
+            assert process.wait(10) == status
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+    def test_weights_that_cannot_be_read_end_it_with_a_sentence(self, model_folder: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        for path in model_folder.iterdir():
+            content = path.read_bytes()
+            (broken / path.name).write_bytes(content[:-9] if path.suffix == ".safetensors" else content)
+        with starting_server(broken, tmp_path / "log", *FLAGS) as (_, process):
+            assert process.wait(60) == 1
+        log = (tmp_path / "log").read_text()
+        assert f"tokenzero: {broken / 'model.safetensors'}" in log
+        assert "is not a whole safetensors file" in log
+        assert "Traceback" not in log
+
+    def test_a_port_that_is_taken_ends_it_at_once(self, model_folder: Path, tmp_path: Path) -> None:
+        with starting_server(model_folder, tmp_path / "log", *FLAGS) as (url, _):
+            get(f"{url}/health")
+            port = url.rpartition(":")[2]
+            again = [sys.executable, "-m", "serve", "--model", str(model_folder), *FLAGS, "--port", port]
+            ended = subprocess.run(again, capture_output=True, text=True, timeout=60)
+        assert ended.returncode not in (0, -signal.SIGABRT, -signal.SIGSEGV)
+        assert "address already in use" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+class TestWhatAServerLoads:
+    def test_it_imports_no_torch_and_no_orbax_and_a_first_request_imports_nothing_more(
+        self, model_folder: Path, tmp_path: Path
+    ) -> None:
+        log = tmp_path / "log"
+        program = ("-X", "importtime", "-m", "serve")
+        with running_server(model_folder, *FLAGS, log=log, program=program) as server:
+            before = imported(log)
+            body = ask("Hello", tools=[TOOL], tool_choice={"type": "any"})
+            answers = [httpx.post(f"{server.url}/v1/messages", json=body | {"stream": s}) for s in (False, True)]
+            after = imported(log)
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert {"jax", "transformers", "llguidance", "serve.server.app"} <= before
+        assert not {name for name in after if name.partition(".")[0] in LEFT_OUT}
+        assert not {name for name in after - before if not name.startswith("encodings")}
+
+
+def imported(log: Path) -> set[str]:
+    """The modules that a server with `-X importtime` has imported so far, from its log."""
+    return set(re.findall(r"^import time: .*\| +([\w.]+)$", log.read_text(), re.MULTILINE))
+
+
+class TestTheApplicationBeforeTheServers:
+    """With a load that the test ends when it likes."""
+
+    @pytest.fixture
+    def loading(self) -> Future[Starlette]:
+        return Future()
+
+    @staticmethod
+    async def status_of(app: StartingApp, path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get(path)
+
+    def test_requests_that_wait_are_served_once_it_is_live(self, loading: Future[Starlette]) -> None:
+        lived = []
+
+        async def hello(request: Request) -> PlainTextResponse:
+            return PlainTextResponse("served")
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            lived.append("started")
+            yield
+            lived.append("stopped")
+
+        async def run() -> tuple[list[httpx.Response], httpx.Response]:
+            app = StartingApp(loading, StartProgress(), lambda: False)
+            async with app.lifespan(app):
+                waiting = [asyncio.create_task(self.status_of(app, "/hello")) for _ in range(3)]
+                early = await self.status_of(app, "/ready")
+                assert not any(task.done() for task in waiting)
+                loading.set_result(Starlette(routes=[Route("/hello", hello)], lifespan=lifespan))
+                return [await task for task in waiting], early
+
+        served, early = asyncio.run(run())
+        assert [response.text for response in served] == ["served"] * 3
+        assert early.status_code == 503
+        assert lived == ["started", "stopped"]
+
+    @pytest.mark.parametrize("stops", [True, False])
+    def test_a_request_is_refused_with_a_time_to_try_again_when_the_server_stops_or_takes_too_long(
+        self, stops: bool, loading: Future[Starlette], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(starting, "WAIT_SECONDS", 60.0 if stops else 0.1)
+        app = StartingApp(loading, StartProgress(), lambda: stops)
+        response = asyncio.run(self.status_of(app, "/v1/messages"))
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "5"
+        assert response.json()["type"] == "error"
+        assert "the server is starting" in response.json()["error"]["message"]
+
+    def test_ready_names_the_phases_under_way_and_what_each_has_done(self, loading: Future[Starlette]) -> None:
+        progress = StartProgress()
+        app = StartingApp(loading, progress, lambda: False)
+        with progress.phase("imports"):
+            pass
+        with progress.phase("weights") as on_progress:
+            on_progress(3, 12)
+            report = asyncio.run(self.status_of(app, "/ready")).json()
+        assert [phase["phase"] for phase in report["phases"]] == ["weights"]
+        assert (report["phases"][0]["done"], report["phases"][0]["total"]) == (3, 12)
+        assert re.fullmatch(r"[\d.]+ s \(imports [\d.]+, weights [\d.]+\)", progress.summary())
