@@ -148,7 +148,6 @@ def load(config: ServerConfig, progress: StartProgress) -> Starlette:
         stops = stop_ids(engine.result().config.eos_token_ids, tokenizer.hf)
         app = create_app(make_context(engine.result(), tokenizer, stops, config))
         # What is loaded stays: each full garbage collection that looks through it would stop all threads for 0.3 s.
-        gc.collect()
         gc.freeze()
         gc.enable()
     log.info(
@@ -171,6 +170,7 @@ def load_text(config: ServerConfig, folder: Path, progress: StartProgress) -> To
         tokenizer = load_tokenizer(str(folder), config.tool_parser, config.state_dir, config.bounds.segments)
     with progress.phase("template"):
         report_template(config.model, tokenizer)
+        import serve.server.app  # noqa: F401 (while steps compile)
     return tokenizer
 
 

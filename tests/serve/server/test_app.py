@@ -192,6 +192,12 @@ class TestOtherRoutes:
         assert response.status_code == 200
         assert response.json() == {"status": "ok", "dtype": "float32", "device": "cpu"}
 
+    def test_ready_counts_the_compiled_shapes(self, client: httpx.Client) -> None:
+        response = client.get("/ready")
+        assert response.status_code == 200
+        assert response.json()["status"] == "ready"
+        assert 0 < response.json()["compiled"] <= response.json()["shapes"]
+
     @pytest.mark.parametrize("path", ["/", "/api/hello"])
     def test_probes_are_answered(self, path: str, client: httpx.Client) -> None:
         response = client.head(path)
@@ -579,7 +585,7 @@ class TestKeys:
     def test_what_tells_about_others_is_closed_too(self, path: str, strict_client: httpx.Client) -> None:
         error_of(strict_client.get(path, headers={"anthropic-version": "2023-06-01"}), 401, "authentication_error")
 
-    @pytest.mark.parametrize("path", ["/", "/api/hello", "/health"])
+    @pytest.mark.parametrize("path", ["/", "/api/hello", "/health", "/ready"])
     def test_probes_need_no_key(self, path: str, strict_client: httpx.Client) -> None:
         assert strict_client.get(path).status_code == 200
         assert strict_client.head(path).status_code == 200

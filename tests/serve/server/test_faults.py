@@ -332,12 +332,15 @@ class TestTheServersOwnFaults:
             assert samples['tokenzero_http_responses_total{path="/v1/messages/count_tokens",status="500"}'] == 1
             assert text_of(post(client, ask("Hi")))
 
-    def test_health_tells_when_the_engine_has_stopped(self, make_engine: MakeEngine, serve: Any) -> None:
+    @pytest.mark.parametrize("path", ["/health", "/ready"])
+    def test_health_and_ready_tell_when_the_engine_has_stopped(
+        self, path: str, make_engine: MakeEngine, serve: Any
+    ) -> None:
         engine = make_engine()
         with serve(engine) as client:
-            assert client.get("/health").status_code == 200
+            assert client.get(path).status_code == 200
             engine.stop()
-            response = client.get("/health")
+            response = client.get(path)
             assert (response.status_code, response.json()) == (503, {"status": "engine stopped"})
 
     def test_what_runs_when_the_engine_stops_ends_with_an_error(self, make_engine: MakeEngine, serve: Any) -> None:
