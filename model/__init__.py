@@ -1,7 +1,8 @@
 """The decoder: pure functions on pytrees, which know nothing of cache policy, text or HTTP.
 
 - `config`: what a model is, read from a Hugging Face config.json
-- `checkpoint`: weights from disk to Params and back, and their fingerprint
+- `checkpoint`: weights from disk to Params and back
+- `fingerprint`: the name of a model with its weights
 - `params`: the weights as a pytree
 - `decoder`: the forward pass
 - `rope`: rotary position embedding

@@ -285,7 +285,7 @@ def _fill(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress:
 
         def convert(part: Part) -> int:
             place = array[part.at]
-            _convert(tensors[part.name].values().reshape(place.shape), place)
+            place[...] = tensors[part.name].values().reshape(place.shape)
             return place.nbytes
 
         for converted in threads.map(convert, leaf.parts):
@@ -306,13 +306,3 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     space = np.empty(size + ALIGNMENT, np.uint8)
     start = -space.ctypes.data % ALIGNMENT
     return space[start : start + size].view(dtype).reshape(shape)
-
-
-def _convert(values: np.ndarray, place: np.ndarray) -> None:
-    """Write `values` to `place` in its dtype; without Python's lock, which numpy's own cast from bfloat16 holds."""
-    if values.dtype == FLOATS["BF16"] and place.dtype == np.float32 and place.size:
-        # A bfloat16 is the upper half of the float32 with the same value.
-        bits, words = values.view(np.uint16), place.view(np.uint32)
-        np.left_shift(bits, 16, out=words, dtype=np.uint32, casting="unsafe")
-    else:
-        place[...] = values

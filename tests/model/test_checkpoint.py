@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from model.checkpoint import fingerprint, layout, load, resolve, restore_orbax, save_orbax
 from model.config import ModelConfig
+from model.kernels.cpu import build
 from model.params import Params, unstacked
 from tests.helpers.shapes import assert_fields
 
@@ -284,6 +285,23 @@ def test_the_fingerprint_is_equal_in_another_process_and_with_layers_apart(tiny_
     assert run.stdout.strip() == here.hex()
     assert fingerprint(config, unstacked(params)) == here
     assert fingerprint(dataclasses.replace(config, eos_token_ids=(5,)), params) == here
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_fingerprint_is_the_same_by_the_kernel_and_by_xla(tiny_checkpoint, dtype, monkeypatch):
+    config, params = load(tiny_checkpoint("qwen2"), dtype)
+    assert build.available()
+    by_kernel = [fingerprint(config, params), fingerprint(config, unstacked(params))]
+    monkeypatch.setattr("model.fingerprint.build.available", lambda: False)
+    by_xla = [fingerprint(config, params), fingerprint(config, unstacked(params))]
+    assert len({*by_kernel, *by_xla}) == 1
+
+
+def test_on_a_cpu_layers_are_taken_apart_without_a_copy(tiny_checkpoint):
+    _, params = load(tiny_checkpoint("llama"), jnp.float32)
+    whole, layers = params.layers.qkv, unstacked(params).layers
+    places = [layer.qkv.unsafe_buffer_pointer() - whole.unsafe_buffer_pointer() for layer in layers]
+    assert places == [i * whole[0].nbytes for i in range(3)]
 
 
 def test_the_fingerprint_is_that_of_these_bytes_for_ever() -> None:
