@@ -65,14 +65,17 @@ def free_port() -> int:
 
 
 def wait_until_ready(server: Server, log: Path | None) -> None:
-    """Return once the server is ready for requests."""
+    """Return once the server is ready for requests: `/ready` says so, or `/health` of one that has no such route."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             tail = log.read_text()[-2000:] if log else "(no log kept)"
             raise RuntimeError(f"the server ended with status {server.process.returncode} before it was ready:\n{tail}")
         try:
-            if httpx.get(f"{server.url}/ready", timeout=2).status_code == 200:
+            status = httpx.get(f"{server.url}/ready", timeout=2).status_code
+            if status == 404:
+                status = httpx.get(f"{server.url}/health", timeout=2).status_code
+            if status == 200:
                 return
         except httpx.TransportError:
             pass
