@@ -55,8 +55,9 @@ def forward(
 def over_layers(step: LayerStep, carry: Carry, layers: Layer | tuple[Layer, ...]) -> Carry:
     """Fold `step(carry, layer, index)` over stacked layers with a scan, or over separate ones unrolled."""
     if isinstance(layers, tuple):
+        once = jax.jit(step)  # a call for each layer: traced and lowered once, and inlined by XLA
         for index, layer in enumerate(layers):
-            carry = step(carry, layer, index)
+            carry = once(carry, layer, index)
         return carry
     count = layers.attn_norm.shape[0]
     carry, _ = jax.lax.scan(lambda c, xs: (step(c, *xs), None), carry, (layers, jnp.arange(count, dtype=jnp.int32)))
