@@ -100,7 +100,7 @@ def run(engine: Engine, config: Config, number: int, arm: str) -> Round:
     """
     settings, share = engine.settings, replace(AuditSettings(), share=ARMS[arm])
     pool, chunk = engine.core.memory.pool, settings.max_mixed_prefill_tokens
-    auditor = Auditor(share, pool, settings.audit_pages, settings.dtype, chunk)
+    auditor = Auditor(share, engine.core.programs, pool, settings.audit_pages, settings.dtype, chunk)
     engine.idle_work = auditor
     waits = np.random.default_rng(number).exponential(config.pause, (config.sessions, config.turns))
     seeds = [[number, list(ARMS).index(arm), i] for i in range(config.sessions)]

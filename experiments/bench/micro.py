@@ -23,7 +23,7 @@ from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.sessions import with_question
 from serve.api.answers import ContentBlockDelta, TextDelta, encode_event
 from serve.api.messages import MessagesRequest, decode_request
-from serve.engine.steps import GREEDY, Bucket, SequenceInput, pack
+from serve.engine.buckets import GREEDY, Bucket, SequenceInput, pack
 from serve.prompt.render import prompt
 from serve.prompt.tokenizer import Tokenizer, load_tokenizer
 from serve.rules.normalize import normalize

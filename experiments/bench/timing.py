@@ -12,9 +12,10 @@ import numpy as np
 
 from cache.pool import pages_for
 from model.kv import empty_pool
+from serve.engine.buckets import GREEDY, SequenceInput, pack, smallest_bucket
 from serve.engine.engine import Engine
 from serve.engine.request import Event, Failed, Finished, GenerationRequest, Started, TokenEvent
-from serve.engine.steps import GREEDY, SequenceInput, pack, run_alone, smallest_bucket
+from serve.engine.steps import run_alone
 
 
 class Asked:

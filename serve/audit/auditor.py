@@ -28,10 +28,11 @@ from cache.keys import root_key
 from cache.pool import pages_for
 from model.kv import KVPool
 from serve.audit.case import Case, write_case
-from serve.audit.comparison import TOLERANCE, compile_comparison
+from serve.audit.comparison import TOLERANCE, make_comparison
 from serve.audit.findings import Mismatch, Records, ReusedPrefix
 from serve.audit.window import Audit, WindowAudit, Workspace
 from serve.engine.engine import Engine
+from serve.engine.programs import Programs
 from serve.engine.sequence import Sequence
 from serve.limits.bounds import DEFAULT_BOUNDS
 
@@ -69,7 +70,7 @@ def attach(engine: Engine, settings: AuditSettings) -> None:
     sizes = engine.settings
     if sizes.audit_pages:
         pool, chunk = engine.core.memory.pool, sizes.max_mixed_prefill_tokens
-        engine.idle_work = Auditor(settings, pool, sizes.audit_pages, sizes.dtype, chunk)
+        engine.idle_work = Auditor(settings, engine.core.programs, pool, sizes.audit_pages, sizes.dtype, chunk)
 
 
 def auditor_of(engine: Engine) -> Auditor | None:
@@ -80,12 +81,21 @@ def auditor_of(engine: Engine) -> Auditor | None:
 class Auditor:
     """Audits for one engine, on the engine's thread, as its idle work."""
 
-    def __init__(self, settings: AuditSettings, pool: KVPool, own: int, dtype: str, chunk: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        settings: AuditSettings,
+        programs: Programs,
+        pool: KVPool,
+        own: int,
+        dtype: str,
+        chunk: int,
+        seed: int = 0,
+    ) -> None:
         """`own`: the pool's last so many pages are the auditor's; `chunk`: tokens that it computes at once."""
         assert own >= 2, "the auditor needs a page to compute in and one for a copy"
         self.settings = settings
         *pages, spare = range(pool.num_pages - own, pool.num_pages)
-        comparison = compile_comparison(pool, TOLERANCE[dtype])
+        comparison = make_comparison(programs, pool, TOLERANCE[dtype])
         self.work = Workspace(np.asarray(pages, np.int32), spare, chunk, comparison, self._computed)
         # One token more runs after the prefix, for its logits.
         self.window = min(settings.max_tokens, len(pages) * pool.page_size - 1)

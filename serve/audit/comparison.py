@@ -13,6 +13,7 @@ import numpy as np
 from cache.tier import Payload
 from model.kv import KVPool, gather_pages
 from serve.audit.findings import Mismatch
+from serve.engine.programs import LAST_RANK, Programs
 
 # The largest allowed difference, as a share of the largest value of the same token: in a page's keys or values of one
 # layer, or in the logits. In float32 it is the project's bound on exactness. In bfloat16, whose steps are 2^-8 of a
@@ -24,7 +25,7 @@ COMPARED = 4
 
 @dataclass(frozen=True)
 class PageComparison:
-    """Compiled: `gather(pool, pages)` copies COMPARED pages, `measure(ours, theirs)` is `distances` of such copies."""
+    """Programs: `gather(pool, pages)` copies COMPARED pages, `measure(ours, theirs)` is `distances` of such copies."""
 
     gather: Callable[..., jax.Array]
     measure: Callable[..., tuple[jax.Array, jax.Array]]
@@ -98,11 +99,11 @@ def distances(
     return jnp.abs(a - b).max((3, 5)), jnp.abs(a).max((3, 5))
 
 
-def compile_comparison(pool: KVPool, bound: float) -> PageComparison:
-    """Compile the comparison for pages of a pool of this shape."""
+def make_comparison(programs: Programs, pool: KVPool, bound: float) -> PageComparison:
+    """Declare the comparison for pages of a pool of this shape; nothing is compiled yet."""
     layers, _, *tile = pool.k.shape
     shape = (COMPARED, 2, layers, *tile)
     pages, data = jax.ShapeDtypeStruct((COMPARED,), jnp.int32), jax.ShapeDtypeStruct(shape, pool.k.dtype)
-    gather = jax.jit(gather_pages).lower(pool, pages).compile()
-    measure = jax.jit(distances).lower(data, data).compile()
+    gather = programs.add(LAST_RANK, "gather of an audit", gather_pages, (pool, pages), 0)
+    measure = programs.add(LAST_RANK, "comparison of an audit", distances, (data, data), (0, 0))
     return PageComparison(gather, measure, shape, np.dtype(pool.k.dtype), bound)

@@ -22,8 +22,8 @@ from cache.keys import page_keys, root_key, tail_key
 from cache.pool import pages_for
 from serve.audit.comparison import COMPARED, PageComparison
 from serve.audit.findings import Mismatch, ReusedPrefix
+from serve.engine.buckets import GREEDY, SequenceInput
 from serve.engine.engine import Engine
-from serve.engine.steps import GREEDY, SequenceInput
 
 # Yields after a step of the device, or a future that is to be done before it goes on.
 Audit = Generator[Future[Any] | None, None, Mismatch | None]

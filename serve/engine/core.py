@@ -29,20 +29,30 @@ from cache.tiers import Tiers
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
+from serve.engine.buckets import batch_buckets
 from serve.engine.cost import Constants, CostTracker, cost_model
 from serve.engine.counters import Counters
 from serve.engine.inbox import Inbox
 from serve.engine.memory import Memory
-from serve.engine.page_copies import compile_page_copies
+from serve.engine.page_copies import make_page_copies
 from serve.engine.page_names import PageNames
+from serve.engine.programs import COPIES_RANK, user_programs
 from serve.engine.request import Event, Failed, Finished, Started, TokenEvent
 from serve.engine.restore import Restorer
 from serve.engine.runner import InFlightStep, Runner, SequenceOutput
 from serve.engine.saving import Saver
-from serve.engine.scheduler import ScheduledSequence, admission_order, fits, gives_way, next_prefill, plan_step
+from serve.engine.scheduler import (
+    ScheduledSequence,
+    admission_order,
+    fits,
+    gives_way,
+    narrowed,
+    next_prefill,
+    plan_step,
+)
 from serve.engine.sequence import DECODING, ENDED, WAITING, InFlightToken, Sequence, SequenceState
 from serve.engine.settings import EngineSettings
-from serve.engine.steps import batch_buckets, compile_steps, warm_up
+from serve.engine.steps import make_steps, warm_up
 
 log = logging.getLogger("tokenzero.engine")
 
@@ -82,8 +92,10 @@ class EngineCore:
         chunk, mixed = settings.max_prefill_tokens, settings.max_mixed_prefill_tokens
         buckets = batch_buckets(settings.max_num_seqs, chunk, mixed, settings.speculative_tokens)
         pool = new_pool()
-        steps = compile_steps(params, pool, config, buckets, settings.max_model_len, on_progress)
-        copies = compile_page_copies(pool) if tiers else None
+        self.programs = user_programs()
+        steps = make_steps(self.programs, params, pool, config, buckets, settings.max_model_len)
+        copies = make_page_copies(self.programs, pool, COPIES_RANK) if tiers else None
+        self.programs.compile(steps.base(), on_progress)
         pool, warmed_up, seconds = warm_up(steps, params, pool, settings.max_model_len)
         self.costs = CostTracker(cost_model(config, costs))
         self.costs.prefilled(*warmed_up, seconds)
@@ -98,6 +110,7 @@ class EngineCore:
         self.running: list[Sequence] = []
         self.in_flight: InFlightStep | None = None
         self.answer_s = 0.0  # seconds from an answer's first token to its last: a moving mean
+        self.chunk_was_last = False  # whether the latest step ran a part of a prompt
         self.full = False  # the next request has no room until a running one has ended
         self.idle = False  # the last step found nothing to do, because all sequences wait for the tiers
         self.counters = Counters()
@@ -200,7 +213,10 @@ class EngineCore:
         if prefill:
             self.memory.refresh_match(prefill)
             tokens_before_page = self.restorer.tokens_before_page(prefill) if self.restorer else 0
-        return plan_step(decoding, prefill, tokens_before_page, self.settings)
+        whole = plan_step(decoding, prefill, tokens_before_page, self.settings)
+        plan = narrowed(whole, self.runner.runs_at_once, self.chunk_was_last)
+        self.chunk_was_last = prefill is not None and plan[0].sequence is prefill
+        return plan
 
     def dispatch(self, plan: list[ScheduledSequence]) -> InFlightStep | None:
         """Start the step that a plan asks for; None if there is nothing to run."""

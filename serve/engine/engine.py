@@ -85,8 +85,9 @@ class Engine:
     # Called from any thread.
 
     def start(self) -> None:
-        """Start the step loop."""
+        """Start the step loop, and compile in the background what is not compiled yet."""
         self.thread.start()
+        self.core.programs.start()
 
     def stop(self) -> None:
         """Finish the step under way, fail what is still running, end the thread, and write what the tiers lack.
@@ -95,6 +96,7 @@ class Engine:
         left alone.
         """
         end = time.monotonic() + self.settings.stop_seconds
+        self.core.programs.stop()
         self.inbox.stop()
         self.thread.join(self.settings.stop_seconds)
         if self.thread.is_alive():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.kv import KVPool, gather_pages, scatter_pages
+from serve.engine.programs import Programs
 
 # Pages that one compiled copy moves; the largest is also the unit of a restore.
 BATCHES = (16, 4, 1)
@@ -19,7 +20,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class PageCopies:
-    """Compiled copies by count of pages: `gather[n](pool, pages)` and `scatter[n](pool, pages, data)`.
+    """Programs by count of pages: `gather[n](pool, pages)` and `scatter[n](pool, pages, data)`.
 
     `pages` is [n] int32, `data` is [n, *page_shape]. A scatter donates the pool: use the one that it returns.
     """
@@ -35,16 +36,18 @@ class PageCopies:
         return int(np.prod(self.page_shape)) * self.dtype.itemsize
 
 
-def compile_page_copies(pool: KVPool) -> PageCopies:
-    """Compile the copies for a pool of this shape."""
+def make_page_copies(programs: Programs, pool: KVPool, rank: int) -> PageCopies:
+    """Declare the copies for a pool of this shape; nothing is compiled yet."""
     layers, _, *tile = pool.k.shape
     shape = (2, layers, *tile)
     gather, scatter = {}, {}
     for count in BATCHES:
         pages = jax.ShapeDtypeStruct((count,), jnp.int32)
         data = jax.ShapeDtypeStruct((count, *shape), pool.k.dtype)
-        gather[count] = jax.jit(gather_pages).lower(pool, pages).compile()
-        scatter[count] = jax.jit(scatter_pages, donate_argnums=0).lower(pool, pages, data).compile()
+        gather[count] = programs.add(rank, f"gather of {count} pages", gather_pages, (pool, pages), 0)
+        scatter[count] = programs.add(
+            rank, f"scatter of {count} pages", scatter_pages, (pool, pages, data), pool, donate=(0,)
+        )
     return PageCopies(gather, scatter, shape, np.dtype(pool.k.dtype))
 
 

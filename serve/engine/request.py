@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from serve.engine.steps import GREEDY, SamplingParams
+from serve.engine.buckets import GREEDY, SamplingParams
 
 
 class Constraint(Protocol):

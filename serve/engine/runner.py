@@ -15,10 +15,20 @@ import numpy as np
 
 from model.params import Params
 from model.sampling import Sampling
+from serve.engine.buckets import Bucket, SequenceInput, find_bucket, pack, pack_masks, smallest_bucket
 from serve.engine.memory import Memory
 from serve.engine.scheduler import ScheduledSequence
 from serve.engine.sequence import Sequence as RunningSequence
-from serve.engine.steps import Bucket, CompiledStep, SequenceInput, Steps, pack, pack_masks, smallest_bucket
+from serve.engine.steps import CompiledStep, Steps
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the choice of a bucket depends on."""
+
+    counts: list[int]  # new tokens of each sequence, its draft included
+    drafts: bool  # whether any sequence has draft tokens
+    random: bool  # whether any is sampled with a temperature above 0
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,7 @@ class Runner:
         `before` is the step in flight, which must be sampled: it may sample tokens that this step runs.
         """
         inputs = [sequence_input(each) for each in scheduled]
-        draft = any(each.draft_tokens for each in inputs)
-        bucket = smallest_bucket(self.buckets, [len(each.tokens) for each in inputs], sample_all_tokens=draft)
+        bucket = self.choose(scheduled)
         batch, sampling = pack(inputs, bucket, self.steps.table_pages)
         tokens_before = self.steps.nothing
         if before:
@@ -91,6 +100,29 @@ class Runner:
         chunk = (first, first + count) if len(inputs) == 1 and count > 1 else None
         self.dispatched += 1
         return InFlightStep(self.dispatched, outputs, now, chunk, UnsampledStep(step, logits, sampling))
+
+    def runs_at_once(self, scheduled: Sequence[ScheduledSequence]) -> bool:
+        """Whether a shape that is compiled has room; the smallest shape that has is compiled next."""
+        shape = shape_of(scheduled)
+        wanted, ready = self.wanted(shape), find_bucket(self.steps.ready(shape.random), shape.counts, shape.drafts)
+        if wanted and wanted != ready:
+            self.steps.need(wanted, shape.random)
+        return ready is not None
+
+    def wanted(self, shape: StepShape) -> Bucket | None:
+        """The smallest shape with room for a step, compiled or not; None if none can be compiled."""
+        return find_bucket(self.steps.usable(shape.random), shape.counts, shape.drafts)
+
+    def choose(self, scheduled: Sequence[ScheduledSequence]) -> Bucket:
+        """The smallest compiled shape that has room, or else the one to wait for."""
+        shape = shape_of(scheduled)
+        if found := find_bucket(self.steps.ready(shape.random), shape.counts, shape.drafts):
+            return found
+        # All that is left to compile is how it samples: the forward pass of a larger shape is ready before its own.
+        usable = [bucket for bucket in self.steps.ready(False) if bucket in self.steps.usable(shape.random)]
+        return find_bucket(usable, shape.counts, shape.drafts) or smallest_bucket(
+            self.buckets, shape.counts, shape.drafts
+        )
 
     def sample(self, step: InFlightStep, mask: Callable[[RunningSequence], np.ndarray | None]) -> None:
         """Start the sampling of a step, unless that was done; `mask` returns a sequence's mask, see `pack_masks`."""
@@ -113,12 +145,22 @@ class Runner:
 
     def compute(self, row: SequenceInput) -> np.ndarray:
         """Run one sequence input alone, in a compiled shape: the logits after its last token, [vocab] float32."""
-        bucket = smallest_bucket(self.buckets, [len(row.tokens)])
+        counts = [len(row.tokens)]
+        bucket = find_bucket(self.steps.ready(random=False), counts) or smallest_bucket(self.buckets, counts)
         batch, _ = pack([row], bucket, self.steps.table_pages)
         forward = self.steps.run[bucket].forward
         logits, self.memory.pool = forward(self.params, self.memory.pool, batch, self.steps.nothing)
         last: np.ndarray = np.asarray(logits)[0]
         return last
+
+
+def shape_of(scheduled: Sequence[ScheduledSequence]) -> StepShape:
+    """The shape of a step for scheduled sequences."""
+    return StepShape(
+        counts=[each.count + len(each.draft_tokens) for each in scheduled],
+        drafts=any(each.draft_tokens for each in scheduled),
+        random=any(each.sequence.request.sampling.temperature > 0 for each in scheduled),
+    )
 
 
 def sequence_input(scheduled: ScheduledSequence) -> SequenceInput:

@@ -18,7 +18,10 @@ def user_cache() -> Path:
 
 
 def set_up_jax() -> None:
-    """Set JAX up, before it is imported: one pool gets the GPU's memory, and compiled steps are kept on disk."""
+    """Set JAX up, before it is imported: one pool gets the GPU's memory, and small functions are kept on disk.
+
+    The engine's programs are kept by serve.engine.executables.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         os.environ["XLA_FLAGS"] = with_gpu_flag(os.environ.get("XLA_FLAGS", ""))

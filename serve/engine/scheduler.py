@@ -9,7 +9,7 @@ comes soon after it. The time of an answer is added for admission: it takes a pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -93,6 +93,23 @@ def plan_step(
     most = settings.max_mixed_prefill_tokens if decoding else settings.max_prefill_tokens
     count = min(prefill.pending, most, tokens_before_page or prefill.pending)
     return [ScheduledSequence(prefill, count), *(ScheduledSequence(s, 1) for s in decoding)]
+
+
+def narrowed(
+    plan: list[ScheduledSequence], runs_at_once: Callable[[list[ScheduledSequence]], bool], chunk_was_last: bool
+) -> list[ScheduledSequence]:
+    """A plan, or the part of it that has a compiled shape; `runs_at_once` says whether a plan has one.
+
+    Drafts are left out first. A chunk and the sequences that decode take turns, so that neither waits for long. What
+    cannot be narrowed waits for its shape.
+    """
+    if not plan or runs_at_once(plan):
+        return plan
+    if any(each.draft_tokens for each in plan):
+        return [replace(each, draft_tokens=()) for each in plan]
+    if plan[0].sequence.state is not PREFILLING or len(plan) == 1:
+        return plan
+    return plan[1:] if chunk_was_last else plan[:1]
 
 
 def draft(sequence: Sequence, most: int) -> tuple[int, ...]:

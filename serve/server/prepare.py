@@ -15,8 +15,8 @@ from serve.api.answers import new_id
 from serve.api.messages import CountTokensRequest, MessagesRequest, SeededRequest, ThinkingBlock
 from serve.api.stops import Stops
 from serve.diagnosis.sections import message_parts, rendered_text, system_parts
+from serve.engine.buckets import SamplingParams
 from serve.engine.request import GenerationRequest
-from serve.engine.steps import SamplingParams
 from serve.prompt.conversation import answers, is_silent, shown
 from serve.prompt.render import USUAL_CHARS, Prompt, Recalled, prompt, too_long
 from serve.prompt.replay import RecordedAnswer

@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import pytest
 
-import serve.engine.engine  # noqa: F401  # the modules whose compilers are replaced
-
-COMPILERS = ("compile_steps", "compile_page_copies", "compile_comparison")
-
-
-def shape_of(argument: Any) -> Any:
-    """What compiled code depends on: the shapes and dtypes of arrays, and anything else by its value."""
-    if callable(argument):
-        return None  # reports progress
-    leaves, structure = jax.tree.flatten(argument)
-    if all(isinstance(leaf, jax.Array) for leaf in leaves):
-        return structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-    return tuple(argument) if isinstance(argument, list) else argument
-
-
-def remembered(compiler: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiler, which returns what it returned for arguments of the same shapes before."""
-    known: dict[Any, Any] = {}
-
-    def compile_once(*arguments: Any) -> Any:
-        key = tuple(map(shape_of, arguments))
-        if key not in known:
-            known[key] = compiler(*arguments)
-        return known[key]
-
-    return compile_once
+from serve.engine.programs import Program, Programs
 
 
 @contextmanager
 def compiled_once() -> Iterator[None]:
-    """A context in which each of COMPILERS runs once for arguments of the same shapes, whichever module calls it."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("serve.")]
+    """A context in which equal programs are compiled once, and an engine's all before its first request."""
+    known: dict[str, Any] = {}
+    load_or_compile, compile = Programs._load_or_compile, Programs.compile
+
+    def remembered(programs: Programs, program: Program, run: Callable[..., Any]) -> Any:
+        if program.key not in known:
+            known[program.key] = load_or_compile(programs, program, run)
+        return known[program.key]
+
+    def compile_all(programs: Programs, wanted: Any, *rest: Any) -> None:
+        compile(programs, wanted, *rest)
+        programs.wait()
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in COMPILERS:
-            users = [module for module in modules if name in vars(module)]
-            for compiler in {vars(module)[name] for module in users}:
-                once = remembered(compiler)
-                for module in users:
-                    if vars(module)[name] is compiler:
-                        patch.setattr(module, name, once)
+        patch.setattr(Programs, "_load_or_compile", remembered)
+        patch.setattr(Programs, "compile", compile_all)
         yield

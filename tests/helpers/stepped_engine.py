@@ -16,14 +16,16 @@ import pytest
 from cache.tiers import Tiers
 from cache.worker import Worker
 from model.kv import empty_pool
-from serve.engine.page_copies import compile_page_copies
-from serve.engine.steps import batch_buckets, compile_steps
+from serve.engine.buckets import batch_buckets
+from serve.engine.page_copies import make_page_copies
+from serve.engine.programs import COPIES_RANK, user_programs
+from serve.engine.steps import make_steps
 from tests.helpers.cold_reference import CONFIG, LIMIT, PAGE, SETTINGS, parameters
 
 
 @cache
 def compiled():
-    """The steps and the page copies of every engine here: all have one shape."""
+    """The programs, steps and page copies of every engine here: all have one shape."""
     pool = empty_pool(CONFIG, SETTINGS.num_pages, PAGE, jnp.float32)
     shapes = batch_buckets(
         SETTINGS.max_num_seqs,
@@ -31,7 +33,11 @@ def compiled():
         SETTINGS.max_mixed_prefill_tokens,
         SETTINGS.speculative_tokens,
     )
-    return compile_steps(parameters(), pool, CONFIG, shapes, LIMIT), compile_page_copies(pool)
+    programs = user_programs()
+    steps = make_steps(programs, parameters(), pool, CONFIG, shapes, LIMIT)
+    copies = make_page_copies(programs, pool, COPIES_RANK)
+    programs.wait()
+    return programs, steps, copies
 
 
 class Clock:
@@ -51,12 +57,13 @@ class Clock:
 @contextmanager
 def by_hand() -> Iterator[Clock]:
     """Engines that are compiled once, stores whose trees nobody walks, and the clock of their stamps."""
-    steps, copies = compiled()
+    programs, steps, copies = compiled()
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serve.engine.core.compile_steps", lambda *_: steps)
+        patch.setattr("serve.engine.core.user_programs", lambda: programs)
+        patch.setattr("serve.engine.core.make_steps", lambda *_: steps)
         patch.setattr("serve.engine.core.warm_up", lambda steps, params, pool, limit: (pool, (0, 1), 1.0))
-        patch.setattr("serve.engine.core.compile_page_copies", lambda pool: copies)
+        patch.setattr("serve.engine.core.make_page_copies", lambda *_: copies)
         patch.setattr("serve.engine.restore.PATIENCE_SECONDS", 0.0)
         for module in ("tiers", "disk"):
             patch.setattr(f"cache.{module}.time", clock)

@@ -25,11 +25,11 @@ from serve.audit.case import Case, read_case, write_case
 from serve.audit.cli import main
 from serve.audit.comparison import TOLERANCE
 from serve.engine import restore
+from serve.engine.buckets import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.page_names import PageNames
 from serve.engine.request import Finished
 from serve.engine.restore import Restorer, Slice
-from serve.engine.steps import SamplingParams
 from tests.helpers.tiny_engine import ALWAYS, PAGE, SMALL, VOCAB, generate, outcome, prompt, submit, tick, tiers_of
 
 Make = Callable[..., Engine]

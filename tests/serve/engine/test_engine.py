@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from serve.engine.buckets import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.inbox import Overloaded
 from serve.engine.request import Failed, Finished, GenerationRequest, TokenEvent
 from serve.engine.settings import EngineSettings
-from serve.engine.steps import SamplingParams
 from tests.helpers.forced_answers import Script
 from tests.helpers.tiny_engine import CRAMPED, SMALL, VOCAB, assert_same_or_tied, generate, outcome, reference, submit
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cache.keys import all_keys, root_key
+from serve.engine.buckets import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
-from serve.engine.steps import SamplingParams
 from tests.helpers.forced_answers import Script
 from tests.helpers.tiny_engine import ALWAYS, CRAMPED, SMALL, VOCAB, generate, outcome, prompt, submit, tick, tiers_of
 

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from model.config import ModelConfig, RopeConfig
 from model.kv import empty_pool
 from model.params import Layer, Params
-from serve.engine.steps import (
+from serve.engine.buckets import (
     GREEDY,
     MIXED_CHUNKS,
     PREFILL_CHUNKS,
     Bucket,
     SamplingParams,
     SequenceInput,
-    Steps,
     batch_buckets,
-    compile_steps,
     pack,
     pack_masks,
     smallest_bucket,
 )
+from serve.engine.programs import Programs
+from serve.engine.steps import Steps, make_steps
 
 BATCHES, CHUNKS = st.integers(1, 200), st.integers(1, 3000)
 
@@ -65,7 +65,7 @@ def test_the_ladder_of_the_defaults() -> None:
 
 
 def test_on_a_gpu_chunks_start_where_tokens_begin_to_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.engine.steps.on_cpu", lambda: False)
+    monkeypatch.setattr("serve.engine.buckets.on_cpu", lambda: False)
     buckets = batch_buckets(8, 1000, 256)
     assert [b.chunk for b in buckets if b.chunk > 1 and not b.decode_seqs] == [128, 256, 512, 1000]
     assert [(b.chunk, b.decode_seqs) for b in buckets if b.decode_seqs] == [(n, s) for n in (128, 256) for s in (4, 7)]
@@ -184,7 +184,7 @@ def small() -> tuple[Params, Steps]:
         k_norm=weight(c.head_dim),
     )
     params = Params(weight(c.vocab_size, c.embed_size), (layer,), weight(c.embed_size))
-    return params, compile_steps(params, empty_pool(c, 4, 8, jnp.float32), c, [Bucket(3, 1)], 16)
+    return params, make_steps(Programs(), params, empty_pool(c, 4, 8, jnp.float32), c, [Bucket(1, 8), Bucket(3, 1)], 16)
 
 
 def test_a_compiled_step_obeys_the_masks_of_the_rows_that_have_one(small: tuple[Params, Steps]) -> None:

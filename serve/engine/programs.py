@@ -1,0 +1,284 @@
+"""The engine's compiled programs: what is ready, what is compiled next, and where it comes from.
+
+A program is loaded from disk, or traced, lowered and compiled, once. Who calls one that is not ready compiles it, or
+waits for whoever is at it. The rest is compiled by one thread in the background, one program at a time: first those
+that a step could have used, the latest first, then by rank. Only `Programs` writes the state of a program.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from enum import Enum
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+
+from serve.engine.executables import Executables, compile_lowered, digest, first_line, source_of
+from serve.engine.runtime import user_cache
+
+log = logging.getLogger("tokenzero.engine")
+
+# How much a compiling thread in the background gives way to those that answer requests.
+NICENESS = 10
+# The order in the background: nothing can replace random sampling, copies of pages are quick to compile and needed
+# with the first stored prefix, steps have ranks from here on, and an audit waits for idle time anyway.
+RANDOM_RANK, COPIES_RANK, STEPS_RANK, LAST_RANK = 10, 20, 30, 10_000
+
+
+class ProgramState(Enum):
+    """Where a program is between its declaration and its first call."""
+
+    PENDING = "pending"
+    COMPILING = "compiling"  # or being read from disk
+    READY = "ready"
+    FAILED = "failed"  # for good: the engine does without it
+
+
+PENDING, COMPILING, READY, FAILED = ProgramState
+
+
+class CompileError(RuntimeError):
+    """A program cannot be compiled; the message names it and the reason."""
+
+
+class Program:
+    """A pure function for arguments of fixed shapes; a call waits until it is compiled.
+
+    A call raises CompileError for a program that has failed.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        rank: int,
+        name: str,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        result: Any,
+        donate: tuple[int, ...],
+        static: Mapping[str, Any],
+    ) -> None:
+        self.programs, self.rank, self.name, self.function, self.static = programs, rank, name, function, static
+        self.arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+        self.result, self.donate = result, donate
+        self.state = PENDING
+        self.needed = 0  # the number of the latest step that could have used it
+        self.compiled: Callable[..., Any] | None = None
+        self.error = ""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run it."""
+        return (self.compiled or self.programs.get(self))(*arguments)
+
+    @cached_property
+    def key(self) -> str:
+        """All that distinguishes it from other programs of one environment; static values by their `repr`."""
+        module = sys.modules[self.function.__module__].__file__ or ""
+        leaves, structure = jax.tree.flatten(self.arguments)
+        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+        static = sorted((name, repr(value)) for name, value in self.static.items())
+        return repr((self.function.__qualname__, source_of(module), str(structure), shapes, static, self.donate))
+
+    def lower(self) -> jax.stages.Lowered:
+        """Trace and lower it."""
+        function = partial(self.function, **self.static)
+        # So that JAX's own cache has it under a name that changes with the key.
+        function.__name__ = f"{self.function.__name__}_{digest(self.key)[:8]}"  # type: ignore[attr-defined]
+        return jax.jit(function, donate_argnums=self.donate).lower(*self.arguments)
+
+
+class Programs:
+    """The programs of one engine."""
+
+    def __init__(self, executables: Executables | None = None) -> None:
+        """`executables`: where programs are kept from one process to the next."""
+        self.executables = executables
+        self.all: list[Program] = []
+        self.changed = threading.Condition()  # guards the states
+        self.unsaved: list[Program] = []
+        self.stopping = False
+        self.thread: threading.Thread | None = None
+        self.nice_thread: int | None = None  # the native id of the thread that compiles in the background
+        self.requests = 0
+        self.compile_seconds = 0.0  # of tracing, lowering and compiling
+        self.loaded = 0  # from disk
+        self.compiled = 0
+
+    def add(
+        self,
+        rank: int,
+        name: str,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        result: Any,
+        donate: tuple[int, ...] = (),
+        static: Mapping[str, Any] | None = None,
+    ) -> Program:
+        """Declare a program. `function(*arguments, **static)` returns the structure of `result`.
+
+        `arguments` are pytrees of arrays, or of their shapes; those that `donate` numbers are donated. The function is
+        one of a module's, and it depends on the source of its module and of the model only.
+        """
+        self.all.append(Program(self, rank, name, function, arguments, result, donate, static or {}))
+        return self.all[-1]
+
+    # Called from any thread.
+
+    def need(self, programs: Iterable[Program]) -> None:
+        """Compile these next: a step could have used them."""
+        with self.changed:
+            self.requests += 1
+            for program in programs:
+                program.needed = self.requests
+
+    def get(self, program: Program) -> Callable[..., Any]:
+        """The compiled program; compiles it, or waits until it is compiled. Raises CompileError."""
+        with self.changed:
+            if program.state is COMPILING and self.nice_thread:
+                set_niceness(self.nice_thread, 0)
+            self.changed.wait_for(lambda: program.state is not COMPILING)
+            mine = program.state is PENDING
+            if mine:
+                program.state = COMPILING
+        if mine:
+            self._make(program, lambda compile: compile())
+        if program.compiled is None:
+            raise CompileError(f"{program.name} cannot be compiled: {program.error}")
+        return program.compiled
+
+    def compile(
+        self, programs: Iterable[Program], on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Compile these now, as many at a time as there are processors. Raises CompileError."""
+        wanted = list(programs)
+        on_progress(0, len(wanted))
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # XLA compiles without Python's lock
+            for done, _ in enumerate(threads.map(self.get, wanted), 1):
+                on_progress(done, len(wanted))
+
+    def wait(self) -> None:
+        """Compile all that is left, for a measurement or a test; what fails is left out, as in the background."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for compiled in [threads.submit(self.get, program) for program in self.remaining()]:
+                compiled.exception()
+        self._save()
+
+    def start(self) -> None:
+        """Begin to compile in the background."""
+        # Not a daemon: to end Python's threads within XLA would end the process with an error.
+        self.thread = threading.Thread(target=self._work, name="tokenzero-compile", daemon=False)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End the background thread after the program under way; does not wait for it."""
+        self.stopping = True
+
+    def remaining(self) -> list[Program]:
+        """What is not compiled yet, the next one first."""
+        left = [program for program in self.all if program.state in (PENDING, COMPILING)]
+        return sorted(left, key=lambda program: (-program.needed, program.rank))
+
+    def by_state(self) -> dict[str, int]:
+        """How many programs are in each state."""
+        count = Counter(program.state for program in list(self.all))
+        return {state.value: count[state] for state in ProgramState}
+
+    # The background thread.
+
+    def _work(self) -> None:
+        while self._goes_on() and (program := self._next()):
+            self._make(program, self._nicely)
+            self._save()
+        self._save()
+
+    def _goes_on(self) -> bool:
+        return not self.stopping and threading.main_thread().is_alive()
+
+    def _next(self) -> Program | None:
+        with self.changed:
+            program = next((each for each in self.remaining() if each.state is PENDING), None)
+            if program:
+                program.state = COMPILING
+        return program
+
+    def _make(self, program: Program, run: Callable[[Callable[[], Any]], Any]) -> None:
+        """Load or compile a program that this thread has taken; `run` calls the compiler."""
+        compiled, error = None, "it was interrupted"
+        try:
+            compiled = self._load_or_compile(program, run)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {first_line(failure)}"
+            log.warning("%s cannot be compiled, and is done without: %s", program.name, error)
+        finally:
+            with self.changed:
+                program.compiled, program.error = compiled, "" if compiled else error
+                program.state = READY if compiled else FAILED
+                self.changed.notify_all()
+
+    def _load_or_compile(self, program: Program, run: Callable[[Callable[[], Any]], Any]) -> Callable[..., Any]:
+        if self.executables and (
+            found := self.executables.load(program.key, program.name, program.arguments, program.result)
+        ):
+            with self.changed:
+                self.loaded += 1
+            return found
+        begin = time.perf_counter()
+        lowered = program.lower()
+        compiled, can_be_saved = run(lambda: compile_lowered(lowered))
+        with self.changed:
+            self.compiled += 1
+            self.compile_seconds += time.perf_counter() - begin
+            if can_be_saved:
+                self.unsaved.append(program)
+        return compiled  # type: ignore[no-any-return]
+
+    def _nicely(self, compile: Callable[[], Any]) -> Any:
+        """Call the compiler on a thread of low priority.
+
+        Tracing and lowering keep theirs: they hold Python's lock, for which the engine's thread would wait.
+        """
+        outcome: Future[Any] = Future()
+
+        def call() -> None:
+            self.nice_thread = threading.get_native_id()
+            set_niceness(self.nice_thread, NICENESS)
+            try:
+                outcome.set_result(compile())
+            except BaseException as error:
+                outcome.set_exception(error)
+            finally:
+                self.nice_thread = None
+
+        threading.Thread(target=call, name="tokenzero-compiler").start()
+        return outcome.result()
+
+    def _save(self) -> None:
+        """Write to disk what was compiled."""
+        while True:
+            with self.changed:
+                if not self.unsaved:
+                    return
+                program = self.unsaved.pop(0)
+            if self.executables and program.compiled:
+                self.executables.save(program.key, program.name, program.compiled)
+
+
+def user_programs() -> Programs:
+    """Programs that are kept in the cache of this user."""
+    return Programs(Executables(user_cache() / "executables"))
+
+
+def set_niceness(thread: int, niceness: int) -> None:
+    """Set the niceness of a thread by its native id, on Linux, where threads have one each and this may do it."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
