@@ -127,7 +127,7 @@ def run_restarted(
     """
     rng, timings, sizes, rates = random.Random(seed), [], [], []
     for _ in progress.track(range(RESTARTED.repeats), description="restarted"):
-        with running_server(*flags, log=log) as server, httpx.Client(timeout=600) as client:
+        with running_server(*flags, log=log, compiled=True) as server, httpx.Client(timeout=600) as client:
             timings.append(measure(client, server.url, body(RESTARTED, prompt, rng)))
             metrics = client.get(f"{server.url}/metrics").text
         (read,) = re.findall(r'^tokenzero_tier_bytes_read_total\{tier="disk"\} (\S+)$', metrics, re.MULTILINE)
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     ):
         starting = progress.add_task("starting the server", total=1)
         log, flags = Path(scratch) / "server.log", [args.model, "--store", f"{scratch}/store"]
-        with running_server(*flags, log=log) as server:
+        with running_server(*flags, log=log, compiled=True) as server:
             progress.advance(starting)
             timings, prompt = run(server, args.tokens, ARMS, args.seed, progress)
             resident = server.resident_bytes()

@@ -276,7 +276,8 @@ def endpoint(args: argparse.Namespace, keys: dict[str, str]) -> Iterator[tuple[s
         return
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
-            server = stack.enter_context(running_server(args.model, *args.flags, log=Path(folder, "server.log")))
+            log = Path(folder, "server.log")
+            server = stack.enter_context(running_server(args.model, *args.flags, log=log, compiled=True))
         except RuntimeError as error:
             raise LoadError(str(error)) from error
         yield server.url, Session.model, psutil.Process(server.process.pid)

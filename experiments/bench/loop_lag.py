@@ -237,7 +237,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         flags = ("--store", f"{folder}/store", "--store-bytes", "200MB", "--flush-seconds", "0.2")
-        with running_server(args.model, *flags, log=log) as server:
+        with running_server(args.model, *flags, log=log, compiled=True) as server:
             with httpx.Client(base_url=server.url, timeout=600) as client:
                 posted(ask("warm", 2), times=3)(client)
             for case, send in cases():

@@ -32,10 +32,15 @@ class Server:
 
 @contextmanager
 def running_server(
-    model: str | Path, *flags: str, log: Path | None = None, program: Sequence[str] = ("-m", "serve")
+    model: str | Path,
+    *flags: str,
+    log: Path | None = None,
+    program: Sequence[str] = ("-m", "serve"),
+    compiled: bool = False,
 ) -> Iterator[Server]:
     """`python -m serve`, or a program with its flags, on a free port: ready when entered, ended when left.
 
+    With `compiled`, it has also compiled every batch shape, so that what is timed runs in the smallest.
     Raises RuntimeError with the end of its log if it stops before it is ready.
     """
     port = free_port()
@@ -45,6 +50,8 @@ def running_server(
     server = Server(f"http://127.0.0.1:{port}", process)
     try:
         wait_until_ready(server, log)
+        if compiled:
+            wait_until_compiled(server)
         yield server
     finally:
         process.terminate()
@@ -81,3 +88,16 @@ def wait_until_ready(server: Server, log: Path | None) -> None:
             pass
         time.sleep(0.05)
     raise RuntimeError(f"the server was not ready after {START_SECONDS} s")
+
+
+def wait_until_compiled(server: Server) -> None:
+    """Return once no program of the engine is left to compile."""
+    left = ('tokenzero_programs{state="pending"} 0.0', 'tokenzero_programs{state="compiling"} 0.0')
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        answer = httpx.get(f"{server.url}/metrics", timeout=30)
+        # A server with a key does not say.
+        if answer.status_code == 401 or all(line in answer.text for line in left):
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"the server had not compiled all of its shapes after {START_SECONDS} s")

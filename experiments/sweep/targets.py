@@ -317,7 +317,8 @@ class Process(Endpoint):
 
     def start(self) -> None:
         """A server process."""
-        self.running = running_server(self.served, *self.flags, log=self.log, program=self.program)
+        ours = self.program == Process.program
+        self.running = running_server(self.served, *self.flags, log=self.log, program=self.program, compiled=ours)
         try:
             self.url = self.running.__enter__().url
         except RuntimeError as error:

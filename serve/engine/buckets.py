@@ -52,8 +52,13 @@ class Bucket:
         return self.tokens if self.sample_all_tokens else self.num_seqs
 
     def fits(self, counts: Sequence[int]) -> bool:
-        """Whether it has room for sequences of these numbers of new tokens, in this order."""
+        """Whether it has room for sequences of these numbers of new tokens, in this order.
+
+        A chunk has none for a single token: it would take as long as a prefill.
+        """
         chunks, decodes = counts[: self.seqs], counts[self.seqs :]
+        if self.chunk > 1 and max(counts) == 1:
+            return False
         return len(decodes) <= self.decode_seqs and max(chunks) <= self.chunk and max(decodes, default=1) == 1
 
 

@@ -95,7 +95,7 @@ class EngineCore:
         self.programs = user_programs()
         steps = make_steps(self.programs, params, pool, config, buckets, settings.max_model_len)
         copies = make_page_copies(self.programs, pool, COPIES_RANK) if tiers else None
-        self.programs.compile(steps.base(), on_progress)
+        self.programs.compile(steps.base() if settings.compile_in_background else self.programs.all, on_progress)
         pool, warmed_up, seconds = warm_up(steps, params, pool, settings.max_model_len)
         self.costs = CostTracker(cost_model(config, costs))
         self.costs.prefilled(*warmed_up, seconds)

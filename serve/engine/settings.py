@@ -23,6 +23,8 @@ class EngineSettings:
     stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
     audit_pages: int = 0  # additional pages, for the auditor to compute in
+    # Serve as soon as two shapes are compiled, and compile the others in the background; False compiles all before.
+    compile_in_background: bool = False
 
     def __post_init__(self) -> None:
         """A chunk that shares its step is never longer than one that runs alone."""

@@ -265,6 +265,7 @@ def engine_settings(config: ServerConfig, model: ModelConfig, params: Params, dt
         stop_seconds=config.stop_seconds,
         dtype=dtype,
         audit_pages=own,
+        compile_in_background=True,
     )
 
 

@@ -79,6 +79,26 @@ ENGINE: tuple[Figure[Engine], ...] = (
         lambda engine: pages_by_state(engine),
         "state",
     ),
+    Figure(
+        "programs",
+        GAUGE,
+        "The engine's programs, one or more for each batch shape, by state: pending, compiling, ready, failed",
+        lambda engine: engine.core.programs.by_state(),
+        "state",
+    ),
+    Figure(
+        "programs_loaded",
+        COUNTER,
+        "Programs whose executable was read from disk",
+        lambda engine: engine.core.programs.loaded,
+    ),
+    Figure("programs_compiled", COUNTER, "Programs compiled anew", lambda engine: engine.core.programs.compiled),
+    Figure(
+        "compile_seconds",
+        COUNTER,
+        "Time to trace, lower and compile programs",
+        lambda engine: engine.core.programs.compile_seconds,
+    ),
 )
 
 AUDITOR: tuple[Figure[Auditor], ...] = (

@@ -104,7 +104,7 @@ class Served:
 def served(folder: Path, config: Config, speculative_tokens: int = 0) -> Iterator[Served]:
     """A server set up like `demo_engine`, with an agent's prompt of `config.tokens` cached."""
     flags = ("--max-prefill-tokens", str(config.chunk), "--speculative-tokens", str(speculative_tokens))
-    with running_server(folder, *flags) as server, httpx.Client(timeout=600) as client:
+    with running_server(folder, *flags, compiled=True) as server, httpx.Client(timeout=600) as client:
         count = lambda request: count_tokens(client, server.url, request)  # noqa: E731
         prompt = stable_request(Session(num_tools=20), config.tokens, count, config.new)
         found = Served(client, server.url, prompt, config.new)

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from serve.engine.scheduler import (
     CHOSEN_FROM,
+    ScheduledSequence,
     admission_order,
     draft,
     fits,
     gives_way,
     most_urgent,
+    narrowed,
     next_prefill,
     plan_step,
     response_ratio,
@@ -154,3 +156,37 @@ def test_every_plan_runs_all_that_decode_and_one_chunk_within_the_limits(
     assert all(each.count == 1 for each in plan if each.sequence.state is DECODING)
     assert [(s.state, s.computed, s.length, s.lease) for s in sequences] == before, "planning changes nothing"
     assert np.all([s.remaining_tokens > 0 for s in sequences])
+
+
+def planned(*counts: int, prefill: bool, drafts: int = 0) -> list[ScheduledSequence]:
+    """A plan: a chunk first where one prefills, then sequences that decode."""
+    states = [PREFILLING if prefill and not i else DECODING for i in range(len(counts))]
+    return [
+        ScheduledSequence(running(state, i), count, (1,) * drafts)
+        for i, (state, count) in enumerate(zip(states, counts, strict=True), 1)
+    ]
+
+
+def test_a_plan_that_a_compiled_shape_fits_stays_whole() -> None:
+    plan = planned(3, 1, 1, prefill=True)
+    assert narrowed(plan, lambda _: True, chunk_was_last=True) == plan
+    assert narrowed([], lambda _: False, chunk_was_last=True) == []
+
+
+def test_while_no_mixed_shape_is_compiled_a_chunk_and_those_that_decode_take_turns() -> None:
+    plan, last, ran = planned(3, 1, 1, prefill=True), False, []
+    for _ in range(4):
+        part = narrowed(plan, lambda _: False, last)
+        last = part[0].sequence.state is PREFILLING
+        ran.append(part)
+    assert ran == [plan[:1], plan[1:]] * 2
+
+
+def test_drafts_are_left_out_before_anything_waits() -> None:
+    part = narrowed(planned(1, 1, prefill=False, drafts=2), lambda _: False, chunk_was_last=False)
+    assert [(each.count, each.draft_tokens) for each in part] == [(1, ())] * 2
+
+
+def test_what_cannot_be_narrowed_waits_for_its_shape() -> None:
+    for plan in (planned(3, prefill=True), planned(1, 1, prefill=False)):
+        assert narrowed(plan, lambda _: False, chunk_was_last=True) == plan

@@ -21,7 +21,10 @@ from serve.engine.buckets import (
     Bucket,
     SamplingParams,
     SequenceInput,
+    base_buckets,
     batch_buckets,
+    compile_order,
+    find_bucket,
     pack,
     pack_masks,
     smallest_bucket,
@@ -53,6 +56,18 @@ def test_the_ladder_is_short_and_wastes_less_than_half_of_a_decoding_batch(max_n
     assert max(b.chunk for b in buckets) == max_chunk
     for seqs in range(1, max_num_seqs + 1):
         assert smallest_bucket(buckets, [1] * seqs).seqs < 2 * seqs
+
+
+@given(max_num_seqs=BATCHES, max_chunk=CHUNKS, drafts=st.integers(0, 4))
+def test_two_shapes_serve_every_step_without_drafts(max_num_seqs: int, max_chunk: int, drafts: int) -> None:
+    buckets = batch_buckets(max_num_seqs, max_chunk, max_chunk, drafts)
+    base = base_buckets(buckets)
+    assert set(base) <= set(buckets)
+    assert len(base) <= 2
+    for wanted in ([1] * max_num_seqs, [max_chunk], [1]):
+        assert find_bucket(base, wanted)
+    assert compile_order(buckets)[: len(base)] == sorted(base, key=compile_order(buckets).index)
+    assert sorted(compile_order(buckets)) == sorted(buckets)
 
 
 def test_the_ladder_of_the_defaults() -> None:

@@ -1,0 +1,159 @@
+"""Programs: each is compiled once, what is needed comes first, and one that fails is done without."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from serve.engine.programs import COMPILING, FAILED, PENDING, READY, CompileError, Program, Programs
+
+VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
+ONES = np.ones(4, np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once() -> None:
+    """Each test here compiles its own."""
+
+
+def scaled(x: jax.Array, by: float) -> jax.Array:
+    """A small program."""
+    return x * by
+
+
+def broken(x: jax.Array) -> jax.Array:
+    """One that cannot be traced."""
+    raise ValueError("a fault of the test\nand more of it")
+
+
+def add(programs: Programs, rank: int, by: float = 2.0, function: Callable[..., Any] = scaled) -> Program:
+    static = {"by": by} if function is scaled else {}
+    return programs.add(rank, f"program {rank}", function, (VECTOR,), 0, static=static)
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the programs as they are made."""
+    made: list[str] = []
+    load_or_compile = Programs._load_or_compile
+
+    def noted(programs: Programs, program: Program, run: Any) -> Any:
+        made.append(program.name)
+        return load_or_compile(programs, program, run)
+
+    monkeypatch.setattr(Programs, "_load_or_compile", noted)
+    return made
+
+
+def test_a_call_compiles_what_is_pending_and_only_once(order: list[str]) -> None:
+    programs = Programs()
+    program = add(programs, 1)
+    assert program.state is PENDING
+    assert [program(ONES).tolist() for _ in range(2)] == [[2.0] * 4] * 2
+    assert program.state is READY
+    assert order == ["program 1"]
+    assert programs.by_state() == {"pending": 0, "compiling": 0, "ready": 1, "failed": 0}
+    assert programs.compiled == 1
+    assert programs.compile_seconds > 0
+
+
+def test_in_the_background_the_latest_need_comes_first_and_then_the_rank(order: list[str]) -> None:
+    programs = Programs()
+    made = [add(programs, rank, rank) for rank in (3, 1, 2, 4, 5)]
+    programs.need([made[3]])
+    programs.need([made[4]])
+    assert [program.name for program in programs.remaining()] == [f"program {i}" for i in (5, 4, 1, 2, 3)]
+    programs.start()
+    assert programs.thread
+    programs.thread.join(60)
+    assert order == [f"program {i}" for i in (5, 4, 1, 2, 3)]
+    assert not programs.remaining()
+
+
+def test_who_needs_a_program_that_is_being_compiled_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs, begun, go = Programs(), threading.Event(), threading.Event()
+    program, found = add(programs, 1), []
+
+    def held(self: Programs, compile: Callable[[], Any]) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return compile()
+
+    monkeypatch.setattr(Programs, "_nicely", held)
+    programs.start()
+    assert begun.wait(60)
+    assert program.state is COMPILING
+    asking = threading.Thread(target=lambda: found.append(program(ONES).tolist()))
+    asking.start()
+    asking.join(0.05)
+    assert not found
+    go.set()
+    asking.join(60)
+    assert found == [[2.0] * 4]
+    assert programs.compiled == 1
+
+
+def test_a_program_that_fails_is_logged_once_and_the_others_are_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    programs = Programs()
+    wrong, right = add(programs, 1, function=broken), add(programs, 2)
+    with caplog.at_level(logging.WARNING):
+        programs.start()
+        assert programs.thread
+        programs.thread.join(60)
+        for _ in range(2):
+            with pytest.raises(CompileError, match=r"program 1 cannot be compiled: ValueError: a fault of the test$"):
+                wrong(ONES)
+    assert (wrong.state, right.state) == (FAILED, READY)
+    assert [record.getMessage() for record in caplog.records] == [
+        "program 1 cannot be compiled, and is done without: ValueError: a fault of the test"
+    ]
+
+
+def test_a_program_that_a_start_needs_fails_it() -> None:
+    programs = Programs()
+    with pytest.raises(CompileError, match="a fault of the test"):
+        programs.compile([add(programs, 1), add(programs, 2, function=broken)])
+
+
+def test_stopping_ends_the_background_after_the_program_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs, begun, go = Programs(), threading.Event(), threading.Event()
+    first, second = add(programs, 1), add(programs, 2)
+
+    def held(self: Programs, compile: Callable[[], Any]) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return compile()
+
+    monkeypatch.setattr(Programs, "_nicely", held)
+    programs.start()
+    assert begun.wait(60)
+    programs.stop()
+    go.set()
+    assert programs.thread
+    programs.thread.join(60)
+    assert (first.state, second.state) == (READY, PENDING)
+
+
+def test_waiting_compiles_all_that_is_left_and_outlives_what_fails() -> None:
+    programs = Programs()
+    add(programs, 1, function=broken)
+    add(programs, 2)
+    programs.wait()
+    assert programs.by_state() == {"pending": 0, "compiling": 0, "ready": 1, "failed": 1}
+
+
+def test_the_key_tells_programs_apart_by_code_shape_and_static_values() -> None:
+    programs = Programs()
+    wide = programs.add(1, "wide", scaled, (jax.ShapeDtypeStruct((8,), jnp.float32),), 0, static={"by": 2.0})
+    donated = programs.add(1, "donated", scaled, (VECTOR,), 0, donate=(0,), static={"by": 2.0})
+    others = [add(programs, 1, 3.0), add(programs, 1, function=broken), wide, donated]
+    keys = {program.key for program in (add(programs, 1), *others)}
+    assert len(keys) == 5
+    assert add(programs, 9).key == add(programs, 1).key
