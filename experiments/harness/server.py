@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import subprocess
@@ -91,13 +92,12 @@ def wait_until_ready(server: Server, log: Path | None) -> None:
 
 
 def wait_until_compiled(server: Server) -> None:
-    """Return once no program of the engine is left to compile."""
-    left = ('tokenzero_programs{state="pending"} 0.0', 'tokenzero_programs{state="compiling"} 0.0')
+    """Return once the server has no program left to compile; at once if its metrics do not say."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        answer = httpx.get(f"{server.url}/metrics", timeout=30)
-        # A server with a key does not say.
-        if answer.status_code == 401 or all(line in answer.text for line in left):
+        metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
+        left = re.findall(r'^tokenzero_programs\{state="(?:pending|compiling)"\} (\S+)$', metrics, re.MULTILINE)
+        if not any(map(float, left)):
             return
         time.sleep(0.2)
     raise RuntimeError(f"the server had not compiled all of its shapes after {START_SECONDS} s")

@@ -317,8 +317,7 @@ class Process(Endpoint):
 
     def start(self) -> None:
         """A server process."""
-        ours = self.program == Process.program
-        self.running = running_server(self.served, *self.flags, log=self.log, program=self.program, compiled=ours)
+        self.running = running_server(self.served, *self.flags, log=self.log, program=self.program, compiled=True)
         try:
             self.url = self.running.__enter__().url
         except RuntimeError as error:

@@ -29,7 +29,6 @@ from cache.tiers import Tiers
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
-from serve.engine.buckets import batch_buckets
 from serve.engine.cost import Constants, CostTracker, cost_model
 from serve.engine.counters import Counters
 from serve.engine.inbox import Inbox
@@ -41,15 +40,7 @@ from serve.engine.request import Event, Failed, Finished, Started, TokenEvent
 from serve.engine.restore import Restorer
 from serve.engine.runner import InFlightStep, Runner, SequenceOutput
 from serve.engine.saving import Saver
-from serve.engine.scheduler import (
-    ScheduledSequence,
-    admission_order,
-    fits,
-    gives_way,
-    narrowed,
-    next_prefill,
-    plan_step,
-)
+from serve.engine.scheduler import ScheduledSequence, admission_order, fits, gives_way, next_prefill, plan_step
 from serve.engine.sequence import DECODING, ENDED, WAITING, InFlightToken, Sequence, SequenceState
 from serve.engine.settings import EngineSettings
 from serve.engine.steps import make_steps, warm_up
@@ -89,18 +80,16 @@ class EngineCore:
         def new_cache() -> PrefixCache:
             return PrefixCache(settings.num_pages, settings.page_size, fingerprint)
 
-        chunk, mixed = settings.max_prefill_tokens, settings.max_mixed_prefill_tokens
-        buckets = batch_buckets(settings.max_num_seqs, chunk, mixed, settings.speculative_tokens)
         pool = new_pool()
         self.programs = user_programs()
-        steps = make_steps(self.programs, params, pool, config, buckets, settings.max_model_len)
+        steps = make_steps(self.programs, params, pool, config, settings)
         copies = make_page_copies(self.programs, pool, COPIES_RANK) if tiers else None
         self.programs.compile(steps.base() if settings.compile_in_background else self.programs.all, on_progress)
         pool, warmed_up, seconds = warm_up(steps, params, pool, settings.max_model_len)
         self.costs = CostTracker(cost_model(config, costs))
         self.costs.prefilled(*warmed_up, seconds)
         self.memory = Memory(pool, new_pool, steps.copy, new_cache)
-        self.runner = Runner(params, steps, buckets, self.memory)
+        self.runner = Runner(params, steps, self.memory)
         self.tiers, self.restorer, self.saver = tiers, None, None
         if tiers and copies:
             names = PageNames(fingerprint, settings.page_size)
@@ -214,7 +203,7 @@ class EngineCore:
             self.memory.refresh_match(prefill)
             tokens_before_page = self.restorer.tokens_before_page(prefill) if self.restorer else 0
         whole = plan_step(decoding, prefill, tokens_before_page, self.settings)
-        plan = narrowed(whole, self.runner.runs_at_once, self.chunk_was_last)
+        plan = self.runner.narrowed(whole, self.chunk_was_last)
         self.chunk_was_last = prefill is not None and plan[0].sequence is prefill
         return plan
 

@@ -73,6 +73,7 @@ class Program:
         self.state = PENDING
         self.needed = 0  # the number of the latest step that could have used it
         self.compiled: Callable[..., Any] | None = None
+        self.can_be_saved = True  # see `compile_lowered`
         self.error = ""
 
     def __call__(self, *arguments: Any) -> Any:
@@ -88,11 +89,10 @@ class Program:
         static = sorted((name, repr(value)) for name, value in self.static.items())
         return repr((self.function.__qualname__, source_of(module), str(structure), shapes, static, self.donate))
 
-    def lower(self) -> jax.stages.Lowered:
-        """Trace and lower it."""
+    def lower(self, salt: str = "") -> jax.stages.Lowered:
+        """Trace and lower it, under a name by which JAX's own cache knows it; it knows none with a fresh salt."""
         function = partial(self.function, **self.static)
-        # So that JAX's own cache has it under a name that changes with the key.
-        function.__name__ = f"{self.function.__name__}_{digest(self.key)[:8]}"  # type: ignore[attr-defined]
+        function.__name__ = f"{self.function.__name__}_{digest(self.key + salt)[:8]}"  # type: ignore[attr-defined]
         return jax.jit(function, donate_argnums=self.donate).lower(*self.arguments)
 
 
@@ -233,12 +233,11 @@ class Programs:
             return found
         begin = time.perf_counter()
         lowered = program.lower()
-        compiled, can_be_saved = run(lambda: compile_lowered(lowered))
+        compiled, program.can_be_saved = run(lambda: compile_lowered(lowered))
         with self.changed:
             self.compiled += 1
             self.compile_seconds += time.perf_counter() - begin
-            if can_be_saved:
-                self.unsaved.append(program)
+            self.unsaved.append(program)
         return compiled  # type: ignore[no-any-return]
 
     def _nicely(self, compile: Callable[[], Any]) -> Any:
@@ -269,7 +268,10 @@ class Programs:
                     return
                 program = self.unsaved.pop(0)
             if self.executables and program.compiled:
-                self.executables.save(program.key, program.name, program.compiled)
+                compiled = program.compiled
+                if not program.can_be_saved:
+                    compiled = self._nicely(program.lower(salt=os.urandom(8).hex()).compile)
+                self.executables.save(program.key, program.name, compiled)
 
 
 def user_programs() -> Programs:

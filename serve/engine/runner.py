@@ -17,7 +17,7 @@ from model.params import Params
 from model.sampling import Sampling
 from serve.engine.buckets import Bucket, SequenceInput, find_bucket, pack, pack_masks, smallest_bucket
 from serve.engine.memory import Memory
-from serve.engine.scheduler import ScheduledSequence
+from serve.engine.scheduler import ScheduledSequence, narrowed
 from serve.engine.sequence import Sequence as RunningSequence
 from serve.engine.steps import CompiledStep, Steps
 
@@ -71,8 +71,9 @@ class InFlightStep:
 class Runner:
     """Runs the compiled steps over the pool of one engine's memory."""
 
-    def __init__(self, params: Params, steps: Steps, buckets: Sequence[Bucket], memory: Memory) -> None:
-        self.params, self.steps, self.buckets, self.memory = params, steps, buckets, memory
+    def __init__(self, params: Params, steps: Steps, memory: Memory) -> None:
+        self.params, self.steps, self.memory = params, steps, memory
+        self.buckets = list(steps.by_bucket)
         self.dispatched = 0  # steps
         self.collected_at = 0.0  # when the latest step had been read, seconds, `time.perf_counter`
         self.device_s = 0.0  # seconds that the device took for all steps
@@ -100,6 +101,10 @@ class Runner:
         chunk = (first, first + count) if len(inputs) == 1 and count > 1 else None
         self.dispatched += 1
         return InFlightStep(self.dispatched, outputs, now, chunk, UnsampledStep(step, logits, sampling))
+
+    def narrowed(self, plan: list[ScheduledSequence], chunk_was_last: bool) -> list[ScheduledSequence]:
+        """A plan, or the part of it that has a compiled shape, see serve.engine.scheduler."""
+        return narrowed(plan, self.runs_at_once, chunk_was_last)
 
     def runs_at_once(self, scheduled: Sequence[ScheduledSequence]) -> bool:
         """Whether a shape that is compiled has room; the smallest shape that has is compiled next."""

@@ -7,7 +7,7 @@ before the host has read them. Two shapes are compiled before the first request,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -27,11 +27,13 @@ from serve.engine.buckets import (
     Bucket,
     SequenceInput,
     base_buckets,
+    batch_buckets,
     compile_order,
     pack,
     smallest_bucket,
 )
 from serve.engine.programs import FAILED, RANDOM_RANK, READY, STEPS_RANK, Program, Programs
+from serve.engine.settings import EngineSettings
 
 # Cached tokens before the chunk that warms up an engine: enough for every branch of the attention over a prefix.
 WARM_UP_PREFIX = 4096
@@ -133,12 +135,14 @@ class Steps:
 
 
 def make_steps(
-    programs: Programs, params: Params, pool: KVPool, config: ModelConfig, buckets: Sequence[Bucket], max_model_len: int
+    programs: Programs, params: Params, pool: KVPool, config: ModelConfig, settings: EngineSettings
 ) -> Steps:
-    """Declare the programs of a step for every bucket; nothing is compiled yet."""
-    table_pages = -(-max_model_len // pool.page_size)
+    """Declare the programs of every step that an engine takes; nothing is compiled yet."""
+    chunk, mixed = settings.max_prefill_tokens, settings.max_mixed_prefill_tokens
+    buckets = batch_buckets(settings.max_num_seqs, chunk, mixed, settings.speculative_tokens)
+    table_pages = pages_for(settings.max_model_len, pool.page_size)
     words = -(-config.vocab_size // 32)
-    nothing = jnp.zeros(max(b.samples for b in buckets), jnp.int32)
+    nothing = jax.device_put(np.zeros(max(b.samples for b in buckets), np.int32))
     ordered, base = compile_order(buckets), base_buckets(buckets)
     samplers: dict[int, tuple[Program, Program, jax.Array]] = {}
     run, by_bucket = {}, {}
@@ -146,7 +150,7 @@ def make_steps(
         batch, sampling = blank(bucket, table_pages)
         logits = jax.ShapeDtypeStruct((bucket.samples, config.vocab_size), jnp.float32)
         if bucket.samples not in samplers:
-            unmasked = jnp.asarray(np.full((bucket.samples, words), EVERY_TOKEN, np.uint32))
+            unmasked = jax.device_put(np.full((bucket.samples, words), EVERY_TOKEN, np.uint32))
             taken, width = (logits, replace(sampling, mask=unmasked)), {"width": len(nothing)}
             early = RANDOM_RANK if bucket in base else rank
             samplers[bucket.samples] = (

@@ -16,25 +16,18 @@ import pytest
 from cache.tiers import Tiers
 from cache.worker import Worker
 from model.kv import empty_pool
-from serve.engine.buckets import batch_buckets
 from serve.engine.page_copies import make_page_copies
 from serve.engine.programs import COPIES_RANK, user_programs
 from serve.engine.steps import make_steps
-from tests.helpers.cold_reference import CONFIG, LIMIT, PAGE, SETTINGS, parameters
+from tests.helpers.cold_reference import CONFIG, PAGE, SETTINGS, parameters
 
 
 @cache
 def compiled():
     """The programs, steps and page copies of every engine here: all have one shape."""
     pool = empty_pool(CONFIG, SETTINGS.num_pages, PAGE, jnp.float32)
-    shapes = batch_buckets(
-        SETTINGS.max_num_seqs,
-        SETTINGS.max_prefill_tokens,
-        SETTINGS.max_mixed_prefill_tokens,
-        SETTINGS.speculative_tokens,
-    )
     programs = user_programs()
-    steps = make_steps(programs, parameters(), pool, CONFIG, shapes, LIMIT)
+    steps = make_steps(programs, parameters(), pool, CONFIG, SETTINGS)
     copies = make_page_copies(programs, pool, COPIES_RANK)
     programs.wait()
     return programs, steps, copies

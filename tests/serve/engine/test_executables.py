@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from serve.engine import programs as programs_module
 from serve.engine.executables import Executables, write_whole
 from serve.engine.programs import Program, Programs
 
@@ -51,17 +50,6 @@ def run(program: Program) -> tuple[np.ndarray, np.ndarray, bool]:
     result, after = program(pool, x["k"])
     assert pool["k"].is_deleted()
     return np.asarray(result), np.asarray(after["k"]), after["k"].unsafe_buffer_pointer() == place
-
-
-@pytest.fixture(autouse=True)
-def _without_jax_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA compiles each time, as in a server's first start: what JAX's own cache has cannot be serialised."""
-    monkeypatch.setattr(programs_module, "compile_lowered", lambda lowered: (uncached(lowered), True))
-
-
-def uncached(lowered: jax.stages.Lowered) -> Any:
-    """Compile with an option that no earlier run had, so that JAX's cache does not know it."""
-    return lowered.compile(compiler_options={"xla_debug_buffer_assignment_show_max": str(time.time_ns() % 2**60)})
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from serve.engine.buckets import (
     smallest_bucket,
 )
 from serve.engine.programs import Programs
+from serve.engine.settings import EngineSettings
 from serve.engine.steps import Steps, make_steps
 
 BATCHES, CHUNKS = st.integers(1, 200), st.integers(1, 3000)
@@ -176,6 +177,7 @@ def test_every_column_has_the_type_that_was_compiled_for() -> None:
         assert {sampling.temperature.dtype, sampling.top_p.dtype} == {np.dtype(np.float32)}
 
 
+SIZES = EngineSettings(num_pages=4, max_model_len=16, page_size=8, max_num_seqs=3, max_prefill_tokens=8)
 SMALL = ModelConfig("qwen3", 100, 16, 16, 1, 2, 1, 8, 64, 1e-6, RopeConfig(), qk_norm=True, tie_embeddings=True)
 
 
@@ -199,7 +201,7 @@ def small() -> tuple[Params, Steps]:
         k_norm=weight(c.head_dim),
     )
     params = Params(weight(c.vocab_size, c.embed_size), (layer,), weight(c.embed_size))
-    return params, make_steps(Programs(), params, empty_pool(c, 4, 8, jnp.float32), c, [Bucket(1, 8), Bucket(3, 1)], 16)
+    return params, make_steps(Programs(), params, empty_pool(c, 4, 8, jnp.float32), c, SIZES)
 
 
 def test_a_compiled_step_obeys_the_masks_of_the_rows_that_have_one(small: tuple[Params, Steps]) -> None:
