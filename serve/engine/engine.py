@@ -133,7 +133,8 @@ class Engine:
     @property
     def compiled(self) -> tuple[int, int]:
         """Shapes of steps that are compiled, and shapes in all: the rest is compiled while requests are served."""
-        return len(self.core.runner.steps.run), len(self.core.runner.buckets)
+        steps = self.core.runner.steps
+        return len(steps.ready()), len(steps.by_bucket)
 
     @property
     def counters(self) -> Counters:

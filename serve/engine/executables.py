@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
@@ -63,14 +63,30 @@ def environment() -> Environment:
     }
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
-    """Compile on this thread; and whether the executable can be serialised, which one of JAX's own cache cannot.
+class Compilation(NamedTuple):
+    """A compiled program, and its executable as bytes."""
 
-    XLA on CPUs serialises only what it has compiled itself: from another one's bytes the functions would be missing.
+    compiled: jax.stages.Compiled
+    payload: bytes  # empty where the backend cannot serialise it
+    found: bool  # JAX's own cache had it: then there is no payload
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> Compilation:
+    """Compile on this thread, and serialise the executable before it runs for the first time.
+
+    XLA on CPUs serialises only what it has compiled itself and not run yet: of an executable from JAX's own cache the
+    functions are missing, and a sort that has run holds the address of its comparison.
     """
     hits.seen = False
     compiled = lowered.compile()
-    return compiled, not hits.seen
+    if hits.seen:
+        return Compilation(compiled, b"", found=True)
+    try:
+        payload: bytes = serialize_executable.serialize(compiled)[0]
+    except Exception as error:  # JAX's own cache is left then
+        log.debug("an executable cannot be serialised: %s", first_line(error))
+        payload = b""
+    return Compilation(compiled, payload, found=False)
 
 
 hits = threading.local()  # `seen`: whether JAX's own cache had what this thread compiled
@@ -149,13 +165,8 @@ class Executables:
             os.utime(path)
         return loaded
 
-    def save(self, key: str, name: str, compiled: Any) -> None:
-        """Keep the executable of a program, unless the backend cannot serialise it."""
-        try:
-            payload, _, _ = serialize_executable.serialize(compiled)
-        except Exception as error:  # JAX's own cache is left then
-            log.debug("%s cannot be serialised: %s", name, first_line(error))
-            return
+    def save(self, key: str, name: str, payload: bytes) -> None:
+        """Keep the serialised executable of a program."""
         head = {"format": FORMAT, "program": name, "sha256": full_digest(payload), "environment": self.environment}
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

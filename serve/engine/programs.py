@@ -22,16 +22,16 @@ from typing import Any
 
 import jax
 
-from serve.engine.executables import Executables, compile_lowered, digest, first_line, source_of
+from serve.engine.executables import Compilation, Executables, compile_lowered, digest, first_line, source_of
 from serve.engine.runtime import user_cache
 
 log = logging.getLogger("tokenzero.engine")
 
 # How much a compiling thread in the background gives way to those that answer requests.
 NICENESS = 10
-# The order in the background: nothing can replace random sampling, copies of pages are quick to compile and needed
-# with the first stored prefix, steps have ranks from here on, and an audit waits for idle time anyway.
-RANDOM_RANK, COPIES_RANK, STEPS_RANK, LAST_RANK = 10, 20, 30, 10_000
+# The order in the background: greedy sampling and copies of pages are quick to compile, and the first requests are
+# faster with them, steps have ranks from here on, and an audit waits for idle time anyway.
+GREEDY_RANK, COPIES_RANK, STEPS_RANK, LAST_RANK = 10, 20, 30, 10_000
 
 
 class ProgramState(Enum):
@@ -73,7 +73,6 @@ class Program:
         self.state = PENDING
         self.needed = 0  # the number of the latest step that could have used it
         self.compiled: Callable[..., Any] | None = None
-        self.can_be_saved = True  # see `compile_lowered`
         self.error = ""
 
     def __call__(self, *arguments: Any) -> Any:
@@ -104,7 +103,7 @@ class Programs:
         self.executables = executables
         self.all: list[Program] = []
         self.changed = threading.Condition()  # guards the states
-        self.unsaved: list[Program] = []
+        self.unsaved: list[tuple[Program, Compilation]] = []
         self.stopping = False
         self.thread: threading.Thread | None = None
         self.nice_thread: int | None = None  # the native id of the thread that compiles in the background
@@ -233,12 +232,13 @@ class Programs:
             return found
         begin = time.perf_counter()
         lowered = program.lower()
-        compiled, program.can_be_saved = run(lambda: compile_lowered(lowered))
+        compilation: Compilation = run(lambda: compile_lowered(lowered))
         with self.changed:
             self.compiled += 1
             self.compile_seconds += time.perf_counter() - begin
-            self.unsaved.append(program)
-        return compiled  # type: ignore[no-any-return]
+            if self.executables:
+                self.unsaved.append((program, compilation))
+        return compilation.compiled
 
     def _nicely(self, compile: Callable[[], Any]) -> Any:
         """Call the compiler on a thread of low priority.
@@ -266,12 +266,12 @@ class Programs:
             with self.changed:
                 if not self.unsaved:
                     return
-                program = self.unsaved.pop(0)
-            if self.executables and program.compiled:
-                compiled = program.compiled
-                if not program.can_be_saved:
-                    compiled = self._nicely(program.lower(salt=os.urandom(8).hex()).compile)
-                self.executables.save(program.key, program.name, compiled)
+                program, compilation = self.unsaved.pop(0)
+            if compilation.found:
+                lowered = program.lower(salt=os.urandom(8).hex())
+                compilation = self._nicely(partial(compile_lowered, lowered))
+            if self.executables and compilation.payload:
+                self.executables.save(program.key, program.name, compilation.payload)
 
 
 def user_programs() -> Programs:

@@ -23,15 +23,6 @@ from serve.engine.steps import CompiledStep, Steps
 
 
 @dataclass(frozen=True)
-class StepShape:
-    """What the choice of a bucket depends on."""
-
-    counts: list[int]  # new tokens of each sequence, its draft included
-    drafts: bool  # whether any sequence has draft tokens
-    random: bool  # whether any is sampled with a temperature above 0
-
-
-@dataclass(frozen=True)
 class SequenceOutput:
     """A sequence's share of a step in flight."""
 
@@ -84,7 +75,7 @@ class Runner:
         `before` is the step in flight, which must be sampled: it may sample tokens that this step runs.
         """
         inputs = [sequence_input(each) for each in scheduled]
-        bucket = self.choose(scheduled)
+        bucket = self.choose(*shape_of(scheduled))
         batch, sampling = pack(inputs, bucket, self.steps.table_pages)
         tokens_before = self.steps.nothing
         if before:
@@ -108,26 +99,16 @@ class Runner:
 
     def runs_at_once(self, scheduled: Sequence[ScheduledSequence]) -> bool:
         """Whether a shape that is compiled has room; the smallest shape that has is compiled next."""
-        shape = shape_of(scheduled)
-        wanted, ready = self.wanted(shape), find_bucket(self.steps.ready(shape.random), shape.counts, shape.drafts)
+        counts, drafts = shape_of(scheduled)
+        wanted = find_bucket(self.steps.usable(), counts, drafts)
+        ready = find_bucket(self.steps.ready(), counts, drafts)
         if wanted and wanted != ready:
-            self.steps.need(wanted, shape.random)
+            self.steps.need(wanted)
         return ready is not None
 
-    def wanted(self, shape: StepShape) -> Bucket | None:
-        """The smallest shape with room for a step, compiled or not; None if none can be compiled."""
-        return find_bucket(self.steps.usable(shape.random), shape.counts, shape.drafts)
-
-    def choose(self, scheduled: Sequence[ScheduledSequence]) -> Bucket:
-        """The smallest compiled shape that has room, or else the one to wait for."""
-        shape = shape_of(scheduled)
-        if found := find_bucket(self.steps.ready(shape.random), shape.counts, shape.drafts):
-            return found
-        # All that is left to compile is how it samples: the forward pass of a larger shape is ready before its own.
-        usable = [bucket for bucket in self.steps.ready(False) if bucket in self.steps.usable(shape.random)]
-        return find_bucket(usable, shape.counts, shape.drafts) or smallest_bucket(
-            self.buckets, shape.counts, shape.drafts
-        )
+    def choose(self, counts: Sequence[int], drafts: bool = False) -> Bucket:
+        """The smallest compiled shape that has room, or else the smallest to wait for."""
+        return find_bucket(self.steps.ready(), counts, drafts) or smallest_bucket(self.buckets, counts, drafts)
 
     def sample(self, step: InFlightStep, mask: Callable[[RunningSequence], np.ndarray | None]) -> None:
         """Start the sampling of a step, unless that was done; `mask` returns a sequence's mask, see `pack_masks`."""
@@ -150,8 +131,7 @@ class Runner:
 
     def compute(self, row: SequenceInput) -> np.ndarray:
         """Run one sequence input alone, in a compiled shape: the logits after its last token, [vocab] float32."""
-        counts = [len(row.tokens)]
-        bucket = find_bucket(self.steps.ready(random=False), counts) or smallest_bucket(self.buckets, counts)
+        bucket = self.choose([len(row.tokens)])
         batch, _ = pack([row], bucket, self.steps.table_pages)
         forward = self.steps.run[bucket].forward
         logits, self.memory.pool = forward(self.params, self.memory.pool, batch, self.steps.nothing)
@@ -159,13 +139,10 @@ class Runner:
         return last
 
 
-def shape_of(scheduled: Sequence[ScheduledSequence]) -> StepShape:
-    """The shape of a step for scheduled sequences."""
-    return StepShape(
-        counts=[each.count + len(each.draft_tokens) for each in scheduled],
-        drafts=any(each.draft_tokens for each in scheduled),
-        random=any(each.sequence.request.sampling.temperature > 0 for each in scheduled),
-    )
+def shape_of(scheduled: Sequence[ScheduledSequence]) -> tuple[list[int], bool]:
+    """New tokens of each scheduled sequence, its draft included, and whether any has a draft."""
+    counts = [each.count + len(each.draft_tokens) for each in scheduled]
+    return counts, any(each.draft_tokens for each in scheduled)
 
 
 def sequence_input(scheduled: ScheduledSequence) -> SequenceInput:

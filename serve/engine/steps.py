@@ -32,7 +32,7 @@ from serve.engine.buckets import (
     pack,
     smallest_bucket,
 )
-from serve.engine.programs import FAILED, RANDOM_RANK, READY, STEPS_RANK, Program, Programs
+from serve.engine.programs import FAILED, GREEDY_RANK, READY, STEPS_RANK, Program, Programs
 from serve.engine.settings import EngineSettings
 
 # Cached tokens before the chunk that warms up an engine: enough for every branch of the attention over a prefix.
@@ -62,18 +62,20 @@ class CompiledStep:
     """A step as two programs: the model's forward pass, and the sampling from its logits.
 
     The masks of a sampling may become known while the pass runs. The sort of top-k and top-p costs more than a layer of
-    a small model, so a greedy batch has a program without it.
+    a small model, so a greedy batch has a program without it, and takes the other one until that is compiled.
     """
 
     forward: Callable[..., tuple[jax.Array, KVPool]]  # (params, pool, batch, before): see `logits_step`
-    greedy: Callable[[jax.Array, Sampling], jax.Array]
-    random: Callable[[jax.Array, Sampling], jax.Array]
+    greedy: Program  # (logits, sampling): for a batch of temperature 0
+    random: Program  # the same for any
     unmasked: jax.Array  # [samples, words] uint32, on the device: the mask of a batch that brings none
 
     def sample(self, logits: jax.Array, sampling: Sampling) -> jax.Array:
         """Tokens sampled from logits [samples, vocab]: [samples of the largest shape] int32."""
         masked = sampling if sampling.mask is not None else replace(sampling, mask=self.unmasked)
-        return (self.random if np.any(sampling.temperature > 0) else self.greedy)(logits, masked)
+        greedily = self.greedy.state is READY and not np.any(sampling.temperature > 0)
+        tokens: jax.Array = (self.greedy if greedily else self.random)(logits, masked)
+        return tokens
 
     def __call__(
         self, params: Params, pool: KVPool, batch: Batch, sampling: Sampling, before: jax.Array
@@ -81,19 +83,6 @@ class CompiledStep:
         """Both at once: the sampled tokens, and the pool to go on with."""
         logits, pool = self.forward(params, pool, batch, before)
         return self.sample(logits, sampling), pool
-
-
-@dataclass(frozen=True)
-class StepPrograms:
-    """The programs of one shape; those that sample are shared by all shapes with as many samples."""
-
-    forward: Program
-    greedy: Program
-    random: Program
-
-    def needed(self, random: bool) -> tuple[Program, ...]:
-        """Those that a batch takes, one with a temperature above 0 or a greedy one."""
-        return (self.forward, self.random if random else self.greedy)
 
 
 @dataclass(frozen=True)
@@ -110,24 +99,24 @@ class Steps:
     table_pages: int  # width of every block table
     nothing: jax.Array  # [samples] int32
     programs: Programs
-    by_bucket: Mapping[Bucket, StepPrograms]
+    by_bucket: Mapping[Bucket, tuple[Program, Program]]  # without which a step does not run: its pass, and any sampling
 
-    def ready(self, random: bool) -> list[Bucket]:
-        """The shapes that run at once, for a batch with a temperature above 0 or a greedy one."""
-        return [b for b, each in self.by_bucket.items() if all(p.state is READY for p in each.needed(random))]
+    def ready(self) -> list[Bucket]:
+        """The shapes that run at once."""
+        return [bucket for bucket, both in self.by_bucket.items() if all(each.state is READY for each in both)]
 
-    def usable(self, random: bool) -> list[Bucket]:
+    def usable(self) -> list[Bucket]:
         """The shapes that run, at once or when they are compiled."""
-        return [b for b, each in self.by_bucket.items() if all(p.state is not FAILED for p in each.needed(random))]
+        return [bucket for bucket, both in self.by_bucket.items() if all(each.state is not FAILED for each in both)]
 
-    def need(self, bucket: Bucket, random: bool) -> None:
+    def need(self, bucket: Bucket) -> None:
         """Compile a shape next, which is not ready: a step could have used it."""
-        self.programs.need(self.by_bucket[bucket].needed(random))
+        self.programs.need(self.by_bucket[bucket])
 
     def base(self) -> list[Program]:
-        """The fewest programs that serve every greedy request."""
+        """The fewest programs that serve every request."""
         copy = [self.copy] if isinstance(self.copy, Program) else []
-        return [p for bucket in base_buckets(self.by_bucket) for p in self.by_bucket[bucket].needed(False)] + copy
+        return [program for bucket in base_buckets(self.by_bucket) for program in self.by_bucket[bucket]] + copy
 
     def wait(self) -> None:
         """Compile all that is left, for a measurement or a test."""
@@ -152,17 +141,17 @@ def make_steps(
         if bucket.samples not in samplers:
             unmasked = jax.device_put(np.full((bucket.samples, words), EVERY_TOKEN, np.uint32))
             taken, width = (logits, replace(sampling, mask=unmasked)), {"width": len(nothing)}
-            early = RANDOM_RANK if bucket in base else rank
+            early = GREEDY_RANK if bucket in base else rank
             samplers[bucket.samples] = (
-                programs.add(rank, f"greedy sampling of {bucket.samples}", greedy_step, taken, 0, static=width),
-                programs.add(early, f"random sampling of {bucket.samples}", random_step, taken, 0, static=width),
+                programs.add(early, f"greedy sampling of {bucket.samples}", greedy_step, taken, 0, static=width),
+                programs.add(rank, f"sampling of {bucket.samples}", random_step, taken, 0, static=width),
                 unmasked,
             )
         greedily, randomly, unmasked = samplers[bucket.samples]
         arguments = (params, pool, batch, nothing)
         forward = programs.add(rank, f"step {bucket}", logits_step, arguments, (0, pool), (1,), {"config": config})
         run[bucket] = CompiledStep(forward, greedily, randomly, unmasked)
-        by_bucket[bucket] = StepPrograms(forward, greedily, randomly)
+        by_bucket[bucket] = forward, randomly
     page = jax.ShapeDtypeStruct((1,), jnp.int32)
     copy = programs.add(0, "copy of a page", copy_pages, (pool, page, page), pool, (0,))
     return Steps(run, copy, table_pages, nothing, programs, by_bucket)

@@ -28,7 +28,7 @@ from tests.helpers.tiny_engine import SMALL, VOCAB, assert_same_or_tied, generat
 
 ROOT = Path(__file__).parents[3]
 LAZY = replace(SMALL, compile_in_background=True, speculative_tokens=2)
-BASE = 5  # programs: a chunk and a decoding step, each with greedy sampling, and the copy of a page
+BASE = 5  # programs: a chunk and a decoding step, each with its sampling, and the copy of a page
 Model = tuple[ModelConfig, Params]
 
 
@@ -77,14 +77,19 @@ def test_two_shapes_serve_prompts_answers_and_drafts_of_any_number_of_requests(
 
 
 @pytest.mark.usefixtures("idle_compiler")
-def test_a_request_with_a_temperature_waits_for_its_sampling_only(lazy: Callable[[], Engine]) -> None:
+def test_a_request_with_a_temperature_waits_for_nothing_and_gets_the_same_tokens_later(
+    lazy: Callable[[], Engine],
+) -> None:
     engine = lazy()
     engine.start()
-    sampling = SamplingParams(temperature=0.8, seed=3)
-    assert len(generate(engine, draw(1, 20), 6, sampling=sampling)[0]) == 6
-    ready = {program.name for program in engine.core.programs.all if program not in engine.core.programs.remaining()}
-    assert len(ready) == BASE + 2
-    assert {name for name in ready if name.startswith("random")} == {"random sampling of 1", "random sampling of 4"}
+    random, greedy = (SamplingParams(temperature=heat, seed=3) for heat in (0.8, 0.0))
+    early = [generate(engine, draw(1, 20), 6, sampling=sampling, salt=b"early")[0] for sampling in (random, greedy)]
+    assert engine.core.programs.by_state()["ready"] == BASE
+    assert engine.compiled == (2, len(engine.core.runner.buckets))
+    engine.core.runner.steps.wait()
+    later = [generate(engine, draw(1, 20), 6, sampling=sampling, salt=b"later")[0] for sampling in (random, greedy)]
+    assert later == early
+    assert engine.compiled == (len(engine.core.runner.buckets),) * 2
 
 
 @pytest.mark.usefixtures("idle_compiler")
@@ -92,13 +97,12 @@ def test_the_shape_that_a_step_could_have_used_is_compiled_next(lazy: Callable[[
     engine = lazy()
     programs, steps = engine.core.programs, engine.core.runner.steps
     engine.start()
-    assert programs.remaining()[0].name.startswith("random sampling")
+    assert programs.remaining()[0].name.startswith("greedy sampling")
     generate(engine, draw(2, 9), 2)
-    first = steps.by_bucket[Bucket(1, 1)]
-    assert programs.remaining()[0] is first.forward
-    assert [program for program in programs.remaining() if program.needed][-1] is steps.by_bucket[Bucket(1, 16)].forward
+    assert programs.remaining()[0] is steps.by_bucket[Bucket(1, 1)][0]
+    assert [program for program in programs.remaining() if program.needed][-1] is steps.by_bucket[Bucket(1, 16)][0]
     steps.wait()
-    assert set(steps.ready(random=True)) == set(engine.core.runner.buckets)
+    assert set(steps.ready()) == set(engine.core.runner.buckets)
 
 
 def test_a_shape_that_cannot_be_compiled_is_reported_and_the_next_larger_one_serves(
