@@ -11,7 +11,10 @@
 - `page_names`: the keys of a sequence's pages, for both
 - `page_copies`: compiled copies of pages, for both
 - `runner`: a step on the device: packing, forward pass, sampling, reading
-- `steps`: the compiled steps and their shapes
+- `buckets`: the shapes of steps, and the packing of sequences into one
+- `steps`: the programs of a step of each shape
+- `programs`: what is compiled, what is next, and the thread that compiles in the background
+- `executables`: compiled programs on disk
 - `prompt_lookup`: draft tokens for speculative decoding
 - `cost`: seconds to compute or to read back; cost_fit.py fits its constants
 - `settings`: sizes and limits
