@@ -2,7 +2,8 @@
 
 A program is loaded from disk, or traced, lowered and compiled, once. Who calls one that is not ready compiles it, or
 waits for whoever is at it. The rest is compiled by one thread in the background, one program at a time: first those
-that a step could have used, the latest first, then by rank. Only `Programs` writes the state of a program.
+that a step could have used, the latest first, then by rank. A low priority of this thread would change nothing: XLA
+compiles on threads of its own. Only `Programs` writes the state of a program.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from functools import cached_property, partial
 from typing import Any
@@ -27,8 +27,6 @@ from serve.engine.runtime import user_cache
 
 log = logging.getLogger("tokenzero.engine")
 
-# How much a compiling thread in the background gives way to those that answer requests.
-NICENESS = 10
 # The order in the background: greedy sampling and copies of pages are quick to compile, and the first requests are
 # faster with them, steps have ranks from here on, and an audit waits for idle time anyway.
 GREEDY_RANK, COPIES_RANK, STEPS_RANK, LAST_RANK = 10, 20, 30, 10_000
@@ -106,7 +104,6 @@ class Programs:
         self.unsaved: list[tuple[Program, Compilation]] = []
         self.stopping = False
         self.thread: threading.Thread | None = None
-        self.nice_thread: int | None = None  # the native id of the thread that compiles in the background
         self.requests = 0
         self.compile_seconds = 0.0  # of tracing, lowering and compiling
         self.loaded = 0  # from disk
@@ -142,14 +139,12 @@ class Programs:
     def get(self, program: Program) -> Callable[..., Any]:
         """The compiled program; compiles it, or waits until it is compiled. Raises CompileError."""
         with self.changed:
-            if program.state is COMPILING and self.nice_thread:
-                set_niceness(self.nice_thread, 0)
             self.changed.wait_for(lambda: program.state is not COMPILING)
             mine = program.state is PENDING
             if mine:
                 program.state = COMPILING
         if mine:
-            self._make(program, lambda compile: compile())
+            self._make(program)
         if program.compiled is None:
             raise CompileError(f"{program.name} cannot be compiled: {program.error}")
         return program.compiled
@@ -195,7 +190,7 @@ class Programs:
 
     def _work(self) -> None:
         while self._goes_on() and (program := self._next()):
-            self._make(program, self._nicely)
+            self._make(program)
             self._save()
         self._save()
 
@@ -209,11 +204,11 @@ class Programs:
                 program.state = COMPILING
         return program
 
-    def _make(self, program: Program, run: Callable[[Callable[[], Any]], Any]) -> None:
-        """Load or compile a program that this thread has taken; `run` calls the compiler."""
+    def _make(self, program: Program) -> None:
+        """Load or compile a program that this thread has taken."""
         compiled, error = None, "it was interrupted"
         try:
-            compiled = self._load_or_compile(program, run)
+            compiled = self._load_or_compile(program)
         except Exception as failure:
             error = f"{type(failure).__name__}: {first_line(failure)}"
             log.warning("%s cannot be compiled, and is done without: %s", program.name, error)
@@ -223,7 +218,7 @@ class Programs:
                 program.state = READY if compiled else FAILED
                 self.changed.notify_all()
 
-    def _load_or_compile(self, program: Program, run: Callable[[Callable[[], Any]], Any]) -> Callable[..., Any]:
+    def _load_or_compile(self, program: Program) -> Callable[..., Any]:
         if self.executables and (
             found := self.executables.load(program.key, program.name, program.arguments, program.result)
         ):
@@ -231,34 +226,13 @@ class Programs:
                 self.loaded += 1
             return found
         begin = time.perf_counter()
-        lowered = program.lower()
-        compilation: Compilation = run(lambda: compile_lowered(lowered))
+        compilation = compile_lowered(program.lower())
         with self.changed:
             self.compiled += 1
             self.compile_seconds += time.perf_counter() - begin
             if self.executables:
                 self.unsaved.append((program, compilation))
         return compilation.compiled
-
-    def _nicely(self, compile: Callable[[], Any]) -> Any:
-        """Call the compiler on a thread of low priority.
-
-        Tracing and lowering keep theirs: they hold Python's lock, for which the engine's thread would wait.
-        """
-        outcome: Future[Any] = Future()
-
-        def call() -> None:
-            self.nice_thread = threading.get_native_id()
-            set_niceness(self.nice_thread, NICENESS)
-            try:
-                outcome.set_result(compile())
-            except BaseException as error:
-                outcome.set_exception(error)
-            finally:
-                self.nice_thread = None
-
-        threading.Thread(target=call, name="tokenzero-compiler").start()
-        return outcome.result()
 
     def _save(self) -> None:
         """Write to disk what was compiled."""
@@ -268,8 +242,7 @@ class Programs:
                     return
                 program, compilation = self.unsaved.pop(0)
             if compilation.found:
-                lowered = program.lower(salt=os.urandom(8).hex())
-                compilation = self._nicely(partial(compile_lowered, lowered))
+                compilation = compile_lowered(program.lower(salt=os.urandom(8).hex()))
             if self.executables and compilation.payload:
                 self.executables.save(program.key, program.name, compilation.payload)
 
@@ -277,10 +250,3 @@ class Programs:
 def user_programs() -> Programs:
     """Programs that are kept in the cache of this user."""
     return Programs(Executables(user_cache() / "executables"))
-
-
-def set_niceness(thread: int, niceness: int) -> None:
-    """Set the niceness of a thread by its native id, on Linux, where threads have one each and this may do it."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, niceness)

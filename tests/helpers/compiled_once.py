@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,9 @@ def compiled_once() -> Iterator[None]:
     known: dict[str, Any] = {}
     load_or_compile = Programs._load_or_compile
 
-    def remembered(programs: Programs, program: Program, run: Callable[..., Any]) -> Any:
+    def remembered(programs: Programs, program: Program) -> Any:
         if program.key not in known:
-            known[program.key] = load_or_compile(programs, program, run)
+            known[program.key] = load_or_compile(programs, program)
         return known[program.key]
 
     with pytest.MonkeyPatch.context() as patch:

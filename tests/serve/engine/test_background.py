@@ -110,10 +110,10 @@ def test_a_shape_that_cannot_be_compiled_is_reported_and_the_next_larger_one_ser
 ) -> None:
     broken, load_or_compile = f"step {Bucket(1, 16)}", Programs._load_or_compile
 
-    def failing(programs: Programs, program: Program, run: Any) -> Any:
+    def failing(programs: Programs, program: Program) -> Any:
         if program.name == broken:
             raise RuntimeError("a fault of the test")
-        return load_or_compile(programs, program, run)
+        return load_or_compile(programs, program)
 
     monkeypatch.setattr(Programs, "_load_or_compile", failing)
     with caplog.at_level(logging.WARNING):
@@ -136,11 +136,11 @@ def test_an_engine_stops_at_once_in_the_middle_of_a_compilation(
     begun, go = threading.Event(), threading.Event()
     load_or_compile = Programs._load_or_compile
 
-    def held(programs: Programs, program: Program, run: Any) -> Any:
+    def held(programs: Programs, program: Program) -> Any:
         if threading.current_thread() is programs.thread:
             begun.set()
             assert go.wait(60)
-        return load_or_compile(programs, program, run)
+        return load_or_compile(programs, program)
 
     monkeypatch.setattr(Programs, "_load_or_compile", held)
     engine = lazy()

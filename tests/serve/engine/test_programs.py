@@ -44,9 +44,9 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     load_or_compile = Programs._load_or_compile
 
-    def noted(programs: Programs, program: Program, run: Any) -> Any:
+    def noted(programs: Programs, program: Program) -> Any:
         made.append(program.name)
-        return load_or_compile(programs, program, run)
+        return load_or_compile(programs, program)
 
     monkeypatch.setattr(Programs, "_load_or_compile", noted)
     return made
@@ -81,12 +81,14 @@ def test_who_needs_a_program_that_is_being_compiled_waits_for_it(monkeypatch: py
     programs, begun, go = Programs(), threading.Event(), threading.Event()
     program, found = add(programs, 1), []
 
-    def held(self: Programs, compile: Callable[[], Any]) -> Any:
+    load_or_compile = Programs._load_or_compile
+
+    def held(programs: Programs, program: Program) -> Any:
         begun.set()
         assert go.wait(60)
-        return compile()
+        return load_or_compile(programs, program)
 
-    monkeypatch.setattr(Programs, "_nicely", held)
+    monkeypatch.setattr(Programs, "_load_or_compile", held)
     programs.start()
     assert begun.wait(60)
     assert program.state is COMPILING
@@ -126,12 +128,14 @@ def test_stopping_ends_the_background_after_the_program_under_way(monkeypatch: p
     programs, begun, go = Programs(), threading.Event(), threading.Event()
     first, second = add(programs, 1), add(programs, 2)
 
-    def held(self: Programs, compile: Callable[[], Any]) -> Any:
+    load_or_compile = Programs._load_or_compile
+
+    def held(programs: Programs, program: Program) -> Any:
         begun.set()
         assert go.wait(60)
-        return compile()
+        return load_or_compile(programs, program)
 
-    monkeypatch.setattr(Programs, "_nicely", held)
+    monkeypatch.setattr(Programs, "_load_or_compile", held)
     programs.start()
     assert begun.wait(60)
     programs.stop()
