@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
 from model.batch import Array
+from model.kernels.dispatch import on_cpu
 
 
 @struct.dataclass
@@ -35,12 +38,29 @@ def sample(logits: Float[jax.Array, "samples vocab"], sampling: Sampling) -> Int
     https://arxiv.org/abs/1904.09751) of the probabilities that top-k has left, renormalised. Ties at either threshold
     stay in.
     """
-    scaled = masked(logits, sampling.mask) / jnp.maximum(sampling.temperature, 1e-6)[:, None]
-    kept = jnp.where(scaled >= threshold(scaled, sampling.top_k, sampling.top_p), scaled, -jnp.inf)
-    drawn = jax.vmap(lambda seed, position, kept: jax.random.categorical(sample_key(seed, position), kept))(
-        sampling.seeds, sampling.positions, kept
-    )
-    return jnp.where(sampling.temperature > 0, drawn.astype(jnp.int32), greedy(logits, sampling))
+    allowed = masked(logits, sampling.mask)
+
+    def draw(row: Sampling, allowed: jax.Array) -> jax.Array:
+        scaled = allowed / jnp.maximum(row.temperature, 1e-6)
+        least = jax.lax.cond(
+            (row.top_k > 0) | (row.top_p < 1),
+            lambda: threshold(scaled[None], row.top_k[None], row.top_p[None])[0, 0],
+            lambda: jnp.asarray(-jnp.inf, scaled.dtype),
+        )
+        kept = jnp.where(scaled >= least, scaled, -jnp.inf)
+        return jax.random.categorical(sample_key(jnp.asarray(row.seeds), jnp.asarray(row.positions)), kept).astype(
+            jnp.int32
+        )
+
+    def one(row: tuple[Sampling, jax.Array, jax.Array]) -> jax.Array:
+        sampling, allowed, likeliest = row
+        drawn: jax.Array = jax.lax.cond(sampling.temperature > 0, draw, lambda *_: likeliest, sampling, allowed)
+        return drawn
+
+    rows = jax.tree.map(jnp.asarray, replace(sampling, mask=None)), allowed, greedy(logits, sampling)
+    # One by one on a CPU, where a sample that asks for no draw or no sorting then costs none; on a GPU all at once.
+    sampled: jax.Array = jax.lax.map(one, rows) if on_cpu() else jax.vmap(one)(rows)
+    return sampled
 
 
 def masked(

@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.decoder import forward
 from model.kv import KVPool, copy_pages
-from model.params import Params
+from model.params import PackedLayers, Params
 from model.sampling import Sampling, greedy, sample
 from serve.engine.buckets import (
     EVERY_TOKEN,
@@ -37,6 +37,8 @@ from serve.engine.settings import EngineSettings
 
 # Cached tokens before the chunk that warms up an engine: enough for every branch of the attention over a prefix.
 WARM_UP_PREFIX = 4096
+# Tokens of that chunk, if padding costs nothing.
+WARM_UP_CHUNK = 128
 
 
 def logits_step(
@@ -163,11 +165,13 @@ def blank(bucket: Bucket, table_pages: int) -> tuple[Batch, Sampling]:
 
 
 def warm_up(steps: Steps, params: Params, pool: KVPool, max_model_len: int) -> tuple[KVPool, tuple[int, int], float]:
-    """Run the longest chunk once: it starts the threads, and is the first measurement of what a prefill takes.
+    """Run a chunk once: it starts the threads, and is the first measurement of what a prefill takes.
 
     It writes to pages that no sequence holds. Returns the pool, and the chunk's tokens [start, stop) and seconds.
     """
-    count = min(max(bucket.chunk for bucket in steps.run), max_model_len)
+    # Where padding is computed, only a full shape shows what a token takes.
+    chunk = WARM_UP_CHUNK if isinstance(params.layers, PackedLayers) else max(bucket.chunk for bucket in steps.run)
+    count = min(chunk, max_model_len)
     before = min(WARM_UP_PREFIX, max_model_len - count)
     bucket = smallest_bucket(base_buckets(steps.run), [count])
     pool, seconds = run_alone(steps, params, pool, bucket, np.zeros(count, np.int32), before)

@@ -164,13 +164,24 @@ def test_a_mask_of_ones_changes_nothing() -> None:
         assert sample(logits, with_mask).tolist() == sample(logits, without).tolist()
 
 
-@pytest.mark.parametrize("pick", [greedy, sample])
-def test_picking_depends_on_no_condition_on_the_device(pick):
-    # A GPU's host would wait for it, and for every step before it, before it could launch another.
+@pytest.mark.parametrize("pick", [ours.greedy, ours.sample])
+def test_picking_depends_on_no_condition_on_a_gpu(pick, monkeypatch):
+    # Its host would wait for it, and for every step before it, before it could launch another.
+    monkeypatch.setattr(ours, "on_cpu", lambda: False)
     rows = sampling(2, mask=np.full((2, 1), 2**32 - 1, np.uint32))
     program = str(jax.make_jaxpr(pick)(jnp.zeros((2, 32)), rows))
     assert "cond[" not in program
     assert "while[" not in program
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, np.asarray([0.0, 0.7, 0.0, 1.3])])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": np.asarray([0, 3, 1, 0])}])
+def test_samples_one_by_one_are_those_of_all_at_once(temperature, limits, monkeypatch):
+    logits = jax.random.normal(jax.random.key(3), (4, 200))
+    rows = sampling(4, temperature=temperature, seed=np.arange(4), position=np.arange(4), **limits)
+    one_by_one = sample(logits, rows).tolist()
+    monkeypatch.setattr(ours, "on_cpu", lambda: False)
+    assert jax.jit(lambda *each: ours.sample(*each))(logits, rows).tolist() == one_by_one
 
 
 def test_what_is_greedy_is_what_is_sampled_at_temperature_zero() -> None:
