@@ -7,11 +7,10 @@ checksums.
 
 import heapq
 import logging
-import struct
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,16 +19,16 @@ import lmdb
 import numpy as np
 
 from cache.lmdb_env import FORMAT, Databases, SharedEnvironment, full, old_stores
-from cache.tier import CLOCK_SLACK_NS, SEAL, Item, Payload, TierStats, placed, seal, stamps_now
+from cache.records import STAMP, Read, delete, last_used, read, size_of, stamp_uses
+from cache.tier import Item, Payload, TierStats, seal, stamps_now
 
 log = logging.getLogger("tokenzero.cache.disk")
 T = TypeVar("T")
 
-STAMP = struct.Struct("<Q")  # last use, nanoseconds since 1970
-ENTRY_BYTES = SEAL.size + STAMP.size
 # Written in one transaction. LMDB reuses small buffers; large ones are new each time and cost a page fault per 4 KiB.
 TRANSACTION_BYTES = 1 << 20
 SPLIT_BYTES = 8 * 4096  # growth of both trees when leaves split up to the root
+READ_TOGETHER = 64  # pages that are read in one transaction
 EVICTED_SHARE = 16  # an eviction frees 1/16 of the budget more than it must, so that evictions are rare
 EVICTION_BYTES = 256 << 20  # freed in one transaction, while all other writers wait
 
@@ -108,7 +107,11 @@ class DiskTier:
         """See Tier. A record that does not match its seal is a miss, counted and removed."""
         used = stamps_now(len(keys)) if stamps is None else stamps
         buffers = [None] * len(keys) if into is None else into
-        return [self._get(*wanted) for wanted in zip(keys, used, buffers, strict=True)]
+        found: list[Payload | None] = []
+        for at in range(0, len(keys), READ_TOGETHER):
+            stop = at + READ_TOGETHER
+            found += self._get(keys[at:stop], used[at:stop], buffers[at:stop])
+        return found
 
     def put_many(self, items: Sequence[Item], stamps: Sequence[int] | None = None) -> None:
         """See Tier. Pages beyond the whole budget, and pages that the disk has no room for, are dropped."""
@@ -134,7 +137,7 @@ class DiskTier:
         def remove(dbs: Databases) -> bool:
             with dbs.env.begin(write=True) as txn:
                 for key in keys:
-                    _delete(dbs, txn, key)
+                    delete(dbs, txn, key)
             return True
 
         return self._change(remove, False)
@@ -173,7 +176,7 @@ class DiskTier:
 
         def scan(dbs: Databases) -> list[Entry]:
             with dbs.env.begin() as txn, txn.cursor(dbs.entries) as cursor:
-                return [Entry(key, _size(entry), _last_used(entry) / 1e9) for key, entry in cursor]
+                return [Entry(key, size_of(entry), last_used(entry) / 1e9) for key, entry in cursor]
 
         return self.store.attempt("read", scan, [])
 
@@ -186,12 +189,11 @@ class DiskTier:
 
         no_keys: list[bytes] = []
         for key in self.store.attempt("read", scan, no_keys):
-            entry, payload = self._load(key)
-            gone = entry is None and payload is None  # evicted by another process since the scan
-            sound = gone or _is_sound(key, entry, payload)
-            if not sound and remove:
-                self._remove_damaged(key, entry)
-            yield sound
+            (got,) = self._load([key], [None])
+            gone = got.entry is None and got.payload is None  # evicted by another process since the scan
+            if not (gone or got.sound) and remove:
+                self._remove_damaged(key, got.entry)
+            yield gone or got.sound
 
     def prune(self, budget_bytes: int) -> int:
         """Evict the least recently used pages until they occupy at most `budget_bytes`; return how many those were."""
@@ -199,34 +201,32 @@ class DiskTier:
         self._change(lambda dbs: self._evict(dbs, budget_bytes), None)
         return self.counts["evicted"] - before
 
-    def _get(self, key: bytes, stamp: int, buffer: np.ndarray | None) -> Payload | None:
-        entry, payload = self._load(key, buffer)
-        if entry is None:
-            self._count(misses=1)
-            return None
-        if not _is_sound(key, entry, payload):
-            self._remove_damaged(key, entry)
-            self._count(misses=1, corrupt=1)
-            return None
-        assert payload is not None
-        if buffer is not None and _size(entry) != buffer.nbytes:
-            self._count(misses=1)
-            return None
-        self._touch(key, entry, stamp)
-        self._count(hits=1, bytes_read=_size(entry))
-        return payload
+    def _get(
+        self, keys: Sequence[bytes], used: Sequence[int], buffers: Sequence[np.ndarray | None]
+    ) -> list[Payload | None]:
+        found: list[Payload | None] = []
+        sizes, corrupt = [], 0
+        for key, stamp, buffer, got in zip(keys, used, buffers, self._load(keys, buffers), strict=True):
+            fits = got.sound and (buffer is None or size_of(got.entry) == buffer.nbytes)
+            found.append(got.payload if fits else None)
+            if fits:
+                self._touch(key, got.entry, stamp)
+                sizes.append(size_of(got.entry))
+            elif got.entry is not None and not got.sound:
+                self._remove_damaged(key, got.entry)
+                corrupt += 1
+        self._count(hits=len(sizes), misses=len(keys) - len(sizes), corrupt=corrupt, bytes_read=sum(sizes))
+        return found
 
-    def _load(self, key: bytes, buffer: np.ndarray | None = None) -> tuple[bytes | None, Payload | None]:
-        """The entry and payload under the key, unchecked; the payload is in `buffer` if it fits there."""
+    def _load(self, keys: Sequence[bytes], buffers: Sequence[np.ndarray | None]) -> list[Read]:
+        """What is under the keys, in one transaction; each payload is in its buffer if it fits there."""
 
-        def load(dbs: Databases) -> tuple[bytes | None, Payload | None]:
+        def load(dbs: Databases) -> list[Read]:
             # Views of the file, which are valid as long as the transaction.
-            with dbs.env.begin(buffers=True) as txn:
-                entry, view = txn.get(key, db=dbs.entries), txn.get(key, db=dbs.pages)
-                return None if entry is None else bytes(entry), None if view is None else _copied(view, buffer)
+            with dbs.env.begin(buffers=True) as txn, txn.cursor(dbs.entries) as a, txn.cursor(dbs.pages) as b:
+                return [read(a, b, key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
 
-        nothing: tuple[bytes | None, Payload | None] = (None, None)
-        return self.store.attempt("read", load, nothing)
+        return self.store.attempt("read", load, [Read(None, None, False)] * len(keys))
 
     def _put(self, batch: Sequence[Write]) -> None:
         if batch and not self._change(lambda dbs: self._write(dbs, batch), False):
@@ -303,8 +303,8 @@ class DiskTier:
                 stamp, key, entry = oldest.popleft()
                 # Another process may have used or removed it meanwhile.
                 if txn.get(key, db=dbs.entries) == entry:
-                    _delete(dbs, txn, key)
-                    freed += room_for(_size(entry))
+                    delete(dbs, txn, key)
+                    freed += room_for(size_of(entry))
                     evicted += 1
                     self.evicted_stamp = max(self.evicted_stamp, min(stamp, time.time_ns()))
         self.unsynced = True
@@ -317,7 +317,7 @@ class DiskTier:
             count, occupied = txn.stat(dbs.entries)["entries"], dbs.occupied(txn)
             if not count or occupied <= target_bytes:
                 return []
-            uses = ((_last_used(entry), key, entry) for key, entry in cursor)
+            uses = ((last_used(entry), key, entry) for key, entry in cursor)
             return heapq.nsmallest(1 + (occupied - target_bytes) * count // occupied, uses)
 
     def _record_uses(self, dbs: Databases, new: Sequence[tuple[bytes, Payload, bytes]] = ()) -> bool:
@@ -328,7 +328,7 @@ class DiskTier:
             return True
         try:
             with dbs.env.begin(write=True) as txn:
-                _stamp(dbs, txn, touched)
+                stamp_uses(dbs, txn, touched)
                 for key, payload, entry in new:
                     txn.put(key, payload, db=dbs.pages)
                     txn.put(key, entry, db=dbs.entries)
@@ -344,7 +344,7 @@ class DiskTier:
         """Note a use of a page for the next write to record; False if the page is not there."""
         if entry is None:
             return False
-        if stamp > _last_used(entry):
+        if stamp > last_used(entry):
             with self.lock:
                 self.touched[key] = max(stamp, self.touched.get(key, 0))
         return True
@@ -354,7 +354,7 @@ class DiskTier:
             with dbs.env.begin(write=True) as txn:
                 # Another process may have removed and rewritten it meanwhile.
                 if txn.get(key, db=dbs.entries) == entry:
-                    _delete(dbs, txn, key)
+                    delete(dbs, txn, key)
             self._measure(dbs)
 
         self.store.attempt("removal", remove, None)
@@ -362,37 +362,3 @@ class DiskTier:
     def _count(self, **counts: int) -> None:
         with self.lock:
             self.counts.update(counts)
-
-
-def _delete(dbs: Databases, txn: "lmdb.Transaction[bytes]", key: bytes) -> None:
-    txn.delete(key, db=dbs.entries)
-    txn.delete(key, db=dbs.pages)
-
-
-def _stamp(dbs: Databases, txn: "lmdb.Transaction[bytes]", uses: Mapping[bytes, int]) -> None:
-    """Record uses of pages, unless a later one is recorded. In key order, since neighbours share a leaf."""
-    with txn.cursor(dbs.entries) as cursor:
-        for key in sorted(uses):
-            if cursor.set_key(key) and _last_used(entry := cursor.value()) < uses[key]:
-                cursor.put(key, entry[: SEAL.size] + STAMP.pack(uses[key]))
-
-
-def _copied(view: memoryview, buffer: np.ndarray | None) -> Payload:
-    """A copy of a view, in `buffer` if it fits there."""
-    payload = placed(view, buffer) if buffer is not None else None
-    return bytes(view) if payload is None else payload
-
-
-def _is_sound(key: bytes, entry: bytes | None, payload: Payload | None) -> bool:
-    return entry is not None and payload is not None and seal(key, payload) == entry[: SEAL.size]
-
-
-def _size(entry: bytes) -> int:
-    # An entry of another length is damaged, but must not stop an eviction.
-    return int(SEAL.unpack_from(entry)[0]) if len(entry) == ENTRY_BYTES else 0
-
-
-def _last_used(entry: bytes) -> int:
-    stamp = int(STAMP.unpack_from(entry, SEAL.size)[0]) if len(entry) == ENTRY_BYTES else 0
-    # A stamp from the future (a wrong clock, a flipped bit) counts as the oldest, and any use is newer.
-    return stamp if stamp <= time.time_ns() + CLOCK_SLACK_NS else 0
