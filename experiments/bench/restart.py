@@ -2,7 +2,7 @@
 
 `python -m experiments.bench.restart --model DIR` fills a store, then restarts the server on it a few times. Each time
 one request is asked after the restart, and a few warm ones after that. The table has medians in milliseconds: of TTFT,
-and of the time in each stage (`experiments.harness.traced`), counted once where calls overlap.
+and of the time in each stage (`experiments.bench.traced`), counted once where calls overlap.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments.demo import RESTARTED, body
+from experiments.bench.traced import STAGES, Span, read_spans
 from experiments.harness.client import Timing, count_tokens, measure, scrape
 from experiments.harness.disk import drop_from_memory, sequential_rate
 from experiments.harness.provenance import provenance
 from experiments.harness.report import write_json
 from experiments.harness.server import Server, running_server
-from experiments.harness.traced import STAGES, Span, read_spans
-from experiments.workloads.sessions import Session, stable_request
+from experiments.workloads.sessions import Session, stable_request, with_question
 from experiments.workloads.synthetic import Json
 
 RESULTS = Path("experiments/results/bench/restart.json")
 WARM = 5  # requests after each restart
+OUTPUT_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def covered(spans: Sequence[Span], start: float, stop: float) -> float:
 
 def ask(client: httpx.Client, server: Server, prompt: Json, rng: random.Random) -> Asked:
     """Ask a new question after the prompt."""
+    asked = with_question(prompt, rng.getrandbits(32)) | {"max_tokens": OUTPUT_TOKENS, "temperature": 0}
     sent = time.perf_counter()
-    timing = measure(client, server.url, body(RESTARTED, prompt, rng))
+    timing = measure(client, server.url, asked)
     # The answer's first event carries the time since the request's last byte.
     first = time.perf_counter() - (timing.total_ms - timing.ttft_ms) / 1e3
     return Asked(timing, max(sent, first - timing.ttft_ms / 1e3), first)
@@ -76,7 +77,7 @@ def ask(client: httpx.Client, server: Server, prompt: Json, rng: random.Random) 
 def restart(flags: Sequence[str], folder: Path, prompt: Json, rng: random.Random) -> dict[str, Any]:
     """One life of a server on the store: its first request and the warm ones after it."""
     spans_file, log = folder / "spans", folder / "server.log"
-    program = ("-m", "experiments.harness.traced", str(spans_file))
+    program = ("-m", "experiments.bench.traced", str(spans_file))
     with (
         running_server(flags[0], *flags[1:], log=log, program=program) as server,
         httpx.Client(timeout=600) as client,

@@ -24,9 +24,10 @@ from cache.tier import Fetched
 from cache.tiers import Found, StoredPage, Tiers
 from model.kv import KVPool
 from serve.engine.cost import CostTracker
-from serve.engine.page_copies import BATCHES, PageCopies, batch_sizes, staging_buffer
+from serve.engine.page_copies import MANY_BYTES, PageCopies, batch_sizes
 from serve.engine.page_names import PageNames
 from serve.engine.sequence import Sequence
+from serve.engine.staging import Staging
 
 log = logging.getLogger("tokenzero.restore")
 
@@ -119,7 +120,10 @@ class Restorer:
         self.tiers, self.copies, self.names, self.costs, self.wake = tiers, copies, names, costs, wake
         self.page_size, self.page_bytes = names.page_size, copies.page_bytes
         self.restore_bytes = max(restore_bytes, 4 * self.page_bytes)
-        self.slice_pages = min(BATCHES[0], self.restore_bytes // (4 * self.page_bytes))
+        self.slice_pages = min(copies.slice_pages, self.restore_bytes // (4 * self.page_bytes))
+        self.staging = Staging(self.slice_pages * self.page_bytes, READ_AHEAD)
+        if self.staging.size <= MANY_BYTES:
+            self.staging.prefault()
         self.restores: dict[int, Restore] = {}  # by the sequence's number
         # Bytes of each slice that is being read, or was and is not copied in yet.
         self.staged: WeakKeyDictionary[Future[Loaded], int] = WeakKeyDictionary()
@@ -193,7 +197,7 @@ class Restorer:
         for piece in list(restore.slices or ())[:READ_AHEAD]:
             if piece.loading is not None:
                 continue
-            size = len(piece.pages) * self.page_bytes
+            size = self.staging.takes(len(piece.pages) * self.page_bytes)
             if self.staged_bytes + size > budget:
                 return
             piece.loading = attempted(partial(self._fetch, piece.pages, self.load))
@@ -222,7 +226,8 @@ class Restorer:
 
     def _fetch(self, pages: list[StoredPage], then: Callable[[list[StoredPage], np.ndarray, Fetched], T]) -> Future[T]:
         """Read pages in the background, [pages, page_bytes] uint8, and hand them to `then` on the reader's thread."""
-        data, stamps = staging_buffer(len(pages), self.page_bytes), [page.stamp for page in pages]
+        data = self.staging.buffer(len(pages) * self.page_bytes).reshape(len(pages), self.page_bytes)
+        stamps = [page.stamp for page in pages]
         return self.tiers.pages.fetch([page.key for page in pages], data, partial(then, pages, data), stamps)
 
     def load(
@@ -235,7 +240,7 @@ class Restorer:
         count = fetched.sources.index(None) if None in fetched.sources else len(pages)
         shaped = data.view(self.copies.dtype).reshape(-1, *self.copies.page_shape)
         arrays, at = [], 0
-        for size in batch_sizes(count):
+        for size in batch_sizes(count, self.copies.scatter):
             arrays.append(jax.device_put(shaped[at : at + size]))
             at += size
         last = pages[count - 1]

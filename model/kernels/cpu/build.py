@@ -30,11 +30,12 @@ log = logging.getLogger("tokenzero.kernels")
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cc"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-PAGED_ATTENTION, LAYERS, HEAD, PACK = TARGETS = (
+PAGED_ATTENTION, LAYERS, HEAD, PACK, SCATTER_PAGES = TARGETS = (
     "tokenzero_paged_attention",
     "tokenzero_layers",
     "tokenzero_head",
     "tokenzero_pack",
+    "tokenzero_scatter_pages",
 )
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-fast-math", "-fno-math-errno", "-ffp-contract=off")

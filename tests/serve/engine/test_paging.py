@@ -140,7 +140,8 @@ def test_a_page_that_vanishes_between_lookup_and_reading_is_computed(model, tmp_
     disk.get_many = lambda wanted, into, stamps: [
         None if key == keys[7] else page for key, page in zip(wanted, read(wanted, into, stamps), strict=True)
     ]
-    with Running(model, tiers) as engine:
+    page_bytes = Running(model, tiers).engine.core.restorer.page_bytes
+    with Running(model, tiers, replace(SMALL, restore_bytes=4 * 16 * page_bytes)) as engine:  # slices of 16 pages
         output, started, _ = generate(engine, tokens, 4)
         assert started.restored["disk"] == (15 + 7) * PAGE  # the first slice up to the page, and the second
     assert_same_or_tied(model, tokens, output, reference(model, tokens, 4, KNOWN), [])

@@ -1,4 +1,4 @@
-"""A server that notes when its stages begin and end: `python -m experiments.harness.traced SPANS --model DIR ...`.
+"""A server that notes when its stages begin and end: `python -m experiments.bench.traced SPANS --model DIR ...`.
 
 It wraps the functions of `STAGES` and runs the server. When that ends, SPANS gets a line of JSON for each call: stage,
 thread, start and stop in seconds of `time.perf_counter`, which on Linux all processes share.
