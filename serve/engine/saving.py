@@ -66,9 +66,7 @@ class Saver:
         full = sequence.computed // sequence.page_size
         rest = sequence.tokens[full * sequence.page_size : sequence.computed]
         if len(rest) and sequence.computed > sequence.reused:
-            assert sequence.lease is not None
-            key = self.names.tail(sequence, full, rest)
-            pages.append(UnsavedPage(key, int(sequence.lease.pages[full]), sequence.used - full))
+            pages += [self._tail(sequence, full, rest), *self._fork(sequence, full)]
         return pages
 
     def finish(self, lease: Lease, pages: list[UnsavedPage]) -> None:
@@ -117,10 +115,27 @@ class Saver:
             stamps = range(sequence.used - sequence.stamped, sequence.used - full, -1)
             self.writer.use(sequence.keys[sequence.stamped : full], stamps)
             sequence.stamped = full
-        table = sequence.lease.pages
-        return [
-            (i, UnsavedPage(sequence.keys[i], int(table[i]), sequence.used - i)) for i in sequence.unsaved if i < full
-        ]
+        unsaved = []
+        for i in sequence.unsaved:
+            if i < full:
+                page = UnsavedPage(sequence.keys[i], int(sequence.lease.pages[i]), sequence.used - i)
+                unsaved += [(i, each) for each in (page, *self._fork(sequence, i))]
+        return unsaved
+
+    def _fork(self, sequence: Sequence, index: int) -> list[UnsavedPage]:
+        """The start of a sequence's page that it shares with another one, under a key of its own.
+
+        No key of a full page finds it: a third sequence that shares as much would have to compute it after a restart.
+        """
+        first = index * sequence.page_size
+        shared = sequence.tokens[first : sequence.reused_until]
+        return [self._tail(sequence, index, shared)] if 0 < len(shared) < sequence.page_size else []
+
+    def _tail(self, sequence: Sequence, index: int, tokens: np.ndarray) -> UnsavedPage:
+        """A page of a sequence under the key of the `tokens` that it begins with."""
+        assert sequence.lease is not None
+        key = self.names.tail(sequence, index, tokens)
+        return UnsavedPage(key, int(sequence.lease.pages[index]), sequence.used - index)
 
     def _submit(self, pages: list[UnsavedPage]) -> int:
         """Copy pages and queue the copies, the first ones first. Returns how many are done with.
