@@ -79,6 +79,20 @@ def test_a_restarted_engine_answers_the_same_and_computes_only_the_last_token(mo
         assert started.restored["disk"] == started.reused_tokens == len(tokens) + 19
 
 
+@pytest.mark.parametrize("question", [30, 1])  # tokens: the second one's end is in the page in which they part
+def test_what_two_prompts_share_of_a_page_is_read_for_a_third_one(model, tmp_path, question):
+    shared = prompt(0, 100)
+    asked = [np.concatenate([shared, [number], prompt(number, question)]) for number in (1, 2, 3)]
+    with Running(model, tiers_of(tmp_path)) as engine:
+        for tokens in asked[:2]:
+            generate(engine, tokens, 2)
+    with Running(model, tiers_of(tmp_path)) as engine:
+        output, started, _ = generate(engine, asked[2], 4)
+        assert started.restored["disk"] == len(shared)
+        assert len(shared) % PAGE
+    assert_same_or_tied(model, asked[2], output, reference(model, asked[2], 4, KNOWN), [])
+
+
 def test_what_was_evicted_from_the_device_comes_back_from_host_memory(model):
     prompts = [prompt(seed, 280) for seed in range(6)]  # 6 x 35 pages of a pool of 96
     flips = []
