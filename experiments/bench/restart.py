@@ -2,7 +2,8 @@
 
 `python -m experiments.bench.restart --model DIR` fills a store, then restarts the server on it a few times. Each time
 one request is asked after the restart, and a few warm ones after that. The table has medians in milliseconds: of TTFT,
-and of the time in each stage (`experiments.bench.traced`), counted once where calls overlap.
+of the CPU time of all threads, and of the time in each stage (`experiments.bench.traced`), counted once where calls
+overlap.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Asked:
     timing: Timing
     sent: float
     first: float
+    cpu_ms: float  # of all the server's threads, until the end of the answer
 
     def stages(self, spans: Sequence[Span]) -> dict[str, float]:
         """Milliseconds in each stage until the first token."""
@@ -67,11 +69,18 @@ def covered(spans: Sequence[Span], start: float, stop: float) -> float:
 def ask(client: httpx.Client, server: Server, prompt: Json, rng: random.Random) -> Asked:
     """Ask a new question after the prompt."""
     asked = with_question(prompt, rng.getrandbits(32)) | {"max_tokens": OUTPUT_TOKENS, "temperature": 0}
-    sent = time.perf_counter()
+    before, sent = cpu_ms(server), time.perf_counter()
     timing = measure(client, server.url, asked)
+    used = cpu_ms(server) - before
     # The answer's first event carries the time since the request's last byte.
     first = time.perf_counter() - (timing.total_ms - timing.ttft_ms) / 1e3
-    return Asked(timing, max(sent, first - timing.ttft_ms / 1e3), first)
+    return Asked(timing, max(sent, first - timing.ttft_ms / 1e3), first, used)
+
+
+def cpu_ms(server: Server) -> float:
+    """CPU time that the server's threads have used, milliseconds: steadier than wall time on a busy machine."""
+    threads = Path(f"/proc/{server.process.pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e6
 
 
 def restart(flags: Sequence[str], folder: Path, prompt: Json, rng: random.Random) -> dict[str, Any]:
@@ -98,7 +107,11 @@ def restart(flags: Sequence[str], folder: Path, prompt: Json, rng: random.Random
 def row(asked: Asked, spans: Sequence[Span]) -> dict[str, Any]:
     """One request as JSON values."""
     counts = {"prompt": asked.timing.prompt_tokens, "cached": asked.timing.cached_tokens}
-    return {"ttft": round(asked.timing.ttft_ms, 2)} | counts | {"stages": asked.stages(spans)}
+    return (
+        {"ttft": round(asked.timing.ttft_ms, 2), "cpu": round(asked.cpu_ms, 2)}
+        | counts
+        | {"stages": asked.stages(spans)}
+    )
 
 
 def timeline(asked: Asked, spans: Sequence[Span]) -> list[tuple[str, float, float]]:
@@ -114,7 +127,7 @@ def summarise(lives: Sequence[dict[str, Any]], tokens: int, disk_rate: float) ->
 
     def middle(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         stages = {stage: round(median(r["stages"][stage] for r in rows), 2) for stage in STAGES}
-        return {name: round(median(r[name] for r in rows), 2) for name in ("ttft", "prompt", "cached")} | stages
+        return {name: round(median(r[name] for r in rows), 2) for name in ("ttft", "cpu", "prompt", "cached")} | stages
 
     restarted, stable, size = middle(first), middle(warm), median(life["bytes"] for life in lives)
     return {
