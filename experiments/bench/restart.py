@@ -138,6 +138,10 @@ def summarise(lives: Sequence[dict[str, Any]], tokens: int, disk_rate: float) ->
             median(f["ttft"] / median(w["ttft"] for w in life["stable"]) for f, life in zip(first, lives, strict=True)),
             3,
         ),
+        "ttft": {
+            "restarted": [life["restarted"]["ttft"] for life in lives],
+            "stable": [[each["ttft"] for each in life["stable"]] for life in lives],
+        },
         "bytes": size,
         "read_gb_per_s": round(size / 1e6 / max(restarted["read"], 0.01), 2),
         "copy_in_gb_per_s": round(size / 1e6 / max(restarted["copy in"], 0.01), 2),
@@ -178,7 +182,8 @@ def measure_length(args: argparse.Namespace, tokens: int, cold: bool, progress: 
             lives.append(restart(flags, folder, prompt, rng))
             progress.advance(task)
         rate = sequential_rate(folder, round(median(life["bytes"] for life in lives)))
-    return summarise(lives, tokens, rate) | {"lives": lives, "cold": cold}
+    usual = sorted(lives, key=lambda life: life["restarted"]["ttft"])[len(lives) // 2]
+    return summarise(lives, tokens, rate) | {"timeline": usual["timeline"], "cold": cold}
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
