@@ -170,7 +170,8 @@ def warm_up(steps: Steps, params: Params, pool: KVPool, max_model_len: int) -> t
     It writes to pages that no sequence holds. Returns the pool, and the chunk's tokens [start, stop) and seconds.
     """
     # Where padding is computed, only a full shape shows what a token takes.
-    chunk = WARM_UP_CHUNK if isinstance(params.layers, PackedLayers) else max(bucket.chunk for bucket in steps.run)
+    longest = max(bucket.chunk for bucket in steps.run)
+    chunk = min(WARM_UP_CHUNK, longest) if isinstance(params.layers, PackedLayers) else longest
     count = min(chunk, max_model_len)
     before = min(WARM_UP_PREFIX, max_model_len - count)
     bucket = smallest_bucket(base_buckets(steps.run), [count])

@@ -167,7 +167,7 @@ print(found.count(True), flush=True)
 @needs_kernel
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="only Linux lists who waits for a lock")
 def test_one_compiler_runs_however_many_threads_and_processes_need_the_kernels(tmp_path: Path) -> None:
-    # The stand-in says that it has started, and copies the finished library when the event is there.
+    # The stand-in says that it has begun to link, and copies the finished library when the event is there.
     started, event = tmp_path / "started", tmp_path / "event"
     os.mkfifo(event)
     fake = tmp_path / "c++"
@@ -175,6 +175,7 @@ def test_one_compiler_runs_however_many_threads_and_processes_need_the_kernels(t
         f"""#!/bin/sh
 for last; do :; done
 [ "$last" = --version ] && exit
+case "$*" in *" -c "*) exit;; esac
 echo started >> {started}
 read line < {event}
 cp {build.built()} "$last"

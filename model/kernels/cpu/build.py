@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -92,24 +93,25 @@ def built() -> Path:
             return library
         log.info("building the CPU kernels: once on this machine, a few seconds")
         made = Path(folder) / library.name
-        try:
-            subprocess.run(
-                [*command, *map(str, SOURCES), "-o", str(made)],
-                check=True,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=BUILD_SECONDS,
-            )
-        except subprocess.CalledProcessError as error:
-            lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
-            raise RuntimeError(f"{compiler[0]} failed: {lines[0] if lines else error}") from None
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{compiler[0]} was not done after {BUILD_SECONDS} s") from None
+        objects = [made.with_name(f"{source.stem}.o") for source in SOURCES]
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda source, to: run(*command, "-c", str(source), "-o", str(to)), SOURCES, objects))
+        run(*command, *map(str, objects), "-o", str(made))
         with made.open("rb+") as file:
             os.fsync(file.fileno())  # loading a library that a crash cut short would end the process
         made.replace(library)
     return library
+
+
+def run(*command: str) -> None:
+    """Run the compiler. Raises RuntimeError with its first error, or if it takes too long."""
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
+        raise RuntimeError(f"{command[0]} failed: {lines[0] if lines else error}") from None
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{command[0]} was not done after {BUILD_SECONDS} s") from None
 
 
 @contextmanager

@@ -102,15 +102,15 @@ inline Vec silu(Vec x) {
   return x * (x < Vec{} ? e : all(1.0f)) / (e + 1.0f);
 }
 
+// Adds a panel's biases to its sums; null is none.
+inline void add_bias(const float* bias, int64_t panel, float* sums) {
+  if (!bias) return;
+  for (int i = 0; i < matmul::PANEL; i += LANES) store(sums + i, load(sums + i) + load(bias + panel * matmul::PANEL + i));
+}
+
 // A panel's finished sums, or as many of them as there are outputs.
-inline void write(const Vec* sums, int vectors, float* to, int64_t count) {
-  if (count >= vectors * LANES) {
-    for (int v = 0; v < vectors; ++v) store(to + v * LANES, sums[v]);
-    return;
-  }
-  float values[matmul::PANEL];
-  for (int v = 0; v < vectors; ++v) store(values + v * LANES, sums[v]);
-  std::memcpy(to, values, count * sizeof(float));
+inline void write(const float* sums, float* to, int64_t count) {
+  std::memcpy(to, sums, std::min<int64_t>(count, matmul::PANEL) * sizeof(float));
 }
 
 // The outputs of a product in the panels [from, to) for the tokens [first, last): calls `put(token, panel, sums)`.
@@ -120,7 +120,7 @@ void multiply(const matmul::Product& product, int64_t first, int64_t last, int64
   for (int64_t at = first, end; at < last; at = end) {
     end = std::min(at + matmul::BLOCK, last);
     for (int64_t panel = from; panel < to; ++panel)
-      matmul::panel(product, panel, at, end, scratch, [&](int64_t token, Vec* sums) { put(token, panel, sums); });
+      matmul::panel(product, panel, at, end, scratch, [&](int64_t token, float* sums) { put(token, panel, sums); });
   }
 }
 
@@ -226,10 +226,10 @@ class Decoder {
   template <typename Tokens>
   void before_attention(const Tokens& tokens, const Layer& w, float* k, float* v) {
     norms(tokens, w.attn_norm);
-    tokens.product({normed.begin, s.embed, w.qkv, s.embed}, s.qkv_size(), [&](int64_t token, int64_t panel, Vec* sums) {
+    tokens.product({normed.begin, s.embed, w.qkv, s.embed}, s.qkv_size(), [&](int64_t token, int64_t panel, float* sums) {
       const int64_t at = panel * matmul::PANEL;
-      for (int i = 0; w.qkv_bias && i < matmul::VECTORS; ++i) sums[i] += load(w.qkv_bias + at + i * LANES);
-      write(sums, matmul::VECTORS, qkv.begin + token * s.qkv_size() + at, s.qkv_size() - at);
+      add_bias(w.qkv_bias, panel, sums);
+      write(sums, qkv.begin + token * s.qkv_size() + at, s.qkv_size() - at);
     });
     tokens.each([&](int64_t token) { place(w, token, k, v); });
   }
@@ -239,14 +239,12 @@ class Decoder {
     const int64_t attended_size = s.heads() * s.dim;
     project(tokens, {attended.begin, attended_size, w.out, attended_size}, w.out_bias);
     norms(tokens, w.mlp_norm);
-    tokens.product({normed.begin, s.embed, w.gate_up, s.embed}, 2 * s.ffn, [&](int64_t token, int64_t panel, Vec* sums) {
-      constexpr int HALF = matmul::VECTORS / 2;
-      const int64_t at = panel * HALF * LANES;
-      for (int i = 0; w.gate_up_bias && i < matmul::VECTORS; ++i)
-        sums[i] += load(w.gate_up_bias + panel * matmul::PANEL + i * LANES);
-      Vec products[HALF];
-      for (int i = 0; i < HALF; ++i) products[i] = silu(sums[i]) * sums[HALF + i];
-      write(products, HALF, tokens.gated_of(token) + at, s.ffn - at);
+    tokens.product({normed.begin, s.embed, w.gate_up, s.embed}, 2 * s.ffn, [&](int64_t token, int64_t panel, float* sums) {
+      constexpr int64_t HALF = matmul::PANEL / 2;
+      const int64_t at = panel * HALF;
+      add_bias(w.gate_up_bias, panel, sums);
+      for (int64_t i = 0; i < HALF; i += LANES) store(sums + i, silu(load(sums + i)) * load(sums + HALF + i));
+      write(sums, tokens.gated_of(token) + at, std::min(HALF, s.ffn - at));
     });
     project(tokens, {tokens.gated_of(0), s.ffn, w.down, s.ffn}, w.down_bias);
   }
@@ -283,17 +281,11 @@ class Decoder {
   // Adds a product, and a bias, to the residual stream.
   template <typename Tokens>
   void project(const Tokens& tokens, const matmul::Product& product, const float* bias) {
-    tokens.product(product, s.embed, [&](int64_t token, int64_t panel, Vec* sums) {
-      const int64_t at = panel * matmul::PANEL, count = s.embed - at;
+    tokens.product(product, s.embed, [&](int64_t token, int64_t panel, float* sums) {
+      const int64_t at = panel * matmul::PANEL, count = std::min<int64_t>(matmul::PANEL, s.embed - at);
       float* to = s.x + token * s.embed + at;
-      for (int i = 0; bias && i < matmul::VECTORS; ++i) sums[i] += load(bias + at + i * LANES);
-      if (count >= matmul::PANEL) {
-        for (int i = 0; i < matmul::VECTORS; ++i) store(to + i * LANES, load(to + i * LANES) + sums[i]);
-        return;
-      }
-      float values[matmul::PANEL];
-      write(sums, matmul::VECTORS, values, matmul::PANEL);
-      for (int64_t i = 0; i < count; ++i) to[i] += values[i];
+      add_bias(bias, panel, sums);
+      for (int64_t i = 0; i < count; ++i) to[i] += sums[i];
     });
   }
 
@@ -348,9 +340,9 @@ ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, F32 head, 
   float* to = logits->typed_data();
   Region<Scratch> region(pool, threads_of(pool) - 1);
   const Together together = {region, threads_of(pool), count, 0, nullptr};
-  together.product({normed.begin, embed, head.typed_data(), embed}, vocab, [&](int64_t row, int64_t panel, Vec* sums) {
+  together.product({normed.begin, embed, head.typed_data(), embed}, vocab, [&](int64_t row, int64_t panel, float* sums) {
     const int64_t at = panel * matmul::PANEL;
-    write(sums, matmul::VECTORS, to + row * vocab + at, vocab - at);
+    write(sums, to + row * vocab + at, vocab - at);
   });
   for (int64_t row = count; row < rows; ++row)
     std::memcpy(to + row * vocab, to + (count - 1) * vocab, vocab * sizeof(float));

@@ -54,22 +54,19 @@ inline void add(const float* x, int64_t stride, const float* w, int64_t depth, V
   }
 }
 
-// The inputs [i, i + depth) of T tokens, of which the first is token `t`; `put(token, sums)` takes finished sums.
-template <int T, typename Put>
-inline void tile(const Product& p, int64_t t, const float* w, int64_t i, int64_t depth, float* kept, const float* ahead,
-                 int64_t lines, const Put& put) {
+// Adds the inputs [i, i + depth) of T tokens, the first of which is `t`, to their sums, [T, PANEL].
+template <int T>
+void tile(const Product& p, int64_t t, const float* w, int64_t i, int64_t depth, float* kept, const float* ahead,
+          int64_t lines) {
   Vec sums[T][VECTORS];
   UNROLL for (int s = 0; s < T; ++s)
     UNROLL for (int v = 0; v < VECTORS; ++v) sums[s][v] = i ? load(kept + s * PANEL + v * LANES) : Vec{};
   add<T>(p.x + t * p.stride + i, p.stride, w, depth, sums, ahead, lines);
-  const bool finished = i + depth == p.inputs;
-  UNROLL for (int s = 0; s < T; ++s) {
-    if (finished)
-      put(t + s, sums[s]);
-    else
-      UNROLL for (int v = 0; v < VECTORS; ++v) store(kept + s * PANEL + v * LANES, sums[s][v]);
-  }
+  UNROLL for (int s = 0; s < T; ++s)
+    UNROLL for (int v = 0; v < VECTORS; ++v) store(kept + s * PANEL + v * LANES, sums[s][v]);
 }
+
+constexpr decltype(&tile<1>) TILES[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};  // by tokens
 
 // A panel's outputs for the tokens [first, last), at most BLOCK: calls `put(token, sums)` for each token.
 template <typename Put>
@@ -84,17 +81,11 @@ void panel(const Product& p, int64_t number, int64_t first, int64_t last, Scratc
     const float* block = w + i * PANEL;
     for (int64_t n = 0, t = 0; n < tiles; ++n) {
       const int64_t size = (count - t + tiles - n - 1) / (tiles - n);  // tiles of about the same size
-      const int64_t fetched = n < fetching ? lines : 0;
       const float* ahead = block + depth * PANEL + n * lines * depth * LINE;
-      float* kept = scratch.sums + t * PANEL;
-      switch (size) {
-        case 1: tile<1>(p, first + t, block, i, depth, kept, ahead, fetched, put); break;
-        case 2: tile<2>(p, first + t, block, i, depth, kept, ahead, fetched, put); break;
-        case 3: tile<3>(p, first + t, block, i, depth, kept, ahead, fetched, put); break;
-        case 4: tile<4>(p, first + t, block, i, depth, kept, ahead, fetched, put); break;
-        case 5: tile<5>(p, first + t, block, i, depth, kept, ahead, fetched, put); break;
-        default: tile<6>(p, first + t, block, i, depth, kept, ahead, fetched, put);
-      }
+      float* sums = scratch.sums + t * PANEL;
+      TILES[size](p, first + t, block, i, depth, sums, ahead, n < fetching ? lines : 0);
+      if (i + depth == p.inputs)
+        for (int64_t s = 0; s < size; ++s) put(first + t + s, sums + s * PANEL);
       t += size;
     }
   }

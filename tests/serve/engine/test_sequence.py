@@ -114,6 +114,7 @@ def test_no_other_module_writes_to_what_a_sequence_holds() -> None:
     writers = {
         (path.name, node.attr)
         for path in engine.glob("*.py")
+        if path.name != "programs.py"  # whose programs have a state of their own
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr in held
     }
