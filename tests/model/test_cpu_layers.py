@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import replace
 
 import jax
@@ -155,6 +156,28 @@ def test_the_same_batch_gives_the_same_bits_again_and_again() -> None:
     first, _ = compiled(PLAIN)(packed(PLAIN), batch, random_pool(PLAIN))
     for _ in range(30):
         assert np.array_equal(first, compiled(PLAIN)(packed(PLAIN), batch, random_pool(PLAIN))[0])
+
+
+@needs_kernel
+def test_a_long_step_and_many_short_ones_beside_it_do_not_wait_for_each_other() -> None:
+    """While the long one has the pool's threads, the short ones fill the pool's queue."""
+    long, batch = replace(PLAIN, embed_size=512, ffn_size=2048), batch_of([1800], [0])
+    x, norm, head = jnp.ones((1, 8)), jnp.ones(8), panels(jnp.ones((1, 8, 8)))[0]
+    short = jax.jit(lambda x: logits(x, np.zeros(1, np.int32), norm, head, 8, 1e-5))
+    params, pool = packed(long), random_pool(long)
+    jax.block_until_ready((compiled(long)(params, batch, pool), short(x)))  # compiled
+
+    def run_long() -> None:
+        while many.is_alive():
+            jax.block_until_ready(compiled(long)(params, batch, pool))
+
+    many = threading.Thread(target=lambda: [short(x).block_until_ready() for _ in range(20_000)], daemon=True)
+    one = threading.Thread(target=run_long, daemon=True)
+    for thread in (many, one):
+        thread.start()
+    for thread in (many, one):
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 @needs_kernel

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <thread>
 
 #include "common.h"
 
@@ -22,8 +23,10 @@ class Region {
  public:
   // Asks `helpers` threads of the pool to join; this thread takes part in any case.
   Region(xla::ffi::ThreadPool& pool, int64_t helpers) : shared(std::make_shared<Shared>()) {
+    // A pool whose queue is full runs what it is asked to on this very thread, which would wait for itself.
     for (int64_t i = 0; i < helpers; ++i)
-      pool.Schedule([shared = shared] {
+      pool.Schedule([shared = shared, caller = std::this_thread::get_id()] {
+        if (std::this_thread::get_id() == caller) return;
         Scratch scratch;
         shared->help(scratch);
       });
@@ -36,7 +39,8 @@ class Region {
   template <typename Run>
   void run(uint64_t count, Run run) {
     if (count == 1) return run(scratch, uint64_t{0});
-    shared->call = [](void* task, Scratch& scratch, uint64_t i) { (*static_cast<Run*>(task))(scratch, i); };
+    // Where there is no memory left, the process ends here: others still work on what an exception would destroy.
+    shared->call = [](void* task, Scratch& scratch, uint64_t i) noexcept { (*static_cast<Run*>(task))(scratch, i); };
     shared->task = &run;
     for (uint64_t first = 0; first < count; first += MOST) {
       shared->offset = first;
