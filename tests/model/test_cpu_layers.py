@@ -181,10 +181,11 @@ def test_a_long_step_and_many_short_ones_beside_it_do_not_wait_for_each_other() 
 
 
 @needs_kernel
-def test_padding_writes_no_page_and_no_page_out_of_the_pool_is_written() -> None:
+@pytest.mark.parametrize("page", [PAGES, 2**31 - 1, -(2**31)])
+def test_padding_writes_no_page_and_no_page_out_of_the_pool_is_touched(page: int) -> None:
     batch = batch_of([1, 2], [9, 16], spare_tokens=6)
     table = batch.block_table.copy()
-    table[1, 2:] = PAGES  # out of range: dropped
+    table[1, 2:] = page
     _, pool = compiled(PLAIN)(packed(PLAIN), replace(batch, block_table=table), random_pool(PLAIN))
     changed = np.argwhere((np.asarray(pool.k) != np.asarray(random_pool(PLAIN).k)).any((0, 2, 4)))
     assert changed.tolist() == [[int(table[0, 1]), 1]]

@@ -60,16 +60,16 @@ struct Problem {
   const int32_t* prefix;   // [seqs]
   const int32_t* table;    // [seqs, width]
   float* out;              // [tokens, kv_heads, group, dim]
-  int64_t tokens, kv_heads, group, dim, page_size, seqs, width;
+  int64_t tokens, kv_heads, group, dim, pages, page_size, seqs, width;
 
   int64_t rows(int64_t s) const { return (starts[s + 1] - starts[s]) * group; }
   // Offset of a query or its result.
   int64_t at(int64_t s, int64_t head, int64_t row) const {
     return ((starts[s] + row / group) * kv_heads * group + head * group + row % group) * dim;
   }
-  // Offset of a key or its value in the pool.
+  // Offset of a key or its value in the pool; a page out of range, which nothing is written to, is read as the nearest.
   int64_t place(int64_t s, int64_t head, int64_t position) const {
-    const int64_t page = table[s * width + position / page_size];
+    const int64_t page = std::clamp<int64_t>(table[s * width + position / page_size], 0, pages - 1);
     return ((page * kv_heads + head) * page_size + position % page_size) * dim;
   }
   // Keys from this one on that lie in one page, at most a block of them.

@@ -1,6 +1,6 @@
-// All decoder layers of a step on CPUs as one call from XLA, and the logits as another: norm, query/key/value product, rotation, keys and values
-// into their pages, attention, output product, norm, gate and up products with SiLU, down product. The plain reference
-// is model/decoder.py over the reference of attention.
+// All decoder layers of a step on CPUs as one call from XLA, and the logits as another. A layer: norm, query/key/value
+// product, rotation, keys and values into their pages, attention, output product, norm, gate and up products with SiLU,
+// down product. The plain reference is model/decoder.py over the reference of attention.
 //
 // One parallel region runs all of it, so threads meet between phases and nowhere else, and only the batch's real tokens
 // are looked at. Weights are packed (matmul.h); every sum of a token has one order of addition, whatever else the batch
@@ -316,7 +316,7 @@ ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S
                      table.typed_data(), cos.typed_data(), sin.typed_data(), x_out->typed_data()};
   if (!step.tokens) return ffi::Error::Success();
   const attention::Problem problem = {nullptr, nullptr, nullptr, step.starts, step.prefix, step.table, nullptr,
-                                      step.tokens, kv_heads, step.group, dim, page_size, seqs, step.width};
+                                      step.tokens, kv_heads, step.group, dim, step.pages, page_size, seqs, step.width};
   Decoder decoder(pool, step, problem);
   const int64_t pages = shape[1] * kv_heads * page_size * dim;
   for (int64_t i = 0; i < layers; ++i)

@@ -29,6 +29,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
                      shape[1],
                      shape[2],
                      shape[3],
+                     pages[1],
                      pages[3],
                      prefix.dimensions()[0],
                      table.dimensions()[1]};
