@@ -49,11 +49,12 @@ def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Ar
     return paged_decode if batch.max_chunk * q.shape[2] <= QUERY_ROWS else paged_prefill
 
 
-def arranged(params: Params, page_size: int) -> Params:
+def arranged(params: Params, page_size: int, consume: bool = False) -> Params:
     """Stacked weights as this device reads them fastest, for a pool of this page size.
 
     On a CPU they are packed for its kernels, or taken apart for XLA where the kernels cannot run the model; the reason
-    is logged once.
+    is logged once. With `consume`, the caller gives `params` up: what is packed is deleted, so that memory never holds
+    all weights twice.
     """
     if not on_cpu():
         return params
@@ -62,7 +63,7 @@ def arranged(params: Params, page_size: int) -> Params:
     if reason := packing.unsupported_reason(params, page_size):
         warn_once("CPU kernels", reason)
         return unstacked(params)
-    return packing.pack(params, page_size)
+    return packing.pack(params, page_size, consume)
 
 
 def on_cpu() -> bool:

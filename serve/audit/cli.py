@@ -58,7 +58,7 @@ def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: by
         raise ValueError(f"--model: {folder} has fingerprint {fingerprint.hex()}, the file {case.fingerprint}")
     if root_key(fingerprint, case.page_size, salt).hex() != case.root:
         raise ValueError("--salt: it is not the one of the file's sequence")
-    params = arranged(params, case.page_size)
+    params = arranged(params, case.page_size, consume=True)
     tokens = np.asarray(case.tokens, np.int32)
     settings = settings_for(case)
     audit = AuditSettings(share=float("inf"), quiet_s=0.0, max_tokens=len(tokens))

@@ -195,7 +195,7 @@ def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> L
     with progress.phase("fingerprint"):
         fingerprint = checkpoint.fingerprint(model_config, params)
     with progress.phase("packing"):
-        params = arranged(params, config.page_size)
+        params = arranged(params, config.page_size, consume=True)
     return LoadedModel(model_config, params, fingerprint, dtype)
 
 

@@ -242,6 +242,16 @@ def test_packed_weights_hold_every_row_once_and_zeros(parts: int) -> None:
     assert not rows[:, :, of_part:].any()
 
 
+@needs_kernel
+@pytest.mark.parametrize("config", [PLAIN, ODD], ids=["plain", "odd"])
+def test_weights_that_are_given_up_are_deleted_and_packed_alike(config: ModelConfig) -> None:
+    given = jax.tree.map(jnp.copy, random_params(config))
+    found = dispatch.arranged(given, PAGE, consume=True)
+    jax.tree.map(np.testing.assert_array_equal, found, packed(config))
+    matrices = [given.embed, given.layers.qkv, given.layers.out, given.layers.gate_up, given.layers.down]
+    assert all(array.is_deleted() for array in [*matrices, *jax.tree.leaves(given.lm_head)])
+
+
 def test_what_the_kernels_cannot_take_is_named_and_runs_on_xla() -> None:
     params = random_params(replace(PLAIN, head_dim=6))
     assert unsupported_reason(params, PAGE) == "head_dim is 6, supported are multiples of 4"

@@ -14,58 +14,68 @@ from model.kernels.cpu.build import PACK
 from model.params import Layer, PackedLayers, Params
 
 
-def pack(params: Params, page_size: int) -> Params:
+def pack(params: Params, page_size: int, consume: bool = False) -> Params:
     """Stacked weights in the kernels' order, for a pool of this page size.
 
+    With `consume`, each matrix of `params` is deleted when it is packed, so that memory never holds all of them twice.
     Raises ValueError for what `unsupported_reason` names.
     """
     if reason := unsupported_reason(params, page_size):
         raise ValueError(reason)
     assert isinstance(params.layers, Layer)
-    head = None if params.lm_head is None else panels(params.lm_head[None])[0]
-    return Params(panels(params.embed[None])[0], pack_layers(params.layers), params.final_norm, head)
+    layers = pack_layers(params.layers, consume)
+    embed = panels(params.embed, consume=consume)
+    head = None if params.lm_head is None else panels(params.lm_head, consume=consume)
+    return Params(embed, layers, params.final_norm, head)
 
 
-def pack_layers(layers: Layer) -> PackedLayers:
-    """Stacked layers in the kernels' order."""
-    count = layers.attn_norm.shape[0]
+def pack_layers(layers: Layer, consume: bool = False) -> PackedLayers:
+    """Stacked layers in the kernels' order; with `consume`, their matrices are deleted."""
+    count, embed = layers.attn_norm.shape
 
     def optional(array: jax.Array | None) -> Float32[jax.Array, "layers outputs"]:
         return jnp.zeros((count, 0), jnp.float32) if array is None else array.reshape(count, -1)
 
     return PackedLayers(
         attn_norm=layers.attn_norm,
-        qkv=panels(layers.qkv.reshape(count, -1, layers.qkv.shape[-1])),
+        qkv=panels(layers.qkv, shape=(count, -1, embed), consume=consume),
         qkv_bias=bias_panels(optional(layers.qkv_bias)),
         q_norm=optional(layers.q_norm),
         k_norm=optional(layers.k_norm),
-        out=panels(layers.out.reshape(*layers.out.shape[:2], -1)),
+        out=panels(layers.out, shape=(count, embed, -1), consume=consume),
         out_bias=bias_panels(optional(layers.out_bias)),
         mlp_norm=layers.mlp_norm,
-        gate_up=panels(layers.gate_up.reshape(count, -1, layers.gate_up.shape[-1]), parts=2),
+        gate_up=panels(layers.gate_up, parts=2, shape=(count, -1, embed), consume=consume),
         gate_up_bias=bias_panels(optional(layers.gate_up_bias), parts=2),
-        down=panels(layers.down),
+        down=panels(layers.down, consume=consume),
         down_bias=bias_panels(optional(layers.down_bias)),
     )
 
 
 def panels(
-    weight: Float32[jax.Array, "layers outputs inputs"], parts: int = 1
-) -> Float32[jax.Array, "layers panels inputs panel"]:
+    weight: Float32[jax.Array, "..."], parts: int = 1, shape: tuple[int, ...] = (), consume: bool = False
+) -> Float32[jax.Array, "*layers panels inputs panel"]:
     """Weights in panels of outputs, each input by input; every panel has an equal share of each of the `parts`.
 
-    The outputs that fill the last panel up are zero.
+    The outputs that fill the last panel up are zero. `shape` is [*layers, outputs, inputs], as `reshape` takes it,
+    where `weight` has other axes. With `consume`, `weight` is deleted.
     """
-    count, outputs, inputs = weight.shape
-    share = panel_width() // parts
-    packed: jax.Array = _packed(weight, (count, -(-outputs // parts // share), inputs, panel_width()), parts)
+    packed: jax.Array = _packed(weight, parts, shape or weight.shape, panel_width())
+    if consume:
+        packed.block_until_ready()
+        weight.delete()
     return packed
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _packed(weight: jax.Array, shape: tuple[int, ...], parts: int) -> jax.Array:
-    packed: jax.Array = jax.ffi.ffi_call(PACK, jax.ShapeDtypeStruct(shape, jnp.float32))(weight, parts=parts)
-    return packed
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _packed(weight: jax.Array, parts: int, shape: tuple[int, ...], width: int) -> jax.Array:
+    rows = weight.reshape(shape)  # here, since a reshape of its own would be a copy
+    *layers, outputs, inputs = rows.shape
+    count = -(-outputs // width)  # parts have equal shares of the rows and of a panel
+    rows = rows.reshape(-1, outputs, inputs)
+    to = jax.ShapeDtypeStruct((len(rows), count, inputs, width), jnp.float32)
+    packed: jax.Array = jax.ffi.ffi_call(PACK, to)(rows, parts=parts)
+    return packed.reshape(*layers, *to.shape[1:])
 
 
 def bias_panels(bias: Float32[jax.Array, "layers outputs"], parts: int = 1) -> Float32[jax.Array, "layers padded"]:
