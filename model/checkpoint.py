@@ -163,8 +163,9 @@ def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     path = Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists: delete it, or save to a new path")
-    if isinstance(params.layers, tuple):
-        raise ValueError("params.layers is a tuple of layers, expected one stacked Layer: save before `unstacked`")
+    if not isinstance(params.layers, Layer):
+        found = type(params.layers).__name__
+        raise ValueError(f"params.layers is a {found}, expected one stacked Layer: save before `arranged`")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", params)
     # Written last, so that a folder with this file holds all weights.

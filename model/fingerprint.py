@@ -16,7 +16,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.kernels.cpu import build
-from model.params import Params
+from model.params import PackedLayers, Params
 
 SEEDS = (0x00000001, 0x85EBCA6B)
 BLOCK_BYTES = 2**22  # of a weight that one call hashes, so that all cores have work
@@ -29,8 +29,12 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
     layers stacked or unstacked. End-of-sequence ids and the context limit do not change KV and are left out. Every bit
     of every weight enters, through a 64-bit hash per array and layer that takes one pass over the device's memory, by
     a kernel on CPUs. That hash distinguishes checkpoints, but it does not protect against deliberately colliding
-    weights, as BLAKE2b over all bytes on the host would.
+    weights, as BLAKE2b over all bytes on the host would. Raises ValueError for packed weights.
     """
+    if isinstance(params.layers, PackedLayers):
+        raise ValueError(
+            "params.layers is a PackedLayers, expected a Layer or a tuple of them: call it before `arranged`"
+        )
     if isinstance(params.layers, tuple):
         apart = [jax.tree.map(_hash, layer) for layer in params.layers]
         layers = jax.tree.map(lambda *words: np.stack(words, axis=-1), *apart)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from model.checkpoint import fingerprint, layout, load, resolve, restore_orbax, save_orbax
 from model.config import ModelConfig
 from model.kernels.cpu import build
+from model.kernels.cpu.packing import pack
 from model.params import Params, unstacked
 from tests.helpers.shapes import assert_fields
 
@@ -261,8 +262,9 @@ def test_orbax_gives_back_config_and_params_without_the_safetensors(variant_fold
 
 def test_orbax_neither_overwrites_nor_reads_half_a_checkpoint(tiny_checkpoint, tmp_path):
     config, params = load(tiny_checkpoint("llama"), jnp.float32)
-    with pytest.raises(ValueError, match="expected one stacked Layer"):
-        save_orbax(tmp_path / "converted", config, unstacked(params))
+    for other in (unstacked(params), pack(params, 4)):
+        with pytest.raises(ValueError, match="expected one stacked Layer"):
+            save_orbax(tmp_path / "converted", config, other)
     save_orbax(tmp_path / "converted", config, params)
     with pytest.raises(FileExistsError, match="converted exists"):
         save_orbax(tmp_path / "converted", config, params)
@@ -285,6 +287,12 @@ def test_the_fingerprint_is_equal_in_another_process_and_with_layers_apart(tiny_
     assert run.stdout.strip() == here.hex()
     assert fingerprint(config, unstacked(params)) == here
     assert fingerprint(dataclasses.replace(config, eos_token_ids=(5,)), params) == here
+
+
+def test_packed_weights_get_no_fingerprint(tiny_checkpoint):
+    config, params = load(tiny_checkpoint("qwen2"), jnp.float32)
+    with pytest.raises(ValueError, match="PackedLayers, expected a Layer"):
+        fingerprint(config, pack(params, 4))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
