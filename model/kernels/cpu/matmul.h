@@ -1,8 +1,8 @@
 // Matrix products over packed weights. A panel of PANEL outputs lies together, input by input, so the lanes of vectors
 // are outputs, weights are read in order, and an input is a number that is broadcast.
 //
-// A micro-kernel holds the sums of one panel for a few tokens in registers. A sum is added up input by input, in the same
-// order for any number of tokens and threads, so a token's result does not depend on the rest of the batch.
+// A micro-kernel holds the sums of one panel for a few tokens in registers. A sum is added up input by input, in the
+// same order for any number of tokens and threads, so a token's result does not depend on the rest of the batch.
 
 #pragma once
 
@@ -23,6 +23,7 @@ constexpr int PANEL = VECTORS * LANES;
 constexpr int64_t BLOCK = 192;                 // tokens for which a panel's weights stay in the first level of cache
 constexpr int64_t DEPTH = (1 << 13) / PANEL;   // inputs of a panel that fit there
 constexpr int64_t LINE = 16;                   // floats of a cache line
+constexpr int64_t LINES = std::max<int64_t>(PANEL / LINE, 1);  // of a panel's weights for one input
 
 inline int64_t panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
 
@@ -74,8 +75,7 @@ void panel(const Product& p, int64_t number, int64_t first, int64_t last, Scratc
   const int64_t count = last - first, tiles = (count + TILE - 1) / TILE;
   const float* w = p.weight + number * p.inputs * PANEL;
   // The weights of the next block are on their way while this block's are used, spread over the first tiles.
-  const int64_t lines = tiles >= VECTORS ? 1 : (VECTORS + tiles - 1) / tiles;
-  const int64_t fetching = (VECTORS * LANES / LINE + lines - 1) / lines;
+  const int64_t lines = (LINES + tiles - 1) / tiles, fetching = (LINES + lines - 1) / lines;
   for (int64_t i = 0; i < p.inputs; i += DEPTH) {
     const int64_t depth = std::min(DEPTH, p.inputs - i);
     const float* block = w + i * PANEL;
