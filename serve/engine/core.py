@@ -82,6 +82,7 @@ class EngineCore:
 
         pool = new_pool()
         self.programs = user_programs()
+        self.programs.busy = lambda: bool(self.running or self.waiting)
         steps = make_steps(self.programs, params, pool, config, settings)
         copies = make_page_copies(self.programs, pool, COPIES_RANK) if tiers else None
         self.programs.compile(steps.base() if settings.compile_in_background else self.programs.all, on_progress)

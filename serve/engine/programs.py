@@ -30,6 +30,9 @@ log = logging.getLogger("tokenzero.engine")
 # The order in the background: greedy sampling and copies of pages are quick to compile, and the first requests are
 # faster with them, steps have ranks from here on, and an audit waits for idle time anyway.
 GREEDY_RANK, COPIES_RANK, STEPS_RANK, LAST_RANK = 10, 20, 30, 10_000
+# The background waits for an idle moment before each program, and no longer than this where there is none.
+GIVE_WAY_SECONDS = 2.0
+POLL_SECONDS = 0.01
 
 
 class ProgramState(Enum):
@@ -103,6 +106,7 @@ class Programs:
         self.changed = threading.Condition()  # guards the states
         self.unsaved: list[tuple[Program, Compilation]] = []
         self.stopping = False
+        self.busy: Callable[[], bool] = lambda: False  # whether requests run, to whom the background gives way
         self.thread: threading.Thread | None = None
         self.requests = 0
         self.compile_seconds = 0.0  # of tracing, lowering and compiling
@@ -189,10 +193,17 @@ class Programs:
     # The background thread.
 
     def _work(self) -> None:
-        while self._goes_on() and (program := self._next()):
+        while self._gives_way() and (program := self._next()):
             self._make(program)
             self._save()
         self._save()
+
+    def _gives_way(self) -> bool:
+        """Wait while requests run, for GIVE_WAY_SECONDS at most; False if the thread has to end."""
+        end = time.monotonic() + GIVE_WAY_SECONDS
+        while self._goes_on() and self.busy() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return self._goes_on()
 
     def _goes_on(self) -> bool:
         return not self.stopping and threading.main_thread().is_alive()

@@ -64,6 +64,33 @@ def test_a_call_compiles_what_is_pending_and_only_once(order: list[str]) -> None
     assert programs.compile_seconds > 0
 
 
+def test_the_background_gives_way_to_requests_and_goes_on_where_they_never_end(
+    order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, running = Programs(), threading.Event()
+    for rank in range(3):
+        add(programs, rank)
+    running.set()
+    programs.busy = running.is_set
+    programs.start()
+    assert programs.thread
+    programs.thread.join(0.2)
+    assert order == []
+    running.clear()
+    programs.thread.join(60)
+    assert len(order) == 3
+
+    monkeypatch.setattr("serve.engine.programs.GIVE_WAY_SECONDS", 0.05)
+    busy = Programs()
+    for rank in range(3):
+        add(busy, rank, 3.0)
+    busy.busy = lambda: True
+    busy.start()
+    assert busy.thread
+    busy.thread.join(60)
+    assert len(order) == 6
+
+
 def test_in_the_background_the_latest_need_comes_first_and_then_the_rank(order: list[str]) -> None:
     programs = Programs()
     made = [add(programs, rank, rank) for rank in (3, 1, 2, 4, 5)]
