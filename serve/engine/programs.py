@@ -32,6 +32,7 @@ log = logging.getLogger("tokenzero.engine")
 GREEDY_RANK, COPIES_RANK, STEPS_RANK, LAST_RANK = 10, 20, 30, 10_000
 # The background waits for an idle moment before each program, and no longer than this where there is none.
 GIVE_WAY_SECONDS = 2.0
+HEAD_START_SECONDS = 0.5  # of a first request that comes as soon as the server is ready
 POLL_SECONDS = 0.01
 
 
@@ -193,6 +194,9 @@ class Programs:
     # The background thread.
 
     def _work(self) -> None:
+        begin = time.monotonic() + HEAD_START_SECONDS
+        while self._goes_on() and time.monotonic() < begin:
+            time.sleep(POLL_SECONDS)
         while self._gives_way() and (program := self._next()):
             self._make(program)
             self._save()
