@@ -128,7 +128,8 @@ class Saver:
         No key of a full page finds it: a third sequence that shares as much would have to compute it after a restart.
         """
         first = index * sequence.page_size
-        shared = sequence.tokens[first : sequence.reused_until]
+        # After a preemption, less may be computed again than was reused before.
+        shared = sequence.tokens[first : min(sequence.reused_until, sequence.computed)]
         return [self._tail(sequence, index, shared)] if 0 < len(shared) < sequence.page_size else []
 
     def _tail(self, sequence: Sequence, index: int, tokens: np.ndarray) -> UnsavedPage:
