@@ -37,7 +37,14 @@ MOST_BYTES = 2 << 30
 # A temporary file that is older belongs to a process that was killed.
 ABANDONED_SECONDS = 3600
 # Options of JAX that change what is compiled.
-OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
+OPTIONS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+    "jax_high_dynamic_range_gumbel",
+)
 # Environment variables that do: XLA's own, and the size of its thread pool.
 VARIABLES = ("XLA_FLAGS", "NPROC")
 
@@ -157,7 +164,9 @@ class Executables:
             self.check_owner()
             payload = checked(contents, self.environment)
             trees = jax.tree.structure((arguments, {})), jax.tree.structure(result)
-            loaded: Callable[..., Any] = serialize_executable.deserialize_and_load(payload, *trees)
+            loaded: Callable[..., Any] = serialize_executable.deserialize_and_load(
+                payload, *trees, execution_devices=jax.devices()[:1]
+            )
         except Exception as error:  # whatever XLA makes of it, the program can be compiled
             log.warning("%s in %s is ignored, and compiled again: %s", name, path, first_line(error))
             return None
@@ -184,7 +193,10 @@ class Executables:
 
     def trim(self) -> None:
         """Delete the files that were used longest ago, as many as are beyond the limit."""
-        found = [(path, path.stat()) for path in self.folder.iterdir()]
+        found = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another process has renamed or deleted it
+                found.append((path, path.stat()))
         abandoned = time.time() - ABANDONED_SECONDS
         for path, stat in found:
             if path.suffix == ".part" and stat.st_mtime < abandoned:

@@ -184,12 +184,14 @@ print(json.dumps([tokens, len(traced), found.loaded, found.compiled, found.by_st
 """
 
 
-def test_a_later_process_loads_everything_without_tracing_and_answers_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_later_process_loads_everything_without_tracing_and_answers_the_same(tmp_path: Path, devices: int) -> None:
     (tmp_path / "tokenzero").mkdir()
     (user_cache() / "kernels").mkdir(parents=True, exist_ok=True)
     (tmp_path / "tokenzero" / "kernels").symlink_to((user_cache() / "kernels").resolve())
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
     environment = kept | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     runs = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", CHILD], env=environment, check=True, capture_output=True, cwd=ROOT)

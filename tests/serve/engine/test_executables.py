@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from serve.engine.executables import Executables, write_whole
+from serve.engine.executables import Executables, environment, write_whole
 from serve.engine.programs import Program, Programs
 
 SIZE = 64
@@ -159,6 +159,27 @@ def test_beyond_the_limit_the_files_go_that_were_used_longest_ago(tmp_path: Path
     executables = Executables(tmp_path, size + 2000)
     executables.trim()
     assert sorted(p.name for p in tmp_path.iterdir() if len(p.stem) <= 4) == ["2.executable", "3.executable"]
+
+
+def test_a_file_that_another_process_deletes_meanwhile_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "gone.part").symlink_to("nowhere")  # listed, and not there
+    programs, program = declared(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        run(program)
+        programs.wait()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("option", "value"), [("jax_random_seed_offset", 1), ("jax_high_dynamic_range_gumbel", True)])
+def test_an_option_that_changes_what_is_computed_changes_the_name(option: str, value: Any) -> None:
+    before, found = environment(), getattr(jax.config, option)
+    jax.config.update(option, value)
+    try:
+        assert environment() != before
+    finally:
+        jax.config.update(option, found)
 
 
 CHILD = """
