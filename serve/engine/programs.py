@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,6 +72,8 @@ class Program:
         self.programs, self.rank, self.name, self.function, self.static = programs, rank, name, function, static
         self.arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
         self.result, self.donate = result, donate
+        # Now: once the source file has changed, its hash would name what is not in this process.
+        self.key = self._key()
         self.state = PENDING
         self.needed = 0  # the number of the latest step that could have used it
         self.compiled: Callable[..., Any] | None = None
@@ -81,8 +83,7 @@ class Program:
         """Run it."""
         return (self.compiled or self.programs.get(self))(*arguments)
 
-    @cached_property
-    def key(self) -> str:
+    def _key(self) -> str:
         """All that distinguishes it from other programs of one environment; static values by their `repr`."""
         module = sys.modules[self.function.__module__].__file__ or ""
         leaves, structure = jax.tree.flatten(self.arguments)
@@ -256,10 +257,13 @@ class Programs:
                 if not self.unsaved:
                     return
                 program, compilation = self.unsaved.pop(0)
-            if compilation.found:
-                compilation = compile_lowered(program.lower(salt=os.urandom(8).hex()))
-            if self.executables and compilation.payload:
-                self.executables.save(program.key, program.name, compilation.payload)
+            try:
+                if compilation.found:
+                    compilation = compile_lowered(program.lower(salt=os.urandom(8).hex()))
+                if self.executables and compilation.payload:
+                    self.executables.save(program.key, program.name, compilation.payload)
+            except Exception as error:  # it costs a later start time, and nobody else anything
+                log.warning("%s is not kept: %s: %s", program.name, type(error).__name__, first_line(error))
 
 
 def user_programs() -> Programs:

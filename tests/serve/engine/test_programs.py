@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from serve.engine.executables import Executables, source_of
 from serve.engine.programs import COMPILING, FAILED, PENDING, READY, CompileError, Program, Programs
 
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -188,3 +191,32 @@ def test_the_key_tells_programs_apart_by_code_shape_and_static_values() -> None:
     keys = {program.key for program in (add(programs, 1), *others)}
     assert len(keys) == 5
     assert add(programs, 9).key == add(programs, 1).key
+
+
+def test_the_key_is_of_the_source_that_this_process_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "edited_meanwhile.py"
+    source.write_text("def double(x):\n    return x * 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module("edited_meanwhile").double
+    programs = Programs()
+    before = programs.add(1, "before", function, (VECTOR,), 0)
+    source.write_text("def double(x):\n    return x + x\n")
+    source_of.cache_clear()
+    assert programs.add(1, "after", function, (VECTOR,), 0).key != before.key
+    source_of.cache_clear()
+
+
+def test_what_cannot_be_kept_does_not_keep_the_others_from_being_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = Programs(Executables(tmp_path / "executables"))
+    first, second = add(programs, 1), add(programs, 2, 3.0)
+
+    def full(*_: Any) -> None:
+        raise MemoryError("a fault of the test")
+
+    monkeypatch.setattr(Executables, "save", full)
+    programs.start()
+    assert programs.thread
+    programs.thread.join(60)
+    assert (first.state, second.state) == (READY, READY)
