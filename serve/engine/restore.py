@@ -26,6 +26,7 @@ from model.kv import KVPool
 from serve.engine.cost import CostTracker
 from serve.engine.page_copies import MANY_BYTES, PageCopies, batch_sizes
 from serve.engine.page_names import PageNames
+from serve.engine.programs import CompileError
 from serve.engine.sequence import Sequence
 from serve.engine.staging import Staging
 
@@ -308,7 +309,8 @@ class Restorer:
     def copy_in(self, sequence: Sequence, loaded: Loaded, pool: KVPool) -> tuple[KVPool, Restored | None]:
         """Copy pages into a sequence's lease, which has room for them.
 
-        Returns the pool to go on with, and what is new; None if another sequence has brought all of it.
+        Returns the pool to go on with, and what is new; None if another sequence has brought all of it, or no copy can
+        be compiled: then the restore is given up.
         """
         restore = self.restores[sequence.number]
         assert sequence.lease is not None
@@ -325,9 +327,14 @@ class Restorer:
         # Pages that are full by now are not this lease's to write: their copies go to a page out of range.
         pages = sequence.lease.pages.astype(np.int32)
         pages[: before // self.page_size] = pool.num_pages
-        for array in loaded.arrays:
-            pool = self.copies.scatter[len(array)](pool, pages[at : at + len(array)], array)
-            at += len(array)
+        try:
+            for array in loaded.arrays:
+                pool = self.copies.scatter[len(array)](pool, pages[at : at + len(array)], array)
+                at += len(array)
+        except CompileError as error:
+            log.warning("a prefix is computed, not read back: %s", error)
+            restore.slices = deque()
+            return pool, None
         tokens: Counter[str] = Counter()
         for index, source in zip(range(loaded.first, at), loaded.fetched.sources, strict=False):
             assert source is not None

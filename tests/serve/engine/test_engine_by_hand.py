@@ -10,6 +10,7 @@ import pytest
 from cache.keys import all_keys, root_key
 from serve.engine.buckets import SamplingParams
 from serve.engine.engine import Engine
+from serve.engine.programs import CompileError
 from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 from tests.helpers.forced_answers import Script
 from tests.helpers.tiny_engine import ALWAYS, CRAMPED, SMALL, VOCAB, generate, outcome, prompt, submit, tick, tiers_of
@@ -272,6 +273,24 @@ def test_a_read_that_fails_is_computed_instead_and_costs_nobody_an_answer(make, 
     beside, _ = submit(engine, prompt(1, 20), 40)
     asked, _ = submit(engine, tokens, 4)
     finish(engine)
+    assert [outcome(events)[2] for events in (beside, asked)] == [Finished("length")] * 2
+
+
+def test_a_copy_that_cannot_be_compiled_is_done_without_and_costs_nobody_an_answer(make, tmp_path):
+    tokens = prompt(3, 100)
+    store(make, tmp_path, tokens)
+    engine = make(SMALL, tiers_of(tmp_path))
+    scatter, tried = engine.core.restorer.copies.scatter, []
+
+    def broken(*_):
+        tried.append(1)
+        raise CompileError("no memory for it")
+
+    scatter.update(dict.fromkeys(scatter, broken))
+    beside, _ = submit(engine, prompt(1, 20), 40)
+    asked, _ = submit(engine, tokens, 4)
+    finish(engine)
+    assert tried
     assert [outcome(events)[2] for events in (beside, asked)] == [Finished("length")] * 2
 
 
