@@ -94,11 +94,14 @@ def listen(config: ServerConfig) -> None:
     def stopping() -> bool:
         return server.should_exit
 
+    def stop() -> None:
+        server.should_exit = True
+
     def loaded(loading: Future[Starlette]) -> None:
         progress.close()
         server.should_exit = server.should_exit or loading.exception() is not None
 
-    app = StartingApp(loading, progress, stopping)
+    app = StartingApp(loading, progress, stopping, stop)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -117,9 +120,10 @@ def listen(config: ServerConfig) -> None:
         status = 0 if loading.done() else INTERRUPTED
     except SystemExit as ended:  # the port could not be opened; the log says why
         status = int(ended.code or 0)
-    if not loading.done() or loading.exception():
+    error = loading.exception() if loading.done() else None
+    if not loading.done() or error or app.failure:
         progress.close()
-        end_process(loading.exception() if loading.done() else None, status)
+        end_process(error or app.failure, status)
     sys.exit(status)
 
 

@@ -32,10 +32,17 @@ POLL_SECONDS = 0.02
 class StartingApp:
     """Hands requests to the server's own application from the moment on at which it is live."""
 
-    def __init__(self, loading: Future[Starlette], progress: StartProgress, stopping: Callable[[], bool]) -> None:
-        """`stopping` says that the server ends; requests that wait are refused then."""
-        self.loading, self.progress, self.stopping = loading, progress, stopping
+    def __init__(
+        self,
+        loading: Future[Starlette],
+        progress: StartProgress,
+        stopping: Callable[[], bool],
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`stopping` says that the server ends; requests that wait are refused then. `stop` ends it after a failure."""
+        self.loading, self.progress, self.stopping, self.stop = loading, progress, stopping, stop
         self.live: Starlette | None = None
+        self.failure: Exception | None = None  # of the loaded application, as it was started
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer by the live application; before it, say how far the start is, or wait."""
@@ -82,6 +89,11 @@ class StartingApp:
         # In a thread, so that the first one is there before the first request, which would wait for it.
         if not await run_in_threadpool(self.loading.exception):
             app = self.loading.result()
-            await started.enter_async_context(app.router.lifespan_context(app))
+            try:
+                await started.enter_async_context(app.router.lifespan_context(app))
+            except Exception as error:  # no request would ever be served
+                self.failure = error
+                self.stop()
+                return
             self.live = app
             log.info("ready after %s", self.progress.summary())

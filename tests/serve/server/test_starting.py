@@ -182,6 +182,23 @@ class TestTheApplicationBeforeTheServers:
         assert response.json()["type"] == "error"
         assert "the server is starting" in response.json()["error"]["message"]
 
+    def test_an_application_that_cannot_be_started_ends_the_server(self, loading: Future[Starlette]) -> None:
+        stopped: list[str] = []
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            raise RuntimeError("can't start new thread")
+            yield
+
+        async def run() -> httpx.Response:
+            app = StartingApp(loading, StartProgress(), lambda: bool(stopped), lambda: stopped.append(str(app.failure)))
+            async with app.lifespan(app):
+                loading.set_result(Starlette(lifespan=lifespan))
+                return await self.status_of(app, "/hello")
+
+        assert asyncio.run(run()).status_code == 503
+        assert stopped == ["can't start new thread"]
+
     def test_ready_names_the_phases_under_way_and_what_each_has_done(self, loading: Future[Starlette]) -> None:
         progress = StartProgress()
         app = StartingApp(loading, progress, lambda: False)
