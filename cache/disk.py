@@ -73,8 +73,8 @@ class DiskTier:
         self.puts = False  # whether this process puts pages, and so keeps the store within its budget
         self.unsynced = False
         self.lock = threading.Lock()  # of counts, touched
-        self.helper = Worker("disk")
         self.store = SharedEnvironment(Path(directory), budget_bytes + budget_bytes // 4, repair, name)
+        self.helper = Worker("disk")
         self.store.attempt("open", self._measure, None)
         if name == FORMAT and (old := old_stores(Path(directory))):
             log.warning(

@@ -496,9 +496,11 @@ def test_stores_in_one_directory_may_be_opened_in_any_order(tmp_path: Path) -> N
 
 def test_a_file_in_place_of_the_directory_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
+    threads = {*threading.enumerate()}
     with pytest.raises(StoreError, match="found a file, expected a directory"):
         DiskTier(tmp_path / "file", MIB)
     assert (tmp_path / "file").read_bytes() == b"mine"
+    assert not {*threading.enumerate()} - threads
 
 
 def test_many_threads_may_use_one_tier(tmp_path: Path) -> None:
