@@ -10,7 +10,8 @@ import jax
 
 Interval = tuple[float, float]  # begin and end, in one unit
 
-PROGRAM = "ThunkExecutor::Execute"  # what XLA's CPU runtime calls the run of a program, and of a loop's body in it
+# What XLA's CPU runtime calls the run of a program, and of a loop's body in it; a small program has the second name.
+PROGRAMS = ("ThunkExecutor::Execute", "CommonPjRtLoadedExecutable::ExecuteHelperOnSingleDevice")
 KERNELS = ("ffi_call", "custom-call")  # how the names of its custom calls begin
 
 
@@ -46,7 +47,7 @@ def kernel_share(run: Callable[[], object]) -> float | None:
             for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
                 for event in (event for line in plane.lines for event in line.events):
                     interval = (event.start_ns, event.start_ns + event.duration_ns)
-                    if event.name == PROGRAM:
+                    if event.name in PROGRAMS:
                         programs.append(interval)
                     elif event.name.startswith(KERNELS):
                         kernels.append(interval)
