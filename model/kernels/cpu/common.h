@@ -1,14 +1,13 @@
 // What the CPU kernels share: vectors as wide as the machine's.
 //
 // Results have the same bits for any shape of a loop: sums are written as `fma`, which is one instruction where the
-// target has it, and lanes are added by `sum` or `sums_of`. The compiler must not contract (-ffp-contract=off): tuned
+// target has it, and lanes are added by `sum`. The compiler must not contract (-ffp-contract=off): tuned
 // for some processors, it would fuse one long sum differently from many short ones.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -74,20 +73,6 @@ inline float sum(Vec v) {
   const Vec two = v + lanes<2, 3, 0, 1>(v, v);
 #endif
   return two[0] + two[1];
-}
-
-// Sums of neighbouring lanes, of a, then of b.
-template <int... I>
-inline Vec pairs(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return lanes<2 * I...>(a, b) + lanes<(2 * I + 1)...>(a, b);
-}
-
-// The sum of each of LANES vectors, in a lane of its own: neighbours are added, and so on.
-inline Vec sums_of(Vec* vectors) {
-  for (int count = LANES; count > 1; count /= 2)
-    for (int i = 0; i < count; i += 2)
-      vectors[i / 2] = pairs(vectors[i], vectors[i + 1], std::make_integer_sequence<int, LANES>());
-  return vectors[0];
 }
 
 // Arrays of sums stay in registers only if every loop over them is unrolled.
