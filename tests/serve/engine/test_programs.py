@@ -55,6 +55,21 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Programs that wait as they are made: the event that one has begun, and the event on which all go on."""
+    begun, go = threading.Event(), threading.Event()
+    load_or_compile = Programs._load_or_compile
+
+    def held(programs: Programs, program: Program) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return load_or_compile(programs, program)
+
+    monkeypatch.setattr(Programs, "_load_or_compile", held)
+    return begun, go
+
+
 def test_a_call_compiles_what_is_pending_and_only_once(order: list[str]) -> None:
     programs = Programs()
     program = add(programs, 1)
@@ -107,18 +122,9 @@ def test_in_the_background_the_latest_need_comes_first_and_then_the_rank(order: 
     assert not programs.remaining()
 
 
-def test_who_needs_a_program_that_is_being_compiled_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    programs, begun, go = Programs(), threading.Event(), threading.Event()
+def test_who_needs_a_program_that_is_being_compiled_waits_for_it(held: tuple[threading.Event, threading.Event]) -> None:
+    programs, (begun, go) = Programs(), held
     program, found = add(programs, 1), []
-
-    load_or_compile = Programs._load_or_compile
-
-    def held(programs: Programs, program: Program) -> Any:
-        begun.set()
-        assert go.wait(60)
-        return load_or_compile(programs, program)
-
-    monkeypatch.setattr(Programs, "_load_or_compile", held)
     programs.start()
     assert begun.wait(60)
     assert program.state is COMPILING
@@ -154,18 +160,11 @@ def test_a_program_that_a_start_needs_fails_it() -> None:
         programs.compile([add(programs, 1), add(programs, 2, function=broken)])
 
 
-def test_stopping_ends_the_background_after_the_program_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    programs, begun, go = Programs(), threading.Event(), threading.Event()
+def test_stopping_ends_the_background_after_the_program_under_way(
+    held: tuple[threading.Event, threading.Event],
+) -> None:
+    programs, (begun, go) = Programs(), held
     first, second = add(programs, 1), add(programs, 2)
-
-    load_or_compile = Programs._load_or_compile
-
-    def held(programs: Programs, program: Program) -> Any:
-        begun.set()
-        assert go.wait(60)
-        return load_or_compile(programs, program)
-
-    monkeypatch.setattr(Programs, "_load_or_compile", held)
     programs.start()
     assert begun.wait(60)
     programs.stop()
