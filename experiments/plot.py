@@ -19,8 +19,8 @@ from rich.console import Console
 from experiments.harness.figures import COLOURS, save, subplots, time_label, tokens_label
 from experiments.sweep.fit import accuracy_line, constants_of, constants_table, fit_run, measured_ms
 from experiments.sweep.run_folder import Cell, RunError, by_length, cells, load
-from serve.engine.cost import Constants
-from serve.engine.cost_fit import held_out
+from serve.cost.fit import held_out
+from serve.cost.model import Constants
 
 ARM_COLOURS = dict(
     zip(("stable", "varying", "stripped", "restarted", "relocated", "tools-first", "evicted"), COLOURS, strict=True)

@@ -76,7 +76,7 @@ console.print(prices_table(fitted))
 # The tiers below the device answer at their own speed. By the fitted model a token at position $p$ costs $b + c\,p$
 # seconds to compute; a tier that reads $r$ bytes a second delivers it in `bytes per token` $/ r$ seconds. The later a
 # page is in the prompt, the slower a tier may be and still win. The engine decides this page by page
-# (`serve/engine/cost.py`).
+# (`serve/cost/model.py`).
 
 # %% tags=["results"]
 config = model_config(cells[0].point.model)

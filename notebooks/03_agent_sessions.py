@@ -33,7 +33,7 @@ from experiments.sweep.run_folder import cells, load, table
 from experiments.workloads.sessions import Session, requests
 from experiments.workloads.traces import Agents, generate
 from serve.api.messages import decode_request
-from serve.engine.cost import CostFile
+from serve.cost.file import CostFile
 from serve.prompt.render import render
 from serve.prompt.tokenizer import load_tokenizer
 from serve.rules.normalize import normalize

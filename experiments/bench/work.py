@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from model.config import ModelConfig
-from serve.engine.cost import cost_model
+from serve.cost.model import cost_model
 
 BF16 = 2  # bytes a number
 
 
 def prefill_flops(config: ModelConfig, prompt: int, cached: int = 0) -> float:
-    """FLOPs of a prompt with so many tokens cached: those of serve.engine.cost, and the head for the last token."""
+    """FLOPs of a prompt with so many tokens cached: those of serve.cost.model, and the head for the last token."""
     return cost_model(config).flops(cached, prompt) + 2.0 * config.vocab_size * config.embed_size
 
 

@@ -33,7 +33,7 @@ from experiments.replay.capacity import (
 from experiments.replay.policies import Workload, compare_policies
 from experiments.workloads.sessions import RELEASES
 from experiments.workloads.traces import Agents, generate, read_mooncake
-from serve.engine.cost import CostFile
+from serve.cost.file import CostFile
 
 RESULTS = Path("experiments/results/replay")
 

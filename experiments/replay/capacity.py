@@ -18,7 +18,7 @@ from cache.prefix_cache import PrefixCache
 from experiments.harness.client import prompt_counts
 from experiments.harness.report import make_table
 from experiments.workloads.traces import Call
-from serve.engine.cost import Constants
+from serve.cost.model import Constants
 
 COST_MODEL = Path("experiments/results/sweeps/position/cost_model.json")
 PAGE_TOKENS = 64

@@ -1,6 +1,6 @@
 """The cost model of a run: constants with intervals, how well they predict, and what a volatile token costs.
 
-`python -m experiments.sweep.fit RUN` fits TTFT(n, p) of serve.engine.cost to a sweep's medians and writes
+`python -m experiments.sweep.fit RUN` fits TTFT(n, p) of serve.cost.model to a sweep's medians and writes
 RUN/cost_model.json, which `python -m serve --cost-model` loads.
 """
 
@@ -20,8 +20,9 @@ from rich.table import Table
 from experiments.harness.report import make_table, write_json
 from experiments.sweep.run_folder import Cell, RunError, cells, load
 from model.config import ModelConfig
-from serve.engine.cost import Constants, cost_model, file_contents
-from serve.engine.cost_fit import TERMS, accuracy, fit_cost_model, held_out, intervals
+from serve.cost.file import file_contents
+from serve.cost.fit import TERMS, accuracy, fit_cost_model, held_out, intervals
+from serve.cost.model import Constants, cost_model
 
 FILE = "cost_model.json"
 # Where in a prompt a volatile token is priced.

@@ -21,7 +21,7 @@ from rich.table import Table
 from experiments.harness.report import make_table
 from experiments.sweep.prompts import Point
 from experiments.sweep.targets import Answer
-from serve.engine.cost_fit import Sample
+from serve.cost.fit import Sample
 
 
 class RunError(Exception):

@@ -22,7 +22,7 @@ from model.kernels.dispatch import arranged
 from serve.audit.auditor import MIN_PAGES, AuditSettings, attach, auditor_of
 from serve.audit.case import Case, read_case
 from serve.audit.findings import Mismatch
-from serve.engine.cost import Constants
+from serve.cost.model import Constants
 from serve.engine.engine import Engine
 from serve.engine.request import Event, Failed, GenerationRequest, Started, TokenEvent
 from serve.engine.settings import EngineSettings

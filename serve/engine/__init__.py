@@ -16,7 +16,6 @@
 - `programs`: what is compiled, what is next, and the thread that compiles in the background
 - `executables`: compiled programs on disk
 - `prompt_lookup`: draft tokens for speculative decoding
-- `cost`: seconds to compute or to read back; cost_fit.py fits its constants
 - `settings`: sizes and limits
 - `counters`: what the metrics page shows
 - `inbox`: what other threads leave for the engine's

@@ -29,7 +29,7 @@ from cache.tiers import Tiers
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
-from serve.engine.cost import Constants, CostTracker, cost_model
+from serve.cost.model import Constants, CostTracker, cost_model
 from serve.engine.counters import Counters
 from serve.engine.inbox import Inbox
 from serve.engine.memory import Memory

@@ -25,8 +25,8 @@ import numpy as np
 from cache.tiers import Tiers
 from model.config import ModelConfig
 from model.params import Params
+from serve.cost.model import Constants, CostModel
 from serve.engine.core import EngineCore
-from serve.engine.cost import Constants, CostModel
 from serve.engine.counters import Counters
 from serve.engine.inbox import Inbox, Overloaded
 from serve.engine.request import Event, Failed, Finished, GenerationRequest, Waiting

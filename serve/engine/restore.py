@@ -23,7 +23,7 @@ from cache.pool import pages_for
 from cache.tier import Fetched
 from cache.tiers import Found, StoredPage, Tiers
 from model.kv import KVPool
-from serve.engine.cost import CostTracker
+from serve.cost.model import CostTracker
 from serve.engine.page_copies import MANY_BYTES, PageCopies, batch_sizes
 from serve.engine.page_names import PageNames
 from serve.engine.programs import CompileError

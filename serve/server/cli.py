@@ -219,7 +219,7 @@ def build_engine(config: ServerConfig, model: LoadedModel, on_progress: OnProgre
     import jax
 
     from serve.audit.auditor import attach
-    from serve.engine.cost import load_constants
+    from serve.cost.file import load_constants
     from serve.engine.engine import Engine
 
     sizes = engine_settings(config, model.config, model.params, model.dtype)

@@ -12,7 +12,7 @@ from cache.tiers import Tiers
 from model.batch import Batch
 from model.decoder import forward
 from model.kv import empty_pool
-from serve.engine.cost import CostModel, Rate
+from serve.cost.model import CostModel, Rate
 from serve.engine.request import GenerationRequest, Started, TokenEvent
 from serve.engine.settings import EngineSettings
 

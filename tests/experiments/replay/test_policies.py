@@ -19,7 +19,7 @@ from experiments.replay.__main__ import main
 from experiments.replay.capacity import PAGE_TOKENS, compare_capacities, replay
 from experiments.workloads.demo_model import TINY, write_demo_model
 from experiments.workloads.traces import Agents, Call, generate, read_mooncake
-from serve.engine.cost import Constants
+from serve.cost.model import Constants
 
 # Few ids, so that prompts share prefixes, split inside blocks and diverge inside pages.
 BLOCKS = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=6)

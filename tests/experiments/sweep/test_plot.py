@@ -17,7 +17,8 @@ from experiments.sweep.prompts import Arm, Point, expected_cached, layout
 from experiments.sweep.run_folder import Measurement, Run, cells, load
 from experiments.sweep.targets import Answer
 from model.config import ModelConfig
-from serve.engine.cost import Constants, load_constants
+from serve.cost.file import load_constants
+from serve.cost.model import Constants
 
 TRUE = Constants(fixed=3e-3, linear=2e-5, attention=8e-9, match=3e-7)
 SHAPE = {

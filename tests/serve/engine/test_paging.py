@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cache.tiers import StoredPage
-from serve.engine.cost import REMEMBERED, CostModel
+from serve.cost.model import REMEMBERED, CostModel
 from serve.engine.engine import Engine
 from serve.engine.request import Finished, GenerationRequest
 from serve.engine.restore import MEASURE_AGAIN_SECONDS, slices_of

@@ -1,18 +1,17 @@
 """Seconds to compute a prompt's tokens and to read them back: the basis of the choice to restore or to recompute.
 
 The cost model is TTFT(n, p) = fixed + linear (n - p) + attention (n^2 - p^2)/2 + match p + restore r for a prompt of n
-tokens, p of them cached and r of these read back from a tier. Its constants come from a sweep (serve.engine.cost_fit),
-as a file that the server loads. Without one, FLOPs follow from the model's shape, and FLOPs a second are measured while
-the server runs. Each tier's bytes a second are always measured. Only the latest measurements count, by their median.
+tokens, p of them cached and r of these read back from a tier. Its constants come from a sweep (serve.cost.fit), as a
+file that the server loads. Without one, FLOPs follow from the model's shape, and FLOPs a second are measured while the
+server runs. Each tier's bytes a second are always measured. Only the latest measurements count, by their median.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -147,42 +146,3 @@ def cost_model(config: ModelConfig, constants: Constants | None = None) -> CostM
         attention_flops=4.0 * config.num_layers * config.num_heads * config.head_dim,
         constants=constants,
     )
-
-
-class CostFile(msgspec.Struct, frozen=True):
-    """The part of a cost model's file that the server reads; a fit writes more, for people."""
-
-    constants: Constants
-    linear_flops: float | None  # identify the model; None for an endpoint whose model is unknown
-    attention_flops: float | None
-
-
-def file_contents(constants: Constants, config: ModelConfig | None, **about: Any) -> dict[str, Any]:
-    """A cost model's file as JSON values; `config` is the measured model's, `about` is written beside it."""
-    model = cost_model(config) if config else None
-    return {
-        "constants": asdict(constants),
-        "linear_flops": model and model.linear_flops,
-        "attention_flops": model and model.attention_flops,
-        **about,
-    }
-
-
-def load_constants(path: str | Path, config: ModelConfig) -> Constants:
-    """The constants in a cost model's file, for a server of this model.
-
-    Raises OSError for a file that cannot be read, ValueError for one that is not a cost model, or another model's.
-    """
-    try:
-        found = msgspec.json.decode(Path(path).read_bytes(), type=CostFile)
-    except msgspec.MsgspecError as error:
-        raise ValueError(
-            f"{path} is not a cost model: {error}; write one with `python -m experiments.sweep.fit`"
-        ) from None
-    model = cost_model(config)
-    if (found.linear_flops, found.attention_flops) != (model.linear_flops, model.attention_flops):
-        raise ValueError(
-            f"{path} was fitted to a model of {found.linear_flops} FLOP a token and {found.attention_flops} a pair, "
-            f"expected {model.linear_flops} and {model.attention_flops}: fit one to this model"
-        )
-    return found.constants

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig, RopeConfig
-from serve.engine.cost import (
+from serve.cost.file import file_contents, load_constants
+from serve.cost.fit import TERMS, Sample, accuracy, fit_cost_model, held_out, intervals
+from serve.cost.model import (
     REMEMBERED,
     Constants,
     CostModel,
     cost_model,
-    file_contents,
-    load_constants,
     weighted_median,
 )
-from serve.engine.cost_fit import TERMS, Sample, accuracy, fit_cost_model, held_out, intervals
 
 TRUE = Constants(fixed=4e-3, linear=2e-5, attention=8e-9, match=3e-7, restore=2e-6)
 SHAPE = ModelConfig("llama", 100, 32, 64, 2, 4, 2, 8, 512, 1e-6, RopeConfig())

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from serve.engine.cost import Constants
+from serve.cost.model import Constants
 
 TERMS = tuple(Constants.__dataclass_fields__)
 
