@@ -5,6 +5,7 @@
 - `fingerprint`: the name of a model with its weights
 - `params`: the weights as a pytree
 - `decoder`: the forward pass
+- `sharding`: the same model on several devices
 - `rope`: rotary position embedding
 - `batch`: the ragged batch, and what every attention over it agrees on
 - `kv`: the page pool as arrays

@@ -7,13 +7,15 @@ it. Compilation and donation happen in `serve/engine/steps.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
-from model import kv, rope
+from model import kv, rope, sharding
 from model.attention import paged_attention
 from model.batch import Batch, locate
 from model.config import ModelConfig
@@ -26,9 +28,29 @@ LayerStep = Callable[[Carry, Layer, jax.Array | int], Carry]
 
 
 def forward(
-    params: Params, batch: Batch, pool: KVPool, config: ModelConfig
+    params: Params, batch: Batch, pool: KVPool, config: ModelConfig, mesh: Mesh | None = None
 ) -> tuple[Float32[jax.Array, "logits vocab"], KVPool]:
-    """The logits of the tokens `batch.logit_indices`, and the pool with the new tokens' keys and values written."""
+    """The logits of the tokens `batch.logit_indices`, and the pool with the new tokens' keys and values written.
+
+    With a mesh, params and pool are divided over its devices (`model/sharding.py`), and the logits are on all of them.
+    """
+    if mesh is None:
+        return forward_part(params, batch, pool, config, lambda x: x)
+    part = partial(forward_part, config=config, summed=sharding.summed)
+    replicated, pool_specs = PartitionSpec(), sharding.partition_specs(pool, mesh)
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(sharding.partition_specs(params, mesh), replicated, pool_specs),
+        out_specs=(replicated, pool_specs),
+        check_vma=False,  # which calls of kernels do not state
+    )(params, batch, pool)
+
+
+def forward_part(
+    params: Params, batch: Batch, pool: KVPool, config: ModelConfig, summed: sharding.Collective
+) -> tuple[Float32[jax.Array, "logits vocab"], KVPool]:
+    """One device's part of `forward`; `summed` adds up what each device has computed with its heads and its ffn."""
     positions, pages, offsets = locate(batch, pool)
     cos, sin = rope.angles(positions, *rope.inverse_frequencies(config.rope, config.head_dim))
     if isinstance(params.layers, PackedLayers):
@@ -43,13 +65,17 @@ def forward(
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         pool = kv.write(pool, index, k, v, pages, offsets)
         attended = paged_attention(q, k, v, pool, index, batch)
-        x = x + linear(attended.reshape(x.shape[0], -1), layer.out.reshape(x.shape[1], -1), layer.out_bias)
-        return x + mlp(layer, x, config), pool
+        out = linear(attended.reshape(x.shape[0], -1), layer.out.reshape(x.shape[1], -1), None)
+        x = x + biased(summed(out), layer.out_bias)
+        return x + biased(summed(mlp(layer, x, config)), layer.down_bias), pool
 
-    x, pool = over_layers(step, (params.embed[batch.tokens], pool), params.layers)
+    divided = params.embed.shape[0] < config.vocab_size  # its rows, over devices
+    x = sharding.embedded(params.embed, batch.tokens) if divided else params.embed[batch.tokens]
+    x, pool = over_layers(step, (x, pool), params.layers)
     x = rms_norm(x[batch.logit_indices], params.final_norm, config.norm_eps)
     head = params.embed if params.lm_head is None else params.lm_head
-    return product(x, head, jnp.float32), pool
+    found = product(x, head, jnp.float32)
+    return sharding.gathered(found) if divided else found, pool
 
 
 def over_layers(step: LayerStep, carry: Carry, layers: Layer | tuple[Layer, ...]) -> Carry:
@@ -81,10 +107,13 @@ def project(
 
 
 def mlp(layer: Layer, x: Float[jax.Array, "tokens embed"], config: ModelConfig) -> Float[jax.Array, "tokens embed"]:
-    """The gated feed-forward block with SiLU (SwiGLU, Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
+    """The gated feed-forward block with SiLU (SwiGLU, Shazeer, 2020, https://arxiv.org/abs/2002.05202).
+
+    Without the bias of `down`, which is added once, after the sum over devices.
+    """
     normed = rms_norm(x, layer.mlp_norm, config.norm_eps)
     gate_up = linear(normed, layer.gate_up, layer.gate_up_bias)  # [tokens, 2, ffn]
-    return linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down, layer.down_bias)
+    return linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down, None)
 
 
 def rms_norm(
@@ -106,8 +135,14 @@ def linear(
     As one plain matrix product: given several output axes, XLA's CPU backend transposes the weight on every step.
     """
     flat = product(x, weight.reshape(-1, weight.shape[-1]), x.dtype)
-    result = flat.reshape(x.shape[0], *weight.shape[:-1])
-    return result if bias is None else result + bias
+    return biased(flat.reshape(x.shape[0], *weight.shape[:-1]), bias)
+
+
+def biased(
+    x: Float[jax.Array, "tokens *outputs"], bias: Float[jax.Array, "*outputs"] | None
+) -> Float[jax.Array, "tokens *outputs"]:
+    """`x + bias`, where there is one."""
+    return x if bias is None else x + bias
 
 
 def product(

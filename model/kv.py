@@ -44,10 +44,12 @@ def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
-def empty_pool(config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike) -> KVPool:
-    """A pool of zeros for `num_pages` pages of `page_size` tokens."""
+def empty_pool(
+    config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike, sharding: jax.sharding.Sharding | None = None
+) -> KVPool:
+    """A pool of zeros for `num_pages` pages of `page_size` tokens, made where it belongs: on each device its part."""
     shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
-    return KVPool(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    return KVPool(k=jnp.zeros(shape, dtype, device=sharding), v=jnp.zeros(shape, dtype, device=sharding))
 
 
 def write(

@@ -81,7 +81,8 @@ def unstacked(params: Params) -> Params:
     if not isinstance(params.layers, Layer):
         return params
     leaves, structure = jax.tree.flatten(params.layers)
-    if all(device.platform == "cpu" for leaf in leaves for device in leaf.devices()):
+    devices = {device for leaf in leaves for device in leaf.devices()}
+    if len(devices) == 1 and all(device.platform == "cpu" for device in devices):
         # Parts of an array on the host, which JAX takes as they are where they are aligned.
         leaves = [[jax.device_put(part) for part in np.asarray(leaf)] for leaf in leaves]
     layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))

@@ -53,12 +53,12 @@ def arranged(params: Params, page_size: int, consume: bool = False) -> Params:
     """Stacked weights as this device reads them fastest, for a pool of this page size.
 
     On a CPU they are packed for its kernels, or taken apart for XLA where the kernels cannot run the model; the reason
-    is logged once. With `consume`, the caller gives `params` up: what is packed is deleted, so that memory never holds
-    all weights twice.
+    is logged once. Those kernels know of one device only, so weights that lie on several are taken apart, too. With
+    `consume`, the caller gives `params` up: what is packed is deleted, so that memory never holds all weights twice.
     """
     if not on_cpu():
         return params
-    if not build.available():
+    if not build.available() or len(params.embed.devices()) > 1:
         return unstacked(params)
     if reason := packing.unsupported_reason(params, page_size):
         warn_once("CPU kernels", reason)
