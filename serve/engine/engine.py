@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from cache.tiers import Tiers
@@ -130,6 +131,30 @@ class Engine:
         """End a request without a further event; nothing happens if it has ended already."""
         self.inbox.cancel(number)
 
+    def generate(self, request: GenerationRequest, waiting_s: float | None = None) -> AsyncGenerator[Event, None]:
+        """Submit a request from an event loop, see `generate`."""
+        return generate(self, request, waiting_s)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the step loop turns."""
+        return self.thread.is_alive()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in the queue or in the batch."""
+        return not (self.waiting or self.running)
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the model is on."""
+        return str(jax.devices()[0].device_kind)
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of the model."""
+        return self.config.vocab_size
+
     @property
     def compiled(self) -> tuple[int, int]:
         """Shapes of steps that are compiled, and shapes in all: the rest is compiled while requests are served."""
@@ -140,6 +165,11 @@ class Engine:
     def counters(self) -> Counters:
         """What the engine has done since the start."""
         return self.core.counters
+
+    @property
+    def steps(self) -> int:
+        """Turns of the step loop since the start."""
+        return self.core.counters.steps
 
     @property
     def waiting(self) -> deque[Sequence]:

@@ -37,7 +37,6 @@ from serve.api.answers import (
 )
 from serve.api.messages import DiagnosticsRequest, OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.diagnosis.divergence import RememberedRequest
-from serve.engine.engine import generate
 from serve.engine.request import Event as EngineEvent
 from serve.engine.request import Failed, Finished, Started, TokenEvent
 from serve.formats.format import format_for_json
@@ -76,7 +75,7 @@ async def generated(context: ServerContext, prepared: Prepared, phases: Phases) 
     """The events of an answer; `message_start` comes with the first token, when its usage is known."""
     state = answer_state(context, prepared)
     silent_since = started_at = time.perf_counter()
-    engine_events = generate(context.engine, prepared.generation, PING_SECONDS)
+    engine_events = context.engine.generate(prepared.generation, PING_SECONDS)
     async with aclosing(with_itl(engine_events, context.metrics.itl.observe)) as coming:
         async for event in coming:
             if isinstance(event, Failed):

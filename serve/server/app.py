@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-import jax
 from msgspec.structs import replace
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -39,6 +38,7 @@ from serve.limits.encodings import (
 from serve.rules.normalize import parse_rules
 from serve.server.answer import answer, collect
 from serve.server.context import RequestContext, ServerContext, unrendered
+from serve.server.engine_client import EngineClient
 from serve.server.heartbeat import heartbeat
 from serve.server.middleware import RequestGuardMiddleware
 from serve.server.prepare import Prepared, prepare, prompt_length
@@ -67,9 +67,7 @@ def create_app(context: ServerContext) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         engine = context.engine
         engine.start()
-        trimmer = asyncio.create_task(
-            trim_while_idle(lambda: engine.counters.steps, lambda: not engine.running and not engine.waiting)
-        )
+        trimmer = asyncio.create_task(trim_while_idle(lambda: engine.steps, lambda: engine.idle))
         async with heartbeat(context.metrics.lag.observe):
             yield
         trimmer.cancel()
@@ -273,16 +271,16 @@ def describe_model(name: str, limit: int) -> dict[str, str | int]:
 
 async def get_health(request: Request) -> Response:
     """`GET /health`: 200 while the engine's thread is alive, with its dtype and device; otherwise 503."""
-    engine = request.app.state.context.engine
-    alive = engine.thread.is_alive()
-    about = {"dtype": engine.settings.dtype, "device": jax.devices()[0].device_kind} if alive else {}
-    return JSONResponse({"status": "ok" if alive else "engine stopped"} | about, 200 if alive else 503)
+    engine: EngineClient = request.app.state.context.engine
+    if not engine.alive:
+        return JSONResponse({"status": "engine stopped"}, 503)
+    return JSONResponse({"status": "ok", "dtype": engine.settings.dtype, "device": engine.device})
 
 
 async def get_ready(request: Request) -> Response:
     """`GET /ready`: 200 while requests are served, with the compiled shapes of steps; 503 before, with the phases."""
-    engine = request.app.state.context.engine
-    if not engine.thread.is_alive():
+    engine: EngineClient = request.app.state.context.engine
+    if not engine.alive:
         return JSONResponse({"status": "engine stopped"}, 503)
     compiled, shapes = engine.compiled
     return JSONResponse({"status": "ready", "compiled": compiled, "shapes": shapes})

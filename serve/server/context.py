@@ -23,6 +23,7 @@ from serve.prompt.signing import signing_key
 from serve.prompt.tokenizer import Tokenizer
 from serve.rules.log import SHAPE_BYTES, SHAPES
 from serve.server.config import ServerConfig
+from serve.server.engine_client import EngineClient
 from serve.server.metrics import EngineCollector, Memory, MemoryCollector, ServerMetrics
 from serve.web.request_status import RequestStatuses
 
@@ -37,7 +38,7 @@ Constrain = Callable[[MessagesRequest, bool], Constraint | None]
 class ServerContext:
     """Everything that a request needs on its way."""
 
-    engine: Engine
+    engine: EngineClient
     tokenizer: Tokenizer
     config: ServerConfig
     stop_ids: frozenset[int]
@@ -64,7 +65,7 @@ class RequestContext:
 
 
 def make_context(
-    engine: Engine,
+    engine: EngineClient,
     tokenizer: Tokenizer,
     stop_ids: Collection[int],
     config: ServerConfig,
@@ -110,13 +111,14 @@ def make_context(
         statuses=RequestStatuses(bounds.statuses),
         savings=Savings(bounds.savings),
     )
-    metrics.registry.register(EngineCollector(engine))
+    if isinstance(engine, Engine):  # another has figures of its own
+        metrics.registry.register(EngineCollector(engine))
     metrics.registry.register(MemoryCollector(memories(context) | grammars))
     return context
 
 
 def grammar_constraints(
-    engine: Engine, tokenizer: Tokenizer, stop_ids: Collection[int], most_bytes: int, metrics: ServerMetrics
+    engine: EngineClient, tokenizer: Tokenizer, stop_ids: Collection[int], most_bytes: int, metrics: ServerMetrics
 ) -> tuple[Constrain, Memory]:
     """What compiles the grammars that requests demand, and the memory of compiled ones."""
 
@@ -128,7 +130,7 @@ def grammar_constraints(
         left = f" and {more} more" if more > 0 else ""
         log.warning("the schema of %.80r cannot be enforced as a whole: left out: %s%s", demanded.name, shown, left)
 
-    constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.config.vocab_size, most_bytes, report)
+    constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.vocab_size, most_bytes, report)
     compiled, found = constrainer.compiled, constrainer.enforcer.found
 
     def constrain(request: MessagesRequest, thinking_opened: bool) -> Constraint | None:
@@ -142,7 +144,7 @@ def memories(context: ServerContext) -> dict[str, Memory]:
     segments, heads = context.tokenizer.segments, context.tokenizer.heads
     replay, reports = context.replay, context.divergences
     volatility, statuses, savings = context.volatility, context.statuses, context.savings
-    auditor = auditor_of(context.engine)
+    auditor = auditor_of(context.engine) if isinstance(context.engine, Engine) else None
     audited = auditor.settings.sample_bytes if auditor else 0
     return {
         "segments": Memory(lambda: segments.bytes + heads.bytes, segments.most_bytes + heads.most_bytes),

@@ -1,0 +1,58 @@
+"""What the server needs of an engine: the one in its own process, or replicas in others (`serve.cluster`)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from serve.cost.model import CostModel
+from serve.engine.request import Event, GenerationRequest
+from serve.engine.settings import EngineSettings
+
+
+class EngineClient(Protocol):
+    """Token ids in, token ids out; `serve.engine.engine.Engine` is one. Its properties return at once."""
+
+    settings: EngineSettings
+    fingerprint: bytes  # of the model and its weights
+
+    def start(self) -> None:
+        """Serve requests from now on; called on the event loop."""
+
+    def stop(self) -> None:
+        """End within `settings.stop_seconds`; called on a thread."""
+
+    def generate(self, request: GenerationRequest, waiting_s: float | None = None) -> AsyncGenerator[Event, None]:
+        """Submit a request and yield its events; leaving the iterator early cancels it.
+
+        Yields `Waiting` whenever `waiting_s` seconds pass without one. Raises Overloaded and ValueError as
+        `Engine.submit` does.
+        """
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be served."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is waiting or running."""
+
+    @property
+    def steps(self) -> int:
+        """Turns of the step loop since the start."""
+
+    @property
+    def compiled(self) -> tuple[int, int]:
+        """Shapes of steps that are compiled, and shapes in all."""
+
+    @property
+    def cost(self) -> CostModel:
+        """What prefills and reads take, by the latest measurements."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the model is on."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of the model."""
