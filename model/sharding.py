@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32
 
 from model.batch import Array
@@ -92,7 +92,7 @@ def pool_heads(config: ModelConfig, mesh: Mesh | None) -> int:
     return config.num_kv_heads // (1 if mesh is None else mesh.shape[KV])
 
 
-def partition_specs(arrays: Params | Layer | KVPool, mesh: Mesh) -> Any:
+def partition_specs(arrays: Params | Layer | KVPool, mesh: Mesh | AbstractMesh) -> Any:
     """The same dataclass with a PartitionSpec in place of each array; anything with a `shape` passes for an array.
 
     Raises ValueError for an axis that does not divide, and for weights that are packed for the CPU kernels.
@@ -112,7 +112,7 @@ def partition_specs(arrays: Params | Layer | KVPool, mesh: Mesh) -> Any:
     return kind(**specs)
 
 
-def spec_of(kind: type, name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec_of(kind: type, name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The PartitionSpec of the field `name` of a dataclass, for an array of this shape."""
     axes = logical_axes(kind)[name][-len(shape) :]  # a layer that is apart has no `layers`
     parts: list[tuple[str, ...] | None] = []
@@ -127,7 +127,7 @@ def spec_of(kind: type, name: str, shape: Sequence[int], mesh: Mesh) -> Partitio
     return PartitionSpec(*parts)
 
 
-def size(mesh: Mesh, axes: Sequence[str]) -> int:
+def size(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
     """The product of some of a mesh's sizes."""
     product = 1
     for axis in axes:

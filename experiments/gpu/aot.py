@@ -2,12 +2,14 @@
 
 Run `python -m experiments.gpu.aot` where jax's CUDA plug-in is installed (no GPU, no driver): it fails on register
 spills, on more shared memory than a block may have, on a kernel without wgmma instructions or with serialised ones, and
-on a forward pass that copies the pool or writes new keys or values anywhere else.
+on a forward pass that copies the pool or writes new keys or values anywhere else. The forward pass is compiled for one
+H200 and divided over several, where it may send two sums a layer, the embedding's and the logits.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -28,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
+from experiments.gpu.collectives import collectives
 from model import decoder
 from model.batch import Batch
 from model.config import ModelConfig, RopeConfig
@@ -36,6 +39,7 @@ from model.kernels.hopper import prefill as paged_prefill
 from model.kernels.limits import SUPPORTED
 from model.kv import KVPool
 from model.params import Layer, Params
+from model.sharding import divide_groups, make_mesh, shardings
 
 SHARED_MEMORY_LIMIT = 232_448
 # Values of the data sheet; the compiler asks for them where no device answers.
@@ -52,6 +56,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
+DEVICES = (1, 2, 4, 16)  # of a forward pass: the last are more than KV heads
 MODEL = ModelConfig("llama", 32_000, 1536, 3072, 4, 32, 8, 128, 131_072, 1e-5, RopeConfig())
 
 
@@ -133,11 +138,13 @@ class Compiled:
 
 
 def read_dump(folder: Path) -> Compiled:
-    """Read what Mosaic wrote into the folder that MOSAIC_GPU_DUMP_TO names, while it compiled one kernel."""
+    """Read what Mosaic wrote into the folder that MOSAIC_GPU_DUMP_TO names, while it compiled one kernel; empty it."""
     text = {suffix: "".join(path.read_text() for path in folder.glob(f"*{suffix}")) for suffix in ("ptx", "ptxas")}
     numbers = partial(re.findall, string=text["ptxas"])
     passes = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".log", ".txt"))
     shared = [int(size) for size in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes)]
+    for path in folder.iterdir():
+        path.unlink()
     return Compiled(
         registers=max(map(int, numbers(r"Used (\d+) registers")), default=0),
         spilled_bytes=sum(map(int, numbers(r"(\d+) bytes spill"))),
@@ -147,21 +154,23 @@ def read_dump(folder: Path) -> Compiled:
     )
 
 
+def h200s(count: int) -> list[jax.Device]:
+    """H200s of one machine, as devices to compile for."""
+    topology = topologies.get_topology_desc(
+        topology_name="", platform="cuda", topology=f"1x1x{count}", target_config=H200.strip()
+    )
+    return list(topology.devices)
+
+
 def on_h200() -> NamedSharding:
     """The sharding with which programs are compiled for an H200."""
-    topology = topologies.get_topology_desc(
-        topology_name="", platform="cuda", topology="1x1x1", target_config=H200.strip()
-    )
-    return NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
+    return NamedSharding(Mesh(np.array(h200s(1)), ("x",)), PartitionSpec())
 
 
 def compile_variant(variant: Variant, sharding: NamedSharding, dump: Path) -> Compiled:
     """Compile one variant; `dump` is an empty folder that MOSAIC_GPU_DUMP_TO names already."""
     jax.jit(variant.function).trace(*variant.arguments(sharding)).lower().compile()
-    compiled = read_dump(dump)
-    for path in dump.iterdir():
-        path.unlink()
-    return compiled
+    return read_dump(dump)
 
 
 def param_shapes(config: ModelConfig, sharding: Any = None) -> Params:
@@ -191,20 +200,36 @@ def separate(params: Params, sharding: Any = None) -> Params:
 
 
 def forward_with(
-    variant: Variant, config: ModelConfig, sharding: Any = None, stacked: bool = True
+    variant: Variant, config: ModelConfig, sharding: Any = None, stacked: bool = True, mesh: Mesh | None = None
 ) -> tuple[Any, KVPool]:
-    """The forward pass traced with the variant's kernel in it, the pool donated; and the pool's shape."""
+    """The forward pass traced with the variant's kernel in it, the pool donated; and the pool's shape on a device.
+
+    With a mesh, it is divided over its devices, and `sharding` is that of the batch.
+    """
     _, pool, _, batch = variant.arguments(sharding, config.num_kv_heads)
     params = param_shapes(config, sharding)
     params = params if stacked else separate(params, sharding)
+    if mesh:
+        params = jax.eval_shape(partial(divide_groups, mesh=mesh), on_mesh(params, mesh))
+        params, pool = on_mesh(params, mesh), on_mesh(pool, mesh)
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> Any:
         return variant.function(q, *rest)  # the new keys and values are in the pool already
 
     with mock.patch.object(decoder, "paged_attention", attention):
         # A new function each time: traces are cached by function, and this one depends on the patch.
-        jitted = jax.jit(lambda params, batch, pool: decoder.forward(params, batch, pool, config), donate_argnums=2)
-        return jitted.trace(params, batch, pool), pool
+        jitted = jax.jit(lambda p, b, pool: decoder.forward(p, b, pool, config, mesh), donate_argnums=2)
+        traced = jitted.trace(params, batch, pool)
+    if mesh:
+        pool = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype), pool)
+    return traced, pool
+
+
+def on_mesh(shapes: Any, mesh: Mesh) -> Any:
+    """The shapes of Params or a KVPool with the shardings that they have on a mesh."""
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, shardings(shapes, mesh)
+    )
 
 
 def pool_sized(program: str, pool: KVPool) -> list[str]:
@@ -226,6 +251,23 @@ def keys_beside_pool(program: str, tokens: int, config: ModelConfig) -> list[str
     # Each computation is a paragraph; what is fused stays in registers.
     computations = (part for part in program.split("\n\n") if not part.lstrip().startswith("%fused_"))
     return [line.strip() for part in computations for line in part.splitlines() if made.match(line)]
+
+
+def check_forward(variant: Variant, devices: int, dump: Path) -> list[str]:
+    """Compile the forward pass with a variant's kernel in it for some devices; what is wrong with it, a line each."""
+    mesh = make_mesh(MODEL, devices, h200s(devices))
+    traced, pool = forward_with(variant, MODEL, NamedSharding(mesh, PartitionSpec()) if mesh else on_h200(), mesh=mesh)
+    program = traced.lower().compile().as_text()
+    kernel = read_dump(dump)
+    tokens, own = variant.seqs * variant.chunk, replace(MODEL, num_kv_heads=pool.k.shape[2])
+    faults = pool_sized(program, pool) + keys_beside_pool(program, tokens, own)
+    if mesh:  # on one device the kernel is one that was compiled before, and then it is not compiled again
+        faults += kernel.faults()
+    # The layers are stacked, so the two sums of one are there once; the third sum is the embedding's.
+    sums = [("all-reduce", tokens * MODEL.embed_size)] * 3
+    expected = [("all-gather", variant.seqs * MODEL.vocab_size), *sums] if mesh else []
+    sent = [(name, math.prod(shape)) for name, shape in collectives(program)]
+    return faults + ([f"it sends {sent}, expected {expected}"] if sent != expected else [])
 
 
 def main() -> None:
@@ -254,14 +296,13 @@ def main() -> None:
             numbers = (compiled.registers, compiled.spilled_bytes, compiled.shared_bytes, compiled.wgmma)
             table.add_row(variant.name, *map(str, numbers))
             faults += [f"{variant.name}: {fault}" for fault in compiled.faults()]
+        console.print(table)
+        for variant in (v for v in chosen if (v.head_dim, v.group, v.page_size) == (128, 4, 64)):
+            for devices in DEVICES:
+                wrong = check_forward(variant, devices, Path(folder))
+                console.print(f"forward pass with {variant.name} on {devices} of them: {len(wrong)} faults")
+                faults += [f"forward pass with {variant.name} on {devices}: {line}" for line in wrong]
         del os.environ["MOSAIC_GPU_DUMP_TO"]
-    console.print(table)
-    for variant in (v for v in chosen if (v.head_dim, v.group, v.page_size) == (128, 4, 64)):
-        traced, pool = forward_with(variant, MODEL, sharding)
-        program = traced.lower().compile().as_text()
-        copies, keys = pool_sized(program, pool), keys_beside_pool(program, variant.seqs * variant.chunk, MODEL)
-        console.print(f"forward pass with {variant.name}: {len(copies)} copies of the pool, {len(keys)} of new keys")
-        faults += [f"forward pass with {variant.name}: {line}" for line in copies + keys]
     sys.exit("\n".join(faults) if faults else None)
 
 
