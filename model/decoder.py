@@ -11,7 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
@@ -28,7 +28,7 @@ LayerStep = Callable[[Carry, Layer, jax.Array | int], Carry]
 
 
 def forward(
-    params: Params, batch: Batch, pool: KVPool, config: ModelConfig, mesh: Mesh | None = None
+    params: Params, batch: Batch, pool: KVPool, config: ModelConfig, mesh: sharding.AnyMesh | None = None
 ) -> tuple[Float32[jax.Array, "logits vocab"], KVPool]:
     """The logits of the tokens `batch.logit_indices`, and the pool with the new tokens' keys and values written.
 

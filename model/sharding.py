@@ -40,6 +40,8 @@ SPLIT: dict[str, tuple[tuple[str, ...], ...]] = {
     "state_heads": (EVERY, ()),
 }
 
+# What only asks for sizes takes a mesh without devices, too.
+AnyMesh = Mesh | AbstractMesh
 Collective = Callable[[jax.Array], jax.Array]
 
 
@@ -92,7 +94,7 @@ def pool_heads(config: ModelConfig, mesh: Mesh | None) -> int:
     return config.num_kv_heads // (1 if mesh is None else mesh.shape[KV])
 
 
-def partition_specs(arrays: Params | Layer | KVPool, mesh: Mesh | AbstractMesh) -> Any:
+def partition_specs(arrays: Params | Layer | KVPool, mesh: AnyMesh) -> Any:
     """The same dataclass with a PartitionSpec in place of each array; anything with a `shape` passes for an array.
 
     Raises ValueError for an axis that does not divide, and for weights that are packed for the CPU kernels.
@@ -112,7 +114,7 @@ def partition_specs(arrays: Params | Layer | KVPool, mesh: Mesh | AbstractMesh) 
     return kind(**specs)
 
 
-def spec_of(kind: type, name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def spec_of(kind: type, name: str, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """The PartitionSpec of the field `name` of a dataclass, for an array of this shape."""
     axes = logical_axes(kind)[name][-len(shape) :]  # a layer that is apart has no `layers`
     parts: list[tuple[str, ...] | None] = []
@@ -127,7 +129,7 @@ def spec_of(kind: type, name: str, shape: Sequence[int], mesh: Mesh | AbstractMe
     return PartitionSpec(*parts)
 
 
-def size(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
+def size(mesh: AnyMesh, axes: Sequence[str]) -> int:
     """The product of some of a mesh's sizes."""
     product = 1
     for axis in axes:
@@ -146,7 +148,7 @@ def logical_axes(kind: type) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def shardings(arrays: Params | Layer | KVPool, mesh: Mesh) -> Any:
+def shardings(arrays: Params | Layer | KVPool, mesh: AnyMesh) -> Any:
     """The same dataclass with a NamedSharding in place of each array, as `partition_specs` has it.
 
     Of arrays as a checkpoint stores them, these are the shardings to load them with; `divide_groups` does the rest.
@@ -169,7 +171,7 @@ def shard_params(params: Params, mesh: Mesh | None) -> Params:
     return divide_groups(jax.device_put(params, shardings(params, mesh)), mesh)
 
 
-def divide_groups(params: Params, mesh: Mesh) -> Params:
+def divide_groups(params: Params, mesh: AnyMesh) -> Params:
     """Stacked params that lie as `shardings` says, with the queries of each KV head divided over its group of devices.
 
     Queries, key and value of a KV head are one array, so each device keeps its own queries and a copy of key and value:

@@ -39,7 +39,7 @@ from model.kernels.hopper import prefill as paged_prefill
 from model.kernels.limits import SUPPORTED
 from model.kv import KVPool
 from model.params import Layer, Params
-from model.sharding import divide_groups, make_mesh, shardings
+from model.sharding import AnyMesh, divide_groups, make_mesh, shardings
 
 SHARED_MEMORY_LIMIT = 232_448
 # Values of the data sheet; the compiler asks for them where no device answers.
@@ -200,7 +200,7 @@ def separate(params: Params, sharding: Any = None) -> Params:
 
 
 def forward_with(
-    variant: Variant, config: ModelConfig, sharding: Any = None, stacked: bool = True, mesh: Mesh | None = None
+    variant: Variant, config: ModelConfig, sharding: Any = None, stacked: bool = True, mesh: AnyMesh | None = None
 ) -> tuple[Any, KVPool]:
     """The forward pass traced with the variant's kernel in it, the pool donated; and the pool's shape on a device.
 
@@ -225,7 +225,7 @@ def forward_with(
     return traced, pool
 
 
-def on_mesh(shapes: Any, mesh: Mesh) -> Any:
+def on_mesh(shapes: Any, mesh: AnyMesh) -> Any:
     """The shapes of Params or a KVPool with the shardings that they have on a mesh."""
     return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, shardings(shapes, mesh)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from experiments.gpu.aot import MODEL, forward_with, keys_beside_pool, pool_sized, variants
 from model.batch import MASKED, Batch
@@ -16,6 +17,7 @@ from model.kernels.hopper import compat, launch, online_softmax
 from model.kernels.hopper import decode as paged_decode
 from model.kernels.hopper import prefill as paged_prefill
 from model.kernels.reference import reference
+from model.sharding import EVERY
 from tests.helpers import batches
 
 PAGE = 64
@@ -99,10 +101,16 @@ def test_every_variant_lowers_for_cuda(variant):
 FORWARD = [v for v in variants() if (v.head_dim, v.group, v.page_size) == (128, 4, 64)]
 
 
+# Alone, by KV heads, and on more devices than there are KV heads; lowering takes no devices.
+MESHES = {"one": None, "by_kv_heads": (4, 1), "by_groups": (8, 2)}
+
+
+@pytest.mark.parametrize("devices", MESHES)
 @pytest.mark.parametrize("variant", FORWARD, ids=lambda variant: variant.name)
-def test_the_forward_pass_hands_the_kernel_the_whole_pool(variant):
+def test_the_forward_pass_hands_the_kernel_the_whole_pool_of_a_device(variant, devices):
+    mesh = MESHES[devices] and AbstractMesh(MESHES[devices], EVERY)
     with compat.hopper():
-        traced, pool = forward_with(variant, MODEL)
+        traced, pool = forward_with(variant, MODEL, mesh and NamedSharding(mesh, PartitionSpec()), mesh=mesh)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
     size = "x".join(map(str, pool.k.shape[1:]))
