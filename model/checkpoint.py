@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from model.config import ModelConfig, load_config, read_json
 from model.fingerprint import fingerprint as fingerprint
 from model.params import Layer, Params
+from model.sharding import make_mesh, shardings
 
 # What a checkpoint needs to run; the same weights in other formats stay on the hub.
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -32,6 +33,7 @@ FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Progress = Callable[[int, int], None]  # (bytes of params made so far, bytes in all)
+Index = tuple[slice, ...]  # a slice of an array, one for each axis
 
 
 class Part(NamedTuple):
@@ -64,18 +66,23 @@ class Tensor(NamedTuple):
         return values
 
 
-def load(source: str | Path, dtype: Any, progress: Progress | None = None) -> tuple[ModelConfig, Params]:
+def load(
+    source: str | Path, dtype: Any, progress: Progress | None = None, devices: int = 1
+) -> tuple[ModelConfig, Params]:
     """The config and the stacked Params, in `dtype`, of a safetensors checkpoint in a folder or on the hub.
 
-    Leaves are made one at a time: host memory peaks at one leaf, plus the params if they stay on the host. Raises
-    FileNotFoundError or ValueError, naming file and tensor, if the checkpoint differs from its config.
+    They lie on the first `devices` devices as `sharding.shardings` says. What one device holds of a leaf is made at a
+    time: host memory peaks at that, plus the params if they stay on the host. Raises FileNotFoundError or ValueError,
+    naming file and tensor, if the checkpoint differs from its config, and what `sharding.make_mesh` raises.
     """
     folder = resolve(source)
     config = load_config(folder)
     leaves = layout(config)
+    mesh = make_mesh(config, devices)
     tensors = _map_tensors(_weight_files(folder))
     _check(leaves, tensors, config, folder)
-    return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None))
+    places = shardings(leaves, mesh) if mesh else None
+    return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None), places)
 
 
 def resolve(source: str | Path) -> Path:
@@ -173,10 +180,11 @@ def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     (path / "tokenzero.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def restore_orbax(path: str | Path) -> tuple[ModelConfig, Params]:
-    """The config and Params that `save_orbax` wrote, on the first device; they may have been saved from others.
+def restore_orbax(path: str | Path, devices: int = 1) -> tuple[ModelConfig, Params]:
+    """The config and Params that `save_orbax` wrote, on the first `devices` devices; others may have saved them.
 
-    Raises FileNotFoundError if `save_orbax` did not write the folder, or not completely.
+    Each device reads its own part. Raises FileNotFoundError if `save_orbax` did not write the folder, or not
+    completely, and ValueError as `sharding.make_mesh` does.
     """
     import orbax.checkpoint as ocp
 
@@ -188,10 +196,10 @@ def restore_orbax(path: str | Path) -> tuple[ModelConfig, Params]:
     if about.get("format") != 1:
         raise ValueError(f"{about_file} has format {about.get('format')!r}, expected 1: convert the checkpoint again")
     config = ModelConfig.from_json(about["config"])
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(about["dtype"]), sharding=device), layout(config)
-    )
+    leaves, dtype = layout(config), jnp.dtype(about["dtype"])
+    mesh, alone = make_mesh(config, devices), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = shardings(leaves, mesh) if mesh else jax.tree.map(lambda leaf: alone, leaves)
+    wanted = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), leaves, places)
     with ocp.StandardCheckpointer() as checkpointer:
         return config, checkpointer.restore(path / "params", wanted)
 
@@ -275,30 +283,67 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _fill(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress: Progress) -> Params:
-    """Make every leaf: allocate it, convert its tensors into place side by side, and put it on the device."""
+def _fill(
+    leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress: Progress, places: Params | None
+) -> Params:
+    """Make every leaf: allocate each of its slices, convert tensors into it side by side, and put it on its devices."""
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves)) * dtype.itemsize
     done = 0
 
-    def fill(leaf: Leaf) -> jax.Array:
+    def fill(leaf: Leaf, index: Index, devices: list[jax.Device | None]) -> list[jax.Array]:
+        """A slice of a leaf, on each of these devices."""
         nonlocal done
-        array = _aligned(leaf.shape, dtype)
-
-        def convert(part: Part) -> int:
-            place = array[part.at]
-            place[...] = tensors[part.name].values().reshape(place.shape)
-            return place.nbytes
-
-        for converted in threads.map(convert, leaf.parts):
+        places = [range(size)[each] for size, each in zip(leaf.shape, index, strict=True)]
+        array = _aligned(tuple(map(len, places)), dtype)
+        for converted in threads.map(lambda part: _convert(part, tensors[part.name], leaf, places, array), leaf.parts):
             done += converted
             progress(done, total)
-        # Wait, so that the host copy is freed before the next leaf is allocated.
-        on_device: jax.Array = jax.device_put(array).block_until_ready()
-        return on_device
+        # Wait, so that the host copy is freed before the next one is allocated.
+        return [jax.device_put(array, device).block_until_ready() for device in devices]
+
+    def on_one(leaf: Leaf) -> jax.Array:
+        return fill(leaf, (slice(None),) * len(leaf.shape), [None])[0]
+
+    def on_several(leaf: Leaf, place: jax.sharding.Sharding) -> jax.Array:
+        arrays = [array for index, devices in _slices(place, leaf.shape) for array in fill(leaf, index, devices)]
+        divided: jax.Array = jax.make_array_from_single_device_arrays(leaf.shape, place, arrays)
+        return divided
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        filled: Params = jax.tree.map(fill, leaves)
-    return filled
+        params: Params = jax.tree.map(on_several, leaves, places) if places else jax.tree.map(on_one, leaves)
+    return params
+
+
+def _slices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device | None]]]:
+    """The slices of an array of this shape that devices hold, each with the devices that hold it."""
+    slices: dict[str, tuple[Index, list[jax.Device | None]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        slices.setdefault(repr(index), (index, []))[1].append(device)
+    return list(slices.values())
+
+
+def _convert(part: Part, tensor: Tensor, leaf: Leaf, places: list[range], array: np.ndarray) -> int:
+    """Write what a tensor has of the `places` of a leaf, one range an axis, to their array. Returns the bytes."""
+    to: list[int | slice] = []
+    sizes, of = list[int](), list[slice]()
+    at = [*part.at, *[slice(None)] * (len(leaf.shape) - len(part.at))]
+    for size, each, place in zip(leaf.shape, at, places, strict=True):
+        if isinstance(each, int):
+            if each not in place:
+                return 0
+            to.append(each - place.start)
+            continue
+        own = range(size)[each]
+        first, stop = max(own.start, place.start), min(own.stop, place.stop)
+        if first >= stop:
+            return 0
+        to.append(slice(first - place.start, stop - place.start))
+        sizes.append(len(own))
+        of.append(slice(first - own.start, stop - own.start))
+    target = array[tuple(to)]
+    target[...] = tensor.values().reshape(sizes)[tuple(of)]
+    return target.nbytes
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

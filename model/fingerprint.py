@@ -25,11 +25,11 @@ BLOCK_BYTES = 2**22  # of a weight that one call hashes, so that all cores have 
 def fingerprint(config: ModelConfig, params: Params) -> bytes:
     """32 bytes that name this architecture with these weights in this dtype, for the keys of KV pages.
 
-    It depends only on the values in memory: equal after a restart, on another machine, from safetensors or Orbax, with
-    layers stacked or unstacked. End-of-sequence ids and the context limit do not change KV and are left out. Every bit
-    of every weight enters, through a 64-bit hash per array and layer that takes one pass over the device's memory, by
-    a kernel on CPUs. That hash distinguishes checkpoints, but it does not protect against deliberately colliding
-    weights, as BLAKE2b over all bytes on the host would. Raises ValueError for packed weights.
+    It depends only on the values in memory: equal after a restart, on another machine, on any number of devices, from
+    safetensors or Orbax, with layers stacked or unstacked. End-of-sequence ids and the context limit do not change KV
+    and are left out. Every bit of every weight enters, through a 64-bit hash per array and layer that takes one pass
+    over the device's memory, by a kernel on CPUs. That hash distinguishes checkpoints, but it does not protect against
+    deliberately colliding weights, as BLAKE2b over all bytes on the host would. Raises ValueError for packed weights.
     """
     if isinstance(params.layers, PackedLayers):
         raise ValueError(
@@ -58,7 +58,7 @@ def _hash(x: jax.Array, kept: int = 0) -> np.ndarray:
     any order, so on any device and under any sharding.
     """
     on_host = x.itemsize in (2, 4) and all(device.platform == "cpu" for device in x.devices()) and build.available()
-    words = _row_hashes(np.asarray(x)) if on_host else np.asarray(_row_hashes_on_device(x))
+    words = _row_hashes_of_shards(x) if on_host else np.asarray(_row_hashes_on_device(x))
     for depth in range(1, x.ndim - kept):
         salts = _salts(np.arange(words.shape[-1], dtype=np.uint32), depth)
         words = np.add.reduce(_mix(words ^ salts.reshape(2, *[1] * (words.ndim - 2), -1)), axis=-1, dtype=np.uint32)
@@ -73,10 +73,20 @@ def _row_hashes_on_device(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(_mix(bits ^ own), axis=-1, dtype=jnp.uint32) for own in salts])
 
 
-def _row_hashes(x: np.ndarray) -> np.ndarray:
-    """The same by the CPU kernel, which several threads run side by side."""
+def _row_hashes_of_shards(x: jax.Array) -> np.ndarray:
+    """The same by the CPU kernel, shard by shard where they lie; what several devices hold is hashed once."""
+    words = np.zeros((2, *x.shape[:-1]), np.uint32)
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            *rows, columns = shard.index
+            words[(slice(None), *rows)] += _row_hashes(np.asarray(shard.data), columns.start or 0)
+    return words
+
+
+def _row_hashes(x: np.ndarray, first: int) -> np.ndarray:
+    """The hashes over the last axis, which begins at place `first`, of several threads side by side."""
     columns = x.shape[-1]
-    salts = _salts(np.arange(columns, dtype=np.uint32), depth=0)
+    salts = _salts(np.arange(first, first + columns, dtype=np.uint32), depth=0)
     rows = np.ascontiguousarray(x).reshape(-1, columns)
     step = max(1, BLOCK_BYTES // (columns * x.itemsize))
 

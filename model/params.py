@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32
 
 
@@ -81,9 +82,24 @@ def unstacked(params: Params) -> Params:
     if not isinstance(params.layers, Layer):
         return params
     leaves, structure = jax.tree.flatten(params.layers)
-    devices = {device for leaf in leaves for device in leaf.devices()}
-    if len(devices) == 1 and all(device.platform == "cpu" for device in devices):
-        # Parts of an array on the host, which JAX takes as they are where they are aligned.
-        leaves = [[jax.device_put(part) for part in np.asarray(leaf)] for leaf in leaves]
+    if all(device.platform == "cpu" for leaf in leaves for device in leaf.devices()):
+        leaves = [_apart(leaf) for leaf in leaves]
     layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
     return dataclasses.replace(params, layers=layers)
+
+
+def _apart(stacked: jax.Array) -> list[jax.Array]:
+    """The parts of an array along its first axis, made on the host: JAX takes them as they are where they are aligned.
+
+    Of an array on several devices, each device has the same part of what it has.
+    """
+    if not isinstance(stacked.sharding, NamedSharding):
+        return [jax.device_put(part) for part in np.asarray(stacked)]
+    place = NamedSharding(stacked.sharding.mesh, PartitionSpec(*stacked.sharding.spec[1:]))
+    shards = [(shard.device, np.asarray(shard.data)) for shard in stacked.addressable_shards]
+
+    def part(index: int) -> jax.Array:
+        arrays = [jax.device_put(data[index], device) for device, data in shards]
+        return jax.make_array_from_single_device_arrays(stacked.shape[1:], place, arrays)
+
+    return [part(index) for index in range(len(stacked))]

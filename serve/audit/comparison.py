@@ -13,6 +13,7 @@ import numpy as np
 from cache.tier import Payload
 from model.kv import KVPool, gather_pages
 from serve.audit.findings import Mismatch
+from serve.engine.page_copies import pages_sharding
 from serve.engine.programs import LAST_RANK, Programs
 
 # The largest allowed difference, as a share of the largest value of the same token: in a page's keys or values of one
@@ -43,7 +44,7 @@ class PageComparison:
         padded = [*pages, *[pages[-1]] * (COMPARED - len(pages))]
         return self.gather(pool, np.asarray(padded, np.int32))
 
-    def decode(self, payloads: Sequence[Payload | None]) -> tuple[list[int], jax.Array]:
+    def decode(self, payloads: Sequence[Payload | None]) -> tuple[list[int], np.ndarray]:
         """Stored pages as arrays, [COMPARED, *page_shape], and which of the payloads they are.
 
         Payloads that are missing, or have a length of their own, are left out.
@@ -54,14 +55,14 @@ class PageComparison:
         stored = np.zeros(self.shape, self.dtype)
         for place, i in enumerate(found):
             stored[place] = np.frombuffer(payloads[i], self.dtype).reshape(shape)  # type: ignore[arg-type]
-        return found, jnp.asarray(stored)
+        return found, stored
 
     def first_difference(
         self,
         source: str,
         indices: Sequence[int],  # of the pages in their sequence
         ours: jax.Array,  # [COMPARED, *page_shape]
-        theirs: jax.Array,  # the same
+        theirs: jax.Array | np.ndarray,  # the same
         tokens: range,  # of the sequence; the others are not compared
     ) -> Mismatch | None:
         """The first token whose keys or values differ by too much; its page and all after it are not to be trusted."""
@@ -102,8 +103,11 @@ def distances(
 def make_comparison(programs: Programs, pool: KVPool, bound: float) -> PageComparison:
     """Declare the comparison for pages of a pool of this shape; nothing is compiled yet."""
     layers, _, *tile = pool.k.shape
-    shape = (COMPARED, 2, layers, *tile)
-    pages, data = jax.ShapeDtypeStruct((COMPARED,), jnp.int32), jax.ShapeDtypeStruct(shape, pool.k.dtype)
-    gather = programs.add(LAST_RANK, "gather of an audit", gather_pages, (pool, pages), 0)
+    shape, place = (COMPARED, 2, layers, *tile), pages_sharding(pool, programs.mesh)
+    pages, data = (
+        jax.ShapeDtypeStruct((COMPARED,), jnp.int32),
+        jax.ShapeDtypeStruct(shape, pool.k.dtype, sharding=place),
+    )
+    gather = programs.add(LAST_RANK, "gather of an audit", gather_pages, (pool, pages), data)
     measure = programs.add(LAST_RANK, "comparison of an audit", distances, (data, data), (0, 0))
     return PageComparison(gather, measure, shape, np.dtype(pool.k.dtype), bound)

@@ -29,6 +29,7 @@ from cache.tiers import Tiers
 from model.config import ModelConfig
 from model.kv import KVPool, empty_pool
 from model.params import Params
+from model.sharding import make_mesh, pool_sharding
 from serve.cost.model import Constants, CostTracker, cost_model
 from serve.engine.counters import Counters
 from serve.engine.inbox import Inbox
@@ -73,15 +74,16 @@ class EngineCore:
     ) -> None:
         self.settings, self.inbox = settings, inbox
 
+        self.programs = user_programs(make_mesh(config, settings.tensor_parallel))
+
         def new_pool() -> KVPool:
-            pages = settings.num_pages + settings.audit_pages
-            return empty_pool(config, pages, settings.page_size, jax.numpy.dtype(settings.dtype))
+            pages, dtype = settings.num_pages + settings.audit_pages, jax.numpy.dtype(settings.dtype)
+            return empty_pool(config, pages, settings.page_size, dtype, pool_sharding(config, self.programs.mesh))
 
         def new_cache() -> PrefixCache:
             return PrefixCache(settings.num_pages, settings.page_size, fingerprint)
 
         pool = new_pool()
-        self.programs = user_programs()
         self.programs.busy = lambda: bool(self.running or self.waiting)
         steps = make_steps(self.programs, params, pool, config, settings)
         copies = make_page_copies(self.programs, pool, COPIES_RANK) if tiers else None

@@ -56,7 +56,8 @@ class IdleWork(Protocol):
 class Engine:
     """A model that generates for many requests at a time; reuses, keeps and restores the keys and values of prefixes.
 
-    Raises ValueError if `max_model_len` tokens do not fit into the pool.
+    `params` lie on the devices that `tensor_parallel` of the settings asks for, see model.sharding. Raises ValueError
+    if `max_model_len` tokens do not fit into the pool.
     """
 
     def __init__(

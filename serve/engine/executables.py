@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -147,8 +147,10 @@ class Executables:
         """The file of a program."""
         return self.folder / f"{digest(key + repr(sorted(self.environment.items())))}.executable"
 
-    def load(self, key: str, name: str, arguments: Any, result: Any) -> Callable[..., Any] | None:
-        """The executable of a program, ready to call; None if there is none that can be used.
+    def load(
+        self, key: str, name: str, arguments: Any, result: Any, devices: Sequence[jax.Device]
+    ) -> Callable[..., Any] | None:
+        """The executable of a program, ready to call on `devices`; None if there is none that can be used.
 
         `arguments` and `result` are pytrees of the structures that it takes and returns.
         """
@@ -165,7 +167,7 @@ class Executables:
             payload = checked(contents, self.environment)
             trees = jax.tree.structure((arguments, {})), jax.tree.structure(result)
             loaded: Callable[..., Any] = serialize_executable.deserialize_and_load(
-                payload, *trees, execution_devices=jax.devices()[:1]
+                payload, *trees, execution_devices=devices
             )
         except Exception as error:  # whatever XLA makes of it, the program can be compiled
             log.warning("%s in %s is ignored, and compiled again: %s", name, path, first_line(error))

@@ -21,6 +21,8 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from serve.engine.executables import Compilation, Executables, compile_lowered, digest, first_line, source_of
 from serve.engine.runtime import user_cache
@@ -70,7 +72,9 @@ class Program:
         static: Mapping[str, Any],
     ) -> None:
         self.programs, self.rank, self.name, self.function, self.static = programs, rank, name, function, static
-        self.arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+        self.arguments = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=programs.place(leaf)), arguments
+        )
         self.result, self.donate = result, donate
         # Now: once the source file has changed, its hash would name what is not in this process.
         self.key = self._key()
@@ -89,21 +93,29 @@ class Program:
         leaves, structure = jax.tree.flatten(self.arguments)
         shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
         static = sorted((name, repr(value)) for name, value in self.static.items())
-        return repr((self.function.__qualname__, source_of(module), str(structure), shapes, static, self.donate))
+        parts = (self.function.__qualname__, source_of(module), str(structure), shapes, static, self.donate)
+        if self.programs.mesh is None:
+            return repr(parts)
+        return repr((*parts, [leaf.sharding for leaf in leaves], self._places()))
+
+    def _places(self) -> Any:
+        """Where the result lies on a mesh."""
+        return jax.tree.map(self.programs.place, self.result)
 
     def lower(self, salt: str = "") -> jax.stages.Lowered:
         """Trace and lower it, under a name by which JAX's own cache knows it; it knows none with a fresh salt."""
         function = partial(self.function, **self.static)
         function.__name__ = f"{self.function.__name__}_{digest(self.key + salt)[:8]}"  # type: ignore[attr-defined]
-        return jax.jit(function, donate_argnums=self.donate).lower(*self.arguments)
+        places = {} if self.programs.mesh is None else {"out_shardings": self._places()}
+        return jax.jit(function, donate_argnums=self.donate, **places).lower(*self.arguments)
 
 
 class Programs:
     """The programs of one engine."""
 
-    def __init__(self, executables: Executables | None = None) -> None:
-        """`executables`: where programs are kept from one process to the next."""
-        self.executables = executables
+    def __init__(self, executables: Executables | None = None, mesh: Mesh | None = None) -> None:
+        """`executables`: where programs are kept from one process to the next; `mesh`: their devices, if several."""
+        self.executables, self.mesh = executables, mesh
         self.all: list[Program] = []
         self.changed = threading.Condition()  # guards the states
         self.unsaved: list[tuple[Program, Compilation]] = []
@@ -127,11 +139,24 @@ class Programs:
     ) -> Program:
         """Declare a program. `function(*arguments, **static)` returns the structure of `result`.
 
-        `arguments` are pytrees of arrays, or of their shapes; those that `donate` numbers are donated. The function is
-        one of a module's, and it depends on the source of its module and of the model only.
+        `arguments` are pytrees of arrays, or of their shapes; those that `donate` numbers are donated. On several
+        devices, each array lies as its sharding says, in `result` too; what has none lies on each device. The function
+        is one of a module's, and it depends on the source of its module and of the model only.
         """
         self.all.append(Program(self, rank, name, function, arguments, result, donate, static or {}))
         return self.all[-1]
+
+    def place(self, leaf: Any) -> NamedSharding | None:
+        """Where an argument or a result lies on the devices of the mesh; None without a mesh."""
+        if self.mesh is None:
+            return None
+        given = getattr(leaf, "sharding", None)
+        return given if isinstance(given, NamedSharding) else NamedSharding(self.mesh, PartitionSpec())
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """An array on the device, or on each device of the mesh."""
+        placed: jax.Array = jax.device_put(array, self.place(None))
+        return placed
 
     # Called from any thread.
 
@@ -235,8 +260,9 @@ class Programs:
                 self.changed.notify_all()
 
     def _load_or_compile(self, program: Program) -> Callable[..., Any]:
+        devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
         if self.executables and (
-            found := self.executables.load(program.key, program.name, program.arguments, program.result)
+            found := self.executables.load(program.key, program.name, program.arguments, program.result, devices)
         ):
             with self.changed:
                 self.loaded += 1
@@ -266,6 +292,6 @@ class Programs:
                 log.warning("%s is not kept: %s: %s", program.name, type(error).__name__, first_line(error))
 
 
-def user_programs() -> Programs:
+def user_programs(mesh: Mesh | None = None) -> Programs:
     """Programs that are kept in the cache of this user."""
-    return Programs(Executables(user_cache() / "executables"))
+    return Programs(Executables(user_cache() / "executables"), mesh)

@@ -242,7 +242,7 @@ class Restorer:
         shaped = data.view(self.copies.dtype).reshape(-1, *self.copies.page_shape)
         arrays, at = [], 0
         for size in batch_sizes(count, self.copies.scatter):
-            arrays.append(jax.device_put(shaped[at : at + size]))
+            arrays.append(jax.device_put(shaped[at : at + size], self.copies.sharding))
             at += size
         last = pages[count - 1]
         stop = last.index * self.page_size + last.tokens if count else 0

@@ -22,6 +22,7 @@ class EngineSettings:
     restore_bytes: int = 1 << 30  # of pages that were read back and are not in the pool yet
     stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
+    tensor_parallel: int = 1  # devices over which the model is split, see model.sharding
     audit_pages: int = 0  # additional pages, for the auditor to compute in
     # Serve as soon as two shapes are compiled, and compile the others in the background; False compiles all before.
     compile_in_background: bool = False

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cache.pool import pages_for
 from model.batch import Batch
@@ -42,11 +43,11 @@ WARM_UP_CHUNK = 128
 
 
 def logits_step(
-    params: Params, pool: KVPool, batch: Batch, before: jax.Array, config: ModelConfig
+    params: Params, pool: KVPool, batch: Batch, before: jax.Array, config: ModelConfig, mesh: Mesh | None = None
 ) -> tuple[jax.Array, KVPool]:
     """One pass of the model: logits [samples, vocab] float32, and the pool."""
     known = jnp.where(batch.tokens < 0, before[-1 - batch.tokens], batch.tokens)
-    return forward(params, replace(batch, tokens=known), pool, config)
+    return forward(params, replace(batch, tokens=known), pool, config, mesh)
 
 
 def greedy_step(logits: jax.Array, sampling: Sampling, width: int) -> jax.Array:
@@ -133,15 +134,16 @@ def make_steps(
     buckets = batch_buckets(settings.max_num_seqs, chunk, mixed, settings.speculative_tokens)
     table_pages = pages_for(settings.max_model_len, pool.page_size)
     words = -(-config.vocab_size // 32)
-    nothing = jax.device_put(np.zeros(max(b.samples for b in buckets), np.int32))
+    nothing = programs.put(np.zeros(max(b.samples for b in buckets), np.int32))
     ordered, base = compile_order(buckets), base_buckets(buckets)
+    model = {"config": config} | ({"mesh": programs.mesh} if programs.mesh else {})
     samplers: dict[int, tuple[Program, Program, jax.Array]] = {}
     run, by_bucket = {}, {}
     for rank, bucket in enumerate(ordered, STEPS_RANK):
         batch, sampling = blank(bucket, table_pages)
         logits = jax.ShapeDtypeStruct((bucket.samples, config.vocab_size), jnp.float32)
         if bucket.samples not in samplers:
-            unmasked = jax.device_put(np.full((bucket.samples, words), EVERY_TOKEN, np.uint32))
+            unmasked = programs.put(np.full((bucket.samples, words), EVERY_TOKEN, np.uint32))
             taken, width = (logits, replace(sampling, mask=unmasked)), {"width": len(nothing)}
             early = GREEDY_RANK if bucket in base else rank
             samplers[bucket.samples] = (
@@ -151,7 +153,7 @@ def make_steps(
             )
         greedily, randomly, unmasked = samplers[bucket.samples]
         arguments = (params, pool, batch, nothing)
-        forward = programs.add(rank, f"step {bucket}", logits_step, arguments, (0, pool), (1,), {"config": config})
+        forward = programs.add(rank, f"step {bucket}", logits_step, arguments, (0, pool), (1,), model)
         run[bucket] = CompiledStep(forward, greedily, randomly, unmasked)
         by_bucket[bucket] = forward, randomly
     page = jax.ShapeDtypeStruct((1,), jnp.int32)

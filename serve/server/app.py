@@ -270,11 +270,12 @@ def describe_model(name: str, limit: int) -> dict[str, str | int]:
 
 
 async def get_health(request: Request) -> Response:
-    """`GET /health`: 200 while the engine's thread is alive, with its dtype and device; otherwise 503."""
+    """`GET /health`: 200 while the engine's thread is alive, with its dtype, device and `--tp`; otherwise 503."""
     engine: EngineClient = request.app.state.context.engine
     if not engine.alive:
         return JSONResponse({"status": "engine stopped"}, 503)
-    return JSONResponse({"status": "ok", "dtype": engine.settings.dtype, "device": engine.device})
+    sizes = engine.settings
+    return JSONResponse({"status": "ok", "dtype": sizes.dtype, "device": engine.device, "tp": sizes.tensor_parallel})
 
 
 async def get_ready(request: Request) -> Response:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     import jax
+    from jax.sharding import Mesh
     from starlette.applications import Starlette
 
     from cache.tiers import Tiers
@@ -52,6 +53,7 @@ class LoadedModel:
     params: Params
     fingerprint: bytes
     dtype: str  # of weights and KV pages
+    mesh: Mesh | None  # the devices that it is divided over, if several
 
 
 def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> None:
@@ -155,9 +157,10 @@ def load(config: ServerConfig, progress: StartProgress) -> Starlette:
         gc.freeze()
         gc.enable()
     log.info(
-        "%s: %s on %s, %d pages of %d tokens, context %d",
+        "%s: %s on %s%s, %d pages of %d tokens, context %d",
         config.model,
         sizes.dtype,
+        f"{sizes.tensor_parallel} x " if sizes.tensor_parallel > 1 else "",
         jax.devices()[0].device_kind,
         sizes.num_pages,
         sizes.page_size,
@@ -186,21 +189,34 @@ def load_engine(config: ServerConfig, folder: Path, progress: StartProgress) -> 
 
 
 def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> LoadedModel:
-    """Read the weights. Raises ValueError and OSError for what is not a checkpoint."""
+    """Read the weights. Raises ValueError and OSError for what is not a checkpoint, and what `mesh_of` raises."""
     import jax
 
     from model import checkpoint
+    from model.config import load_config
     from model.kernels.dispatch import arranged
+    from model.sharding import shard_params
 
+    mesh = mesh_of(load_config(folder), config.tp)
     on_cpu = jax.default_backend() == "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
     with progress.phase("weights") as on_progress:
-        model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress)
+        model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress, config.tp)
     with progress.phase("fingerprint"):
         fingerprint = checkpoint.fingerprint(model_config, params)
     with progress.phase("packing"):
-        params = arranged(params, config.page_size, consume=True)
-    return LoadedModel(model_config, params, fingerprint, dtype)
+        params = arranged(shard_params(params, mesh), config.page_size, consume=True)
+    return LoadedModel(model_config, params, fingerprint, dtype, mesh)
+
+
+def mesh_of(model: ModelConfig, count: int) -> Mesh | None:
+    """The devices of `--tp`; None for one. Raises ValueError for a number that the heads or this machine rule out."""
+    from model.sharding import make_mesh
+
+    try:
+        return make_mesh(model, count)
+    except ValueError as error:
+        raise ValueError(f"--tp: {error}") from error
 
 
 def report_template(name: str, tokenizer: Tokenizer) -> None:
@@ -222,7 +238,7 @@ def build_engine(config: ServerConfig, model: LoadedModel, on_progress: OnProgre
     from serve.cost.file import load_constants
     from serve.engine.engine import Engine
 
-    sizes = engine_settings(config, model.config, model.params, model.dtype)
+    sizes = engine_settings(config, model.config, model.params, model.dtype, model.mesh)
     costs = load_constants(config.cost_model, model.config) if config.cost_model else None
     tiers = open_tiers(config, jax.default_backend() == "cpu")
     engine = Engine(model.params, model.config, sizes, model.fingerprint, tiers, on_progress=on_progress, costs=costs)
@@ -230,19 +246,24 @@ def build_engine(config: ServerConfig, model: LoadedModel, on_progress: OnProgre
     return engine
 
 
-def engine_settings(config: ServerConfig, model: ModelConfig, params: Params, dtype: str) -> EngineSettings:
+def engine_settings(
+    config: ServerConfig, model: ModelConfig, params: Params, dtype: str, mesh: Mesh | None = None
+) -> EngineSettings:
     """The engine's sizes: as many pages as fit, and a context no longer than they hold. Raises SystemExit if not."""
     import jax
     import numpy as np
 
     from model.kv import bytes_per_token
+    from model.sharding import pool_heads
     from serve.audit.auditor import audit_pages
     from serve.engine.settings import EngineSettings
 
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    taken = weights + config.restore_bytes + config.write_queue_bytes
-    budget = pool_bytes(jax.devices()[0], taken) if config.kv_pool_bytes is None else config.kv_pool_bytes
-    page = config.page_size * bytes_per_token(model, np.dtype(jax.numpy.dtype(dtype)))
+    devices = jax.devices()[: config.tp]
+    # Of each page, since several devices have the same head where there are more of them than heads.
+    copies = len(devices) * pool_heads(model, mesh) // model.num_kv_heads
+    taken = weight_bytes(params) + copies * (config.restore_bytes + config.write_queue_bytes) // len(devices)
+    budget = pool_bytes(devices, taken) if config.kv_pool_bytes is None else config.kv_pool_bytes
+    page = copies * config.page_size * bytes_per_token(model, np.dtype(jax.numpy.dtype(dtype)))
     pages = budget // page
     if pages < 2:
         raise SystemExit(f"--kv-pool-bytes: {budget} bytes hold {pages} pages of {page} bytes, expected at least 2")
@@ -264,6 +285,7 @@ def engine_settings(config: ServerConfig, model: ModelConfig, params: Params, dt
         max_num_seqs=config.max_num_seqs,
         max_queue=config.max_queue,
         max_prefill_tokens=config.max_prefill_tokens,
+        tensor_parallel=len(devices),
         speculative_tokens=config.speculative_tokens,
         restore_bytes=config.restore_bytes,
         stop_seconds=config.stop_seconds,
@@ -281,15 +303,23 @@ def audit_settings(config: ServerConfig) -> AuditSettings:
     return AuditSettings(config.audit_share, folder, sample_bytes=config.bounds.audits)
 
 
-def pool_bytes(device: jax.Device, taken: int) -> int:
-    """The default size of the KV pool in bytes.
+def weight_bytes(params: Params) -> int:
+    """The bytes of the weights that each device has."""
+    import jax
 
-    On a GPU, all memory except a margin and the `taken` bytes: the weights, and pages on their way between the pool and
-    the tiers. On a CPU, 1 GiB, or half of the available memory if that is less.
+    return sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards[:1])
+
+
+def pool_bytes(devices: Sequence[jax.Device], taken: int) -> int:
+    """The default size of the KV pool in bytes, on all devices together.
+
+    On GPUs, as much on each as the one with the least has: its memory except a margin and the `taken` bytes, which are
+    the weights, and pages on their way between the pool and the tiers. On a CPU, 1 GiB, or half of the available memory
+    if that is less.
     """
-    stats = device.memory_stats()
-    if device.platform != "cpu" and stats:
-        return max(0, int(stats["bytes_limit"]) - taken - DEVICE_MARGIN_BYTES)
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices if device.platform != "cpu"]
+    if known := [int(limit) for limit in limits if limit]:
+        return len(devices) * max(0, min(known) - taken - DEVICE_MARGIN_BYTES)
     import psutil
 
     return min(CPU_POOL_BYTES, int(psutil.virtual_memory().available) // 2)

@@ -98,8 +98,15 @@ class ServerConfig:
         "also send a tool_call_dispatch event for each complete tool call", ANSWERS, False
     )
 
+    tp: int = flag(
+        "devices over which the model is divided (tensor parallelism): each has a share of the heads of every layer",
+        ENGINE,
+        1,
+        metavar="N",
+        least=1,
+    )
     kv_pool_bytes: int | None = size_flag(
-        "memory for KV pages on the device",
+        "memory for KV pages, on all devices together",
         ENGINE,
         None,
         "1GiB on CPU; elsewhere all that weights, restored and unwritten pages and a margin leave",

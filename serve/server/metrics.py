@@ -73,6 +73,12 @@ ENGINE: tuple[Figure[Engine], ...] = (
     Figure("num_requests_running", GAUGE, "Sequences in the batch", lambda engine: len(engine.running)),
     Figure("num_requests_waiting", GAUGE, "Requests in the queue", lambda engine: len(engine.waiting)),
     Figure(
+        "tensor_parallel_devices",
+        GAUGE,
+        "Devices over which the model is divided",
+        lambda engine: engine.settings.tensor_parallel,
+    ),
+    Figure(
         "pages",
         GAUGE,
         "Pages of the device pool by state: free, cached, in_use, auditor",

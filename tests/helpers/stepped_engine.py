@@ -53,7 +53,7 @@ def by_hand() -> Iterator[Clock]:
     programs, steps, copies = compiled()
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serve.engine.core.user_programs", lambda: programs)
+        patch.setattr("serve.engine.core.user_programs", lambda mesh: programs)
         patch.setattr("serve.engine.core.make_steps", lambda *_: steps)
         patch.setattr("serve.engine.core.warm_up", lambda steps, params, pool, limit: (pool, (0, 1), 1.0))
         patch.setattr("serve.engine.core.make_page_copies", lambda *_: copies)

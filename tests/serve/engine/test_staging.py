@@ -92,7 +92,7 @@ def test_small_pages_are_copied_many_at_a_time():
     def largest(head_dim):
         pool = SimpleNamespace(k=jax.ShapeDtypeStruct((4, 8, 2, 64, head_dim), jnp.float32))
         pool = KVPool(k=pool.k, v=pool.k)
-        programs = SimpleNamespace(add=lambda *_, **__: None)
+        programs = SimpleNamespace(mesh=None, add=lambda *_, **__: None)
         return make_page_copies(programs, pool, 0).slice_pages
 
     assert (largest(32), largest(128)) == (64, 16)
