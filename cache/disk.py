@@ -102,6 +102,17 @@ class DiskTier:
 
         return self.store.attempt("read", look, [True] * len(keys))
 
+    def recent(self, size: int, count: int) -> list[bytes]:
+        """See Tier."""
+
+        def scan(dbs: Databases) -> list[tuple[int, bytes]]:
+            with dbs.env.begin() as txn, txn.cursor(dbs.entries) as cursor:
+                uses = ((last_used(entry), key) for key, entry in cursor if size_of(entry) == size)
+                return heapq.nlargest(count, uses)
+
+        nothing: list[tuple[int, bytes]] = []
+        return [key for _, key in self.store.attempt("read", scan, nothing)]
+
     def get_many(
         self,
         keys: Sequence[bytes],

@@ -39,6 +39,12 @@ class HostTier:
             self._use(keys, stamps)
             return [key in self.pages for key in keys]
 
+    def recent(self, size: int, count: int) -> list[bytes]:
+        """See Tier."""
+        with self.lock:
+            used = [(self.used[key], key) for key, page in self.pages.items() if memoryview(page).nbytes == size]
+        return [key for _, key in heapq.nlargest(count, used)]
+
     def get_many(
         self,
         keys: Sequence[bytes],

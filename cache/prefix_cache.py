@@ -12,12 +12,14 @@ Reuse by a radix tree is SGLang's RadixAttention (Zheng et al., 2023, https://ar
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cache.keys import page_keys, root_key
 from cache.pool import PagePool, pages_for
+from cache.preloaded import PreloadedPages
 from cache.radix_tree import NO_PAGES, RadixTree
 
 
@@ -46,7 +48,7 @@ class PrefixCacheStats:
 
     pages_total: int
     pages_free: int
-    pages_cached: int  # held by the tree alone: what eviction may free
+    pages_cached: int  # held by the tree alone, or preloaded: what eviction may free
     pages_in_use: int  # held by a live lease, whether cached or not
     pages_evicted: int
 
@@ -64,6 +66,7 @@ class PrefixCache:
         self.fingerprint = fingerprint
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(self.pool, page_size)
+        self.preloaded = PreloadedPages(self.pool)
         self.live: dict[int, Lease] = {}
         self.numbers = itertools.count()
 
@@ -111,14 +114,28 @@ class PrefixCache:
         needed = pages_for(length, self.page_size) - len(kept)
         short = needed - self.pool.free_pages
         # A request that cannot be served even then must not empty the cache.
-        if 0 < short <= self.tree.idle_pages():
-            self.tree.evict(short)
+        if 0 < short <= self._evictable():
+            self.tree.evict(short - self.preloaded.evict(short))
         fresh = self.pool.allocate(needed)
         copies = [PageCopy(int(source), int(target)) for source, target in zip(partial, fresh, strict=False)]
         # The device runs in the order of enqueueing, so the copy reads its source before any later owner can write it.
         self.pool.release(partial)
         pages = np.concatenate([kept, fresh])
         return self._enter(Lease(lease.number, pages, len(pages) * self.page_size, lease.reused, lease.salt)), copies
+
+    def adopt(self, lease: Lease, first: int, keys: Sequence[bytes]) -> tuple[Lease, list[str]]:
+        """Make preloaded pages the lease's own, from its page `first` on, in the place of those that it has there.
+
+        `keys` are the keys of the lease's tokens, all of them preloaded, and none of the pages replaced is published by
+        this lease. Returns the lease that replaces this one, and the tier that each page came from.
+        """
+        self._assert_live(lease)
+        assert first <= len(lease.pages), "pages are adopted in the order of position"
+        pages, tiers = self.preloaded.take(keys)
+        before, replaced, after = np.split(lease.pages, [first, first + len(pages)])
+        self.pool.release(replaced)
+        table = np.concatenate([before, pages, after])
+        return self._enter(Lease(lease.number, table, len(table) * self.page_size, lease.reused, lease.salt)), tiers
 
     def insert(self, lease: Lease, tokens: np.ndarray) -> None:
         """Publish `tokens` ([tokens] int32), the whole sequence so far, with its KV computed or enqueued in
@@ -144,7 +161,7 @@ class PrefixCache:
 
     def stats(self) -> PrefixCacheStats:
         """Page counts now, and how many were evicted since the start."""
-        cached = self.tree.idle_pages()
+        cached = self._evictable()
         return PrefixCacheStats(
             pages_total=self.pool.num_pages,
             pages_free=self.pool.free_pages,
@@ -154,12 +171,18 @@ class PrefixCache:
         )
 
     def check(self) -> None:
-        """Assert all invariants of pool, tree and leases; slow, for tests."""
+        """Assert all invariants of pool, tree, preloaded pages and leases; slow, for tests."""
         self.pool.check()
         self.tree.check()
         held = [node.pages for node in self.tree.nodes()] + [lease.pages for lease in self.live.values()]
+        held.append(self.preloaded.pages)
         counts = np.bincount(np.concatenate([NO_PAGES, *held]), minlength=self.pool.num_pages)  # [pages] int64
-        assert np.array_equal(counts, self.pool.ref_counts), "reference counts differ from what tree and leases hold"
+        assert np.array_equal(counts, self.pool.ref_counts), "reference counts differ from what is held"
+        assert (counts[self.preloaded.pages] == 1).all(), "a preloaded page has another holder"
+
+    def _evictable(self) -> int:
+        """Pages that only the tree holds, or that were preloaded."""
+        return self.tree.idle_pages() + len(self.preloaded)
 
     def _enter(self, lease: Lease) -> Lease:
         assert len(lease.pages) == pages_for(lease.length, self.page_size)

@@ -52,6 +52,10 @@ class RemoteTier:
         """See Tier. Always True: uses are not recorded here, and to look would cost a read per key."""
         return [True] * len(keys)
 
+    def recent(self, size: int, count: int) -> list[bytes]:
+        """See Tier. Always empty: uses are not recorded here, and to list a bucket may take minutes."""
+        return []
+
     def get_many(
         self,
         keys: Sequence[bytes],

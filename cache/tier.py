@@ -65,6 +65,9 @@ class Tier(Protocol):
     def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
         """As contains_many, but counts as a use. True where the tier cannot know."""
 
+    def recent(self, size: int, count: int) -> list[bytes]:
+        """Keys of up to `count` pages of `size` bytes, the most recently used first; none where uses are unknown."""
+
     def get_many(
         self,
         keys: Sequence[bytes],
@@ -164,6 +167,14 @@ class TieredPages:
         for tier in self.tiers:
             there = self.failures.guard(f"{tier.name}: uses are lost", partial(tier.touch_many, keys, stamps), unknown)
         return there
+
+    def recent(self, size: int, count: int) -> list[bytes]:
+        """Keys of up to `count` pages of `size` bytes in any tier, of each tier the most recently used first."""
+        keys, nothing = list[bytes](), list[bytes]()
+        for tier in self.tiers:
+            listed = partial(tier.recent, size, count)
+            keys += self.failures.guard(f"{tier.name}: nothing is preloaded", listed, nothing)
+        return [key for key in dict.fromkeys(keys) if key not in self.hidden][:count]
 
     def fetch(
         self,

@@ -94,6 +94,10 @@ class Tiers:
         """
         return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size, used)
 
+    def recent(self, size: int, count: int) -> "Future[list[bytes]]":
+        """Keys of up to `count` pages of `size` bytes, the most recently used first: what is likely to be asked for."""
+        return self.searcher.submit(self.pages.recent, size, count)
+
     def forget(
         self,
         root: bytes,

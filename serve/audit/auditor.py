@@ -257,6 +257,8 @@ class Auditor:
 
     def report(self, engine: Engine, record: ReusedPrefix, wrong: Mismatch) -> None:
         """Drop what is wrong from prefix cache and tiers, write the sequence to a file, and log it once."""
+        if engine.core.preloader:
+            engine.core.preloader.forget()  # nobody knows of which tokens those pages are
         for salt in {record.salt, record.leased}:
             gone = engine.core.memory.prefix_cache.drop(record.tokens, wrong.drop, salt)
             if engine.core.tiers:

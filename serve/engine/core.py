@@ -36,6 +36,7 @@ from serve.engine.inbox import Inbox
 from serve.engine.memory import Memory
 from serve.engine.page_copies import make_page_copies
 from serve.engine.page_names import PageNames
+from serve.engine.preload import Preloader
 from serve.engine.programs import COPIES_RANK, user_programs
 from serve.engine.request import Event, Failed, Finished, Started, TokenEvent
 from serve.engine.restore import Restorer
@@ -93,10 +94,11 @@ class EngineCore:
         self.costs.prefilled(*warmed_up, seconds)
         self.memory = Memory(pool, new_pool, steps.copy, new_cache)
         self.runner = Runner(params, steps, self.memory)
-        self.tiers, self.restorer, self.saver = tiers, None, None
+        self.tiers, self.restorer, self.preloader, self.saver = tiers, None, None, None
         if tiers and copies:
             names = PageNames(fingerprint, settings.page_size)
             self.restorer = Restorer(tiers, copies, names, self.costs, inbox.wake, settings.restore_bytes)
+            self.preloader = Preloader(self.restorer, self.memory, inbox.wake, settings.preload_bytes)
             self.saver = Saver(tiers.writer, self.memory, copies, names)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -163,9 +165,9 @@ class EngineCore:
 
     def restore(self) -> bool:
         """Copy in what the tiers have brought, and read ahead, also for those next in line. Whether anything came."""
-        if self.restorer is None or self.saver is None:
+        if self.restorer is None or self.preloader is None or self.saver is None:
             return False
-        came = [sequence for sequence in list(self.running) if self.restore_one(self.restorer, sequence)]
+        came = [s for s in list(self.running) if self.restore_one(self.restorer, self.preloader, s)]
         for sequence in self.running:
             if sequence.state is not DECODING:
                 sequence.wait_for_pages(self.restorer.waits(sequence))
@@ -178,19 +180,17 @@ class EngineCore:
             self.full = False
         return bool(came)
 
-    def restore_one(self, restorer: Restorer, sequence: Sequence) -> bool:
+    def restore_one(self, restorer: Restorer, preloader: Preloader, sequence: Sequence) -> bool:
         """Read ahead for a running sequence, and copy in its next pages if they have come. Whether they have."""
         if sequence.lease is None:
             return False
-        if not restorer.looked_up(sequence):
-            restorer.look_up(sequence, sequence.computed)
-        restorer.read_ahead(sequence)
+        taken = preloader.look_up(sequence)
         if (loaded := restorer.ready(sequence)) is None:
-            return False
+            return taken
         self.memory.refresh_match(sequence)  # another may have brought the same pages meanwhile
         restorer.read_ahead(sequence)
         if restorer.ready(sequence) is not loaded:
-            return False
+            return taken
         if self.make_room(sequence, max(loaded.stop, sequence.computed)):
             self.memory.pool, restored = restorer.copy_in(sequence, loaded, self.memory.pool)
             if restored:

@@ -5,7 +5,8 @@ which leave a note in the inbox. One turn of the thread:
 
     inbox:  new requests, cancellations    sleep here while there is nothing to do
     core:   cancel, then one step          see serve.engine.core for the parts of a step
-    idle:   one short step of an audit     only while no request is in the engine
+    idle:   preload pages of the store,    only while no request is in the engine
+            one short step of an audit
 
 A step that raises fails the requests that were running, and no others.
 """
@@ -204,6 +205,8 @@ class Engine:
         try:
             self.core.cancel(cancelled)
             self.core.step()
+            if self.core.preloader:
+                self.core.preloader.step(self.core.quiet)
             if self.idle_work:
                 self.idle_work.step(self)
         except Exception as error:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import jax
@@ -127,7 +127,7 @@ class Restorer:
             self.staging.prefault()
         self.restores: dict[int, Restore] = {}  # by the sequence's number
         # Bytes of each slice that is being read, or was and is not copied in yet.
-        self.staged: WeakKeyDictionary[Future[Loaded], int] = WeakKeyDictionary()
+        self.staged: WeakKeyDictionary[Future[Any], int] = WeakKeyDictionary()
         self.copied_at = 0.0  # when a slice was copied in last, seconds, monotonic
         self.measuring: Future[Fetched] | None = None  # a read that only measures a tier
         self.measured_at: dict[str, float] = {}  # by tier, when it was read last, seconds, monotonic
@@ -135,6 +135,7 @@ class Restorer:
         self.read_seconds: defaultdict[str, float] = defaultdict(float)  # by tier
         self.reads: Counter[str] = Counter()  # by tier
         self.recomputed_pages = 0  # that a tier had, and the model computes sooner
+        self.is_preloaded: Callable[[bytes], bool] = lambda key: False  # whether the pool has a page of this key
 
     # Looking up.
 
@@ -183,12 +184,12 @@ class Restorer:
         if self.measuring and self.measuring.done():
             measuring, self.measuring = self.measuring, None
             if not has_failed(measuring):
-                self._measured(measuring.result())
+                self.measured(measuring.result())
         read, computed = list[StoredPage](), list[StoredPage]()
         for page in pages:
             start = page.index * self.page_size
             worth = self.costs.model.worth_restoring(page.tier, start, start + page.tokens, self.page_bytes)
-            (read if worth else computed).append(page)
+            (read if worth or self.is_preloaded(page.key) else computed).append(page)
         self.recomputed_pages += len(computed)
         self._measure_again(computed)
         return deque(slices_of(read, self.page_size, self.slice_pages))
@@ -196,7 +197,7 @@ class Restorer:
     def _start_reads(self, restore: Restore, budget: int) -> None:
         """Start to read the next few slices, as many as `budget` bytes of all staged ones leave room for."""
         for piece in list(restore.slices or ())[:READ_AHEAD]:
-            if piece.loading is not None:
+            if piece.loading is not None or all(self.is_preloaded(page.key) for page in piece.pages):
                 continue
             size = self.staging.takes(len(piece.pages) * self.page_bytes)
             if self.staged_bytes + size > budget:
@@ -239,14 +240,18 @@ class Restorer:
     ) -> Loaded:
         """Move what was read towards the device, up to the first page that is gone. On the reader's thread."""
         count = fetched.sources.index(None) if None in fetched.sources else len(pages)
-        shaped = data.view(self.copies.dtype).reshape(-1, *self.copies.page_shape)
-        arrays, at = [], 0
-        for size in batch_sizes(count, self.copies.scatter):
-            arrays.append(jax.device_put(shaped[at : at + size], self.copies.sharding))
-            at += size
         last = pages[count - 1]
         stop = last.index * self.page_size + last.tokens if count else 0
-        return Loaded(pages[0].index, stop, arrays, fetched)
+        return Loaded(pages[0].index, stop, self.to_device(data[:count]), fetched)
+
+    def to_device(self, data: np.ndarray) -> list[jax.Array]:
+        """Pages, [pages, page_bytes] uint8, as arrays that a scatter takes. On any thread."""
+        shaped = data.view(self.copies.dtype).reshape(-1, *self.copies.page_shape)
+        arrays, at = [], 0
+        for size in batch_sizes(len(data), self.copies.scatter):
+            arrays.append(jax.device_put(shaped[at : at + size], self.copies.sharding))
+            at += size
+        return arrays
 
     @property
     def staged_bytes(self) -> int:
@@ -263,7 +268,7 @@ class Restorer:
             chosen = [page for page in stale if page.tier == stale[0].tier][: self.slice_pages]
             self.measuring = attempted(partial(self._fetch, chosen, lambda pages, data, fetched: fetched))
 
-    def _measured(self, fetched: Fetched) -> None:
+    def measured(self, fetched: Fetched) -> None:
         """Learn from a read how long reading takes."""
         for tier, seconds in fetched.seconds.items():
             size = self.page_bytes * fetched.sources.count(tier)
@@ -298,6 +303,12 @@ class Restorer:
             return self.page_size - inside
         return max(0, first * self.page_size - sequence.computed)
 
+    def next_page(self, sequence: Sequence, index: int) -> StoredPage | None:
+        """What the lookup has found for page `index` of a sequence, if that is in the next slice."""
+        restore = self.restores.get(sequence.number)
+        pages = restore.slices[0].pages if restore and restore.slices else []
+        return next((page for page in pages if page.index == index), None)
+
     def ready(self, sequence: Sequence) -> Loaded | None:
         """The pages to copy in now, if they have been read."""
         restore = self.restores.get(sequence.number)
@@ -316,7 +327,7 @@ class Restorer:
         assert sequence.lease is not None
         assert restore.slices is not None
         restore.slices.popleft()
-        self._measured(loaded.fetched)
+        self.measured(loaded.fetched)
         self.copied_at = time.monotonic()
         before, at = sequence.computed, loaded.first
         if loaded.stop <= before:

@@ -20,6 +20,7 @@ class EngineSettings:
     # Draft tokens of a decoding sequence in each step (prompt-lookup speculative decoding); 0 disables them.
     speculative_tokens: int = 0
     restore_bytes: int = 1 << 30  # of pages that were read back and are not in the pool yet
+    preload_bytes: int = 0  # of pages that are read from the tiers before a request asks for them
     stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
     tensor_parallel: int = 1  # devices over which the model is split, see model.sharding

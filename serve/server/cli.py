@@ -288,6 +288,7 @@ def engine_settings(
         tensor_parallel=len(devices),
         speculative_tokens=config.speculative_tokens,
         restore_bytes=config.restore_bytes,
+        preload_bytes=config.preload_bytes,
         stop_seconds=config.stop_seconds,
         dtype=dtype,
         audit_pages=own,

@@ -144,6 +144,11 @@ class ServerConfig:
     restore_bytes: int = size_flag(
         "pages that were read back and wait to be used, on host and device each", STORE, "1GiB"
     )
+    preload_bytes: int = size_flag(
+        "pages of the store that are read before a request asks for them, at most half of the KV pool; 0 disables",
+        STORE,
+        "8GiB",
+    )
     write_queue_bytes: int = size_flag("pages that wait to be written, on host or device", STORE, "1GiB")
     cost_model: str | None = flag(
         "prefill costs of this machine, from `python -m experiments.sweep.fit`",

@@ -1,0 +1,64 @@
+"""Device pages that were read from a tier before any request asked for them.
+
+They are known by their key alone: of which tokens, only a request that makes the same key can tell. Each holds one
+reference to its page, which a lease takes over (`PrefixCache.adopt`). They are the first to be evicted.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+import numpy as np
+
+from cache.pool import PagePool
+from cache.radix_tree import NO_PAGES
+
+
+class PreloadedPages:
+    """Pages of one pool by their key, in the order in which they were read: the last are evicted first."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.by_key: dict[bytes, tuple[int, str]] = {}  # page, and the tier that it came from
+        self.read = self.taken = self.evicted = 0  # pages, since the start
+
+    def __len__(self) -> int:
+        """How many pages are held."""
+        return len(self.by_key)
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether the page of a key is held."""
+        return key in self.by_key
+
+    @property
+    def pages(self) -> np.ndarray:
+        """The pages that are held, [pages] int32."""
+        return np.asarray([page for page, _ in self.by_key.values()], np.int32) if self.by_key else NO_PAGES
+
+    def add(self, found: Mapping[bytes, str]) -> np.ndarray:
+        """Take a free page for each key, whose tier is given, and return them, [keys] int32.
+
+        Their contents are the caller's to write, before anything else is enqueued on the device. Raises PoolExhausted.
+        """
+        assert not any(key in self.by_key for key in found), "a page is read twice"
+        pages = self.pool.allocate(len(found))
+        self.by_key |= {key: (int(page), tier) for (key, tier), page in zip(found.items(), pages, strict=True)}
+        self.read += len(found)
+        return pages
+
+    def run(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The first of `keys` that are here, up to one that is not."""
+        return list(takewhile(self.by_key.__contains__, keys))
+
+    def take(self, keys: Sequence[bytes]) -> tuple[np.ndarray, list[str]]:
+        """Hand over the pages of `keys`, which are here, with their references: [keys] int32, and their tiers."""
+        taken = [self.by_key.pop(key) for key in keys]
+        self.taken += len(taken)
+        return np.asarray([page for page, _ in taken], np.int32), [tier for _, tier in taken]
+
+    def evict(self, wanted: int) -> int:
+        """Free up to `wanted` pages, those that were read last first; returns how many it freed."""
+        count = min(wanted, len(self.by_key))
+        gone = [self.by_key.popitem()[1][0] for _ in range(count)]
+        self.pool.release(np.asarray(gone, np.int32))
+        self.evicted += count
+        return count
