@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.harness.client import Timing, count_tokens, measure
+from experiments.harness.client import Timing, count_tokens, measure, scrape
 from experiments.harness.disk import sequential_rate
 from experiments.harness.figures import COLOURS, save, subplots, time_label
 from experiments.harness.provenance import provenance
@@ -40,6 +39,7 @@ PUBLISHED_MS = {"stable": 168, "varying": 912, "stripped": 169}
 OUTPUT_TOKENS = 8
 # Of the disk's sequential rate: what reading pages back may take in the bound for a restarted server.
 READING_SHARE = 0.6
+PAGE_TOKENS = 64  # the server's default
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ RESTARTED = Arm("restarted", header=False, rules="strip-preamble", repeats=5)
 
 @dataclass(frozen=True)
 class Reading:
-    """What a restarted server read from its store for one request, and the disk's sequential rate."""
+    """What a restarted server took from its store for one request, and the disk's sequential rate."""
 
     bytes: int
     bytes_per_s: float
@@ -123,15 +123,17 @@ def run_restarted(
 ) -> tuple[list[Timing], Reading]:
     """Restart the server for each repeat and ask once: the prompt's pages are on disk, the device is empty.
 
-    Returns the timings, and what each of them read from the store.
+    Returns the timings, and the size of what each of them took from the store.
     """
     rng, timings, sizes, rates = random.Random(seed), [], [], []
     for _ in progress.track(range(RESTARTED.repeats), description="restarted"):
         with running_server(*flags, log=log, compiled=True) as server, httpx.Client(timeout=600) as client:
             timings.append(measure(client, server.url, body(RESTARTED, prompt, rng)))
-            metrics = client.get(f"{server.url}/metrics").text
-        (read,) = re.findall(r'^tokenzero_tier_bytes_read_total\{tier="disk"\} (\S+)$', metrics, re.MULTILINE)
-        sizes.append(round(float(read)))
+            figures = scrape(client, server.url)
+        names = ("tier_bytes_read", "tier_hits", "restored_tokens")
+        read, pages, tokens = (figures[f'tokenzero_{name}_total{{tier="disk"}}'] for name in names)
+        # The server also preloads what other arms have stored.
+        sizes.append(round(read / pages * -(-tokens // PAGE_TOKENS)))
         rates.append(sequential_rate(log.parent, sizes[-1]))
     return timings, Reading(round(median(sizes)), median(rates))
 

@@ -1,9 +1,14 @@
 """The first request after a restart beside a warm one, stage by stage: what reading the prefix back costs.
 
-`python -m experiments.bench.restart --model DIR` fills a store, then restarts the server on it a few times. Each time
-one request is asked after the restart, and a few warm ones after that. The table has medians in milliseconds: of TTFT,
-of the CPU time of all threads, and of the time in each stage (`experiments.bench.traced`), counted once where calls
-overlap.
+`python -m experiments.bench.restart --model DIR` fills a store, then restarts the server on it a few times in each arm:
+
+    preloaded    the first request comes once the server has preloaded what it will
+    at once      the first request comes as soon as the server is ready
+    read         nothing is preloaded: the first request waits for what is read
+
+Each time one request is asked after the restart, and a few warm ones after that. The table has medians in milliseconds:
+of TTFT, of the CPU time of all threads, and of the time in each stage (`experiments.bench.traced`), counted once where
+calls overlap.
 """
 
 from __future__ import annotations
@@ -37,6 +42,9 @@ from experiments.workloads.synthetic import Json
 RESULTS = Path("experiments/results/bench/restart.json")
 WARM = 5  # requests after each restart
 OUTPUT_TOKENS = 8
+SETTLED_SECONDS = 0.5  # without another preloaded page
+# The flags of each arm.
+ARMS: dict[str, tuple[str, ...]] = {"preloaded": (), "at once": (), "read": ("--preload-bytes", "0")}
 
 
 @dataclass(frozen=True)
@@ -83,23 +91,35 @@ def cpu_ms(server: Server) -> float:
     return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e6
 
 
-def restart(flags: Sequence[str], folder: Path, prompt: Json, rng: random.Random) -> dict[str, Any]:
+def wait_until_preloaded(client: httpx.Client, url: str) -> None:
+    """Return once the server has preloaded nothing more for a while."""
+    before, since = -1.0, time.perf_counter()
+    while time.perf_counter() - since < SETTLED_SECONDS:
+        if (pages := scrape(client, url)["tokenzero_preloaded_pages"]) != before:
+            before, since = pages, time.perf_counter()
+        time.sleep(0.05)
+
+
+def restart(arm: str, flags: Sequence[str], folder: Path, prompt: Json, rng: random.Random) -> dict[str, Any]:
     """One life of a server on the store: its first request and the warm ones after it."""
     spans_file, log = folder / "spans", folder / "server.log"
     program = ("-m", "experiments.bench.traced", str(spans_file))
     with (
-        running_server(flags[0], *flags[1:], log=log, program=program) as server,
+        running_server(flags[0], *flags[1:], *ARMS[arm], log=log, program=program) as server,
         httpx.Client(timeout=600) as client,
     ):
-        count_tokens(client, server.url, {"model": "m", "messages": [{"role": "user", "content": "Hello"}]})
+        if arm != "at once":
+            count_tokens(client, server.url, {"model": "m", "messages": [{"role": "user", "content": "Hello"}]})
+            wait_until_preloaded(client, server.url)
         first = ask(client, server, prompt, rng)
-        read = scrape(client, server.url)['tokenzero_tier_bytes_read_total{tier="disk"}']
+        figures = scrape(client, server.url)
         warm = [ask(client, server, prompt, rng) for _ in range(WARM)]
     spans = read_spans(spans_file)
     return {
         "restarted": row(first, spans),
         "stable": [row(each, spans) for each in warm],
-        "bytes": read,
+        "bytes": figures['tokenzero_tier_bytes_read_total{tier="disk"}'],
+        "taken": figures['tokenzero_preload_pages_total{event="taken"}'],
         "timeline": timeline(first, spans),
     }
 
@@ -143,10 +163,12 @@ def summarise(lives: Sequence[dict[str, Any]], tokens: int, disk_rate: float) ->
             "stable": [[each["ttft"] for each in life["stable"]] for life in lives],
         },
         "bytes": size,
+        "preloaded_pages_taken": median(life["taken"] for life in lives),
         "read_gb_per_s": round(size / 1e6 / max(restarted["read"], 0.01), 2),
         "copy_in_gb_per_s": round(size / 1e6 / max(restarted["copy in"], 0.01), 2),
         "bound_by_memory_ms": round(1e3 * size / copy_rate(int(size)), 2),
         "bound_by_disk_ms": round(1e3 * size / disk_rate, 2),
+        "timeline": sorted(lives, key=lambda life: life["restarted"]["ttft"])[len(lives) // 2]["timeline"],
     }
 
 
@@ -161,36 +183,36 @@ def copy_rate(size: int) -> float:
     return size / median(times)
 
 
-def measure_length(args: argparse.Namespace, tokens: int, cold: bool, progress: Progress) -> dict[str, Any]:
-    """Fill a store with a prompt of so many tokens, then restart on it."""
+def measure_length(args: argparse.Namespace, tokens: int, progress: Progress) -> list[dict[str, Any]]:
+    """Fill a store with a prompt of so many tokens, then restart on it, the arms in turns; a row for each arm."""
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         folder = Path(name)
         flags = [args.model, "--store", f"{folder}/store"]
-        task = progress.add_task(f"{tokens:,} tokens", total=args.restarts + 1)
+        task = progress.add_task(f"{tokens:,} tokens", total=args.restarts * len(args.arms) + 1)
         with running_server(*flags, log=folder / "server.log") as server, httpx.Client(timeout=600) as client:
             session = Session(seed=args.seed, folder="/home/dev/stable", num_tools=20)
             prompt = stable_request(session, tokens, lambda request: count_tokens(client, server.url, request))
             for _ in range(3):
                 ask(client, server, prompt, rng)
         progress.advance(task)
-        lives = []
-        for _ in range(args.restarts):
-            if cold:
+        lives: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms}
+        for arm in args.arms * args.restarts:
+            if args.cold:
                 for path in (folder / "store").rglob("data.mdb"):
                     drop_from_memory(path)
-            lives.append(restart(flags, folder, prompt, rng))
+            lives[arm].append(restart(arm, flags, folder, prompt, rng))
             progress.advance(task)
-        rate = sequential_rate(folder, round(median(life["bytes"] for life in lives)))
-    usual = sorted(lives, key=lambda life: life["restarted"]["ttft"])[len(lives) // 2]
-    return summarise(lives, tokens, rate) | {"timeline": usual["timeline"], "cold": cold}
+        rate = sequential_rate(folder, round(median(life["bytes"] for arm in args.arms for life in lives[arm])))
+    return [{"arm": arm} | summarise(found, tokens, rate) | {"cold": args.cold} for arm, found in lives.items()]
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print a table for each length."""
+    """Print a table for each length and arm."""
     for found in rows:
         how = "cold page cache" if found["cold"] else "warm page cache"
-        table = Table("ms", "restarted", "stable", title=f"{found['tokens']:,} tokens, {how}: {found['ratio']:.2f}")
+        title = f"{found['tokens']:,} tokens, {found['arm']}, {how}: {found['ratio']:.2f}"
+        table = Table("ms", "restarted", "stable", title=title)
         for name, value in found["restarted"].items():
             table.add_row(name, f"{value:,.1f}", f"{found['stable'][name]:,.1f}")
         console.print(table)
@@ -207,6 +229,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=[52_000, 16_000])
     parser.add_argument("--restarts", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
     parser.add_argument("--cold", action="store_true", help="have the pages come from the disk, not from memory")
     parser.add_argument("--directory", type=Path, default=None, help="for the store (default: the temp folder)")
     parser.add_argument("--seed", type=int, default=0)
@@ -214,7 +237,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=110)
     with Progress(console=console) as progress:
-        rows = [measure_length(args, tokens, args.cold, progress) for tokens in args.tokens]
+        rows = [row for tokens in args.tokens for row in measure_length(args, tokens, progress)]
     show(rows, console)
     command = " ".join(["python -m experiments.bench.restart", *sys.argv[1:]])
     write_json(args.out, {"rows": rows, "command": command} | provenance())

@@ -27,6 +27,8 @@ STAGES = {
     "read": "cache.tier:TieredPages.read",  # from all tiers into memory, checked
     "to device": "serve.engine.restore:Restorer.load",
     "turn": "serve.engine.core:EngineCore.step",  # in it: name pages, copy in, dispatch, collect
+    "preload": "serve.engine.preload:Preloader.step",
+    "take over": "serve.engine.preload:Preloader.take",
     "name pages": "serve.engine.page_names:PageNames.extend",
     "copy in": "serve.engine.restore:Restorer.copy_in",
     "publish": "serve.engine.memory:Memory.publish",

@@ -39,6 +39,8 @@ log = logging.getLogger("tokenzero.engine")
 
 # The longest sleep while all that runs waits for the tiers.
 IDLE_SECONDS = 0.1
+# The longest wait for a read, before the thread starts.
+PRELOAD_SECONDS = 0.01
 
 
 class IdleWork(Protocol):
@@ -84,6 +86,19 @@ class Engine:
         self.idle_work: IdleWork | None = None
         self.submitted = 0  # requests; the latest one's number
         self.thread = threading.Thread(target=self.loop, name="tokenzero-engine", daemon=True)
+
+    # Called before the thread starts.
+
+    def preload(self, enough: Callable[[], bool]) -> None:
+        """Read pages of the store that are likely to be asked for, until there are none left or `enough()`."""
+        preloader = self.core.preloader
+        try:
+            while preloader and preloader.step(quiet=True) and not enough():
+                self.inbox.sleep(PRELOAD_SECONDS)
+                self.inbox.read()
+        except Exception:
+            log.exception("nothing more is preloaded")
+            self.core.check_pool()
 
     # Called from any thread.
 

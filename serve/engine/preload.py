@@ -21,6 +21,7 @@ from itertools import islice
 import jax
 import numpy as np
 
+from cache.preloaded import PreloadedPages
 from cache.tier import Fetched
 from cache.tiers import StoredPage
 from serve.engine.memory import Memory
@@ -48,7 +49,7 @@ class Preloading:
 class Preloader:
     """Reads up to `preload_bytes` of pages, and up to half of the pool, from the tiers of one engine.
 
-    What was read is `PrefixCache.preloaded`; it goes with the pool, and is the first to be evicted.
+    What was read is `PrefixCache.preloaded`: it goes with the pool, and is the first to be evicted.
     """
 
     def __init__(self, restorer: Restorer, memory: Memory, wake: Callable[[], None], preload_bytes: int) -> None:
@@ -63,12 +64,18 @@ class Preloader:
         if self.listing:
             self.listing.add_done_callback(lambda _: wake())
 
+    @property
+    def preloaded(self) -> PreloadedPages:
+        """The pages that are in the pool now."""
+        return self.memory.prefix_cache.preloaded
+
     # Reading.
 
-    def step(self, quiet: bool) -> None:
+    def step(self, quiet: bool) -> bool:
         """Copy in what has been read; read on if the engine is `quiet`, else see that no request waits for it.
 
-        Raises what a failed copy raises, after which nothing more is preloaded.
+        Returns whether anything is being listed or read. Raises what a failed copy raises: nothing more is preloaded
+        then.
         """
         if self.listing and self.listing.done():
             listed, self.listing = self.listing, None
@@ -83,6 +90,7 @@ class Preloader:
             self._read_on()
         elif self.reads and self.reads[-1].loading.cancel():
             self.left = dict.fromkeys(self.reads.pop().keys) | self.left
+        return bool(self.listing or self.reads)
 
     def stop(self) -> None:
         """Read nothing more, and use nothing of what is being read."""
@@ -94,7 +102,7 @@ class Preloader:
     def forget(self) -> None:
         """Stop, and give back what was read and not taken over: something in the tiers is wrong."""
         self.stop()
-        self.memory.prefix_cache.preloaded.evict(self.memory.prefix_cache.pool.num_pages)
+        self.preloaded.evict(self.memory.prefix_cache.pool.num_pages)
 
     def _skip(self, keys: list[bytes]) -> None:
         """Do not read what a sequence restores itself."""
@@ -131,11 +139,11 @@ class Preloader:
         found = {
             key: tier
             for key, tier in zip(read.keys, fetched.sources, strict=True)
-            if tier is not None and key not in cache.preloaded
+            if tier is not None and key not in self.preloaded
         }
         if not found or len(found) > cache.pool.free_pages:
             return
-        taken = dict(zip(found, cache.preloaded.add(found), strict=True))
+        taken = dict(zip(found, self.preloaded.add(found), strict=True))
         # The rows of pages that are gone hold anything, and go to a page out of range.
         pages = np.asarray([taken.get(key, nowhere) for key in read.keys], np.int32)
         at = 0
@@ -145,7 +153,7 @@ class Preloader:
                 self.memory.pool = copy(self.memory.pool, pages[at : at + len(array)], array)
                 at += len(array)
         except BaseException as error:
-            cache.preloaded.evict(len(found))  # these, which came last
+            self.preloaded.evict(len(found))  # these, which came last
             if not isinstance(error, CompileError):
                 raise
             log.warning("nothing is preloaded: %s", error)
@@ -167,14 +175,14 @@ class Preloader:
     def take(self, sequence: Sequence) -> bool:
         """Give a sequence with a lease the preloaded pages that come next in it. Whether there were any."""
         cache, page_size = self.memory.prefix_cache, self.restorer.page_size
-        if not cache.preloaded or sequence.lease is None:
+        if not self.preloaded or sequence.lease is None:
             return False
         first, inside = divmod(sequence.computed, page_size)
         if inside and sequence.computed > sequence.lease.reused:
             return False  # others may read what it has computed in this page: it is not replaced
         full = len(sequence.matchable_tokens) // page_size
         self.restorer.names.extend(sequence, full)
-        keys, stop = cache.preloaded.run(sequence.keys[first:full]), sequence.computed
+        keys, stop = self.preloaded.run(sequence.keys[first:full]), sequence.computed
         if keys:
             stop = (first + len(keys)) * page_size
         elif (tail := self._tail(sequence, first)) and first * page_size + tail.tokens > stop:
@@ -194,4 +202,4 @@ class Preloader:
     def _tail(self, sequence: Sequence, index: int) -> StoredPage | None:
         """The partly filled page that a lookup has found for page `index`, the longest there is, if it is preloaded."""
         page = self.restorer.next_page(sequence, index)
-        return page if page and page.key in self.memory.prefix_cache.preloaded else None
+        return page if page and page.key in self.preloaded else None

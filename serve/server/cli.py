@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from serve.engine.runtime import leave_out_torch, set_up_jax, user_cache
@@ -141,6 +142,8 @@ def load(config: ServerConfig, progress: StartProgress) -> Starlette:
     folder = checkpoint.resolve(config.model)
     text = in_thread(load_text, config, folder, progress)
     engine = in_thread(load_engine, config, folder, progress)
+    loaded = Event()
+    preloaded = in_thread(preload, engine, loaded, progress)
     both: list[Future[Any]] = [text, engine]
     wait(both, return_when=FIRST_EXCEPTION)
     for each in both:
@@ -153,6 +156,8 @@ def load(config: ServerConfig, progress: StartProgress) -> Starlette:
         tokenizer, sizes = text.result(), engine.result().settings
         stops = stop_ids(engine.result().config.eos_token_ids, tokenizer.hf)
         app = create_app(make_context(engine.result(), tokenizer, stops, config))
+        loaded.set()
+        preloaded.result()  # before the engine's own thread goes on with it
         # What is loaded stays: each full garbage collection that looks through it would stop all threads for 0.3 s.
         gc.freeze()
         gc.enable()
@@ -186,6 +191,13 @@ def load_engine(config: ServerConfig, folder: Path, progress: StartProgress) -> 
     model = load_model(config, folder, progress)
     with progress.phase("steps") as on_progress:
         return build_engine(config, model, on_progress)
+
+
+def preload(engine: Future[Engine], loaded: Event, progress: StartProgress) -> None:
+    """Read pages of the store while the engine is waiting for the rest of the server, until that is `loaded`."""
+    made = engine.result()
+    with progress.phase("preload"):
+        made.preload(loaded.is_set)
 
 
 def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> LoadedModel:

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from cache.tier import TierStats
 from serve.audit.auditor import Auditor, auditor_of
 from serve.engine.engine import Engine
+from serve.engine.preload import Preloader
 from serve.engine.restore import Restorer
 
 S = TypeVar("S")
@@ -193,6 +194,26 @@ RESTORER: tuple[Figure[Restorer], ...] = (
     ),
 )
 
+PRELOADER: tuple[Figure[Preloader], ...] = (
+    Figure(
+        "preloaded_pages",
+        GAUGE,
+        "Pages of a tier in the device pool that no request has asked for yet",
+        lambda preloader: len(preloader.preloaded),
+    ),
+    Figure(
+        "preload_pages",
+        COUNTER,
+        "Pages preloaded, and what became of them: read, taken (over by a request), evicted",
+        lambda preloader: {
+            "read": preloader.preloaded.read,
+            "taken": preloader.preloaded.taken,
+            "evicted": preloader.preloaded.evicted,
+        },
+        "event",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -257,6 +278,8 @@ class EngineCollector(Collector):
         if restorer := self.engine.core.restorer:
             yield from read_figures(TIERS, restorer.tiers.pages.stats())
             yield from read_figures(RESTORER, restorer)
+        if preloader := self.engine.core.preloader:
+            yield from read_figures(PRELOADER, preloader)
 
 
 class MemoryCollector(Collector):
@@ -339,7 +362,7 @@ class ServerMetrics:
 
 def documented_metrics() -> list[Documented]:
     """Every metric that `/metrics` can have, in its order."""
-    tables: tuple[tuple[Figure[Any], ...], ...] = (ENGINE, AUDITOR, TIERS, RESTORER, MEMORIES)
+    tables: tuple[tuple[Figure[Any], ...], ...] = (ENGINE, AUDITOR, TIERS, RESTORER, PRELOADER, MEMORIES)
     figures = [
         Documented(
             f"{PREFIX}{figure.name}{'_total' if figure.kind is COUNTER else ''}",
