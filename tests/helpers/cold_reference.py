@@ -168,6 +168,19 @@ def wrong_pages(engine: Engine, truth: Truth) -> list[str]:
     return found
 
 
+def wrong_preloaded(engine: Engine, truth: Truth) -> list[str]:
+    """What is wrong with the pages that an engine has preloaded: each must hold what its key stands for."""
+    pool, found = engine.core.memory.pool, []
+    for key, (page, _) in engine.core.memory.prefix_cache.preloaded.by_key.items():
+        if (tokens := truth.names.get(key)) is None:
+            continue  # of a conversation that another engine has, and that has not ended yet
+        right = truth.page(tokens)
+        kv = np.stack([np.array(pool.k[:, page]), np.array(pool.v[:, page])])  # [2, layers, kv_heads, page, head_dim]
+        if differs(kv[:, :, :, : right.shape[3]], right):
+            found.append(f"the preloaded page of tokens up to {len(tokens)} is wrong: {tokens.tolist()}")
+    return found
+
+
 def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) -> list[str]:
     """What is wrong with the logits of the token that follows what the engine has of `tokens`, over its pages."""
     pages, length = engine.core.memory.prefix_cache.tree.match(tokens[:-1], salt)

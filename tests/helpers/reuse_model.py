@@ -39,6 +39,7 @@ from tests.helpers.cold_reference import (
     records,
     wrong_logits,
     wrong_pages,
+    wrong_preloaded,
     wrong_records,
 )
 from tests.helpers.stepped_engine import Clock, by_hand, tiers_over
@@ -93,6 +94,8 @@ class Case:
     engines: int
     speculative_tokens: int
     patient: bool  # whether a sequence waits for a look-up, however long it takes
+    preload_bytes: int
+    preloads_at_start: bool  # all that it will, before it is asked anything
     operations: tuple[tuple[str, int], ...]  # each with a seed
 
 
@@ -130,6 +133,8 @@ def case_of(seed: int, lower: str | None = None) -> Case:
         engines=rng.choice([1, 1, 2]),
         speculative_tokens=rng.choice([0, SETTINGS.speculative_tokens]),
         patient=rng.random() < 0.7,
+        preload_bytes=LARGE if seed % 4 else 0,
+        preloads_at_start=seed % 4 > 1,
         operations=tuple(
             (name, rng.randrange(1 << 30))
             for name in rng.choices([*WEIGHTS], [*WEIGHTS.values()], k=rng.randrange(25, 70))
@@ -162,9 +167,13 @@ class World:
     def engine(self) -> Engine:
         """An engine on the store, which is not started."""
         tiers = tiers_over(self.lower, self.case.host_bytes, self.case.queue_bytes)
-        settings = replace(SETTINGS, speculative_tokens=self.case.speculative_tokens)
+        settings = replace(
+            SETTINGS, speculative_tokens=self.case.speculative_tokens, preload_bytes=self.case.preload_bytes
+        )
         engine = Engine(parameters(), CONFIG, settings, FINGERPRINT, tiers)
         engine.core.costs.model = Always(1.0, 1.0)
+        while self.case.preloads_at_start and engine.core.preloader.step(quiet=True):
+            _ = tiers.searcher.turn() or tiers.pages.reader.turn()
         return engine
 
     def tiers(self) -> list:
@@ -261,7 +270,10 @@ class World:
         if engine.core.idle and not any(ran):
             _ = tiers.searcher.turn() or tiers.pages.reader.turn() or tiers.writer.flush()
         engine.core.idle = False
-        return tick(engine)
+        went_on = tick(engine)
+        if chance() < 0.5:
+            engine.core.preloader.step(engine.core.quiet)
+        return went_on
 
     def cancel(self, rng: random.Random) -> None:
         """End a request that is under way."""
@@ -361,6 +373,7 @@ class World:
         for asked in [asked for asked in self.open if asked.engine == index]:
             self.open.remove(asked)
             self.settle(asked)
+        self.count_preloaded(self.engines[index])
         self.engines[index].core.tiers.writer.tiers = ()
         self.engines[index].core.tiers.close()
         self.engines[index] = self.engine()
@@ -375,11 +388,17 @@ class World:
 
     def end(self, engine: Engine) -> None:
         """Write everything, and close what is the engine's own. Nothing may have raised: here no disk fails."""
+        self.count_preloaded(engine)
         engine.core.saver.drain(60.0)
         tiers = engine.core.tiers
         tiers.close()
         swallowed = [owner for owner in (engine.core.saver, tiers.pages, tiers.writer) if owner.failures.count]
         assert not swallowed, f"an exception was kept from costing anything: {swallowed}"
+
+    def count_preloaded(self, engine: Engine) -> None:
+        """Note what became of the pages that an engine has preloaded."""
+        pages = engine.core.memory.prefix_cache.preloaded
+        self.counts += Counter(preloads_taken=pages.taken, preloads_evicted=pages.evicted)
 
     def close(self) -> None:
         """End all engines and close the store."""
@@ -430,7 +449,7 @@ class World:
     def check_device(self, engine: Engine, asked: list[Asked]) -> None:
         """Every page in the tree, the tree itself, and the logits of a token after what is cached."""
         engine.core.memory.prefix_cache.check()
-        wrong = wrong_pages(engine, self.truth)
+        wrong = wrong_pages(engine, self.truth) + wrong_preloaded(engine, self.truth)
         for one in asked:
             wrong += wrong_logits(engine, self.truth, one.said, one.conversation.salt)
         assert not wrong, "\n".join(wrong)

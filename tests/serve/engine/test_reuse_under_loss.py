@@ -20,6 +20,7 @@ from tests.helpers.stepped_engine import by_hand
 
 # What a run must have had in it, or it has shown nothing.
 MUST_HAPPEN = ("restored", "tails", "lost", "evicted", "preempted", "cancelled", "restarts", "deaths")
+PRELOADS = ("preloads_taken", "preloads_evicted")  # a bucket is not listed, host memory does not outlive its engine
 QUIET = replace(
     case_of(0, "disk"),
     host_bytes=0,
@@ -61,7 +62,7 @@ def test_what_is_lost_is_computed_again_and_nothing_wrong_is_answered_held_or_st
     print(tally)
     record_property("flips", len(tally.flips))
     assert not wrong, wrong
-    assert all(tally.counts[name] for name in MUST_HAPPEN), tally
+    assert all(tally.counts[name] for name in (*MUST_HAPPEN, *(PRELOADS if lower == "disk" else ()))), tally
 
 
 @pytest.mark.slow
