@@ -56,7 +56,7 @@ kernels-interpreted: ## run the GPU kernels in the interpreter, for numbers and 
 	.venv-312/bin/pip install --quiet --disable-pip-version-check jax==0.11.2 absl-py flax jaxtyping rich pytest pytest-timeout
 	NPROC=16 .venv-312/bin/python -m pytest --noconftest tests/model/test_kernels.py
 
-kernels-aot: ## compile the GPU kernels for an H200 without one, and check spills and shared memory
+kernels-aot: ## compile the GPU kernels for H200s without one, and check spills, shared memory and what devices send
 	$(PYTHON) -m venv .venv-aot-$(JAX)
 	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check jax==$(JAX) absl-py flax jaxtyping rich
 	.venv-aot-$(JAX)/bin/pip install --quiet --disable-pip-version-check --no-deps \
