@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.gpu.aot import MODEL, forward_with, keys_beside_pool, pool_sized, variants
 from model.batch import MASKED, Batch
@@ -108,8 +108,8 @@ MESHES = {"one": None, "by_kv_heads": (4, 1), "by_groups": (8, 2)}
 @pytest.mark.parametrize("devices", MESHES)
 @pytest.mark.parametrize("variant", FORWARD, ids=lambda variant: variant.name)
 def test_the_forward_pass_hands_the_kernel_the_whole_pool_of_a_device(variant, devices):
-    mesh = MESHES[devices] and AbstractMesh(MESHES[devices], EVERY)
-    with compat.hopper():
+    mesh = MESHES[devices] and compat.h200s(MESHES[devices], EVERY)
+    with compat.hopper(mesh):
         traced, pool = forward_with(variant, MODEL, mesh and NamedSharding(mesh, PartitionSpec()), mesh=mesh)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
+from jax.sharding import AbstractMesh, AxisType
 
 plgpu: Any = mosaic_gpu  # its names and signatures depend on the version
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
@@ -78,14 +79,24 @@ def interpreter(detect_races: bool = False) -> Any:
     return plgpu.InterpretGPUParams(detect_races=detect_races)
 
 
-def hopper() -> contextlib.AbstractContextManager[None]:
-    """A context in which kernels lower for an H200 on any machine."""
+def hopper(mesh: AbstractMesh | None = None) -> contextlib.AbstractContextManager[None]:
+    """A context in which kernels lower for an H200 on any machine, or for those of a mesh that `h200s` has made."""
     if JAX_VERSION < (0, 11):
         return contextlib.nullcontext()
-    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+    from jax.sharding import use_abstract_mesh
+
+    return use_abstract_mesh(mesh or h200s((1,), ("x",)))
+
+
+def h200s(sizes: tuple[int, ...], names: tuple[str, ...]) -> AbstractMesh:
+    """A mesh of H200s that are not there, to lower for."""
+    automatic = (AxisType.Auto,) * len(sizes)
+    if JAX_VERSION < (0, 11):
+        return AbstractMesh(sizes, names, automatic)
+    from jax.sharding import AbstractDevice
 
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+    return AbstractMesh(sizes, names, automatic, abstract_device=device)
 
 
 def races_found() -> bool:
