@@ -11,6 +11,7 @@ The mesh has two axes. `kv` divides the KV heads, and the pool with them. Where 
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -120,21 +121,14 @@ def spec_of(kind: type, name: str, shape: Sequence[int], mesh: AnyMesh) -> Parti
     parts: list[tuple[str, ...] | None] = []
     for axis, length in zip(axes, shape, strict=True):
         used = {name for part in parts for name in part or ()}  # an axis of the mesh divides one of the array
-        choices = [c for c in SPLIT.get(axis, ((),)) if used.isdisjoint(c) and length % size(mesh, c) == 0]
+        fitting = (c for c in SPLIT.get(axis, ((),)) if length % math.prod(mesh.shape[name] for name in c) == 0)
+        choices = [c for c in fitting if used.isdisjoint(c)]
         if not choices:
             raise ValueError(f"{name} has {length} {axis}, which do not divide over {mesh.size} devices: use make_mesh")
         parts.append(tuple(name for name in choices[0] if mesh.shape[name] > 1) or None)
     while parts and parts[-1] is None:  # as jit returns them
         parts.pop()
     return PartitionSpec(*parts)
-
-
-def size(mesh: AnyMesh, axes: Sequence[str]) -> int:
-    """The product of some of a mesh's sizes."""
-    product = 1
-    for axis in axes:
-        product *= mesh.shape[axis]
-    return product
 
 
 @cache
