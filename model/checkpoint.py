@@ -29,6 +29,7 @@ from model.sharding import make_mesh, shardings
 # What a checkpoint needs to run; the same weights in other formats stay on the hub.
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
 ALIGNMENT = 64  # bytes; XLA copies arrays that start elsewhere
+CHUNK_BYTES = 1 << 24  # of an array, in an Orbax checkpoint
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -173,8 +174,10 @@ def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     if not isinstance(params.layers, Layer):
         found = type(params.layers).__name__
         raise ValueError(f"params.layers is a {found}, expected one stacked Layer: save before `arranged`")
+    # So that a device that restores a part of an array decodes little more than that.
+    chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "params", params)
+        checkpointer.save(path / "params", params, save_args=jax.tree.map(lambda leaf: chunks, params))
     # Written last, so that a folder with this file holds all weights.
     about = {"format": 1, "dtype": params.embed.dtype.name, "config": config.to_json()}
     (path / "tokenzero.json").write_text(json.dumps(about), encoding="utf-8")

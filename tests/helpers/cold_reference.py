@@ -1,11 +1,13 @@
 """What is right: keys, values and logits of any tokens from one cold pass, and whether a cache holds the same.
 
 Of each kind of place, device pages, records of a tier and the logits after cached pages, one function lists what is
-wrong there. Text alone would be too weak a witness: few wrong pages change the likeliest token.
+wrong there. Text alone would be too weak a witness: few wrong pages change the likeliest token. What is right is
+computed on one device, however many the engines have.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,12 +26,14 @@ from model.config import ModelConfig, RopeConfig
 from model.decoder import forward
 from model.kernels.dispatch import arranged
 from model.kv import empty_pool
+from model.sharding import make_mesh, shard_params
 from serve.engine.engine import Engine
 from serve.engine.settings import EngineSettings
 
 # Short prompts on small pages: one wrong page is a large part of what a token attends to.
 PAGE, LIMIT, VOCAB = 4, 64, 128
 FINGERPRINT = b"reuse under loss"
+DEVICES = int(os.environ.get("TENSOR_PARALLEL", "1"))  # of the engines
 SETTINGS = EngineSettings(
     num_pages=20,
     max_model_len=LIMIT,
@@ -38,6 +42,7 @@ SETTINGS = EngineSettings(
     max_prefill_tokens=16,
     max_mixed_prefill_tokens=8,
     speculative_tokens=2,
+    tensor_parallel=DEVICES,
 )
 CONFIG = ModelConfig("qwen3", VOCAB, 64, 96, 2, 4, 2, 16, 4096, 1e-6, RopeConfig(), qk_norm=True, tie_embeddings=True)
 PAGE_SHAPE = (2, CONFIG.num_layers, CONFIG.num_kv_heads, PAGE, CONFIG.head_dim)
@@ -49,15 +54,16 @@ one_shot = jax.jit(forward, static_argnames="config")
 
 
 @cache
-def parameters():
-    """The model's weights, random."""
+def parameters(devices: int = 1):
+    """The model's weights, random, on so many devices."""
     rng = np.random.default_rng(0)
 
     def leaf(spec):
         norm = len(spec.shape) <= 2 and "norm" in spec.parts[0].name
         return jnp.ones(spec.shape) if norm else jnp.asarray(rng.normal(size=spec.shape) * 0.2, jnp.float32)
 
-    return arranged(jax.tree.map(leaf, layout(CONFIG)), PAGE)
+    params = jax.tree.map(leaf, layout(CONFIG))
+    return arranged(shard_params(params, make_mesh(CONFIG, devices)), PAGE)
 
 
 def records(tier) -> dict[bytes, bytes]:
@@ -197,6 +203,8 @@ def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) 
         logit_indices=np.zeros(1, np.int32),
         max_chunk=1,
     )
-    logits = np.asarray(one_shot(parameters(), batch, engine.core.memory.pool, CONFIG)[0])[0]
+    pool = engine.core.memory.pool
+    pool = jax.device_put(pool, jax.devices()[0]) if DEVICES > 1 else pool
+    logits = np.asarray(one_shot(parameters(), batch, pool, CONFIG)[0])[0]
     right = truth.of(tokens)[1][length]
     return [f"logits after {length} cached tokens of {tokens.tolist()}"] if differs(logits, right) else []

@@ -26,6 +26,7 @@ from serve.engine.engine import Engine
 from serve.engine.request import Failed, Finished, GenerationRequest, Started, TokenEvent
 from tests.helpers.cold_reference import (
     CONFIG,
+    DEVICES,
     FINGERPRINT,
     LIMIT,
     PAGE,
@@ -170,7 +171,7 @@ class World:
         settings = replace(
             SETTINGS, speculative_tokens=self.case.speculative_tokens, preload_bytes=self.case.preload_bytes
         )
-        engine = Engine(parameters(), CONFIG, settings, FINGERPRINT, tiers)
+        engine = Engine(parameters(DEVICES), CONFIG, settings, FINGERPRINT, tiers)
         engine.core.costs.model = Always(1.0, 1.0)
         while self.case.preloads_at_start and engine.core.preloader.step(quiet=True):
             _ = tiers.searcher.turn() or tiers.pages.reader.turn()

@@ -16,18 +16,20 @@ import pytest
 from cache.tiers import Tiers
 from cache.worker import Worker
 from model.kv import empty_pool
+from model.sharding import make_mesh, pool_sharding
 from serve.engine.page_copies import make_page_copies
 from serve.engine.programs import COPIES_RANK, user_programs
 from serve.engine.steps import make_steps
-from tests.helpers.cold_reference import CONFIG, PAGE, SETTINGS, parameters
+from tests.helpers.cold_reference import CONFIG, DEVICES, PAGE, SETTINGS, parameters
 
 
 @cache
 def compiled():
     """The programs, steps and page copies of every engine here: all have one shape."""
-    pool = empty_pool(CONFIG, SETTINGS.num_pages, PAGE, jnp.float32)
-    programs = user_programs()
-    steps = make_steps(programs, parameters(), pool, CONFIG, SETTINGS)
+    mesh = make_mesh(CONFIG, DEVICES)
+    pool = empty_pool(CONFIG, SETTINGS.num_pages, PAGE, jnp.float32, pool_sharding(CONFIG, mesh))
+    programs = user_programs(mesh)
+    steps = make_steps(programs, parameters(DEVICES), pool, CONFIG, SETTINGS)
     copies = make_page_copies(programs, pool, COPIES_RANK)
     programs.wait()
     return programs, steps, copies

@@ -20,7 +20,7 @@ from serve.__main__ import COMMANDS, main
 from serve.engine.settings import EngineSettings
 from serve.rules.normalize import RULES
 from serve.server import cli as server_cli
-from serve.server.cli import engine_settings
+from serve.server.cli import DEVICE_MARGIN_BYTES, engine_settings, mesh_of, pool_bytes
 from serve.server.config import ServerConfig, parse_config, parser, problem_of
 from serve.web.flags import is_loopback, read_config
 from tests.helpers.http import CONTEXT
@@ -122,6 +122,7 @@ class TestFlags:
             (["--max-queue", "0"], "--max-queue: expected at least 1, got 0"),
             (["--max-prefill-tokens", "0"], "--max-prefill-tokens: expected at least 1, got 0"),
             (["--speculative-tokens", "16"], "--speculative-tokens: expected 0 to 15, got 16"),
+            (["--tp", "0"], "--tp: expected at least 1, got 0"),
             (["--max-model-len", "1"], "--max-model-len: expected at least 2, got 1"),
             (["--max-model-len", "many"], "--max-model-len: invalid int value: 'many'"),
             (["--port", "65536"], "--port: expected 0 to 65535, got 65536"),
@@ -255,8 +256,43 @@ class TestSizes:
         with pytest.raises(SystemExit, match=f"--kv-pool-bytes: {size} bytes hold 0 pages of 32768 bytes"):
             self.sized(loaded, "--kv-pool-bytes", size)
 
+    def test_devices_that_do_not_exist_or_divide_the_heads_are_refused_with_what_works(
+        self, loaded: tuple[ModelConfig, Params]
+    ) -> None:
+        with pytest.raises(ValueError, match=r"^--tp: a model of 4 query heads, .* over 3 devices: use 1, 2 or 4$"):
+            mesh_of(loaded[0], 3)
+        with pytest.raises(ValueError, match=r"^--tp: 4 devices .*, 1 are there .*force_host_platform_device_count=4$"):
+            mesh_of(loaded[0], 4)
+        assert mesh_of(loaded[0], 1) is None
+
+    def test_a_pool_on_gpus_is_what_the_smallest_leaves_on_each(self) -> None:
+        class Gpu:
+            platform = "gpu"
+
+            def __init__(self, limit: int) -> None:
+                self.limit = limit
+
+            def memory_stats(self) -> dict[str, int]:
+                return {"bytes_limit": self.limit}
+
+        free = 5 << 30
+        assert pool_bytes([Gpu(DEVICE_MARGIN_BYTES + free + 7)], 7) == free
+        assert pool_bytes([Gpu(1 << 40), Gpu(DEVICE_MARGIN_BYTES + free + 7)], 7) == 2 * free
+        assert pool_bytes([Gpu(1)] * 4, 7) == 0
+
 
 class TestStarting:
+    def test_devices_that_do_not_divide_the_heads_end_the_process_with_a_sentence(
+        self, model_folder: Path, tmp_path: Path
+    ) -> None:
+        with (
+            pytest.raises(RuntimeError, match="status 1 ") as ended,
+            running_server(model_folder, "--tp", "3", log=tmp_path / "l"),
+        ):
+            pass
+        assert "tokenzero: --tp: a model of 4 query heads" in str(ended.value)
+        assert "Traceback" not in str(ended.value)
+
     def test_a_context_beyond_the_pool_ends_the_process_with_a_sentence(
         self, model_folder: Path, tmp_path: Path
     ) -> None:

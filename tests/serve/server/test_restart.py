@@ -35,6 +35,13 @@ def written(client):
     return scrape(client)["tokenzero_write_queue_bytes"] == 0
 
 
+def until_stored(client, message):
+    """Return once the pages of an answer's prompt are on disk, and no page waits."""
+    pages = prompt_tokens(message["usage"]) // PAGE
+    eventually(lambda: metric(client, "tokenzero_tier_pages") >= pages, "the pages are on disk")
+    eventually(lambda: written(client), "nothing waits to be written")
+
+
 def serving(folder, store, log):
     return running_server(folder, *FLAGS, "--store", str(store), "--flush-seconds", "0.2", log=log)
 
@@ -60,9 +67,7 @@ def test_a_server_that_ended_answers_the_same_from_its_store(model_folder, tmp_p
         with httpx.Client(base_url=server.url, timeout=60) as client:
             first = post(client, ask(TEXT))
             if end == signal.SIGKILL:  # the time that a killed server may lose
-                pages = prompt_tokens(first["usage"]) // PAGE
-                eventually(lambda: metric(client, "tokenzero_tier_pages") >= pages, "the pages are on disk")
-                eventually(lambda: written(client), "nothing waits to be written")
+                until_stored(client, first)
         server.process.send_signal(end)
         server.process.wait(30)
     with (
@@ -77,6 +82,26 @@ def test_a_server_that_ended_answers_the_same_from_its_store(model_folder, tmp_p
         assert restored(again) > (usage["cache_creation_input_tokens"] + usage["input_tokens"]) * 10
         assert metric(client, "tokenzero_restored_tokens_total") == restored(again)
         assert metric(client, "tokenzero_restore_seconds_count") > 0
+
+
+def test_a_server_on_two_devices_that_was_killed_is_followed_by_one_on_one(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    flags = (*FLAGS, "--store", str(tmp_path / "store"), "--flush-seconds", "0.2")
+    answers = []
+    for devices in (2, 1):
+        with (
+            running_server(model_folder, *flags, "--tp", str(devices), log=tmp_path / "log") as server,
+            httpx.Client(base_url=server.url, timeout=60) as client,
+        ):
+            answers += [post(client, ask(TEXT)), post(client, ask(TEXT))]
+            assert client.get("/health").json()["tp"] == devices
+            assert scrape(client)["tokenzero_tensor_parallel_devices"] == devices
+            until_stored(client, answers[-1])
+            server.process.kill()
+            server.process.wait(30)
+    assert len(set(map(text_of, answers))) == 1
+    cold, warm, read, _ = (answer["usage"]["cache_read_input_tokens"] for answer in answers)
+    assert cold < warm == read == restored(answers[2])
 
 
 def test_a_store_that_vanishes_under_the_server_costs_hits_and_one_warning(model_folder, tmp_path):
