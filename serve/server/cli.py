@@ -297,7 +297,7 @@ def engine_settings(
         max_num_seqs=config.max_num_seqs,
         max_queue=config.max_queue,
         max_prefill_tokens=config.max_prefill_tokens,
-        tensor_parallel=len(devices),
+        tensor_parallel=config.tp,
         speculative_tokens=config.speculative_tokens,
         restore_bytes=config.restore_bytes,
         preload_bytes=config.preload_bytes,

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent.parent
 
 CHILD = """
-import json, sys
+import json, re, sys
 from dataclasses import replace
 
 import jax
@@ -29,6 +29,7 @@ from tests.helpers.tiny_engine import ALWAYS, generate, tiers_of
 prompt, forced = np.random.default_rng(1).integers(3, 128, 37).astype(np.int32), [9, 8, 7]
 drawn = SamplingParams(1.0, 0, 0.9, 7)
 runs, truth = [], Truth()
+SENT = re.compile(r" (all|reduce|collective)-\\w+\\(")
 for devices in map(int, sys.argv[2].split(",")):
     settings = replace(SETTINGS, max_num_seqs=1, tensor_parallel=devices, compile_in_background=True, audit_pages=16)
     engine = Engine(parameters(devices), CONFIG, settings, FINGERPRINT, tiers_of(sys.argv[1]))
@@ -46,7 +47,9 @@ for devices in map(int, sys.argv[2].split(",")):
     engine.core.programs.thread.join()
     engine.stop()
     truth.learn(np.asarray([*prompt, *asked[0][0]], np.int32), b"")
+    copies = [each for each in engine.core.programs.all if each.name.startswith(("scatter", "gather of", "copy"))]
     wrong = wrong_pages(engine, truth)
+    wrong += [f"{each.name} sends" for each in copies if SENT.search(each.compiled.as_text())]
     states, loaded = engine.core.programs.by_state(), engine.core.programs.loaded
     (cold, started, _), (warm, again, _) = asked
     runs.append([own, cold, warm, scripted, sampled, repeated, sum(started.restored.values()), again.reused_tokens,
