@@ -37,10 +37,10 @@ inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 // 2 ** x for x <= 0, accurate to the last bits of a float: the integer part goes into the exponent's bits, the rest, at
 // most a half, into the Taylor series of exp(x log 2).
 inline Vec power_of_2(Vec x) {
-  const float shift = 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer
+  const float shift = 12582912.0f + 127.0f;  // 1.5 * 2 ** 23, which rounds to an integer, and the exponent's bias
   x = x < all(-126.0f) ? all(-126.0f) : x;  // NaN stays NaN
   const Vec shifted = x + shift;
-  const Vec power = (Vec)(((Int)shifted << 23) + 0x3F800000);
+  const Vec power = (Vec)((Int)shifted << 23);
   const Vec f = x - (shifted - shift);
   Vec p = all(1.54035304e-4f);
   p = fma(p, f, all(1.33335581e-3f));
@@ -92,11 +92,22 @@ struct Partial {
   std::atomic<int64_t> done{0};     // in a tile's first: how many of its splits are done
 };
 
+// Memory that is read soon, of which every step of a loop fetches some floats: what comes evenly comes beside the
+// arithmetic, and a burst would stop it.
+struct Ahead {
+  const float* from;
+  int64_t floats;
+
+  void fetch(int64_t step) const { __builtin_prefetch(from + step * floats, 0, 2); }  // the first level is full
+  void advance(int64_t steps) { from += steps * floats; }
+};
+
 // Scores of SLOTS keys, [slots, ROWS] in powers of two, for N vectors of queries, [dim, ROWS].
 template <int N, int SLOTS>
-inline void score(const float* keys, const float* queries, float* scores, int64_t dim) {
+inline void score(const float* keys, const float* queries, float* scores, int64_t dim, Ahead& ahead) {
   Vec sums[SLOTS][N] = {};
   for (int64_t d = 0; d < dim; ++d) {
+    ahead.fetch(d);
     Vec q[N];
     UNROLL for (int i = 0; i < N; ++i) q[i] = load(queries + d * ROWS + i * LANES);
     UNROLL for (int s = 0; s < SLOTS; ++s) {
@@ -106,15 +117,17 @@ inline void score(const float* keys, const float* queries, float* scores, int64_
   }
   UNROLL for (int s = 0; s < SLOTS; ++s)
     UNROLL for (int i = 0; i < N; ++i) store(scores + s * ROWS + i * LANES, sums[s][i]);
+  ahead.advance(dim);
 }
 
 // Adds the values of `slots` keys, weighted by [slots, ROWS], to CHANNELS channels of the totals, [dim, ROWS].
 template <int N, int CHANNELS>
-inline void weigh(const float* values, const float* weights, float* total, int64_t slots, int64_t dim) {
+inline void weigh(const float* values, const float* weights, float* total, int64_t slots, int64_t dim, Ahead& ahead) {
   Vec sums[CHANNELS][N];
   UNROLL for (int c = 0; c < CHANNELS; ++c)
     UNROLL for (int i = 0; i < N; ++i) sums[c][i] = load(total + c * ROWS + i * LANES);
   for (int64_t s = 0; s < slots; ++s) {
+    ahead.fetch(s);
     Vec w[N];
     UNROLL for (int i = 0; i < N; ++i) w[i] = load(weights + s * ROWS + i * LANES);
     UNROLL for (int c = 0; c < CHANNELS; ++c) {
@@ -124,6 +137,7 @@ inline void weigh(const float* values, const float* weights, float* total, int64
   }
   UNROLL for (int c = 0; c < CHANNELS; ++c)
     UNROLL for (int i = 0; i < N; ++i) store(total + c * ROWS + i * LANES, sums[c][i]);
+  ahead.advance(slots);
 }
 
 // Floats that start at a cache line: a vector that crosses one is loaded twice.
@@ -146,29 +160,34 @@ struct Scratch {
   Floats queries, total;
 };
 
-// A strip of queries, [dim, ROWS], and its softmax so far.
+// Keys of one page and their values, [slots, dim], and the block that is read after it.
+struct Block {
+  const float *keys, *values, *next_keys, *next_values;
+  int64_t slots;
+};
+
+// A strip of queries, [dim, ROWS], and its softmax so far; `first` is its first vector of the task's `vecs`.
 struct Strip {
   const float* queries;
   float *total, *peak, *weight, *scores;
+  int64_t first, vecs;
 };
 
-// One block of keys for N vectors of a strip's queries, `at` rows into it, M keys or channels at a time. Key i is seen
-// by the rows from `seen_from + i * group` on. The keys that come `next`, if any, are on their way when it returns.
+// A block of keys for N vectors of a strip's queries, `at` rows into it, M keys or channels at a time. Key i is seen by
+// the rows from `seen_from + i * group` on. Meanwhile these vectors' share of the next block is on its way.
 template <int N, int M>
-void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, const float* values, const float* next,
-           int64_t slots, int64_t seen_from) {
+void block(const Problem& p, const Strip& strip, int64_t at, const Block& b, int64_t seen_from) {
   const float* queries = strip.queries + at;
   float *scores = strip.scores + at, *total = strip.total + at;
+  const int64_t slots = b.slots, share = slots * p.dim * (strip.first + at / LANES) / strip.vecs;
+  const int64_t floats = (N * M + strip.vecs - 1) / strip.vecs;
+  Ahead next_keys = {b.next_keys + share, floats}, next_values = {b.next_values + share, floats};
   // Slots after the last one belong to the same page, so reading them is safe; their scores are never used.
   int64_t scored = 0;
-  for (; scored + M <= slots; scored += M) {
-    fetch(values + scored * p.dim, M * p.dim);
-    score<N, M>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
-  }
-  for (; scored < slots; scored += ALIGNMENT) {
-    fetch(values + scored * p.dim, ALIGNMENT * p.dim);
-    score<N, ALIGNMENT>(keys + scored * p.dim, queries, scores + scored * ROWS, p.dim);
-  }
+  for (; scored + M <= slots; scored += M)
+    score<N, M>(b.keys + scored * p.dim, queries, scores + scored * ROWS, p.dim, next_keys);
+  for (; scored < slots; scored += ALIGNMENT)
+    score<N, ALIGNMENT>(b.keys + scored * p.dim, queries, scores + scored * ROWS, p.dim, next_keys);
 
   if (seen_from + (slots - 1) * p.group > at) {  // the last key comes after some query
     for (int64_t slot = 0; slot < slots; ++slot) {
@@ -185,8 +204,11 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
   for (int i = 0; i < N; ++i) {
     float *column = scores + i * LANES, *sums = total + i * LANES;
     const Vec before = load(strip.peak + at + i * LANES);
-    Vec peak = before, weight = {};
-    for (int64_t slot = 0; slot < slots; ++slot) peak = larger(peak, load(column + slot * ROWS));
+    Vec peaks[4] = {before, before, before, before}, weight = {};  // so that one need not wait for the other
+    for (int64_t slot = 0; slot < slots; slot += 4)
+      UNROLL for (int j = 0; j < 4; ++j)
+        peaks[j] = larger(peaks[j], load(column + std::min(slot + j, slots - 1) * ROWS));
+    const Vec peak = larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]));
     for (int64_t slot = 0; slot < slots; ++slot) {
       const Vec e = power_of_2(load(column + slot * ROWS) - peak);
       store(column + slot * ROWS, e);
@@ -201,20 +223,18 @@ void block(const Problem& p, const Strip& strip, int64_t at, const float* keys, 
     store(strip.peak + at + i * LANES, peak);
   }
   int64_t done = 0;
-  for (; done + M <= p.dim; done += M) {
-    if (next) fetch(next + done * slots, M * slots);
-    weigh<N, M>(values + done, scores, total + done * ROWS, slots, p.dim);
-  }
-  for (; done < p.dim; done += ALIGNMENT) weigh<N, ALIGNMENT>(values + done, scores, total + done * ROWS, slots, p.dim);
+  for (; done + M <= p.dim; done += M)
+    weigh<N, M>(b.values + done, scores, total + done * ROWS, slots, p.dim, next_values);
+  for (; done < p.dim; done += ALIGNMENT)
+    weigh<N, ALIGNMENT>(b.values + done, scores, total + done * ROWS, slots, p.dim, next_values);
 }
 
-// One block of keys for all vectors of a strip's queries.
+// A block of keys for `vecs` vectors of a strip's queries.
 template <int M>
-void blocks(const Problem& p, const Strip& strip, int64_t vecs, const float* keys, const float* values,
-            const float* next, int64_t slots, int64_t seen_from) {
+void blocks(const Problem& p, const Strip& strip, int64_t vecs, const Block& b, int64_t seen_from) {
   int64_t v = 0;
-  for (; v + VECS <= vecs; v += VECS) block<VECS, M>(p, strip, v * LANES, keys, values, next, slots, seen_from);
-  for (; v < vecs; ++v) block<1, M>(p, strip, v * LANES, keys, values, next, slots, seen_from);
+  for (; v + VECS <= vecs; v += VECS) block<VECS, M>(p, strip, v * LANES, b, seen_from);
+  for (; v < vecs; ++v) block<1, M>(p, strip, v * LANES, b, seen_from);
 }
 
 float scale_of(const Problem& p) { return LOG2_E / __builtin_sqrtf(static_cast<float>(p.dim)); }
@@ -229,22 +249,25 @@ void many(const Problem& p, const Task& t, Scratch& s) {
     const float* query = p.q + p.at(t.seq, t.head, t.first + r);
     for (int64_t d = 0; d < p.dim; ++d) queries[r / ROWS * size + d * ROWS + r % ROWS] = query[d] * scale;
   }
+  const int64_t begin = p.place(t.seq, t.head, t.begin), size_of_first = p.slots(t.begin, t.end) * p.dim;
+  fetch(p.k + begin, size_of_first);
+  fetch(p.v + begin, size_of_first);
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
     slots = p.slots(key, t.end);
     const int64_t place = p.place(t.seq, t.head, key);
+    const int64_t next = key + slots < t.end ? p.place(t.seq, t.head, key + slots) : place;
+    const Block b = {p.k + place, p.v + place, p.k + next, p.v + next, slots};
     for (int64_t i = 0; i < strips; ++i) {
       const int64_t rows = std::min<int64_t>(count - i * ROWS, ROWS), vecs = (rows + LANES - 1) / LANES;
       const int64_t seen_from = (key - p.prefix[t.seq]) * p.group - t.first - i * ROWS;
       if (seen_from >= rows) continue;  // all of its queries come before these keys
-      const Strip strip = {queries + i * size, total + i * size, s.peak + i * ROWS, s.weight + i * ROWS, s.scores};
-      const float *keys = p.k + place, *values = p.v + place;
-      const bool more = i == strips - 1 && key + slots < t.end;
-      const float* next = more ? p.k + p.place(t.seq, t.head, key + slots) : nullptr;
+      const Strip strip = {queries + i * size, total + i * size, s.peak + i * ROWS, s.weight + i * ROWS, s.scores,
+                           i * ROWS / LANES, (count + LANES - 1) / LANES};
       // One vector of queries: more keys and values at a time, so that as many sums are under way.
-      if (count <= LANES)
-        blocks<VECS * TOGETHER>(p, strip, vecs, keys, values, next, slots, seen_from);
+      if (vecs == 1)
+        blocks<VECS * TOGETHER>(p, strip, vecs, b, seen_from);
       else
-        blocks<TOGETHER>(p, strip, vecs, keys, values, next, slots, seen_from);
+        blocks<TOGETHER>(p, strip, vecs, b, seen_from);
     }
   }
 }
