@@ -23,7 +23,6 @@ constexpr int PANEL = VECTORS * LANES;
 constexpr int64_t BLOCK = 192;                 // tokens for which a panel's weights stay in the first level of cache
 constexpr int64_t DEPTH = (1 << 13) / PANEL;   // inputs of a panel that fit there
 constexpr int64_t LINE = 16;                   // floats of a cache line
-constexpr int64_t LINES = std::max<int64_t>(PANEL / LINE, 1);  // of a panel's weights for one input
 
 inline int64_t panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
 
@@ -40,12 +39,13 @@ struct Scratch {
   alignas(64) float sums[BLOCK * PANEL];
 };
 
-// Adds `depth` inputs of T tokens to their sums, and fetches `lines` cache lines of the weights `ahead` for each input.
+// Adds `depth` inputs of T tokens to their sums, and fetches `floats` of the weights `ahead` for each input.
 template <int T>
 inline void add(const float* x, int64_t stride, const float* w, int64_t depth, Vec (&sums)[T][VECTORS],
-                const float* ahead, int64_t lines) {
+                const float* ahead, int64_t floats) {
+  const int64_t lines = (floats + LINE - 1) / LINE;
   for (int64_t i = 0; i < depth; ++i, w += PANEL) {
-    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(ahead + (i * lines + line) * LINE, 0, 2);
+    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(ahead + i * floats + line * LINE, 0, 2);
     Vec weights[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; ++v) weights[v] = load(w + v * LANES);
     UNROLL for (int t = 0; t < T; ++t) {
@@ -58,11 +58,11 @@ inline void add(const float* x, int64_t stride, const float* w, int64_t depth, V
 // Adds the inputs [i, i + depth) of T tokens, the first of which is `t`, to their sums, [T, PANEL].
 template <int T>
 void tile(const Product& p, int64_t t, const float* w, int64_t i, int64_t depth, float* kept, const float* ahead,
-          int64_t lines) {
+          int64_t floats) {
   Vec sums[T][VECTORS];
   UNROLL for (int s = 0; s < T; ++s)
     UNROLL for (int v = 0; v < VECTORS; ++v) sums[s][v] = i ? load(kept + s * PANEL + v * LANES) : Vec{};
-  add<T>(p.x + t * p.stride + i, p.stride, w, depth, sums, ahead, lines);
+  add<T>(p.x + t * p.stride + i, p.stride, w, depth, sums, ahead, floats);
   UNROLL for (int s = 0; s < T; ++s)
     UNROLL for (int v = 0; v < VECTORS; ++v) store(kept + s * PANEL + v * LANES, sums[s][v]);
 }
@@ -74,16 +74,16 @@ template <typename Put>
 void panel(const Product& p, int64_t number, int64_t first, int64_t last, Scratch& scratch, const Put& put) {
   const int64_t count = last - first, tiles = (count + TILE - 1) / TILE;
   const float* w = p.weight + number * p.inputs * PANEL;
-  // The weights of the next block are on their way while this block's are used, spread over the first tiles.
-  const int64_t lines = (LINES + tiles - 1) / tiles, fetching = (LINES + lines - 1) / lines;
+  // The weights of the next block are on their way while this block's are used, evenly: a burst would stop the sums.
+  const int64_t floats = (PANEL + tiles - 1) / tiles;
   for (int64_t i = 0; i < p.inputs; i += DEPTH) {
     const int64_t depth = std::min(DEPTH, p.inputs - i);
     const float* block = w + i * PANEL;
     for (int64_t n = 0, t = 0; n < tiles; ++n) {
       const int64_t size = (count - t + tiles - n - 1) / (tiles - n);  // tiles of about the same size
-      const float* ahead = block + depth * PANEL + n * lines * depth * LINE;
+      const float* ahead = block + depth * PANEL + n * floats * depth;
       float* sums = scratch.sums + t * PANEL;
-      TILES[size](p, first + t, block, i, depth, sums, ahead, n < fetching ? lines : 0);
+      TILES[size](p, first + t, block, i, depth, sums, ahead, floats);
       if (i + depth == p.inputs)
         for (int64_t s = 0; s < size; ++s) put(first + t + s, sums + s * PANEL);
       t += size;
