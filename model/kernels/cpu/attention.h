@@ -20,6 +20,7 @@ constexpr int ROWS = 32;                 // query rows of a strip, which with a 
 constexpr int STRIPS = 8;                // of a task: each block of keys comes from memory once for all of them
 constexpr int KEYS = 64;                 // keys of a block
 constexpr int FEW = 8;                   // up to so many queries, a key lies across the lanes
+constexpr int FEW_KEYS = 32;             // keys of their block: with its values, they stay in the first-level cache
 constexpr int SPLIT_KEYS = 1024;        // fewest keys that are worth a task of their own
 constexpr int SPLIT_KEYS_PER_QUERY = 8;  // and for each query, since every split leaves a total per query to be added
 constexpr int TASKS = 128;               // about as many for one sequence alone: enough for many threads
@@ -73,8 +74,8 @@ struct Problem {
     return ((page * kv_heads + head) * page_size + position % page_size) * dim;
   }
   // Keys from this one on that lie in one page, at most a block of them.
-  int64_t slots(int64_t position, int64_t end) const {
-    return std::min({end - position, page_size - position % page_size, static_cast<int64_t>(KEYS)});
+  int64_t slots(int64_t position, int64_t end, int64_t block) const {
+    return std::min({end - position, page_size - position % page_size, block});
   }
 };
 
@@ -249,11 +250,11 @@ void many(const Problem& p, const Task& t, Scratch& s) {
     const float* query = p.q + p.at(t.seq, t.head, t.first + r);
     for (int64_t d = 0; d < p.dim; ++d) queries[r / ROWS * size + d * ROWS + r % ROWS] = query[d] * scale;
   }
-  const int64_t begin = p.place(t.seq, t.head, t.begin), size_of_first = p.slots(t.begin, t.end) * p.dim;
+  const int64_t begin = p.place(t.seq, t.head, t.begin), size_of_first = p.slots(t.begin, t.end, KEYS) * p.dim;
   fetch(p.k + begin, size_of_first);
   fetch(p.v + begin, size_of_first);
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
-    slots = p.slots(key, t.end);
+    slots = p.slots(key, t.end, KEYS);
     const int64_t place = p.place(t.seq, t.head, key);
     const int64_t next = key + slots < t.end ? p.place(t.seq, t.head, key + slots) : place;
     const Block b = {p.k + place, p.v + place, p.k + next, p.v + next, slots};
@@ -284,7 +285,7 @@ void few(const Problem& p, const Task& t, Scratch& s) {
     s.weight[r] = 0.0f;
   }
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
-    slots = p.slots(key, t.end);
+    slots = p.slots(key, t.end, FEW_KEYS);
     const int64_t place = p.place(t.seq, t.head, key);
     const float *keys = p.k + place, *values = p.v + place;
     const float* next = key + slots < t.end ? p.k + p.place(t.seq, t.head, key + slots) : keys;
@@ -295,20 +296,20 @@ void few(const Problem& p, const Task& t, Scratch& s) {
         const Vec k = load(keys + slot * p.dim + i * LANES);
         for (int r = 0; r < COUNT; ++r) sums[r] = fma(k, load(queries + r * p.dim + i * LANES), sums[r]);
       }
-      for (int r = 0; r < COUNT; ++r) s.scores[r * KEYS + slot] = sum(sums[r]);
+      for (int r = 0; r < COUNT; ++r) s.scores[r * FEW_KEYS + slot] = sum(sums[r]);
     }
     for (int r = 0; r < COUNT; ++r) {
-      float* scores = s.scores + r * KEYS;
+      float* scores = s.scores + r * FEW_KEYS;
       // Row r sees the keys up to its own position.
       const int64_t position = p.prefix[t.seq] + (t.first + r) / p.group;
       const int64_t seen = std::clamp<int64_t>(position + 1 - key, 0, slots);
-      for (int64_t slot = seen; slot < KEYS; ++slot) scores[slot] = MASKED;
+      for (int64_t slot = seen; slot < FEW_KEYS; ++slot) scores[slot] = MASKED;
       Vec peaks = all(s.peak[r]);
-      for (int64_t i = 0; i < KEYS; i += LANES) peaks = larger(peaks, load(scores + i));
+      for (int64_t i = 0; i < FEW_KEYS; i += LANES) peaks = larger(peaks, load(scores + i));
       float peak = s.peak[r];
       for (int lane = 0; lane < LANES; ++lane) peak = std::max(peak, peaks[lane]);
       Vec weights = {};
-      for (int64_t i = 0; i < KEYS; i += LANES) {
+      for (int64_t i = 0; i < FEW_KEYS; i += LANES) {
         const Vec e = power_of_2(load(scores + i) - peak);
         store(scores + i, e);
         weights += e;
@@ -327,7 +328,7 @@ void few(const Problem& p, const Task& t, Scratch& s) {
       for (int64_t slot = 0; slot < slots; ++slot) {
         const Vec v = load(values + slot * p.dim + i * LANES);
         __builtin_prefetch(next + slot * p.dim + i * LANES, 0, 2);  // the second level: the first is full
-        for (int r = 0; r < COUNT; ++r) sums[r] = fma(v, all(s.scores[r * KEYS + slot]), sums[r]);
+        for (int r = 0; r < COUNT; ++r) sums[r] = fma(v, all(s.scores[r * FEW_KEYS + slot]), sums[r]);
       }
       for (int r = 0; r < COUNT; ++r) store(total + r * p.dim + i * LANES, sums[r]);
     }
