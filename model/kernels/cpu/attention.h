@@ -141,24 +141,12 @@ inline void weigh(const float* values, const float* weights, float* total, int64
   ahead.advance(slots);
 }
 
-// Floats that start at a cache line: a vector that crosses one is loaded twice.
-struct Floats {
-  std::vector<float> room;
-  float* begin = nullptr;
-
-  float* zeros(int64_t count) {
-    room.assign(count + 16, 0.0f);
-    begin = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) % 64) / sizeof(float);
-    return begin;
-  }
-};
-
 // A thread's own memory. Of strips of queries: [strips, dim, ROWS] and [strips, ROWS]; of few queries: [queries, dim].
 struct Scratch {
   alignas(64) float scores[KEYS * ROWS];
   alignas(64) float peak[STRIPS * ROWS];
   alignas(64) float weight[STRIPS * ROWS];
-  Floats queries, total;
+  Room queries, total;
 };
 
 // Keys of one page and their values, [slots, dim], and the block that is read after it.

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -82,6 +83,29 @@ inline float sum(Vec v) {
 inline void fetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
 }
+
+// Memory, not initialised, that begins at a cache line: a vector that crosses one is loaded twice.
+struct Room {
+  std::unique_ptr<float[]> memory;
+  float* begin = nullptr;
+  int64_t size = 0;
+
+  Room() = default;
+  explicit Room(int64_t count) { reserve(count); }
+
+  void reserve(int64_t count) {
+    if (count <= size) return;
+    size = count;
+    memory.reset(new float[count + 16]);
+    begin = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) % 64) / sizeof(float);
+  }
+
+  float* zeros(int64_t count) {
+    reserve(count);
+    std::fill(begin, begin + count, 0.0f);
+    return begin;
+  }
+};
 
 constexpr int64_t TASKS_PER_THREAD = 4;  // for an even load where tasks or threads differ in speed
 

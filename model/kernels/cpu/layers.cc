@@ -7,7 +7,6 @@
 // holds.
 
 #include <cstring>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -36,23 +35,6 @@ inline const float* of_layer(const F32& array, int64_t layer) {
   const int64_t size = array.element_count() / array.dimensions()[0];
   return size ? array.typed_data() + layer * size : nullptr;
 }
-
-// Memory of one call, not initialised, that begins at a cache line.
-struct Room {
-  std::unique_ptr<float[]> memory;
-  float* begin = nullptr;
-  int64_t size = 0;
-
-  Room() = default;
-  explicit Room(int64_t count) { reserve(count); }
-
-  void reserve(int64_t count) {
-    if (count <= size) return;
-    size = count;
-    memory.reset(new float[count + matmul::LINE]);
-    begin = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) % 64) / sizeof(float);
-  }
-};
 
 struct Step {
   int64_t tokens, embed, ffn, kv_heads, group, dim, page_size, pages, seqs, width;
