@@ -39,8 +39,8 @@ log = logging.getLogger("tokenzero.engine")
 
 # The longest sleep while all that runs waits for the tiers.
 IDLE_SECONDS = 0.1
-# The longest wait for a read, before the thread starts.
-PRELOAD_SECONDS = 0.01
+# Between two looks at what is read, before the thread starts.
+PRELOAD_SECONDS = 0.001
 
 
 class IdleWork(Protocol):
@@ -94,8 +94,7 @@ class Engine:
         preloader = self.core.preloader
         try:
             while preloader and preloader.step(quiet=True) and not enough():
-                self.inbox.sleep(PRELOAD_SECONDS)
-                self.inbox.read()
+                time.sleep(PRELOAD_SECONDS)
         except Exception:
             log.exception("nothing more is preloaded")
             self.core.check_pool()

@@ -198,6 +198,8 @@ def preload(engine: Future[Engine], loaded: Event, progress: StartProgress) -> N
     made = engine.result()
     with progress.phase("preload"):
         made.preload(loaded.is_set)
+    if made.core.preloader and (pages := len(made.core.preloader.preloaded)):
+        log.info("%d pages are preloaded", pages)
 
 
 def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> LoadedModel:
