@@ -77,9 +77,7 @@ class Preloader:
         Returns whether anything is being listed or read. Raises what a failed copy raises: nothing more is preloaded
         then.
         """
-        if self.listing and self.listing.done():
-            listed, self.listing = self.listing, None
-            self.left = {} if has_failed(listed) else dict.fromkeys(listed.result())
+        self._list()
         try:
             while self.reads and self.reads[0].loading.done():
                 self._copy_in(self.reads.popleft())
@@ -104,8 +102,15 @@ class Preloader:
         self.stop()
         self.preloaded.evict(self.memory.prefix_cache.pool.num_pages)
 
+    def _list(self) -> None:
+        """Note what is to be read, once the tiers have listed it."""
+        if self.listing and self.listing.done():
+            listed, self.listing = self.listing, None
+            self.left = {} if has_failed(listed) else dict.fromkeys(listed.result())
+
     def _skip(self, keys: list[bytes]) -> None:
         """Do not read what a sequence restores itself."""
+        self._list()
         for key in keys if self.left else ():
             self.left.pop(key, None)
 
