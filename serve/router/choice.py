@@ -1,12 +1,51 @@
-"""The choice of a replica: the lowest expected time to the first token, all of it in seconds."""
+"""The choice of a replica: the lowest expected time to the first token, and what it costs others, all in seconds.
+
+    wait      until the prefills before it are done, a place is free, and late work has come
+    restore   bringing pages that a tier holds, where that is sooner than computing them
+    prefill   computing the rest, stretched by the sequences that decode beside it
+    others    the seconds by which this work delays the requests there, and those that will come
+
+Pure: everything that the choice depends on is in `Known`, one row for each replica.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from serve.router.replica import ReplicaState
+import numpy as np
+
 from serve.router.request import RoutedRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Tier:
+    """What a tier below the device holds of a prompt, for each replica that reaches it."""
+
+    depth: np.ndarray  # [replicas] int64, pages from the first one on
+    token_s: np.ndarray  # [replicas] float64, seconds to read a token's part of a page; infinite where out of reach
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of the replicas at one time; each array has a row for each of `names`."""
+
+    names: tuple[str, ...]
+    fixed: np.ndarray  # [replicas] float64, as in serve.cost.model.Constants
+    linear: np.ndarray  # [replicas] float64, as in Constants
+    attention: np.ndarray  # [replicas] float64, as in Constants
+    match: np.ndarray  # [replicas] float64, as in Constants
+    stretch: np.ndarray  # [replicas] float64, by which sequences that decode lengthen a prefill; 1 without any
+    left: np.ndarray  # [replicas, queue] float64, seconds that each prefill in flight takes still; 0 for none
+    waited: np.ndarray  # [replicas, queue] float64, seconds since each was sent
+    page: np.ndarray  # [replicas, queue] int64, the number of the first page that each computes
+    key: np.ndarray  # [replicas, queue] uint64, of that page
+    overtakes: np.ndarray  # [replicas] bool, whether a short prefill passes a long one there
+    late_s: np.ndarray  # [replicas] float64, seconds by which the work there is overdue
+    place_s: np.ndarray  # [replicas] float64, seconds until a place among the running requests is free
+    arrivals: np.ndarray  # [replicas] float64, requests a second, of late
+    busy: np.ndarray  # [replicas] float64, the share of time spent on prefills, of late; below 1
+    decodes: np.ndarray  # [replicas] int64, requests that are being answered
+    held: np.ndarray  # [replicas] int64, pages cached
 
 
 @dataclass(frozen=True)
@@ -29,34 +68,115 @@ class Choice:
 
 def choose(
     request: RoutedRequest,
-    replicas: Sequence[ReplicaState],
-    overlap: Mapping[str, int],
-    agent_replica: str | None = None,
+    known: Known,
+    overlap: np.ndarray,  # [replicas] int64, pages of the request that each replica has cached
+    tiers: tuple[Tier, ...] = (),
+    preferred: str | None = None,
+    among: np.ndarray | None = None,  # [replicas] bool, those that may be chosen
 ) -> Choice:
-    """The replica with the lowest cost; `overlap` is the pages of the request's that each has cached.
+    """The replica with the lowest sum of expected TTFT and cost to others.
 
-    Ties go to `agent_replica`, where the request's agent was last, then to the least queue, then by name. Raises
+    Replicas whose sums differ by less than the fixed time of a request are equal. Of equals, the first of: `preferred`
+    (where the request's agent was last), the least wait, the fewest answers, the fewest pages, the first name. Raises
     ValueError if there is no replica.
     """
-    if not replicas:
-        raise ValueError("no replica to choose from: add one first")
-    choices = [priced(request, replica, overlap.get(replica.name, 0)) for replica in replicas]
-    return min(
-        choices,
-        key=lambda c: (c.expected_ttft_s + c.others_s, c.replica != agent_replica, c.queue_s, c.replica),
-    )
-
-
-def priced(request: RoutedRequest, replica: ReplicaState, overlap: int) -> Choice:
-    """What a request costs on one replica that has `overlap` of its pages cached."""
+    allowed = np.ones(len(known.names), bool) if among is None else among
+    if not allowed.any():
+        raise ValueError("no replica to choose from: add one, or wait until one is back")
     # The last token of a prompt is always computed.
-    cached = min(overlap * request.page_size, request.tokens - 1)
-    return Choice(
-        replica=replica.name,
-        cached=cached,
-        restored=0,
-        queue_s=replica.queued_s(),
-        restore_s=0.0,
-        prefill_s=replica.costs.ttft_s(request.tokens, cached),
-        others_s=0.0,
+    cached = np.minimum(overlap * request.page_size, request.tokens - 1)
+    restored, restore_s, compute_s = brought(request, known, cached, tiers)
+    wait_s, overtaken = waits(request, known, overlap, compute_s)
+    prefill_s = known.fixed + known.match * (cached + restored) + compute_s
+    others_s = compute_s * overtaken + delay_of_later_requests(known, compute_s)
+    total = np.where(allowed, wait_s + restore_s + prefill_s + others_s, np.inf)
+    lowest = int(total.argmin())
+    equal = np.flatnonzero(total <= total[lowest] + known.fixed[lowest])
+    best = min(
+        equal.tolist(),
+        key=lambda i: (known.names[i] != preferred, wait_s[i], known.decodes[i], known.held[i], known.names[i]),
     )
+    return Choice(
+        replica=known.names[best],
+        cached=int(cached[best]),
+        restored=int(restored[best]),
+        queue_s=float(wait_s[best]),
+        restore_s=float(restore_s[best]),
+        prefill_s=float(prefill_s[best]),
+        others_s=float(others_s[best]),
+    )
+
+
+def brought(
+    request: RoutedRequest, known: Known, cached: np.ndarray, tiers: tuple[Tier, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens read from a tier, seconds to read these, and seconds to compute the rest; each [replicas].
+
+    A token's page is read where that is sooner than computing it, which is from some position on: a later token costs
+    more to compute. Of several tiers, each replica takes the one with which it is done first.
+    """
+    start, stop = cached.astype(np.float64), float(request.tokens)
+    restored, read_s = np.zeros(len(cached), np.int64), np.zeros(len(cached))
+    compute_s = computing_s(known, start, np.full(len(cached), stop))
+    for tier in tiers:
+        end = np.clip(tier.depth * request.page_size, start, stop - 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            crossover = (tier.token_s / known.stretch - known.linear) / known.attention
+        begin = np.clip(np.where(np.isnan(crossover), np.inf, crossover), start, end)
+        tokens = end - begin
+        reading = np.where(tokens > 0, tokens * np.where(tokens > 0, tier.token_s, 0.0), 0.0)
+        computing = computing_s(known, start, begin) + computing_s(known, end, np.full(len(cached), stop))
+        sooner = reading + computing < read_s + compute_s
+        restored = np.where(sooner, tokens.astype(np.int64), restored)
+        read_s, compute_s = np.where(sooner, reading, read_s), np.where(sooner, computing, compute_s)
+    return restored, read_s, compute_s
+
+
+def computing_s(known: Known, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Seconds to compute tokens [start, stop) on each replica beside what decodes there, [replicas] float64."""
+    return known.stretch * (known.linear * (stop - start) + known.attention * (stop**2 - start**2) / 2)
+
+
+def waits(
+    request: RoutedRequest, known: Known, overlap: np.ndarray, compute_s: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds until a request of `compute_s` runs, and how many prefills it overtakes; both [replicas] float64.
+
+    Where short prefills overtake, the highest response ratio runs next, (waited + left) / left. The request passes a
+    prefill at the time t with t / compute_s = (waited + t) / left. It runs at the first time at which all prefills that
+    it has not passed are done. One that computes its own pages is never passed: the request waits for these.
+    """
+    others_s = known.overtakes.astype(np.float64)
+    own = compute_s[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        passed_at = np.where(known.left > own, known.waited * own / (known.left - own), np.inf)
+    passed_at = np.where(known.overtakes[:, None] & ~computes_for(request, known, overlap), passed_at, np.inf)
+    passed_at = np.where(known.left > 0, passed_at, 0.0)
+    order = np.argsort(passed_at, axis=1)
+    passed_at, left = np.take_along_axis(passed_at, order, 1), np.take_along_axis(known.left, order, 1)
+    nothing = np.zeros((len(left), 1))
+    # At time passed_at[k - 1] the first k are passed; the others take rest[k].
+    rest = np.concatenate([np.cumsum(left[:, ::-1], axis=1)[:, ::-1], nothing], axis=1)
+    runs_at = np.maximum(np.concatenate([nothing, passed_at], axis=1), rest)
+    first = runs_at.min(1)
+    overtaken = ((left > 0) & (passed_at <= first[:, None])).sum(1) * others_s
+    return first + known.late_s + known.place_s, overtaken
+
+
+def computes_for(request: RoutedRequest, known: Known, overlap: np.ndarray) -> np.ndarray:
+    """Which prefills in flight compute pages that the request counts on, [replicas, queue] bool."""
+    if not len(request.keys):
+        return np.zeros(known.page.shape, bool)
+    within = (known.page >= 0) & (known.page < overlap[:, None])
+    return within & (request.keys[np.where(within, known.page, 0)] == known.key)
+
+
+def delay_of_later_requests(known: Known, compute_s: np.ndarray) -> np.ndarray:
+    """Seconds by which work of `compute_s` delays the requests that come while it or the work before it lasts.
+
+    [replicas] float64. In a queue with arrivals at rate l that are served for the share b of time, work x behind work v
+    delays others by l x (v + x / 2) / (1 - b) in all (Haviv and Ritov, "Externalities, tangible externalities, and queue
+    disciplines", 1998, https://doi.org/10.1287/mnsc.44.6.850).
+    """
+    before = known.left.sum(1)
+    return known.arrivals * compute_s * (before + compute_s / 2) / (1 - known.busy)
