@@ -42,10 +42,12 @@ class Known:
     overtakes: np.ndarray  # [replicas] bool, whether a short prefill passes a long one there
     late_s: np.ndarray  # [replicas] float64, seconds by which the work there is overdue
     place_s: np.ndarray  # [replicas] float64, seconds until a place among the running requests is free
-    arrivals: np.ndarray  # [replicas] float64, requests a second, of late
-    busy: np.ndarray  # [replicas] float64, the share of time spent on prefills, of late; below 1
+    arrivals: float  # requests a second to each replica, of late
+    busy: float  # the share of time that prefills take, of late; below 1
     decodes: np.ndarray  # [replicas] int64, requests that are being answered
     held: np.ndarray  # [replicas] int64, pages cached
+    room: np.ndarray  # [replicas] int64, pages that can be added before one is evicted
+    regret: float  # the share of evicted pages that are asked for again
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Choice:
 def choose(
     request: RoutedRequest,
     known: Known,
-    overlap: np.ndarray,  # [replicas] int64, pages of the request that each replica has cached
+    overlap: np.ndarray,  # [replicas] int64, pages of the request that each replica has cached and will reuse
     tiers: tuple[Tier, ...] = (),
     preferred: str | None = None,
     among: np.ndarray | None = None,  # [replicas] bool, those that may be chosen
@@ -88,7 +90,7 @@ def choose(
     restored, restore_s, compute_s = brought(request, known, cached, tiers)
     wait_s, overtaken = waits(request, known, overlap, compute_s)
     prefill_s = known.fixed + known.match * (cached + restored) + compute_s
-    others_s = compute_s * overtaken + delay_of_later_requests(known, compute_s)
+    others_s = compute_s * overtaken + delay_of_later_requests(known, compute_s) + evicted_s(request, known, overlap)
     total = np.where(allowed, wait_s + restore_s + prefill_s + others_s, np.inf)
     lowest = int(total.argmin())
     equal = np.flatnonzero(total <= total[lowest] + known.fixed[lowest])
@@ -175,8 +177,19 @@ def delay_of_later_requests(known: Known, compute_s: np.ndarray) -> np.ndarray:
     """Seconds by which work of `compute_s` delays the requests that come while it or the work before it lasts.
 
     [replicas] float64. In a queue with arrivals at rate l that are served for the share b of time, work x behind work v
-    delays others by l x (v + x / 2) / (1 - b) in all (Haviv and Ritov, "Externalities, tangible externalities, and queue
-    disciplines", 1998, https://doi.org/10.1287/mnsc.44.6.850).
+    delays others by l x (v + x / 2) / (1 - b) in all (Haviv and Ritov, "Externalities, tangible externalities, and
+    queue disciplines", 1998, https://doi.org/10.1287/mnsc.44.6.850).
     """
     before = known.left.sum(1)
     return known.arrivals * compute_s * (before + compute_s / 2) / (1 - known.busy)
+
+
+def evicted_s(request: RoutedRequest, known: Known, overlap: np.ndarray) -> np.ndarray:
+    """Seconds that it takes to compute again what a request's new pages evict, [replicas] float64.
+
+    A page is taken to cost what one of this prompt does, and to be asked for again as often as evicted pages were.
+    """
+    evicted = np.maximum(0, len(request.keys) - overlap - np.maximum(0, known.room))
+    nothing, whole = np.zeros(len(overlap)), np.full(len(overlap), float(request.tokens))
+    page_s = computing_s(known, nothing, whole) / max(1, len(request.keys))
+    return known.regret * evicted * page_s

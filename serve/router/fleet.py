@@ -6,7 +6,6 @@ only when a first token arrives; in between, it is taken to compute all the time
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,8 @@ from serve.cost.model import Constants
 from serve.router.choice import Known
 
 NO_PAGE = -1
+RECENT = 1 / 64  # the weight of the latest request in moving means
+BUSIEST = 0.9  # a fleet is never taken to be busier: its queues say more by then
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,30 @@ class Prefill:
     key: int = 0  # of that page
 
 
+@dataclass
+class Mean:
+    """A moving mean; the first value stands for all before it."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        """One more value."""
+        self.count += 1
+        self.value += max(RECENT, 1 / self.count) * (value - self.value)
+
+
+# What is kept for each replica, and its type; [replicas] each.
+ROW = {
+    "shared": np.float64,  # the share by which any sequences that decode lengthen a prefill
+    "each": np.float64,  # the share by which each of them does
+    "decodes": np.int64,  # requests that are being answered
+    "places": np.float64,  # requests that run at once
+    "answer_s": np.float64,  # seconds from a first token to the end: a moving mean
+    "overtakes": np.bool_,  # whether short prefills pass long ones
+    "done_s": np.float64,  # spent on the prefills in flight, until `at`
+    "at": np.float64,  # seconds
+}
 # What is kept for each prefill in flight, and its type.
 PREFILL = {"start": np.float64, "stop": np.float64, "since": np.float64, "page": np.int64, "key": np.uint64}
 
@@ -38,18 +63,12 @@ class Fleet:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.constants: list[Constants] = []
-        self.shared = np.zeros(0)  # [replicas] the share by which any sequences that decode lengthen a prefill
-        self.each = np.zeros(0)  # [replicas] the share by which each of them does
-        self.decodes = np.zeros(0, np.int64)  # [replicas] requests that are being answered
-        self.places = np.zeros(0)  # [replicas] requests that run at once
-        self.answer_s = np.zeros(0)  # [replicas] seconds from a first token to the end: a moving mean
-        self.overtakes = np.zeros(0, bool)  # [replicas] whether short prefills pass long ones
-        self.arrivals = np.zeros(0)
-        self.busy = np.zeros(0)
-        self.done_s = np.zeros(0)  # [replicas] seconds spent on the prefills in flight, until `at`
-        self.at = np.zeros(0)  # [replicas] seconds
+        self.columns: list[dict[str, int]] = []  # of each request's prefill in `queue`, by replica
+        self.rows = {name: np.zeros(0, type_) for name, type_ in ROW.items()}
         self.queue = {name: np.zeros((0, 4), type_) for name, type_ in PREFILL.items()}  # [replicas, queue] each
-        self.columns: list[dict[str, int]] = []  # of each request's prefill, by replica
+        self.gap_s = Mean()  # between requests
+        self.work_s = Mean()  # of a request
+        self.last = float("-inf")  # when a request was sent, seconds
 
     def row(self, name: str) -> int:
         """The row of a replica; raises ValueError for one that is not there."""
@@ -60,23 +79,25 @@ class Fleet:
         self.names.append(name)
         self.constants.append(costs)
         self.columns.append({})
-        self.places = np.append(self.places, places)
-        self.overtakes = np.append(self.overtakes, overtakes)
-        self.decodes = np.append(self.decodes, 0)
-        for array in ("shared", "each", "answer_s", "arrivals", "busy", "done_s", "at"):
-            setattr(self, array, np.append(getattr(self, array), 0.0))
-        for key, values in self.queue.items():
-            self.queue[key] = np.concatenate([values, np.zeros((1, values.shape[1]), values.dtype)])
+        for kept in (self.rows, self.queue):
+            for key, values in kept.items():
+                kept[key] = np.concatenate([values, np.zeros((1, *values.shape[1:]), values.dtype)])
+        self.rows["places"][-1], self.rows["overtakes"][-1] = places, overtakes
 
     def remove(self, name: str) -> None:
         """Forget a replica."""
         row = self.row(name)
         del self.names[row], self.constants[row], self.columns[row]
-        arrays = ("shared", "each", "answer_s", "arrivals", "busy", "done_s", "at", "places", "overtakes", "decodes")
-        for array in arrays:
-            setattr(self, array, np.delete(getattr(self, array), row))
-        for key, values in self.queue.items():
-            self.queue[key] = np.delete(values, row, axis=0)
+        for kept in (self.rows, self.queue):
+            for key, values in kept.items():
+                kept[key] = np.delete(values, row, axis=0)
+
+    def asked(self, work_s: float, now: float) -> None:
+        """A request of `work_s` seconds was sent to one of the replicas."""
+        if self.last > float("-inf"):
+            self.gap_s.add(max(0.0, now - self.last))
+        self.last = now
+        self.work_s.add(work_s)
 
     def sent(self, name: str, request: str, prefill: Prefill) -> None:
         """A replica has one more prefill."""
@@ -102,32 +123,45 @@ class Fleet:
         start, stop = self.queue["start"][row, column], self.queue["stop"][row, column]
         cost = self.constants[row].compute_s(start, stop) * self.stretch()[row]
         self.queue["stop"][row, column] = 0
-        self.done_s[row] = max(0.0, self.done_s[row] - cost) if self.columns[row] else 0.0
+        done = self.rows["done_s"]
+        done[row] = max(0.0, done[row] - cost) if self.columns[row] else 0.0
+
+    def answering(self, name: str) -> None:
+        """A replica answers one more request."""
+        self.rows["decodes"][self.row(name)] += 1
+
+    def answered(self, name: str, seconds: float) -> None:
+        """A replica answers one less; it took `seconds` from the first token on."""
+        row, rows = self.row(name), self.rows
+        rows["decodes"][row] = max(0, rows["decodes"][row] - 1)
+        mean = rows["answer_s"][row]
+        rows["answer_s"][row] = mean + RECENT * (seconds - mean) if mean else seconds
 
     def _pass_time(self, row: int, now: float) -> None:
+        done, at = self.rows["done_s"], self.rows["at"]
         if self.columns[row]:
-            self.done_s[row] += max(0.0, now - self.at[row])
-        self.at[row] = max(now, self.at[row])
+            done[row] += max(0.0, now - at[row])
+        at[row] = max(now, at[row])
 
     def stretch(self) -> np.ndarray:
         """By how much what decodes lengthens a prefill, [replicas] float64."""
-        return 1 + self.shared * (self.decodes > 0) + self.each * self.decodes
+        decodes = self.rows["decodes"]
+        return 1 + self.rows["shared"] * (decodes > 0) + self.rows["each"] * decodes
 
-    def known(self, now: float, held: Mapping[str, int]) -> Known:
-        """What a choice depends on; `held` is the pages that each replica has cached."""
+    def known(self, now: float, held: np.ndarray, room: np.ndarray, regret: float) -> Known:
+        """What a choice depends on; `held` and `room` ([replicas] int64) and `regret` as in Known."""
         costs = np.array([(c.fixed, c.linear, c.attention, c.match) for c in self.constants])  # [replicas, 4]
-        fixed, linear, attention, match = costs.T
-        stretch, queue = self.stretch(), self.queue
+        fixed, linear, attention, match = costs.reshape(-1, 4).T
+        stretch, queue, rows = self.stretch(), self.queue, self.rows
         start, stop = queue["start"], queue["stop"]
+        waits = stop > 0
         cost = (linear * stretch)[:, None] * (stop - start) + (attention * stretch)[:, None] * (stop**2 - start**2) / 2
-        cost = np.where(stop > 0, cost, 0.0)  # [replicas, queue]
-        waited = np.where(stop > 0, np.maximum(0.0, now - queue["since"]), 0.0)
-        working = (stop > 0).any(1)
-        done = np.where(working, self.done_s + np.maximum(0.0, now - self.at), 0.0)
-        left = less_done(cost, waited, done, self.overtakes)
-        running = (stop > 0).sum(1) + self.decodes
-        with np.errstate(divide="ignore", invalid="ignore"):
-            place_s = np.where(running >= self.places, (running - self.places + 1) * self.answer_s / self.places, 0.0)
+        cost = np.where(waits, cost, 0.0)  # [replicas, queue]
+        waited = np.where(waits, np.maximum(0.0, now - queue["since"]), 0.0)
+        done = np.where(waits.any(1), rows["done_s"] + np.maximum(0.0, now - rows["at"]), 0.0)
+        rate = 1 / self.gap_s.value / len(self.names) if self.gap_s.value else 0.0
+        running = waits.sum(1) + rows["decodes"]
+        over = np.maximum(0.0, running - rows["places"] + 1)
         return Known(
             names=tuple(self.names),
             fixed=fixed,
@@ -135,17 +169,20 @@ class Fleet:
             attention=attention,
             match=match,
             stretch=stretch,
-            left=left,
+            left=less_done(cost, waited, done, rows["overtakes"]),
             waited=waited,
-            page=np.where(stop > 0, queue["page"], NO_PAGE),
+            page=np.where(waits, queue["page"], NO_PAGE),
             key=queue["key"],
-            overtakes=self.overtakes,
+            overtakes=rows["overtakes"],
             late_s=np.maximum(0.0, done - cost.sum(1)),
-            place_s=place_s,
-            arrivals=self.arrivals,
-            busy=self.busy,
-            decodes=self.decodes,
-            held=np.array([held[name] for name in self.names], np.int64),
+            # Places fall free one after another, `places` of them in the time of an answer.
+            place_s=over * rows["answer_s"] / rows["places"],
+            arrivals=rate,
+            busy=min(BUSIEST, rate * self.work_s.value),
+            decodes=rows["decodes"],
+            held=held,
+            room=room,
+            regret=regret,
         )
 
 
