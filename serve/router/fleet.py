@@ -143,6 +143,14 @@ class Fleet:
             done[row] += max(0.0, now - at[row])
         at[row] = max(now, at[row])
 
+    def idle(self, name: str) -> bool:
+        """Whether a replica has no prefill in flight."""
+        return not self.columns[self.row(name)]
+
+    def decodes(self, name: str) -> int:
+        """Requests that a replica answers."""
+        return int(self.rows["decodes"][self.row(name)])
+
     def stretch(self) -> np.ndarray:
         """By how much what decodes lengthens a prefill, [replicas] float64."""
         decodes = self.rows["decodes"]

@@ -1,9 +1,8 @@
 """What a replica's work costs, refitted from the first tokens that it sends: for engines of any speed.
 
-A replica works on one prefill at a time, so a request's own work took the time since it was sent, or since the first
-token before it if that came later (Lindley, 1952, https://doi.org/10.1017/S0305004100027638). One wrong time, of a
-suspended machine or of a prefill that another overtook, must not count much: the fit minimises the sum of relative
-errors, not of their squares.
+A replica works as long as it has prefills, in whatever order. So what is measured is a busy period, from the first
+prefill to the first token after which none is left: all its work took all its time. One wrong time, as of a suspended
+machine, must not count much: the fit minimises the sum of relative errors, not of their squares.
 """
 
 from __future__ import annotations
@@ -16,26 +15,34 @@ import numpy as np
 
 from serve.cost.model import Constants, weighted_median
 
-REMEMBERED = 64  # first tokens
-EVERY = 4  # first tokens, the constants are fitted again
+REMEMBERED = 64  # busy periods
+EVERY = 4  # busy periods, the constants are fitted again
+LONGEST = 16  # first tokens of a busy period, after which another one begins
 ROUNDS = 12  # of reweighting
 # A constant that was given as 0 is looked for in parts of this many tokens' linear cost.
 PAIRS_A_TOKEN = 1 << 16
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What a replica took to compute tokens [start, stop) of a prompt, while `decodes` sequences decoded beside it."""
+class Work:
+    """Prefills, and what decoded beside them; works add up."""
 
-    start: int
-    stop: int
-    decodes: int
-    seconds: float
+    requests: int = 0
+    tokens: int = 0  # computed
+    pairs: float = 0.0  # of a computed token and a token before it
+    beside: float = 0.0  # seconds of these prefills by the prior, of those beside which anything decoded
+    each: float = 0.0  # the same, each times the sequences that decoded
 
-    @property
-    def pairs(self) -> float:
-        """Pairs of a computed token and a token before it."""
-        return (self.stop**2 - self.start**2) / 2
+    def and_prefill(self, prior: Constants, start: int, stop: int, decodes: float) -> Work:
+        """This work, and tokens [start, stop) of a prompt while `decodes` sequences decoded on average."""
+        seconds = prior.fixed + prior.compute_s(start, stop)
+        return Work(
+            self.requests + 1,
+            self.tokens + stop - start,
+            self.pairs + (stop**2 - start**2) / 2,
+            self.beside + seconds * (decodes > 0),
+            self.each + seconds * decodes,
+        )
 
 
 @dataclass(frozen=True)
@@ -48,61 +55,66 @@ class Fitted:
 
 
 class Refit:
-    """One replica's latest first tokens, and the constants that explain them."""
+    """One replica's latest busy periods, and the constants that explain them."""
 
     def __init__(self, prior: Constants) -> None:
         self.prior = prior
-        self.latest: deque[Observed] = deque(maxlen=REMEMBERED)
-        self.seen = 0
         self.fitted = Fitted(prior)
+        self.work = Work()  # of the busy period so far
+        self.began = 0.0  # when it began, seconds
+        self.latest: deque[tuple[Work, float]] = deque(maxlen=REMEMBERED)
+        self.seen = 0
+        # Whether a period has ended with nothing left. One that was cut off may have waited for a place instead of
+        # computing, so such periods count only until then.
+        self.ended = False
 
-    def observed(self, each: Observed) -> bool:
-        """Learn from a first token; whether the constants have changed. Times of 0 or less are left out."""
-        if each.seconds <= 0 or each.stop <= each.start:
+    def sent(self, now: float, idle: bool) -> None:
+        """A prefill was sent to the replica, which had none before it if `idle`."""
+        if idle:
+            self.work, self.began = Work(), now
+
+    def first_token(self, start: int, stop: int, decodes: float, now: float, idle: bool) -> bool:
+        """Tokens [start, stop) were computed, and nothing is left if `idle`. Whether the constants have changed."""
+        self.work = self.work.and_prefill(self.prior, start, stop, decodes)
+        if not idle and self.work.requests < LONGEST:
             return False
-        self.latest.append(each)
+        work, seconds = self.work, now - self.began
+        self.work, self.began = Work(), now
+        if seconds <= 0 or (self.ended and not idle):
+            return False
+        if idle and not self.ended:
+            self.latest.clear()
+        self.ended = self.ended or idle
+        self.latest.append((work, seconds))
         self.seen += 1
         if self.seen > EVERY and self.seen % EVERY:
             return False
-        self.fitted = fit(self.prior, self.latest)
+        self.fitted = fit(self.prior, list(self.latest))
         return True
 
 
-def fit(prior: Constants, samples: Sequence[Observed] | deque[Observed]) -> Fitted:
+def fit(prior: Constants, samples: Sequence[tuple[Work, float]]) -> Fitted:
     """The constants with the least sum of relative errors, drawn to `prior` at the samples' speed.
 
-    The prior has the weight of one sample for each constant, so few samples find the replica's speed, and many of
-    different lengths its curve. No constant is negative. Raises ValueError for a prior without a cost for a token.
+    A sample is work and the seconds that it took. The prior has the weight of one sample for each constant, so few
+    samples find the replica's speed, and many of different lengths its curve. No constant is negative. Raises
+    ValueError for a prior without a cost for a token.
     """
     if prior.linear <= 0:
         raise ValueError(f"the linear cost of a token is {prior.linear}, expected more than 0 seconds to start from")
-    base = np.array([prior.compute_s(each.start, each.stop) for each in samples])
-    seconds = np.array([each.seconds for each in samples])
-    speed = weighted_median(
-        [*zip((seconds / (prior.fixed + base)).tolist(), (prior.fixed + base).tolist(), strict=True)]
-    )
+    rows = np.array([(w.requests, w.tokens, w.pairs, w.beside, w.each) for w, _ in samples])  # [samples, 5]
+    seconds = np.array([took for _, took in samples])
+    expected = rows[:, :3] @ np.array([prior.fixed, prior.linear, prior.attention])
+    speed = weighted_median([*zip((seconds / expected).tolist(), expected.tolist(), strict=True)])
     attention = prior.attention or prior.linear / PAIRS_A_TOKEN
-    decodes = np.array([each.decodes for each in samples])
-    terms = np.stack(
-        [
-            np.full(len(base), prior.fixed or prior.linear),
-            prior.linear * np.array([each.stop - each.start for each in samples]),
-            attention * np.array([each.pairs for each in samples]),
-            base * (decodes > 0),
-            base * decodes,
-        ],
-        axis=1,
-    )  # [samples, 5] seconds
-    start = np.array([speed if prior.fixed else 0.0, speed, speed if prior.attention else 0.0, 0.0, 0.0])
-    found = least_relative_error(terms / seconds[:, None], start, speed)
-    costs = replace(
-        prior,
-        fixed=float(found[0] * (prior.fixed or prior.linear)),
-        linear=float(found[1] * prior.linear),
-        attention=float(found[2] * attention),
-        match=prior.match * speed,
-    )
-    return Fitted(costs, shared=float(found[3] / speed), each=float(found[4] / speed))
+    scale = np.array([prior.fixed or prior.linear, prior.linear, attention, 1.0, 1.0])
+    start = speed * np.array([prior.fixed > 0, 1.0, prior.attention > 0, 0.0, 0.0])
+    found = least_relative_error(rows * scale / seconds[:, None], start, speed)
+    fixed, linear, pairs, shared, each = (found * scale).tolist()
+    costs = replace(prior, fixed=fixed, linear=linear, attention=pairs, match=prior.match * speed)
+    # Both are found as shares of what the prior expects, and used as shares of what is found.
+    own = float((rows[:, :3] @ (found * scale)[:3]).sum() / expected.sum())
+    return Fitted(costs, shared / own, each / own) if own > 0 else Fitted(costs)
 
 
 def least_relative_error(terms: np.ndarray, start: np.ndarray, speed: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from serve.cost.model import Constants, weighted_median
 from serve.router.choice import Choice, Tier, choose
 from serve.router.fleet import NO_PAGE, Fleet, Prefill
 from serve.router.index import PrefixIndex
-from serve.router.refit import Observed, Refit
+from serve.router.refit import Refit
 from serve.router.request import RoutedRequest
 from serve.router.summary import Increment, Load, Snapshot
 
@@ -42,7 +42,6 @@ class Replica:
     pages: int  # that it has room for
     refit: Refit
     sequence: int = 0  # of its last summary
-    first_token_at: float = float("-inf")  # of its latest one, seconds
     # Pages that were predicted, and the summary that must have named them.
     unconfirmed: deque[tuple[int, np.ndarray]] = field(default_factory=lambda: deque(maxlen=UNCONFIRMED))
     reuses: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=REUSES))
@@ -131,8 +130,8 @@ class Router:
         if replica is None:
             return
         fleet, start = self.fleet, choice.cached + choice.restored
-        decodes = int(fleet.rows["decodes"][fleet.row(choice.replica)])
-        self.in_flight[request.id] = Sent(request, choice, now, decodes)
+        self.in_flight[request.id] = Sent(request, choice, now, fleet.decodes(choice.replica))
+        replica.refit.sent(now, fleet.idle(choice.replica))
         page, key = start // request.page_size, 0
         new = request.keys[page:]
         if len(new):
@@ -158,13 +157,11 @@ class Router:
         name, expected = sent.choice.replica, sent.choice.cached + sent.choice.restored
         replica = self.replicas[name]
         self.in_flight[request] = replace(sent, answering_since=now)
+        decodes = (sent.decodes + self.fleet.decodes(name)) / 2
         self.fleet.prefilled(name, request, now)
         self.fleet.answering(name)
         found = expected if cached is None else cached
-        began, replica.first_token_at = max(sent.at, replica.first_token_at), now
-        if not sent.choice.restored and replica.refit.observed(
-            Observed(found, sent.request.tokens, sent.decodes, now - began)
-        ):
+        if replica.refit.first_token(found, sent.request.tokens, decodes, now, self.fleet.idle(name)):
             self._refitted(name, replica)
         if expected:
             replica.reuses.append((min(1.0, found / expected), expected))

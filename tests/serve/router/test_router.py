@@ -1,11 +1,12 @@
 """The router: follow-ups go where their pages are, unless the work there would take longer than computing them."""
 
 import numpy as np
+import pytest
 
 from serve.cost.model import Constants
 from serve.router.request import RoutedRequest
 from serve.router.router import Router
-from serve.router.summary import Increment
+from serve.router.summary import Increment, Load, Snapshot
 
 COSTS = Constants(fixed=1e-3, linear=1e-4, attention=0.0)
 
@@ -45,3 +46,104 @@ def test_a_gap_asks_for_a_snapshot():
     nothing = np.zeros(0, np.uint64)
     assert router.published("r0", Increment(1, nothing, nothing))
     assert not router.published("r0", Increment(3, nothing, nothing))
+
+
+def keys(first: int, count: int) -> np.ndarray:
+    return np.arange(first, first + count, dtype=np.uint64)
+
+
+NOTHING = np.zeros(0, np.uint64)
+
+
+def send(router: Router, asked: RoutedRequest, now: float, *among: str) -> str:
+    choice = router.route(asked, now, among=among or None)
+    router.sent(asked, choice, now)
+    return choice.replica
+
+
+def test_siblings_follow_before_anything_is_published():
+    router = fleet(8)
+    for i in range(20):  # so that the rate of requests is known
+        send(router, request(f"w{i}", 100, first=10_000 * (i + 1)), 0.1 * i)
+        router.first_token(f"w{i}", 0.1 * i + 0.16)
+        router.finished(f"w{i}", 0.1 * i + 0.16)
+    first = send(router, request("first", 500), 3.0)
+    router.first_token("first", 3.8)
+    assert {send(router, request(f"s{i}", 501), 3.8) for i in range(4)} == {first}
+
+
+def test_what_failed_is_not_expected():
+    router = fleet(2)
+    name = send(router, request("a", 100), 0.0)
+    router.failed("a", 0.1)
+    assert router.index.pages[name] == 0
+    assert router.route(request("b", 100), 0.2).queue_s == 0
+
+
+def test_predictions_end_when_later_summaries_do_not_confirm_them():
+    router = fleet(1)
+    send(router, request("a", 10), 0.0)
+    router.first_token("a", 0.1, cached=0)
+    router.published("r0", Increment(1, keys(0, 4), NOTHING))
+    assert router.route(request("b", 10), 0.2).cached == 160
+    router.published("r0", Increment(2, NOTHING, NOTHING))
+    assert router.route(request("b", 10), 0.2).cached == 64
+
+
+def test_a_snapshot_heals_a_gap_and_older_increments_change_nothing_after_it():
+    router = fleet(1)
+    assert not router.published("r0", Increment(2, keys(5, 5), NOTHING))
+    assert router.published("r0", Snapshot(7, keys(0, 8)))
+    assert router.published("r0", Increment(6, NOTHING, keys(0, 8)))  # came late
+    assert router.published("r0", Increment(8, keys(8, 2), NOTHING))
+    assert router.route(request("a", 10), 0.0).cached == 160
+
+
+def test_a_slow_replica_is_found_out_by_its_first_tokens():
+    router = fleet(2)
+    for i in range(8):
+        for name, factor in (("r0", 5.0), ("r1", 1.0)):
+            asked = request(f"{i}{name}", 50, first=100_000 * (i + 1) + 1000 * (name == "r1"))
+            send(router, asked, 10.0 * i, name)
+            router.first_token(asked.id, 10.0 * i + factor * COSTS.ttft_s(asked.tokens, 0), cached=0)
+            router.finished(asked.id, 10.0 * i + 5.0)
+    cold = request("cold", 50, first=5)
+    assert router.route(cold, 100.0, among=["r0"]).prefill_s == pytest.approx(5 * COSTS.ttft_s(801, 0), rel=0.05)
+    assert router.route(cold, 100.0).replica == "r1"
+
+
+def test_a_replica_that_reuses_less_than_it_holds_is_believed_less():
+    router = fleet(1)
+    for i in range(40):
+        send(router, request(f"{i}", 10), float(i))
+        router.first_token(f"{i}", i + 0.1, cached=80)  # five pages, whatever was expected
+        router.finished(f"{i}", i + 0.2)
+    assert router.route(request("a", 10), 50.0).cached <= 80
+
+
+def test_the_work_of_other_routers_counts():
+    router = fleet(2)
+    router.loaded("r0", Load((("theirs", 0, 50_000),), decodes=2), 0.0)
+    assert router.route(request("a", 10), 0.0).replica == "r1"
+    router.loaded("r0", Load((), decodes=0), 1.0)
+    assert router.route(request("a", 10), 1.0, among=["r0"]).queue_s == 0
+
+
+def test_a_replica_that_is_gone_takes_its_requests_along():
+    router = fleet(2)
+    send(router, request("a", 10), 0.0, "r0")
+    assert router.remove("r0") == ["a"]
+    router.first_token("a", 1.0)
+    router.finished("a", 1.0)
+    assert router.published("r0", Increment(1, keys(0, 1), NOTHING))
+    assert router.route(request("b", 10), 1.0).replica == "r1"
+
+
+def test_what_a_shared_tier_holds_is_read_where_it_is_not_cached():
+    router = Router()
+    for name in ("r0", "r1"):
+        router.add(name, COSTS, pages=1000, tiers={"disk": COSTS.linear / 10})
+    router.published("r0", Increment(1, keys(0, 10), NOTHING))
+    choice = router.route(request("a", 10), 0.0, among=["r1"])
+    assert (choice.cached, choice.restored) == (0, 160)
+    assert choice.restore_s == pytest.approx(160 * COSTS.linear / 10)
