@@ -11,7 +11,7 @@ block table of a path is its nodes' pages joined, and a page is in use if its re
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +66,7 @@ class RadixTree:
         # One entry (last_used, serial, node) for every leaf and no other node; last_used may be older than the node's.
         self.leaves: list[tuple[int, int, Node]] = []
         self.serials = itertools.count()
+        self.on_release: Callable[[np.ndarray], None] | None = None  # told of pages ([n] int32) that it lists no longer
 
     def length(self, tokens: np.ndarray, salt: bytes) -> int:
         """Length of the longest cached prefix of `tokens` ([tokens] int32); does not count as a use."""
@@ -263,6 +264,8 @@ class RadixTree:
         self.held[old] = False
         assert not self.held[new].any(), "a page was listed twice: its lease inserted tokens that it had not computed"
         self.held[new] = True
+        if self.on_release and len(old):
+            self.on_release(old[~self.held[old]])
 
     def _touch(self, path: list[Node]) -> None:
         self.clock += 1

@@ -136,7 +136,8 @@ def brought(
 
 def computing_s(known: Known, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
     """Seconds to compute tokens [start, stop) on each replica beside what decodes there, [replicas] float64."""
-    return known.stretch * (known.linear * (stop - start) + known.attention * (stop**2 - start**2) / 2)
+    seconds: np.ndarray = known.stretch * (known.linear * (stop - start) + known.attention * (stop**2 - start**2) / 2)
+    return seconds
 
 
 def waits(
@@ -170,7 +171,8 @@ def computes_for(request: RoutedRequest, known: Known, overlap: np.ndarray) -> n
     if not len(request.keys):
         return np.zeros(known.page.shape, bool)
     within = (known.page >= 0) & (known.page < overlap[:, None])
-    return within & (request.keys[np.where(within, known.page, 0)] == known.key)
+    computed: np.ndarray = within & (request.keys[np.where(within, known.page, 0)] == known.key)
+    return computed
 
 
 def delay_of_later_requests(known: Known, compute_s: np.ndarray) -> np.ndarray:
@@ -181,7 +183,8 @@ def delay_of_later_requests(known: Known, compute_s: np.ndarray) -> np.ndarray:
     queue disciplines", 1998, https://doi.org/10.1287/mnsc.44.6.850).
     """
     before = known.left.sum(1)
-    return known.arrivals * compute_s * (before + compute_s / 2) / (1 - known.busy)
+    seconds: np.ndarray = known.arrivals * compute_s * (before + compute_s / 2) / (1 - known.busy)
+    return seconds
 
 
 def evicted_s(request: RoutedRequest, known: Known, overlap: np.ndarray) -> np.ndarray:
@@ -192,4 +195,5 @@ def evicted_s(request: RoutedRequest, known: Known, overlap: np.ndarray) -> np.n
     evicted = np.maximum(0, len(request.keys) - overlap - np.maximum(0, known.room))
     nothing, whole = np.zeros(len(overlap)), np.full(len(overlap), float(request.tokens))
     page_s = computing_s(known, nothing, whole) / max(1, len(request.keys))
-    return known.regret * evicted * page_s
+    seconds: np.ndarray = known.regret * evicted * page_s
+    return seconds

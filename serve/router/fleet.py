@@ -64,7 +64,7 @@ class Fleet:
         self.names: list[str] = []
         self.constants: list[Constants] = []
         self.columns: list[dict[str, int]] = []  # of each request's prefill in `queue`, by replica
-        self.rows = {name: np.zeros(0, type_) for name, type_ in ROW.items()}
+        self.rows: dict[str, np.ndarray] = {name: np.zeros(0, type_) for name, type_ in ROW.items()}
         self.queue = {name: np.zeros((0, 4), type_) for name, type_ in PREFILL.items()}  # [replicas, queue] each
         self.gap_s = Mean()  # between requests
         self.work_s = Mean()  # of a request
@@ -154,7 +154,8 @@ class Fleet:
     def stretch(self) -> np.ndarray:
         """By how much what decodes lengthens a prefill, [replicas] float64."""
         decodes = self.rows["decodes"]
-        return 1 + self.rows["shared"] * (decodes > 0) + self.rows["each"] * decodes
+        stretch: np.ndarray = 1 + self.rows["shared"] * (decodes > 0) + self.rows["each"] * decodes
+        return stretch
 
     def known(self, now: float, held: np.ndarray, room: np.ndarray, regret: float) -> Known:
         """What a choice depends on; `held` and `room` ([replicas] int64) and `regret` as in Known."""

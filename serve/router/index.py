@@ -158,7 +158,8 @@ class PrefixIndex:
     def _holds(self, replicas: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """Whether replica i of `replicas` ([n] int64) has wanted[i, j] ([n, k] uint64, hashed); [n, k] bool."""
         at = bucket_pairs(wanted, self.first[replicas, None], self.buckets[replicas, None])  # [n, k, 2]
-        return ((self.slots[at] ^ wanted[:, :, None, None]) <= PREDICTED).any((2, 3))
+        found: np.ndarray = ((self.slots[at] ^ wanted[:, :, None, None]) <= PREDICTED).any((2, 3))
+        return found
 
     def _places(self, name: str, wanted: np.ndarray) -> np.ndarray:
         """The slots where each hashed key ([pages] uint64) can be, [pages, 2 * SLOTS] int64: those of two buckets."""
@@ -193,7 +194,8 @@ def joined(regions: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def bucket_pairs(wanted: np.ndarray, first: np.ndarray, buckets: np.ndarray) -> np.ndarray:
     """The two buckets of each hashed key ([...] uint64) in regions of `buckets` from `first` on; [..., 2] int64."""
     halves = np.stack([wanted >> HALF, wanted & ((np.uint64(1) << HALF) - np.uint64(1))], axis=-1)
-    return first[..., None] + ((halves * buckets[..., None]) >> HALF).astype(np.int64)
+    pairs: np.ndarray = first[..., None] + ((halves * buckets[..., None]) >> HALF).astype(np.int64)
+    return pairs
 
 
 def chosen_slots(there: np.ndarray, used: np.ndarray, stamp: np.uint32) -> np.ndarray:
