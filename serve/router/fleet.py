@@ -147,6 +147,11 @@ class Fleet:
         """Whether a replica has no prefill in flight."""
         return not self.columns[self.row(name)]
 
+    def full(self, name: str) -> bool:
+        """Whether a replica has no place for one more request among those that run."""
+        row = self.row(name)
+        return len(self.columns[row]) + self.rows["decodes"][row] >= self.rows["places"][row]
+
     def decodes(self, name: str) -> int:
         """Requests that a replica answers."""
         return int(self.rows["decodes"][self.row(name)])

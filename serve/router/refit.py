@@ -33,6 +33,10 @@ class Work:
     beside: float = 0.0  # seconds of these prefills by the prior, of those beside which anything decoded
     each: float = 0.0  # the same, each times the sequences that decoded
 
+    def expected_s(self, prior: Constants) -> float:
+        """Seconds that it takes by these constants, without what decodes."""
+        return prior.fixed * self.requests + prior.linear * self.tokens + prior.attention * self.pairs
+
     def and_prefill(self, prior: Constants, start: int, stop: int, decodes: float) -> Work:
         """This work, and tokens [start, stop) of a prompt while `decodes` sequences decoded on average."""
         seconds = prior.fixed + prior.compute_s(start, stop)
@@ -64,33 +68,46 @@ class Refit:
         self.began = 0.0  # when it began, seconds
         self.latest: deque[tuple[Work, float]] = deque(maxlen=REMEMBERED)
         self.seen = 0
-        # Whether a period has ended with nothing left. One that was cut off may have waited for a place instead of
-        # computing, so such periods count only until then.
-        self.ended = False
+        self.spoiled = False  # whether prefills of this period waited for a place
+        # Whether a period has ended with nothing left and nothing that decoded beside it. In others, requests may have
+        # waited for a place instead of computing, so these count only until then.
+        self.clean = False
 
-    def sent(self, now: float, idle: bool) -> None:
-        """A prefill was sent to the replica, which had none before it if `idle`."""
+    def sent(self, now: float, idle: bool, full: bool = False) -> None:
+        """A prefill was sent to the replica, which had none before it if `idle`, and no place for it if `full`."""
         if idle:
-            self.work, self.began = Work(), now
+            self.work, self.began, self.spoiled = Work(), now, False
+        self.spoiled = self.spoiled or full
 
     def first_token(self, start: int, stop: int, decodes: float, now: float, idle: bool) -> bool:
         """Tokens [start, stop) were computed, and nothing is left if `idle`. Whether the constants have changed."""
         self.work = self.work.and_prefill(self.prior, start, stop, decodes)
         if not idle and self.work.requests < LONGEST:
             return False
-        work, seconds = self.work, now - self.began
-        self.work, self.began = Work(), now
-        if seconds <= 0 or (self.ended and not idle):
+        work, seconds, spoiled = self.work, now - self.began, self.spoiled
+        self.work, self.began, self.spoiled = Work(), now, False
+        clean = idle and not work.each
+        if seconds <= 0 or spoiled or (self.clean and not clean):
             return False
-        if idle and not self.ended:
+        if clean and not self.clean:
             self.latest.clear()
-        self.ended = self.ended or idle
+        self.clean = self.clean or clean
         self.latest.append((work, seconds))
         self.seen += 1
         if self.seen > EVERY and self.seen % EVERY:
             return False
-        self.fitted = fit(self.prior, list(self.latest))
+        self.fitted = fit(self.prior, without_waits(self.prior, list(self.latest)))
         return True
+
+
+def without_waits(prior: Constants, samples: list[tuple[Work, float]]) -> list[tuple[Work, float]]:
+    """The samples that took at most twice as long for their work as the fastest quarter did.
+
+    What a replica waits for besides its prefills (a place, a tier, the network) makes a period longer, never shorter.
+    """
+    slowness = [seconds / work.expected_s(prior) for work, seconds in samples]
+    most = 2 * float(np.quantile(slowness, 0.25))
+    return [sample for sample, slow in zip(samples, slowness, strict=True) if slow <= most]
 
 
 def fit(prior: Constants, samples: Sequence[tuple[Work, float]]) -> Fitted:

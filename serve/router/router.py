@@ -131,7 +131,7 @@ class Router:
             return
         fleet, start = self.fleet, choice.cached + choice.restored
         self.in_flight[request.id] = Sent(request, choice, now, fleet.decodes(choice.replica))
-        replica.refit.sent(now, fleet.idle(choice.replica))
+        replica.refit.sent(now, fleet.idle(choice.replica), fleet.full(choice.replica))
         page, key = start // request.page_size, 0
         new = request.keys[page:]
         if len(new):
