@@ -16,9 +16,11 @@ import numpy as np
 from serve.cost.model import Constants, weighted_median
 
 REMEMBERED = 64  # busy periods
+LEAST = 8  # busy periods, before which the constants stay as they were given
 EVERY = 4  # busy periods, the constants are fitted again
 LONGEST = 16  # first tokens of a busy period, after which another one begins
 ROUNDS = 12  # of reweighting
+EXACT = 0.1  # a smaller relative error is as good as none
 # A constant that was given as 0 is looked for in parts of this many tokens' linear cost.
 PAIRS_A_TOKEN = 1 << 16
 
@@ -94,7 +96,7 @@ class Refit:
         self.clean = self.clean or clean
         self.latest.append((work, seconds))
         self.seen += 1
-        if self.seen > EVERY and self.seen % EVERY:
+        if len(self.latest) < LEAST or self.seen % EVERY:
             return False
         self.fitted = fit(self.prior, without_waits(self.prior, list(self.latest)))
         return True
@@ -143,11 +145,11 @@ def least_relative_error(terms: np.ndarray, start: np.ndarray, speed: float) -> 
     used = np.ones(terms.shape[1], bool)
     found = start.copy()
     for _ in range(ROUNDS):
-        weight = 1 / np.sqrt(np.maximum(np.abs(1 - terms @ found), 1e-3))
-        # A term that is off by the whole speed counts as an error of 1.
-        drawn = np.diag(np.full(len(start), 1 / max(speed, 1e-12)))
+        weight = 1 / np.sqrt(np.maximum(np.abs(1 - terms @ found), EXACT))
+        # A term that is off by the whole speed counts as an error of 1, of a sample that fits.
+        drawn = np.diag(np.full(len(start), 1 / max(speed, 1e-12))) / np.sqrt(EXACT)
         left = np.concatenate([terms * weight[:, None], drawn])[:, used]
-        right = np.concatenate([weight, start / max(speed, 1e-12)])
+        right = np.concatenate([weight, start / max(speed, 1e-12) / np.sqrt(EXACT)])
         found = np.zeros_like(start)
         found[used] = np.linalg.lstsq(left, right, rcond=None)[0]
         if (found < 0).any():
