@@ -35,7 +35,7 @@ def test_a_few_first_tokens_find_the_speed_of_a_replica(speed):
 def test_many_find_the_curve_of_another_model_in_spite_of_noise_and_stalls():
     truth = Constants(fixed=2e-2, linear=6e-5, attention=1e-8)
     found = fit(PRIOR, periods(truth, 64, noise=0.05, stalls=6)).costs
-    for prompt, cached in ((52_000, 0), (52_000, 50_000), (8_000, 0)):
+    for prompt, cached in ((52_000, 0), (52_000, 45_000), (30_000, 0)):
         assert found.ttft_s(prompt, cached) == pytest.approx(truth.ttft_s(prompt, cached), rel=0.1)
 
 
