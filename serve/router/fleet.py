@@ -150,7 +150,7 @@ class Fleet:
     def full(self, name: str) -> bool:
         """Whether a replica has no place for one more request among those that run."""
         row = self.row(name)
-        return len(self.columns[row]) + self.rows["decodes"][row] >= self.rows["places"][row]
+        return bool(len(self.columns[row]) + self.rows["decodes"][row] >= self.rows["places"][row])
 
     def decodes(self, name: str) -> int:
         """Requests that a replica answers."""

@@ -41,6 +41,7 @@ class Replica:
 
     pages: int  # that it has room for
     refit: Refit
+    refits: bool = False  # whether the constants are replaced by those that its first tokens show
     sequence: int = 0  # of its last summary
     # Pages that were predicted, and the summary that must have named them.
     unconfirmed: deque[tuple[int, np.ndarray]] = field(default_factory=lambda: deque(maxlen=UNCONFIRMED))
@@ -81,16 +82,17 @@ class Router:
         tiers: Mapping[str, float] | None = None,
         places: float = float("inf"),
         overtakes: bool = True,
+        refit: bool = False,
     ) -> None:
         """A replica with room for `pages` in its cache, and for `places` requests that run at once.
 
-        `costs` are what its work is expected to take, until it has been measured. `tiers` are the seconds a token to
+        `costs` are what its work is expected to take; with `refit`, until it has been measured. `tiers` are the seconds a token to
         read from each tier that it reaches; replicas that name the same tier share it. `overtakes` says whether a short
         prefill passes a long one there, as in this engine. Raises ValueError for a name that is there already.
         """
         self.index.add(name, pages)
         self.fleet.add(name, costs, places, overtakes)
-        self.replicas[name] = Replica(pages, Refit(costs))
+        self.replicas[name] = Replica(pages, Refit(costs), refits=refit)
         for tier, token_s in (tiers or {}).items():
             if tier not in self.stored.pages:
                 self.stored.add(tier, TIER_PAGES)
@@ -161,7 +163,9 @@ class Router:
         self.fleet.prefilled(name, request, now)
         self.fleet.answering(name)
         found = expected if cached is None else cached
-        if replica.refit.first_token(found, sent.request.tokens, decodes, now, self.fleet.idle(name)):
+        if replica.refits and replica.refit.first_token(
+            found, sent.request.tokens, decodes, now, self.fleet.idle(name)
+        ):
             self._refitted(name, replica)
         if expected:
             replica.reuses.append((min(1.0, found / expected), expected))

@@ -19,7 +19,7 @@ def request(id: str, pages: int, page_size: int = 16, first: int = 0) -> RoutedR
 def fleet(count: int) -> Router:
     router = Router()
     for i in range(count):
-        router.add(f"r{i}", COSTS, pages=1000)
+        router.add(f"r{i}", COSTS, pages=1000, refit=True)
     return router
 
 
