@@ -1,0 +1,1 @@
+"""A simulated fleet of engine replicas, and the policies that choose among them."""

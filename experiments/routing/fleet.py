@@ -1,0 +1,240 @@
+"""The fleet: replicas, gateways and clients, driven by a heap of events. Nothing here reads a clock."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from experiments.routing.cache import ReplicaCache
+from experiments.routing.gateway import Gateway, Meters
+from experiments.routing.replica import Engine, Replica, Sequence
+from experiments.routing.workload import Request, Workload
+from serve.router.summary import Increment, Snapshot
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """How replicas tell gateways what they hold."""
+
+    every_s: float = 0.1
+    delay_s: float = 0.01
+    loss: float = 0.0  # the share of summaries that get lost
+
+
+@dataclass(frozen=True)
+class Change:
+    """A replica dies or comes at a time."""
+
+    at_s: float
+    replica: int
+    comes: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Answered:
+    """A request and what became of it; times in seconds."""
+
+    request: Request
+    sent: float
+    replica: int = -1
+    gateway: int = 0
+    first_token: float = float("nan")
+    finished: float = float("nan")
+    reused: int = 0  # tokens
+    restored: int = 0  # tokens of these
+    retries: int = 0
+    broken_off: bool = False  # its replica died during the answer
+    lane: int = -1
+
+
+@dataclass(eq=False)
+class Fleet:
+    """Replicas behind gateways. `run` plays a workload to its end."""
+
+    engines: Many[Engine]  # by replica; those that come later, too
+    make_gateway: Callable[[Meters, int], Gateway]
+    gateways: int = 1
+    publishing: Publishing = field(default_factory=Publishing)
+    changes: Many[Change] = ()
+    shared_store: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """All replicas are there that no change brings."""
+        size = len(self.engines)
+        self.meters = Meters(np.zeros(size, np.int64), np.zeros(size))
+        self.routers = [self.make_gateway(self.meters, number) for number in range(self.gateways)]
+        self.replicas: dict[int, Replica] = {}
+        self.store: set[int] | None = set() if self.shared_store else None
+        self.events: list[tuple[float, int, Callable[[float], None]]] = []
+        self.pushed = 0
+        self.answered: list[Answered] = []
+        self.lanes: list[tuple[Many[Request], int]] = []
+        self.open = 0  # requests that are not answered yet
+        self.published_pages = 0
+        self.sequences = [0] * size
+        self.runs = [0] * size  # names a replica's current run: an event of an earlier one is void
+        self.quiet = set(range(size))  # replicas without a summary on its way
+        self.rng = random.Random(self.seed)
+        late = {change.replica for change in self.changes if change.comes}
+        for number in range(size):
+            if number not in late:
+                self.add(number)
+        for change in self.changes:
+            self.at(change.at_s, self.change, change)
+
+    def at(self, time_s: float, act: Callable[..., None], *arguments: object) -> None:
+        """Let something happen at a time."""
+        heapq.heappush(self.events, (time_s, self.pushed, lambda now: act(now, *arguments)))
+        self.pushed += 1
+
+    def run(self, workload: Workload) -> list[Answered]:
+        """Play all lanes of a workload; returns its requests as they became, in the order of sending.
+
+        Raises ValueError for a request that no replica has room for.
+        """
+        least = min(engine.num_pages for engine in self.engines)
+        for lane in workload.lanes:
+            most = max(-(-(r.tokens + r.output) // workload.page_size) for r in lane.requests)
+            if most > least:
+                raise ValueError(
+                    f"a request of {workload.name} needs {most} pages, a replica has {least}: give it more"
+                )
+            self.lanes.append((lane.requests, 0))
+            self.open += len(lane.requests)
+            self.at(lane.start_s, self.next_of, len(self.lanes) - 1)
+        while self.open:
+            now, _, act = heapq.heappop(self.events)
+            act(now)
+        return self.answered
+
+    # Clients.
+
+    def next_of(self, now: float, lane: int) -> None:
+        """A lane sends its next request."""
+        requests, done = self.lanes[lane]
+        self.lanes[lane] = (requests, done + 1)
+        answered = Answered(requests[done], now, lane=lane, gateway=self.rng.randrange(self.gateways))
+        self.answered.append(answered)
+        self.send(now, len(self.answered) - 1)
+
+    def send(self, now: float, ticket: int) -> None:
+        """Route a request and submit it."""
+        answered = self.answered[ticket]
+        answered.replica = self.routers[answered.gateway].route(answered.request, ticket, now)
+        replica = self.replicas[answered.replica]
+        replica.submit(answered.request, ticket, now)
+        self.go_on(now, replica)
+
+    def came(self, now: float, ticket: int) -> None:
+        """An answer is complete: its lane goes on after a pause."""
+        requests, done = self.lanes[self.answered[ticket].lane]
+        self.open -= 1
+        if done < len(requests):
+            self.at(now + requests[done].pause_s, self.next_of, self.answered[ticket].lane)
+
+    # Replicas.
+
+    def go_on(self, now: float, replica: Replica) -> None:
+        """Begin a run if there is none, and note when the current one ends."""
+        number = replica.number
+        if replica.run is None and replica.next_run(now) is None:
+            wakes = replica.wakes_at()
+            if wakes is not None:
+                self.at(max(wakes, now), self.woken, replica)
+        self.meters.queued[number] = len(replica.waiting)
+        self.meters.used[number] = replica.pages_in_use / replica.engine.num_pages
+        if replica.run is not None:
+            self.runs[number] += 1
+            self.at(replica.run.ends(replica.engine), self.ran, replica, self.runs[number])
+
+    def woken(self, now: float, replica: Replica) -> None:
+        """Pages have come from the store."""
+        if self.replicas.get(replica.number) is replica and replica.run is None:
+            self.go_on(now, replica)
+
+    def ran(self, now: float, replica: Replica, run: int) -> None:
+        """A replica's run ends, unless it was cut short meanwhile."""
+        if self.runs[replica.number] != run or self.replicas.get(replica.number) is not replica:
+            return
+        happened = replica.finish_run(now)
+        for sequence in happened.prefilled:
+            answered = self.answered[sequence.ticket]
+            answered.first_token = now + delivery_s(replica, sequence)
+            answered.reused, answered.restored = sequence.reused, sequence.restored
+            self.routers[answered.gateway].first_token(sequence.ticket, now, sequence.reused)
+            if self.store is not None:
+                self.store.update(sequence.request.pages[sequence.reused // replica.engine.page_size :].tolist())
+        for sequence in happened.finished:
+            answered = self.answered[sequence.ticket]
+            answered.finished = now + delivery_s(replica, sequence)
+            self.routers[answered.gateway].finished(sequence.ticket, now)
+            self.came(answered.finished, sequence.ticket)
+        if replica.number in self.quiet and (happened.prefilled or happened.finished):
+            self.quiet.discard(replica.number)
+            self.at(now + self.publishing.every_s, self.publish, replica)
+        self.go_on(now, replica)
+
+    def publish(self, now: float, replica: Replica) -> None:
+        """A replica sends what its cache has gained and lost to every gateway; each may lose it."""
+        number = replica.number
+        if self.replicas.get(number) is not replica:
+            return
+        self.quiet.add(number)
+        gained, lost = replica.cache.ledger.take()
+        if not len(gained) and not len(lost):
+            return
+        self.sequences[number] += 1
+        self.published_pages += len(gained) + len(lost)
+        summary = Increment(self.sequences[number], gained, lost)
+        for gateway in range(self.gateways):
+            if self.rng.random() >= self.publishing.loss:
+                self.at(now + self.publishing.delay_s, self.deliver, gateway, replica, summary)
+
+    def deliver(self, now: float, gateway: int, replica: Replica, summary: Increment | Snapshot) -> None:
+        """A summary reaches a gateway, which asks for a snapshot if it missed an earlier one."""
+        if self.replicas.get(replica.number) is not replica:
+            return
+        if not self.routers[gateway].published(replica.number, summary):
+            held = replica.cache.ledger.held - replica.cache.ledger.gained | replica.cache.ledger.lost
+            snapshot = Snapshot(self.sequences[replica.number], np.fromiter(held, np.uint64, len(held)))
+            self.published_pages += len(held)
+            self.at(now + 2 * self.publishing.delay_s, self.deliver, gateway, replica, snapshot)
+
+    def add(self, number: int) -> None:
+        """A replica comes, with nothing cached."""
+        engine = self.engines[number]
+        self.replicas[number] = Replica(number, engine, ReplicaCache(engine.num_pages), self.store)
+        self.sequences[number] = 0
+        self.quiet.add(number)
+        for router in self.routers:
+            router.add(number, engine)
+
+    def change(self, now: float, change: Change) -> None:
+        """A replica comes, or dies with its cache: requests without a first token are sent again, others end there."""
+        if change.comes:
+            self.add(change.replica)
+            return
+        replica = self.replicas.pop(change.replica)
+        for router in self.routers:
+            router.remove(change.replica)
+        for sequence in replica.requests():
+            answered = self.answered[sequence.ticket]
+            if np.isnan(answered.first_token):
+                answered.retries += 1
+                self.send(now, sequence.ticket)
+            else:
+                answered.broken_off = True
+                answered.finished = now
+                self.came(now, sequence.ticket)
+
+
+def delivery_s(replica: Replica, sequence: Sequence) -> float:
+    """Seconds of a request outside of the engine's steps: its text is read and rendered, and its prefix is found."""
+    constants = replica.engine.constants
+    return constants.fixed + constants.match * sequence.reused
