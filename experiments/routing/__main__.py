@@ -7,12 +7,14 @@ Each load of the config that belongs to the trace is played once for each policy
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -44,11 +46,13 @@ def make_fleet(policy: str, engines: list[Engine], seed: int, **options: Any) ->
 
 def play(workload: Workload, load: Load, policies: Iterable[str], engine: Engine, seed: int) -> dict[str, Any]:
     """One load with one seed under each policy, as JSON values."""
+    slow = round(load.slow * load.replicas)
+    engines = [engine.slowed(2) if number < slow else engine for number in range(load.replicas)]
     runs: dict[str, Any] = {}
     limits: dict[str, float] = {}
     for policy in policies:
         began = time.process_time()
-        fleet = make_fleet(policy, [engine] * load.replicas, seed)
+        fleet = make_fleet(policy, engines, seed)
         answered = fleet.run(workload)
         runs[policy] = measure(fleet).as_json() | {"cpu_s": round(time.process_time() - began, 1)}
         limits = limits or bounds(answered, workload.page_size, load.replicas * engine.num_pages)
@@ -73,12 +77,26 @@ def simulate(config: Config, trace: Path | None, constants: Path | None, console
     return results
 
 
+def merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results with the figures of a file's other policies, where load and seeds are the same."""
+    for result in now:
+        for old in before:
+            if old["load"] == result["load"] and len(old["runs"]) == len(result["runs"]):
+                for run, kept in zip(result["runs"], old["runs"], strict=True):
+                    run["policies"] = kept["policies"] | run["policies"]
+                    run["bounds"] = kept["bounds"]
+    return now
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     cli = argparse.ArgumentParser(prog="python -m experiments.routing", description=__doc__.split("\n")[0])
     cli.add_argument("--trace", type=Path, help="AgentX's .tar.xz, a .jsonl in Mooncake's format, or a plan's .json")
     cli.add_argument("--config", type=Path, default=CONFIG)
     cli.add_argument("--constants", type=Path, help="a cost model's file, used instead of the config's constants")
+    cli.add_argument(
+        "--only", action="append", metavar="POLICY", help="play this policy only, and keep the file's figures of others"
+    )
     cli.add_argument("--out", type=Path, default=RESULTS)
     return cli
 
@@ -88,18 +106,23 @@ def main(arguments: list[str] | None = None) -> int:
     options, console = parser().parse_args(arguments), Console()
     try:
         config = read_config(options.config)
+        if options.only:
+            config = msgspec.structs.replace(config, policies=tuple(options.only))
         results = simulate(config, options.trace, options.constants, console)
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     name = options.trace.name.split(".")[0] if options.trace else "synthetic"
+    path = options.out / f"{name}.json"
+    if options.only and path.exists():
+        results = merged(json.loads(path.read_text())["results"], results)
     summary = {
         "trace": name,
         "engine": {f: getattr(config.engine, f) for f in config.engine.__struct_fields__},
         "constants": str(options.constants) if options.constants else None,
         "results": results,
     } | provenance(("tokenzero", "numpy"))
-    write_json(options.out / f"{name}.json", summary)
+    write_json(path, summary)
     draw(summary, options.out / f"{name}.png")
     console.print(f"results in {options.out}")
     return 0

@@ -58,6 +58,7 @@ class Load(Struct, frozen=True, forbid_unknown_fields=True):
     sessions: Count = 100  # of AgentX's archive, or calls of each synthetic agent
     requests: Count | None = None  # of Mooncake's file
     arrivals: Arrivals = "trace"
+    slow: Annotated[float, Meta(ge=0, le=1)] = 0.0  # the share of replicas that take twice the time for everything
     longest_pause: Seconds = 30.0  # between an answer and an agent's next call
 
 

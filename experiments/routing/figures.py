@@ -19,6 +19,8 @@ def load_label(load: Any) -> str:
     """A load in words; it is a `Load`, or the same as JSON values."""
     get = load.get if isinstance(load, dict) else lambda name: getattr(load, name)
     arrivals = "" if get("arrivals") == "trace" else f", {get('arrivals')}"
+    if get("slow"):
+        arrivals += f", {get('slow'):.0%} half as fast"
     if get("trace") == "mooncake":
         return f"{get('replicas')} replicas, {get('rate'):g} times as fast{arrivals}"
     if get("trace") == "plan":

@@ -77,6 +77,7 @@ class Fleet:
         self.lanes: list[tuple[Many[Request], int]] = []
         self.open = 0  # requests that are not answered yet
         self.published_pages = 0
+        self.snapshots = 0  # that gateways asked for
         self.sequences = [0] * size
         self.runs = [0] * size  # names a replica's current run: an event of an earlier one is void
         self.quiet = set(range(size))  # replicas without a summary on its way
@@ -204,6 +205,7 @@ class Fleet:
             held = replica.cache.ledger.held - replica.cache.ledger.gained | replica.cache.ledger.lost
             snapshot = Snapshot(self.sequences[replica.number], np.fromiter(held, np.uint64, len(held)))
             self.published_pages += len(held)
+            self.snapshots += 1
             self.at(now + 2 * self.publishing.delay_s, self.deliver, gateway, replica, snapshot)
 
     def add(self, number: int) -> None:

@@ -153,7 +153,8 @@ class Sent:
 class FormulaGateway:
     """A gateway with a published formula: it counts what it sent, and has an index of what replicas hold.
 
-    With `predict` a request's pages count as held from the moment it is sent.
+    With `predict` a request's pages count as held from the moment it is sent; with `recovers` a snapshot closes a gap
+    in what a replica publishes.
     """
 
     policy: str
@@ -161,6 +162,7 @@ class FormulaGateway:
     meters: Meters
     seed: int = 0
     predict: bool = True
+    recovers: bool = True
     routed: int = 0
     index: PageIndex = field(default_factory=PageIndex)
     in_flight: dict[int, Sent] = field(default_factory=dict)
@@ -232,6 +234,8 @@ class FormulaGateway:
     def published(self, replica: int, summary: Summary) -> bool:
         """Take over what a replica gained and lost."""
         if isinstance(summary, Snapshot):
+            if not self.recovers:
+                return False
             self.index.drop(replica)
             self.index.add(replica)
             self.index.hold(replica, summary.held.tolist())
@@ -258,7 +262,7 @@ class OurGateway:
     def add(self, replica: int, engine: Engine) -> None:
         """A replica is there."""
         tiers = {"shared": engine.restore_s} if engine.restore_s else {}
-        self.router.add(str(replica), engine.constants, engine.num_pages, tiers)
+        self.router.add(str(replica), engine.constants, engine.num_pages, tiers, places=engine.max_num_seqs)
 
     def remove(self, replica: int) -> None:
         """A replica is gone."""
@@ -286,4 +290,4 @@ class OurGateway:
 
     def pages_known(self) -> int:
         """Entries of the index."""
-        return sum(map(len, self.router.index.held.values()))
+        return sum(self.router.index.pages.values())

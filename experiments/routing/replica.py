@@ -9,7 +9,7 @@ whose pages count as new.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -35,7 +35,15 @@ class Engine:
     max_num_seqs: int = 16
     max_prefill_tokens: int = 1024
     max_mixed_prefill_tokens: int = 256
+    keeps_states: bool = True  # without the states of recurrent layers, cached pages cannot be reused
     restore_s: float = 0.0  # a token that is read from the shared store; 0 without a store
+
+    def slowed(self, factor: float) -> Engine:
+        """The same on a machine that takes `factor` times as long for all but reading from the store."""
+        c = self.constants
+        slower = Constants(c.fixed * factor, c.linear * factor, c.attention * factor, c.match * factor, c.restore)
+        step_s, decode_pair_s = self.step_s * factor, self.decode_pair_s * factor
+        return replace(self, constants=slower, step_s=step_s, decode_pair_s=decode_pair_s)
 
     def steps_s(self, start: int, chunk: int, steps: int, decoding: int, context: int) -> float:
         """Seconds of `steps` steps, each with a chunk of a prefill that begins at `start`, and `decoding` sequences.
@@ -215,7 +223,8 @@ class Replica:
 
     def matchable(self, request: Request) -> np.ndarray:
         """The pages of a prompt that may be reused, [pages] int32: its last token is always computed."""
-        return request.pages[: (request.tokens - 1) // self.engine.page_size]
+        most = (request.tokens - 1) // self.engine.page_size
+        return request.pages[: most if self.engine.keeps_states else 0]
 
     def admit(self, now: float) -> None:
         """Let waiting requests run, as long as there is a place and there are pages."""
