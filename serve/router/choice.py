@@ -48,6 +48,7 @@ class Known:
     held: np.ndarray  # [replicas] int64, pages cached
     room: np.ndarray  # [replicas] int64, pages that can be added before one is evicted
     regret: float  # the share of evicted pages that are asked for again
+    reuse: np.ndarray  # [replicas] float64, the share of the pages cached there that requests do reuse
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def choose(
     """The replica with the lowest sum of expected TTFT and cost to others.
 
     Replicas whose sums differ by less than the fixed time of a request are equal. Of equals, the first of: `preferred`
-    (where the request's agent was last), the least wait, the fewest answers, the fewest pages, the first name. Raises
+    (where the request's agent was last), the least wait, the fewest answers, the fewest pages, the first name. One that
+    reuses less than half of what the best one does comes last: what is computed there has to be computed again. Raises
     ValueError if there is no replica.
     """
     allowed = np.ones(len(known.names), bool) if among is None else among
@@ -94,9 +96,17 @@ def choose(
     total = np.where(allowed, wait_s + restore_s + prefill_s + others_s, np.inf)
     lowest = int(total.argmin())
     equal = np.flatnonzero(total <= total[lowest] + known.fixed[lowest])
+    wasteful = known.reuse < known.reuse.max() / 2
     best = min(
         equal.tolist(),
-        key=lambda i: (known.names[i] != preferred, wait_s[i], known.decodes[i], known.held[i], known.names[i]),
+        key=lambda i: (
+            wasteful[i],
+            known.names[i] != preferred,
+            wait_s[i],
+            known.decodes[i],
+            known.held[i],
+            known.names[i],
+        ),
     )
     return Choice(
         replica=known.names[best],

@@ -162,8 +162,8 @@ class Fleet:
         stretch: np.ndarray = 1 + self.rows["shared"] * (decodes > 0) + self.rows["each"] * decodes
         return stretch
 
-    def known(self, now: float, held: np.ndarray, room: np.ndarray, regret: float) -> Known:
-        """What a choice depends on; `held` and `room` ([replicas] int64) and `regret` as in Known."""
+    def known(self, now: float, held: np.ndarray, room: np.ndarray, regret: float, reuse: np.ndarray) -> Known:
+        """What a choice depends on; `held` and `room` ([replicas] int64), `regret` and `reuse` as in Known."""
         costs = np.array([(c.fixed, c.linear, c.attention, c.match) for c in self.constants])  # [replicas, 4]
         fixed, linear, attention, match = costs.reshape(-1, 4).T
         stretch, queue, rows = self.stretch(), self.queue, self.rows
@@ -197,6 +197,7 @@ class Fleet:
             held=held,
             room=room,
             regret=regret,
+            reuse=reuse,
         )
 
 

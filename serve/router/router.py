@@ -122,7 +122,7 @@ class Router:
         held = np.array([self.index.pages[name] for name in names], np.int64)
         room = np.array([self.replicas[name].pages for name in names], np.int64) - held
         reuse = np.array([self.replicas[name].reuse for name in names])
-        known = self.fleet.known(now, held, room, self.regret)
+        known = self.fleet.known(now, held, room, self.regret, reuse)
         overlap = (self.index.overlap(request.keys) * reuse).astype(np.int64)
         return choose(request, known, overlap, self._tiers(request), self.agents.get(request.agent), allowed)
 
