@@ -43,40 +43,23 @@ config = read_config(Path("experiments/configs/routing.toml"))
 engine = engine_of(config.engine, page_size=64)
 
 # %% [markdown]
-# ## Real agents' traces
+# ## Traces
 #
-# `python -m experiments.routing --trace agentx-traces.tar.xz` plays recorded sessions of coding agents: 95% of their
-# requests extend the one before, so nearly all of a prompt is cached somewhere. Pauses over 30 s are cut. Each policy
-# is played with three seeds, which draw other sessions.
+# `python -m experiments.routing --trace conversation_trace.jsonl` plays Mooncake's trace: users' conversations, of
+# which only a third of the tokens were seen before, so that queues matter most. Without `--trace`, agents of four
+# projects come from `experiments/workloads/traces.py`: each call extends the one before, so that nearly all of a prompt
+# is cached somewhere. `--trace agentx-traces.tar.xz` plays recorded sessions of coding agents. Each policy is played
+# with three seeds; pauses over 30 s are cut.
 
 # %% tags=["results"]
-for result in json.loads((RESULTS / "agentx-traces.json").read_text())["results"]:
-    console.print(table(result))
+for path in sorted(RESULTS.glob("*.json")):
+    console.print(path.stem)
+    for result in json.loads(path.read_text())["results"]:
+        console.print(table(result))
 
 # %%
-display(Image(RESULTS / "agentx-traces.png"))
-
-# %% [markdown]
-# ## Mooncake's trace
-#
-# `--trace conversation_trace.jsonl`: users' conversations, of which only a third of the tokens were seen before. Here
-# it is the queues that matter, and a policy that follows prefixes alone makes hot spots.
-
-# %% tags=["results"]
-for result in json.loads((RESULTS / "conversation_trace.json").read_text())["results"]:
-    console.print(table(result))
-
-# %%
-display(Image(RESULTS / "conversation_trace.png"))
-
-# %% [markdown]
-# ## Synthetic agents
-#
-# Agents of four projects (`experiments/workloads/traces.py`): those of one project share tools and system text.
-
-# %% tags=["results"]
-for result in json.loads((RESULTS / "synthetic.json").read_text())["results"]:
-    console.print(table(result))
+for path in sorted(RESULTS.glob("*.png")):
+    display(Image(path))
 
 # %% [markdown]
 # ## Against the best of the others
@@ -107,13 +90,13 @@ for path in sorted(RESULTS.glob("*.json")):
 # alone, agents queue behind each other.
 
 # %%
-counts = (4, 8) if SMOKE else (4, 8, 16, 32)
+counts = (2, 4) if SMOKE else (4, 8, 16)
 names = ("least loaded", "sticky", "Dynamo", "SGLang", "tokenzero")
 figure, axes = subplots()
 for name, colour in zip(names, COLOURS, strict=False):
     points = []
     for agents in counts:
-        sessions = synthetic_agents(Agents(agents=agents, calls=3 if SMOKE else 15, subagents=0, sides=0))
+        sessions = synthetic_agents(Agents(agents=agents, calls=3 if SMOKE else 8, subagents=0, sides=0))
         lanes = agents_at_work(sessions, agents, ramp_s=20.0)
         fleet = make_fleet(name, [engine] * 4, seed=0)
         fleet.run(Workload("agents", 64, lanes))
@@ -122,7 +105,8 @@ for name, colour in zip(names, COLOURS, strict=False):
 axes.set(xlabel="agents at work on four replicas", ylabel="TTFT, 90th percentile", xscale="log", yscale="log")
 axes.set_xticks(counts, [str(count) for count in counts])
 axes.yaxis.set_major_formatter(time_label)
-axes.yaxis.set_minor_formatter("")
+axes.yaxis.set_minor_formatter(time_label)
+axes.set_xticks([], minor=True)
 axes.legend(frameon=False)
 show(figure)
 
@@ -134,7 +118,7 @@ show(figure)
 # %%
 figure, axes = subplots()
 for name, colour in (("sticky", COLOURS[1]), ("SGLang", COLOURS[3]), ("tokenzero", COLOURS[0])):
-    sessions = synthetic_agents(Agents(agents=12, calls=4 if SMOKE else 25, subagents=0, sides=0, think_s=8.0))
+    sessions = synthetic_agents(Agents(agents=12, calls=3 if SMOKE else 16, subagents=0, sides=0, think_s=8.0))
     lanes = agents_at_work(sessions, 12, ramp_s=20.0)
     fleet = make_fleet(name, [engine] * 4, seed=0, changes=[Change(60.0, 1)])
     fleet.run(Workload("agents", 64, lanes))
