@@ -86,9 +86,9 @@ class Router:
     ) -> None:
         """A replica with room for `pages` in its cache, and for `places` requests that run at once.
 
-        `costs` are what its work is expected to take; with `refit`, until it has been measured. `tiers` are the seconds a
-        token to read from each tier that it reaches; replicas that name the same tier share it. `overtakes` says whether
-        a short prefill passes a long one there, as in this engine. Raises ValueError for a name that is there already.
+        `costs` are what its work is expected to take; with `refit`, until it has been measured. `tiers` are the seconds
+        a token to read from each tier that it reaches; replicas that name the same tier share it. `overtakes` says
+        whether a short prefill passes a long one there, as in this engine. Raises ValueError for a name that is there.
         """
         self.index.add(name, pages)
         self.fleet.add(name, costs, places, overtakes)
