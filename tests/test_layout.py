@@ -31,7 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve.engine": {"model", "cache", "serve.cost"},
     "serve.audit": {"model", "cache", "serve.cost", "serve.engine", "serve.limits"},
     "serve.web": {"serve.api", "serve.diagnosis", "serve.limits", "serve.rules"},
-    "serve.proxy": {"serve.api", "serve.diagnosis", "serve.limits", "serve.prompt", "serve.rules", "serve.web"},
+    "serve.proxy": {
+        "serve.api", "serve.cost", "serve.diagnosis", "serve.limits", "serve.prompt", "serve.router", "serve.rules",
+        "serve.web",
+    },
     "serve.server": {
         "model", "cache", "serve.api", "serve.audit", "serve.cost", "serve.diagnosis", "serve.engine",
         "serve.formats", "serve.limits", "serve.prompt", "serve.rules", "serve.web",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serve.limits.encodings import BodyTooLarge, MalformedBody, UnsupportedEncoding, decode_body
+from serve.proxy.prefix import Prompt
 from serve.rules.body import FIELDS, EditedBody, Unread, normalize_body
 from serve.web.pages import MAX_BODY_BYTES
 from serve.web.paths import VERSION, api_path
@@ -24,7 +25,8 @@ class Chat:
     body: Body  # without `content-encoding`
     applied: tuple[str, ...]  # the rules that changed it, with their places
     received: float  # when its last byte arrived, by `time.perf_counter`
-    held_s: float  # how long decoding and the rules took
+    held_s: float  # how long decoding and the rules took, and reading the prompt
+    prompt: Prompt | None = None  # to choose an upstream by, where there are several
 
 
 def chat_route(path: str) -> str | None:

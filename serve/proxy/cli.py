@@ -37,7 +37,13 @@ GROUP = "proxy"
 class ProxyConfig:
     """Everything that the command line decides."""
 
-    upstream: str = flag("the engine, such as http://127.0.0.1:8000", GROUP, metavar="URL")
+    upstream: Sequence[str] = flag(
+        "an engine, such as http://127.0.0.1:8000; given more than once, each request goes where its first token is "
+        "expected soonest",
+        GROUP,
+        metavar="URL",
+        action="append",
+    )
     host: str = host_flag(GROUP)
     port: int = port_flag(GROUP, 8080)
     api_key: str | None = api_key_flag(GROUP)
@@ -64,18 +70,22 @@ class ProxyConfig:
         return parse_rules(self.normalize)
 
     @property
-    def engine(self) -> Upstream:
-        """The engine to forward to. Raises ValueError, see `parse_upstream`."""
-        return parse_upstream(self.upstream, self.rules, self.timeout, self.upstream_api_key)
+    def engines(self) -> list[Upstream]:
+        """The engines to forward to. Raises ValueError for one that is named twice, and see `parse_upstream`."""
+        parsed = [parse_upstream(url, self.rules, self.timeout, self.upstream_api_key) for url in self.upstream]
+        names = [one.url for one in parsed]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"--upstream: {twice} is given more than once: name each engine once")
+        return parsed
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of the proxy."""
     cli = argparse.ArgumentParser(
         prog="python -m serve proxy",
-        usage="%(prog)s --upstream URL [options]",
+        usage="%(prog)s --upstream URL [--upstream URL ...] [options]",
         description="Apply the rules for prompts, and report where prompts diverge, in front of any engine that has "
-        "the Messages API or one of OpenAI's.",
+        "the Messages API or one of OpenAI's, or several of them.",
     )
     add_flags(cli, ProxyConfig)
     return cli
@@ -102,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     if problem := address_problem(config) or range_problem(config):
         cli.error(problem)
     try:
-        rules, upstream = config.rules, config.engine
+        rules, upstreams = config.rules, config.engines
     except ValueError as error:
         cli.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -111,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         sys.exit(f"proxy: {error}")
     sys.setswitchinterval(SWITCH_SECONDS)
-    app = create_proxy(upstream, rules, reports, config.api_key)
+    app = create_proxy(upstreams, rules, reports, config.api_key)
     uvicorn.run(
         app,
         host=config.host,

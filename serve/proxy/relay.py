@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import time
+from dataclasses import dataclass
+from typing import Protocol
 
 import httpcore
 import msgspec
@@ -15,7 +17,7 @@ from serve.api.answers import Error, ErrorDetail, encode_event
 from serve.api.openai.errors import error_body
 from serve.proxy.chat import Chat
 from serve.proxy.reports import Reports
-from serve.proxy.upstream import UpstreamFault, end_to_end, pieces
+from serve.proxy.upstream import Headers, UpstreamFault, end_to_end, pieces
 from serve.web.headers import APPLIED_HEADER, REPORT_HEADER
 from serve.web.pages import MAX_LISTED_RULES
 from serve.web.timing import server_timing
@@ -26,6 +28,11 @@ BODILESS = (204, 304)  # statuses of answers without a body, even if they have a
 # The first event with text, in any of the three APIs; a chunk that has only a role does not count.
 FIRST_TEXT = re.compile(
     rb'"content_block_delta"|_text\.delta"|arguments\.delta"|"delta": ?\{(?!"role":"assistant","content":""\})[^}]*"'
+)
+# Events, or comments, that only keep the connection.
+IS_PINGS = re.compile(rb"(?:event: ?ping\r?\ndata:[^\r\n]*[\r\n]+|:[^\r\n]*[\r\n]+)+")
+PROMPT_COUNTS = re.compile(
+    rb'"(input_tokens|prompt_tokens|cache_read_input_tokens|cache_creation_input_tokens|cached_tokens)": ?(\d+)'
 )
 GENERATED = re.compile(rb'"(?:output|completion)_tokens": ?(\d+)')
 
@@ -45,9 +52,62 @@ async def relay(answer: httpcore.Response, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, reports: Reports) -> None:
-    """Forward the answer to a chat request, event by event or whole. Raises UpstreamFault before anything is sent."""
-    received, statuses = {name.lower(): value for name, value in answer.headers}, reports.statuses
+class ClientSide:
+    """The client's side of one answer: what of it has been sent."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.begun = False  # the head is sent
+        self.settled = False  # more than pings is sent: nobody else can give this answer any more
+
+    async def begin(self, start: Message) -> None:
+        """Send the head, unless an earlier upstream's has been sent before its pings."""
+        if not self.begun:
+            self.begun = True
+            await self.send(start)
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send an answer at once; its headers lack the length."""
+        sized = [*headers, (b"content-length", str(len(body)).encode())]
+        await self.begin({"type": "http.response.start", "status": status, "headers": sized})
+        await self.body(body, more=False)
+
+    async def body(self, data: bytes, more: bool = True, settles: bool = True) -> None:
+        """Send a piece of the body."""
+        self.settled |= settles
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The prompt's tokens and how many of them were cached, as an answer reports them; None where it does not."""
+
+    prompt: int | None = None
+    cached: int | None = None
+
+
+class Progress(Protocol):
+    """Who wants to know how an answer goes."""
+
+    def first_token(self, usage: Usage) -> None:
+        """The first event with text has arrived; `usage` is what is known by then."""
+
+    def used(self, usage: Usage) -> None:
+        """The answer is complete."""
+
+    def broke(self, fault: UpstreamFault) -> None:
+        """The answer broke off after its first token."""
+
+
+async def relay_chat(
+    chat: Chat, answer: httpcore.Response, client: ClientSide, reports: Reports, progress: Progress | None = None
+) -> None:
+    """Forward the answer to a chat request, event by event or whole. Raises UpstreamFault before anything is sent.
+
+    With `progress`, another upstream could answer instead: all but pings is held back until the first event with text,
+    and UpstreamFault is raised if the answer ends before it.
+    """
+    received = {name.lower(): value for name, value in answer.headers}
     headers = end_to_end(answer.headers, b"content-length")
     headers.append((b"server-timing", server_timing({"proxy": chat.held_s}).encode()))
     headers += [(REPORT_HEADER.encode(), chat.id.encode())] if await reports.is_made(chat.id) else []
@@ -56,41 +116,81 @@ async def relay_chat(chat: Chat, answer: httpcore.Response, send: Send, reports:
     encoded = b"content-encoding" in received
     kind = received.get(b"content-type", b"").partition(b";")[0].strip().lower()
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
-    if kind != b"text/event-stream":
-        body = b"".join([piece async for piece in pieces(answer)])
-        if kind == b"application/json" and b"content-length" in received and not encoded and not is_json(body):
-            raise UpstreamFault(
-                502,
-                f"the upstream failed: its {len(body)} bytes, as content-length says, are not JSON",
-            )
-        headers.append((b"content-length", str(len(body)).encode()))
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
-        statuses.update(chat.id, state="done", generated_tokens=generated_tokens(body))
+    if kind == b"text/event-stream":
+        await relay_events(chat, answer, start, encoded, client, reports, progress)
         return
-    await send(start)
-    sent = pending = counted = b""
-    waiting, state = True, "aborted"
+    body = b"".join([piece async for piece in pieces(answer)])
+    if kind == b"application/json" and b"content-length" in received and not encoded and not is_json(body):
+        raise UpstreamFault(502, f"the upstream failed: its {len(body)} bytes, as content-length says, are not JSON")
+    if client.begun:
+        raise UpstreamFault(502, f"the upstream failed: status {answer.status} in place of a stream")
+    await client.whole(answer.status, headers, body)
+    reports.statuses.update(chat.id, state="done", generated_tokens=generated_tokens(body))
+    if progress and answer.status == 200:
+        progress.used(usage_in(body, chat.path))
+
+
+async def relay_events(
+    chat: Chat,
+    answer: httpcore.Response,
+    start: Message,
+    encoded: bool,
+    client: ClientSide,
+    reports: Reports,
+    progress: Progress | None,
+) -> None:
+    """Forward a stream of events; see `relay_chat`."""
+    held = pending = sent = opened = counted = b""
+    waiting, state, statuses = True, "aborted", reports.statuses
+    if not progress:
+        await client.begin(start)
     try:
         async for piece in pieces(answer):
             # Whole events only, so that an error event cannot end up within another event.
             pending += piece
-            if end := len(pending) if encoded else end_of_events(pending):
-                sent, pending = pending[:end], pending[end:]
-                await send({"type": "http.response.body", "body": sent, "more_body": True})
-                counted = sent if b"_tokens" in sent else counted
-                if waiting and FIRST_TEXT.search(sent):
-                    waiting = False
+            if not (end := len(pending) if encoded else end_of_events(pending)):
+                continue
+            sent, pending = pending[:end], pending[end:]
+            opened, counted = (opened or sent, sent) if b"_tokens" in sent else (opened, counted)
+            if waiting and (encoded or FIRST_TEXT.search(sent)):
+                waiting = False
+                if progress:
+                    progress.first_token(usage_in(opened, chat.path))
+                if not encoded:
                     statuses.update(chat.id, ttft_ms=1000 * (time.perf_counter() - chat.received))
+            early = waiting and progress is not None
+            if early and not IS_PINGS.fullmatch(sent):
+                held += sent
+                continue
+            await client.begin(start)
+            await client.body(sent if early else held + sent, settles=not early)
+            held = held if early else b""
         state = "done"
     except UpstreamFault as fault:
+        if progress and not client.settled:
+            raise
+        if progress:
+            progress.broke(fault)
         log.warning("POST %s: the stream broke off: %s", chat.path, fault)
         if encoded:
             return  # see `relay`
         pending = error_event(chat.path, str(fault), sent)
     finally:
         statuses.update(chat.id, state=state, generated_tokens=generated_tokens(counted))
-    await send({"type": "http.response.body", "body": pending})
+    await client.begin(start)
+    await client.body(held + pending, more=False)
+    if progress and state == "done":
+        progress.used(usage_in(opened + counted, chat.path))
+
+
+def usage_in(answer: bytes, route: str) -> Usage:
+    """What an answer, or its events that count tokens, says of its prompt; of several numbers, the last."""
+    found = {name: int(number) for name, number in PROMPT_COUNTS.findall(answer)}
+    cached = found.get(b"cache_read_input_tokens", found.get(b"cached_tokens"))
+    prompt = found.get(b"input_tokens", found.get(b"prompt_tokens"))
+    if prompt is not None and route == "/v1/messages":  # the others' count includes what was cached
+        prompt += (cached or 0) + found.get(b"cache_creation_input_tokens", 0)
+    return Usage(prompt or None, cached)
 
 
 def generated_tokens(answer: bytes) -> int:

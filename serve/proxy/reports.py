@@ -66,7 +66,7 @@ class Reports:
 
     def submit(self, chat: Chat) -> None:
         """Report on a request later, unless too many wait already."""
-        if chat.path not in APIS:
+        if chat.path not in APIS or chat.id in self.reports:
             return
         with self.lock:
             room = MAX_WAITING_BYTES - sum(self.waiting.values()) - len(chat.body)

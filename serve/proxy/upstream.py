@@ -16,6 +16,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade expect".split()
 )
+REFUSALS = (429, 503, 529)  # statuses with which an engine refuses what it could take at another time
 KEYS = (b"x-api-key", b"authorization")  # the headers with a client's key
 Headers = list[tuple[bytes, bytes]]
 
@@ -38,6 +39,11 @@ class Upstream:
         return host if self.port is None else b"%b:%d" % (host, self.port)
 
     @property
+    def url(self) -> str:
+        """Its URL, which names it."""
+        return (self.scheme + b"://" + self.authority + self.path).decode()
+
+    @property
     def is_vendor(self) -> bool:
         """Whether it is the vendor's own API."""
         host = self.host.decode()
@@ -58,11 +64,28 @@ class Upstream:
 
 
 class UpstreamFault(Exception):
-    """The engine cannot be reached or breaks HTTP's rules; `status` is 502, or 504 if it is too slow."""
+    """The engine cannot be reached or breaks HTTP's rules; `status` is 502, or 504 if it is too slow.
 
-    def __init__(self, status: int, text: str) -> None:
+    `unsent` if there was no connection on which anything could be sent.
+    """
+
+    def __init__(self, status: int, text: str, unsent: bool = False) -> None:
         super().__init__(text)
-        self.status = status
+        self.status, self.unsent = status, unsent
+
+
+class Refused(Exception):
+    """The engine is well, and refuses the request for now: another one could take it."""
+
+    def __init__(self, status: int, headers: Headers, body: bytes) -> None:
+        super().__init__(f"refused with status {status}")
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds after which to ask again, if it says so: https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3."""
+        given = next((value for name, value in self.headers if name.lower() == b"retry-after"), b"").strip()
+        return float(given) if given.isdigit() else None
 
 
 def parse_upstream(url: str, rules: frozenset[str], timeout: float, api_key: str | None = None) -> Upstream:
@@ -95,9 +118,11 @@ def faults() -> Iterator[None]:
     try:
         yield
     except httpcore.TimeoutException as error:
-        raise UpstreamFault(504, f"the upstream is too slow: {type(error).__name__}") from error
+        unsent = isinstance(error, httpcore.ConnectTimeout)
+        raise UpstreamFault(504, f"the upstream is too slow: {type(error).__name__}", unsent) from error
     except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-        raise UpstreamFault(502, f"the upstream failed: {type(error).__name__}: {error}") from error
+        unsent = isinstance(error, httpcore.ConnectError)
+        raise UpstreamFault(502, f"the upstream failed: {type(error).__name__}: {error}", unsent) from error
 
 
 async def pieces(answer: httpcore.Response) -> AsyncIterator[bytes]:

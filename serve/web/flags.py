@@ -31,7 +31,7 @@ class Flag:
     least: float | None = None
     most: float = inf
     environment: str | None = None  # the variable that has the default
-    action: type[argparse.Action] | None = None
+    action: type[argparse.Action] | str | None = None
 
 
 def flag(help: str, group: str, default: Any = MISSING, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from serve.limits.recent import Recent
 from serve.web.timing import Phases
 
 STATUS_BYTES = 1700  # memory of a status, about; it has numbers only, so the request does not matter
+UPSTREAM_BYTES = 150  # more, for each upstream
 
 
 class RequestStatus(Struct, frozen=True, omit_defaults=True):
@@ -26,13 +27,21 @@ class RequestStatus(Struct, frozen=True, omit_defaults=True):
     phases_ms: Mapping[str, float] = MappingProxyType({})  # time of each phase that has ended
     generated_tokens: int = 0  # known when it is done
     saved_tokens: Mapping[str, int] = MappingProxyType({})  # tokens reused because of each rule alone
+    upstream: str | None = None  # where a proxy with several has sent it
+    expected_cached_tokens: int = 0  # there
+    expected_ttft_ms: Mapping[str, float] = MappingProxyType({})  # at each upstream that could take it
+
+
+def status_bytes(status: RequestStatus) -> int:
+    """The memory of a status, about."""
+    return STATUS_BYTES + UPSTREAM_BYTES * len(status.expected_ttft_ms)
 
 
 class RequestStatuses:
     """The latest statuses by the ids of their messages. Any thread may use it."""
 
     def __init__(self, most_bytes: int = DEFAULT_BOUNDS.statuses) -> None:
-        self.known: Recent[str, RequestStatus] = Recent(most_bytes, lambda status: STATUS_BYTES)
+        self.known: Recent[str, RequestStatus] = Recent(most_bytes, status_bytes)
 
     @property
     def bytes(self) -> int:

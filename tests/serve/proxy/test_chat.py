@@ -158,7 +158,7 @@ def test_what_no_rule_can_be_applied_to_passes_is_counted_and_logged_once(
 
 
 def test_a_body_beyond_the_limit_is_counted_too(monkeypatch: pytest.MonkeyPatch, echoing: httpx.Client) -> None:
-    monkeypatch.setattr("serve.proxy.app.MAX_BODY_BYTES", 100)
+    monkeypatch.setattr("serve.proxy.forward.MAX_BODY_BYTES", 100)
     assert echoing.post("/v1/messages", content=encoded(MESSAGES)).content == encoded(MESSAGES)
     assert echoing.get("/v1/requests").json()["without_rules"] == {"too_large": 1}
 
@@ -266,7 +266,7 @@ class TestUpstreamKey:
         monkeypatch.setenv("TOKENZERO_UPSTREAM_API_KEY", "secret")
         cli = parser()
         config = read_config(ProxyConfig, cli.parse_args(["--upstream", "http://a"]))
-        assert config.engine.api_key == "secret"
+        assert config.engines[0].api_key == "secret"
         assert "secret" not in cli.format_help()
 
 

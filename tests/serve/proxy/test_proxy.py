@@ -43,7 +43,7 @@ def proxy_of(
     url: str, rules: frozenset[str] = DEFAULT_RULES, timeout: float = 30, key: str | None = None, **more: Any
 ) -> Iterator[httpx.Client]:
     """A client of a proxy in this process; `key` is its own for the engine."""
-    app = create_proxy(parse_upstream(url, rules, timeout, key), rules, **more)
+    app = create_proxy([parse_upstream(url, rules, timeout, key)], rules, **more)
     with answering(app) as own, httpx.Client(base_url=own, timeout=60) as client:
         yield client
 

@@ -95,7 +95,7 @@ class TestHeader:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_the_proxy_adds_what_its_rules_took(self, stream: bool, server: Server, client: httpx.Client) -> None:
-        app = create_proxy(parse_upstream(server.url, DEFAULT_RULES, 30), DEFAULT_RULES)
+        app = create_proxy([parse_upstream(server.url, DEFAULT_RULES, 30)], DEFAULT_RULES)
         with answering(app) as url, httpx.Client(base_url=url, timeout=60) as through:
             response = through.post("/v1/messages", json=ask("Proxied?", stream=stream))
         assert tuple(durations(response.headers)) == (*(FIRST if stream else WHOLE), "total", "proxy")

@@ -1,0 +1,140 @@
+"""The upstreams of a proxy: which one a request goes to next, what became of it there, and the counts of all."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from serve.proxy.balance import Balance, Decision
+from serve.proxy.health import Health, watch
+from serve.proxy.prefix import Prompt
+from serve.proxy.relay import Usage
+from serve.proxy.upstream import Refused, Upstream, UpstreamFault
+from serve.web.request_status import RequestStatuses
+
+Ask = Callable[[Upstream], Awaitable[bool]]
+
+
+@dataclass(eq=False)
+class Member:
+    """One upstream, how it is, and what was counted there."""
+
+    upstream: Upstream
+    health: Health
+    in_flight: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # by the names of `metrics.COUNTERS`
+
+    @property
+    def name(self) -> str:
+        """Its URL."""
+        return self.health.name
+
+
+class Fleet:
+    """All upstreams. With one alone, nothing is chosen, held back or tried again."""
+
+    def __init__(self, upstreams: Sequence[Upstream]) -> None:
+        self.balance = Balance([one.url for one in upstreams])
+        self.members = {one.url: Member(one, Health(one.url, partial(self.balance.lost, one.url))) for one in upstreams}
+
+    @property
+    def several(self) -> bool:
+        """Whether there is a choice."""
+        return len(self.members) > 1
+
+    def only(self) -> Upstream:
+        """The upstream that is alone."""
+        return next(iter(self.members.values())).upstream
+
+    def candidates(self, tried: Collection[str]) -> list[Member]:
+        """Those that a request can go to next: the ones that are up, else those that refused the latest, else any."""
+        now = asyncio.get_running_loop().time()
+        left = [member for name, member in self.members.items() if name not in tried]
+        up = [member for member in left if member.health.is_up(now)]
+        return up or [member for member in left if member.health.state == "refusing"] or left
+
+    def next(self, prompt: Prompt | None, tried: Collection[str], statuses: RequestStatuses) -> Attempt:
+        """Where a request goes next; without a prompt, to where the fewest are. Not all may have been tried."""
+        among = self.candidates(tried)
+        if prompt is None:
+            return Attempt(self, min(among, key=lambda member: member.in_flight))
+        decision = self.balance.decide(prompt, [member.name for member in among], time.perf_counter())
+        statuses.update(
+            prompt.id,
+            upstream=decision.choice.replica,
+            expected_cached_tokens=decision.choice.cached,
+            expected_ttft_ms={name: round(ms, 1) for name, ms in decision.expected_ms.items()},
+        )
+        return Attempt(self, self.members[decision.choice.replica], decision)
+
+    async def watch(self, ask: Ask) -> None:
+        """Ask those upstreams how they are that need it, until cancelled."""
+        await watch([(member.health, partial(ask, member.upstream)) for member in self.members.values()])
+
+
+class Attempt:
+    """One attempt to have a request answered by one upstream."""
+
+    def __init__(self, fleet: Fleet, member: Member, decision: Decision | None = None) -> None:
+        self.fleet, self.member, self.decision = fleet, member, decision
+        self.limit = asyncio.timeout(None)
+        self.began = time.perf_counter()
+        self.is_broken = False
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """While it runs. Its end is told to the router and the health; raises UpstreamFault if the upstream is lost."""
+        member, health, loop = self.member, self.member.health, asyncio.get_running_loop()
+        member.in_flight += 1
+        member.counts["requests"] += 1
+        if self.decision:
+            self.fleet.balance.sent(self.decision, self.began)
+        try:
+            async with self.limit:
+                if self.decision:
+                    health.waiting[self.limit] = loop.time()
+                yield
+            if not self.is_broken:
+                health.answered()
+        except Refused as refused:
+            member.counts["refused"] += 1
+            health.refused(loop.time(), refused.retry_after)
+            raise
+        except UpstreamFault as fault:
+            self.broke(fault)
+            raise
+        except TimeoutError as error:
+            member.counts["failed"] += 1
+            raise UpstreamFault(504, "the upstream is too slow: it answers nothing any more") from error
+        finally:
+            member.in_flight -= 1
+            health.waiting.pop(self.limit, None)
+            if self.decision:  # unless it has finished
+                self.fleet.balance.failed(self.decision, time.perf_counter())
+
+    def first_token(self, usage: Usage) -> None:
+        """The first event with text has arrived."""
+        self.member.health.waiting.pop(self.limit, None)
+        if self.decision:
+            now = time.perf_counter()
+            self.member.counts["first_tokens"] += 1
+            self.member.counts["ttft_ms"] += round(1e3 * (now - self.began))
+            self.fleet.balance.first_token(self.decision, usage, now)
+
+    def used(self, usage: Usage) -> None:
+        """The answer is complete."""
+        if self.decision:
+            self.member.counts["prompt_tokens"] += usage.prompt or 0
+            self.member.counts["cached_tokens"] += usage.cached or 0
+            self.fleet.balance.finished(self.decision, usage, time.perf_counter())
+
+    def broke(self, fault: UpstreamFault) -> None:
+        """The upstream cannot be reached, or its answer broke off."""
+        self.is_broken = True
+        self.member.counts["failed"] += 1
+        self.member.health.failed(asyncio.get_running_loop().time(), fault)

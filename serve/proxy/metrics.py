@@ -1,0 +1,62 @@
+"""The proxy's own metrics and health, where it has several upstreams, in Prometheus' text format.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from serve.proxy.fleet import Fleet, Member
+
+PREFIX = "tokenzero_proxy_"
+# (name, type, what it is); each by upstream.
+COUNTERS = (
+    ("requests", "Attempts to have a request answered."),
+    ("refused", "Attempts that were refused for now, with 429, 503 or 529."),
+    ("failed", "Attempts that could not connect, broke off or were given up."),
+    ("first_tokens", "Streams that have had their first token."),
+    ("ttft_ms", "Milliseconds to these first tokens, added up."),
+    ("prompt_tokens", "Tokens of prompts, as answers report them."),
+    ("cached_tokens", "Of these, tokens that were cached."),
+)
+
+
+def metrics_page(fleet: Fleet) -> str:
+    """The page of `/metrics`."""
+    return "\n".join([*lines(fleet), ""])
+
+
+def lines(fleet: Fleet) -> Iterator[str]:
+    """The lines of the page."""
+    for name, text in COUNTERS:
+        yield from family(f"{name}_total", "counter", text, {m.name: m.counts[name] for m in fleet.members.values()})
+    yield from family(
+        "in_flight", "gauge", "Requests that are being answered.", {m.name: m.in_flight for m in fleet.members.values()}
+    )
+    yield from family(
+        "up", "gauge", "Whether it is sent requests.", {m.name: int(is_up(m)) for m in fleet.members.values()}
+    )
+    held = {name: len(each) for name, each in fleet.balance.holdings.items()}
+    yield from family("blocks", "gauge", "Blocks of text that it is believed to hold.", held)
+
+
+def family(name: str, kind: str, text: str, values: dict[str, int]) -> Iterator[str]:
+    """A metric, and its value for each upstream."""
+    yield f"# HELP {PREFIX}{name} {text}"
+    yield f"# TYPE {PREFIX}{name} {kind}"
+    for upstream, value in values.items():
+        yield f'{PREFIX}{name}{{upstream="{upstream}"}} {value}'
+
+
+def is_up(member: Member) -> bool:
+    """Whether an upstream is sent requests."""
+    return member.health.state != "out"
+
+
+def health_of(fleet: Fleet) -> tuple[int, dict[str, Any]]:
+    """The status and the body of `/health`: 200 while an upstream is up."""
+    states = {name: member.health.state for name, member in fleet.members.items()}
+    alive = any(map(is_up, fleet.members.values()))
+    return 200 if alive else 503, {"status": "ok" if alive else "out", "upstreams": states}

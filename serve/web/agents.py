@@ -1,0 +1,29 @@
+"""Which agent sent a request: the ids that coding agents put in their headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+MOST_ID_CHARS = 200
+# The narrowest id first: sub-agents share their parent's session. Claude Code, Codex, OpenCode.
+AGENT_HEADERS = ("x-claude-code-agent-id", "thread-id")
+SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-id", "x-dynamo-session-id")
+
+
+class Sender(NamedTuple):
+    """Who sent a request: the agent whose requests follow each other, and its session; "" where no header says so."""
+
+    agent: str
+    session: str
+
+
+def sender_of(headers: Mapping[str, str]) -> Sender:
+    """The sender of a request; an agent without an id of its own is its session's only one. Names in lower case."""
+    session = first_of(headers, SESSION_HEADERS)
+    return Sender(first_of(headers, AGENT_HEADERS) or session, session)
+
+
+def first_of(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
+    """The first of these headers that is there, cut to a bounded length; "" if none is."""
+    return next((value[:MOST_ID_CHARS] for name in names if (value := headers.get(name))), "")

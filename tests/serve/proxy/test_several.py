@@ -1,0 +1,358 @@
+"""The proxy before several engines, which are sockets here: where requests go, and what a bad engine costs."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.proxy.app import create_proxy
+from serve.proxy.cli import ProxyConfig, main, parser
+from serve.proxy.upstream import parse_upstream
+from serve.web.flags import read_config
+from tests.helpers.http import Json, ask, eventually
+from tests.helpers.scripted_server import answering
+from tests.serve.proxy.test_proxy import EVENTS, JSON, Script, chunk, engine, reply
+
+TEXT = "A sentence of a prompt that is long enough to fill a few blocks of text, and says nothing. " * 20
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+DELTA = (
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"type":"text_delta","text":"Hi"}}\n\n'
+)
+STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+END = b"0\r\n\r\n"
+
+
+def started(usage: Json) -> bytes:
+    """The first event of an answer."""
+    body = {"type": "message_start", "message": {"id": "msg_0", "usage": usage}}
+    return b"event: message_start\ndata: " + json.dumps(body).encode() + b"\n\n"
+
+
+@dataclass
+class Engine:
+    """An engine that answers as it is told at the time."""
+
+    name: str
+    does: Script | None = None  # with chat requests, in place of an answer
+    health: Script | None = None  # with questions how it is
+    prompts: list[Json] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    usage: Json = field(default_factory=lambda: {"input_tokens": 400, "output_tokens": 1})
+    url: str = ""
+
+    def __call__(self, connection: socket.socket, head: bytes, body: bytes) -> None:
+        path = head.split(b" ")[1].decode()
+        self.paths.append(path)
+        if path == "/health":
+            (self.health or (lambda connection, *_: connection.sendall(reply(b"{}", JSON))))(connection, head, body)
+        elif b"messages" not in head.split(b"\r\n")[0]:
+            connection.sendall(reply(self.name.encode()))
+        else:
+            self.prompts.append(json.loads(body))
+            (self.does or self.answer)(connection, head, body)
+
+    def answer(self, connection: socket.socket, head: bytes, body: bytes) -> None:
+        if not json.loads(body).get("stream"):
+            answer = {"content": [{"type": "text", "text": self.name}], "usage": self.usage}
+            connection.sendall(reply(json.dumps(answer).encode(), JSON))
+        else:
+            named = DELTA.replace(b"Hi", self.name.encode())
+            connection.sendall(EVENTS + b"".join(map(chunk, (started(self.usage), named, STOP))) + END)
+
+
+@dataclass
+class Fleet:
+    """A client of a proxy before engines."""
+
+    client: httpx.Client
+    engines: list[Engine]
+
+    def ask(self, text: str, stream: bool = True, headers: dict[str, str] | None = None, **more: Any) -> str:
+        """The name of the engine that answers."""
+        response = self.client.post("/v1/messages", json=ask(text, stream=stream, **more), headers=headers)
+        assert response.status_code == 200, response.text
+        return self.named(response.text)
+
+    def named(self, answer: str) -> str:
+        """The only engine that is in an answer."""
+        [name] = {each.name for each in self.engines if f'"{each.name}"' in answer}
+        return name
+
+    def by_name(self, name: str) -> Engine:
+        return next(each for each in self.engines if each.name == name)
+
+    def other(self, name: str) -> Engine:
+        return next(each for each in self.engines if each.name != name)
+
+    def state(self, one: Engine) -> str:
+        return self.client.get("/health").json()["upstreams"][one.url]
+
+    def metric(self, name: str, one: Engine) -> int:
+        return int(
+            re.search(
+                rf'^tokenzero_proxy_{name}{{upstream="{one.url}"}} (\d+)$', self.client.get("/metrics").text, re.M
+            )[1]
+        )  # type: ignore[index]
+
+    def reports(self) -> list[Json]:
+        return self.client.get("/v1/requests").json()["data"]
+
+
+@contextmanager
+def fleet_of(*engines: Engine, timeout: float = 30) -> Iterator[Fleet]:
+    """A proxy in this process before these engines."""
+    with ExitStack() as stack:
+        for one in engines:
+            one.url = one.url or stack.enter_context(engine(one))
+        upstreams = [parse_upstream(one.url, frozenset(), timeout) for one in engines]
+        own = stack.enter_context(answering(create_proxy(upstreams, frozenset())))
+        yield Fleet(stack.enter_context(httpx.Client(base_url=own, timeout=30)), list(engines))
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    with fleet_of(Engine("one"), Engine("two")) as made:
+        yield made
+
+
+def unused_url() -> str:
+    """Where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def turns(session: str, count: int) -> list[Json]:
+    """A conversation's messages, `count` of the user's."""
+    said = [{"role": "user", "content": f"{session}: {TEXT} {n}"} for n in range(count)]
+    return [each for one in said for each in (one, {"role": "assistant", "content": "Hi"})][:-1]
+
+
+class TestChoice:
+    def test_a_conversation_goes_on_where_it_was(self, fleet: Fleet) -> None:
+        def busy(connection: socket.socket, head: bytes, body: bytes) -> None:
+            assert released.wait(20)
+            fleet.by_name("one").answer(connection, head, body)
+
+        released = threading.Event()
+        first = fleet.ask("", messages=turns("a", 1))
+        fleet.by_name(first).does = busy
+        waiting = threading.Thread(target=fleet.ask, args=("",), kwargs={"messages": turns("a", 2)})
+        waiting.start()
+        eventually(lambda: len(fleet.by_name(first).prompts) == 2, "the second turn follows the first")
+        second = fleet.ask("", messages=turns("b", 1))
+        released.set()
+        waiting.join()
+        assert second != first, "a new conversation goes where nothing waits"
+        fleet.by_name(first).does = None
+        for count in (2, 3, 4):
+            assert fleet.ask("", messages=turns("a", count + 1)) == first
+            assert fleet.ask("", messages=turns("b", count)) == second
+
+    def test_the_report_says_where_and_why(self, fleet: Fleet) -> None:
+        first = fleet.ask("", messages=turns("a", 1))
+        fleet.ask("", messages=turns("a", 2))
+        eventually(lambda: len(fleet.reports()) == 2, "both reports are made")
+        latest = fleet.reports()[0]
+        here, there = fleet.by_name(first).url, fleet.other(first).url
+        assert latest["upstream"] == here
+        assert 0 < latest["expected_ttft_ms"][here] < latest["expected_ttft_ms"][there]
+        assert latest["expected_cached_tokens"] > 300
+
+    @pytest.mark.parametrize("header", ["x-claude-code-agent-id", "x-claude-code-session-id", "session-id"])
+    def test_short_requests_of_an_agent_stay_together(self, header: str, fleet: Fleet) -> None:
+        def busy(connection: socket.socket, head: bytes, body: bytes) -> None:
+            assert released.wait(20)
+            usual.answer(connection, head, body)
+
+        released = threading.Event()
+        usual = fleet.by_name(fleet.ask("Hi"))  # of engines that are alike
+        usual.does = busy
+        waiting = threading.Thread(target=fleet.ask, args=(TEXT,))
+        waiting.start()
+        eventually(lambda: len(usual.prompts) == 2, "the long one waits")
+        other = fleet.ask("Hi", headers={header: "b"})
+        released.set()
+        waiting.join()
+        usual.does = None
+        assert other != usual.name
+        assert [fleet.ask(f"Short {n}", headers={header: "b"}) for n in range(3)] == [other] * 3
+        assert fleet.ask("Short", headers={header: "c"}) == usual.name
+
+    def test_counts_of_tokens_and_other_requests_go_to_any(self, fleet: Fleet) -> None:
+        assert fleet.client.get("/v1/models").text in ("one", "two")
+        count = fleet.client.post("/v1/messages/count_tokens", json=ask("Hi"))
+        assert count.status_code == 200
+        assert "expected_ttft_ms" not in json.dumps(fleet.reports())
+
+
+@contextmanager
+def preferring(fleet: Fleet) -> Iterator[tuple[Engine, Engine, list[Json]]]:
+    """An engine that holds a conversation, the other one, and the conversation's next turn."""
+    name = fleet.ask("", messages=turns("a", 1))
+    yield fleet.by_name(name), fleet.other(name), turns("a", 2)
+
+
+class TestBadEngines:
+    @pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable", "529 Overloaded"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_one_that_refuses_is_left_alone_for_a_while(self, status: str, stream: bool, fleet: Fleet) -> None:
+        with preferring(fleet) as (bad, good, messages):
+            bad.does = lambda connection, *_: connection.sendall(reply(b"{}", JSON, "retry-after: 20", status=status))
+            for _ in range(3):
+                assert fleet.ask("", stream, messages=messages) == good.name
+            assert len(bad.prompts) == 2
+            assert fleet.state(bad) == "refusing"
+            assert (fleet.metric("refused_total", bad), fleet.metric("up", bad)) == (1, 1)
+
+    def test_where_all_refuse_the_client_gets_the_refusal(self, fleet: Fleet) -> None:
+        for each in fleet.engines:
+            each.does = lambda connection, *_: connection.sendall(
+                reply(b'{"why": "full"}', JSON, "retry-after: 7", status="529 Overloaded")
+            )
+        for _ in range(2):
+            answer = fleet.client.post("/v1/messages", json=ask("Hi"))
+            assert (answer.status_code, answer.headers["retry-after"]) == (529, "7")
+            assert answer.json() == {"why": "full"}
+
+    def test_an_error_of_the_request_is_not_tried_again(self, fleet: Fleet) -> None:
+        for each in fleet.engines:
+            each.does = lambda connection, *_: connection.sendall(reply(b'{"bad": 1}', JSON, status="400 Bad Request"))
+        assert fleet.client.post("/v1/messages", json=ask("Hi")).status_code == 400
+        assert sum(len(each.prompts) for each in fleet.engines) == 1
+        assert {fleet.state(each) for each in fleet.engines} == {"up"}
+
+    def test_one_that_is_down_costs_nothing_and_is_asked_until_it_is_back(self) -> None:
+        down = Engine("one", url=unused_url())
+        with fleet_of(down, Engine("two")) as fleet:
+            for n in range(4):
+                assert fleet.ask(f"{n} {TEXT}", stream=bool(n % 2)) == "two"
+            assert fleet.client.get("/v1/models").text == "two"
+            assert fleet.state(down) == "out"
+            assert fleet.metric("failed_total", down) == 1
+            port = int(down.url.rpartition(":")[2])
+            with socket.create_server(("127.0.0.1", port)) as listener:
+                listener.settimeout(20)
+                connection, _ = listener.accept()
+                assert connection.recv(2**16).startswith(b"GET /health HTTP/1.1\r\n")
+                connection.sendall(reply(b"{}", JSON))
+                eventually(lambda: fleet.state(down) == "up", "it is back")
+                connection.close()
+
+    def test_where_all_are_down_the_client_gets_a_502(self) -> None:
+        with fleet_of(Engine("one", url=unused_url()), Engine("two", url=unused_url())) as fleet:
+            for _ in range(2):
+                answer = fleet.client.post("/v1/messages", json=ask("Hi"))
+                assert answer.status_code == 502
+                assert "ConnectError" in answer.json()["error"]["message"]
+            assert fleet.client.get("/health").status_code == 503
+
+    @pytest.mark.parametrize("before", [b"", EVENTS, EVENTS + chunk(started({}))], ids=["nothing", "head", "start"])
+    def test_a_stream_that_breaks_before_its_first_token_is_anothers(self, before: bytes, fleet: Fleet) -> None:
+        def breaking(connection: socket.socket, head: bytes, body: bytes) -> None:
+            connection.sendall(before)
+            connection.close()
+
+        with preferring(fleet) as (bad, good, messages):
+            bad.does = breaking
+            response = fleet.client.post("/v1/messages", json=ask("", stream=True, messages=messages))
+            assert fleet.named(response.text) == good.name
+            assert response.text.count("message_start") == 2, "the event and its type, once"
+            assert "error" not in response.text
+
+    def test_a_stream_that_breaks_after_its_first_token_ends_with_an_error(self, fleet: Fleet) -> None:
+        def breaking(connection: socket.socket, head: bytes, body: bytes) -> None:
+            connection.sendall(EVENTS + chunk(started({})) + chunk(DELTA))
+            connection.close()
+
+        with preferring(fleet) as (bad, good, messages):
+            bad.does = breaking
+            response = fleet.client.post("/v1/messages", json=ask("", stream=True, messages=messages))
+            assert response.text.startswith("event: message_start")
+            assert "the upstream failed" in response.text
+            assert not good.prompts
+
+    def test_pings_pass_while_another_can_still_answer(self, fleet: Fleet) -> None:
+        pinged = threading.Event()
+
+        def pinging(connection: socket.socket, head: bytes, body: bytes) -> None:
+            connection.sendall(EVENTS + chunk(PING))
+            assert pinged.wait(20), "the client has the ping"
+            connection.close()
+
+        with preferring(fleet) as (bad, good, messages):
+            bad.does = pinging
+            whole = b""
+            body = ask("", stream=True, messages=messages)
+            with fleet.client.stream("POST", "/v1/messages", json=body) as response:
+                for piece in response.iter_bytes():
+                    whole += piece
+                    pinged.set()
+            assert whole.startswith(PING)
+            assert fleet.named(whole.decode()) == good.name
+
+    @pytest.mark.parametrize("is_well", [False, True])
+    def test_one_that_is_silent_is_asked_how_it_is(
+        self, is_well: bool, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("serve.proxy.health.PATIENCE_SECONDS", 0.1)
+        asked = threading.Event()
+
+        def health(connection: socket.socket, head: bytes, body: bytes) -> None:
+            asked.set()
+            connection.sendall(reply(b"{}", JSON, status="200 OK" if is_well else "503 Dead"))
+
+        def silent(connection: socket.socket, head: bytes, body: bytes) -> None:
+            assert asked.wait(20)
+            if is_well:
+                bad.answer(connection, head, body)
+            else:
+                connection.recv(1)  # until the proxy gives up
+
+        with preferring(fleet) as (bad, good, messages):
+            bad.does, bad.health = silent, health
+            assert fleet.ask("", messages=messages) == (bad if is_well else good).name
+            assert fleet.state(bad) == ("up" if is_well else "out")
+
+    def test_a_request_that_breaks_engines_breaks_two_at_most(self) -> None:
+        def breaking(connection: socket.socket, head: bytes, body: bytes) -> None:
+            connection.close()
+
+        engines = [Engine(name, breaking) for name in ("one", "two", "three", "four")]
+        with fleet_of(*engines) as fleet:
+            answer = fleet.client.post("/v1/messages", json=ask("Poison"))
+            assert answer.status_code == 502
+            assert sum(bool(each.prompts) for each in engines) == 2
+
+    def test_who_goes_away_leaves_nothing_in_flight(self, fleet: Fleet) -> None:
+        gone = threading.Event()
+        for each in fleet.engines:
+            each.does = lambda connection, *_: (connection.recv(1), gone.set())  # type: ignore[func-returns-value]
+        with pytest.raises(httpx.ReadTimeout):
+            fleet.client.post("/v1/messages", json=ask("Hi"), timeout=0.2)
+        assert gone.wait(20)
+        eventually(lambda: all(fleet.metric("in_flight", each) == 0 for each in fleet.engines), "nothing is in flight")
+        assert {fleet.state(each) for each in fleet.engines} == {"up"}
+
+
+class TestCommand:
+    def test_each_upstream_is_named_once(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["--upstream", "http://a:1", "--upstream", "http://b", "--upstream", "http://a:1/"])
+        assert "--upstream: http://a:1 is given more than once: name each engine once" in capsys.readouterr().err
+
+    def test_they_share_one_timeout_and_key(self) -> None:
+        given = ["--upstream", "http://a", "--upstream", "http://b/x", "--upstream-api-key", "k", "--timeout", "9"]
+        engines = read_config(ProxyConfig, parser().parse_args(given)).engines
+        assert [(each.url, each.api_key, each.timeout) for each in engines] == [
+            ("http://a", "k", 9.0),
+            ("http://b/x", "k", 9.0),
+        ]
