@@ -47,9 +47,10 @@ def create_proxy(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        watching = asyncio.ensure_future(fleet.watch(partial(answers_health, pool)))
+        watching = asyncio.ensure_future(fleet.watch(partial(answers_health, pool))) if fleet.several else None
         yield
-        watching.cancel()
+        if watching:
+            watching.cancel()
         await pool.aclose()
         await run_in_threadpool(reports.thread.shutdown, cancel_futures=True)
 

@@ -10,12 +10,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+from serve.limits.recent import Recent
 from serve.proxy.balance import Balance, Decision
 from serve.proxy.health import Health, watch
 from serve.proxy.prefix import Prompt
 from serve.proxy.relay import Usage
 from serve.proxy.upstream import Refused, Upstream, UpstreamFault
 from serve.web.request_status import RequestStatuses
+
+RESPONSE_BYTES = 2**22  # for who gave which response
 
 Ask = Callable[[Upstream], Awaitable[bool]]
 
@@ -40,6 +43,7 @@ class Fleet:
 
     def __init__(self, upstreams: Sequence[Upstream]) -> None:
         self.balance = Balance([one.url for one in upstreams])
+        self.responses: Recent[str, str] = Recent(RESPONSE_BYTES, len)  # who gave each of the latest, by id
         self.members = {one.url: Member(one, Health(one.url, partial(self.balance.lost, one.url))) for one in upstreams}
 
     @property
@@ -61,6 +65,9 @@ class Fleet:
     def next(self, prompt: Prompt | None, tried: Collection[str], statuses: RequestStatuses) -> Attempt:
         """Where a request goes next; without a prompt, to where the fewest are. Not all may have been tried."""
         among = self.candidates(tried)
+        if prompt and prompt.continues:
+            giver = self.responses.get(prompt.continues)
+            among = [member for member in among if member.name == giver] or among
         if prompt is None:
             return Attempt(self, min(among, key=lambda member: member.in_flight))
         decision = self.balance.decide(prompt, [member.name for member in among], time.perf_counter())
@@ -128,6 +135,8 @@ class Attempt:
 
     def used(self, usage: Usage) -> None:
         """The answer is complete."""
+        if usage.response:
+            self.fleet.responses.put(usage.response, self.member.name)
         if self.decision:
             self.member.counts["prompt_tokens"] += usage.prompt or 0
             self.member.counts["cached_tokens"] += usage.cached or 0

@@ -35,6 +35,7 @@ class Prompt:
     keys: np.ndarray  # [blocks] uint64, see `chain_keys`
     size: int  # bytes of its text
     sender: Sender
+    continues: str | None = None  # id of the response before it, which only the engine that gave it remembers
 
 
 def read_prompt(id: str, body: Body, route: str, headers: Mapping[str, str]) -> Prompt:
@@ -46,7 +47,8 @@ def read_prompt(id: str, body: Body, route: str, headers: Mapping[str, str]) -> 
     except (ValueError, RecursionError):
         return Prompt(id, np.empty(0, np.uint64), len(body), sender)
     scope = json.dumps([value.get("model"), value.get("cache_salt"), headers.get(SALT_HEADER)]).encode()
-    return Prompt(id, chain_keys(text, scope), len(text), sender)
+    previous = value.get("previous_response_id")
+    return Prompt(id, chain_keys(text, scope), len(text), sender, previous if isinstance(previous, str) else None)
 
 
 def prompt_text(value: Any, route: str) -> bytes:

@@ -34,6 +34,7 @@ IS_PINGS = re.compile(rb"(?:event: ?ping\r?\ndata:[^\r\n]*[\r\n]+|:[^\r\n]*[\r\n
 PROMPT_COUNTS = re.compile(
     rb'"(input_tokens|prompt_tokens|cache_read_input_tokens|cache_creation_input_tokens|cached_tokens)": ?(\d+)'
 )
+RESPONSE_ID = re.compile(rb'"id": ?"(resp_[\w-]{1,100})"')
 GENERATED = re.compile(rb'"(?:output|completion)_tokens": ?(\d+)')
 
 
@@ -80,10 +81,14 @@ class ClientSide:
 
 @dataclass(frozen=True)
 class Usage:
-    """The prompt's tokens and how many of them were cached, as an answer reports them; None where it does not."""
+    """The prompt's tokens and how many of them were cached, as an answer reports them; None where it does not.
+
+    Also the id by which a later request can continue it.
+    """
 
     prompt: int | None = None
     cached: int | None = None
+    response: str | None = None  # the id of an answer of the Responses API
 
 
 class Progress(Protocol):
@@ -190,7 +195,8 @@ def usage_in(answer: bytes, route: str) -> Usage:
     prompt = found.get(b"input_tokens", found.get(b"prompt_tokens"))
     if prompt is not None and route == "/v1/messages":  # the others' count includes what was cached
         prompt += (cached or 0) + found.get(b"cache_creation_input_tokens", 0)
-    return Usage(prompt or None, cached)
+    response = RESPONSE_ID.search(answer) if route == "/v1/responses" else None
+    return Usage(prompt or None, cached, response and response[1].decode())
 
 
 def generated_tokens(answer: bytes) -> int:

@@ -174,10 +174,11 @@ class TestUsage:
                 (94, 90),
             ),
             (b'{"input_tokens":94,"input_tokens_details":{"cached_tokens":90}}', "responses", (94, 90)),
+            (b'{"id":"resp_1","output":[{"id":"resp_2"}],"input_tokens":9}', "responses", (9, None, "resp_1")),
             (b'{"text":"\\"input_tokens\\": 5"}', "messages", (None, None)),
         ],
     )
-    def test_it_is_read_in_every_api(self, answer: bytes, route: str, usage: tuple[int, int]) -> None:
+    def test_it_is_read_in_every_api(self, answer: bytes, route: str, usage: tuple[Any, ...]) -> None:
         assert usage_in(answer, f"/v1/{route}") == Usage(*usage)
 
     @pytest.mark.parametrize(

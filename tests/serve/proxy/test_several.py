@@ -18,7 +18,7 @@ from serve.proxy.app import create_proxy
 from serve.proxy.cli import ProxyConfig, main, parser
 from serve.proxy.upstream import parse_upstream
 from serve.web.flags import read_config
-from tests.helpers.http import Json, ask, eventually
+from tests.helpers.http import Json, ask, encoded, eventually
 from tests.helpers.scripted_server import answering
 from tests.serve.proxy.test_proxy import EVENTS, JSON, Script, chunk, engine, reply
 
@@ -54,7 +54,7 @@ class Engine:
         self.paths.append(path)
         if path == "/health":
             (self.health or (lambda connection, *_: connection.sendall(reply(b"{}", JSON))))(connection, head, body)
-        elif b"messages" not in head.split(b"\r\n")[0]:
+        elif not re.search(rb"messages|responses", head.split(b"\r\n")[0]):
             connection.sendall(reply(self.name.encode()))
         else:
             self.prompts.append(json.loads(body))
@@ -186,6 +186,26 @@ class TestChoice:
         assert other != usual.name
         assert [fleet.ask(f"Short {n}", headers={header: "b"}) for n in range(3)] == [other] * 3
         assert fleet.ask("Short", headers={header: "c"}) == usual.name
+
+    def test_a_response_is_continued_where_it_was_given(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("serve.proxy.health.REFUSAL_SECONDS", (0.0, 30.0))
+
+        def respond(id: str, text: str, refuses: Engine | None = None, **more: Any) -> Engine:
+            """The engine that gives a response with this id."""
+            body = {"id": id, "usage": {"input_tokens": 500}}
+            for each in fleet.engines:
+                status = "503 Busy" if each is refuses else "200 OK"
+                each.does = lambda c, *_, status=status: c.sendall(reply(encoded(body), JSON, status=status))
+                each.prompts.clear()
+            assert fleet.client.post("/v1/responses", json={"model": "m", "input": text} | more).status_code == 200
+            return next(each for each in fleet.engines if each.prompts and each is not refuses)
+
+        warm = respond("resp_1", TEXT)
+        assert respond("resp_2", TEXT) is warm
+        other = respond("resp_3", TEXT, refuses=warm)
+        assert other is not warm
+        for id in ("resp_3", "resp_1", "resp_3"):
+            assert respond("resp_4", TEXT, previous_response_id=id) is (other if id == "resp_3" else warm)
 
     def test_counts_of_tokens_and_other_requests_go_to_any(self, fleet: Fleet) -> None:
         assert fleet.client.get("/v1/models").text in ("one", "two")
