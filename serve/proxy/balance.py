@@ -78,21 +78,20 @@ class Balance:
     def first_token(self, decision: Decision, usage: Usage, now: float) -> None:
         """Its first token has come, so that its prompt is cached; `usage` is what is known by then."""
         self.open.discard(decision.request.id)
-        self.router.first_token(decision.request.id, now, usage.cached)
+        self.router.first_token(decision.request.id, now, cached_tokens(decision.request, usage))
         self.publish(decision.choice.replica, added=decision.request.keys)
 
     def finished(self, decision: Decision, usage: Usage, now: float) -> None:
         """Its answer is complete."""
-        if decision.request.id in self.open:
-            self.open.discard(decision.request.id)
-            self.publish(decision.choice.replica, added=decision.request.keys)
-        self.router.finished(decision.request.id, now)
-        size, keys = decision.prompt.size, decision.prompt.keys
-        if usage.prompt and size:
-            self.token_bytes.append((size / usage.prompt, usage.prompt))
-            if usage.cached is not None:
-                blocks = round(usage.cached / usage.prompt * size / BLOCK_BYTES)
-                self.holdings[decision.choice.replica].learn(decision.ages, min(blocks, len(keys)))
+        name, request = decision.choice.replica, decision.request
+        if request.id in self.open:
+            self.open.discard(request.id)
+            self.publish(name, added=request.keys)
+        self.router.finished(request.id, now)
+        if usage.prompt and decision.prompt.size:
+            self.token_bytes.append((decision.prompt.size / usage.prompt, usage.prompt))
+        if (cached := cached_tokens(request, usage)) is not None:
+            self.holdings[name].learn(decision.ages, min(round(cached / request.page_size), len(request.keys)))
 
     def failed(self, decision: Decision, now: float) -> None:
         """It came to nothing: refused, broken off, or cancelled."""
@@ -112,3 +111,10 @@ class Balance:
             self.sequences[name] += 1
             changed = Increment(self.sequences[name], np.array(added, np.uint64), np.array(removed, np.uint64))
             self.router.published(name, changed)
+
+
+def cached_tokens(request: RoutedRequest, usage: Usage) -> int | None:
+    """How many tokens of a request were cached, in the estimate's tokens; None where the answer does not say."""
+    if usage.cached is None or not usage.prompt:
+        return None
+    return round(min(1.0, usage.cached / usage.prompt) * request.tokens)

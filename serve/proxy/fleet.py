@@ -117,7 +117,7 @@ class Attempt:
             raise
         except TimeoutError as error:
             member.counts["failed"] += 1
-            raise UpstreamFault(504, "the upstream is too slow: it answers nothing any more") from error
+            raise UpstreamFault(502, "the upstream failed: it answers nothing any more, /health included") from error
         finally:
             member.in_flight -= 1
             health.waiting.pop(self.limit, None)

@@ -15,6 +15,7 @@ TICK_SECONDS = 0.25
 BACKOFF_SECONDS = (0.25, 15.0)  # between two questions to one that is out: at first, and at most
 REFUSAL_SECONDS = (1.0, 30.0)  # that one which refuses is left alone: if it says nothing, and at most
 
+State = Literal["up", "refusing", "out"]
 Ask = Callable[[], Awaitable[bool]]  # whether an upstream answers at all
 
 
@@ -24,14 +25,18 @@ class Health:
 
     name: str
     on_lost: Callable[[], object]  # called whenever it does not answer a question
-    state: Literal["up", "refusing", "out"] = "up"
+    state: State = "up"
     until: float = 0.0  # when it is `up` again if it is `refusing`; when it is asked next if it is `out`
     pause: float = 0.0  # before the question after that
     waiting: dict[asyncio.Timeout, float] = field(default_factory=dict)  # requests without a token: since when
 
     def is_up(self, now: float) -> bool:
         """Whether it takes requests."""
-        return self.state == "up" or (self.state == "refusing" and now >= self.until)
+        return self.state_at(now) == "up"
+
+    def state_at(self, now: float) -> State:
+        """How it is taken to be: one that has refused is tried again after a while."""
+        return "up" if self.state == "refusing" and now >= self.until else self.state
 
     def answered(self) -> None:
         """It has answered a request, or a question."""

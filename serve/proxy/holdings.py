@@ -64,6 +64,7 @@ class Holdings:
 
         A miss at an age at which others are hit has another cause, such as a template that rewrites earlier turns.
         """
+        self.sent += max(0, len(ages) - cached)  # those were computed again
         if cached > len(ages) + SLACK:
             self.capacity = min(2 * self.capacity, MOST_CAPACITY)
         elif cached + SLACK < len(ages) and (missed := ages[cached]) > max(ages[:cached], default=0):

@@ -5,6 +5,7 @@ https://prometheus.io/docs/instrumenting/exposition_formats/
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,7 @@ def is_up(member: Member) -> bool:
 
 def health_of(fleet: Fleet) -> tuple[int, dict[str, Any]]:
     """The status and the body of `/health`: 200 while an upstream is up."""
-    states = {name: member.health.state for name, member in fleet.members.items()}
+    now = asyncio.get_running_loop().time()
+    states = {name: member.health.state_at(now) for name, member in fleet.members.items()}
     alive = any(map(is_up, fleet.members.values()))
     return 200 if alive else 503, {"status": "ok" if alive else "out", "upstreams": states}

@@ -1,0 +1,88 @@
+"""What the proxy learns of engines that are not ours, and what it makes of it."""
+
+from __future__ import annotations
+
+from serve.proxy.balance import Balance, Decision
+from serve.proxy.prefix import BLOCK_BYTES, Prompt, chain_keys
+from serve.proxy.relay import Usage
+from serve.web.agents import Sender
+
+BOTH = ["one", "two"]
+
+
+def prompt_of(text: str, number: int, agent: str = "") -> Prompt:
+    return Prompt(f"{number}", chain_keys(text.encode()), len(text), Sender(agent, agent))
+
+
+class Clock:
+    """Requests to engines that take a given time for each token, one after another."""
+
+    def __init__(self, **token_s: float) -> None:
+        self.token_s, self.balance, self.now, self.number = token_s, Balance(list(token_s)), 0.0, 0
+
+    def decide(self, text: str, agent: str = "", among: list[str] = BOTH) -> Decision:
+        self.number += 1
+        return self.balance.decide(prompt_of(text, self.number, agent), among, self.now)
+
+    def ask(self, text: str, agent: str = "", among: list[str] = BOTH, **usage: int) -> Decision:
+        """A request and its answer."""
+        decision = self.decide(text, agent, among)
+        self.balance.sent(decision, self.now)
+        computed = decision.request.tokens - decision.choice.cached
+        self.now += 0.02 + computed * self.token_s[decision.choice.replica]
+        answered = Usage(usage.get("prompt"), usage.get("cached"))
+        self.balance.first_token(decision, answered, self.now)
+        self.balance.finished(decision, answered, self.now)
+        self.now += 1.0
+        return decision
+
+
+def test_agents_stay_where_they_were_if_engines_are_equal() -> None:
+    clock = Clock(one=1e-4, two=1e-4)
+    first = clock.decide("Hi", "a")
+    clock.balance.sent(first, clock.now)
+    second = clock.decide("Hi", "b")
+    clock.balance.sent(second, clock.now)
+    assert first.choice.replica != second.choice.replica
+    clock.now += 0.02
+    for each in (first, second):
+        clock.balance.first_token(each, Usage(), clock.now)
+        clock.balance.finished(each, Usage(), clock.now)
+    for n in range(3):
+        assert clock.ask(f"Short {n}", "b").choice.replica == second.choice.replica
+        assert clock.ask(f"Short {n}", "a").choice.replica == first.choice.replica
+
+
+def test_the_bytes_of_a_token_are_those_of_the_answers() -> None:
+    clock = Clock(one=1e-4, two=1e-4)
+    text = "x" * 10_000
+    assert clock.decide(text).request.tokens == 2500
+    clock.ask(text, prompt=5000, cached=0)
+    assert clock.balance.page_size == BLOCK_BYTES // 2
+    assert clock.decide(text).request.tokens == 5000
+
+
+def test_what_an_engine_has_dropped_is_not_expected_there() -> None:
+    clock = Clock(one=1e-4, two=1e-4)
+    texts = [f"{n} {'a text of its own ' * 2000}" for n in range(6)]
+    for text in texts:
+        clock.ask(text, among=["one"], prompt=9000, cached=0)
+    assert clock.decide(texts[0], among=["one"]).choice.cached > 8000
+    clock.ask(texts[0], among=["one"], prompt=9000, cached=0)  # it holds five at most
+    for text in texts[1:]:
+        clock.ask(text, among=["one"], prompt=9000, cached=0)
+    assert clock.decide(texts[0], among=["one"]).choice.cached == 0
+    assert clock.decide(texts[-1], among=["one"]).choice.cached > 8000
+
+
+def test_what_came_to_nothing_is_not_expected_and_what_is_lost_is_not_either() -> None:
+    clock = Clock(one=1e-4, two=1e-4)
+    text = "a text " * 3000
+    decision = clock.decide(text, among=["one"])
+    clock.balance.sent(decision, clock.now)
+    clock.balance.failed(decision, clock.now)
+    assert clock.decide(text, among=["one"]).choice.cached == 0
+    clock.ask(text, among=["one"])
+    assert clock.decide(text, among=["one"]).choice.cached > 4000
+    clock.balance.lost("one")
+    assert clock.decide(text, among=["one"]).choice.cached == 0
