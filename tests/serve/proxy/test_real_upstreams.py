@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from experiments.bench.upstreams import engines, figures, proxy_before, round_robin, run
-from experiments.harness import llama_server
 from experiments.harness.server import Server
 
 SESSIONS, TURNS, SCALE = 3, 3, 0.01
@@ -20,12 +19,10 @@ pytestmark = pytest.mark.slow
 Engines = tuple[list[Server], Server]
 
 
-@pytest.fixture(params=[("ours", "ours"), ("ours", "llama.cpp")], ids="+".join)
-def started(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engines]:
+@pytest.fixture
+def started(model_folder: Path) -> Iterator[Engines]:
     """Two engines, and the proxy before them."""
-    if "llama.cpp" in request.param and (absent := llama_server.missing()):
-        pytest.skip(absent)
-    with engines(request.param, model_folder, FLAGS) as servers, proxy_before(servers, model_folder) as proxy:
+    with engines(["ours", "ours"], model_folder, FLAGS) as servers, proxy_before(servers, model_folder) as proxy:
         yield servers, proxy
 
 
