@@ -11,11 +11,12 @@ block table of a path is its nodes' pages joined, and a page is in use if its re
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from cache.journal import Journal, Listed
 from cache.pool import PagePool, pages_for
 
 NO_TOKENS = np.zeros(0, np.int32)  # [0] int32
@@ -62,11 +63,11 @@ class RadixTree:
         self.top = Node(b"", 0, NO_TOKENS, NO_PAGES, None)  # its children are the roots, by salt
         self.held = np.zeros(pool.num_pages, bool)  # [pages] bool, whether some node lists the page
         self.evicted_pages = 0
+        self.journal: Journal | None = None  # of what is listed, for another thread; None keeps none
         self.clock = 0
         # One entry (last_used, serial, node) for every leaf and no other node; last_used may be older than the node's.
         self.leaves: list[tuple[int, int, Node]] = []
         self.serials = itertools.count()
-        self.on_release: Callable[[np.ndarray], None] | None = None  # told of pages ([n] int32) that it lists no longer
 
     def length(self, tokens: np.ndarray, salt: bytes) -> int:
         """Length of the longest cached prefix of `tokens` ([tokens] int32); does not count as a use."""
@@ -113,6 +114,9 @@ class RadixTree:
                 self._grow(path[-1], rest, new)
             else:
                 path.append(self._add_leaf(path[-1], rest, new))
+            if self.journal is not None:
+                first = matched // self.page_size
+                self.journal.listed(Listed(salt, tokens, new, first, self._page_at(path, first - 1)))
         self._touch(path)
 
     def evict(self, wanted: int) -> int:
@@ -230,6 +234,15 @@ class RadixTree:
         assert len(pages) == count
         return pages
 
+    def _page_at(self, path: list[Node], index: int) -> int:
+        """The page with number `index` among those of a path; -1 for index -1."""
+        for node in reversed(path):
+            at = index - node.start // self.page_size
+            if 0 <= at < len(node.pages):
+                return int(node.pages[at])
+        assert index < 0, f"no node of the path lists page {index}"
+        return -1
+
     def _split(self, node: Node, at: int) -> Node:
         """Cut `node` at position `at` inside it; returns the new upper half. The lower half stays the same object."""
         assert node.parent is not None
@@ -262,10 +275,10 @@ class RadixTree:
         self.pool.retain(new)
         self.pool.release(old)
         self.held[old] = False
+        if self.journal is not None and len(old):
+            self.journal.unlisted(old)
         assert not self.held[new].any(), "a page was listed twice: its lease inserted tokens that it had not computed"
         self.held[new] = True
-        if self.on_release and len(old):
-            self.on_release(old[~self.held[old]])
 
     def _touch(self, path: list[Node]) -> None:
         self.clock += 1

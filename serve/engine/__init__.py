@@ -6,7 +6,6 @@
 - `sequence`: one sequence, its named state, and the only writer of what it holds
 - `request`: what is asked for, and the events that answer it
 - `memory`: the device's pages: pool and prefix cache; leases for sequences
-- `published`: which pages are cached, told to a router
 - `restore`: what comes up from the tiers
 - `saving`: what goes down to the tiers
 - `page_names`: the keys of a sequence's pages, for both

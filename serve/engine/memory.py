@@ -13,7 +13,6 @@ import numpy as np
 from cache.pool import PoolExhausted
 from cache.prefix_cache import Lease, PrefixCache
 from model.kv import KVPool
-from serve.engine.published import PageListener, PublishedPages
 from serve.engine.sequence import Sequence
 
 
@@ -32,11 +31,6 @@ class Memory:
     ) -> None:
         self.pool, self.new_pool, self.copy, self.new_cache = pool, new_pool, copy, new_cache
         self.prefix_cache = new_cache()
-        self.published: PublishedPages | None = None  # if anyone listens
-
-    def listen(self, listener: PageListener) -> None:
-        """Tell `listener` which full pages are cached, from now on; call it before the engine serves."""
-        self.published = PublishedPages(self.prefix_cache, listener)
 
     @property
     def free_tokens(self) -> int:
@@ -84,8 +78,6 @@ class Memory:
         assert sequence.lease is not None
         assert sequence.computed <= sequence.length, "nothing is published after the last known token"
         self.prefix_cache.insert(sequence.lease, sequence.tokens[: sequence.computed])
-        if self.published:
-            self.published.inserted(sequence)
 
     def publish_last(self, sequence: Sequence) -> None:
         """Publish what a sequence that gives its pages back has computed itself."""
@@ -106,9 +98,10 @@ class Memory:
         for lost in jax.tree.leaves(self.pool):
             lost.delete()  # before the new pool is made: the device may have no room for two
         self.pool = self.new_pool()
-        self.prefix_cache = self.new_cache()
-        if self.published:
-            self.published.listen_to(self.prefix_cache)
+        journal, self.prefix_cache = self.prefix_cache.tree.journal, self.new_cache()
+        if journal is not None:
+            self.prefix_cache.tree.journal = journal
+            journal.cleared()
         return True
 
 

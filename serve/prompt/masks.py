@@ -92,7 +92,14 @@ class Constrainer:
                 matcher = self.compile(text)
             except ConstraintError as error:
                 raise Unenforceable(f"{field}: {error}") from None
-        return Constraint(matcher, self.words)
+        return Constraint(matcher, self.words, grammar.text)
+
+    def constraint(self, text: str) -> Constraint:
+        """The constraint of a new answer by a grammar that another process with this tokenizer has compiled, too.
+
+        Raises ConstraintError for a grammar that does not compile.
+        """
+        return Constraint(self.compile(text), self.words, text)
 
 
 def make_constrainer(
@@ -149,7 +156,7 @@ def compile_grammar(text: str, tokenizer: LLTokenizer, fuel: int = FUEL) -> LLMa
     # Short errors, as they go to clients.
     limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=fuel)
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=limits)
-    trial = Constraint(matcher.deep_copy(), -(-tokenizer.vocab_size // 32))
+    trial = Constraint(matcher.deep_copy(), -(-tokenizer.vocab_size // 32), text)
     for _ in range(TRIAL_STEPS):
         allowed = np.flatnonzero(np.unpackbits(trial.mask().view(np.uint8), bitorder="little"))
         if trial.finished:
@@ -160,11 +167,15 @@ def compile_grammar(text: str, tokenizer: LLTokenizer, fuel: int = FUEL) -> LLMa
 
 
 class Constraint:
-    """The state of one answer: which tokens may come next. It belongs to its sequence and outlives preemptions."""
+    """The state of one answer: which tokens may come next. It belongs to its sequence and outlives preemptions.
 
-    def __init__(self, matcher: LLMatcher, words: int) -> None:
+    `text` is its grammar's, from which another process makes the same constraint at its start.
+    """
+
+    def __init__(self, matcher: LLMatcher, words: int, text: str) -> None:
         self.matcher = matcher
         self.words = words
+        self.text = text
 
     def mask(self) -> np.ndarray:
         """The tokens that may come next, [words] uint32 as `pack_masks` wants it; stop ids where the answer may end.
