@@ -33,6 +33,14 @@ def run_explain(argv: Sequence[str]) -> None:
     main(argv)
 
 
+def run_cluster(argv: Sequence[str]) -> None:
+    """Serve a checkpoint with several engines."""
+    from serve.cluster.cli import main
+    from serve.cluster.config import parser
+
+    main(argv, parser(f"{program()} cluster"))
+
+
 def run_proxy(argv: Sequence[str]) -> None:
     """Serve the rules for another engine."""
     from serve.proxy.cli import main
@@ -66,6 +74,7 @@ def run_audit(argv: Sequence[str]) -> None:
 
 COMMANDS = {
     "serve": Command("serve a checkpoint; the default, so `--model DIR` alone does it", run_server),
+    "cluster": Command("serve a checkpoint with several engines, on one machine or more", run_cluster),
     "explain": Command("where two captured requests diverge, and why", run_explain),
     "proxy": Command("apply the rules in front of another engine", run_proxy),
     "cache": Command("list, check or shrink a store of KV pages on disk", run_cache),

@@ -39,6 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model", "cache", "serve.api", "serve.audit", "serve.cost", "serve.diagnosis", "serve.engine",
         "serve.formats", "serve.limits", "serve.prompt", "serve.rules", "serve.web",
     },
+    "serve.cluster": {
+        "model", "cache", "serve.cost", "serve.engine", "serve.prompt", "serve.router", "serve.server", "serve.web",
+    },
     "serve": {"model", "cache", "serve"},
     "experiments.harness": set(),
     "experiments.workloads": {"model", "experiments.harness"},

@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve.engine.runtime import leave_out_torch, set_up_jax, user_cache
 from serve.server.config import ServerConfig, parse_config
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tokenzero")
 
+C = TypeVar("C", bound=ServerConfig)
 # On a GPU: memory left free for activations and the compiler's scratch space, besides weights and pool.
 DEVICE_MARGIN_BYTES = 3 * 2**30
 CPU_POOL_BYTES = 2**30
@@ -68,7 +69,7 @@ def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> Non
     except (ValueError, OSError) as error:
         sys.exit(f"tokenzero: {error}")
     gc.disable()  # until all is loaded: it stays, so that looking through it finds nothing
-    listen(config)
+    listen(config, load)
 
 
 def check_folder(model: str) -> None:
@@ -81,10 +82,10 @@ def check_folder(model: str) -> None:
         load_config(folder)
 
 
-def listen(config: ServerConfig) -> None:
-    """Open the port, load, and serve until interrupted; ends the process if the port cannot be opened or loading fails.
+def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
+    """Open the port, `load` the application, and serve until interrupted.
 
-    Raises SystemExit.
+    Ends the process if the port cannot be opened or loading fails. Raises SystemExit.
     """
     import uvicorn
 

@@ -1,0 +1,105 @@
+"""Which replica serves a request: `serve.router`'s choice, asked for by Ray's router and told by the ingress.
+
+Ray asks on a thread of its own, so a lock guards the router.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from serve.cluster.report import Report
+from serve.cost.model import Constants, CostModel
+from serve.router.request import RoutedRequest
+from serve.router.router import Router
+
+ALL_PAGES = -1  # the increment that a router knows which knows nothing: the replica sends a snapshot
+
+
+@dataclass(eq=False)
+class Call:
+    """A request on its way through Ray's router, which sends only its bytes to the replica."""
+
+    packed: bytes
+    request: RoutedRequest
+    dispatch: Dispatch
+    tried: list[str] = field(default_factory=list)  # replicas that it was sent to, the latest last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its bytes."""
+        return bytes, (self.packed,)
+
+
+class Dispatch:
+    """The router's state, for threads. A call that was chosen for ends with `ended`."""
+
+    def __init__(self, round_robin: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        """`round_robin` ignores what the replicas have, for comparisons."""
+        self.clock, self.lock, self.router = clock, threading.Lock(), Router()
+        self.known: dict[str, int] = {}  # the latest increment of each replica's pages
+        self.turns = itertools.count() if round_robin else None
+
+    def choose(self, call: Call, names: Sequence[str]) -> str:
+        """The replica for a call, of those that Ray runs now; for one that was tried before, another if there is one.
+
+        The router counts on the choice from now on.
+        """
+        with self.lock:
+            for gone in self.router.replicas.keys() - set(names):
+                self.router.remove(gone)
+                self.known.pop(gone, None)
+            if call.tried:
+                self.router.failed(call.request.id, self.clock())
+            fresh = [name for name in names if name not in call.tried] or names
+            reported = [name for name in fresh if name in self.router.replicas]
+            name = self._turn(sorted(fresh)) if self.turns or not reported else ""
+            now = self.clock()
+            if reported and name in ("", *reported):
+                choice = self.router.route(call.request, now, among=[name] if name else reported)
+                self.router.sent(call.request, choice, now)
+                name = choice.replica
+            call.tried.append(name)
+            return name
+
+    def published(self, report: Report) -> None:
+        """Take note of a replica's report."""
+        costs, name = report.costs.model, report.name
+        with self.lock:
+            if name not in self.router.replicas:
+                self.router.add(name, constants(costs), report.identity.settings.num_pages, seconds_a_token(report))
+                self.known[name] = ALL_PAGES
+            for summary in report.pages if isinstance(report.pages, Sequence) else (report.pages,):
+                complete = self.router.published(name, summary)
+                self.known[name] = summary.sequence if complete else ALL_PAGES
+
+    def first_token(self, call: Call, cached: int) -> None:
+        """A call has its first token; `cached` tokens of its prompt were reused."""
+        with self.lock:
+            self.router.first_token(call.request.id, self.clock(), cached)
+
+    def ended(self, call: Call, complete: bool) -> None:
+        """A call's answer is complete, or came to nothing."""
+        with self.lock:
+            (self.router.finished if complete else self.router.failed)(call.request.id, self.clock())
+
+    def _turn(self, names: Sequence[str]) -> str:
+        return names[next(self.turns or itertools.count()) % len(names)]
+
+
+def constants(costs: CostModel) -> Constants:
+    """The constants of a cost model: a sweep's, or those that its measured rate stands for."""
+    rate = costs.prefill.per_second
+    if costs.constants or not rate:
+        return costs.constants or Constants(0.0, 0.0, 0.0)
+    return Constants(0.0, costs.linear_flops / rate, costs.attention_flops / rate)
+
+
+def seconds_a_token(report: Report) -> MappingProxyType[str, float]:
+    """Seconds to read a token's page from each tier of a replica that was read before."""
+    rates = report.costs.reads
+    return MappingProxyType({tier: report.token_bytes / rate for tier, rate in rates.items() if rate})

@@ -1,0 +1,152 @@
+"""A replica: an engine in a process of its own, which Ray Serve starts, watches and restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from cache.lmdb_env import StoreError
+from serve.cluster.config import ClusterConfig
+from serve.cluster.publisher import Publisher
+from serve.cluster.report import Costs, Identity, Report
+from serve.cluster.wire import VERSION, Refused, pack_events, unpack
+from serve.engine.inbox import Overloaded
+from serve.engine.request import Event, Failed, Finished, Started
+from serve.engine.runtime import leave_out_torch, set_up_jax
+from serve.server.progress import StartProgress
+from serve.server.threads import in_thread
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+    from serve.engine.engine import Engine
+    from serve.prompt.masks import Constrainer
+
+log = logging.getLogger("tokenzero.replica")
+
+TAKE_SECONDS = 0.5  # after which changed pages are an increment, even if no router asks
+
+
+class EngineReplica:
+    """One engine over the checkpoint that the flags name. Ray Serve calls its methods, all on one event loop."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        """Load, compile, and start the engine. Raises ValueError with a sentence for what a user can mend."""
+        from ray import serve
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        self.name: str = serve.get_replica_context().replica_id.unique_id
+        try:
+            self.engine, self.constrainer, self.identity = load(config)
+        except (OSError, StoreError, SystemExit) as error:
+            raise ValueError(str(error)) from error
+        self.publisher = Publisher(self.engine)
+        self.token_bytes = token_bytes(self.engine)
+        self.engine.start()
+        gc.freeze()  # what is loaded stays
+        self.taking = asyncio.get_running_loop().create_task(self.take_regularly())
+
+    async def generate(self, packed: bytes) -> AsyncIterator[bytes]:
+        """The events of one request's answer, one or more in each message; leaving it early cancels the request."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        try:
+            request = await asyncio.to_thread(unpack, packed, self.constrainer.constraint)
+            number = self.engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        except (Overloaded, ValueError) as error:
+            yield pack_events(Refused(str(error), isinstance(error, Overloaded)))
+            return
+        try:
+            ended = False
+            while not ended:
+                batch = [await events.get()]
+                if isinstance(batch[0], Started):
+                    batch.append(await events.get())  # the first token, which follows at once
+                while not events.empty():
+                    batch.append(events.get_nowait())
+                ended = isinstance(batch[-1], Finished | Failed)
+                yield pack_events(batch)
+        finally:
+            self.engine.cancel(number)
+
+    async def report(self, after: dict[str, int]) -> Report:
+        """The replica now; `after` has the number of the last increment of pages that the caller knows, by replica."""
+        engine = self.engine
+        self.publisher.take()
+        return Report(
+            name=self.name,
+            identity=self.identity,
+            device=engine.device,
+            token_bytes=self.token_bytes,
+            steps=engine.steps,
+            waiting=len(engine.waiting),
+            running=len(engine.running),
+            compiled=engine.compiled,
+            costs=Costs.of(engine.cost),
+            pages=self.publisher.since(after.get(self.name, -1)),
+        )
+
+    async def metrics(self) -> list[Metric]:
+        """The figures of engine, auditor and tiers."""
+        from serve.server.metrics import EngineCollector
+
+        return await asyncio.to_thread(lambda: list(EngineCollector(self.engine).collect()))
+
+    def check_health(self) -> None:
+        """Raise RuntimeError once the engine's thread has ended: Ray Serve starts the replica anew then."""
+        if not self.engine.alive:
+            raise RuntimeError("the engine's thread has ended")
+
+    async def take_regularly(self) -> None:
+        """Keep the journal of pages short while no router asks for it."""
+        while True:
+            await asyncio.sleep(TAKE_SECONDS)
+            self.publisher.take()
+
+    def __del__(self) -> None:
+        """Write what the store lacks, and end; Ray Serve calls it when it stops a replica."""
+        if engine := self.__dict__.pop("engine", None):
+            self.taking.cancel()
+            engine.stop()
+
+
+def load(config: ClusterConfig) -> tuple[Engine, Constrainer, Identity]:
+    """The engine, what compiles grammars for it, and what it is. Raises what loading a server's engine raises."""
+    leave_out_torch()
+    set_up_jax()
+    from model import checkpoint
+    from serve.prompt.masks import make_constrainer
+    from serve.prompt.tokenizer import identity
+    from serve.server.cli import load_engine, stop_ids
+
+    folder = checkpoint.resolve(config.model)
+    tokenizer = in_thread(load_tokenizer, str(folder))
+    engine = load_engine(config, folder, StartProgress())
+    hf, vocab = tokenizer.result(), engine.config.vocab_size
+    stops = stop_ids(engine.config.eos_token_ids, hf)
+    constrainer = make_constrainer(hf, stops, vocab, config.bounds.grammars)
+    return (
+        engine,
+        constrainer,
+        Identity(VERSION, config.version, engine.fingerprint, identity(hf), engine.settings, vocab),
+    )
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The checkpoint's Hugging Face tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def token_bytes(engine: Engine) -> int:
+    """Bytes of KV that a token has."""
+    import jax
+    import numpy as np
+
+    from model.kv import bytes_per_token
+
+    return bytes_per_token(engine.config, np.dtype(jax.numpy.dtype(engine.settings.dtype)))
