@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +40,18 @@ def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> Non
 def load(config: ClusterConfig, progress: StartProgress) -> Starlette:
     """The server's application over replicas that Ray runs. Raises ValueError, OSError, StoreError."""
     leave_out_torch()
+    # Linux ends Ray's processes with the thread that started them, so that one stays until the end:
+    # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+    keeper = ThreadPoolExecutor(1, "tokenzero-ray")
     with progress.phase("ray"):
-        deploy.start_ray(config)
+        keeper.submit(deploy.start_ray, config).result()
     text = in_thread(load_text, config, progress)
     with progress.phase("replicas"):
         handle = deploy.deploy(config)
     with progress.phase("server"):
-        app = ingress(config, handle, text.result(), lambda: deploy.end(config))
+        app = ingress(
+            config, handle, text.result(), deploy.take_back_signals, lambda: keeper.submit(deploy.end, config).result()
+        )
     log.info("%s: %d replicas", config.model, config.replicas)
     return app
 
@@ -69,8 +75,10 @@ class Text:
     stop_ids: frozenset[int]
 
 
-def ingress(config: ClusterConfig, handle: Any, text: Text, end: Callable[[], object]) -> Starlette:
-    """One server's application over the replicas of a handle; `end` is called when it has stopped.
+def ingress(
+    config: ClusterConfig, handle: Any, text: Text, begin: Callable[[], object], end: Callable[[], object]
+) -> Starlette:
+    """One server's application over the replicas of a handle; `begin` and `end` as of ClusterEngine.
 
     Raises ValueError, OSError and StoreError as `make_context` does, and for replicas that do not fit together.
     """
@@ -83,7 +91,7 @@ def ingress(config: ClusterConfig, handle: Any, text: Text, end: Callable[[], ob
 
     reports = deploy.first_reports(handle)
     deploy.check_ours(reports[0].identity, config, identity(text.tokenizer.hf))
-    engine = ClusterEngine(handle, reports, Dispatch(config.routing == ROUND_ROBIN), end)
+    engine = ClusterEngine(handle, reports, Dispatch(config.routing == ROUND_ROBIN), begin, end)
     context = make_context(engine, text.tokenizer, text.stop_ids, config)
     context.metrics.registry.register(ClusterCollector(engine))
     return create_app(context)

@@ -35,18 +35,24 @@ class ClusterEngine:
     """Replicas as one engine (`serve.server.engine_client`), on the event loop that `start` is called on."""
 
     def __init__(
-        self, handle: Any, reports: Sequence[Report], dispatch: Dispatch, end: Callable[[], object] = lambda: None
+        self,
+        handle: Any,
+        reports: Sequence[Report],
+        dispatch: Dispatch,
+        begin: Callable[[], object] = lambda: None,
+        end: Callable[[], object] = lambda: None,
     ) -> None:
         """`handle`: a DeploymentHandle; `reports`: a first one of each replica, which agree in what they are.
 
-        `end` is called when the server has stopped.
+        `begin` is called on the event loop when the server starts, `end` on a thread when it has stopped.
         """
         first = reports[0]
         self.settings: EngineSettings = first.identity.settings
         self.fingerprint, self.vocab_size = first.identity.fingerprint, first.identity.vocab_size
         self.device = first.device
         self.calls = handle.options(method_name="generate", stream=True, **TRANSPORT)
-        self.handle, self.dispatch, self.end = handle.options(**TRANSPORT), dispatch, end
+        self.handle, self.dispatch = handle.options(**TRANSPORT), dispatch
+        self.begin, self.end = begin, end
         self.in_flight = 0
         self.reports: Mapping[str, Report] = {}
         self.take(reports)
@@ -55,6 +61,7 @@ class ClusterEngine:
 
     def start(self) -> None:
         """Follow the replicas from now on."""
+        self.begin()
         self.loop = asyncio.get_running_loop()
         self.following = self.loop.create_task(self.follow())
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +23,8 @@ log = logging.getLogger("tokenzero.cluster")
 APP, ENGINE = "tokenzero", "engine"
 INSTALL = "pip install 'tokenzero[cluster]'"
 OBJECT_STORE_BYTES = 128 * 2**20  # nothing large goes through it
+# Nothing is told to Ray's makers, and replicas are no less urgent than the ingress: Ray's default is 15.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 CONNECT_SECONDS = 5.0
 SPARE_CALLS = 64  # that a replica takes beside its engine's, so that only the engine refuses requests
 REPORT_SECONDS = 60.0
@@ -69,7 +72,8 @@ def cores_each(config: ClusterConfig, resources: Mapping[str, float]) -> float:
 def start_ray(config: ClusterConfig) -> None:
     """Connect to the cluster's head, or start Ray here. Raises Impossible."""
     check_installed()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if not config.address:
@@ -104,10 +108,16 @@ def check_head(address: str) -> None:
         raise Impossible(f"--address {address}: no Ray head answers there ({error}): {START_HEAD}") from None
 
 
+def take_back_signals() -> None:
+    """Have Python handle SIGTERM again, called on the main thread: Ray's handler ends the process 3 s later."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
 def deploy(config: ClusterConfig) -> Any:
     """Have Ray run the replicas, unless it runs some already; their handle, once all are ready. Raises Impossible."""
     import ray
     from ray import serve
+    from ray.serve.schema import LoggingConfig
 
     if config.address and APP in serve.status().applications:
         log.info("using the replicas that run at %s", config.address)
@@ -115,7 +125,7 @@ def deploy(config: ClusterConfig) -> Any:
     resources = ray.cluster_resources()
     check_resources(config, resources)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="Disabled")
+    serve.start(proxy_location="Disabled", logging_config=LoggingConfig(log_level="WARNING"))
     try:
         serve.run(engine_app(config, resources), name=APP, route_prefix=None)
     except RuntimeError as error:
