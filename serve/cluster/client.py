@@ -154,10 +154,11 @@ class ClusterEngine:
                 for event in events:
                     yield event
         finally:
-            if message:
-                message.cancel()
             if not ended:
                 stream.cancel()
+            if message:
+                message.add_done_callback(lambda last: last.cancelled() or last.exception())  # nobody waits for it
+                message.cancel()
 
     # Following the replicas.
 
