@@ -16,7 +16,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadfile -p no:benchmark
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test test-slow test-clients test-frameworks coverage notebooks kernels-interpreted kernels-aot \
+.PHONY: help install demo serve test test-slow test-clients test-cluster test-frameworks coverage notebooks kernels-interpreted kernels-aot \
 	gpu-bench bench-small lint clean
 
 help: ## show this list
@@ -38,6 +38,9 @@ test-slow: .venv/.installed-test ## run the tests that take over a minute each
 
 test-clients: .venv/.installed-clients ## run Claude Code, Codex, four more agents and Chromium on the server; fetches 2 GB from npm, once
 	$(BIN)/python -m pytest -m clients tests/clients
+
+test-cluster: .venv/.installed-cluster ## run several replicas with Ray, and one server's tests on them
+	$(BIN)/python -m pytest -m cluster tests/serve/cluster
 
 test-frameworks: .venv/.installed-clients .venv-frameworks/.installed ## run agent frameworks on the server, each a tool loop and a structured answer
 	$(BIN)/python -m pytest -m clients tests/clients/test_frameworks.py
@@ -91,6 +94,10 @@ $(MODEL)/config.json: | .venv/.installed
 
 .venv/.installed-clients: pyproject.toml constraints.txt .venv/.installed-test
 	$(PIP) --editable '.[clients]'
+	@touch $@
+
+.venv/.installed-cluster: pyproject.toml constraints.txt .venv/.installed-test
+	$(PIP) --editable '.[cluster]'
 	@touch $@
 
 .venv/.installed-test: pyproject.toml constraints.txt .venv/.installed

@@ -129,14 +129,14 @@ class ClusterEngine:
         size = self.settings.page_size
         keys = page_keys(root_key(self.fingerprint, size, request.salt), request.tokens, size)
         routed = RoutedRequest(secrets.token_hex(8), short_keys(keys), len(request.tokens), size)
-        return Call(pack(request), routed, self.dispatch)
+        return Call(pack(request), request.constraint is not None, routed, self.dispatch)
 
     async def attempt(self, call: Call, waiting_s: float | None) -> AsyncGenerator[Event, None]:
         """Send a call to a replica and yield its events; leaving the iterator early cancels it there.
 
         Raises Overloaded and ValueError if the replica refuses it, and what Ray raises if the replica is lost.
         """
-        stream = self.calls.remote(call)
+        stream = self.calls.remote(call, call.constrained)
         message: asyncio.Task[bytes] | None = None
         ended = False
         try:

@@ -26,6 +26,7 @@ class Call:
     """A request on its way through Ray's router, which sends only its bytes to the replica."""
 
     packed: bytes
+    constrained: bool  # unpacking it compiles a grammar
     request: RoutedRequest
     dispatch: Dispatch
     tried: list[str] = field(default_factory=list)  # replicas that it was sent to, the latest last

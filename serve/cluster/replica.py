@@ -49,12 +49,13 @@ class EngineReplica:
         gc.freeze()  # what is loaded stays
         self.taking = asyncio.get_running_loop().create_task(self.take_regularly())
 
-    async def generate(self, packed: bytes) -> AsyncIterator[bytes]:
+    async def generate(self, packed: bytes, constrained: bool) -> AsyncIterator[bytes]:
         """The events of one request's answer, one or more in each message; leaving it early cancels the request."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
         try:
-            request = await asyncio.to_thread(unpack, packed, self.constrainer.constraint)
+            compile = self.constrainer.constraint  # which may take long
+            request = await asyncio.to_thread(unpack, packed, compile) if constrained else unpack(packed, compile)
             number = self.engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
         except (Overloaded, ValueError) as error:
             yield pack_events(Refused(str(error), isinstance(error, Overloaded)))

@@ -1,0 +1,170 @@
+"""What a cluster costs and saves: TTFT beside one server's, and hit rates of agent sessions by how they are routed.
+
+`python -m experiments.bench.cluster --model DIR`. The first part asks one server and a cluster of one replica, with as
+many threads, for a warm prompt of 52,000 tokens, in turn. A request's path is its TTFT without the time in which the
+engine has it (queue and prefill), so that it says what the cluster adds, whatever else the machine does. In the second
+part eight agents hold their sessions at the same time: on one server, on four replicas that our router chooses among,
+and on four in turn. The four have as much memory for pages together as the one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from experiments.harness.client import Timing, count_tokens, measure
+from experiments.harness.other_load import start_watch, warning
+from experiments.harness.provenance import provenance
+from experiments.harness.report import make_table, write_json
+from experiments.harness.server import Server, running_server
+from experiments.workloads.sessions import Session, http_headers, requests, stable_request, with_question
+from experiments.workloads.synthetic import Json
+
+RESULTS = Path("experiments/results/bench/cluster.json")
+PACKAGES = ("tokenzero", "jax", "jaxlib", "numpy", "ray")
+CLUSTER = ("-m", "serve", "cluster")
+TOKENS, PAIRS, OUTPUT_TOKENS = 52_000, 30, 8
+AGENTS, TURNS, SCALE = 8, 8, 0.15
+REPLICAS, POOL_MIB = 4, 512
+BEFORE_ENGINE = ("decode", "normalize", "recall", "render", "constrain")
+IN_ENGINE = ("queue", "prefill")
+ROUTED = {"one server": None, "our router": "ttft", "round robin": "round-robin"}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let servers of this process compute with one thread, as a replica with one core does."""
+    before = os.environ.get("NPROC")
+    os.environ["NPROC"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("NPROC")
+        if before is not None:
+            os.environ["NPROC"] = before
+
+
+def ask(client: httpx.Client, server: Server, prompt: Json, seed: int) -> dict[str, float]:
+    """Ask a new question after the prompt; TTFT and its parts in ms."""
+    body = with_question(prompt, seed) | {"max_tokens": OUTPUT_TOKENS, "temperature": 0}
+    timing = measure(client, server.url, body)
+    (latest, *_) = client.get(f"{server.url}/v1/requests").json()["data"]
+    phases = latest["phases_ms"]
+    engine = sum(phases[phase] for phase in IN_ENGINE)
+    text = sum(phases[phase] for phase in BEFORE_ENGINE)
+    path = timing.ttft_ms - engine
+    return {"ttft_ms": timing.ttft_ms, "engine_ms": engine, "path_ms": path, "transport_ms": path - text}
+
+
+def overhead(model: str, pairs: int, tokens: int) -> dict[str, Any]:
+    """Medians of both ways, and of the differences within pairs."""
+    pool = ("--kv-pool-bytes", f"{POOL_MIB}MiB")
+    with (
+        one_thread(),
+        running_server(model, *pool) as single,
+        running_server(model, *pool, "--replicas", "1", "--cpus-per-replica", "1", program=CLUSTER) as cluster,
+        httpx.Client(timeout=600) as client,
+    ):
+        prompt = stable_request(
+            Session(seed=1, num_tools=20), tokens, lambda request: count_tokens(client, single.url, request)
+        )
+        servers, rng = {"one server": single, "cluster": cluster}, random.Random(0)
+        for server in servers.values():
+            for seed in range(2):
+                ask(client, server, prompt, seed)
+        asked: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+        for number in range(pairs):
+            seed = rng.getrandbits(32)
+            for name in rng.sample(list(servers), 2):
+                asked[name].append(ask(client, servers[name], prompt, seed))
+            Console().print(f"pair {number + 1} of {pairs}", end="\r")
+    added = {
+        name: round(median(b[name] - a[name] for a, b in zip(*asked.values(), strict=True)), 2)
+        for name in asked["cluster"][0]
+    }
+    medians = {
+        way: {name: round(median(each[name] for each in found), 2) for name in found[0]} for way, found in asked.items()
+    }
+    return {"prompt_tokens": tokens, "pairs": pairs, "medians": medians, "added": added}
+
+
+def session(number: int) -> Session:
+    """One agent's session; all have the client's tools and prompt, each a folder of its own."""
+    return Session(seed=number, folder=f"/home/dev/project-{number}", group="agents", scale=SCALE)
+
+
+def converse(url: str, number: int) -> list[Timing]:
+    """One agent's session, a request after the other."""
+    one = session(number)
+    with httpx.Client(timeout=600) as client:
+        return [
+            measure(client, url, body | {"max_tokens": OUTPUT_TOKENS, "temperature": 0}, http_headers(one))
+            for body in islice(requests(one, header=False), TURNS)
+        ]
+
+
+def hit_rate(model: str, routing: str | None) -> dict[str, Any]:
+    """All agents at the same time on one server (None), or on replicas with this routing."""
+    if routing is None:
+        running = running_server(model, "--kv-pool-bytes", f"{POOL_MIB * REPLICAS}MiB")
+    else:
+        cores = max(0.1, min(1.0, (os.cpu_count() or 1) / REPLICAS))
+        flags = ("--replicas", str(REPLICAS), "--cpus-per-replica", str(cores), "--routing", routing)
+        running = running_server(model, "--kv-pool-bytes", f"{POOL_MIB}MiB", *flags, program=CLUSTER)
+    with running as server, ThreadPoolExecutor(AGENTS) as pool:
+        talks = pool.map(lambda number: converse(server.url, number), range(AGENTS))
+        timings = [timing for talk in talks for timing in talk]
+    prompt, cached = sum(t.prompt_tokens for t in timings), sum(t.cached_tokens for t in timings)
+    return {
+        "hit_rate": round(cached / prompt, 4),
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "ttft_ms": round(median(t.ttft_ms for t in timings), 1),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print both parts as tables."""
+    parts = result["overhead"]
+    table = make_table(("", "TTFT", "engine", "path", "transport"), words=("",), title="a warm request, median ms")
+    for name, row in [*parts["medians"].items(), ("added", parts["added"])]:
+        table.add_row(name, *(f"{value:,.1f}" for value in row.values()))
+    Console().print(table)
+    table = make_table(("routing", "hit rate", "median TTFT"), words=("routing",), title=f"{AGENTS} agents")
+    for name, row in result["hit_rates"].items():
+        table.add_row(name, f"{row['hit_rate']:.1%}", f"{row['ttft_ms']:,.0f} ms")
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure both parts and write the result."""
+    cli = argparse.ArgumentParser(prog="python -m experiments.bench.cluster", description=__doc__.split("\n")[0])
+    cli.add_argument("--model", required=True, metavar="DIR")
+    cli.add_argument("--pairs", type=int, default=PAIRS, metavar="N", help="(default: %(default)s)")
+    cli.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="(default: %(default)s)")
+    cli.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="(default: %(default)s)")
+    args = cli.parse_args(argv)
+    others = start_watch()
+    result: dict[str, Any] = {
+        "overhead": overhead(args.model, args.pairs, args.tokens),
+        "hit_rates": {name: hit_rate(args.model, routing) for name, routing in ROUTED.items()},
+        "other_load": others(),
+    } | provenance(PACKAGES)
+    write_json(args.output, result)
+    show(result)
+    Console().print(warning(result["other_load"]))
+
+
+if __name__ == "__main__":
+    main()
