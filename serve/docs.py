@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from serve.cluster.config import GROUP, ClusterConfig
 from serve.diagnosis.causes import CAUSES
 from serve.proxy.cli import ProxyConfig
 from serve.rules.normalize import RULE_COLUMNS, rule_rows
@@ -69,6 +70,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metric_table,
     "flags": lambda: flag_tables(ServerConfig),
     "proxy-flags": lambda: flag_tables(ProxyConfig),
+    "cluster-flags": lambda: flag_tables(ClusterConfig, (GROUP,)),
     "rules": rule_table,
     "causes": lambda: markdown_table(("cause", "meaning"), [(f"`{cause}`", text) for cause, text in CAUSES.items()]),
 }

@@ -128,7 +128,10 @@ class ClusterEngine:
         """A request with what the router needs to know of it."""
         size = self.settings.page_size
         keys = page_keys(root_key(self.fingerprint, size, request.salt), request.tokens, size)
-        routed = RoutedRequest(secrets.token_hex(8), short_keys(keys), len(request.tokens), size)
+        id = secrets.token_hex(8)
+        # A request of nobody follows none.
+        agent, session = request.agent or id, request.session
+        routed = RoutedRequest(id, short_keys(keys), len(request.tokens), size, agent, session)
         return Call(pack(request), request.constraint is not None, routed, self.dispatch)
 
     async def attempt(self, call: Call, waiting_s: float | None) -> AsyncGenerator[Event, None]:

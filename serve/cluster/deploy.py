@@ -28,6 +28,7 @@ SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 CONNECT_SECONDS = 5.0
 SPARE_CALLS = 64  # that a replica takes beside its engine's, so that only the engine refuses requests
 REPORT_SECONDS = 60.0
+UPSCALE_SECONDS = 5.0  # of load, after which Ray adds a replica
 
 
 class Impossible(ValueError):
@@ -142,17 +143,21 @@ def engine_app(config: ClusterConfig, resources: Mapping[str, float]) -> Any:
     from serve.cluster.replica import EngineReplica
 
     cores = cores_each(config, resources)
-    busy = max(1.0, config.max_num_seqs / 2)
-    scaling = (
-        AutoscalingConfig(min_replicas=config.replicas, max_replicas=config.max_replicas, target_ongoing_requests=busy)
-        if config.max_replicas
-        else None
-    )
+    scaling: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.max_replicas:
+        autoscaling = AutoscalingConfig(
+            min_replicas=config.replicas,
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=max(1.0, config.max_num_seqs / 2),
+            upscale_delay_s=UPSCALE_SECONDS,
+            look_back_period_s=UPSCALE_SECONDS,
+        )
+        scaling = {"autoscaling_config": autoscaling}
     return (
         serve.deployment(EngineReplica)
         .options(
             name=ENGINE,
-            **({"autoscaling_config": scaling} if scaling else {"num_replicas": config.replicas}),
+            **scaling,
             ray_actor_options={
                 "num_cpus": cores,
                 "num_gpus": 1 if resources.get("GPU") else 0,

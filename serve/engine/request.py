@@ -38,6 +38,8 @@ class GenerationRequest:
     sampling: SamplingParams = GREEDY
     salt: bytes = b""  # only requests of the same salt share pages
     constraint: Constraint | None = None
+    agent: str = ""  # whose requests follow each other, for a router; "" if unknown
+    session: str = ""  # that the agent belongs to
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from serve.server.middleware import RequestGuardMiddleware
 from serve.server.prepare import Prepared, prepare, prompt_length
 from serve.server.trim import trim_while_idle
 from serve.web.access import error_response
+from serve.web.agents import sender_of
 from serve.web.assets import PAGE
 from serve.web.headers import APPLIED_HEADER, RULES_HEADER, SALT_HEADER
 from serve.web.pages import (
@@ -309,7 +310,7 @@ def request_context_of(request: Request, context: ServerContext) -> RequestConte
     headers = request.headers
     key = headers.get("x-api-key") or headers.get("authorization") or ""
     salt, agent = headers.get(SALT_HEADER, ""), headers.get("user-agent", "")
-    return RequestContext(rules_of(request, context), salt.encode(), key.encode(), agent)
+    return RequestContext(rules_of(request, context), salt.encode(), key.encode(), agent, sender_of(headers))
 
 
 def rules_of(request: Request, context: ServerContext) -> frozenset[str]:

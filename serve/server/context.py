@@ -25,10 +25,12 @@ from serve.rules.log import SHAPE_BYTES, SHAPES
 from serve.server.config import ServerConfig
 from serve.server.engine_client import EngineClient
 from serve.server.metrics import EngineCollector, Memory, MemoryCollector, ServerMetrics
+from serve.web.agents import Sender
 from serve.web.request_status import RequestStatuses
 
 log = logging.getLogger("tokenzero.server")
 
+NOBODY = Sender("", "")
 SHOWN_KEYWORDS = 8  # in the log, of a schema
 # The constraint of a request's answer; the flag says whether the prompt ends inside thinking.
 Constrain = Callable[[MessagesRequest, bool], Constraint | None]
@@ -62,6 +64,7 @@ class RequestContext:
     salt: bytes = b""  # requests with different salts share no page and no recorded answer
     key: bytes = b""  # clients with different keys share no recorded answer
     agent: str = ""  # the client's name, from its user-agent header
+    sender: Sender = NOBODY
 
 
 def make_context(

@@ -81,6 +81,8 @@ def prepare(
         ),
         salt=request_context.salt,
         constraint=constraint,
+        agent=request_context.sender.agent,
+        session=request_context.sender.session,
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(

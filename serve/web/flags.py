@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from typing import Any, Protocol, TypeVar
@@ -98,10 +98,12 @@ def range_problem(config: Any) -> str | None:
     return None
 
 
-def flag_tables(config: type) -> str:
-    """The flags of a configuration class as Markdown, a table for each group."""
+def flag_tables(config: type, groups: Collection[str] = ()) -> str:
+    """The flags of a configuration class as Markdown, a table for each group, or for each of these."""
     tables: dict[str, list[str]] = {}
     for name, default, flag in flags_of(config):
+        if groups and flag.group not in groups:
+            continue
         written = f"`--[no-]{option(name)[2:]}`" if default is True else f"`{option(name)}`"
         shown = "required" if default is MISSING else "off" if default is False else shown_default(default, flag)
         tables.setdefault(flag.group, []).append(f"| {written} | {flag.help} | {shown} |")

@@ -140,13 +140,13 @@ class TestCommands:
     def test_each_command_shows_its_own_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         for name, flag in (
             *(("serve", "--page-size"), ("explain", "--svg"), ("proxy", "--upstream"), ("cache", "verify")),
-            *(("rules", "--help"), ("audit", "FILE")),
+            *(("rules", "--help"), ("audit", "FILE"), ("cluster", "--replicas")),
         ):
             with pytest.raises(SystemExit) as ended:
                 main([name, "--help"])
             assert ended.value.code == 0
             assert flag in capsys.readouterr().out
-        assert COMMANDS.keys() == {"serve", "explain", "proxy", "cache", "rules", "audit"}
+        assert COMMANDS.keys() == {"serve", "cluster", "explain", "proxy", "cache", "rules", "audit"}
 
     def test_serve_may_be_named(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):

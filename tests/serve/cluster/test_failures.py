@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 import time
@@ -58,12 +59,14 @@ def by_tier(answer: Json) -> dict[str, int]:
     return answer["usage"]["cache_read_by_tier"]
 
 
-class TestAReplicaIsKilled:
-    @pytest.fixture(scope="class")
-    def running(self, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-        with cluster(model_folder, tmp_path_factory.mktemp("killed")) as running:
-            yield running
+@pytest.fixture(scope="module")
+def running(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A cluster whose replicas may be killed."""
+    with cluster(model_folder, tmp_path_factory.mktemp("killed")) as running:
+        yield running
 
+
+class TestAReplicaIsKilled:
     def test_a_stream_ends_with_an_error_and_its_session_goes_on_warm_elsewhere(
         self, running: tuple[Server, httpx.Client]
     ) -> None:
@@ -80,9 +83,7 @@ class TestAReplicaIsKilled:
             last = [json.loads(line[6:]) for line in lines if line.startswith("data: ")][-1]
         assert last["type"] == "error"
         assert "send the request again" in last["error"]["message"]
-        found = by_tier(post(client, warm))
-        assert found["device"] + found["disk"] > 2900
-        assert found["disk"] > 2900, "the other replica had none of it"
+        assert by_tier(post(client, warm))["disk"] > 2900, "the other replica had none of it"
         eventually(lambda: len(replicas(client)) == 2 and replicas(client) != before, "a new one has come", 90)
         eventually(lambda: is_idle(client), "nothing is left of what was lost")
 
@@ -111,7 +112,7 @@ def test_a_replica_that_is_added_takes_load_and_the_others_stay_warm(model_folde
         for connection in held:
             connection.close()
         eventually(lambda: is_idle(client), "all are cancelled")
-        assert min(by_tier(post(client, body))["device"] for body in warm) > 1900
+        assert min(sum(by_tier(post(client, body)).values()) for body in warm) > 1900, "what is evicted is stored"
 
 
 RAY = """
@@ -123,8 +124,9 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def head() -> Iterator[str]:
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a Ray cluster that outlives the commands that use it."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # known to all of these processes
     with subprocess.Popen([sys.executable, "-c", RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield process.stdout.readline().decode().strip()
@@ -145,6 +147,9 @@ def test_an_ingress_that_is_restarted_knows_what_the_replicas_have(
         assert replicas(client) == names, "the replicas went on"
         found = [by_tier(post(client, body))["device"] for body in sessions]
         assert min(found) > 2400, "each goes where its pages are"
-    with pytest.raises(RuntimeError, match=r"other flags of the engine: end them with `serve shutdown -y`"):
-        with cluster(model_folder, tmp_path, "--address", head, "--max-num-seqs", "3"):
-            pass
+    other_flags = cluster(model_folder, tmp_path, "--address", head, "--max-num-seqs", "3")
+    with (
+        pytest.raises(RuntimeError, match=r"other flags of the engine: end them with `serve shutdown -y`"),
+        other_flags,
+    ):
+        pass
