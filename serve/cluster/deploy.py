@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from serve.cluster.client import TRANSPORT
@@ -75,6 +76,8 @@ def start_ray(config: ClusterConfig) -> None:
     check_installed()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if config.address and has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if not config.address:
@@ -91,6 +94,15 @@ def start_ray(config: ClusterConfig) -> None:
         ray.init(address=config.address, logging_level=logging.WARNING)
     except Exception as error:
         raise Impossible(f"--address {config.address}: {first_line(error)}: {START_HEAD}") from error
+
+
+def has_token() -> bool:
+    """Whether Ray finds a token here, with which a head asks for one by default.
+
+    https://docs.ray.io/en/latest/ray-security/token-auth.html
+    """
+    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    return named or Path("~/.ray/auth_token").expanduser().is_file()
 
 
 START_HEAD = "start one with `ray start --head --port 6379`, or leave --address out to start Ray here"
