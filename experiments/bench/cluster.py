@@ -34,7 +34,7 @@ from experiments.workloads.synthetic import Json
 RESULTS = Path("experiments/results/bench/cluster.json")
 PACKAGES = ("tokenzero", "jax", "jaxlib", "numpy", "ray")
 CLUSTER = ("-m", "serve", "cluster")
-TOKENS, PAIRS, OUTPUT_TOKENS = 52_000, 30, 8
+TOKENS, PAIRS, OUTPUT_TOKENS = 52_000, 20, 8
 AGENTS, TURNS, SCALE = 8, 8, 0.15
 REPLICAS, POOL_MIB = 4, 512
 BEFORE_ENGINE = ("decode", "normalize", "recall", "render", "constrain")

@@ -48,10 +48,10 @@ def check_resources(config: ClusterConfig, resources: Mapping[str, float]) -> No
     where = f"the Ray cluster at {config.address}" if config.address else "this machine"
     gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 0)
     wanted = config.max_replicas or config.replicas
-    if gpus and wanted > gpus:
+    if gpus and wanted * config.tp > gpus:
         raise Impossible(
-            f"--replicas: {wanted} replicas need a GPU each, {where} has {gpus:g}: give --replicas {gpus:g}, or "
-            f"JAX_PLATFORMS=cpu to serve on its cores"
+            f"--replicas: {wanted} replicas on {config.tp} GPU each need {wanted * config.tp}, {where} has {gpus:g}: "
+            f"give --replicas {max(1, int(gpus // config.tp))}, or JAX_PLATFORMS=cpu to serve on its cores"
         )
     each = cores_each(config, resources)
     if wanted * each > cpus + 1e-9:
@@ -172,7 +172,7 @@ def engine_app(config: ClusterConfig, resources: Mapping[str, float]) -> Any:
             **scaling,
             ray_actor_options={
                 "num_cpus": cores,
-                "num_gpus": 1 if resources.get("GPU") else 0,
+                "num_gpus": config.tp if resources.get("GPU") else 0,
                 "runtime_env": {"env_vars": environment(cores, on_gpu=bool(resources.get("GPU")))},
             },
             max_ongoing_requests=config.max_num_seqs + config.max_queue + SPARE_CALLS,

@@ -172,8 +172,8 @@ class TestBadInput:
         check_resources(replace(CONFIG, replicas=4, cpus_per_replica=0.5), {"CPU": 2.0})
 
     def test_more_replicas_than_gpus(self) -> None:
-        with pytest.raises(Impossible, match=r"3 replicas need a GPU each.*has 2: give --replicas 2"):
-            check_resources(replace(CONFIG, replicas=3), {"CPU": 64.0, "GPU": 2.0})
+        with pytest.raises(Impossible, match=r"3 replicas on 2 GPU each need 6.*has 4: give --replicas 2"):
+            check_resources(replace(CONFIG, replicas=3, tp=2), {"CPU": 64.0, "GPU": 4.0})
 
     def test_ray_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(deploy, "find_spec", lambda name: None)
