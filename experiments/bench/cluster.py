@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,9 +34,10 @@ from experiments.workloads.synthetic import Json
 
 RESULTS = Path("experiments/results/bench/cluster.json")
 PACKAGES = ("tokenzero", "jax", "jaxlib", "numpy", "ray")
+ONE: tuple[str, ...] = ("-m", "serve")
 CLUSTER = ("-m", "serve", "cluster")
-TOKENS, PAIRS, OUTPUT_TOKENS = 52_000, 20, 8
-AGENTS, TURNS, SCALE = 8, 8, 0.15
+TOKENS, PAIRS, OUTPUT_TOKENS = 52_000, 15, 8
+AGENTS, TURNS, SCALE = 8, 6, 0.1
 REPLICAS, POOL_MIB = 4, 512
 BEFORE_ENGINE = ("decode", "normalize", "recall", "render", "constrain")
 IN_ENGINE = ("queue", "prefill")
@@ -114,15 +116,23 @@ def converse(url: str, number: int) -> list[Timing]:
         ]
 
 
-def hit_rate(model: str, routing: str | None) -> dict[str, Any]:
-    """All agents at the same time on one server (None), or on replicas with this routing."""
-    if routing is None:
-        running = running_server(model, "--kv-pool-bytes", f"{POOL_MIB * REPLICAS}MiB")
-    else:
+@contextmanager
+def routed(model: str, routing: str | None) -> Iterator[Server]:
+    """One server (None), or replicas with this routing."""
+    pool, flags, program = POOL_MIB * REPLICAS, list[str](), ONE
+    if routing:
         cores = max(0.1, min(1.0, (os.cpu_count() or 1) / REPLICAS))
-        flags = ("--replicas", str(REPLICAS), "--cpus-per-replica", str(cores), "--routing", routing)
-        running = running_server(model, "--kv-pool-bytes", f"{POOL_MIB}MiB", *flags, program=CLUSTER)
-    with running as server, ThreadPoolExecutor(AGENTS) as pool:
+        flags = ["--replicas", str(REPLICAS), "--cpus-per-replica", str(cores), "--routing", routing]
+        pool, program = POOL_MIB, CLUSTER
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        with running_server(model, "--kv-pool-bytes", f"{pool}MiB", *flags, log=log, program=program) as server:
+            yield server
+
+
+def hit_rate(model: str, routing: str | None) -> dict[str, Any]:
+    """All agents at the same time, see `routed`."""
+    with routed(model, routing) as server, ThreadPoolExecutor(AGENTS) as pool:
         talks = pool.map(lambda number: converse(server.url, number), range(AGENTS))
         timings = [timing for talk in talks for timing in talk]
     prompt, cached = sum(t.prompt_tokens for t in timings), sum(t.cached_tokens for t in timings)
@@ -156,12 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="(default: %(default)s)")
     args = cli.parse_args(argv)
     others = start_watch()
-    result: dict[str, Any] = {
-        "overhead": overhead(args.model, args.pairs, args.tokens),
-        "hit_rates": {name: hit_rate(args.model, routing) for name, routing in ROUTED.items()},
-        "other_load": others(),
-    } | provenance(PACKAGES)
-    write_json(args.output, result)
+    result: dict[str, Any] = {"overhead": overhead(args.model, args.pairs, args.tokens), "hit_rates": {}}
+    for name, routing in ROUTED.items():
+        result["hit_rates"][name] = hit_rate(args.model, routing)
+        result["other_load"] = others()
+        write_json(args.output, result | provenance(PACKAGES))  # what comes later may fail
     show(result)
     Console().print(warning(result["other_load"]))
 

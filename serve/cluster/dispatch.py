@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from serve.cluster.report import Report
@@ -100,7 +99,7 @@ def constants(costs: CostModel) -> Constants:
     return Constants(0.0, costs.linear_flops / rate, costs.attention_flops / rate)
 
 
-def seconds_a_token(report: Report) -> MappingProxyType[str, float]:
-    """Seconds to read a token's page from each tier of a replica that was read before."""
-    rates = report.costs.reads
-    return MappingProxyType({tier: report.token_bytes / rate for tier, rate in rates.items() if rate})
+def seconds_a_token(report: Report) -> dict[str, float]:
+    """Seconds to read a token's part of a page from each tier that replicas share: all but a process's own memory."""
+    costs = report.costs.model
+    return {tier: costs.read_s(tier, report.token_bytes) for tier in report.tiers if tier != "host"}

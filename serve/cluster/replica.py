@@ -87,6 +87,7 @@ class EngineReplica:
             running=len(engine.running),
             compiled=engine.compiled,
             costs=Costs.of(engine.cost),
+            tiers=tuple(tier.name for tier in engine.core.tiers.pages.tiers) if engine.core.tiers else (),
             pages=self.publisher.since(after.get(self.name, -1)),
         )
 

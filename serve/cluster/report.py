@@ -59,6 +59,7 @@ class Report:
     running: int
     compiled: tuple[int, int]  # shapes of steps, and shapes in all
     costs: Costs
+    tiers: tuple[str, ...]  # below the device
     pages: Sequence[Increment] | Snapshot  # since the increment that was asked for
 
 

@@ -41,7 +41,7 @@ IDENTITY = Identity(VERSION, CONFIG.version, b"weights", b"tokenizer", EngineSet
 
 def report(name: str, pages: tuple[Increment, ...] | Snapshot = (), **other: object) -> Report:
     costs = Costs.of(CostModel(1e6, 1e3, Rate(1e9)))
-    return Report(name, replace(IDENTITY, **other), "cpu", 128, 0, 0, 0, (1, 1), costs, pages)
+    return Report(name, replace(IDENTITY, **other), "cpu", 128, 0, 0, 0, (1, 1), costs, ("disk",), pages)
 
 
 def call(dispatch: Dispatch, id: str, *keys: int) -> Call:
