@@ -35,6 +35,7 @@ def known(replicas: int = 2, queue: int = 3) -> Known:
         held=np.zeros(replicas, np.int64),
         room=np.full(replicas, 10**6),
         regret=0.0,
+        reuse=np.ones(replicas),
     )
 
 
