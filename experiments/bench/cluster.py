@@ -102,8 +102,8 @@ def overhead(model: str, pairs: int, tokens: int) -> dict[str, Any]:
 
 
 def session(number: int) -> Session:
-    """One agent's session; all have the client's tools and prompt, each a folder of its own."""
-    return Session(seed=number, folder=f"/home/dev/project-{number}", group="agents", scale=SCALE)
+    """One agent's session, which shares nothing with the others'."""
+    return Session(seed=number, folder=f"/home/dev/project-{number}", scale=SCALE)
 
 
 def converse(url: str, number: int) -> list[Timing]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -17,26 +17,24 @@ from tests.serve.cluster.conftest import PROGRAM
 
 pytestmark = pytest.mark.cluster
 
-AGENTS, TURNS = 8, 5
-SIZES = ("--max-model-len", "12288", "--page-size", "16", "--max-num-seqs", "4", "--max-prefill-tokens", "256")
+AGENTS, TURNS = 8, 3
+SIZES = ("--max-model-len", "16384", "--page-size", "16", "--max-num-seqs", "4", "--max-prefill-tokens", "256")
 FOUR = ("--replicas", "4", "--cpus-per-replica", "0.5", "--kv-pool-bytes", "64MiB")
 
 
-def converse(url: str, number: int) -> list[Timing]:
-    """One agent's session; all agents have the same tools and prompt, each a folder of its own."""
-    session = Session(number, f"/home/dev/project-{number}", group="agents", scale=0.05)
-    with httpx.Client(timeout=300) as client:
-        return [
-            measure(client, url, body | {"max_tokens": 4, "temperature": 1, "top_k": 50}, http_headers(session))
-            for body in islice(requests(session, header=False), TURNS)
-        ]
-
-
 def hit_rate(model: Path, log: Path, flags: Sequence[str], program: Sequence[str]) -> float:
-    """The share of all prompts' tokens that was reused; all agents talk at the same time."""
-    with running_server(model, *SIZES, *flags, log=log, program=program) as server, ThreadPoolExecutor(AGENTS) as pool:
-        timings = [t for talk in pool.map(lambda number: converse(server.url, number), range(AGENTS)) for t in talk]
-    assert len(timings) == AGENTS * TURNS
+    """The share of all prompts' tokens that was reused. In each turn every agent asks once, one after another.
+
+    Their sessions share nothing, so that only its own requests can warm an agent's prompt.
+    """
+    sessions = [Session(number, f"/home/dev/project-{number}", scale=0.02) for number in range(AGENTS)]
+    talks = [list(islice(requests(session, header=False), TURNS)) for session in sessions]
+    rng, timings = random.Random(0), list[Timing]()
+    with running_server(model, *SIZES, *flags, log=log, program=program) as server, httpx.Client(timeout=300) as client:
+        for turn in range(TURNS):
+            for number in rng.sample(range(AGENTS), AGENTS):
+                body = talks[number][turn] | {"max_tokens": 4, "temperature": 1, "top_k": 50}
+                timings.append(measure(client, server.url, body, http_headers(sessions[number])))
     return sum(t.cached_tokens for t in timings) / sum(t.prompt_tokens for t in timings)
 
 
