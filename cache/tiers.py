@@ -78,6 +78,8 @@ class Tiers:
         self.writer = WriteBack(tiers, flush_seconds, queue_bytes)
         # Its own thread, so that lookups do not wait for pages that are read for another request.
         self.searcher = Worker("look-up")
+        # Another one, since it goes through a whole store: seconds, for a million pages.
+        self.lister = Worker("list")
 
     def look(
         self,
@@ -96,7 +98,7 @@ class Tiers:
 
     def recent(self, size: int, count: int) -> "Future[list[bytes]]":
         """Keys of up to `count` pages of `size` bytes, the most recently used first: what is likely to be asked for."""
-        return self.searcher.submit(self.pages.recent, size, count)
+        return self.lister.submit(self.pages.recent, size, count)
 
     def forget(
         self,
@@ -144,10 +146,12 @@ class Tiers:
         All threads are daemons, so none delays the end of the process.
         """
         end = time.monotonic() + seconds
-        self.searcher.stop()
+        for worker in (self.searcher, self.lister):
+            worker.stop()
         written = self.writer.close(seconds)
         closed = self.pages.close(max(0.0, end - time.monotonic()))
-        self.searcher.thread.join(max(0.0, end - time.monotonic()))
+        for worker in (self.searcher, self.lister):
+            worker.thread.join(max(0.0, end - time.monotonic()))
         if not (written and closed):
             lost = self.writer.queued_bytes
             log.warning("the tiers did not close in %.0f s: %d bytes of pages may not be written", seconds, lost)

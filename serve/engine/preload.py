@@ -24,9 +24,8 @@ import numpy as np
 from cache.preloaded import PreloadedPages
 from cache.tier import Fetched
 from cache.tiers import StoredPage
-from serve.engine.memory import Memory
+from serve.engine.memory import Memory, usable
 from serve.engine.page_copies import MANY_BYTES
-from serve.engine.programs import CompileError
 from serve.engine.restore import Restorer, attempted, has_failed
 from serve.engine.sequence import Sequence
 
@@ -74,16 +73,12 @@ class Preloader:
     def step(self, quiet: bool) -> bool:
         """Copy in what has been read; read on if the engine is `quiet`, else see that no request waits for it.
 
-        Returns whether anything is being listed or read. Raises what a failed copy raises: nothing more is preloaded
-        then.
+        Returns whether anything is being listed or read. Raises what a copy raises that has lost the pool. After any
+        copy that failed, nothing more is preloaded.
         """
         self._list()
-        try:
-            while self.reads and self.reads[0].loading.done():
-                self._copy_in(self.reads.popleft())
-        except BaseException:
-            self.stop()
-            raise
+        while self.reads and self.reads[0].loading.done():
+            self._copy_in(self.reads.popleft())
         if quiet:
             self._read_on()
         elif self.reads and self.reads[-1].loading.cancel():
@@ -157,12 +152,12 @@ class Preloader:
                 copy = self.restorer.copies.scatter[len(array)]
                 self.memory.pool = copy(self.memory.pool, pages[at : at + len(array)], array)
                 at += len(array)
-        except BaseException as error:
+        except Exception as error:
             self.preloaded.evict(len(found))  # these, which came last
-            if not isinstance(error, CompileError):
-                raise
-            log.warning("nothing is preloaded: %s", error)
             self.stop()
+            if not usable(self.memory.pool):
+                raise
+            log.warning("nothing more is preloaded: %s: %s", type(error).__name__, error)
 
     # Taking over.
 

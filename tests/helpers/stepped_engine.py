@@ -105,9 +105,10 @@ def tiers_over(lower, host_bytes: int, queue_bytes: int) -> Tiers:
     tiers = Tiers(None, 0, host_bytes or 1, flush_seconds=1e6, queue_bytes=queue_bytes)
     used = (*(tiers.pages.tiers if host_bytes or lower is None else ()), *([] if lower is None else [Shared(lower)]))
     tiers.pages.tiers = tiers.writer.tiers = used
-    tiers.searcher.stop()
-    tiers.pages.reader.stop()
+    for worker in (tiers.searcher, tiers.lister, tiers.pages.reader):
+        worker.stop()
     tiers.searcher, tiers.pages.reader = Later("look-up"), Later("restore")
+    tiers.lister = tiers.searcher
     tiers.writer._in_a_hurry = tiers.writer._has_work = lambda: (
         tiers.writer.asked > tiers.writer.done or tiers.writer.closing
     )

@@ -318,6 +318,40 @@ def test_a_start_does_not_wait_for_a_tier_that_hangs(model, tmp_path, monkeypatc
     tiers.close()
 
 
+def test_a_restore_does_not_wait_until_a_large_store_is_listed(model, tmp_path, monkeypatch):
+    tokens = prompt(18)
+    stored(model, tmp_path, tokens)
+    tiers, go = tiers_of(tmp_path), threading.Event()
+    monkeypatch.setattr(tiers.pages.tiers[0], "recent", lambda *_: go.wait() and [])
+    engine = engine_on(model, tiers)
+    engine.start()
+    _, started, _ = generate(engine, tokens, 4)
+    go.set()
+    assert started.restored == {"disk": (len(tokens) - 1) // PAGE * PAGE}
+    stopped(engine)
+
+
+def test_a_copy_that_fails_without_the_pool_costs_no_running_request(model, tmp_path):
+    tokens = prompt(21)
+    stored(model, tmp_path, prompt(22))
+    engine = engine_on(model, tiers_of(tmp_path))
+    restorer, preloader = engine.core.restorer, engine.core.preloader
+    eventually(lambda: preloader.listing.done(), "the store is listed")
+    preloader.step(quiet=True)
+    eventually(lambda: preloader.reads[0].loading.done(), "pages are read")
+    restorer.copies = replace(restorer.copies, scatter=dict.fromkeys(restorer.copies.scatter, fails))
+    events, _ = submit(engine, tokens, 4)
+    while engine.inbox.submissions or engine.core.unfinished:
+        engine.turn(engine.receive())
+    output, _, end = outcome(events)
+    assert end == Finished("length")
+    right(model, tokens, output)
+    assert not of(engine)
+    assert not preloader.reads
+    engine.core.memory.prefix_cache.check()
+    engine.core.tiers.close()
+
+
 def test_a_lost_pool_takes_what_was_preloaded_along(model, tmp_path):
     tokens = prompt(19)
     stored(model, tmp_path, tokens)
