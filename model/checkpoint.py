@@ -164,7 +164,8 @@ def layout(config: ModelConfig) -> Params:
 def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     """Write stacked Params to `path/params` with Orbax and their config and dtype to `path/tokenzero.json`.
 
-    Raises FileExistsError if `path` exists, and ValueError for params whose layers are not stacked.
+    Raises FileExistsError if `path` exists, and ValueError for params whose layers are not stacked, or whose arrays
+    have other shapes than the config's, as after `sharding.divide_groups`.
     """
     import orbax.checkpoint as ocp  # a server does without it
 
@@ -174,6 +175,9 @@ def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     if not isinstance(params.layers, Layer):
         found = type(params.layers).__name__
         raise ValueError(f"params.layers is a {found}, expected one stacked Layer: save before `arranged`")
+    for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(layout(config)), strict=True):
+        if leaf.shape != expected.shape:
+            raise ValueError(f"params have shape {leaf.shape}, expected {expected.shape}: save before `shard_params`")
     # So that a device that restores a part of an array decodes little more than that.
     chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
     with ocp.StandardCheckpointer() as checkpointer:

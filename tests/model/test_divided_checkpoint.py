@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from model import checkpoint
-from model.sharding import make_mesh, shardings
+from model.sharding import make_mesh, shard_params, shardings
 
 folder, converted = map(Path, sys.argv[1:])
 config, whole = checkpoint.load(folder, np.float32)
@@ -56,6 +56,14 @@ for devices in (2, 4):
     on_one = sum(shard.data.nbytes for leaf in jax.tree.leaves(loaded) for shard in leaf.addressable_shards[:1])
     if not on_one < 0.75 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole)):
         wrong.append(f"{devices}: one device has {on_one} bytes")
+divided = shard_params(whole, make_mesh(config, 4))
+if divided.layers.qkv.shape != whole.layers.qkv.shape:
+    try:
+        checkpoint.save_orbax(converted.with_name("divided"), config, divided)
+        wrong.append("what cannot be restored is saved")
+    except ValueError as refused:
+        if "save before `shard_params`" not in str(refused):
+            wrong.append(str(refused))
 print(json.dumps(wrong))
 """
 
