@@ -20,6 +20,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 from cache.prefix_cache import PrefixCache
 from cache.tiers import Tiers
 from model.config import ModelConfig
-from model.kv import KVPool, empty_pool
+from model.kv import empty_pool
 from model.params import Params
 from model.sharding import make_mesh, pool_sharding
 from serve.cost.model import Constants, CostTracker, cost_model
@@ -74,16 +75,12 @@ class EngineCore:
         costs: Constants | None,
     ) -> None:
         self.settings, self.inbox = settings, inbox
-
         self.programs = user_programs(make_mesh(config, settings.tensor_parallel))
 
-        def new_pool() -> KVPool:
-            pages, dtype = settings.num_pages + settings.audit_pages, jax.numpy.dtype(settings.dtype)
-            return empty_pool(config, pages, settings.page_size, dtype, pool_sharding(config, self.programs.mesh))
-
-        def new_cache() -> PrefixCache:
-            return PrefixCache(settings.num_pages, settings.page_size, fingerprint)
-
+        pages, dtype = settings.num_pages + settings.audit_pages, jax.numpy.dtype(settings.dtype)
+        place = pool_sharding(config, self.programs.mesh)
+        new_pool = partial(empty_pool, config, pages, settings.page_size, dtype, place)
+        new_cache = partial(PrefixCache, settings.num_pages, settings.page_size, fingerprint)
         pool = new_pool()
         self.programs.busy = lambda: bool(self.running or self.waiting)
         steps = make_steps(self.programs, params, pool, config, settings)
