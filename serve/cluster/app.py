@@ -20,7 +20,11 @@ from serve.server.threads import in_thread
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-INGRESS = "ingress"
+INGRESS = {
+    "name": "ingress",
+    "max_ongoing_requests": 1000,
+    "ray_actor_options": {"runtime_env": {"env_vars": deploy.MESSAGES}},
+}
 
 
 def app(flags: dict[str, Any]) -> Any:
@@ -28,7 +32,7 @@ def app(flags: dict[str, Any]) -> Any:
     config = parse_config([written(name.replace("_", "-"), value) for name, value in flags.items()])
     engines = deploy.engine_app(config, ray.cluster_resources())
     served = serve.ingress(lambda: starlette(config))(Ingress)
-    return serve.deployment(served).options(name=INGRESS, max_ongoing_requests=1000).bind(engines)
+    return serve.deployment(served).options(**INGRESS).bind(engines)
 
 
 def written(name: str, value: Any) -> str:

@@ -8,11 +8,12 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 from cache.keys import page_keys, root_key
 from serve.cluster.dispatch import Call, Dispatch
-from serve.cluster.report import Report
+from serve.cluster.report import Report, difference
 from serve.cluster.wire import Refused, pack, unpack_events
 from serve.cost.model import CostModel
 from serve.engine.inbox import Overloaded
@@ -49,11 +50,12 @@ class ClusterEngine:
         first = reports[0]
         self.settings: EngineSettings = first.identity.settings
         self.fingerprint, self.vocab_size = first.identity.fingerprint, first.identity.vocab_size
-        self.device = first.device
+        self.device, self.identity = first.device, first.identity
         self.calls = handle.options(method_name="generate", stream=True, **TRANSPORT)
         self.handle, self.dispatch = handle.options(**TRANSPORT), dispatch
         self.begin, self.end = begin, end
         self.in_flight = 0
+        self.others: set[str] = set()  # replicas of another model, format or version
         self.reports: Mapping[str, Report] = {}
         self.take(reports)
 
@@ -71,7 +73,7 @@ class ClusterEngine:
         self.end()
 
     async def generate(self, request: GenerationRequest, waiting_s: float | None = None) -> AsyncGenerator[Event, None]:
-        """See EngineClient. A request whose replica ends before its first token is sent to another one."""
+        """See EngineClient. A request is sent to another replica if its queue is full, or if it ends before a token."""
         call = await asyncio.to_thread(self.call, request)
         self.in_flight += 1
         started = ended = False
@@ -85,7 +87,10 @@ class ClusterEngine:
                                 self.dispatch.first_token(call, event.reused_tokens)
                             ended = isinstance(event, Finished | Failed)
                             yield event
-                except (Overloaded, ValueError):
+                except Overloaded:
+                    if len(call.tried) >= ATTEMPTS or self.reports.keys() <= set(call.tried):
+                        raise
+                except ValueError:
                     raise
                 except Exception as error:  # Ray's, of many kinds
                     log.warning("replica %s: %s: %.300s", call.tried[-1:], type(error).__name__, error)
@@ -139,7 +144,7 @@ class ClusterEngine:
 
         Raises Overloaded and ValueError if the replica refuses it, and what Ray raises if the replica is lost.
         """
-        stream = self.calls.remote(call, call.constrained)
+        stream = self.calls.remote(call, call.constrained, call.request.id)
         message: asyncio.Task[bytes] | None = None
         ended = False
         try:
@@ -169,23 +174,34 @@ class ClusterEngine:
         """Ask all replicas for a report, again and again."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
+            reports = await self.ask("report", dict(self.dispatch.known))
             try:
-                self.take(await self.ask("report", dict(self.dispatch.known)))
-            except Exception as error:  # none runs now, or Ray is restarting them
-                log.debug("no reports: %s: %s", type(error).__name__, error)
+                self.take(reports)
+            except Exception:  # those that come next may be understood
+                log.exception("a report was not understood")
 
     def take(self, reports: Sequence[Report]) -> None:
-        """Take note of some replicas' reports."""
+        """Take note of some replicas' reports. One that computes something else is not known, so it gets no request."""
+        alike = {report.name: report for report in reports if report.identity == self.identity}
         for report in reports:
-            self.dispatch.published(report)
-        if reports:
-            self.reports, self.reported_at = {report.name: report for report in reports}, time.monotonic()
+            if report.name in alike:
+                self.dispatch.published(report)
+            elif report.name not in self.others:
+                self.others.add(report.name)
+                differs = difference(asdict(self.identity), asdict(report.identity))
+                log.error("replica %s gets no requests: it differs from this ingress's in %s", report.name, differs)
+        if alike:
+            self.reports, self.reported_at = alike, time.monotonic()
 
     async def ask(self, method: str, *args: object) -> list[Any]:
-        """The results of a method of every replica that answers."""
-        results = await self.handle.broadcast(method, *args).results_async(
-            timeout_s=REPORT_TIMEOUT, return_exceptions=True
-        )
+        """The results of a method of every replica that answers; none while one hangs, until Ray ends it."""
+        try:
+            results = await self.handle.broadcast(method, *args).results_async(
+                timeout_s=REPORT_TIMEOUT, return_exceptions=True
+            )
+        except Exception as error:  # Ray's, of many kinds: no replica runs now, or one does not answer
+            log.debug("no answers to %s: %s: %s", method, type(error).__name__, error)
+            return []
         return [result for result in results if not isinstance(result, BaseException)]
 
     def ask_from_thread(self, method: str) -> list[Any]:

@@ -25,7 +25,9 @@ APP, ENGINE = "tokenzero", "engine"
 INSTALL = "pip install 'tokenzero[cluster]'"
 OBJECT_STORE_BYTES = 128 * 2**20  # nothing large goes through it
 # Nothing is told to Ray's makers, and replicas are no less urgent than the ingress: Ray's default is 15.
-SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+# A message of Ray Serve holds 4 MiB by default, less than a snapshot of a large pool or a prompt of 1,050,000 tokens.
+MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**29)}
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **MESSAGES}
 CONNECT_SECONDS = 5.0
 SPARE_CALLS = 64  # that a replica takes beside its engine's, so that only the engine refuses requests
 REPORT_SECONDS = 60.0
@@ -190,7 +192,7 @@ def engine_app(config: ClusterConfig, resources: Mapping[str, float]) -> Any:
 
 def environment(cores: float, on_gpu: bool) -> dict[str, str]:
     """The environment of a replica: on CPUs, XLA takes as many threads as it has cores."""
-    return {} if on_gpu else {"NPROC": str(max(1, int(cores)))}
+    return MESSAGES | ({} if on_gpu else {"NPROC": str(max(1, int(cores)))})
 
 
 def first_reports(handle: Any) -> list[Report]:

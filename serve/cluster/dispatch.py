@@ -17,6 +17,8 @@ from serve.cost.model import Constants, CostModel
 from serve.router.request import RoutedRequest
 from serve.router.router import Router
 
+# FLOPs a second, assumed until a replica has measured its own: what is cached counts from the first request on.
+EXPECTED_FLOPS = 1e12
 ALL_PAGES = -1  # the increment that a router knows which knows nothing: the replica sends a snapshot
 
 
@@ -29,6 +31,7 @@ class Call:
     request: RoutedRequest
     dispatch: Dispatch
     tried: list[str] = field(default_factory=list)  # replicas that it was sent to, the latest last
+    over: bool = False  # Ray may still ask for a replica, as it does so on another thread
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its bytes."""
@@ -42,6 +45,7 @@ class Dispatch:
         """`round_robin` ignores what the replicas have, for comparisons."""
         self.clock, self.lock, self.router = clock, threading.Lock(), Router()
         self.known: dict[str, int] = {}  # the latest increment of each replica's pages
+        self.flops = EXPECTED_FLOPS  # a second, by the latest report of a replica that has measured it
         self.turns = itertools.count() if round_robin else None
 
     def choose(self, call: Call, names: Sequence[str]) -> str:
@@ -59,20 +63,26 @@ class Dispatch:
             reported = [name for name in fresh if name in self.router.replicas]
             name = self._turn(sorted(fresh)) if self.turns or not reported else ""
             now = self.clock()
-            if reported and name in ("", *reported):
+            if reported and name in ("", *reported) and not call.over:
                 choice = self.router.route(call.request, now, among=[name] if name else reported)
                 self.router.sent(call.request, choice, now)
                 name = choice.replica
+            name = name or fresh[0]
             call.tried.append(name)
             return name
 
     def published(self, report: Report) -> None:
         """Take note of a replica's report."""
-        costs, name = report.costs.model, report.name
+        model, name, sizes = report.costs.model, report.name, report.identity.settings
         with self.lock:
-            if name not in self.router.replicas:
-                self.router.add(name, constants(costs), report.identity.settings.num_pages, seconds_a_token(report))
+            self.flops = model.prefill.per_second or self.flops
+            costs, tiers = constants(model, self.flops), seconds_a_token(report)
+            if name in self.router.replicas:
+                self.router.measured(name, costs, tiers)
+            else:
+                self.router.add(name, costs, sizes.num_pages, tiers, places=sizes.max_num_seqs)
                 self.known[name] = ALL_PAGES
+            self.router.loaded(name, report.load, self.clock())
             for summary in report.pages if isinstance(report.pages, Sequence) else (report.pages,):
                 complete = self.router.published(name, summary)
                 self.known[name] = summary.sequence if complete else ALL_PAGES
@@ -85,17 +95,18 @@ class Dispatch:
     def ended(self, call: Call, complete: bool) -> None:
         """A call's answer is complete, or came to nothing."""
         with self.lock:
+            call.over = True
             (self.router.finished if complete else self.router.failed)(call.request.id, self.clock())
 
     def _turn(self, names: Sequence[str]) -> str:
         return names[next(self.turns or itertools.count()) % len(names)]
 
 
-def constants(costs: CostModel) -> Constants:
-    """The constants of a cost model: a sweep's, or those that its measured rate stands for."""
-    rate = costs.prefill.per_second
-    if costs.constants or not rate:
-        return costs.constants or Constants(0.0, 0.0, 0.0)
+def constants(costs: CostModel, flops: float) -> Constants:
+    """The constants of a cost model: a sweep's, or those of its measured rate, or of `flops` a second without one."""
+    if costs.constants:
+        return costs.constants
+    rate = costs.prefill.per_second or flops
     return Constants(0.0, costs.linear_flops / rate, costs.attention_flops / rate)
 
 

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from serve.cluster.client import ClusterEngine
 
-# Of a tier that replicas share, each reports all of it.
+# Of a tier that replicas share, each reports all of it. A process's own memory is not shared.
 SHARED = ("tokenzero_tier_pages", "tokenzero_tier_bytes", "tokenzero_tier_open")
 
 
@@ -43,7 +43,8 @@ def total(pages: Iterable[Iterable[Metric]]) -> Iterator[Metric]:
         for sample in metric.samples:
             key = sample.name, tuple(sorted(sample.labels.items()))
             before = summed.get(key, 0.0)
-            summed[key] = max(before, sample.value) if metric.name in SHARED else before + sample.value
+            shared = metric.name in SHARED and sample.labels.get("tier") != "host"
+            summed[key] = max(before, sample.value) if shared else before + sample.value
     for name, metric in found.items():
         one = Metric(name, metric.documentation, metric.type)
         for (sample_name, labels), value in values[name].items():

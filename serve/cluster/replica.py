@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cache.lmdb_env import StoreError
@@ -16,6 +16,8 @@ from serve.cluster.wire import VERSION, Refused, pack_events, unpack
 from serve.engine.inbox import Overloaded
 from serve.engine.request import Event, Failed, Finished, Started
 from serve.engine.runtime import leave_out_torch, set_up_jax
+from serve.engine.sequence import Sequence
+from serve.router.summary import Load
 from serve.server.progress import StartProgress
 from serve.server.threads import in_thread
 
@@ -44,13 +46,17 @@ class EngineReplica:
         except (OSError, StoreError, SystemExit) as error:
             raise ValueError(str(error)) from error
         self.publisher = Publisher(self.engine)
+        self.calls: dict[int, str] = {}  # the routers' ids of requests, by their numbers
         self.token_bytes = token_bytes(self.engine)
         self.engine.start()
         gc.freeze()  # what is loaded stays
         self.taking = asyncio.get_running_loop().create_task(self.take_regularly())
 
-    async def generate(self, packed: bytes, constrained: bool) -> AsyncIterator[bytes]:
-        """The events of one request's answer, one or more in each message; leaving it early cancels the request."""
+    async def generate(self, packed: bytes, constrained: bool, id: str) -> AsyncIterator[bytes]:
+        """The events of one request's answer, one or more in each message; leaving it early cancels the request.
+
+        `id` is the request's in `report`.
+        """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
         try:
@@ -60,6 +66,7 @@ class EngineReplica:
         except (Overloaded, ValueError) as error:
             yield pack_events(Refused(str(error), isinstance(error, Overloaded)))
             return
+        self.calls[number] = id
         try:
             ended = False
             while not ended:
@@ -71,6 +78,7 @@ class EngineReplica:
                 ended = isinstance(batch[-1], Finished | Failed)
                 yield pack_events(batch)
         finally:
+            del self.calls[number]
             self.engine.cancel(number)
 
     async def report(self, after: dict[str, int]) -> Report:
@@ -89,6 +97,7 @@ class EngineReplica:
             costs=Costs.of(engine.cost),
             tiers=tuple(tier.name for tier in engine.core.tiers.pages.tiers) if engine.core.tiers else (),
             pages=self.publisher.since(after.get(self.name, -1)),
+            load=load_of([*engine.waiting, *engine.running], self.calls),
         )
 
     async def metrics(self) -> list[Metric]:
@@ -113,6 +122,13 @@ class EngineReplica:
         if engine := self.__dict__.pop("engine", None):
             self.taking.cancel()
             engine.stop()
+
+
+def load_of(sequences: Collection[Sequence], ids: Mapping[int, str]) -> Load:
+    """The work that sequences stand for; `ids` are those of their requests, by number."""
+    prefills = [each for each in sequences if not each.sampled]
+    named = tuple((ids.get(each.number, str(each.number)), each.computed, each.length) for each in prefills)
+    return Load(named, sum(each.sampled > 0 for each in sequences))
 
 
 def load(config: ClusterConfig) -> tuple[Engine, Constrainer, Identity]:

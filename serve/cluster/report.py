@@ -8,7 +8,9 @@ from types import MappingProxyType
 
 from serve.cost.model import Constants, CostModel, Rate
 from serve.engine.settings import EngineSettings
-from serve.router.summary import Increment, Snapshot
+from serve.router.summary import Increment, Load, Snapshot
+
+NO_LOAD = Load((), 0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Report:
     costs: Costs
     tiers: tuple[str, ...]  # below the device
     pages: Sequence[Increment] | Snapshot  # since the increment that was asked for
+    load: Load = NO_LOAD  # from all ingresses
 
 
 def difference(ours: Mapping[str, object], other: Mapping[str, object]) -> str | None:

@@ -93,10 +93,14 @@ class Router:
         self.index.add(name, pages)
         self.fleet.add(name, costs, places, overtakes)
         self.replicas[name] = Replica(pages, Refit(costs), refits=refit)
-        for tier, token_s in (tiers or {}).items():
-            if tier not in self.stored.pages:
-                self.stored.add(tier, TIER_PAGES)
-            self.reach.setdefault(tier, {})[name] = token_s
+        self._reaches(name, tiers or {})
+
+    def measured(self, name: str, costs: Constants, tiers: Mapping[str, float]) -> None:
+        """A replica has measured itself what its work takes; `costs` and `tiers` as in `add`, which had no `refit`."""
+        if replica := self.replicas.get(name):
+            replica.refit.fitted = replace(replica.refit.fitted, costs=costs)
+            self.fleet.constants[self.fleet.row(name)] = costs
+            self._reaches(name, tiers)
 
     def remove(self, name: str) -> list[str]:
         """Forget a replica that is gone. Returns the ids of the requests that were in flight there."""
@@ -224,6 +228,12 @@ class Router:
             self.fleet.sent(name, request, Prefill(start, stop, now))
         # Own answers whose end is on its way are in both counts.
         self.fleet.rows["decodes"][self.fleet.row(name)] = load.decodes
+
+    def _reaches(self, name: str, tiers: Mapping[str, float]) -> None:
+        for tier, token_s in tiers.items():
+            if tier not in self.stored.pages:
+                self.stored.add(tier, TIER_PAGES)
+            self.reach.setdefault(tier, {})[name] = token_s
 
     def _take(self, name: str, summary: Increment) -> None:
         self.index.insert(name, summary.added)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import socket
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,23 +17,25 @@ from experiments.harness.server import free_port
 from model.config import ModelConfig
 from model.params import Params
 from serve.cluster import deploy
+from serve.cluster.client import ClusterEngine
 from serve.cluster.config import ROUND_ROBIN, ClusterConfig, parse_config
 from serve.cluster.deploy import Impossible, check_equal, check_head, check_installed, check_ours, check_resources
 from serve.cluster.dispatch import Call, Dispatch
 from serve.cluster.figures import total
 from serve.cluster.publisher import Publisher
-from serve.cluster.report import Costs, Identity, Report
+from serve.cluster.replica import load_of
+from serve.cluster.report import NO_LOAD, Costs, Identity, Report
 from serve.cluster.wire import VERSION, Refused, pack, pack_events, unpack, unpack_events
 from serve.cost.model import CostModel, Rate
 from serve.engine.engine import Engine
 from serve.engine.inbox import Overloaded
-from serve.engine.request import Finished, GenerationRequest, Started, TokenEvent
+from serve.engine.request import Event, Finished, GenerationRequest, Started, TokenEvent
 from serve.engine.settings import EngineSettings
 from serve.prompt.grammar import Grammar
 from serve.prompt.masks import make_constrainer
 from serve.prompt.tokenizer import Tokenizer
 from serve.router.request import RoutedRequest
-from serve.router.summary import Increment, Snapshot
+from serve.router.summary import Increment, Load, Snapshot
 from tests.helpers.forced_answers import Script
 from tests.helpers.tiny_engine import SMALL, prompt, tick
 
@@ -39,9 +43,11 @@ CONFIG = ClusterConfig(model="a/model")
 IDENTITY = Identity(VERSION, CONFIG.version, b"weights", b"tokenizer", EngineSettings(100, 1000), 500)
 
 
-def report(name: str, pages: tuple[Increment, ...] | Snapshot = (), **other: object) -> Report:
-    costs = Costs.of(CostModel(1e6, 1e3, Rate(1e9)))
-    return Report(name, replace(IDENTITY, **other), "cpu", 128, 0, 0, 0, (1, 1), costs, ("disk",), pages)
+def report(
+    name: str, pages: tuple[Increment, ...] | Snapshot = (), flops: float = 1e9, load: Load = NO_LOAD, **other: object
+) -> Report:
+    costs = Costs.of(CostModel(1e6, 1e3, Rate(flops)))
+    return Report(name, replace(IDENTITY, **other), "cpu", 128, 0, 0, 0, (1, 1), costs, ("disk",), pages, load)
 
 
 def call(dispatch: Dispatch, id: str, *keys: int) -> Call:
@@ -129,6 +135,93 @@ class TestDispatch:
             dispatch.published(report(name, Snapshot(1, np.arange(4, dtype=np.uint64))))
         assert [dispatch.choose(call(dispatch, str(i), 1), ["b", "a"]) for i in range(4)] == ["a", "b", "a", "b"]
 
+    def test_pages_count_before_any_replica_has_measured_its_speed(self) -> None:
+        dispatch = Dispatch()
+        dispatch.published(report("a", flops=0))
+        dispatch.published(report("b", Snapshot(4, np.arange(1, 9, dtype=np.uint64)), flops=0))
+        assert dispatch.choose(call(dispatch, "1", 1, 2, 3, 4), ["a", "b"]) == "b"
+
+    def test_a_speed_that_is_measured_later_counts(self) -> None:
+        dispatch = Dispatch()
+        for name, flops in (("a", 0), ("b", 0), ("a", 1e9), ("b", 4e9)):
+            dispatch.published(report(name, flops=flops))
+        linear = {name: dispatch.router.replicas[name].refit.fitted.costs.linear for name in ("a", "b")}
+        assert linear == {"a": 1e-3, "b": 0.25e-3}
+        assert dispatch.choose(call(dispatch, "1", 1, 2), ["a", "b"]) == "b"
+
+    def test_what_other_ingresses_send_counts(self) -> None:
+        dispatch = Dispatch()
+        dispatch.published(report("a", load=Load((("other's", 0, 10_000),), 0)))
+        dispatch.published(report("b"))
+        assert dispatch.choose(call(dispatch, "1", 1), ["a", "b"]) == "b"
+        dispatch.published(report("a"))
+        dispatch.published(report("b", load=Load((("1", 0, 74), ("other's", 0, 10_000)), 0)))
+        assert dispatch.choose(call(dispatch, "2", 2), ["a", "b"]) == "a"
+
+    def test_a_call_that_is_cancelled_while_ray_chooses_leaves_nothing(self) -> None:
+        dispatch = Dispatch()
+        dispatch.published(report("a"))
+        cancelled = call(dispatch, "1", 1, 2)
+        dispatch.ended(cancelled, complete=False)
+        assert dispatch.choose(cancelled, ["a"]) == "a"
+        assert not dispatch.router.in_flight
+        assert dispatch.router.fleet.idle("a")
+
+
+class Handle:
+    """A handle to replicas that answer, and refuse if they are named in `full`."""
+
+    def __init__(self, full: tuple[str, ...]) -> None:
+        self.full = full
+
+    def options(self, **options: object) -> Handle:
+        return self
+
+    def remote(self, call: Call, constrained: bool, id: str) -> AsyncGenerator[bytes, None]:
+        name = call.dispatch.choose(call, ["a", "b"])
+
+        async def answer() -> AsyncGenerator[bytes, None]:
+            full = name in self.full
+            yield pack_events(Refused("full", overloaded=True) if full else [Started(9, 4, 0.5, 0.25, {}), DONE])
+
+        return answer()
+
+
+DONE = Finished("stop")
+
+
+class TestClient:
+    @pytest.mark.parametrize("full", [("a",), ("b",), ("a", "b")])
+    def test_a_request_that_one_replica_refuses_is_sent_to_another(self, full: tuple[str, ...]) -> None:
+        dispatch = Dispatch()
+        engine = ClusterEngine(Handle(full), [report("a"), report("b")], dispatch)
+
+        async def events(seed: int) -> list[Event]:
+            return [event async for event in engine.generate(GenerationRequest(prompt(seed, 60), 4))]
+
+        for seed in range(2):
+            if len(full) == 2:
+                with pytest.raises(Overloaded):
+                    asyncio.run(events(seed))
+            else:
+                assert asyncio.run(events(seed))[-1] == DONE
+        assert not dispatch.router.in_flight
+        assert engine.idle
+
+    def test_a_replica_that_computes_something_else_gets_no_request(self, caplog: pytest.LogCaptureFixture) -> None:
+        dispatch = Dispatch()
+        engine = ClusterEngine(Handle(()), [report("a")], dispatch)
+        for _ in range(2):
+            engine.take([report("a"), report("b", fingerprint=b"others")])
+        assert list(dispatch.router.replicas) == list(engine.reports) == ["a"]
+        (said,) = (record.message for record in caplog.records)
+        assert "replica b gets no requests: it differs from this ingress's in fingerprint" in said
+
+
+def test_a_message_may_hold_the_pages_of_a_large_pool() -> None:
+    snapshot = pack_events([Snapshot(1, np.zeros(1_000_000, np.uint64))])
+    assert 4 * 2**20 < len(snapshot) < int(deploy.environment(1, on_gpu=True)[next(iter(deploy.MESSAGES))])
+
 
 class TestPublisher:
     def test_increments_add_up_to_what_is_cached_and_a_gap_is_a_snapshot(
@@ -152,17 +245,29 @@ class TestPublisher:
         for unknown in (-1, 4):
             assert isinstance(publisher.since(unknown), Snapshot)
 
+    def test_a_report_has_the_load_of_all(self, model: tuple[ModelConfig, Params]) -> None:
+        engine = Engine(model[1], model[0], SMALL, b"tiny")
+        first = engine.submit(GenerationRequest(prompt(1, 60), 4), lambda event: None)
+        while not any(each.sampled for each in engine.running):
+            tick(engine)
+        second = engine.submit(GenerationRequest(prompt(2, 50), 4), lambda event: None)
+        engine.receive()
+        load = load_of([*engine.waiting, *engine.running], {first: "one", second: "two"})
+        assert load == Load((("two", 0, 50),), 1)
+
 
 class TestFigures:
     def test_sums_and_what_is_shared(self) -> None:
         def page(count: int, pages: int) -> list:
             tier = GaugeMetricFamily("tokenzero_tier_pages", "Pages", labels=["tier"])
             tier.add_metric(["disk"], pages)
+            tier.add_metric(["host"], pages)
             return [CounterMetricFamily("tokenzero_steps", "Steps", count), tier]
 
         steps, tier = total([page(2, 30), page(5, 31)])
         assert [sample.value for sample in steps.samples] == [7]
-        assert [(sample.labels, sample.value) for sample in tier.samples] == [({"tier": "disk"}, 31)]
+        values = {sample.labels["tier"]: sample.value for sample in tier.samples}
+        assert values == {"disk": 31, "host": 61}, "each process has a memory of its own"
 
 
 class TestBadInput:
