@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,10 @@ def start_ray(config: ClusterConfig) -> None:
     check_installed()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if config.address and has_token():
+    if not config.address and not has_token():
+        # Ray listens on all of this machine's addresses, and unpickles what comes: only its own processes may call.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 

@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
+from moto.server import ThreadedMotoServer
 
 from experiments.harness.client import scrape
 from experiments.harness.server import Server, running_server
@@ -153,3 +155,34 @@ def test_an_ingress_that_is_restarted_knows_what_the_replicas_have(
         other_flags,
     ):
         pass
+
+
+def test_replicas_share_pages_in_a_bucket(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    bucket.start()
+    url = "http://{}:{}".format(*bucket.get_host_and_port())
+    for name, value in {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    httpx.put(f"{url}/pages").raise_for_status()
+    body = ask(long(30, 3000), 4)
+    with cluster(model_folder, tmp_path, "--store", "s3://pages/shared", "--routing", "round-robin") as (_, client):
+        first = post(client, body)
+        time.sleep(3)  # written behind
+        second = post(client, body)
+        assert by_tier(first).get("remote", 0) == 0
+        assert by_tier(second)["remote"] > 2800, "the other replica reads what the first one computed"
+    bucket.stop()
+
+
+def test_who_has_no_token_cannot_call_a_replica(running: tuple[Server, httpx.Client]) -> None:
+    server, _ = running
+    ports = [c.laddr.port for p in engines(server) for c in p.net_connections("tcp") if c.status == "LISTEN"]
+    refused = 0
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as error:
+                call(b"", timeout=5)
+            assert error.value.code() is not grpc.StatusCode.OK
+            refused += error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert refused >= len(engines(server))
