@@ -7,6 +7,7 @@ taken, so that the engine's thread never hashes for it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,19 +59,27 @@ class ListedPages:
 
         A key that came and went in between is in neither.
         """
-        had = self.full.copy()
-        before = short(self.keys)
-        while journal.entries:
-            self._take(journal.entries.popleft())
-        now = short(self.keys)
-        changed = (had != self.full) | (before != now)
-        lost, gained = before[had & changed], now[self.full & changed]
+        entries = [journal.entries.popleft() for _ in range(len(journal.entries))]
+        touched = self._touched(entries)
+        had, before = self.full[touched], short(self.keys[touched])
+        for entry in entries:
+            self._take(entry)
+        has, now = self.full[touched], short(self.keys[touched])
+        changed = (had != has) | (before != now)
+        lost, gained = before[had & changed], now[has & changed]
         # A page may have moved from one place of the pool to another.
         return np.setdiff1d(gained, lost), np.setdiff1d(lost, gained)
 
     def held(self) -> np.ndarray:
         """The first 8 bytes of the key of every page, [pages] uint64."""
         return short(self.keys)[self.full]
+
+    def _touched(self, entries: Sequence[Listed | np.ndarray | None]) -> np.ndarray:
+        """The pages that entries name, [pages] int32: a pool may have a million others."""
+        if any(entry is None for entry in entries):
+            return np.arange(len(self.full), dtype=np.int32)
+        named = [entry.pages if isinstance(entry, Listed) else entry for entry in entries if entry is not None]
+        return np.unique(np.concatenate([np.zeros(0, np.int32), *named]))
 
     def _take(self, entry: Listed | np.ndarray | None) -> None:
         if entry is None:
