@@ -190,7 +190,7 @@ class TestOtherRoutes:
     def test_health_is_ok_and_names_dtype_and_device(self, client: httpx.Client) -> None:
         response = client.get("/health")
         assert response.status_code == 200
-        assert response.json() == {"status": "ok", "dtype": "float32", "device": "cpu"}
+        assert response.json() == {"status": "ok", "dtype": "float32", "device": "cpu", "tp": 1}
 
     def test_ready_counts_the_compiled_shapes(self, client: httpx.Client) -> None:
         response = client.get("/ready")
