@@ -183,7 +183,9 @@ class Router:
         """A request's answer is complete."""
         if sent := self.in_flight.pop(request, None):
             self.fleet.prefilled(sent.choice.replica, request, now)
-            if sent.answering_since is not None:
+            if sent.answering_since is None:
+                self.replicas[sent.choice.replica].refit.spoiled = True  # its work will be missing, its time will not
+            else:
                 self.fleet.answered(sent.choice.replica, now - sent.answering_since)
 
     def failed(self, request: str, now: float) -> None:
