@@ -48,7 +48,7 @@ class Balance:
         self.token_bytes: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # (bytes of a token, tokens)
         self.open: set[str] = set()  # ids of the requests without a first token
         for name in names:
-            self.router.add(name, FIRST_CONSTANTS, MOST_CAPACITY)
+            self.router.add(name, FIRST_CONSTANTS, MOST_CAPACITY, overtakes=False, refit=True)
 
     @property
     def page_size(self) -> int:
@@ -77,21 +77,26 @@ class Balance:
 
     def first_token(self, decision: Decision, usage: Usage, now: float) -> None:
         """Its first token has come, so that its prompt is cached; `usage` is what is known by then."""
-        self.open.discard(decision.request.id)
         self.router.first_token(decision.request.id, now, cached_tokens(decision.request, usage))
-        self.publish(decision.choice.replica, added=decision.request.keys)
+        self.computed(decision, now)
 
     def finished(self, decision: Decision, usage: Usage, now: float) -> None:
         """Its answer is complete."""
         name, request = decision.choice.replica, decision.request
-        if request.id in self.open:
-            self.open.discard(request.id)
-            self.publish(name, added=request.keys)
+        self.computed(decision, now)
         self.router.finished(request.id, now)
         if usage.prompt and decision.prompt.size:
             self.token_bytes.append((decision.prompt.size / usage.prompt, usage.prompt))
         if (cached := cached_tokens(request, usage)) is not None:
             self.holdings[name].learn(decision.ages, min(round(cached / request.page_size), len(request.keys)))
+
+    def computed(self, decision: Decision, now: float) -> None:
+        """A prompt is cached. One that shared its start, and came to nothing, may have had that forgotten."""
+        if decision.request.id in self.open:
+            self.open.discard(decision.request.id)
+            name, keys = decision.choice.replica, decision.request.keys
+            holdings = self.holdings[name]
+            self.publish(name, keys, [] if holdings.has(keys) else holdings.use(keys, now))
 
     def failed(self, decision: Decision, now: float) -> None:
         """It came to nothing: refused, broken off, or cancelled."""

@@ -15,7 +15,7 @@ from serve.proxy.balance import Balance, Decision
 from serve.proxy.health import Health, watch
 from serve.proxy.prefix import Prompt
 from serve.proxy.relay import Usage
-from serve.proxy.upstream import Refused, Upstream, UpstreamFault
+from serve.proxy.upstream import REFUSALS, Upstream, UpstreamFault
 from serve.web.request_status import RequestStatuses
 
 RESPONSE_BYTES = 2**22  # for who gave which response
@@ -64,12 +64,12 @@ class Fleet:
 
     def next(self, prompt: Prompt | None, tried: Collection[str], statuses: RequestStatuses) -> Attempt:
         """Where a request goes next; without a prompt, to where the fewest are. Not all may have been tried."""
-        among = self.candidates(tried)
-        if prompt and prompt.continues:
-            giver = self.responses.get(prompt.continues)
-            among = [member for member in among if member.name == giver] or among
+        if prompt and (giver := self.giver(prompt, tried)):
+            among, replaceable = [giver], False
+        else:
+            among, replaceable = self.candidates(tried), len(tried) + 1 < len(self.members)
         if prompt is None:
-            return Attempt(self, min(among, key=lambda member: member.in_flight))
+            return Attempt(self, min(among, key=lambda member: member.in_flight), replaceable=replaceable)
         decision = self.balance.decide(prompt, [member.name for member in among], time.perf_counter())
         statuses.update(
             prompt.id,
@@ -77,7 +77,13 @@ class Fleet:
             expected_cached_tokens=decision.choice.cached,
             expected_ttft_ms={name: round(ms, 1) for name, ms in decision.expected_ms.items()},
         )
-        return Attempt(self, self.members[decision.choice.replica], decision)
+        return Attempt(self, self.members[decision.choice.replica], decision, replaceable)
+
+    def giver(self, prompt: Prompt, tried: Collection[str]) -> Member | None:
+        """The one upstream that remembers the response which a prompt continues, unless it is out: no other one can."""
+        name = prompt.continues and self.responses.get(prompt.continues)
+        giver = self.members[name] if name and name not in tried else None
+        return None if giver is None or giver.health.state == "out" else giver
 
     async def watch(self, ask: Ask) -> None:
         """Ask those upstreams how they are that need it, until cancelled."""
@@ -85,18 +91,23 @@ class Fleet:
 
 
 class Attempt:
-    """One attempt to have a request answered by one upstream."""
+    """One attempt to have a request answered by one upstream.
 
-    def __init__(self, fleet: Fleet, member: Member, decision: Decision | None = None) -> None:
-        self.fleet, self.member, self.decision = fleet, member, decision
+    `replaceable` says whether another attempt could follow, so that an error need not be forwarded.
+    """
+
+    def __init__(
+        self, fleet: Fleet, member: Member, decision: Decision | None = None, replaceable: bool = False
+    ) -> None:
+        self.fleet, self.member, self.decision, self.replaceable = fleet, member, decision, replaceable
         self.limit = asyncio.timeout(None)
         self.began = time.perf_counter()
-        self.is_broken = False
+        self.is_well = True  # whether the answer, so far, shows that the upstream is
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """While it runs. Its end is told to the router and the health; raises UpstreamFault if the upstream is lost."""
-        member, health, loop = self.member, self.member.health, asyncio.get_running_loop()
+        member, health, since = self.member, self.member.health, asyncio.get_running_loop().time()
         member.in_flight += 1
         member.counts["requests"] += 1
         if self.decision:
@@ -104,14 +115,10 @@ class Attempt:
         try:
             async with self.limit:
                 if self.decision:
-                    health.waiting[self.limit] = loop.time()
+                    health.waiting[self.limit] = since
                 yield
-            if not self.is_broken:
-                health.answered()
-        except Refused as refused:
-            member.counts["refused"] += 1
-            health.refused(loop.time(), refused.retry_after)
-            raise
+            if self.is_well:
+                health.answered(since)
         except UpstreamFault as fault:
             self.broke(fault)
             raise
@@ -142,8 +149,18 @@ class Attempt:
             self.member.counts["cached_tokens"] += usage.cached or 0
             self.fleet.balance.finished(self.decision, usage, time.perf_counter())
 
+    def refused(self, error: int, retry_after: float | None) -> None:
+        """The answer is an error with one of the statuses REFUSALS or FAILURES."""
+        self.is_well = False
+        if error in REFUSALS:
+            self.member.counts["refused"] += 1
+            self.member.health.refused(asyncio.get_running_loop().time(), retry_after)
+        else:
+            self.member.counts["failed"] += 1
+            self.member.health.doubted()
+
     def broke(self, fault: UpstreamFault) -> None:
         """The upstream cannot be reached, or its answer broke off."""
-        self.is_broken = True
+        self.is_well = False
         self.member.counts["failed"] += 1
         self.member.health.failed(asyncio.get_running_loop().time(), fault)

@@ -23,6 +23,7 @@ from serve.proxy.prefix import Prompt, read_prompt
 from serve.proxy.relay import BODILESS, ClientSide, error_event, relay, relay_chat
 from serve.proxy.reports import APIS, Reports
 from serve.proxy.upstream import (
+    FAILURES,
     REFUSALS,
     Refused,
     Upstream,
@@ -31,6 +32,7 @@ from serve.proxy.upstream import (
     faults,
     pieces,
     request_headers,
+    retry_after,
 )
 from serve.rules.body import EditedBody, Unread
 from serve.rules.log import warn_once
@@ -153,29 +155,32 @@ class Proxy:
         while True:
             attempt = self.fleet.next(chat.prompt if chat else None, tried, self.reports.statuses)
             tried.append(attempt.member.name)
-            is_last = len(tried) == len(self.fleet.members)
+            attempt.replaceable &= can_repeat
             try:
                 async with attempt.running():
-                    await self.attempt(
-                        attempt.member.upstream,
-                        request,
-                        content,
-                        uploaded,
-                        client,
-                        attempt,
-                        can_refuse=can_repeat and not is_last,
-                    )
+                    await self.attempt(attempt.member.upstream, request, content, uploaded, client, attempt)
                 return
             except Refused as refused:
                 refusal = refused
+                breaks += refused.error in FAILURES
+                if breaks == MOST_BREAKS:
+                    break
+                log.warning("%s: %s: trying another", attempt.member.name, refused)
             except UpstreamFault as fault:
                 # Connecting harms nobody. A request that has reached two engines before they broke may be the cause.
                 breaks += not fault.unsent
-                if is_last or client.settled or breaks == MOST_BREAKS or not (can_repeat or fault.unsent):
-                    if refusal and not client.begun:
+                if (
+                    len(tried) == len(self.fleet.members)
+                    or client.settled
+                    or breaks == MOST_BREAKS
+                    or not (can_repeat or fault.unsent)
+                ):
+                    if refusal and not client.settled:
                         break
                     raise
                 log.warning("%s: %s: trying another", attempt.member.name, fault)
+        if client.begun and not refusal.is_stream:
+            raise UpstreamFault(502, str(refusal))
         await client.whole(refusal.status, refusal.headers, refusal.body)
 
     async def attempt(
@@ -186,17 +191,18 @@ class Proxy:
         uploaded: asyncio.Event,
         client: ClientSide,
         progress: Attempt | None = None,
-        can_refuse: bool = False,
     ) -> None:
         """Send a request to one upstream and forward the answer.
 
-        Raises UpstreamFault, and with `can_refuse` Refused.
+        Raises UpstreamFault, and Refused where the attempt is replaceable.
         """
         answer = await self.open(upstream, request, content, uploaded)
         try:
-            if can_refuse and answer.status in REFUSALS:
-                body = b"".join([piece async for piece in pieces(answer)])
-                raise Refused(answer.status, end_to_end(answer.headers, b"content-length"), body)
+            if progress and answer.status in (*REFUSALS, *FAILURES):
+                progress.refused(answer.status, retry_after(answer.headers))
+                if progress.replaceable:
+                    body = b"".join([piece async for piece in pieces(answer)])
+                    raise Refused(answer.status, answer.status, end_to_end(answer.headers, b"content-length"), body)
             if isinstance(content, Chat) and answer.status not in BODILESS:
                 await relay_chat(content, answer, client, self.reports, progress)
             else:
@@ -251,7 +257,12 @@ class Proxy:
             except (httpcore.RemoteProtocolError, httpcore.ReadError):
                 if not chat and request.method not in ("GET", "HEAD"):
                     raise
-            return await attempt()
+        try:
+            with faults():
+                return await attempt()
+        except UpstreamFault as fault:
+            fault.unsent = False  # the first time, it was: perhaps that is why nobody listens any more
+            raise
 
 
 async def read_whole(stream: AsyncIterator[bytes]) -> tuple[bytes | bytearray, AsyncIterator[bytes] | None]:
@@ -284,10 +295,9 @@ async def answers_health(pool: httpcore.AsyncConnectionPool, upstream: Upstream)
         scheme=upstream.scheme, host=upstream.host, port=upstream.port, target=upstream.path + b"/health"
     )
     headers = request_headers([], upstream, None)
-    limits = dict.fromkeys(("connect", "read", "write", "pool"), QUESTION_SECONDS)
     try:
         with faults():
-            answer = await pool.request("GET", url, headers=headers, extensions={"timeout": limits})
-    except UpstreamFault:
+            async with asyncio.timeout(QUESTION_SECONDS), pool.stream("GET", url, headers=headers) as answer:
+                return answer.status < 500
+    except (UpstreamFault, TimeoutError):
         return False
-    return answer.status < 500

@@ -28,6 +28,8 @@ class Health:
     state: State = "up"
     until: float = 0.0  # when it is `up` again if it is `refusing`; when it is asked next if it is `out`
     pause: float = 0.0  # before the question after that
+    refused_at: float = float("-inf")
+    is_doubted: bool = False  # whether it is to be asked at once
     waiting: dict[asyncio.Timeout, float] = field(default_factory=dict)  # requests without a token: since when
 
     def is_up(self, now: float) -> bool:
@@ -38,8 +40,10 @@ class Health:
         """How it is taken to be: one that has refused is tried again after a while."""
         return "up" if self.state == "refusing" and now >= self.until else self.state
 
-    def answered(self) -> None:
-        """It has answered a request, or a question."""
+    def answered(self, since: float) -> None:
+        """It has answered a request or question of the time `since`; what is older than a refusal does not end it."""
+        if self.state == "refusing" and since < self.refused_at:
+            return
         if self.state == "out":
             log.warning("%s answers again", self.name)
         self.state = "up"
@@ -47,7 +51,12 @@ class Health:
     def refused(self, now: float, retry_after: float | None) -> None:
         """It has refused a request for now, and perhaps said for how many seconds."""
         least, most = REFUSAL_SECONDS
-        self.state, self.until = "refusing", now + min(least if retry_after is None else retry_after, most)
+        self.state, self.refused_at = "refusing", now
+        self.until = now + min(least if retry_after is None else retry_after, most)
+
+    def doubted(self) -> None:
+        """It has failed at a request. The request may be the cause, so the others only see it asked how it is."""
+        self.is_doubted = True
 
     def failed(self, now: float, why: object) -> None:
         """A request could not reach it, or broke off: it gets no more until it has answered a question."""
@@ -68,17 +77,20 @@ class Health:
         """Whether it is to be asked: it has been out, or silent, for long enough."""
         if self.state == "out":
             return now >= self.until
-        return now >= max(self.until, min(self.waiting.values(), default=now) + PATIENCE_SECONDS) and bool(self.waiting)
+        silent = self.waiting and now >= max(self.until, min(self.waiting.values()) + PATIENCE_SECONDS)
+        return self.is_doubted or bool(silent)
 
     async def question(self, ask: Ask) -> None:
         """Ask how it is, and take the answer."""
+        loop = asyncio.get_running_loop()
+        asked, self.is_doubted = loop.time(), False
         is_well = await ask()
-        now = asyncio.get_running_loop().time()
-        if is_well:
-            self.answered()
-            self.until = now + PATIENCE_SECONDS
-        else:
+        now = loop.time()
+        if not is_well:
             self.lost(now)
+        elif self.state_at(now) != "refusing":
+            self.answered(asked)
+            self.until = now + PATIENCE_SECONDS
 
 
 async def watch(members: Sequence[tuple[Health, Ask]]) -> None:

@@ -31,6 +31,10 @@ class Holdings:
         """The blocks that it is believed to hold."""
         return len(self.used)
 
+    def has(self, keys: np.ndarray) -> bool:
+        """Whether it is believed to hold all of these keys, [blocks] uint64."""
+        return all(key in self.used for key in keys.tolist())
+
     def use(self, keys: np.ndarray, now: float) -> list[int]:
         """A prompt with these keys, [blocks] uint64, goes there. Returns the keys that count as dropped by then."""
         listed = keys.tolist()

@@ -16,8 +16,19 @@ from starlette.types import Message, Send
 from serve.api.answers import Error, ErrorDetail, encode_event
 from serve.api.openai.errors import error_body
 from serve.proxy.chat import Chat
+from serve.proxy.errors import error_status
 from serve.proxy.reports import Reports
-from serve.proxy.upstream import Headers, UpstreamFault, end_to_end, pieces
+from serve.proxy.upstream import (
+    FAILURES,
+    REFUSALS,
+    Headers,
+    Refused,
+    UpstreamFault,
+    end_to_end,
+    is_events,
+    pieces,
+    retry_after,
+)
 from serve.web.headers import APPLIED_HEADER, REPORT_HEADER
 from serve.web.pages import MAX_LISTED_RULES
 from serve.web.timing import server_timing
@@ -25,9 +36,10 @@ from serve.web.timing import server_timing
 log = logging.getLogger("tokenzero.proxy")
 
 BODILESS = (204, 304)  # statuses of answers without a body, even if they have a content-length
-# The first event with text, in any of the three APIs; a chunk that has only a role does not count.
+# The first event with text, in any of the three APIs. A chunk that has only a role does not count, whatever else in it
+# is empty: some engines send it before they begin.
 FIRST_TEXT = re.compile(
-    rb'"content_block_delta"|_text\.delta"|arguments\.delta"|"delta": ?\{(?!"role":"assistant","content":""\})[^}]*"'
+    rb'"content_block_delta"|_text\.delta"|arguments\.delta"|"delta": ?\{[^}]*?"(?!role")\w+": ?(?:"[^"]|\[? ?\{)'
 )
 # Events, or comments, that only keep the connection.
 IS_PINGS = re.compile(rb"(?:event: ?ping\r?\ndata:[^\r\n]*[\r\n]+|:[^\r\n]*[\r\n]+)+")
@@ -92,13 +104,18 @@ class Usage:
 
 
 class Progress(Protocol):
-    """Who wants to know how an answer goes."""
+    """Who wants to know how an answer goes; `replaceable` says whether another could be had in its place."""
+
+    replaceable: bool
 
     def first_token(self, usage: Usage) -> None:
         """The first event with text has arrived; `usage` is what is known by then."""
 
     def used(self, usage: Usage) -> None:
         """The answer is complete."""
+
+    def refused(self, error: int, retry_after: float | None) -> None:
+        """The answer is an error with one of the statuses REFUSALS or FAILURES."""
 
     def broke(self, fault: UpstreamFault) -> None:
         """The answer broke off after its first token."""
@@ -119,16 +136,19 @@ async def relay_chat(
     if chat.applied:
         headers.append((APPLIED_HEADER.encode(), ", ".join(chat.applied[:MAX_LISTED_RULES]).encode()))
     encoded = b"content-encoding" in received
-    kind = received.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    kind = received.get(b"content-type", b"")
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
-    if kind == b"text/event-stream":
+    if is_events(kind):
         await relay_events(chat, answer, start, encoded, client, reports, progress)
         return
     body = b"".join([piece async for piece in pieces(answer)])
-    if kind == b"application/json" and b"content-length" in received and not encoded and not is_json(body):
+    is_json_type = kind.partition(b";")[0].strip().lower() == b"application/json"
+    if is_json_type and b"content-length" in received and not encoded and not is_json(body):
         raise UpstreamFault(502, f"the upstream failed: its {len(body)} bytes, as content-length says, are not JSON")
-    if client.begun:
-        raise UpstreamFault(502, f"the upstream failed: status {answer.status} in place of a stream")
+    if client.begun:  # by the pings of an engine that broke off
+        text = f"the upstream answered with status {answer.status} in place of a stream"
+        await client.body(error_event(chat.path, text, b""), more=False)
+        return
     await client.whole(answer.status, headers, body)
     reports.statuses.update(chat.id, state="done", generated_tokens=generated_tokens(body))
     if progress and answer.status == 200:
@@ -166,6 +186,7 @@ async def relay_events(
             early = waiting and progress is not None
             if early and not IS_PINGS.fullmatch(sent):
                 held += sent
+                refuse(answer, sent, held, progress)
                 continue
             await client.begin(start)
             await client.body(sent if early else held + sent, settles=not early)
@@ -184,8 +205,17 @@ async def relay_events(
         statuses.update(chat.id, state=state, generated_tokens=generated_tokens(counted))
     await client.begin(start)
     await client.body(held + pending, more=False)
-    if progress and state == "done":
+    if progress and state == "done" and answer.status == 200:
         progress.used(usage_in(opened + counted, chat.path))
+
+
+def refuse(answer: httpcore.Response, latest: bytes, events: bytes, progress: Progress | None) -> None:
+    """Raise Refused for an error that another engine might not have, in the latest of the events so far."""
+    error = error_status(latest)
+    if progress and error and error in (*REFUSALS, *FAILURES):
+        progress.refused(error, retry_after(answer.headers))
+        if progress.replaceable:
+            raise Refused(error, answer.status, end_to_end(answer.headers, b"content-length"), events)
 
 
 def usage_in(answer: bytes, route: str) -> Usage:

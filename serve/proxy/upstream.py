@@ -17,6 +17,7 @@ HOP_BY_HOP = frozenset(
     b"upgrade expect".split()
 )
 REFUSALS = (429, 503, 529)  # statuses with which an engine refuses what it could take at another time
+FAILURES = (500, 502, 504)  # statuses with which an engine, or what is before it, says that it has failed
 KEYS = (b"x-api-key", b"authorization")  # the headers with a client's key
 Headers = list[tuple[bytes, bytes]]
 
@@ -75,17 +76,30 @@ class UpstreamFault(Exception):
 
 
 class Refused(Exception):
-    """The engine is well, and refuses the request for now: another one could take it."""
+    """The engine has answered with an error that another one might not have: one of REFUSALS or FAILURES.
 
-    def __init__(self, status: int, headers: Headers, body: bytes) -> None:
-        super().__init__(f"refused with status {status}")
-        self.status, self.headers, self.body = status, headers, body
+    `status`, `headers` and `body` are its answer, which for an error within a stream is the stream so far.
+    """
+
+    def __init__(self, error: int, status: int, headers: Headers, body: bytes) -> None:
+        super().__init__(f"the upstream answered with status {error}")
+        self.error, self.status, self.headers, self.body = error, status, headers, body
 
     @property
-    def retry_after(self) -> float | None:
-        """Seconds after which to ask again, if it says so: https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3."""
-        given = next((value for name, value in self.headers if name.lower() == b"retry-after"), b"").strip()
-        return float(given) if given.isdigit() else None
+    def is_stream(self) -> bool:
+        """Whether the answer has events."""
+        return any(name.lower() == b"content-type" and is_events(value) for name, value in self.headers)
+
+
+def is_events(content_type: bytes) -> bool:
+    """Whether a `content-type` is that of a stream of events."""
+    return content_type.partition(b";")[0].strip().lower() == b"text/event-stream"
+
+
+def retry_after(headers: Headers) -> float | None:
+    """Seconds after which to ask again, if an answer says so: https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3."""
+    given = next((value for name, value in headers if name.lower() == b"retry-after"), b"").strip()
+    return float(given) if given.isdigit() else None
 
 
 def parse_upstream(url: str, rules: frozenset[str], timeout: float, api_key: str | None = None) -> Upstream:

@@ -86,3 +86,27 @@ def test_what_came_to_nothing_is_not_expected_and_what_is_lost_is_not_either() -
     assert clock.decide(text, among=["one"]).choice.cached > 4000
     clock.balance.lost("one")
     assert clock.decide(text, among=["one"]).choice.cached == 0
+
+
+def test_what_another_has_computed_stays_expected_when_one_that_shares_it_comes_to_nothing() -> None:
+    clock = Clock(one=1e-4, two=1e-4)
+    text = "a text " * 3000
+    first, second = (clock.decide(text, among=["one"]) for _ in range(2))
+    for each in (first, second):
+        clock.balance.sent(each, clock.now)
+    clock.balance.failed(first, clock.now)
+    clock.balance.first_token(second, Usage(), clock.now + 1)
+    clock.balance.finished(second, Usage(), clock.now + 1)
+    third = clock.decide(text, among=["one"])
+    assert third.choice.cached > 4000
+    assert len(third.ages) == len(third.request.keys), "what the router expects is what it is believed to hold"
+
+
+def test_a_slow_engine_gets_fewer_prompts() -> None:
+    clock = Clock(one=1e-3, two=4e-3)
+    for n in range(16):
+        clock.ask(f"{n} {'word ' * (500 + 100 * (n % 7))}", among=[BOTH[n % 2]])
+    went = [clock.ask(f"{n} {'word ' * 1000}").choice.replica for n in range(16, 24)]
+    assert set(went) == {"one"}
+    last = clock.decide("another " * 1000)
+    assert 2 < last.expected_ms["two"] / last.expected_ms["one"] < 6

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ import pytest
 
 from serve.proxy.app import create_proxy
 from serve.proxy.cli import ProxyConfig, main, parser
+from serve.proxy.errors import error_status
+from serve.proxy.relay import FIRST_TEXT
 from serve.proxy.upstream import parse_upstream
 from serve.web.flags import read_config
 from tests.helpers.http import Json, ask, encoded, eventually
@@ -214,6 +216,21 @@ class TestChoice:
         for id in ("resp_3", "resp_1", "resp_3"):
             assert respond("resp_4", TEXT, previous_response_id=id) is (other if id == "resp_3" else warm)
 
+    def test_a_response_is_continued_nowhere_else_while_its_engine_refuses(self, fleet: Fleet) -> None:
+        def respond(**more: Any) -> httpx.Response:
+            return fleet.client.post("/v1/responses", json={"model": "m", "input": TEXT} | more)
+
+        for each in fleet.engines:
+            answer = encoded({"id": f"resp_{each.name}", "usage": {"input_tokens": 500}})
+            each.does = lambda c, *_, answer=answer: c.sendall(reply(answer, JSON))
+        name = respond().json()["id"].removeprefix("resp_")
+        fleet.by_name(name).does = lambda c, *_: c.sendall(reply(b"{}", JSON, "retry-after: 9", status="429 Busy"))
+        fleet.other(name).prompts.clear()
+        for _ in range(2):
+            refused = respond(previous_response_id=f"resp_{name}")
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "9")
+        assert not fleet.other(name).prompts
+
     def test_counts_of_tokens_and_other_requests_go_to_any(self, fleet: Fleet) -> None:
         assert fleet.client.get("/v1/models").text in ("one", "two")
         count = fleet.client.post("/v1/messages/count_tokens", json=ask("Hi"))
@@ -360,6 +377,91 @@ class TestBadEngines:
             assert answer.status_code == 502
             assert sum(bool(each.prompts) for each in engines) == 2
 
+    def test_it_breaks_two_at_most_even_if_they_are_gone_then(self) -> None:
+        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+        broken: list[int] = []
+
+        def die(number: int) -> None:
+            """Take a request, and end before it is answered."""
+            with suppress(OSError):
+                connection, _ = listeners[number].accept()
+                listeners[number].close()
+                read = b""
+                while b"Poison" not in read:
+                    read += connection.recv(2**16)
+                broken.append(number)
+                connection.close()
+
+        for number in range(4):
+            threading.Thread(target=die, args=(number,), daemon=True).start()
+        engines = [Engine(f"{n}", url=f"http://127.0.0.1:{each.getsockname()[1]}") for n, each in enumerate(listeners)]
+        with fleet_of(*engines) as fleet:
+            assert fleet.client.post("/v1/messages", json=ask("Poison")).status_code == 502
+        for each in listeners:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        assert len(broken) == 2
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_one_that_fails_is_replaced_and_asked_and_that_costs_others_nothing(
+        self, stream: bool, fleet: Fleet
+    ) -> None:
+        with preferring(fleet) as (bad, good, messages):
+            failing = reply(b'{"error": "CUDA"}', JSON, status="500 Internal Server Error")
+            bad.does = lambda connection, *_: connection.sendall(failing)
+            assert fleet.ask("", stream, messages=messages) == good.name
+            assert fleet.state(bad) == "up"
+            eventually(lambda: "/health" in bad.paths, "it is asked how it is")
+            good.does = bad.does
+            answer = fleet.client.post("/v1/messages", json=ask("Hi", stream=stream))
+            assert (answer.status_code, answer.json()) == (500, {"error": "CUDA"})
+            assert {fleet.state(each) for each in fleet.engines} == {"up"}
+
+    def test_a_refusal_is_not_ended_by_an_answer_that_began_before_it(self, fleet: Fleet) -> None:
+        released = threading.Event()
+
+        def late(connection: socket.socket, head: bytes, body: bytes) -> None:
+            assert released.wait(20)
+            bad.answer(connection, head, body)
+
+        with preferring(fleet) as (bad, good, messages):
+            bad.does = late
+            waiting = threading.Thread(target=fleet.ask, args=("",), kwargs={"messages": messages})
+            waiting.start()
+            eventually(lambda: len(bad.prompts) == 2, "it is at work")
+            bad.does = lambda c, *_: c.sendall(reply(b"{}", JSON, "retry-after: 20", status="503 Busy"))
+            good.does = bad.does
+            assert fleet.client.post("/v1/messages", json=ask("Hi")).status_code == 503
+            assert {fleet.state(each) for each in fleet.engines} == {"refusing"}
+            released.set()
+            waiting.join()
+            assert fleet.state(bad) == "refusing"
+
+    def test_a_question_has_a_limit_however_its_answer_trickles(
+        self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("serve.proxy.health.PATIENCE_SECONDS", 0.1)
+        monkeypatch.setattr("serve.proxy.forward.QUESTION_SECONDS", 0.5)
+        over = threading.Event()
+
+        def trickling(connection: socket.socket, head: bytes, body: bytes) -> None:
+            with suppress(OSError):
+                for byte in b"HTTP/1.1 200 OK\r\n" + b"x-filling: more\r\n" * 50:
+                    connection.sendall(bytes([byte]))
+                    if over.wait(0.1):
+                        break
+
+        def silent(connection: socket.socket, head: bytes, body: bytes) -> None:
+            connection.recv(1)
+
+        with preferring(fleet) as (bad, good, messages):
+            bad.does, bad.health = silent, trickling
+            try:
+                assert fleet.ask("", messages=messages) == good.name
+            finally:
+                over.set()
+
     def test_who_goes_away_leaves_nothing_in_flight(self, fleet: Fleet) -> None:
         gone = threading.Event()
         for each in fleet.engines:
@@ -369,6 +471,90 @@ class TestBadEngines:
         assert gone.wait(20)
         eventually(lambda: all(fleet.metric("in_flight", each) == 0 for each in fleet.engines), "nothing is in flight")
         assert {fleet.state(each) for each in fleet.engines} == {"up"}
+
+
+def event(data: Json) -> bytes:
+    """An event of a stream that is an error."""
+    return f"event: error\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def of_kind(kind: str) -> Json:
+    """An error of the Messages API."""
+    return {"type": "error", "error": {"type": kind, "message": "no"}}
+
+
+class TestErrorsInStreams:
+    """An engine that has begun a stream has only an `error` event left to refuse with."""
+
+    @pytest.mark.parametrize("kind", ["overloaded_error", "api_error"])
+    def test_one_before_the_first_token_is_anothers(self, kind: str, fleet: Fleet) -> None:
+        with preferring(fleet) as (bad, good, messages):
+            refusing = EVENTS + chunk(PING + started({})) + chunk(event(of_kind(kind))) + END
+            bad.does = lambda connection, *_: connection.sendall(refusing)
+            answer = fleet.client.post("/v1/messages", json=ask("", stream=True, messages=messages))
+            assert fleet.named(answer.text) == good.name
+            assert "error" not in answer.text
+            assert fleet.state(bad) == ("refusing" if kind == "overloaded_error" else "up")
+
+    def test_one_that_the_request_has_earned_is_passed_on(self, fleet: Fleet) -> None:
+        with preferring(fleet) as (bad, good, messages):
+            events = started({}) + event(of_kind("invalid_request_error"))
+            bad.does = lambda connection, *_: connection.sendall(EVENTS + chunk(events) + END)
+            answer = fleet.client.post("/v1/messages", json=ask("", stream=True, messages=messages))
+            assert answer.content == events
+            assert not good.prompts
+            assert fleet.state(bad) == "up"
+
+    @pytest.mark.parametrize("before", [b"", PING])
+    def test_where_all_have_one_the_client_gets_the_last(self, before: bytes, fleet: Fleet) -> None:
+        events = (chunk(before) if before else b"") + chunk(started({})) + chunk(event(of_kind("overloaded_error")))
+        for each in fleet.engines:
+            each.does = lambda connection, *_: connection.sendall(EVENTS + events + END)
+        answer = fleet.client.post("/v1/messages", json=ask("Hi", stream=True))
+        assert answer.content.replace(PING, b"") == started({}) + event(of_kind("overloaded_error"))
+        assert {fleet.state(each) for each in fleet.engines} == {"refusing"}
+
+    @pytest.mark.parametrize(
+        ("data", "status"),
+        [
+            (of_kind("overloaded_error"), 529),
+            (of_kind("rate_limit_error"), 429),
+            (of_kind("invalid_request_error"), None),
+            ({"error": {"code": 500, "message": "no", "type": "server_error"}}, 500),
+            ({"error": {"code": 400, "message": "no", "type": "BadRequestError"}}, 400),
+            ({"error": {"object": "error", "message": "no", "type": "InternalServerError"}}, 500),
+            ({"object": "error", "message": "no", "type": "x", "code": 503}, 503),
+            ({"type": "error", "code": "rate_limit_exceeded", "message": "no"}, 429),
+            ({"type": "response.failed", "response": {"error": {"code": "server_error", "message": "no"}}}, 500),
+            ({"type": "response.created", "response": {"error": None}}, None),
+            ({"choices": [{"delta": {"content": '"error": {"code": 500}'}}]}, None),
+        ],
+    )
+    def test_the_status_of_each_engines_errors(self, data: Json, status: int | None) -> None:
+        assert error_status(started({}) + event(data)) == status
+        compact = b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\r\n\r\n"
+        assert error_status(compact) == status
+
+
+class TestFirstToken:
+    @pytest.mark.parametrize(
+        ("delta", "is_text"),
+        [
+            ('{"role":"assistant","content":""}', False),
+            ('{"role":"assistant","content":"","reasoning_content":null,"tool_calls":null}', False),
+            ('{"role":"assistant","content":null}', False),
+            ("{}", False),
+            ('{"role":"assistant","content":"Hi"}', True),
+            ('{"content":"}"}', True),
+            ('{"content":"\\""}', True),
+            ('{"content":"","reasoning_content":"Hm"}', True),
+            ('{"tool_calls":[{"index":0,"id":"a"}]}', True),
+        ],
+    )
+    def test_a_chunk_without_text_is_none(self, delta: str, is_text: bool) -> None:
+        for written in (delta, json.dumps(json.loads(delta))):
+            event = f'data: {{"choices":[{{"index":0,"delta":{written},"finish_reason":null}}]}}\n\n'
+            assert bool(FIRST_TEXT.search(event.encode())) is is_text
 
 
 class TestCommand:
