@@ -19,6 +19,7 @@ from serve.router.summary import Increment
 
 # Of an engine that has not answered yet: 20 ms a request, and 10,000 tokens a second.
 FIRST_CONSTANTS = Constants(fixed=0.02, linear=1e-4, attention=0.0)
+LEAST = 4  # busy periods, after which that is not believed any more: it can be wrong by any factor
 FIRST_TOKEN_BYTES = 4.0
 REMEMBERED = 16  # answers, from which the bytes of a token are taken
 MOST_EXPLAINED = 8  # upstreams whose expected time is reported
@@ -48,7 +49,7 @@ class Balance:
         self.token_bytes: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # (bytes of a token, tokens)
         self.open: set[str] = set()  # ids of the requests without a first token
         for name in names:
-            self.router.add(name, FIRST_CONSTANTS, MOST_CAPACITY, overtakes=False, refit=True)
+            self.router.add(name, FIRST_CONSTANTS, MOST_CAPACITY, overtakes=False, refit=True, least=LEAST)
 
     @property
     def page_size(self) -> int:

@@ -16,7 +16,7 @@ PREFIX = "tokenzero_proxy_"
 COUNTERS = (
     ("requests", "Attempts to have a request answered."),
     ("refused", "Attempts that were refused for now, with 429, 503 or 529."),
-    ("failed", "Attempts that could not connect, broke off or were given up."),
+    ("failed", "Attempts that could not connect, broke off, failed with 500, 502 or 504, or were given up."),
     ("first_tokens", "Streams that have had their first token."),
     ("ttft_ms", "Milliseconds to these first tokens, added up."),
     ("prompt_tokens", "Tokens of prompts, as answers report them."),

@@ -122,9 +122,12 @@ class Fleet:
         self._pass_time(row, now)
         start, stop = self.queue["start"][row, column], self.queue["stop"][row, column]
         cost = self.constants[row].compute_s(start, stop) * self.stretch()[row]
+        left, since = [*self.columns[row].values()], self.queue["since"][row]
+        # Where none overtakes, the next one begins when the oldest ends: no error in the costs adds up in a long queue.
+        is_next = not self.rows["overtakes"][row] and (since[left] >= since[column]).all()
         self.queue["stop"][row, column] = 0
         done = self.rows["done_s"]
-        done[row] = max(0.0, done[row] - cost) if self.columns[row] else 0.0
+        done[row] = max(0.0, done[row] - cost) if left and not is_next else 0.0
 
     def answering(self, name: str) -> None:
         """A replica answers one more request."""

@@ -61,19 +61,19 @@ class Fitted:
 
 
 class Refit:
-    """One replica's latest busy periods, and the constants that explain them."""
+    """One replica's latest busy periods, and the constants that explain them, once there are `least` of them."""
 
-    def __init__(self, prior: Constants) -> None:
-        self.prior = prior
+    def __init__(self, prior: Constants, least: int = LEAST) -> None:
+        self.prior, self.least = prior, least
         self.fitted = Fitted(prior)
         self.work = Work()  # of the busy period so far
         self.began = 0.0  # when it began, seconds
         self.latest: deque[tuple[Work, float]] = deque(maxlen=REMEMBERED)
         self.seen = 0
         self.spoiled = False  # whether prefills of this period waited for a place
-        # Whether a period has ended with nothing left and nothing that decoded beside it. In others, requests may have
-        # waited for a place instead of computing, so these count only until then.
-        self.clean = False
+        # Those that have ended with nothing left and nothing that decoded beside them. In others, requests may have
+        # waited for a place instead of computing, so they count only until there are enough of these.
+        self.clean: deque[tuple[Work, float]] = deque(maxlen=REMEMBERED)
 
     def sent(self, now: float, idle: bool, full: bool = False) -> None:
         """A prefill was sent to the replica, which had none before it if `idle`, and no place for it if `full`."""
@@ -88,17 +88,18 @@ class Refit:
             return False
         work, seconds, spoiled = self.work, now - self.began, self.spoiled
         self.work, self.began, self.spoiled = Work(), now, False
-        clean = idle and not work.each
-        if seconds <= 0 or spoiled or (self.clean and not clean):
+        if seconds <= 0 or spoiled:
             return False
-        if clean and not self.clean:
-            self.latest.clear()
-        self.clean = self.clean or clean
         self.latest.append((work, seconds))
-        self.seen += 1
-        if len(self.latest) < LEAST or self.seen % EVERY:
+        if idle and not work.each:
+            self.clean.append((work, seconds))
+        elif len(self.clean) >= self.least:
             return False
-        self.fitted = fit(self.prior, without_waits(self.prior, list(self.latest)))
+        self.seen += 1
+        samples = self.clean if len(self.clean) >= self.least else self.latest
+        if len(samples) < self.least or self.seen % EVERY:
+            return False
+        self.fitted = fit(self.prior, without_waits(self.prior, list(samples)))
         return True
 
 

@@ -12,7 +12,7 @@ from serve.cost.model import Constants, weighted_median
 from serve.router.choice import Choice, Tier, choose
 from serve.router.fleet import NO_PAGE, Fleet, Prefill
 from serve.router.index import PrefixIndex
-from serve.router.refit import Refit
+from serve.router.refit import LEAST, Refit
 from serve.router.request import RoutedRequest
 from serve.router.summary import Increment, Load, Snapshot
 
@@ -83,16 +83,18 @@ class Router:
         places: float = float("inf"),
         overtakes: bool = True,
         refit: bool = False,
+        least: int = LEAST,
     ) -> None:
         """A replica with room for `pages` in its cache, and for `places` requests that run at once.
 
-        `costs` are what its work is expected to take; with `refit`, until it has been measured. `tiers` are the seconds
-        a token to read from each tier that it reaches; replicas that name the same tier share it. `overtakes` says
-        whether a short prefill passes a long one there, as in this engine. Raises ValueError for a name that is there.
+        `costs` are what its work is expected to take; with `refit`, until `least` busy periods were measured. `tiers`
+        are the seconds a token to read from each tier that it reaches; replicas that name the same tier share it.
+        `overtakes` says whether a short prefill passes a long one there, as in this engine. Raises ValueError for a
+        name that is there.
         """
         self.index.add(name, pages)
         self.fleet.add(name, costs, places, overtakes)
-        self.replicas[name] = Replica(pages, Refit(costs), refits=refit)
+        self.replicas[name] = Replica(pages, Refit(costs, least), refits=refit)
         self._reaches(name, tiers or {})
 
     def measured(self, name: str, costs: Constants, tiers: Mapping[str, float]) -> None:

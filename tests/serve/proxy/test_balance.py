@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 from serve.proxy.balance import Balance, Decision
 from serve.proxy.prefix import BLOCK_BYTES, Prompt, chain_keys
 from serve.proxy.relay import Usage
@@ -110,3 +112,36 @@ def test_a_slow_engine_gets_fewer_prompts() -> None:
     assert set(went) == {"one"}
     last = clock.decide("another " * 1000)
     assert 2 < last.expected_ms["two"] / last.expected_ms["one"] < 6
+
+
+def shares_under_load(requests: int, gap_s: float, **token_s: float) -> dict[str, float]:
+    """The share of the latter half of new prompts, one each `gap_s`, at each engine; an engine takes one after another.
+
+    Times to the first token are the only thing that tells the engines apart.
+    """
+    balance, free = Balance(list(token_s)), dict.fromkeys(token_s, 0.0)
+    pending: list[tuple[float, int, Decision]] = []
+    went: list[str] = []
+    for number in range(requests):
+        now = number * gap_s
+        while pending and pending[0][0] <= now:
+            at, _, done = heapq.heappop(pending)
+            balance.first_token(done, Usage(), at)
+            balance.finished(done, Usage(), at)
+        decision = balance.decide(prompt_of(f"{number} {'word ' * (500 + 100 * (number % 7))}", number), BOTH, now)
+        balance.sent(decision, now)
+        name = decision.choice.replica
+        free[name] = max(now, free[name]) + 0.02 + decision.request.tokens * token_s[name]
+        heapq.heappush(pending, (free[name], number, decision))
+        went.append(name)
+    late = went[requests // 2 :]
+    return {name: late.count(name) / len(late) for name in token_s}
+
+
+def test_an_engine_that_is_four_times_slower_gets_its_share_and_no_more() -> None:
+    # A prompt takes the fast engine 1.02 s and the slow one 4 s: together, they can do one each 0.81 s.
+    shares = shares_under_load(300, 0.85, one=1e-3, two=4e-3)
+    assert 0.1 < shares["two"] < 0.25
+    # At a quarter of that load the fast one has time for nearly all.
+    assert shares_under_load(300, 4.0, one=1e-3, two=4e-3)["two"] < 0.05
+    assert 0.4 < shares_under_load(300, 0.6, one=1e-3, two=1e-3)["two"] < 0.6
