@@ -2,7 +2,8 @@
 
 Agent sessions run at the same time, each turn after the answer to the one before; at the last turn, each sends a few
 sub-agents at once, whose prompts begin as their session does. What the engines found cached, by their own usage, and
-TTFT are compared. With `--kill`, one engine is killed once half of the turns are answered, and what that costs is
+TTFT are compared. A first run of each arm warms the engines and is left out; then the arms take turns, each first in
+every other round. With `--kill`, one engine is killed once half of the turns are answered, and what that costs is
 counted. `--engines` names two of `ours` and `llama.cpp`, which needs the `foreign` extra.
 """
 
@@ -51,8 +52,13 @@ class Outcome:
 
 
 @contextmanager
-def engines(names: Sequence[str], model: Path, flags: Sequence[str] = OURS) -> Iterator[list[Server]]:
-    """The engines, each a process on the same model. Raises ValueError for a name that is unknown."""
+def engines(
+    names: Sequence[str], model: Path, flags: Sequence[str] = OURS, compiled: bool = False
+) -> Iterator[list[Server]]:
+    """The engines, each a process on the same model, `compiled` where it can be.
+
+    Raises ValueError for a name that is unknown.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if "llama.cpp" in names:
@@ -60,7 +66,7 @@ def engines(names: Sequence[str], model: Path, flags: Sequence[str] = OURS) -> I
         started = []
         for name in names:
             if name == "ours":
-                started.append(stack.enter_context(running_server(model, *flags)))
+                started.append(stack.enter_context(running_server(model, *flags, compiled=compiled)))
             elif name == "llama.cpp":
                 started.append(stack.enter_context(running_server(folder / "model.gguf", program=llama_server.PROGRAM)))
             else:
@@ -130,6 +136,12 @@ def figures(way: str, outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def median_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure of an arm."""
+    named = {"round": "median", "way": rows[0]["way"]}
+    return named | {name: median(row[name] for row in rows) for name in rows[0] if name not in named}
+
+
 def round_robin(servers: Sequence[Server]) -> Choose:
     """Each engine in turn."""
     turn = itertools.cycle(server.url for server in servers)
@@ -163,10 +175,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.upstreams", description=__doc__)
     parser.add_argument("--engines", nargs=2, default=["ours", "ours"], choices=["ours", "llama.cpp"])
     parser.add_argument("--model", type=Path, default=MODEL, help="a checkpoint; the demo model is made if missing")
-    parser.add_argument("--sessions", type=int, default=6, help="at once (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=6, help="of each session (default: %(default)s)")
+    parser.add_argument("--sessions", type=int, default=4, help="at once (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=4, help="of each session (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=0.05, help="of a client's own prompt (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="of both arms (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="of both arms, after one that is left out (default: %(default)s)"
+    )
     parser.add_argument("--kill", action="store_true", help="kill the first engine in a last arm")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: %(default)s)")
     args = parser.parse_args()
@@ -175,20 +189,23 @@ def main() -> None:
     if not args.model.exists():
         write_demo_model(args.model)
     rows: list[dict[str, Any]] = []
-    with engines(args.engines, args.model) as servers, proxy_before(servers, args.model) as proxy:
-        for number in range(args.rounds):
-            for way, choose in (("round robin", round_robin(servers)), ("proxy", lambda: proxy.url)):
-                seed = 1000 * (1 + len(rows))
-                outcome = run(choose, seed, args.sessions, args.turns, args.scale)
-                rows.append({"round": number} | figures(way, outcome))
+    seeds = itertools.count(1000, 1000)
+    with engines(args.engines, args.model, compiled=True) as servers, proxy_before(servers, args.model) as proxy:
+        arms: list[tuple[str, Choose]] = [("round robin", round_robin(servers)), ("proxy", lambda: proxy.url)]
+        for number in range(args.rounds + 1):
+            for way, choose in arms if number % 2 else reversed(arms):
+                outcome = run(choose, next(seeds), args.sessions, args.turns, args.scale)
+                if number:
+                    rows.append({"round": number} | figures(way, outcome))
         if args.kill:
-            outcome = killed(servers, proxy, args, 1000 * (1 + len(rows)))
-            rows.append({"round": args.rounds} | figures("proxy, one engine killed", outcome))
+            outcome = killed(servers, proxy, args, next(seeds))
+            rows.append({"round": args.rounds + 1} | figures("proxy, one engine killed", outcome))
+    medians = [median_of([row for row in rows if row["way"] == way]) for way, _ in arms]
     table = make_table(rows[0], words={"way"})
-    for row in rows:
+    for row in [*rows, *medians]:
         table.add_row(*map(str, row.values()))
     Console().print(table)
-    write_json(args.out, {"engines": args.engines, "rows": rows} | provenance(), indent=1)
+    write_json(args.out, {"engines": args.engines, "rows": rows, "medians": medians} | provenance(), indent=1)
 
 
 if __name__ == "__main__":

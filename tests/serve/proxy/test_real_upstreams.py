@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from experiments.bench.upstreams import engines, figures, proxy_before, round_robin, run
+from experiments.harness import llama_server
 from experiments.harness.server import Server
 
 SESSIONS, TURNS, SCALE = 3, 3, 0.01
@@ -52,3 +54,15 @@ def test_sessions_stay_warm_and_go_on_at_the_other_engine_when_one_is_killed(sta
     assert len(outcome.failures) <= SESSIONS
     states = httpx.get(f"{proxy.url}/health").json()["upstreams"]
     assert [states[server.url] for server in servers] == ["out", "up"]
+
+
+@pytest.mark.skipif(bool(llama_server.missing()), reason="needs the foreign extra")
+def test_an_engine_that_is_not_ours_shares_the_work_with_one_that_is(model_folder: Path) -> None:
+    with engines(["ours", "llama.cpp"], model_folder, FLAGS) as servers, proxy_before(servers, model_folder) as proxy:
+        spread = figures("", run(round_robin(servers), 1000, 2, TURNS, SCALE))
+        outcome = run(lambda: proxy.url, 2000, 2, TURNS, SCALE)
+        assert not outcome.failures
+        assert figures("", outcome)["cached_share"] > spread["cached_share"]
+        page = httpx.get(f"{proxy.url}/metrics").text
+        assert re.findall(r"^tokenzero_proxy_in_flight\S* (\d+)$", page, re.M) == ["0", "0"]
+        assert set(httpx.get(f"{proxy.url}/health").json()["upstreams"].values()) == {"up"}
