@@ -29,11 +29,17 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
     safetensors or Orbax, with layers stacked or unstacked. End-of-sequence ids and the context limit do not change KV
     and are left out. Every bit of every weight enters, through a 64-bit hash per array and layer that takes one pass
     over the device's memory, by a kernel on CPUs. That hash distinguishes checkpoints, but it does not protect against
-    deliberately colliding weights, as BLAKE2b over all bytes on the host would. Raises ValueError for packed weights.
+    deliberately colliding weights, as BLAKE2b over all bytes on the host would. Raises ValueError for packed weights
+    and for those that `sharding.divide_groups` has divided.
     """
     if isinstance(params.layers, PackedLayers):
         raise ValueError(
             "params.layers is a PackedLayers, expected a Layer or a tuple of them: call it before `arranged`"
+        )
+    qkv = (params.layers[0] if isinstance(params.layers, tuple) else params.layers).qkv
+    if qkv.shape[-4] != config.num_kv_heads:
+        raise ValueError(
+            f"qkv has {qkv.shape[-4]} KV heads, expected {config.num_kv_heads}: call it before `shard_params`"
         )
     if isinstance(params.layers, tuple):
         apart = [jax.tree.map(_hash, layer) for layer in params.layers]

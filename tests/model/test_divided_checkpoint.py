@@ -58,12 +58,14 @@ for devices in (2, 4):
         wrong.append(f"{devices}: one device has {on_one} bytes")
 divided = shard_params(whole, make_mesh(config, 4))
 if divided.layers.qkv.shape != whole.layers.qkv.shape:
-    try:
-        checkpoint.save_orbax(converted.with_name("divided"), config, divided)
-        wrong.append("what cannot be restored is saved")
-    except ValueError as refused:
-        if "save before `shard_params`" not in str(refused):
-            wrong.append(str(refused))
+    save = lambda: checkpoint.save_orbax(converted.with_name("divided"), config, divided)
+    for refused in (save, lambda: checkpoint.fingerprint(config, divided)):
+        try:
+            refused()
+            wrong.append("what cannot be restored is saved, or has a name of its own")
+        except ValueError as error:
+            if "before `shard_params`" not in str(error):
+                wrong.append(str(error))
 print(json.dumps(wrong))
 """
 
