@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.cluster.report import Report
+from serve.cluster.speed import Speed, expected_flops
 from serve.cost.model import Constants, CostModel
 from serve.router.request import RoutedRequest
 from serve.router.router import Router
 
-# FLOPs a second, assumed until a replica has measured its own: what is cached counts from the first request on.
-EXPECTED_FLOPS = 1e12
+# Seconds that a request takes besides its tokens: its way through Ray, and a step. Smaller differences are none.
+REQUEST_S = 0.005
 ALL_PAGES = -1  # the increment that a router knows which knows nothing: the replica sends a snapshot
 
 
@@ -45,7 +46,8 @@ class Dispatch:
         """`round_robin` ignores what the replicas have, for comparisons."""
         self.clock, self.lock, self.router = clock, threading.Lock(), Router()
         self.known: dict[str, int] = {}  # the latest increment of each replica's pages
-        self.flops = EXPECTED_FLOPS  # a second, by the latest report of a replica that has measured it
+        self.reports: dict[str, Report] = {}  # the latest of each replica
+        self.speeds: dict[str, Speed] = {}  # as each replica has measured it
         self.turns = itertools.count() if round_robin else None
 
     def choose(self, call: Call, names: Sequence[str]) -> str:
@@ -56,7 +58,8 @@ class Dispatch:
         with self.lock:
             for gone in self.router.replicas.keys() - set(names):
                 self.router.remove(gone)
-                self.known.pop(gone, None)
+                for kept in (self.known, self.reports, self.speeds):
+                    kept.pop(gone, None)
             if call.tried:
                 self.router.failed(call.request.id, self.clock())
             fresh = [name for name in names if name not in call.tried] or names
@@ -73,16 +76,22 @@ class Dispatch:
 
     def published(self, report: Report) -> None:
         """Take note of a replica's report."""
-        model, name, sizes = report.costs.model, report.name, report.identity.settings
+        name, sizes = report.name, report.identity.settings
         with self.lock:
-            self.flops = model.prefill.per_second or self.flops
-            costs, tiers = constants(model, self.flops), seconds_a_token(report)
-            if name in self.router.replicas:
-                self.router.measured(name, costs, tiers)
-            else:
-                self.router.add(name, costs, sizes.num_pages, tiers, places=sizes.max_num_seqs)
+            now, speed = self.clock(), (report.costs.prefill, report.costs.chunks)
+            self.reports[name] = report
+            self.speeds[name] = self.speeds[name].again(*speed, now) if name in self.speeds else Speed(*speed, now)
+            flops = expected_flops(self.speeds, now)
+            new = name not in self.router.replicas
+            if new:
+                costs = constants(report.costs.model, flops[name])
+                self.router.add(name, costs, sizes.num_pages, places=sizes.max_num_seqs)
                 self.known[name] = ALL_PAGES
-            self.router.loaded(name, report.load, self.clock())
+            # A new replica's speed counts for the others as well; what else is measured waits for their own reports.
+            for each in self.reports if new else (name,):
+                model = self.reports[each].costs.model
+                self.router.measured(each, constants(model, flops[each]), seconds_a_token(self.reports[each]))
+            self.router.loaded(name, report.load, now)
             for summary in report.pages if isinstance(report.pages, Sequence) else (report.pages,):
                 complete = self.router.published(name, summary)
                 self.known[name] = summary.sequence if complete else ALL_PAGES
@@ -103,11 +112,10 @@ class Dispatch:
 
 
 def constants(costs: CostModel, flops: float) -> Constants:
-    """The constants of a cost model: a sweep's, or those of its measured rate, or of `flops` a second without one."""
+    """The constants of a cost model: a sweep's, or those of `flops` a second."""
     if costs.constants:
         return costs.constants
-    rate = costs.prefill.per_second or flops
-    return Constants(0.0, costs.linear_flops / rate, costs.attention_flops / rate)
+    return Constants(REQUEST_S, costs.linear_flops / flops, costs.attention_flops / flops)
 
 
 def seconds_a_token(report: Report) -> dict[str, float]:

@@ -32,6 +32,7 @@ class Costs:
     linear_flops: float
     attention_flops: float
     prefill: float  # FLOPs a second; 0 until measured
+    chunks: int  # that this is the median of
     reads: dict[str, float]  # bytes a second, by tier
     constants: Constants | None
 
@@ -39,7 +40,8 @@ class Costs:
     def of(cls, model: CostModel) -> Costs:
         """A cost model's values."""
         reads = {tier: rate.per_second for tier, rate in model.reads.items()}
-        return cls(model.linear_flops, model.attention_flops, model.prefill.per_second, reads, model.constants)
+        prefill, chunks = model.prefill.per_second, len(model.prefill.latest)
+        return cls(model.linear_flops, model.attention_flops, prefill, chunks, reads, model.constants)
 
     @property
     def model(self) -> CostModel:

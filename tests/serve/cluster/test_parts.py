@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import pickle
 import socket
 from collections.abc import AsyncGenerator
@@ -25,6 +26,7 @@ from serve.cluster.figures import total
 from serve.cluster.publisher import Publisher
 from serve.cluster.replica import load_of
 from serve.cluster.report import NO_LOAD, Costs, Identity, Report
+from serve.cluster.speed import Speed, expected_flops
 from serve.cluster.wire import VERSION, Refused, pack, pack_events, unpack, unpack_events
 from serve.cost.model import CostModel, Rate
 from serve.engine.engine import Engine
@@ -44,9 +46,14 @@ IDENTITY = Identity(VERSION, CONFIG.version, b"weights", b"tokenizer", EngineSet
 
 
 def report(
-    name: str, pages: tuple[Increment, ...] | Snapshot = (), flops: float = 1e9, load: Load = NO_LOAD, **other: object
+    name: str,
+    pages: tuple[Increment, ...] | Snapshot = (),
+    flops: float = 1e9,
+    chunks: int = 1,
+    load: Load = NO_LOAD,
+    **other: object,
 ) -> Report:
-    costs = Costs.of(CostModel(1e6, 1e3, Rate(flops)))
+    costs = replace(Costs.of(CostModel(1e6, 1e3, Rate(flops))), chunks=chunks)
     return Report(name, replace(IDENTITY, **other), "cpu", 128, 0, 0, 0, (1, 1), costs, ("disk",), pages, load)
 
 
@@ -143,10 +150,11 @@ class TestDispatch:
 
     def test_a_speed_that_is_measured_later_counts(self) -> None:
         dispatch = Dispatch()
-        for name, flops in (("a", 0), ("b", 0), ("a", 1e9), ("b", 4e9)):
-            dispatch.published(report(name, flops=flops))
+        for flops, chunks in ((0, 0), (1e9, 1), (1e9, 16), (1e9, 16)):
+            dispatch.published(report("a", flops=flops, chunks=chunks))
+            dispatch.published(report("b", flops=4 * flops, chunks=chunks))
         linear = {name: dispatch.router.replicas[name].refit.fitted.costs.linear for name in ("a", "b")}
-        assert linear == {"a": 1e-3, "b": 0.25e-3}
+        assert 1.9 < linear["a"] / linear["b"] < 4
         assert dispatch.choose(call(dispatch, "1", 1, 2), ["a", "b"]) == "b"
 
     def test_what_other_ingresses_send_counts(self) -> None:
@@ -221,6 +229,31 @@ class TestClient:
 def test_a_message_may_hold_the_pages_of_a_large_pool() -> None:
     snapshot = pack_events([Snapshot(1, np.zeros(1_000_000, np.uint64))])
     assert 4 * 2**20 < len(snapshot) < int(deploy.environment(1, on_gpu=True)[next(iter(deploy.MESSAGES))])
+
+
+class TestSpeed:
+    def test_the_first_chunks_of_equal_replicas_do_not_part_them(self) -> None:
+        # Measured on two busy cores, by four equal replicas that had timed one chunk each.
+        rates = {"a": 16e9, "b": 9e9, "c": 6e9, "d": 4e9}
+        speeds = expected_flops({name: Speed(rate, 1, 0.0) for name, rate in rates.items()}, now=1.0)
+        assert max(speeds.values()) < 1.1 * min(speeds.values())
+        dispatch = Dispatch(clock=itertools.count(0, 0.02).__next__)
+        for name, rate in rates.items():
+            dispatch.published(report(name, flops=rate, chunks=1))
+        talks = [call(dispatch, str(number), *range(100 * number, 100 * number + 36)) for number in range(8)]
+        chosen = sorted(dispatch.choose(talk, "abcd") for talk in talks)
+        assert chosen == sorted("abcd" * 2), "sessions that share nothing at once: two on each"
+
+    def test_a_replica_that_is_slower_for_long_is_slower(self) -> None:
+        measured = {"a": Speed(1e9, 16, 0.0), "b": Speed(1e9, 16, 0.0), "slow": Speed(0.25e9, 16, 0.0)}
+        assert expected_flops(measured, now=0.0)["slow"] == pytest.approx(0.5e9)
+        # Without requests it measures nothing: what it has measured wears off, so that it is tried again.
+        assert expected_flops(measured, now=600.0)["slow"] == pytest.approx(1e9, rel=0.01)
+
+    def test_a_speed_is_as_old_as_its_measurement(self) -> None:
+        speed = Speed(1e9, 3, 5.0)
+        assert speed.again(1e9, 3, 8.0).since == 5.0
+        assert speed.again(1e9, 4, 8.0).since == 8.0
 
 
 class TestPublisher:

@@ -1,0 +1,43 @@
+"""How fast each replica computes: by its own measurements, drawn to what all of them have measured.
+
+A replica that starts has timed one chunk, while everything else starts, too: of four equal ones, measured on two cores,
+one counted as four times as fast as another, got all the requests, and the others had no chance to measure again. So a
+replica's own measurements count as they are many and recent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from serve.cost.model import weighted_median
+
+EXPECTED = 2e10  # FLOPs a second, assumed of all replicas until one has measured its own
+SHARED_CHUNKS = 16  # a replica's own measurements count for half when they are so many
+HALF_LIFE_S = 60.0  # after which measurements count for half as many
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a replica has measured last."""
+
+    flops: float  # a second; 0 until measured
+    chunks: int  # that this is the median of
+    since: float  # when it was measured, seconds
+
+    def again(self, flops: float, chunks: int, now: float) -> Speed:
+        """The same after a report, which may tell nothing new."""
+        return self if (flops, chunks) == (self.flops, self.chunks) else Speed(flops, chunks, now)
+
+
+def expected_flops(measured: Mapping[str, Speed], now: float) -> dict[str, float]:
+    """FLOPs a second to expect of each replica."""
+    weights = {
+        name: each.chunks * 0.5 ** min(64.0, (now - each.since) / HALF_LIFE_S) for name, each in measured.items()
+    }
+    known = [(each.flops, weights[name]) for name, each in measured.items() if each.flops]
+    common = weighted_median(known) if known else EXPECTED
+    return {
+        name: common * ((each.flops or common) / common) ** (weights[name] / (weights[name] + SHARED_CHUNKS))
+        for name, each in measured.items()
+    }
