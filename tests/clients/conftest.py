@@ -100,12 +100,13 @@ def dispatching_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 @contextmanager
-def scripted_server(folder: Path, *flags: str) -> Iterator[Server]:
-    """A server with the answers of `tests.helpers.scripts`, its model and its log in a folder."""
+def scripted_server(folder: Path, *flags: str, command: tuple[str, ...] = ()) -> Iterator[Server]:
+    """A server with the answers of `tests.helpers.scripts`, its model and its log in a folder; `command` as serve's."""
     model, log = folder / "model", folder / "server.log"
     write_demo_model(model, config=MODEL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        with running_server(model, *FLAGS, *flags, log=log, program=("-m", "tests.helpers.scripted_process")) as server:
+        program = ("-m", "tests.helpers.scripted_process", *command)
+        with running_server(model, *FLAGS, *flags, log=log, program=program) as server:
             yield server
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]

@@ -12,12 +12,12 @@ from functools import partial
 import serve.__main__
 import serve.server.context
 from serve.api.messages import MessagesRequest, TextBlock
-from serve.engine.engine import Engine
 from serve.engine.request import Constraint
 from serve.prompt.conversation import blocks, joined
 from serve.prompt.tokenizer import Tokenizer
 from serve.server.config import ServerConfig
 from serve.server.context import ServerContext, grammar_constraints
+from serve.server.engine_client import EngineClient
 from serve.server.metrics import ServerMetrics
 from tests.helpers import scripts
 from tests.helpers.forced_answers import Script
@@ -54,7 +54,7 @@ def spell(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def scripted(
     make_context: Callable[..., ServerContext],
-    engine: Engine,
+    engine: EngineClient,
     tokenizer: Tokenizer,
     stop_ids: Collection[int],
     config: ServerConfig,
@@ -69,7 +69,7 @@ def scripted(
         if forced or (request.output_config and request.output_config.format):
             return grammars(request, thinking_opened)
         tokens = [*spell(answer_to(request), tokenizer), tokenizer.hf.eos_token_id]
-        return Script(tokens, engine.config.vocab_size)
+        return Script(tokens, engine.vocab_size)
 
     return make_context(engine, tokenizer, stop_ids, config, constrain=constrain)
 
