@@ -91,7 +91,7 @@ def ingress(
 
     reports = deploy.first_reports(handle)
     deploy.check_ours(reports[0].identity, config, identity(text.tokenizer.hf))
-    engine = ClusterEngine(handle, reports, Dispatch(config.routing == ROUND_ROBIN), begin, end)
+    engine = ClusterEngine(handle, reports, Dispatch(config.routing == ROUND_ROBIN), begin, end, deploy.head_answers)
     context = make_context(engine, text.tokenizer, text.stop_ids, config)
     context.metrics.registry.register(ClusterCollector(engine))
     return create_app(context)

@@ -30,6 +30,7 @@ REPORT_TIMEOUT = 10.0
 STALE_SECONDS = 60.0  # without any report, after which the cluster counts as gone
 ATTEMPTS = 3  # replicas that a request is sent to before it fails, until its first token
 LOST = "the replica that computed this answer has ended: send the request again"
+GONE = "no replica answers, and Ray's head does not either: start it again, and this command"
 
 
 class ClusterEngine:
@@ -42,10 +43,12 @@ class ClusterEngine:
         dispatch: Dispatch,
         begin: Callable[[], object] = lambda: None,
         end: Callable[[], object] = lambda: None,
+        head_answers: Callable[[], bool] = lambda: True,
     ) -> None:
         """`handle`: a DeploymentHandle; `reports`: a first one of each replica, which agree in what they are.
 
-        `begin` is called on the event loop when the server starts, `end` on a thread when it has stopped.
+        `begin` is called on the event loop when the server starts, `end` on a thread when it has stopped, and
+        `head_answers` on a thread while no replica reports.
         """
         first = reports[0]
         self.settings: EngineSettings = first.identity.settings
@@ -53,8 +56,10 @@ class ClusterEngine:
         self.device, self.identity = first.device, first.identity
         self.calls = handle.options(method_name="generate", stream=True, **TRANSPORT)
         self.handle, self.dispatch = handle.options(**TRANSPORT), dispatch
-        self.begin, self.end = begin, end
+        self.begin, self.end, self.head_answers = begin, end, head_answers
         self.in_flight = 0
+        self.messages: set[asyncio.Task[bytes]] = set()  # that are on their way
+        self.gone = False  # whether Ray's head does not answer
         self.others: set[str] = set()  # replicas of another model, format or version
         self.reports: Mapping[str, Report] = {}
         self.take(reports)
@@ -74,14 +79,17 @@ class ClusterEngine:
 
     async def generate(self, request: GenerationRequest, waiting_s: float | None = None) -> AsyncGenerator[Event, None]:
         """See EngineClient. A request is sent to another replica if its queue is full, or if it ends before a token."""
+        if not self.alive:
+            raise Overloaded(GONE)
         call = await asyncio.to_thread(self.call, request)
         self.in_flight += 1
-        started = ended = False
+        sent = started = ended = False
         try:
             while not ended:
                 try:
                     async with aclosing(self.attempt(call, waiting_s)) as events:
                         async for event in events:
+                            sent = True
                             if isinstance(event, Started):
                                 started = True
                                 self.dispatch.first_token(call, event.reused_tokens)
@@ -94,17 +102,19 @@ class ClusterEngine:
                     raise
                 except Exception as error:  # Ray's, of many kinds
                     log.warning("replica %s: %s: %.300s", call.tried[-1:], type(error).__name__, error)
-                    if started or len(call.tried) >= ATTEMPTS:
+                    if not (self.alive or sent):
+                        raise Overloaded(GONE) from error
+                    if started or len(call.tried) >= ATTEMPTS or not self.alive:
                         ended = True
-                        yield Failed(LOST)
+                        yield Failed(LOST if self.alive else GONE)
         finally:
             self.in_flight -= 1
             self.dispatch.ended(call, complete=ended)
 
     @property
     def alive(self) -> bool:
-        """Whether replicas report."""
-        return time.monotonic() - self.reported_at < STALE_SECONDS
+        """Whether replicas report, or may do so soon."""
+        return not self.gone and time.monotonic() - self.reported_at < STALE_SECONDS
 
     @property
     def idle(self) -> bool:
@@ -134,9 +144,7 @@ class ClusterEngine:
         size = self.settings.page_size
         keys = page_keys(root_key(self.fingerprint, size, request.salt), request.tokens, size)
         id = secrets.token_hex(8)
-        # A request of nobody follows none.
-        agent, session = request.agent or id, request.session
-        routed = RoutedRequest(id, short_keys(keys), len(request.tokens), size, agent, session)
+        routed = RoutedRequest(id, short_keys(keys), len(request.tokens), size, request.agent, request.session)
         return Call(pack(request), request.constraint is not None, routed, self.dispatch)
 
     async def attempt(self, call: Call, waiting_s: float | None) -> AsyncGenerator[Event, None]:
@@ -149,8 +157,13 @@ class ClusterEngine:
         ended = False
         try:
             while not ended:
-                message = message or asyncio.ensure_future(anext_of(stream))
+                if not message:
+                    message = asyncio.ensure_future(anext_of(stream))
+                    self.messages.add(message)
+                    message.add_done_callback(self.messages.discard)
                 await asyncio.wait({message}, timeout=waiting_s)
+                if message.cancelled():
+                    raise ConnectionError(GONE)
                 if not message.done():
                     yield Waiting()
                     continue
@@ -175,6 +188,12 @@ class ClusterEngine:
         while True:
             await asyncio.sleep(REPORT_SECONDS)
             reports = await self.ask("report", dict(self.dispatch.known))
+            gone = not reports and not await asyncio.to_thread(self.head_answers)
+            if gone and not self.gone:
+                log.error(GONE)
+            self.gone = gone
+            for message in tuple(self.messages) if gone else ():
+                message.cancel()
             try:
                 self.take(reports)
             except Exception:  # those that come next may be understood

@@ -127,6 +127,17 @@ def check_head(address: str) -> None:
         raise Impossible(f"--address {address}: no Ray head answers there ({error}): {START_HEAD}") from None
 
 
+def head_answers() -> bool:
+    """Whether something listens at the address of the head that this process is connected to."""
+    import ray
+
+    try:
+        check_head(ray.get_runtime_context().gcs_address)
+    except Exception:  # Impossible, or Ray's own
+        return False
+    return True
+
+
 def take_back_signals() -> None:
     """Have Python handle SIGTERM again, called on the main thread: Ray's handler ends the process 3 s later."""
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))

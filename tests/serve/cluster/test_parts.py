@@ -216,6 +216,47 @@ class TestClient:
         assert not dispatch.router.in_flight
         assert engine.idle
 
+    def test_a_head_that_is_gone_refuses_requests_and_ends_those_that_wait(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Silent:
+            """A handle whose replicas say nothing."""
+
+            def options(self, **options: object) -> Silent:
+                return self
+
+            def remote(self, *args: object) -> Silent:
+                return self
+
+            def broadcast(self, *args: object) -> None:
+                raise RuntimeError("no replica")
+
+            async def __anext__(self) -> bytes:
+                return await asyncio.get_running_loop().create_future()
+
+            def cancel(self) -> None:
+                """Nothing is left of it."""
+
+        monkeypatch.setattr("serve.cluster.client.REPORT_SECONDS", 0.01)
+        engine = ClusterEngine(Silent(), [report("a")], Dispatch(), head_answers=lambda: False)
+
+        async def events(seed: int) -> list[Event]:
+            return [event async for event in engine.generate(GenerationRequest(prompt(seed, 60), 4), 60.0)]
+
+        async def both() -> None:
+            waits = asyncio.create_task(events(1))
+            await asyncio.sleep(0)
+            engine.start()
+            with pytest.raises(Overloaded, match="Ray's head"):
+                await asyncio.wait_for(waits, 10)
+            with pytest.raises(Overloaded, match="start it again"):
+                await events(2)
+            engine.following.cancel()
+
+        asyncio.run(both())
+        assert not engine.alive
+        assert engine.idle
+
     def test_a_replica_that_computes_something_else_gets_no_request(self, caplog: pytest.LogCaptureFixture) -> None:
         dispatch = Dispatch()
         engine = ClusterEngine(Handle(()), [report("a")], dispatch)
