@@ -49,7 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experiments.replay": {"model", "cache", "serve", "experiments.harness", "experiments.workloads"},
     "experiments.routing": {"cache", "serve", "experiments.harness", "experiments.workloads"},
     "experiments.gpu": {"model", "cache", "serve", "experiments.harness", "experiments.workloads"},
-    "experiments.bench": {"model", "cache", "serve", "experiments.harness", "experiments.workloads"},
+    "experiments.bench": {
+        *("model", "cache", "serve"),
+        *("experiments.harness", "experiments.workloads", "experiments.routing"),
+    },
     "experiments.soak": {"model", "cache", "serve", "experiments.harness", "experiments.workloads"},
     "experiments": {"model", "cache", "serve", "experiments"},
 }  # fmt: skip

@@ -4,7 +4,8 @@
 many threads, for a warm prompt of 52,000 tokens, in turn. A request's path is its TTFT without the time in which the
 engine has it (queue and prefill), so that it says what the cluster adds, whatever else the machine does. In the second
 part eight agents hold their sessions at the same time: on one server, on four replicas that our router chooses among,
-and on four in turn. The four have as much memory for pages together as the one.
+and on four in turn; with a prompt of their own and with shared tools, without a store and with one. The four have as
+much memory for pages together as the one.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ AGENTS, TURNS, SCALE = 8, 6, 0.1
 REPLICAS, POOL_MIB = 4, 512
 BEFORE_ENGINE = ("decode", "normalize", "recall", "render", "constrain")
 IN_ENGINE = ("queue", "prefill")
+SHARED = {"own prompts": "", "shared tools": "one client"}
 ROUTED = {"one server": None, "our router": "ttft", "round robin": "round-robin"}
 
 
@@ -101,14 +103,14 @@ def overhead(model: str, pairs: int, tokens: int) -> dict[str, Any]:
     return {"prompt_tokens": tokens, "pairs": pairs, "medians": medians, "added": added}
 
 
-def session(number: int) -> Session:
-    """One agent's session, which shares nothing with the others'."""
-    return Session(seed=number, folder=f"/home/dev/project-{number}", scale=SCALE)
+def session(number: int, group: str = "") -> Session:
+    """One agent's session, which shares nothing with the others', or tools and the prompt's beginning with a group."""
+    return Session(seed=number, folder=f"/home/dev/project-{number}", scale=SCALE, group=group)
 
 
-def converse(url: str, number: int) -> list[Timing]:
+def converse(url: str, number: int, group: str = "") -> list[Timing]:
     """One agent's session, a request after the other."""
-    one = session(number)
+    one = session(number, group)
     with httpx.Client(timeout=600) as client:
         return [
             measure(client, url, body | {"max_tokens": OUTPUT_TOKENS, "temperature": 0}, http_headers(one))
@@ -117,7 +119,7 @@ def converse(url: str, number: int) -> list[Timing]:
 
 
 @contextmanager
-def routed(model: str, routing: str | None) -> Iterator[Server]:
+def routed(model: str, routing: str | None, store: bool = False) -> Iterator[Server]:
     """One server (None), or replicas with this routing."""
     pool, flags, program = POOL_MIB * REPLICAS, list[str](), ONE
     if routing:
@@ -126,15 +128,24 @@ def routed(model: str, routing: str | None) -> Iterator[Server]:
         pool, program = POOL_MIB, CLUSTER
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
+        if store:
+            flags += ["--store", str(Path(folder, "store")), "--flush-seconds", "0.1"]
         with running_server(model, "--kv-pool-bytes", f"{pool}MiB", *flags, log=log, program=program) as server:
             yield server
 
 
-def hit_rate(model: str, routing: str | None) -> dict[str, Any]:
-    """All agents at the same time, see `routed`."""
-    with routed(model, routing) as server, ThreadPoolExecutor(AGENTS) as pool:
-        talks = pool.map(lambda number: converse(server.url, number), range(AGENTS))
-        timings = [timing for talk in talks for timing in talk]
+def hit_rates(model: str, routing: str | None, store: bool) -> dict[str, dict[str, Any]]:
+    """What all agents find, by what they share, see `routed`."""
+    with routed(model, routing, store) as server, ThreadPoolExecutor(AGENTS) as pool:
+        found = {}
+        for shared, group in SHARED.items():
+            talks = pool.map(lambda number, group=group: converse(server.url, number, group), range(AGENTS))
+            found[shared] = summary([timing for talk in talks for timing in talk])
+    return found
+
+
+def summary(timings: Sequence[Timing]) -> dict[str, Any]:
+    """The hit rate of some requests and the median of their TTFT."""
     prompt, cached = sum(t.prompt_tokens for t in timings), sum(t.cached_tokens for t in timings)
     return {
         "hit_rate": round(cached / prompt, 4),
@@ -148,29 +159,43 @@ def show(result: dict[str, Any]) -> None:
     """Print both parts as tables."""
     parts = result["overhead"]
     table = make_table(("", "TTFT", "engine", "path", "transport"), words=("",), title="a warm request, median ms")
-    for name, row in [*parts["medians"].items(), ("added", parts["added"])]:
+    for name, row in [*parts["medians"].items(), ("added", parts["added"])] if parts else []:
         table.add_row(name, *(f"{value:,.1f}" for value in row.values()))
     Console().print(table)
-    table = make_table(("routing", "hit rate", "median TTFT"), words=("routing",), title=f"{AGENTS} agents")
-    for name, row in result["hit_rates"].items():
-        table.add_row(name, f"{row['hit_rate']:.1%}", f"{row['ttft_ms']:,.0f} ms")
+    columns = ("agents", "store", "routing", "hit rate", "median TTFT")
+    table = make_table(columns, words=columns[:3], title=f"{AGENTS} agents")
+    for (shared, store, name), row in rows(result["hit_rates"]):
+        table.add_row(shared, store, name, f"{row['hit_rate']:.1%}", f"{row['ttft_ms']:,.0f} ms")
     Console().print(table)
+
+
+def rows(found: dict[str, Any]) -> list[tuple[tuple[str, str, str], dict[str, Any]]]:
+    """Hit rates by what agents share, the store and the routing."""
+    return [
+        ((shared, store, name), row)
+        for store, by_name in found.items()
+        for name, by_shared in by_name.items()
+        for shared, row in by_shared.items()
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure both parts and write the result."""
     cli = argparse.ArgumentParser(prog="python -m experiments.bench.cluster", description=__doc__.split("\n")[0])
     cli.add_argument("--model", required=True, metavar="DIR")
-    cli.add_argument("--pairs", type=int, default=PAIRS, metavar="N", help="(default: %(default)s)")
+    cli.add_argument("--pairs", type=int, default=PAIRS, metavar="N", help="0 leaves it out (default: %(default)s)")
     cli.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="(default: %(default)s)")
     cli.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="(default: %(default)s)")
     args = cli.parse_args(argv)
     others = start_watch()
-    result: dict[str, Any] = {"overhead": overhead(args.model, args.pairs, args.tokens), "hit_rates": {}}
-    for name, routing in ROUTED.items():
-        result["hit_rates"][name] = hit_rate(args.model, routing)
-        result["other_load"] = others()
-        write_json(args.output, result | provenance(PACKAGES))  # what comes later may fail
+    parts = overhead(args.model, args.pairs, args.tokens) if args.pairs else {}
+    result: dict[str, Any] = {"overhead": parts, "hit_rates": {}}
+    for store in ("no store", "store"):
+        rates = result["hit_rates"][store] = {}
+        for name, routing in ROUTED.items():
+            rates[name] = hit_rates(args.model, routing, store == "store")
+            result["other_load"] = others()
+            write_json(args.output, result | provenance(PACKAGES))  # what comes later may fail
     show(result)
     Console().print(warning(result["other_load"]))
 

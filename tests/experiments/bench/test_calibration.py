@@ -1,0 +1,38 @@
+"""The calibration's own arithmetic: constants that are put into timings come out, and the simulator agrees."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+
+from experiments.bench.calibration import PAGE, engine_of, plan_of, simulated
+from experiments.harness.client import Timing
+from serve.cost.model import Constants
+
+TRUE = Constants(0.01, 1e-4, 2e-8, 1e-7)
+
+
+def talk(first: int, grown: int, turns: int = 6) -> list[Timing]:
+    """A session that finds each prompt's predecessor."""
+    sizes = [first + grown * turn**2 for turn in range(turns)]
+    found = [0, *(size // PAGE * PAGE for size in sizes)]
+    return [
+        Timing(ttft := 1e3 * TRUE.ttft_s(size, hit), ttft + 7 * 2.0, size, hit, 8, "")
+        for size, hit in zip(sizes, found, strict=False)
+    ]
+
+
+def test_constants_are_found_and_replayed() -> None:
+    talks = [talk(1000, 300), talk(3000, 170), talk(500, 900), talk(2000, 610)]
+    engine = engine_of(talks, num_pages=4096)
+    assert engine.constants.linear == pytest.approx(TRUE.linear, rel=1e-3)
+    assert engine.constants.attention == pytest.approx(TRUE.attention, rel=1e-3)
+    assert engine.step_s == pytest.approx(2e-3)
+    said = simulated(plan_of(talks), engine)
+    real = median(timing.ttft_ms for each in talks for timing in each)
+    assert said["ttft_p50_ms"] == pytest.approx(real, rel=0.1), "one agent on each: none waits"
+    assert said["hit_rate"] == pytest.approx(
+        sum(t.cached_tokens for each in talks for t in each) / sum(t.prompt_tokens for each in talks for t in each),
+        abs=0.01,
+    )
