@@ -157,26 +157,6 @@ def test_an_ingress_that_is_restarted_knows_what_the_replicas_have(
         pass
 
 
-def test_a_head_that_dies_is_named_and_requests_are_refused(head: str, model_folder: Path, tmp_path: Path) -> None:
-    with cluster(model_folder, tmp_path, "--address", head) as (server, client):
-        post(client, ask("hello"))
-        port = head.rpartition(":")[2]
-        for process in psutil.process_iter(["cmdline"]):
-            if "gcs_server" in (line := " ".join(process.info["cmdline"] or [])) and port in line:
-                below = process.parent()
-                assert below is not None
-                for each in [*below.children(recursive=True), below]:
-                    each.kill()
-                break
-        asked = [client.post("/v1/messages", json=ask("hello"))]
-        eventually(lambda: client.get("/health").status_code == 503, "the ingress knows", 60)
-        asked.append(client.post("/v1/messages", json=ask("hello")))
-        print([(each.status_code, each.text) for each in asked], (*tmp_path.glob("*.log"),)[0].read_text()[-3000:])
-        assert asked[-1].status_code == 529
-        assert "Ray's head" in asked[-1].text
-        assert server.process.poll() is None
-
-
 def test_replicas_share_pages_in_a_bucket(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     bucket.start()
