@@ -201,6 +201,7 @@ class Fleet:
         """A summary reaches a gateway, which asks for a snapshot if it missed an earlier one."""
         if self.replicas.get(replica.number) is not replica:
             return
+        self.routers[gateway].costs(replica.number, replica.costs)
         if not self.routers[gateway].published(replica.number, summary):
             held = replica.cache.ledger.held - replica.cache.ledger.gained | replica.cache.ledger.lost
             snapshot = Snapshot(self.sequences[replica.number], np.fromiter(held, np.uint64, len(held)))

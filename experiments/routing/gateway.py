@@ -12,6 +12,7 @@ import numpy as np
 from experiments.routing.policies import BLIND, POLICIES, Asked, Known
 from experiments.routing.replica import Engine
 from experiments.routing.workload import Request
+from serve.cost.model import CostModel
 from serve.router.choice import Choice
 from serve.router.request import RoutedRequest
 from serve.router.router import Router
@@ -49,6 +50,9 @@ class Gateway(Protocol):
 
     def published(self, replica: int, summary: Summary) -> bool:
         """A replica's summary has come. False where an earlier one is missing and a snapshot is needed."""
+
+    def costs(self, replica: int, costs: CostModel) -> None:
+        """What a replica has measured has come."""
 
     def pages_known(self) -> int:
         """Entries of the index: one for each page of each replica."""
@@ -247,6 +251,9 @@ class FormulaGateway:
         self.sequence[replica] = summary.sequence
         return True
 
+    def costs(self, replica: int, costs: CostModel) -> None:
+        """Formulae of others have no use for it."""
+
     def pages_known(self) -> int:
         """Entries of the index."""
         return sum(self.index.counts.values())
@@ -287,6 +294,11 @@ class OurGateway:
     def published(self, replica: int, summary: Summary) -> bool:
         """Take over what a replica gained and lost."""
         return self.router.published(str(replica), summary)
+
+    def costs(self, replica: int, costs: CostModel) -> None:
+        """Take over what a replica has measured."""
+        if costs.known:
+            self.router.measured(str(replica), costs.known, costs.beside_s)
 
     def pages_known(self) -> int:
         """Entries of the index."""

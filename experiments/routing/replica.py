@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.routing.cache import Lease, PoolExhausted, ReplicaCache, known_depth
 from experiments.routing.workload import Request
-from serve.cost.model import Constants
+from serve.cost.model import Constants, CostModel
 from serve.engine.scheduler import CHOSEN_FROM, most_urgent
 
 # While others prefill or wait, a prompt's pages are published each time so many tokens were added.
@@ -120,6 +120,10 @@ class Replica:
     store_free_at: float = 0.0  # when the next read from the store can begin
     busy_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Its costs are those of a sweep; what decodes beside a prefill is measured."""
+        self.costs = CostModel(0.0, 0.0, constants=self.engine.constants)
+
     @property
     def pages_in_use(self) -> int:
         """Pages that running requests hold."""
@@ -143,7 +147,10 @@ class Replica:
         self.run = None
         self.busy_s += now - run.began
         if run.prefill:
+            start = run.prefill.computed
             run.prefill.computed += run.chunk * run.steps
+            if run.decoding:
+                self.costs = self.costs.prefilled(start, run.prefill.computed, now - run.began, len(run.decoding))
             if not run.prefill.prefills:
                 prefilled.append(run.prefill)
                 run.prefill.left -= 1

@@ -90,7 +90,8 @@ class Dispatch:
             # A new replica's speed counts for the others as well; what else is measured waits for their own reports.
             for each in self.reports if new else (name,):
                 model = self.reports[each].costs.model
-                self.router.measured(each, constants(model, flops[each]), seconds_a_token(self.reports[each]))
+                tiers = seconds_a_token(self.reports[each])
+                self.router.measured(each, constants(model, flops[each]), model.beside_s, tiers)
             self.router.loaded(name, report.load, now)
             for summary in report.pages if isinstance(report.pages, Sequence) else (report.pages,):
                 complete = self.router.published(name, summary)

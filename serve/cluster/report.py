@@ -31,8 +31,9 @@ class Costs:
 
     linear_flops: float
     attention_flops: float
-    prefill: float  # FLOPs a second; 0 until measured
+    prefill: float  # FLOPs a second; 0 until measured, as `shared`
     chunks: int  # that this is the median of
+    shared: float  # tokens times sequences a second
     reads: dict[str, float]  # bytes a second, by tier
     constants: Constants | None
 
@@ -40,14 +41,16 @@ class Costs:
     def of(cls, model: CostModel) -> Costs:
         """A cost model's values."""
         reads = {tier: rate.per_second for tier, rate in model.reads.items()}
-        prefill, chunks = model.prefill.per_second, len(model.prefill.latest)
-        return cls(model.linear_flops, model.attention_flops, prefill, chunks, reads, model.constants)
+        chunks = len(model.prefill.latest)
+        prefill, shared = model.prefill.per_second, model.shared.per_second
+        return cls(model.linear_flops, model.attention_flops, prefill, chunks, shared, reads, model.constants)
 
     @property
     def model(self) -> CostModel:
         """The cost model with these values."""
         reads = MappingProxyType({tier: Rate(rate) for tier, rate in self.reads.items()})
-        return CostModel(self.linear_flops, self.attention_flops, Rate(self.prefill), reads, self.constants)
+        prefill, shared = Rate(self.prefill), Rate(self.shared)
+        return CostModel(self.linear_flops, self.attention_flops, prefill, shared, reads, self.constants)
 
 
 @dataclass(frozen=True, eq=False)

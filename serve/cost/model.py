@@ -84,7 +84,8 @@ class CostModel:
 
     linear_flops: float  # for a token, in the layers' matrices
     attention_flops: float  # for a pair of query and key token, over all layers
-    prefill: Rate = Rate()  # FLOPs
+    prefill: Rate = Rate()  # FLOPs, of steps in which nothing decodes
+    shared: Rate = Rate()  # tokens of a prefill times sequences that decode beside it, in the seconds that they add
     reads: Mapping[str, Rate] = field(default_factory=lambda: MappingProxyType({}))  # bytes, by tier
     constants: Constants | None = None  # from a sweep; used instead of the rate of prefill
 
@@ -108,9 +109,26 @@ class CostModel:
         """Whether reading the page of tokens [start, stop), `size` bytes, from the tier is faster than computing it."""
         return self.read_s(tier, size) < self.prefill_s(start, stop)
 
-    def prefilled(self, start: int, stop: int, seconds: float) -> CostModel:
-        """The model after a prefill chunk of tokens [start, stop) was timed."""
-        return replace(self, prefill=self.prefill.observed(self.flops(start, stop), seconds))
+    @property
+    def known(self) -> Constants | None:
+        """Constants of prefills beside which nothing decodes: a sweep's, or by FLOPs a second; None until measured."""
+        rate = self.prefill.per_second
+        if self.constants or not rate:
+            return self.constants
+        return Constants(0.0, self.linear_flops / rate, self.attention_flops / rate)
+
+    @property
+    def beside_s(self) -> float:
+        """Seconds by which each sequence that decodes lengthens the computing of a token; 0 until measured."""
+        return 1 / self.shared.per_second if self.shared.per_second else 0.0
+
+    def prefilled(self, start: int, stop: int, seconds: float, decoding: int = 0) -> CostModel:
+        """The model after a prefill chunk of tokens [start, stop) was timed, with `decoding` sequences in its step."""
+        if not decoding:
+            return replace(self, prefill=self.prefill.observed(self.flops(start, stop), seconds))
+        # Noise can make a step seem shorter than its chunk alone.
+        more = max(seconds - self.prefill_s(start, stop), 1e-3 * seconds)
+        return replace(self, shared=self.shared.observed((stop - start) * decoding, more))
 
     def was_read(self, tier: str, size: int, seconds: float) -> CostModel:
         """The model after `size` bytes came from a tier."""
@@ -124,9 +142,9 @@ class CostTracker:
     def __init__(self, model: CostModel) -> None:
         self.model = model
 
-    def prefilled(self, start: int, stop: int, seconds: float) -> None:
-        """Learn from a prefill chunk of tokens [start, stop)."""
-        self.model = self.model.prefilled(start, stop, seconds)
+    def prefilled(self, start: int, stop: int, seconds: float, decoding: int = 0) -> None:
+        """Learn from a prefill chunk of tokens [start, stop), with `decoding` sequences in its step."""
+        self.model = self.model.prefilled(start, stop, seconds, decoding)
 
     def was_read(self, tier: str, size: int, seconds: float) -> None:
         """Learn from a read of `size` bytes from a tier."""

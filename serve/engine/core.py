@@ -244,7 +244,7 @@ class EngineCore:
             return False
         tokens, seconds = self.runner.collect(step)
         if step.chunk:
-            self.costs.prefilled(*step.chunk, seconds)
+            self.costs.prefilled(*step.chunk, seconds, decoding=len(step.outputs) - 1)
         for output in step.outputs:
             sequence = output.sequence
             if sequence.lease is None:

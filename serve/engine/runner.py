@@ -54,7 +54,7 @@ class InFlightStep:
     number: int
     outputs: list[SequenceOutput]
     dispatched_at: float  # seconds, `time.perf_counter`
-    chunk: tuple[int, int] | None  # tokens [start, stop) of a prompt, if the step runs nothing else
+    chunk: tuple[int, int] | None  # tokens [start, stop) of a prompt, if the step has some
     unsampled: UnsampledStep | None  # until it is sampled
     sampled: jax.Array | None = None  # [samples of the largest shape] int32, from then on
 
@@ -89,7 +89,7 @@ class Runner:
             outputs.append(SequenceOutput(each.sequence, index, each.count, each.draft_tokens, accepts))
             index += outputs[-1].num_samples
         first, count = inputs[0].prefix, scheduled[0].count
-        chunk = (first, first + count) if len(inputs) == 1 and count > 1 else None
+        chunk = (first, first + count) if count > 1 else None
         self.dispatched += 1
         return InFlightStep(self.dispatched, outputs, now, chunk, UnsampledStep(step, logits, sampling))
 

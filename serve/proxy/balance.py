@@ -49,7 +49,7 @@ class Balance:
         self.token_bytes: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # (bytes of a token, tokens)
         self.open: set[str] = set()  # ids of the requests without a first token
         for name in names:
-            self.router.add(name, FIRST_CONSTANTS, MOST_CAPACITY, overtakes=False, refit=True, least=LEAST)
+            self.router.add(name, FIRST_CONSTANTS, MOST_CAPACITY, overtakes=False, kind=name, least=LEAST)
 
     @property
     def page_size(self) -> int:

@@ -2,7 +2,7 @@
 
     wait      until the prefills before it are done, a place is free, and late work has come
     restore   bringing pages that a tier holds, where that is sooner than computing them
-    prefill   computing the rest, stretched by the sequences that decode beside it
+    prefill   computing the rest beside the sequences that decode there
     others    the seconds by which this work delays the requests there, and those that will come
 
 Pure: everything that the choice depends on is in `Known`, one row for each replica.
@@ -31,10 +31,9 @@ class Known:
 
     names: tuple[str, ...]
     fixed: np.ndarray  # [replicas] float64, as in serve.cost.model.Constants
-    linear: np.ndarray  # [replicas] float64, as in Constants
+    linear: np.ndarray  # [replicas] float64, as in Constants, beside the sequences that decode there now
     attention: np.ndarray  # [replicas] float64, as in Constants
     match: np.ndarray  # [replicas] float64, as in Constants
-    stretch: np.ndarray  # [replicas] float64, by which sequences that decode lengthen a prefill; 1 without any
     left: np.ndarray  # [replicas, queue] float64, seconds that each prefill in flight takes still; 0 for none
     waited: np.ndarray  # [replicas, queue] float64, seconds since each was sent
     page: np.ndarray  # [replicas, queue] int64, the number of the first page that each computes
@@ -133,7 +132,7 @@ def brought(
     for tier in tiers:
         end = np.clip(tier.depth * request.page_size, start, stop - 1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            crossover = (tier.token_s / known.stretch - known.linear) / known.attention
+            crossover = (tier.token_s - known.linear) / known.attention
         begin = np.clip(np.where(np.isnan(crossover), np.inf, crossover), start, end)
         tokens = end - begin
         reading = np.where(tokens > 0, tokens * np.where(tokens > 0, tier.token_s, 0.0), 0.0)
@@ -146,7 +145,7 @@ def brought(
 
 def computing_s(known: Known, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
     """Seconds to compute tokens [start, stop) on each replica beside what decodes there, [replicas] float64."""
-    seconds: np.ndarray = known.stretch * (known.linear * (stop - start) + known.attention * (stop**2 - start**2) / 2)
+    seconds: np.ndarray = known.linear * (stop - start) + known.attention * (stop**2 - start**2) / 2
     return seconds
 
 

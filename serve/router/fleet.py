@@ -44,8 +44,7 @@ class Mean:
 
 # What is kept for each replica, and its type; [replicas] each.
 ROW = {
-    "shared": np.float64,  # the share by which any sequences that decode lengthen a prefill
-    "each": np.float64,  # the share by which each of them does
+    "beside": np.float64,  # seconds by which each sequence that decodes lengthens a token's computing
     "decodes": np.int64,  # requests that are being answered
     "places": np.float64,  # requests that run at once
     "answer_s": np.float64,  # seconds from a first token to the end: a moving mean
@@ -84,6 +83,11 @@ class Fleet:
                 kept[key] = np.concatenate([values, np.zeros((1, *values.shape[1:]), values.dtype)])
         self.rows["places"][-1], self.rows["overtakes"][-1] = places, overtakes
 
+    def set_costs(self, name: str, costs: Constants, beside_s: float) -> None:
+        """What a replica's work takes from now on, and what each sequence that decodes adds to a token's computing."""
+        row = self.row(name)
+        self.constants[row], self.rows["beside"][row] = costs, beside_s
+
     def remove(self, name: str) -> None:
         """Forget a replica."""
         row = self.row(name)
@@ -121,7 +125,7 @@ class Fleet:
             return
         self._pass_time(row, now)
         start, stop = self.queue["start"][row, column], self.queue["stop"][row, column]
-        cost = self.constants[row].compute_s(start, stop) * self.stretch()[row]
+        cost = self.constants[row].compute_s(start, stop) + self.beside()[row] * (stop - start)
         left, since = [*self.columns[row].values()], self.queue["since"][row]
         # Where none overtakes, the next one begins when the oldest ends: no error in the costs adds up in a long queue.
         is_next = not self.rows["overtakes"][row] and (since[left] >= since[column]).all()
@@ -159,20 +163,23 @@ class Fleet:
         """Requests that a replica answers."""
         return int(self.rows["decodes"][self.row(name)])
 
-    def stretch(self) -> np.ndarray:
-        """By how much what decodes lengthens a prefill, [replicas] float64."""
-        decodes = self.rows["decodes"]
-        stretch: np.ndarray = 1 + self.rows["shared"] * (decodes > 0) + self.rows["each"] * decodes
-        return stretch
+    def beside(self) -> np.ndarray:
+        """Seconds by which what decodes lengthens a token's computing, [replicas] float64."""
+        answer_s = self.rows["answer_s"]
+        # Answers that end during a prefill lengthen only a part of it.
+        lasting = answer_s / (answer_s + max(self.work_s.value, 1e-9))
+        seconds: np.ndarray = self.rows["beside"] * self.rows["decodes"] * lasting
+        return seconds
 
     def known(self, now: float, held: np.ndarray, room: np.ndarray, regret: float, reuse: np.ndarray) -> Known:
         """What a choice depends on; `held` and `room` ([replicas] int64), `regret` and `reuse` as in Known."""
         costs = np.array([(c.fixed, c.linear, c.attention, c.match) for c in self.constants])  # [replicas, 4]
         fixed, linear, attention, match = costs.reshape(-1, 4).T
-        stretch, queue, rows = self.stretch(), self.queue, self.rows
+        linear = linear + self.beside()
+        queue, rows = self.queue, self.rows
         start, stop = queue["start"], queue["stop"]
         waits = stop > 0
-        cost = (linear * stretch)[:, None] * (stop - start) + (attention * stretch)[:, None] * (stop**2 - start**2) / 2
+        cost = linear[:, None] * (stop - start) + attention[:, None] * (stop**2 - start**2) / 2
         cost = np.where(waits, cost, 0.0)  # [replicas, queue]
         waited = np.where(waits, np.maximum(0.0, now - queue["since"]), 0.0)
         done = np.where(waits.any(1), rows["done_s"] + np.maximum(0.0, now - rows["at"]), 0.0)
@@ -185,7 +192,6 @@ class Fleet:
             linear=linear,
             attention=attention,
             match=match,
-            stretch=stretch,
             left=less_done(cost, waited, done, rows["overtakes"]),
             waited=waited,
             page=np.where(waits, queue["page"], NO_PAGE),

@@ -15,7 +15,7 @@ import numpy as np
 
 from serve.cost.model import Constants, weighted_median
 
-REMEMBERED = 64  # busy periods
+REMEMBERED = 256  # busy periods, of all replicas that share them
 LEAST = 8  # busy periods, before which the constants stay as they were given
 EVERY = 4  # busy periods, the constants are fitted again
 LONGEST = 16  # first tokens of a busy period, after which another one begins
@@ -32,66 +32,51 @@ class Work:
     requests: int = 0
     tokens: int = 0  # computed
     pairs: float = 0.0  # of a computed token and a token before it
-    beside: float = 0.0  # seconds of these prefills by the prior, of those beside which anything decoded
-    each: float = 0.0  # the same, each times the sequences that decoded
+    beside: float = 0.0  # computed tokens, each times the sequences that decoded beside it
 
     def expected_s(self, prior: Constants) -> float:
         """Seconds that it takes by these constants, without what decodes."""
         return prior.fixed * self.requests + prior.linear * self.tokens + prior.attention * self.pairs
 
-    def and_prefill(self, prior: Constants, start: int, stop: int, decodes: float) -> Work:
+    def and_prefill(self, start: int, stop: int, decodes: float) -> Work:
         """This work, and tokens [start, stop) of a prompt while `decodes` sequences decoded on average."""
-        seconds = prior.fixed + prior.compute_s(start, stop)
         return Work(
             self.requests + 1,
             self.tokens + stop - start,
             self.pairs + (stop**2 - start**2) / 2,
-            self.beside + seconds * (decodes > 0),
-            self.each + seconds * decodes,
+            self.beside + (stop - start) * decodes,
         )
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A replica's constants, and by how much what decodes beside a prefill lengthens it."""
+    """Constants, and what sequences that decode beside a prefill add to it."""
 
     costs: Constants
-    shared: float = 0.0  # the share that any do
-    each: float = 0.0  # the share that each of them does
+    beside: float = 0.0  # seconds a computed token, for each of them
+    speed: float = 1.0  # seconds over those by the prior
 
 
-class Refit:
-    """One replica's latest busy periods, and the constants that explain them, once there are `least` of them."""
+class Measured:
+    """The latest busy periods of replicas of one kind, and the constants that explain them, once there are `least`.
+
+    A few periods of one replica settle its constants badly: equal replicas seem to differ, and those that seem fast get
+    more than they can do. So equal replicas share one of these.
+    """
 
     def __init__(self, prior: Constants, least: int = LEAST) -> None:
         self.prior, self.least = prior, least
-        self.fitted = Fitted(prior)
-        self.work = Work()  # of the busy period so far
-        self.began = 0.0  # when it began, seconds
+        self.fitted: Fitted | None = None  # until enough was measured
         self.latest: deque[tuple[Work, float]] = deque(maxlen=REMEMBERED)
         self.seen = 0
-        self.spoiled = False  # whether prefills of this period waited for a place
         # Those that have ended with nothing left and nothing that decoded beside them. In others, requests may have
         # waited for a place instead of computing, so they count only until there are enough of these.
         self.clean: deque[tuple[Work, float]] = deque(maxlen=REMEMBERED)
 
-    def sent(self, now: float, idle: bool, full: bool = False) -> None:
-        """A prefill was sent to the replica, which had none before it if `idle`, and no place for it if `full`."""
-        if idle:
-            self.work, self.began, self.spoiled = Work(), now, False
-        self.spoiled = self.spoiled or full
-
-    def first_token(self, start: int, stop: int, decodes: float, now: float, idle: bool) -> bool:
-        """Tokens [start, stop) were computed, and nothing is left if `idle`. Whether the constants have changed."""
-        self.work = self.work.and_prefill(self.prior, start, stop, decodes)
-        if not idle and self.work.requests < LONGEST:
-            return False
-        work, seconds, spoiled = self.work, now - self.began, self.spoiled
-        self.work, self.began, self.spoiled = Work(), now, False
-        if seconds <= 0 or spoiled:
-            return False
+    def add(self, work: Work, seconds: float, clean: bool) -> bool:
+        """One more busy period; whether the constants have changed."""
         self.latest.append((work, seconds))
-        if idle and not work.each:
+        if clean:
             self.clean.append((work, seconds))
         elif len(self.clean) >= self.least:
             return False
@@ -101,6 +86,31 @@ class Refit:
             return False
         self.fitted = fit(self.prior, without_waits(self.prior, list(samples)))
         return True
+
+
+class Refit:
+    """One replica's busy period so far; those that are over go to `measured`."""
+
+    def __init__(self, measured: Measured) -> None:
+        self.measured = measured
+        self.work = Work()  # of the busy period so far
+        self.began = 0.0  # when it began, seconds
+        self.spoiled = False  # whether prefills of this period waited for a place
+
+    def sent(self, now: float, idle: bool, full: bool = False) -> None:
+        """A prefill was sent to the replica, which had none before it if `idle`, and no place for it if `full`."""
+        if idle:
+            self.work, self.began, self.spoiled = Work(), now, False
+        self.spoiled = self.spoiled or full
+
+    def first_token(self, start: int, stop: int, decodes: float, now: float, idle: bool) -> bool:
+        """Tokens [start, stop) were computed, and nothing is left if `idle`. Whether the constants have changed."""
+        self.work = self.work.and_prefill(start, stop, decodes)
+        if not idle and self.work.requests < LONGEST:
+            return False
+        work, seconds, spoiled = self.work, now - self.began, self.spoiled
+        self.work, self.began, self.spoiled = Work(), now, False
+        return seconds > 0 and not spoiled and self.measured.add(work, seconds, idle and not work.beside)
 
 
 def without_waits(prior: Constants, samples: list[tuple[Work, float]]) -> list[tuple[Work, float]]:
@@ -122,19 +132,24 @@ def fit(prior: Constants, samples: Sequence[tuple[Work, float]]) -> Fitted:
     """
     if prior.linear <= 0:
         raise ValueError(f"the linear cost of a token is {prior.linear}, expected more than 0 seconds to start from")
-    rows = np.array([(w.requests, w.tokens, w.pairs, w.beside, w.each) for w, _ in samples])  # [samples, 5]
+    rows = np.array([(w.requests, w.tokens, w.pairs, w.beside) for w, _ in samples])  # [samples, 4]
     seconds = np.array([took for _, took in samples])
     expected = rows[:, :3] @ np.array([prior.fixed, prior.linear, prior.attention])
     speed = weighted_median([*zip((seconds / expected).tolist(), expected.tolist(), strict=True)])
     attention = prior.attention or prior.linear / PAIRS_A_TOKEN
-    scale = np.array([prior.fixed or prior.linear, prior.linear, attention, 1.0, 1.0])
-    start = speed * np.array([prior.fixed > 0, 1.0, prior.attention > 0, 0.0, 0.0])
+    scale = np.array([prior.fixed or prior.linear, prior.linear, attention, prior.linear])
+    start = speed * np.array([prior.fixed > 0, 1.0, prior.attention > 0, 0.0])
     found = least_relative_error(rows * scale / seconds[:, None], start, speed)
-    fixed, linear, pairs, shared, each = (found * scale).tolist()
+    fixed, linear, pairs, beside = (found * scale).tolist()
     costs = replace(prior, fixed=fixed, linear=linear, attention=pairs, match=prior.match * speed)
-    # Both are found as shares of what the prior expects, and used as shares of what is found.
-    own = float((rows[:, :3] @ (found * scale)[:3]).sum() / expected.sum())
-    return Fitted(costs, shared / own, each / own) if own > 0 else Fitted(costs)
+    return Fitted(costs, beside, speed)
+
+
+def at_speed(costs: Constants, speed: float) -> Constants:
+    """The constants of a machine that takes `speed` times as long for all but reading."""
+    return Constants(
+        costs.fixed * speed, costs.linear * speed, costs.attention * speed, costs.match * speed, costs.restore
+    )
 
 
 def least_relative_error(terms: np.ndarray, start: np.ndarray, speed: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from serve.cost.model import Constants, weighted_median
 from serve.router.choice import Choice, Tier, choose
 from serve.router.fleet import NO_PAGE, Fleet, Prefill
 from serve.router.index import PrefixIndex
-from serve.router.refit import LEAST, Refit
+from serve.router.refit import LEAST, Fitted, Measured, Refit, at_speed
 from serve.router.request import RoutedRequest
 from serve.router.summary import Increment, Load, Snapshot
 
@@ -40,8 +40,7 @@ class Replica:
     """What is known of one replica besides its queue and its pages."""
 
     pages: int  # that it has room for
-    refit: Refit
-    refits: bool = False  # whether the constants are replaced by those that its first tokens show
+    refit: Refit | None  # what its first tokens show, if that is used
     sequence: int = 0  # of its last summary
     # Pages that were predicted, and the summary that must have named them.
     unconfirmed: deque[tuple[int, np.ndarray]] = field(default_factory=lambda: deque(maxlen=UNCONFIRMED))
@@ -66,6 +65,7 @@ class Router:
         self.evictions = self.missed = 0.0  # pages evicted, and those of them that were asked for again
         self.reach: dict[str, dict[str, float]] = {}  # seconds a token, by tier and replica
         self.replicas: dict[str, Replica] = {}
+        self.kinds: dict[str, Measured] = {}
         self.in_flight: dict[str, Sent] = {}
         self.agents: OrderedDict[str, str] = OrderedDict()  # the replica of each agent's last request
 
@@ -82,27 +82,34 @@ class Router:
         tiers: Mapping[str, float] | None = None,
         places: float = float("inf"),
         overtakes: bool = True,
-        refit: bool = False,
+        kind: str = "",
         least: int = LEAST,
     ) -> None:
         """A replica with room for `pages` in its cache, and for `places` requests that run at once.
 
-        `costs` are what its work is expected to take; with `refit`, until `least` busy periods were measured. `tiers`
-        are the seconds a token to read from each tier that it reaches; replicas that name the same tier share it.
-        `overtakes` says whether a short prefill passes a long one there, as in this engine. Raises ValueError for a
-        name that is there.
+        `costs` are what its work is expected to take, until it says (`measured`) or its first tokens show something
+        else. The latter count for replicas with a `kind`, from `least` busy periods on: those of one kind are equal
+        machines with the same model, and are measured together. `tiers` are the seconds a token to read from each tier
+        that it reaches; replicas that name the same tier share it. `overtakes` says whether a short prefill passes a
+        long one there, as in this engine. Raises ValueError for a name that is there.
         """
         self.index.add(name, pages)
         self.fleet.add(name, costs, places, overtakes)
-        self.replicas[name] = Replica(pages, Refit(costs, least), refits=refit)
+        refit = Refit(self.kinds.setdefault(kind, Measured(costs, least))) if kind else None
+        self.replicas[name] = Replica(pages, refit)
+        self._refitted()
         self._reaches(name, tiers or {})
 
-    def measured(self, name: str, costs: Constants, tiers: Mapping[str, float]) -> None:
-        """A replica has measured itself what its work takes; `costs` and `tiers` as in `add`, which had no `refit`."""
-        if replica := self.replicas.get(name):
-            replica.refit.fitted = replace(replica.refit.fitted, costs=costs)
-            self.fleet.constants[self.fleet.row(name)] = costs
-            self._reaches(name, tiers)
+    def measured(
+        self, name: str, costs: Constants, beside_s: float = 0.0, tiers: Mapping[str, float] | None = None
+    ) -> None:
+        """A replica has measured itself what its work takes; `costs` and `tiers` as in `add`.
+
+        A computed token takes `beside_s` more for each sequence that decodes meanwhile.
+        """
+        if name in self.replicas:
+            self.fleet.set_costs(name, costs, beside_s)
+            self._reaches(name, tiers or {})
 
     def remove(self, name: str) -> list[str]:
         """Forget a replica that is gone. Returns the ids of the requests that were in flight there."""
@@ -139,14 +146,15 @@ class Router:
             return
         fleet, start = self.fleet, choice.cached + choice.restored
         self.in_flight[request.id] = Sent(request, choice, now, fleet.decodes(choice.replica))
-        replica.refit.sent(now, fleet.idle(choice.replica), fleet.full(choice.replica))
+        if replica.refit:
+            replica.refit.sent(now, fleet.idle(choice.replica), fleet.full(choice.replica))
         page, key = start // request.page_size, 0
         new = request.keys[page:]
         if len(new):
             key = int(new[0])
             self._count_missed(new)
         fleet.sent(choice.replica, request.id, Prefill(start, request.tokens, now, page if len(new) else NO_PAGE, key))
-        fleet.asked(replica.refit.fitted.costs.compute_s(start, request.tokens), now)
+        fleet.asked(fleet.constants[fleet.row(choice.replica)].compute_s(start, request.tokens), now)
         self.index.insert(choice.replica, request.keys, predicted=True)
         if request.agent:
             self.agents[request.agent] = choice.replica
@@ -169,10 +177,9 @@ class Router:
         self.fleet.prefilled(name, request, now)
         self.fleet.answering(name)
         found = expected if cached is None else cached
-        if replica.refits and replica.refit.first_token(
-            found, sent.request.tokens, decodes, now, self.fleet.idle(name)
-        ):
-            self._refitted(name, replica)
+        refit, idle = replica.refit, self.fleet.idle(name)
+        if refit and refit.first_token(found, sent.request.tokens, decodes, now, idle):
+            self._refitted()
         if expected:
             replica.reuses.append((min(1.0, found / expected), expected))
             replica.reuse *= weighted_median(replica.reuses) if len(replica.reuses) == REUSES else 1.0
@@ -267,10 +274,14 @@ class Router:
             self.evicted.remove(EVICTED, keys)
             self.missed += before - self.evicted.pages[EVICTED]
 
-    def _refitted(self, name: str, replica: Replica) -> None:
-        row, fitted = self.fleet.row(name), replica.refit.fitted
-        self.fleet.constants[row] = fitted.costs
-        self.fleet.rows["shared"][row], self.fleet.rows["each"][row] = fitted.shared, fitted.each
+    def _refitted(self) -> None:
+        """Use what was measured; a kind that was not measured yet is taken to be as fast as the median of others."""
+        speeds = [(kind.fitted.speed, 1.0) for kind in self.kinds.values() if kind.fitted]
+        for name, replica in self.replicas.items():
+            if replica.refit and speeds:
+                measured = replica.refit.measured
+                fitted = measured.fitted or Fitted(at_speed(measured.prior, weighted_median(speeds)))
+                self.fleet.set_costs(name, fitted.costs, fitted.beside)
 
     def _tiers(self, request: RoutedRequest) -> tuple[Tier, ...]:
         if not self.reach:

@@ -21,7 +21,6 @@ def known(replicas: int = 2, queue: int = 3) -> Known:
         linear=np.full(replicas, LINEAR),
         attention=row,
         match=row,
-        stretch=np.ones(replicas),
         left=cell,
         waited=cell,
         page=np.full(cell.shape, -1),
@@ -112,13 +111,6 @@ def test_a_tier_is_read_where_that_is_sooner_than_computing():
     assert choice.prefill_s == pytest.approx(0.2)
     slow = Tier(tier.depth, np.full(2, LINEAR * 4))
     assert choose(ask(), known(), np.array([2, 2]), (slow,)).restored == 0
-
-
-def test_what_decodes_stretches_a_prefill():
-    state = replace(known(), stretch=np.array([2.0, 1.0]))
-    choice = choose(ask(), state, np.array([6, 0]))  # 0.4 s, twice, against 1 s
-    assert (choice.replica, choice.prefill_s) == ("a", pytest.approx(0.8))
-    assert choose(ask(), state, np.array([4, 0])).replica == "b"
 
 
 def test_pages_that_would_be_asked_for_again_are_not_evicted_for_nothing():

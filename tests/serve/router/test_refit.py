@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from serve.cost.model import Constants
-from serve.router.refit import Refit, Work, fit
+from serve.router.refit import Measured, Refit, Work, fit
 
 PRIOR = Constants(fixed=5e-3, linear=2e-5, attention=1e-9)
 
@@ -19,8 +19,8 @@ def periods(truth: Constants, count: int, each: float = 0.0, noise: float = 0.0,
             stop = int(rng.integers(500, 60_000))
             start = int(stop * rng.choice([0.0, 0.5, 0.9]))
             decodes = int(rng.integers(0, 6)) if each else 0
-            work = work.and_prefill(PRIOR, start, stop, decodes)
-            seconds += truth.ttft_s(stop, start) * (1 + each * decodes)
+            work = work.and_prefill(start, stop, decodes)
+            seconds += truth.ttft_s(stop, start) + each * truth.linear * decodes * (stop - start)
         made.append((work, seconds * (1 + noise * rng.standard_normal()) + (60.0 if i < stalls else 0.0)))
     return made
 
@@ -41,17 +41,17 @@ def test_many_find_the_curve_of_another_model_in_spite_of_noise_and_stalls():
 
 def test_what_decodes_beside_a_prefill_is_priced():
     found = fit(PRIOR, periods(PRIOR, 64, each=0.2))
-    assert found.shared + 3 * found.each == pytest.approx(0.6, abs=0.1)
+    assert found.beside == pytest.approx(0.2 * PRIOR.linear, rel=0.1)
     assert found.costs.linear == pytest.approx(PRIOR.linear, rel=0.1)
 
 
 def test_a_period_begins_with_the_first_prefill_and_ends_when_none_is_left():
-    refit = Refit(PRIOR)
+    refit = Refit(Measured(PRIOR))
     refit.sent(10.0, idle=True)
     refit.sent(10.1, idle=False)
     assert not refit.first_token(0, 10_000, 0, 11.0, idle=False)
     refit.first_token(0, 10_000, 0, 12.0, idle=True)
-    ((work, seconds),) = refit.latest
+    ((work, seconds),) = refit.measured.latest
     assert (work.requests, work.tokens, seconds) == (2, 20_000, 2.0)
 
 

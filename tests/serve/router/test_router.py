@@ -19,7 +19,7 @@ def request(id: str, pages: int, page_size: int = 16, first: int = 0) -> RoutedR
 def fleet(count: int) -> Router:
     router = Router()
     for i in range(count):
-        router.add(f"r{i}", COSTS, pages=1000, refit=True)
+        router.add(f"r{i}", COSTS, pages=1000, kind=f"r{i}")
     return router
 
 
@@ -147,3 +147,31 @@ def test_what_a_shared_tier_holds_is_read_where_it_is_not_cached():
     choice = router.route(request("a", 10), 0.0, among=["r1"])
     assert (choice.cached, choice.restored) == (0, 160)
     assert choice.restore_s == pytest.approx(160 * COSTS.linear / 10)
+
+
+def test_what_decodes_lengthens_a_prefill_by_what_its_replica_says():
+    router = fleet(2)
+    for name in ("r0", "r1"):
+        router.measured(name, COSTS, beside_s=COSTS.linear)
+        router.published(name, Increment(1, keys(0, 30 if name == "r0" else 0), NOTHING))
+    answered = request("answered", 1, first=500)
+    router.sent(answered, router.route(answered, 0.0, among=["r0"]), 0.0)
+    router.first_token("answered", 1.0)
+    # 30 of 50 pages are cached on r0, where each token left takes twice the time: 0.064 s against 0.08 s.
+    choice = router.route(request("a", 50), 1.0)
+    assert (choice.replica, choice.prefill_s) == ("r0", pytest.approx(COSTS.fixed + 321 * 2 * COSTS.linear))
+    assert router.route(request("b", 70), 1.0).replica == "r1"
+
+
+def test_equal_replicas_are_measured_together_and_others_start_at_their_speed():
+    router = Router()
+    for name, kind in (("a", "fast"), ("b", "fast"), ("c", "other")):
+        router.add(name, COSTS, pages=10_000, kind=kind)
+    for i in range(8):
+        asked, now = request(str(i), 40, first=1000 * i), 10.0 * i
+        router.sent(asked, router.route(asked, now, among=["a"]), now)
+        router.first_token(str(i), now + 3 * COSTS.ttft_s(641, 0))
+        router.finished(str(i), now + 5)
+    for name in "abc":
+        expected = router.route(request("z", 40, first=90_000), 100.0, among=[name]).prefill_s
+        assert expected == pytest.approx(3 * COSTS.ttft_s(641, 0), rel=0.05)
