@@ -154,9 +154,11 @@ def test_what_decodes_lengthens_a_prefill_by_what_its_replica_says():
     for name in ("r0", "r1"):
         router.measured(name, COSTS, beside_s=COSTS.linear)
         router.published(name, Increment(1, keys(0, 30 if name == "r0" else 0), NOTHING))
-    answered = request("answered", 1, first=500)
-    router.sent(answered, router.route(answered, 0.0, among=["r0"]), 0.0)
-    router.first_token("answered", 1.0)
+    for id in ("long", "answered"):
+        asked = request(id, 1, first=500)
+        router.sent(asked, router.route(asked, 0.0, among=["r0"]), 0.0)
+        router.first_token(id, 1.0)
+    router.finished("long", 1e7)  # answers last longer than prefills
     # 30 of 50 pages are cached on r0, where each token left takes twice the time: 0.064 s against 0.08 s.
     choice = router.route(request("a", 50), 1.0)
     assert (choice.replica, choice.prefill_s) == ("r0", pytest.approx(COSTS.fixed + 321 * 2 * COSTS.linear))
