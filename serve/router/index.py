@@ -26,7 +26,7 @@ PREDICTED = np.uint64(1)  # the lowest bit of a slot: the page was sent there, a
 def hashed(keys: np.ndarray) -> np.ndarray:
     """Evenly spread numbers for keys ([pages] uint64), of the same shape: even, and never 0, which is an empty slot.
 
-    The mix is the finaliser of SplitMix64 (https://doi.org/10.1145/2714064.2660195).
+    The mix is the finaliser of SplitMix64 (https://doi.org/10.1145/2660193.2660195).
     """
     mixed = keys + np.uint64(0x9E37_79B9_7F4A_7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
