@@ -193,7 +193,8 @@ class Router:
         if sent := self.in_flight.pop(request, None):
             self.fleet.prefilled(sent.choice.replica, request, now)
             if sent.answering_since is None:
-                self.replicas[sent.choice.replica].refit.spoiled = True  # its work will be missing, its time will not
+                if refit := self.replicas[sent.choice.replica].refit:
+                    refit.spoiled = True  # its work will be missing, its time will not
             else:
                 self.fleet.answered(sent.choice.replica, now - sent.answering_since)
 

@@ -153,7 +153,8 @@ class TestDispatch:
         for flops, chunks in ((0, 0), (1e9, 1), (1e9, 16), (1e9, 16)):
             dispatch.published(report("a", flops=flops, chunks=chunks))
             dispatch.published(report("b", flops=4 * flops, chunks=chunks))
-        linear = {name: dispatch.router.replicas[name].refit.fitted.costs.linear for name in ("a", "b")}
+        fleet = dispatch.router.fleet
+        linear = {name: fleet.constants[fleet.row(name)].linear for name in ("a", "b")}
         assert 1.9 < linear["a"] / linear["b"] < 4
         assert dispatch.choose(call(dispatch, "1", 1, 2), ["a", "b"]) == "b"
 
