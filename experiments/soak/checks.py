@@ -30,6 +30,7 @@ EXPECTED = tuple(
             r"\S+ \S+ tokenzero\.kernels building the CPU kernels",
             r"\S+ \S+ tokenzero\.server ready after ",
             r"\S+ \S+ tokenzero \S+: \w+ on .+ pages of \d+ tokens, context \d+",
+            r"\S+ \S+ tokenzero [\d,]+ pages are preloaded",
             r"\S+ \S+ tokenzero\.divergence msg_",
             r"\S+ \S+ tokenzero\.volatility ",
             r"\S+ \S+ tokenzero\.engine request \d+ is preempted ",

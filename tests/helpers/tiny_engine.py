@@ -94,7 +94,7 @@ class Always(CostModel):
     def worth_restoring(self, tier, start, stop, size):
         return True
 
-    def prefilled(self, start, stop, seconds):
+    def prefilled(self, start, stop, seconds, decoding=0):
         return self
 
     def was_read(self, tier, size, seconds):

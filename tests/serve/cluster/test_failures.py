@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import httpx
 import psutil
 import pytest
@@ -176,6 +175,8 @@ def test_replicas_share_pages_in_a_bucket(model_folder: Path, tmp_path: Path, mo
 
 
 def test_who_has_no_token_cannot_call_a_replica(running: tuple[Server, httpx.Client]) -> None:
+    import grpc  # comes with the extra `cluster`
+
     server, _ = running
     ports = [c.laddr.port for p in engines(server) for c in p.net_connections("tcp") if c.status == "LISTEN"]
     refused = 0
