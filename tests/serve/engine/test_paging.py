@@ -395,7 +395,7 @@ def test_a_tier_that_was_too_slow_is_measured_again_and_taken_back(model, tmp_pa
     costs.model = CostModel(1.0, 0.0).prefilled(0, 1000, 1.0).was_read("disk", 1, 1.0)  # a millisecond, a byte a second
     for _ in range(REMEMBERED):
         costs.model = costs.model.was_read("disk", 1, 1.0)
-    monkeypatch.setattr(costs, "prefilled", lambda *_: None)
+    monkeypatch.setattr(costs, "prefilled", lambda *_, **__: None)
     restorer.measured_at["disk"] = time.monotonic()
     with running as engine:
         assert generate(engine, tokens, 2)[1].restored == {}
