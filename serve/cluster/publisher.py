@@ -8,7 +8,7 @@ import numpy as np
 
 from cache.journal import Journal, ListedPages
 from serve.engine.engine import Engine
-from serve.router.summary import Increment, Snapshot
+from serve.router.summary import Increment, Snapshot, increments
 
 KEPT_KEYS = 1 << 17  # of increments, 1 MiB: a router that lacks more gets a snapshot
 
@@ -24,14 +24,12 @@ class Publisher:
         self.kept: deque[Increment] = deque()
 
     def take(self) -> None:
-        """Make an increment of what has changed since the last call; to be called regularly."""
+        """Make increments of what has changed since the last call; to be called regularly."""
         if not self.journal.entries:
             return
-        gained, lost = self.pages.take(self.journal)
-        if not len(gained) + len(lost):
-            return
-        self.sequence += 1
-        self.kept.append(Increment(self.sequence, gained, lost))
+        changed = increments(self.sequence, *self.pages.take(self.journal))
+        self.sequence += len(changed)
+        self.kept += changed
         while size(self.kept) > KEPT_KEYS:
             self.kept.popleft()
 

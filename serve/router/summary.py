@@ -1,18 +1,16 @@
 """What a replica publishes of its cache: increments with sequence numbers, and a snapshot where one went missing.
 
-A page is 8 bytes. An increment holds at most `MOST_PAGES` of them, and what is left comes with the next; the pages of a
-prompt come in order, so that a router that has only a part knows a shorter prefix, not a wrong one.
+A page is 8 bytes. An increment holds at most `MOST_PAGES` of them, and what is left comes with the next. A router that
+has only a part knows a shorter prefix, not a wrong one: what follows a page that it lacks does not count.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import numpy as np
 
 MOST_PAGES = 1 << 16  # of an increment: half a megabyte
-NO_KEYS = np.zeros(0, np.uint64)  # [0] uint64
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,58 +38,11 @@ class Load:
     decodes: int  # requests that are being answered
 
 
-class PageLog:
-    """A replica's pages as it gains and loses them, and the increments that say so. Any thread may call it.
-
-    Its engine's `Memory.listen` takes one; `take` what there is to publish, every so often.
-    """
-
-    def __init__(self) -> None:
-        self.sequence = 0
-        self.lock = threading.Lock()
-        self.held: dict[int, None] = {}  # in the order of coming, as the next two
-        self.gained: dict[int, None] = {}
-        self.lost: dict[int, None] = {}
-
-    def added(self, keys: np.ndarray) -> None:
-        """Pages ([pages] uint64) are cached, in the order of their prompt."""
-        with self.lock:
-            for key in keys.tolist():
-                if key not in self.held:
-                    self.held[key] = None
-                    if self.lost.pop(key, 0) == 0:
-                        self.gained[key] = None
-
-    def removed(self, keys: np.ndarray) -> None:
-        """Pages ([pages] uint64) are cached no longer."""
-        with self.lock:
-            for key in keys.tolist():
-                if self.held.pop(key, 0) is None and self.gained.pop(key, 0) == 0:
-                    self.lost[key] = None
-
-    def cleared(self) -> None:
-        """Nothing is cached any more."""
-        self.removed(np.fromiter(self.held, np.uint64, len(self.held)))
-
-    def take(self) -> Increment | None:
-        """The next increment; None if nothing has changed."""
-        with self.lock:
-            if not self.gained and not self.lost:
-                return None
-            self.sequence += 1
-            removed = first_keys(self.lost, MOST_PAGES)
-            return Increment(self.sequence, first_keys(self.gained, MOST_PAGES - len(removed)), removed)
-
-    def snapshot(self) -> Snapshot:
-        """All pages as of the last increment, for a router that missed one; the next increment follows on it."""
-        with self.lock:
-            held = [key for key in self.held if key not in self.gained] + list(self.lost)
-            return Snapshot(self.sequence, np.array(held, np.uint64))
-
-
-def first_keys(keys: dict[int, None], most: int) -> np.ndarray:
-    """Take the first keys out of a dictionary, [pages] uint64, at most so many."""
-    taken = [key for key, _ in zip(keys, range(most), strict=False)]
-    for key in taken:
-        del keys[key]
-    return np.array(taken, np.uint64)
+def increments(sequence: int, added: np.ndarray, removed: np.ndarray) -> list[Increment]:
+    """What was gained and lost ([pages] uint64, no page is both) as increments after number `sequence`."""
+    keys, count = np.concatenate([removed, added]), len(removed)
+    parts = [(at, keys[at : at + MOST_PAGES]) for at in range(0, len(keys), MOST_PAGES)]
+    return [
+        Increment(sequence + number, part[max(0, count - at) :], part[: max(0, count - at)])
+        for number, (at, part) in enumerate(parts, 1)
+    ]

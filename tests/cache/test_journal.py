@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from cache.journal import Journal, ListedPages
+from cache.journal import Journal, Listed, ListedPages
 from cache.keys import page_keys, root_key
 from cache.pool import PoolExhausted
 from cache.prefix_cache import PrefixCache
@@ -82,3 +82,12 @@ def test_a_tree_that_starts_anew_has_lost_everything() -> None:
     assert set(lost.tolist()) == set(gained.tolist())
     assert not len(gained_again)
     assert not len(listed.held())
+
+
+def test_a_page_that_comes_and_goes_in_between_is_in_neither() -> None:
+    journal, pages = Journal(), np.array([1, 2], np.int32)
+    journal.listed(Listed(b"", np.arange(8, dtype=np.int32), pages, 0, -1))
+    journal.unlisted(pages)
+    gained, lost = ListedPages(4, 4, b"f").take(journal)
+    assert not len(gained)
+    assert not len(lost)

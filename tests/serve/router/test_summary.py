@@ -1,11 +1,12 @@
 """What a replica publishes: increments add up to what it holds, and a snapshot stands for those before it."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.router import summary
-from serve.router.summary import PageLog, Snapshot
+from serve.router.summary import Snapshot, increments
 
 
 def keys(*numbers: int) -> np.ndarray:
@@ -18,55 +19,42 @@ def applied(held: set[int], published) -> set[int]:
     return (held | set(published.added.tolist())) - set(published.removed.tolist())
 
 
-STEP = st.tuples(st.sampled_from(["add", "remove", "take", "snapshot"]), st.lists(st.integers(0, 20), max_size=8))
+PAGES = st.sets(st.integers(0, 20))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(STEP, max_size=40))
-def test_increments_and_snapshots_add_up_to_what_is_held(steps):
-    log, truth, known, joined = PageLog(), set(), set(), None
-    for what, numbers in steps:
-        if what == "add":
-            log.added(keys(*numbers))
-            truth |= set(numbers)
-        elif what == "remove":
-            log.removed(keys(*numbers))
-            truth -= set(numbers)
-        elif what == "take" and (increment := log.take()):
-            known = applied(known, increment)
-            joined = None if joined is None else applied(joined, increment)
-        elif what == "snapshot":
-            snapshot = log.snapshot()
-            assert snapshot.sequence == log.sequence
-            assert set(snapshot.held.tolist()) == known  # as of the last increment
-            joined = set(snapshot.held.tolist())  # a router that joins here
-    while increment := log.take():
-        known = applied(known, increment)
-        joined = None if joined is None else applied(joined, increment)
-    assert known == truth
-    assert joined in (None, truth)
+@given(st.lists(PAGES, max_size=12), st.integers(1, 5), st.integers(0, 12))
+def test_increments_and_snapshots_add_up_to_what_is_held(states, most, joins):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "MOST_PAGES", most)
+        truth, known, joined, sequence = set(), set(), None, 0
+        for number, held in enumerate(states):
+            if number == joins:  # a router that joins here
+                joined = applied(set(), Snapshot(sequence, keys(*truth)))
+            for each in increments(sequence, keys(*held - truth), keys(*truth - held)):
+                assert each.sequence == sequence + 1
+                assert 0 < len(each.added) + len(each.removed) <= most
+                known, sequence = applied(known, each), each.sequence
+                joined = None if joined is None else applied(joined, each)
+            truth = held
+            assert known == truth
+        assert joined in (None, truth)
 
 
-def test_a_page_that_comes_and_goes_in_between_is_not_published():
-    log = PageLog()
-    log.added(keys(1, 2))
-    log.removed(keys(1, 2))
-    assert log.take() is None
+def test_nothing_is_published_where_nothing_has_changed():
+    assert increments(3, keys(), keys()) == []
 
 
 def test_an_increment_is_bounded_and_the_rest_comes_next(monkeypatch):
     monkeypatch.setattr(summary, "MOST_PAGES", 4)
-    log = PageLog()
-    log.added(keys(*range(10)))
-    first, second, third = log.take(), log.take(), log.take()
+    first, second, third = increments(0, keys(*range(10)), keys())
     assert first.added.tolist() == [0, 1, 2, 3]
     assert second.added.tolist() == [4, 5, 6, 7]
     assert [third.sequence, *third.added.tolist()] == [3, 8, 9]
 
 
-def test_a_cleared_cache_loses_all():
-    log = PageLog()
-    log.added(keys(1, 2))
-    log.take()
-    log.cleared()
-    assert log.take().removed.tolist() == [1, 2]
+def test_what_is_lost_comes_first(monkeypatch):
+    monkeypatch.setattr(summary, "MOST_PAGES", 4)
+    first, second = increments(7, keys(1, 2, 3), keys(4, 5))
+    assert [first.sequence, first.removed.tolist(), first.added.tolist()] == [8, [4, 5], [1, 2]]
+    assert [second.sequence, second.removed.tolist(), second.added.tolist()] == [9, [], [3]]
