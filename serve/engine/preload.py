@@ -170,7 +170,10 @@ class Preloader:
             restorer.look_up(sequence, sequence.computed)
             self._skip(sequence.keys)
         restorer.read_ahead(sequence)
-        return self.take(sequence) or taken
+        if self.take(sequence):
+            restorer.read_ahead(sequence)  # without what was taken over: no chunk ends where it would be copied in
+            taken = True
+        return taken
 
     def take(self, sequence: Sequence) -> bool:
         """Give a sequence with a lease the preloaded pages that come next in it. Whether there were any."""

@@ -97,6 +97,7 @@ def test_the_partly_filled_page_where_an_answer_ended_is_taken_over_too(model, t
     engine = preloaded(model, tmp_path)
     hits = engine.core.tiers.pages.tiers[0].stats().hits
     output, started, _ = generate(engine, turn, 4)
+    assert engine.core.runner.dispatched == 4, "one chunk computes all that comes after the partly filled page"
     assert started.restored == {"disk": len(tokens) + 6}  # the last token was sampled, and never ran
     assert engine.core.tiers.pages.tiers[0].stats().hits == hits
     right(model, turn, output)
