@@ -90,11 +90,15 @@ class Engine:
     # Called before the thread starts.
 
     def preload(self, enough: Callable[[], bool]) -> None:
-        """Read pages of the store that are likely to be asked for, until there are none left or `enough()`."""
-        preloader = self.core.preloader
+        """Until `enough()`: read pages of the store that are likely to be asked for, and load programs from disk."""
+        preloader, programs = self.core.preloader, self.core.programs.load_kept()
         try:
-            while preloader and preloader.step(quiet=True) and not enough():
-                time.sleep(PRELOAD_SECONDS)
+            while not enough():
+                reads = preloader is not None and preloader.step(quiet=True)
+                if next(programs, None) is None:
+                    if not reads:
+                        break
+                    time.sleep(PRELOAD_SECONDS)
         except Exception:
             log.exception("nothing more is preloaded")
             self.core.check_pool()

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from functools import partial
@@ -80,6 +80,7 @@ class Program:
         self.key = self._key()
         self.state = PENDING
         self.needed = 0  # the number of the latest step that could have used it
+        self.on_disk = True  # until it was looked for there in vain
         self.compiled: Callable[..., Any] | None = None
         self.error = ""
 
@@ -171,9 +172,7 @@ class Programs:
         """The compiled program; compiles it, or waits until it is compiled. Raises CompileError."""
         with self.changed:
             self.changed.wait_for(lambda: program.state is not COMPILING)
-            mine = program.state is PENDING
-            if mine:
-                program.state = COMPILING
+            mine = self._take(program)
         if mine:
             self._make(program)
         if program.compiled is None:
@@ -189,6 +188,18 @@ class Programs:
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # XLA compiles without Python's lock
             for done, _ in enumerate(threads.map(self.get, wanted), 1):
                 on_progress(done, len(wanted))
+
+    def load_kept(self) -> Iterator[Program]:
+        """Load what is kept on disk, one program a turn: each once it is ready."""
+        for program in self.remaining():
+            if program.on_disk and self._take(program):
+                compiled = None
+                try:
+                    compiled = self._load(program)
+                finally:
+                    self._set(program, READY if compiled else PENDING, compiled)
+                if compiled:
+                    yield program
 
     def wait(self) -> None:
         """Compile all that is left, for a measurement or a test; what fails is left out, as in the background."""
@@ -240,10 +251,17 @@ class Programs:
 
     def _next(self) -> Program | None:
         with self.changed:
-            program = next((each for each in self.remaining() if each.state is PENDING), None)
-            if program:
+            return next((each for each in self.remaining() if self._take(each)), None)
+
+    # What any thread does with a program that it has taken.
+
+    def _take(self, program: Program) -> bool:
+        """Whether the program is the caller's now, to load or to compile: others wait for it."""
+        with self.changed:
+            mine = program.state is PENDING
+            if mine:
                 program.state = COMPILING
-        return program
+            return mine
 
     def _make(self, program: Program) -> None:
         """Load or compile a program that this thread has taken."""
@@ -254,19 +272,30 @@ class Programs:
             error = f"{type(failure).__name__}: {first_line(failure)}"
             log.warning("%s cannot be compiled, and is done without: %s", program.name, error)
         finally:
-            with self.changed:
-                program.compiled, program.error = compiled, "" if compiled else error
-                program.state = READY if compiled else FAILED
-                self.changed.notify_all()
+            self._set(program, READY if compiled else FAILED, compiled, "" if compiled else error)
 
-    def _load_or_compile(self, program: Program) -> Callable[..., Any]:
+    def _set(self, program: Program, state: ProgramState, compiled: Callable[..., Any] | None, error: str = "") -> None:
+        """Say what has become of a program, to all who wait for it."""
+        with self.changed:
+            program.state, program.compiled, program.error = state, compiled, error
+            self.changed.notify_all()
+
+    def _load(self, program: Program) -> Callable[..., Any] | None:
+        """The program as it is kept on disk, where it is; there is one look."""
         devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
-        if self.executables and (
-            found := self.executables.load(program.key, program.name, program.arguments, program.result, devices)
-        ):
+        found = None
+        if self.executables and program.on_disk:
+            found = self.executables.load(program.key, program.name, program.arguments, program.result, devices)
+        program.on_disk = found is not None
+        if found:
             with self.changed:
                 self.loaded += 1
-            return found
+        return found
+
+    def _load_or_compile(self, program: Program) -> Callable[..., Any]:
+        return self._load(program) or self._compile(program)
+
+    def _compile(self, program: Program) -> Callable[..., Any]:
         begin = time.perf_counter()
         compilation = compile_lowered(program.lower())
         with self.changed:

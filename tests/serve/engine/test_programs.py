@@ -205,6 +205,20 @@ def test_the_key_is_of_the_source_that_this_process_has_read(tmp_path: Path, mon
     source_of.cache_clear()
 
 
+def test_what_is_kept_is_loaded_without_compiling_and_the_rest_stays_pending(tmp_path: Path) -> None:
+    first_life = Programs(Executables(tmp_path / "executables"))
+    add(first_life, 1)
+    first_life.wait()
+    programs = Programs(Executables(tmp_path / "executables"))
+    kept, new = add(programs, 1), add(programs, 2, 3.0)
+    assert [program.name for program in programs.load_kept()] == ["program 1"]
+    assert (kept.state, new.state) == (READY, PENDING)
+    assert (programs.loaded, programs.compiled) == (1, 0)
+    assert list(programs.load_kept()) == [], "there is one look for each"
+    assert kept(ONES).tolist() == [2.0] * 4
+    assert new(ONES).tolist() == [3.0] * 4
+
+
 def test_what_cannot_be_kept_does_not_keep_the_others_from_being_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
