@@ -34,7 +34,7 @@ from serve.prompt.conversation import ChatMessage
 from serve.prompt.plan import Chat, PlannedAnswer, break_block, break_turn, plan_chat
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.template import Opening, Refused, Template, apply
-from serve.prompt.tokenizer import FAR_BEYOND, MOST_TOKENS, Tokenizer, TooManyTokens, refuse_too_many_tokens
+from serve.prompt.tokenizer import FAR_BEYOND, LONG_CHARS, MOST_TOKENS, Tokenizer, TooManyTokens, refuse_too_many_tokens
 from serve.prompt.tools_first import ToolsPlace, place_of_tools
 
 log = logging.getLogger("tokenzero.render")
@@ -308,12 +308,18 @@ def encode_segments(
     chars = [len(segment) * (1 if isinstance(segment, str) else USUAL_CHARS) for segment in segments]
     ids: list[np.ndarray] = []
     tokens, enough = 0, int(FAR_BEYOND * most_tokens)
+    likely_fits = sum(chars) <= min(LONG_CHARS, LIKELY_CHARS * most_tokens)
     for n, segment in enumerate(segments):
         try:
             if isinstance(segment, str) and len(segment) > LIKELY_CHARS * (enough - tokens):
                 refuse_too_many_tokens(tokenizer.hf, segment, enough - tokens)
-            encode = tokenizer.encode_after if n else tokenizer.encode
-            ids.append(segment if isinstance(segment, np.ndarray) else encode(segment))
+            if isinstance(segment, np.ndarray):
+                ids.append(segment)
+            elif n == 0:
+                following = [text for text in segments[1:] if isinstance(text, str)]
+                ids.append(tokenizer.encode(segment, following if likely_fits else ()))
+            else:
+                ids.append(tokenizer.encode_after(segment))
             tokens += len(ids[-1])
         except TooManyTokens as error:  # of this segment alone
             tokens, enough = tokens + error.tokens, 0

@@ -6,10 +6,10 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -43,12 +43,19 @@ class TooManyTokens(ValueError):
         self.tokens, self.most = tokens, most
 
 
+class Encode(Protocol):
+    """Text to ids, special tokens recognised, none added."""
+
+    def __call__(self, text: str, following: Sequence[str] = ()) -> np.ndarray:
+        """[tokens] int32. Texts that are encoded next are tokenised together with it, where they are remembered."""
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A Hugging Face tokenizer with its chat template and an `encode` that remembers segments."""
 
     hf: Any
-    encode: Callable[[str], np.ndarray]  # text -> [tokens] int32, special tokens recognised, none added
+    encode: Encode
     encode_after: Callable[[str], np.ndarray]  # the same for text that follows other text
     template: Template
     max_token_chars: int  # the most characters that a token stands for
@@ -114,21 +121,21 @@ def make_tokenizer(
     )
 
 
-def make_encoder(
-    hf: Any, segments: Tier | None = None, memory: Recent[str, np.ndarray] | None = None
-) -> Callable[[str], np.ndarray]:
+def make_encoder(hf: Any, segments: Tier | None = None, memory: Recent[str, np.ndarray] | None = None) -> Encode:
     """`encode` for a tokenizer: by segments kept in `memory` where that is exact, else over the whole text."""
 
-    def whole(text: str) -> np.ndarray:
-        if len(text) > LONG_CHARS:
-            refuse_too_many_tokens(hf, text, MOST_TOKENS)
-        (encoding,) = encode_fast(hf, [text])
-        if len(encoding) > MOST_TOKENS:
-            raise TooManyTokens(len(encoding), MOST_TOKENS)
-        return np.asarray(encoding.ids, np.int32)
+    def whole(texts: list[str]) -> list[np.ndarray]:
+        for text in texts:
+            if len(text) > LONG_CHARS:
+                refuse_too_many_tokens(hf, text, MOST_TOKENS)
+        encodings = encode_fast(hf, texts)
+        for encoding in encodings:
+            if len(encoding) > MOST_TOKENS:
+                raise TooManyTokens(len(encoding), MOST_TOKENS)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     if not splits_at_added_tokens(hf):
-        return whole
+        return lambda text, following=(): whole([text])[0]
     added = {str(token): index for index, token in hf.added_tokens_decoder.items()}
     single = {token: np.asarray([index], np.int32) for token, index in added.items()}
     # Longest first, as the tokenizer itself prefers them.
@@ -136,22 +143,25 @@ def make_encoder(
     tokenize = with_store(whole, identity(hf), segments) if segments else whole
     memory = segment_memory(DEFAULT_BOUNDS.segments) if memory is None else memory
 
-    def remembered(text: str) -> np.ndarray:
-        if (ids := memory.get(text)) is None:
-            ids = tokenize(text)
+    def remembered(texts: list[str]) -> dict[str, np.ndarray]:
+        known = {text: ids for text in texts if (ids := memory.get(text)) is not None}
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        for text, ids in zip(new, tokenize(new) if new else [], strict=True):
             memory.put(text, ids)
-        return ids
+            known[text] = ids
+        return known
 
-    def encode(text: str) -> np.ndarray:
-        ids, at = [np.zeros(0, np.int32)], 0
+    def parts_of(text: str) -> list[str]:  # texts and control tokens in turns
+        at, parts = 0, list[str]()
         for found in cut.finditer(text):
-            if found.start() > at:
-                ids.append(remembered(text[at : found.start()]))
-            ids.append(single[found[0]])
+            parts += [text[at : found.start()], found[0]]
             at = found.end()
-        if at < len(text):
-            ids.append(remembered(text[at:]))
-        return np.concatenate(ids)
+        return [*parts, text[at:]]
+
+    def encode(text: str, following: Sequence[str] = ()) -> np.ndarray:
+        parts = parts_of(text)
+        ids = single | remembered([part for each in (parts, *map(parts_of, following)) for part in each[::2] if part])
+        return np.concatenate([np.zeros(0, np.int32), *(ids[part] for part in parts if part)])
 
     return encode
 
@@ -181,20 +191,29 @@ def refuse_too_many_tokens(hf: Any, text: str, most: int) -> None:
             raise TooManyTokens(tokens * len(text) // stop, most)
 
 
-def with_store(tokenize: Callable[[str], np.ndarray], tokenizer: bytes, tier: Tier) -> Callable[[str], np.ndarray]:
+def with_store(
+    tokenize: Callable[[list[str]], list[np.ndarray]], tokenizer: bytes, tier: Tier
+) -> Callable[[list[str]], list[np.ndarray]]:
     """`tokenize`, with its results for long texts kept in a tier under the tokenizer's identity and the text."""
     writer = Worker("segments")
 
-    def recall(text: str) -> np.ndarray:
-        if len(text) < STORED_CHARS:
-            return tokenize(text)
-        key = hashlib.blake2b(tokenizer + text.encode(), digest_size=32).digest()
-        (record,) = tier.get_many([key])
-        if record is not None:
-            return np.frombuffer(record, "<i4").astype(np.int32)
-        ids = tokenize(text)
-        writer.submit(tier.put_many, [(key, ids.astype("<i4").tobytes())])
-        return ids
+    def recall(texts: list[str]) -> list[np.ndarray]:
+        keys = {
+            text: hashlib.blake2b(tokenizer + text.encode(), digest_size=32).digest()
+            for text in texts
+            if len(text) >= STORED_CHARS
+        }
+        records = dict(zip(keys, tier.get_many(list(keys.values())), strict=True)) if keys else {}
+        ids = {
+            text: np.frombuffer(record, "<i4").astype(np.int32)
+            for text, record in records.items()
+            if record is not None
+        }
+        new = [text for text in texts if text not in ids]
+        ids |= zip(new, tokenize(new) if new else [], strict=True)
+        if stored := [(keys[text], ids[text].astype("<i4").tobytes()) for text in new if text in keys]:
+            writer.submit(tier.put_many, stored)
+        return [ids[text] for text in texts]
 
     return recall
 

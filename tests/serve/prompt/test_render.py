@@ -371,6 +371,30 @@ class TestSegments:
         encode("first<|end|>second<|end|>third")
         assert seen == ["first", "second", "third"]
 
+    def test_texts_that_follow_are_tokenised_together_and_remembered(self) -> None:
+        hf, seen = byte_level(), list[list[str]]()
+
+        class Watched:
+            """A tokenizer that notes what it is given."""
+
+            def encode_batch_fast(self, texts: list[str], **kwargs: bool) -> list[Any]:
+                seen.append(texts)
+                return hf.backend_tokenizer.encode_batch_fast(texts, **kwargs)
+
+            def to_str(self) -> str:
+                return hf.backend_tokenizer.to_str()
+
+        class Outer:
+            """A tokenizer around the watched backend."""
+
+            backend_tokenizer = Watched()
+            added_tokens_decoder = hf.added_tokens_decoder
+
+        encode = make_encoder(Outer())
+        assert encode("ab<|end|>", ["cd<|end|>ab", "ef"]).tolist() == whole(hf, "ab<|end|>")
+        assert [encode(text).tolist() for text in ("cd<|end|>ab", "ef")] == [whole(hf, "cd<|end|>ab"), whole(hf, "ef")]
+        assert seen == [["ab", "cd", "ef"]]
+
     def test_a_long_segment_is_found_in_the_store_by_the_next_process(self, tmp_path: Path) -> None:
         hf, long, tier = byte_level(), "ab é🙂" * STORED_CHARS, DiskTier(tmp_path, 10**7)
         ids = make_encoder(hf, tier)(f"{long}<|end|>short").tolist()
@@ -424,7 +448,7 @@ class TestLoading:
             load_tokenizer(str(tmp_path))
 
     def test_encode_can_be_replaced(self, tokenizer: Tokenizer) -> None:
-        fixed = replace(tokenizer, encode=lambda value: np.asarray([len(value)], np.int32))
+        fixed = replace(tokenizer, encode=lambda value, following=(): np.asarray([len(value)], np.int32))
         assert render(request(USER), fixed).tolist() == [len(render_text(request(USER), tokenizer))]
 
 
