@@ -2,7 +2,7 @@
 
 `python -m experiments.bench.restart --model DIR` fills a store, then restarts the server on it a few times in each arm:
 
-    preloaded    the first request comes once the server has preloaded what it will
+    preloaded    the first request comes once the server is idle: pages are preloaded, programs ready
     at once      the first request comes as soon as the server is ready
     read         nothing is preloaded: the first request waits for what is read
 
@@ -42,7 +42,8 @@ from experiments.workloads.synthetic import Json
 RESULTS = Path("experiments/results/bench/restart.json")
 WARM = 5  # requests after each restart
 OUTPUT_TOKENS = 8
-SETTLED_SECONDS = 0.5  # without another preloaded page
+SETTLED_SECONDS = 1.0  # without another preloaded page or program
+READY_PROGRAMS = 'tokenzero_programs{state="ready"}'
 # The flags of each arm.
 ARMS: dict[str, tuple[str, ...]] = {"preloaded": (), "at once": (), "read": ("--preload-bytes", "0")}
 
@@ -91,12 +92,13 @@ def cpu_ms(server: Server) -> float:
     return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e6
 
 
-def wait_until_preloaded(client: httpx.Client, url: str) -> None:
-    """Return once the server has preloaded nothing more for a while."""
-    before, since = -1.0, time.perf_counter()
+def wait_until_idle(client: httpx.Client, url: str) -> None:
+    """Return once the server has preloaded no page and readied no program for a while."""
+    before, since = (-1.0, -1.0), time.perf_counter()
     while time.perf_counter() - since < SETTLED_SECONDS:
-        if (pages := scrape(client, url)["tokenzero_preloaded_pages"]) != before:
-            before, since = pages, time.perf_counter()
+        figures = scrape(client, url)
+        if (done := (figures["tokenzero_preloaded_pages"], figures[READY_PROGRAMS])) != before:
+            before, since = done, time.perf_counter()
         time.sleep(0.05)
 
 
@@ -110,7 +112,7 @@ def restart(arm: str, flags: Sequence[str], folder: Path, prompt: Json, rng: ran
     ):
         if arm != "at once":
             count_tokens(client, server.url, {"model": "m", "messages": [{"role": "user", "content": "Hello"}]})
-            wait_until_preloaded(client, server.url)
+            wait_until_idle(client, server.url)
         first = ask(client, server, prompt, rng)
         figures = scrape(client, server.url)
         warm = [ask(client, server, prompt, rng) for _ in range(WARM)]
