@@ -1,7 +1,7 @@
-"""Weights from disk to the params pytree and back: Hugging Face safetensors in, Orbax in and out.
+"""Weights from disk to the params pytree and back: Hugging Face checkpoints in, Orbax in and out.
 
 Every tensor is checked against the config before anything is allocated; a missing, misshapen or unknown tensor is an
-error. No model maths here, and no tokenizer. The format is https://huggingface.co/docs/safetensors.
+error. No model maths here, and no tokenizer. What the files hold is the business of `model/formats`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig, load_config, read_json
 from model.fingerprint import fingerprint as fingerprint
+from model.formats.safetensors import map_tensors, weight_files
+from model.formats.tensor import BLOCK, FLOATS, Tensor, same_values
 from model.params import Layer, Params
 from model.sharding import make_mesh, shardings
 
@@ -30,7 +30,6 @@ from model.sharding import make_mesh, shardings
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
 ALIGNMENT = 64  # bytes; XLA copies arrays that start elsewhere
 CHUNK_BYTES = 1 << 24  # of an array, in an Orbax checkpoint
-FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Progress = Callable[[int, int], None]  # (bytes of params made so far, bytes in all)
@@ -53,20 +52,6 @@ class Leaf:
     parts: tuple[Part, ...]
 
 
-class Tensor(NamedTuple):
-    """A tensor of a safetensors file that is mapped into memory."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-    data: np.ndarray  # [bytes] uint8; read from the disk when it is used
-
-    def values(self) -> np.ndarray:
-        """The tensor, in its own dtype."""
-        values: np.ndarray = self.data.view(FLOATS[self.dtype]).reshape(self.shape)
-        return values
-
-
 def load(
     source: str | Path, dtype: Any, progress: Progress | None = None, devices: int = 1
 ) -> tuple[ModelConfig, Params]:
@@ -80,7 +65,7 @@ def load(
     config = load_config(folder)
     leaves = layout(config)
     mesh = make_mesh(config, devices)
-    tensors = _map_tensors(_weight_files(folder))
+    tensors = map_tensors(weight_files(folder))
     _check(leaves, tensors, config, folder)
     places = shardings(leaves, mesh) if mesh else None
     return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None), places)
@@ -211,46 +196,6 @@ def restore_orbax(path: str | Path, devices: int = 1) -> tuple[ModelConfig, Para
         return config, checkpointer.restore(path / "params", wanted)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards that its index names."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        for shard in shards:
-            if not shard.is_file():
-                raise FileNotFoundError(f"{shard} is missing, but {index.name} names it: download it again")
-        return shards
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
-    raise FileNotFoundError(
-        f"{folder} has no model.safetensors and no {index.name} (found {', '.join(others) or 'no weights'}): "
-        "download the safetensors files, or convert with transformers' save_pretrained"
-    )
-
-
-def _map_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Map the files into memory and read their headers, which say where in the rest each tensor is."""
-    tensors = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="np"):  # checks the whole header
-                pass
-        except (SafetensorError, OSError) as error:
-            size = path.stat().st_size
-            raise ValueError(
-                f"{path} ({size} bytes) is not a whole safetensors file ({error}): download it again"
-            ) from error
-        data = np.memmap(path, np.uint8, "r")
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            first, end = about["data_offsets"]
-            tensors[name] = Tensor(path, tuple(about["shape"]), about["dtype"], data[start + first : start + end])
-    return tensors
-
-
 def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
     """Raise ValueError unless the checkpoint has exactly the tensors of the layout."""
     expected = {part.name: part.shape for leaf in jax.tree.leaves(leaves) for part in leaf.parts}
@@ -266,9 +211,9 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
             raise ValueError(
                 f"{found.path}: {name} has shape {found.shape}, expected {shape}: check that config.json belongs to it"
             )
-        if found.dtype not in FLOATS:
+        if found.dtype not in FLOATS.values():
             raise ValueError(
-                f"{found.path}: {name} is {found.dtype}, expected one of {', '.join(FLOATS)}: "
+                f"{found.path}: {name} is {found.kind}, expected one of {', '.join(FLOATS)}: "
                 "use the unquantized checkpoint"
             )
     # Older checkpoints carry the rotary frequencies, which follow from the config.
@@ -278,7 +223,7 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
             f"{tensors[unknown[0]].path}: unexpected {_some(unknown)}, expected only the tensors of a {config.family} "
             "model with this config.json: use a merged, unmodified checkpoint"
         )
-    if config.tie_embeddings and HEAD in tensors and not np.array_equal(tensors[HEAD].data, tensors[EMBED].data):
+    if config.tie_embeddings and HEAD in tensors and not same_values(tensors[HEAD], tensors[EMBED]):
         raise ValueError(
             f"{tensors[HEAD].path}: {HEAD} differs from {EMBED}, expected equality as tie_word_embeddings is true: "
             "set it to false in config.json"
@@ -348,8 +293,13 @@ def _convert(part: Part, tensor: Tensor, leaf: Leaf, places: list[range], array:
         to.append(slice(first - place.start, stop - place.start))
         sizes.append(len(own))
         of.append(slice(first - own.start, stop - own.start))
-    target = array[tuple(to)]
-    target[...] = tensor.values().reshape(sizes)[tuple(of)]
+    target, start = array[tuple(to)], of[0].start
+    rows = tensor.rows // sizes[0]  # of the tensor, for each index of the leaf's axis
+    step = max(1, BLOCK // math.prod(sizes[1:]))
+    for first in range(start, of[0].stop, step):
+        stop = min(first + step, of[0].stop)
+        values = tensor.values(first * rows, stop * rows).reshape(stop - first, *sizes[1:])
+        target[first - start : stop - start] = values[(slice(None), *of[1:])]
     return target.nbytes
 
 

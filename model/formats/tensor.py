@@ -1,0 +1,53 @@
+"""What a reader of checkpoint files gives: tensors by name, each with its values when they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+# What the values of a weight may be, by the names that safetensors has for them.
+FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+BLOCK = 1 << 20  # elements that are read at a time, so that what lies between file and weights stays small
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint: its shape is that of its values, however the file packs them.
+
+    `read(first, stop)` gives the values of the rows [first, stop) of the first axis, [stop - first, *shape[1:]]; what
+    is quantised in the file is dequantised then, and no sooner.
+    """
+
+    name: str
+    path: Path  # for errors
+    shape: tuple[int, ...]
+    kind: str  # what the file holds, in the format's own word: F32, F8_E4M3, Q4_K
+    dtype: np.dtype | None  # of the values; None where nothing here can read them
+    nbytes: int  # in the file, with scales and whatever else the values are made from
+    read: Callable[[int, int], np.ndarray]
+
+    def values(self, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """The values of the rows [first, stop) of the first axis, of all by default; a scalar has one row."""
+        return self.read(first, self.rows if stop is None else stop)
+
+    @property
+    def rows(self) -> int:
+        """The length of the first axis."""
+        return self.shape[0] if self.shape else 1
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """All rows in runs [first, stop) of about BLOCK elements."""
+        step = max(1, BLOCK // max(1, math.prod(self.shape[1:])))
+        return ((first, min(first + step, self.rows)) for first in range(0, self.rows, step))
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have equal shapes and values."""
+    return one.shape == other.shape and all(
+        np.array_equal(one.values(first, stop), other.values(first, stop)) for first, stop in one.blocks()
+    )
