@@ -1,10 +1,13 @@
 """The decoder: pure functions on pytrees, which know nothing of cache policy, text or HTTP.
 
-- `config`: what a model is, read from a Hugging Face config.json
+- `config`: what a model is
+- `families`: what is served, read from a Hugging Face config.json, and the names of its tensors
+- `layout`: which tensors of a checkpoint fill which array of Params
 - `checkpoint`: weights from disk to Params and back
 - `fingerprint`: the name of a model with its weights
 - `params`: the weights as a pytree
 - `decoder`: the forward pass
+- `linear`: its matrix products
 - `sharding`: the same model on several devices
 - `rope`: rotary position embedding
 - `batch`: the ragged batch, and what every attention over it agrees on

@@ -11,18 +11,21 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig, load_config, read_json
+from model.config import ModelConfig, read_json
+from model.families import load_config
 from model.fingerprint import fingerprint as fingerprint
 from model.formats.safetensors import map_tensors, weight_files
 from model.formats.tensor import BLOCK, FLOATS, Tensor, same_values
+from model.layout import EMBED, HEAD, Leaf, Part
+from model.layout import layout as layout
 from model.params import Layer, Params
 from model.sharding import make_mesh, shardings
 
@@ -30,26 +33,9 @@ from model.sharding import make_mesh, shardings
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
 ALIGNMENT = 64  # bytes; XLA copies arrays that start elsewhere
 CHUNK_BYTES = 1 << 24  # of an array, in an Orbax checkpoint
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Progress = Callable[[int, int], None]  # (bytes of params made so far, bytes in all)
 Index = tuple[slice, ...]  # a slice of an array, one for each axis
-
-
-class Part(NamedTuple):
-    """One tensor of a checkpoint and its place in a leaf."""
-
-    name: str
-    shape: tuple[int, ...]  # in the file
-    at: tuple[int | slice, ...]  # its place in the leaf, which has the same elements in the same order
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One array of Params and the tensors that fill it."""
-
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
 
 
 def load(
@@ -92,60 +78,6 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
-def layout(config: ModelConfig) -> Params:
-    """Params with a Leaf in place of every array: its shape as in `model/params.py`, and the tensors that fill it."""
-    k, g, d, e, f = config.num_kv_heads, config.group, config.head_dim, config.embed_size, config.ffn_size
-    queries, key, value = np.s_[:, :g], np.s_[:, g], np.s_[:, g + 1]
-
-    def stack(shape: tuple[int, ...], *parts: Part) -> Leaf:
-        layers = range(config.num_layers)
-        return Leaf(
-            (config.num_layers, *shape),
-            tuple(Part(f"model.layers.{i}.{p.name}", p.shape, (i, *p.at)) for i in layers for p in parts),
-        )
-
-    def qkv(kind: str, *inputs: int) -> Leaf:
-        return stack(
-            (k, g + 2, d, *inputs),
-            Part(f"self_attn.q_proj.{kind}", (k * g * d, *inputs), queries),
-            Part(f"self_attn.k_proj.{kind}", (k * d, *inputs), key),
-            Part(f"self_attn.v_proj.{kind}", (k * d, *inputs), value),
-        )
-
-    def gate_up(kind: str, *inputs: int) -> Leaf:
-        parts = (Part(f"mlp.{name}_proj.{kind}", (f, *inputs), (i,)) for i, name in enumerate(("gate", "up")))
-        return stack((2, f, *inputs), *parts)
-
-    def same(name: str, *shape: int) -> Leaf:
-        return stack(shape, Part(name, shape, ()))
-
-    layer = {
-        "attn_norm": same("input_layernorm.weight", e),
-        "qkv": qkv("weight", e),
-        "out": stack((e, k, g, d), Part("self_attn.o_proj.weight", (e, k * g * d), ())),
-        "mlp_norm": same("post_attention_layernorm.weight", e),
-        "gate_up": gate_up("weight", e),
-        "down": same("mlp.down_proj.weight", e, f),
-    }
-    if config.qkv_bias:
-        layer["qkv_bias"] = qkv("bias")
-    if config.out_bias:
-        layer["out_bias"] = same("self_attn.o_proj.bias", e)
-    if config.qk_norm:
-        layer |= {"q_norm": same("self_attn.q_norm.weight", d), "k_norm": same("self_attn.k_norm.weight", d)}
-    if config.mlp_bias:
-        layer |= {"gate_up_bias": gate_up("bias"), "down_bias": same("mlp.down_proj.bias", e)}
-
-    vocab = (config.vocab_size, e)
-    model: dict[str, Any] = {
-        "embed": Leaf(vocab, (Part(EMBED, vocab, ()),)),
-        "layers": Layer(**layer),  # type: ignore[arg-type]
-        "final_norm": Leaf((e,), (Part("model.norm.weight", (e,), ()),)),
-        "lm_head": None if config.tie_embeddings else Leaf(vocab, (Part(HEAD, vocab, ()),)),
-    }
-    return Params(**model)
-
-
 def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     """Write stacked Params to `path/params` with Orbax and their config and dtype to `path/tokenzero.json`.
 
@@ -157,16 +89,16 @@ def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     path = Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists: delete it, or save to a new path")
-    if not isinstance(params.layers, Layer):
-        found = type(params.layers).__name__
-        raise ValueError(f"params.layers is a {found}, expected one stacked Layer: save before `arranged`")
+    if not all(isinstance(run, Layer) and run.stacked for run in params.layers):
+        found = "packed" if params.packed else "apart"
+        raise ValueError(f"the layers are {found}, expected stacked ones: save before `arranged`")
     for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(layout(config)), strict=True):
         if leaf.shape != expected.shape:
             raise ValueError(f"params have shape {leaf.shape}, expected {expected.shape}: save before `shard_params`")
     # So that a device that restores a part of an array decodes little more than that.
-    chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+    chunks, stored = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), _stored(params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "params", params, save_args=jax.tree.map(lambda leaf: chunks, params))
+        checkpointer.save(path / "params", stored, save_args=jax.tree.map(lambda leaf: chunks, stored))
     # Written last, so that a folder with this file holds all weights.
     about = {"format": 1, "dtype": params.embed.dtype.name, "config": config.to_json()}
     (path / "tokenzero.json").write_text(json.dumps(about), encoding="utf-8")
@@ -193,7 +125,13 @@ def restore_orbax(path: str | Path, devices: int = 1) -> tuple[ModelConfig, Para
     places = shardings(leaves, mesh) if mesh else jax.tree.map(lambda leaf: alone, leaves)
     wanted = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), leaves, places)
     with ocp.StandardCheckpointer() as checkpointer:
-        return config, checkpointer.restore(path / "params", wanted)
+        restored = checkpointer.restore(path / "params", _stored(wanted))
+    return config, restored if isinstance(restored.layers, tuple) else replace(restored, layers=(restored.layers,))
+
+
+def _stored(params: Params) -> Params:
+    """Params as Orbax stores them: where all layers are one run, without the tuple."""
+    return params if params.layers[1:] else replace(params, layers=params.layers[0])  # type: ignore[arg-type]
 
 
 def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:

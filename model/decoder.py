@@ -1,4 +1,4 @@
-"""The forward pass: llama, mistral, qwen2 and qwen3 are one decoder with optional parts.
+"""The forward pass: all families are one decoder, of layers of a few kinds, with optional parts.
 
 `forward` is a pure function over a ragged batch and the paged KV pool; prefill chunks and decode tokens are the same to
 it. Compilation and donation happen in `serve/engine/steps.py`.
@@ -6,13 +6,12 @@ it. Compilation and donation happen in `serve/engine/steps.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from model import kv, rope, sharding
@@ -21,6 +20,7 @@ from model.batch import Batch, locate
 from model.config import ModelConfig
 from model.kernels.cpu.layers import embedding, logits, run_layers
 from model.kv import KVPool
+from model.linear import biased, linear, product
 from model.params import Layer, PackedLayers, Params
 
 Carry = tuple[Float[jax.Array, "tokens embed"], KVPool]
@@ -53,9 +53,9 @@ def forward_part(
     """One device's part of `forward`; `summed` adds up what each device has computed with its heads and its ffn."""
     positions, pages, offsets = locate(batch, pool)
     cos, sin = rope.angles(positions, *rope.inverse_frequencies(config.rope, config.head_dim))
-    if isinstance(params.layers, PackedLayers):
+    if isinstance(packed := params.layers[0], PackedLayers):
         x = embedding(params.embed, batch.tokens)
-        x, pool = run_layers(x, params.layers, pool, batch, cos, sin, config.norm_eps)
+        x, pool = run_layers(x, packed, pool, batch, cos, sin, config.norm_eps)
         head = params.embed if params.lm_head is None else params.lm_head
         return logits(x, batch.logit_indices, params.final_norm, head, config.vocab_size, config.norm_eps), pool
 
@@ -78,15 +78,18 @@ def forward_part(
     return sharding.gathered(found) if divided else found, pool
 
 
-def over_layers(step: LayerStep, carry: Carry, layers: Layer | tuple[Layer, ...]) -> Carry:
-    """Fold `step(carry, layer, index)` over stacked layers with a scan, or over separate ones unrolled."""
-    if isinstance(layers, tuple):
-        once = jax.jit(step)  # a call for each layer: traced and lowered once, and inlined by XLA
-        for index, layer in enumerate(layers):
-            carry = once(carry, layer, index)
-        return carry
-    count = layers.attn_norm.shape[0]
-    carry, _ = jax.lax.scan(lambda c, xs: (step(c, *xs), None), carry, (layers, jnp.arange(count, dtype=jnp.int32)))
+def over_layers(step: LayerStep, carry: Carry, layers: Sequence[Layer]) -> Carry:
+    """Fold `step(carry, layer, index)` over layers: a scan for each stacked run, and separate ones unrolled."""
+    once = jax.jit(step)  # a call for each layer: traced and lowered once for each kind, and inlined by XLA
+    first = 0
+    for run in layers:
+        if not run.stacked:
+            carry, first = once(carry, run, first), first + 1
+            continue
+        count = len(run.attn_norm)
+        indices = jnp.arange(first, first + count, dtype=jnp.int32)
+        carry, _ = jax.lax.scan(lambda c, xs: (step(c, *xs), None), carry, (run, indices))
+        first += count
     return carry
 
 
@@ -111,6 +114,8 @@ def mlp(layer: Layer, x: Float[jax.Array, "tokens embed"], config: ModelConfig) 
 
     Without the bias of `down`, which is added once, after the sum over devices.
     """
+    assert layer.gate_up is not None
+    assert layer.down is not None
     normed = rms_norm(x, layer.mlp_norm, config.norm_eps)
     gate_up = linear(normed, layer.gate_up, layer.gate_up_bias)  # [tokens, 2, ffn]
     return linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down, None)
@@ -123,32 +128,3 @@ def rms_norm(
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype) * weight
-
-
-def linear(
-    x: Float[jax.Array, "tokens inputs"],
-    weight: Float[jax.Array, "*outputs inputs"],
-    bias: Float[jax.Array, "*outputs"] | None,
-) -> Float[jax.Array, "tokens *outputs"]:
-    """`x @ weight.T + bias`.
-
-    As one plain matrix product: given several output axes, XLA's CPU backend transposes the weight on every step.
-    """
-    flat = product(x, weight.reshape(-1, weight.shape[-1]), x.dtype)
-    return biased(flat.reshape(x.shape[0], *weight.shape[:-1]), bias)
-
-
-def biased(
-    x: Float[jax.Array, "tokens *outputs"], bias: Float[jax.Array, "*outputs"] | None
-) -> Float[jax.Array, "tokens *outputs"]:
-    """`x + bias`, where there is one."""
-    return x if bias is None else x + bias
-
-
-def product(
-    x: Float[jax.Array, "tokens inputs"],
-    weight: Float[jax.Array, "outputs inputs"],
-    dtype: DTypeLike,
-) -> Float[jax.Array, "tokens outputs"]:
-    """`x @ weight.T` in this dtype."""
-    return jnp.einsum("ti,oi->to", x, weight, preferred_element_type=dtype)

@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.kernels.cpu import build
-from model.params import PackedLayers, Params
+from model.params import Layer, Params
 
 SEEDS = (0x00000001, 0x85EBCA6B)
 BLOCK_BYTES = 2**22  # of a weight that one call hashes, so that all cores have work
@@ -32,21 +34,15 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
     deliberately colliding weights, as BLAKE2b over all bytes on the host would. Raises ValueError for packed weights
     and for those that `sharding.divide_groups` has divided.
     """
-    if isinstance(params.layers, PackedLayers):
-        raise ValueError(
-            "params.layers is a PackedLayers, expected a Layer or a tuple of them: call it before `arranged`"
-        )
-    qkv = (params.layers[0] if isinstance(params.layers, tuple) else params.layers).qkv
+    if params.packed:
+        raise ValueError("the layers are PackedLayers, expected a Layer: call it before `arranged`")
+    qkv = params.layers[0].qkv
     if qkv.shape[-4] != config.num_kv_heads:
         raise ValueError(
             f"qkv has {qkv.shape[-4]} KV heads, expected {config.num_kv_heads}: call it before `shard_params`"
         )
-    if isinstance(params.layers, tuple):
-        apart = [jax.tree.map(_hash, layer) for layer in params.layers]
-        layers = jax.tree.map(lambda *words: np.stack(words, axis=-1), *apart)
-    else:
-        layers = jax.tree.map(functools.partial(_hash, kept=1), params.layers)
-    words = (jax.tree.map(_hash, (params.embed, params.final_norm, params.lm_head)), layers)
+    runs = [_hashes_of_run(list(run)) for _, run in groupby(params.layers, jax.tree.structure)]
+    words = (jax.tree.map(_hash, (params.embed, params.final_norm, params.lm_head)), runs if runs[1:] else runs[0])
 
     relevant = dataclasses.replace(config, eos_token_ids=(), max_position=0)
     digest = hashlib.blake2b(digest_size=32, person=b"tokenzero model")
@@ -55,6 +51,12 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
         digest.update(jax.tree_util.keystr(field).encode())
         digest.update(np.asarray(value).astype("<u4").tobytes())
     return digest.digest()
+
+
+def _hashes_of_run(run: Sequence[Layer]) -> Layer:
+    """Two hashes of each array and layer, [2, layers], of layers with the same arrays, stacked or apart."""
+    hashed = [jax.tree.map(functools.partial(_hash, kept=int(part.stacked)), part) for part in run]
+    return jax.tree.map(lambda *words: np.concatenate([each.reshape(2, -1) for each in words], axis=-1), *hashed)
 
 
 def _hash(x: jax.Array, kept: int = 0) -> np.ndarray:

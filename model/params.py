@@ -2,8 +2,9 @@
 
 Matrices keep the checkpoint's orientation, outputs before inputs, so loading never transposes. Projections that read
 the same input are fused; queries, key and value of one KV head lie together, so a mesh can split them along one axis.
-Letters in einsums, throughout the model: l layers, t tokens, e embed, k kv heads, g group (query heads
-per KV head), d head_dim, f ffn, v vocab.
+Layers that have the same arrays and follow each other are one run, whose arrays are stacked. Letters in einsums,
+throughout the model: l layers, t tokens, e embed, k kv heads, g group (query heads per KV head), d head_dim, f ffn,
+v vocab, x experts.
 """
 
 from __future__ import annotations
@@ -18,27 +19,54 @@ from jaxtyping import Float, Float32
 
 
 @struct.dataclass
+class Experts:
+    """A layer's mixture of experts; with a leading `layers` axis on every field when stacked."""
+
+    router: Float[jax.Array, "*layers experts embed"]
+    gate_up: Float[jax.Array, "*layers experts 2 ffn embed"]
+    down: Float[jax.Array, "*layers experts embed ffn"]
+    router_bias: Float[jax.Array, "*layers experts"] | None = None
+    # Added to a token's scores for the choice of its experts, and not to their weights.
+    correction: Float32[jax.Array, "*layers experts"] | None = None
+    gate_up_bias: Float[jax.Array, "*layers experts 2 ffn"] | None = None
+    down_bias: Float[jax.Array, "*layers experts embed"] | None = None
+    # The experts that every token goes through, as one block.
+    shared_gate_up: Float[jax.Array, "*layers 2 ffn embed"] | None = None
+    shared_down: Float[jax.Array, "*layers embed ffn"] | None = None
+
+
+@struct.dataclass
 class Layer:
-    """One decoder layer; with a leading `layers` axis on every field when stacked."""
+    """One decoder layer; with a leading `layers` axis on every field when stacked.
+
+    It has `experts`, or `gate_up` and `down`.
+    """
 
     attn_norm: Float[jax.Array, "*layers embed"]
     # A KV head's queries, then its key, then its value: qkv_heads is group + 2.
     qkv: Float[jax.Array, "*layers kv_heads qkv_heads head_dim embed"]
     out: Float[jax.Array, "*layers embed kv_heads group head_dim"]
     mlp_norm: Float[jax.Array, "*layers embed"]
-    gate_up: Float[jax.Array, "*layers 2 ffn embed"]
-    down: Float[jax.Array, "*layers embed ffn"]
+    gate_up: Float[jax.Array, "*layers 2 ffn embed"] | None = None
+    down: Float[jax.Array, "*layers embed ffn"] | None = None
     qkv_bias: Float[jax.Array, "*layers kv_heads qkv_heads head_dim"] | None = None
     out_bias: Float[jax.Array, "*layers embed"] | None = None
     q_norm: Float[jax.Array, "*layers head_dim"] | None = None
     k_norm: Float[jax.Array, "*layers head_dim"] | None = None
     gate_up_bias: Float[jax.Array, "*layers 2 ffn"] | None = None
     down_bias: Float[jax.Array, "*layers embed"] | None = None
+    experts: Experts | None = None
+    sinks: Float32[jax.Array, "*layers kv_heads group"] | None = None  # logits in the softmax's denominator
+
+    @property
+    def stacked(self) -> bool:
+        """Whether this is a run of layers."""
+        return self.attn_norm.ndim > 1
 
 
 @struct.dataclass
 class PackedLayers:
-    """All layers in the order in which the CPU kernel reads them; what a model lacks has no outputs.
+    """A run of layers in the order in which the CPU kernel reads them; what a model lacks has no outputs.
 
     A weight is [layers, panels, inputs, panel]: a panel of outputs lies together, input by input. Half of each panel of
     `gate_up` is gate, half is up. Biases are in the order of their weight's panels.
@@ -60,32 +88,43 @@ class PackedLayers:
 
 @struct.dataclass
 class Params:
-    """A whole model: its layers stacked, or apart as `unstacked` makes them, or packed for the CPU kernels.
+    """A whole model: its layers in stacked runs, or apart as `unstacked` makes them, or packed for the CPU kernels.
 
     Where the layers are packed, so are the embedding and the head: [panels, embed, panel].
     """
 
     embed: Float[jax.Array, "vocab embed"] | Float32[jax.Array, "panels embed panel"]
-    layers: Layer | tuple[Layer, ...] | PackedLayers
+    layers: tuple[Layer | PackedLayers, ...]
     final_norm: Float[jax.Array, "embed"]
     # None where the embedding is tied.
     lm_head: Float[jax.Array, "vocab embed"] | Float32[jax.Array, "panels embed panel"] | None = None
 
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are packed for the CPU kernels."""
+        return isinstance(self.layers[0], PackedLayers)
+
 
 def unstacked(params: Params) -> Params:
-    """The same weights with `layers` as a tuple, one Layer each.
+    """The same weights with each Layer of `layers` by itself.
 
     On a CPU, XLA copies the slice of a stacked weight on every layer of a scan, which halves the speed of decode; with
     separate arrays it reads each weight once. On an H200 stacked weights decode as fast, and compile faster
     (`make gpu-bench`).
     """
-    if not isinstance(params.layers, Layer):
+    if params.packed:
         return params
-    leaves, structure = jax.tree.flatten(params.layers)
+    return dataclasses.replace(params, layers=tuple(layer for run in params.layers for layer in _layers_of(run)))
+
+
+def _layers_of(run: Layer) -> list[Layer]:
+    """The layers of a run, or the one that is apart already."""
+    if not run.stacked:
+        return [run]
+    leaves, structure = jax.tree.flatten(run)
     if all(device.platform == "cpu" for leaf in leaves for device in leaf.devices()):
         leaves = [_apart(leaf) for leaf in leaves]
-    layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
-    return dataclasses.replace(params, layers=layers)
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True)]
 
 
 def _apart(stacked: jax.Array) -> list[jax.Array]:

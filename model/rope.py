@@ -21,10 +21,12 @@ from model.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Float32[np.ndarray, "pairs"], float]:
-    """Radians per token of each of the head_dim / 2 pairs, and the factor on cosine and sine.
+    """Radians per token of each pair of dimensions that rotate, and the factor on cosine and sine.
 
-    Raises ValueError for a kind that is not in `model.config.ROPE_KINDS`.
+    There are head_dim / 2 pairs where the whole head rotates. Raises ValueError for a kind that is not in
+    `model.config.ROPE_KINDS`.
     """
+    head_dim = int(head_dim * rope.partial)
     plain = _plain(rope.theta, head_dim)
     if rope.kind == "default":
         return plain, 1.0
@@ -52,11 +54,17 @@ def rotate(
     cos: Float32[jax.Array, "tokens pairs"],
     sin: Float32[jax.Array, "tokens pairs"],
 ) -> Float[jax.Array, "tokens *heads head_dim"]:
-    """Rotate the pairs (i, i + head_dim / 2) of every head, in float32; the result has the dtype of `x`."""
-    per_token = (x.shape[0], *(1 for _ in x.shape[1:-1]), cos.shape[-1])
+    """Rotate the pairs (i, i + pairs) of every head, in float32; the result has the dtype of `x`.
+
+    Dimensions after the last pair stay as they are.
+    """
+    pairs = cos.shape[-1]
+    per_token = (x.shape[0], *(1 for _ in x.shape[1:-1]), pairs)
     cos, sin = cos.reshape(per_token), sin.reshape(per_token)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    first, second, rest = wide[..., :pairs], wide[..., pairs : 2 * pairs], wide[..., 2 * pairs :]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, rest] if rest.shape[-1] else rotated, axis=-1).astype(x.dtype)
 
 
 def _periods(theta: float, head_dim: int) -> Float32[np.ndarray, "pairs"]:

@@ -26,18 +26,18 @@ from jaxtyping import Float, Int32
 from model.batch import Array
 from model.config import ModelConfig
 from model.kv import KVPool
-from model.params import Layer, Params
+from model.params import Experts, Layer, PackedLayers, Params
 
 KV, GROUP = EVERY = ("kv", "group")
 
 # What each logical axis may be divided over: the first choice that divides its length and repeats no axis of the mesh
-# in an array. An empty one keeps the axis whole. Experts and the heads of recurrent states are in no array yet.
+# in an array. An empty one keeps the axis whole. The heads of recurrent states are in no array yet. Experts are
+# on all devices: each has a part of the ffn of every one, so that all have the same work.
 SPLIT: dict[str, tuple[tuple[str, ...], ...]] = {
     "kv_heads": (EVERY, (KV,)),
     "group": ((GROUP,), ()),
     "ffn": (EVERY,),
     "vocab": (EVERY, ()),
-    "experts": (EVERY, ()),
     "state_heads": (EVERY, ()),
 }
 
@@ -56,7 +56,7 @@ def make_mesh(config: ModelConfig, count: int, devices: Sequence[jax.Device] | N
     if count not in possible:
         raise ValueError(
             f"a model of {config.num_heads} query heads, {config.num_kv_heads} KV heads and a feed-forward size of "
-            f"{config.ffn_size} does not divide over {count} devices: use {one_of(possible)}"
+            f"{' and '.join(map(str, ffn_sizes(config)))} does not divide over {count} devices: use {one_of(possible)}"
         )
     found = jax.devices() if devices is None else list(devices)
     if count > len(found):
@@ -76,12 +76,19 @@ def device_counts(config: ModelConfig) -> list[int]:
     Each device has the same number of query heads and feed-forward units, and either whole KV heads of its own or a
     share of the queries of one.
     """
-    heads, kv_heads = config.num_heads, config.num_kv_heads
+    kv_heads, divided = config.num_kv_heads, (config.num_heads, *ffn_sizes(config))
     return [
         count
-        for count in range(1, heads + 1)
-        if heads % count == 0 and config.ffn_size % count == 0 and (kv_heads % count == 0 or count % kv_heads == 0)
+        for count in range(1, config.num_heads + 1)
+        if not any(size % count for size in divided) and (kv_heads % count == 0 or count % kv_heads == 0)
     ]
+
+
+def ffn_sizes(config: ModelConfig) -> list[int]:
+    """The inner sizes of a model's feed-forward blocks: dense, of an expert, of its shared experts."""
+    experts = config.experts
+    sizes = [config.ffn_size, *([experts.ffn_size, experts.shared_ffn_size] if experts else [])]
+    return [size for size in sizes if size]
 
 
 def one_of(counts: Sequence[int]) -> str:
@@ -95,24 +102,25 @@ def pool_heads(config: ModelConfig, mesh: Mesh | None) -> int:
     return config.num_kv_heads // (1 if mesh is None else mesh.shape[KV])
 
 
-def partition_specs(arrays: Params | Layer | KVPool, mesh: AnyMesh) -> Any:
+def partition_specs(arrays: Params | Layer | PackedLayers | Experts | KVPool, mesh: AnyMesh) -> Any:
     """The same dataclass with a PartitionSpec in place of each array; anything with a `shape` passes for an array.
 
     Raises ValueError for an axis that does not divide, and for weights that are packed for the CPU kernels.
     """
     kind: Any = type(arrays)
-    fields = {field.name: getattr(arrays, field.name) for field in dataclasses.fields(kind)}
-    layers = fields.pop("layers", None)
-    specs: dict[str, Any] = {
-        name: None if array is None else spec_of(kind, name, array.shape, mesh) for name, array in fields.items()
-    }
-    if isinstance(layers, tuple):
-        specs["layers"] = tuple(partition_specs(layer, mesh) for layer in layers)
-    elif isinstance(layers, Layer):
-        specs["layers"] = partition_specs(layers, mesh)
-    elif layers is not None:
-        raise ValueError(f"layers are {type(layers).__name__}, expected a Layer: shard them before they are packed")
-    return kind(**specs)
+    if isinstance(arrays, PackedLayers):
+        raise ValueError("layers are PackedLayers, expected a Layer: shard them before they are packed")
+
+    def specs(name: str, value: Any) -> Any:
+        if isinstance(value, tuple) and name == "layers":
+            return tuple(partition_specs(layer, mesh) for layer in value)
+        if value is None:
+            return None
+        if isinstance(value, Experts):
+            return partition_specs(value, mesh)
+        return spec_of(kind, name, value.shape, mesh)
+
+    return kind(**{field.name: specs(field.name, getattr(arrays, field.name)) for field in dataclasses.fields(kind)})
 
 
 def spec_of(kind: type, name: str, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
@@ -174,7 +182,6 @@ def divide_groups(params: Params, mesh: AnyMesh) -> Params:
     devices = mesh.shape[GROUP]
     if devices == 1:
         return params
-    assert isinstance(params.layers, Layer)
 
     def own_queries(array: jax.Array) -> jax.Array:
         count = (array.shape[2] - 2) // devices
@@ -186,9 +193,13 @@ def divide_groups(params: Params, mesh: AnyMesh) -> Params:
         divided: jax.Array = jax.jit(jax.shard_map(own_queries, mesh=mesh, in_specs=before, out_specs=after))(array)
         return divided
 
-    layers = params.layers
-    bias = None if layers.qkv_bias is None else divide(layers.qkv_bias)
-    return dataclasses.replace(params, layers=dataclasses.replace(layers, qkv=divide(layers.qkv), qkv_bias=bias))
+    def divide_run(run: Layer | PackedLayers) -> Layer:
+        assert isinstance(run, Layer)
+        assert run.stacked
+        bias = None if run.qkv_bias is None else divide(run.qkv_bias)
+        return dataclasses.replace(run, qkv=divide(run.qkv), qkv_bias=bias)
+
+    return dataclasses.replace(params, layers=tuple(map(divide_run, params.layers)))
 
 
 # Within a device's part of a forward pass.

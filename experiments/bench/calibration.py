@@ -30,7 +30,7 @@ from experiments.routing.measure import measure
 from experiments.routing.plan import write_plan
 from experiments.routing.replica import Engine
 from experiments.routing.workload import Lane, Request, Workload
-from model.config import load_config
+from model.families import load_config
 from model.kv import bytes_per_token
 from serve.cost.fit import Sample, fit_cost_model
 

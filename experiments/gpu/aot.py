@@ -189,14 +189,14 @@ def param_shapes(config: ModelConfig, sharding: Any = None) -> Params:
         gate_up=array(layers, 2, ffn, embed),
         down=array(layers, embed, ffn),
     )
-    return Params(embed=array(config.vocab_size, embed), layers=layer, final_norm=array(embed))
+    return Params(embed=array(config.vocab_size, embed), layers=(layer,), final_norm=array(embed))
 
 
 def separate(params: Params, sharding: Any = None) -> Params:
     """The shapes of the same parameters with each layer's in arrays of their own."""
-    assert isinstance(params.layers, Layer)
-    layer = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding), params.layers)
-    return replace(params, layers=(layer,) * params.layers.attn_norm.shape[0])
+    (run,) = params.layers
+    layer = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding), run)
+    return replace(params, layers=(layer,) * run.attn_norm.shape[0])
 
 
 def forward_with(

@@ -43,7 +43,7 @@ from experiments.soak.picture import draw
 from experiments.soak.stage import Broken, Life, Sample, Stage, ends, live, lose, sample, until_quiet
 from experiments.soak.talk import BODY_BYTES, Topics
 from experiments.workloads.demo_model import write_demo_model
-from model.config import load_config
+from model.families import load_config
 from model.kv import bytes_per_token
 from serve.engine.runtime import set_up_jax
 

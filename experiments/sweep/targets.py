@@ -337,10 +337,10 @@ class OwnServer(Process):
     """`python -m serve`."""
 
     def __init__(self, model: str, config: TargetConfig, sizes: Sizes, folder: Path, seed: int) -> None:
-        from model.config import ModelConfig
+        from model.families import read_config
         from model.kv import bytes_per_token
 
-        shape = ModelConfig.from_hf(msgspec.json.decode((Path(model) / "config.json").read_bytes()))
+        shape = read_config(msgspec.json.decode((Path(model) / "config.json").read_bytes()))
         page = sizes.page_size * bytes_per_token(shape, np.dtype(np.float32))
         store = ("--store", str(folder / "store")) if sizes.stored else ()
         flags = (

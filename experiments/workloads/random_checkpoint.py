@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from model.checkpoint import layout
-from model.config import ModelConfig
+from model.families import read_config
+from model.layout import layout
 
 # The shape of https://huggingface.co/HuggingFaceTB/SmolLM2-135M.
 LLAMA_135M = {
@@ -52,7 +52,7 @@ def write_random_checkpoint(folder: Path, config: dict[str, Any], tokenizer: Pat
         values: np.ndarray = (matrix if len(shape) > 1 else np.ones(shape)).astype(ml_dtypes.bfloat16)
         return values
 
-    leaves = jax.tree.leaves(layout(ModelConfig.from_hf(config)))
+    leaves = jax.tree.leaves(layout(read_config(config)))
     tensors = {part.name: drawn(part.shape) for leaf in leaves for part in leaf.parts}
     partial_file = folder / "partial"
     save_file(tensors, partial_file)

@@ -31,4 +31,4 @@ def random_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
         down=matrix(layers, embed, ffn, fan_in=ffn),
     )
     vocab = partial(matrix, config.vocab_size, embed, fan_in=embed)
-    return Params(embed=vocab(), layers=layer, final_norm=ones((embed,)), lm_head=vocab())
+    return Params(embed=vocab(), layers=(layer,), final_norm=ones((embed,)), lm_head=vocab())

@@ -59,7 +59,7 @@ def load(config: ClusterConfig, progress: StartProgress) -> Starlette:
 def load_text(config: ClusterConfig, progress: StartProgress) -> Text:
     """What the ingress needs of a checkpoint. Raises ValueError, OSError, StoreError."""
     from model import checkpoint
-    from model.config import load_config
+    from model.families import load_config
     from serve.server import cli
 
     folder = checkpoint.resolve(config.model)

@@ -154,13 +154,16 @@ class CostTracker:
 def cost_model(config: ModelConfig, constants: Constants | None = None) -> CostModel:
     """The cost model of a decoder of this shape, two FLOPs for each multiply-add, and a sweep's constants if given.
 
-    Matrices: q, k, v, o and the gated feed-forward's three; the embedding is a lookup and the head runs once a step.
+    Matrices: q, k, v, o and the gated feed-forward's three, of the experts that a token goes through and of the router;
+    the embedding is a lookup and the head runs once a step.
     Attention: a query-key product and a value sum of head_dim for each query head.
     """
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    weights = config.embed_size * (heads * config.head_dim + 3 * config.ffn_size)
+    outputs = config.num_layers * heads * config.head_dim + sum(3 * units for units in config.active_ffn_sizes)
+    if config.experts:
+        outputs += config.experts.count * sum(kind.experts for kind in config.layers)
     return CostModel(
-        linear_flops=2.0 * config.num_layers * weights,
+        linear_flops=2.0 * config.embed_size * outputs,
         attention_flops=4.0 * config.num_layers * config.num_heads * config.head_dim,
         constants=constants,
     )

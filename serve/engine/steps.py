@@ -20,7 +20,7 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.decoder import forward
 from model.kv import KVPool, copy_pages
-from model.params import PackedLayers, Params
+from model.params import Params
 from model.sampling import Sampling, greedy, sample
 from serve.engine.buckets import (
     EVERY_TOKEN,
@@ -173,7 +173,7 @@ def warm_up(steps: Steps, params: Params, pool: KVPool, max_model_len: int) -> t
     """
     # Where padding is computed, only a full shape shows what a token takes.
     longest = max(bucket.chunk for bucket in steps.run)
-    chunk = min(WARM_UP_CHUNK, longest) if isinstance(params.layers, PackedLayers) else longest
+    chunk = min(WARM_UP_CHUNK, longest) if params.packed else longest
     count = min(chunk, max_model_len)
     before = min(WARM_UP_PREFIX, max_model_len - count)
     bucket = smallest_bucket(base_buckets(steps.run), [count])

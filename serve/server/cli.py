@@ -74,7 +74,7 @@ def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> Non
 
 def check_folder(model: str) -> None:
     """Raise ValueError or OSError for a local folder that is no checkpoint, before anything is loaded."""
-    from model.config import load_config
+    from model.families import load_config
     from serve.prompt.tokenizer import tokenizer_file
 
     if (folder := Path(model).expanduser()).is_dir():
@@ -208,7 +208,7 @@ def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> L
     import jax
 
     from model import checkpoint
-    from model.config import load_config
+    from model.families import load_config
     from model.kernels.dispatch import arranged
     from model.sharding import shard_params
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from model.checkpoint import fingerprint, layout, load, resolve, restore_orbax, save_orbax
 from model.config import ModelConfig
+from model.families import read_config
 from model.kernels.cpu import build
 from model.kernels.cpu.packing import pack
 from model.params import Params, unstacked
@@ -79,8 +80,8 @@ def put_together(state: State, config: ModelConfig) -> dict[str, np.ndarray]:
 
 def named(params: Params) -> dict[str, jax.Array]:
     """All arrays of stacked Params by field name."""
-    assert not isinstance(params.layers, tuple)
-    both = [(f.name, getattr(tree, f.name)) for tree in (params, params.layers) for f in dataclasses.fields(tree)]
+    (layers,) = params.layers
+    both = [(f.name, getattr(tree, f.name)) for tree in (params, layers) for f in dataclasses.fields(tree)]
     return {name: value for name, value in both if name != "layers" and value is not None}
 
 
@@ -97,7 +98,7 @@ def test_every_tensor_lands_where_the_shapes_say(variant_folder):
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
         assert found[name].dtype == jnp.float32
-    assert_fields(params, params.layers)
+    assert_fields(params, params.layers[0])
 
 
 def test_shards_load_as_the_single_file_does(tiny_checkpoint):
@@ -112,9 +113,9 @@ def test_weights_are_converted_from_and_to_each_dtype(tiny_checkpoint, on_disk, 
     folder = tiny_checkpoint("qwen3", dtype=on_disk)
     _, params = load(folder, wanted)
     stored = load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
-    assert params.layers.down.dtype == jnp.dtype(wanted)
+    assert params.layers[0].down.dtype == jnp.dtype(wanted)
     converted = stored.to(getattr(torch, wanted)).float().numpy()
-    np.testing.assert_array_equal(np.asarray(params.layers.down[1], np.float32), converted)
+    np.testing.assert_array_equal(np.asarray(params.layers[0].down[1], np.float32), converted)
 
 
 def test_bfloat16_loads_without_torch(tiny_checkpoint):
@@ -239,7 +240,7 @@ def test_orbax_gives_back_config_and_params_without_the_safetensors(variant_fold
 def test_orbax_neither_overwrites_nor_reads_half_a_checkpoint(tiny_checkpoint, tmp_path):
     config, params = load(tiny_checkpoint("llama"), jnp.float32)
     for other in (unstacked(params), pack(params, 4)):
-        with pytest.raises(ValueError, match="expected one stacked Layer"):
+        with pytest.raises(ValueError, match="expected stacked ones"):
             save_orbax(tmp_path / "converted", config, other)
     save_orbax(tmp_path / "converted", config, params)
     with pytest.raises(FileExistsError, match="converted exists"):
@@ -283,14 +284,14 @@ def test_the_fingerprint_is_the_same_by_the_kernel_and_by_xla(tiny_checkpoint, d
 
 def test_on_a_cpu_layers_are_taken_apart_without_a_copy(tiny_checkpoint):
     _, params = load(tiny_checkpoint("llama"), jnp.float32)
-    whole, layers = params.layers.qkv, unstacked(params).layers
+    whole, layers = params.layers[0].qkv, unstacked(params).layers
     places = [layer.qkv.unsafe_buffer_pointer() - whole.unsafe_buffer_pointer() for layer in layers]
     assert places == [i * whole[0].nbytes for i in range(3)]
 
 
 def test_the_fingerprint_is_that_of_these_bytes_for_ever() -> None:
     """A change here orphans every page that was ever persisted."""
-    config = ModelConfig.from_hf(
+    config = read_config(
         {"model_type": "llama", "vocab_size": 2, "hidden_size": 2, "intermediate_size": 1}
         | {"num_hidden_layers": 1, "num_attention_heads": 1}
     )

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from model.config import FAMILIES, ModelConfig, RopeConfig, load_config
+from model.config import ModelConfig, RopeConfig
+from model.families import FAMILIES, load_config, read_config
 
 CORE = {
     "vocab_size": 128,
@@ -29,7 +30,7 @@ def config(family: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_missing_keys_take_the_defaults_of_transformers(family):
-    ours, theirs = ModelConfig.from_hf(config(family)), AutoConfig.for_model(family, **CORE)
+    ours, theirs = read_config(config(family)), AutoConfig.for_model(family, **CORE)
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.max_position == theirs.max_position_embeddings
@@ -43,25 +44,25 @@ def test_missing_keys_take_the_defaults_of_transformers(family):
 def test_the_old_and_the_new_form_of_rope_read_alike(type_key):
     old = config("llama", rope_theta=500000.0, rope_scaling={type_key: "llama3", **LLAMA3})
     new = config("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3})
-    read = ModelConfig.from_hf(old).rope
-    assert read == ModelConfig.from_hf(new).rope
+    read = read_config(old).rope
+    assert read == read_config(new).rope
     assert read == RopeConfig(500000.0, "llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
 def test_a_bare_rope_theta_or_null_scaling_is_the_default_rope() -> None:
-    assert ModelConfig.from_hf(config("qwen2", rope_theta=1e6, rope_scaling=None)).rope == RopeConfig(theta=1e6)
+    assert read_config(config("qwen2", rope_theta=1e6, rope_scaling=None)).rope == RopeConfig(theta=1e6)
 
 
 def test_yarn_options_are_read_and_its_context_defaults_to_max_position() -> None:
     rope = {"type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False, "beta_fast": 16}
-    read = ModelConfig.from_hf(config("qwen3", rope_scaling=rope, max_position_embeddings=4096)).rope
+    read = read_config(config("qwen3", rope_scaling=rope, max_position_embeddings=4096)).rope
     assert (read.kind, read.factor, read.original_max_position) == ("yarn", 4.0, 4096)
     assert (read.mscale, read.mscale_all_dim, read.truncate, read.beta_fast, read.beta_slow) == (0.7, 1.2, False, 16, 1)
 
 
 def test_biases_and_norms_follow_the_family() -> None:
     def parts(family: str, **fields: Any) -> tuple[bool, ...]:
-        made = ModelConfig.from_hf(config(family, **fields))
+        made = read_config(config(family, **fields))
         return made.qkv_bias, made.out_bias, made.mlp_bias, made.qk_norm
 
     assert parts("llama") == (False, False, False, False)
@@ -96,7 +97,7 @@ def test_biases_and_norms_follow_the_family() -> None:
 )
 def test_what_the_decoder_lacks_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(config("llama") | fields)
+        read_config(config("llama") | fields)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +110,14 @@ def test_what_the_decoder_lacks_is_refused_by_name(fields, message):
 )
 def test_an_active_sliding_window_is_refused(family, fields):
     with pytest.raises(ValueError, match=r"sliding_window of \d+ tokens is active"):
-        ModelConfig.from_hf(config(family) | fields)
+        read_config(config(family) | fields)
 
 
 def test_mistral_without_the_key_has_the_window_of_transformers() -> None:
     fields = config("mistral")
     del fields["sliding_window"]
     with pytest.raises(ValueError, match="sliding_window of 4096 tokens is active"):
-        ModelConfig.from_hf(fields)
+        read_config(fields)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_mistral_without_the_key_has_the_window_of_transformers() -> None:
     ],
 )
 def test_a_window_that_masks_nothing_is_accepted(family, fields):
-    assert ModelConfig.from_hf(config(family) | fields).num_layers == 3
+    assert read_config(config(family) | fields).num_layers == 3
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_errors_name_the_file(tmp_path: Path):
 
 
 def test_json_gives_back_an_equal_hashable_config() -> None:
-    made = ModelConfig.from_hf(config("llama", rope_scaling={"type": "llama3", **LLAMA3}, eos_token_id=[1, 2]))
+    made = read_config(config("llama", rope_scaling={"type": "llama3", **LLAMA3}, eos_token_id=[1, 2]))
     again = ModelConfig.from_json(made.to_json())
     assert again == made
     assert hash(again) == hash(made)

@@ -20,7 +20,7 @@ from model.kernels.cpu import build
 from model.kernels.cpu.layers import logits
 from model.kernels.cpu.packing import pack, panel_width, panels, unsupported_reason
 from model.kv import KVPool, empty_pool
-from model.params import PackedLayers, Params, unstacked
+from model.params import Params, unstacked
 
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernels cannot be built here")
 PAGE = 8
@@ -248,7 +248,8 @@ def test_weights_that_are_given_up_are_deleted_and_packed_alike(config: ModelCon
     given = jax.tree.map(jnp.copy, random_params(config))
     found = dispatch.arranged(given, PAGE, consume=True)
     jax.tree.map(np.testing.assert_array_equal, found, packed(config))
-    matrices = [given.embed, given.layers.qkv, given.layers.out, given.layers.gate_up, given.layers.down]
+    (run,) = given.layers
+    matrices = [given.embed, run.qkv, run.out, run.gate_up, run.down]
     assert all(array.is_deleted() for array in [*matrices, *jax.tree.leaves(given.lm_head)])
 
 
@@ -263,14 +264,14 @@ def test_what_the_kernels_cannot_take_is_named_and_runs_on_xla() -> None:
     with pytest.raises(ValueError, match="page_size is 6"):
         pack(random_params(PLAIN), 6)
     for odd, page in ((params, PAGE), (random_params(PLAIN), 6), (half, PAGE)):
-        assert isinstance(dispatch.arranged(odd, page).layers, tuple)
+        assert not dispatch.arranged(odd, page).packed
 
 
 def test_the_device_and_the_compiler_decide_the_form_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     params = random_params(PLAIN)
     if build.available():
-        assert isinstance(dispatch.arranged(params, PAGE).layers, PackedLayers)
+        assert dispatch.arranged(params, PAGE).packed
     monkeypatch.setattr(build, "available", lambda: False)
-    assert isinstance(dispatch.arranged(params, PAGE).layers, tuple)
+    assert not dispatch.arranged(params, PAGE).packed
     monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
     assert dispatch.arranged(params, PAGE) is params

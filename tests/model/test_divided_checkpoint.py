@@ -57,7 +57,7 @@ for devices in (2, 4):
     if not on_one < 0.75 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole)):
         wrong.append(f"{devices}: one device has {on_one} bytes")
 divided = shard_params(whole, make_mesh(config, 4))
-if divided.layers.qkv.shape != whole.layers.qkv.shape:
+if divided.layers[0].qkv.shape != whole.layers[0].qkv.shape:
     save = lambda: checkpoint.save_orbax(converted.with_name("divided"), config, divided)
     for refused in (save, lambda: checkpoint.fingerprint(config, divided)):
         try:

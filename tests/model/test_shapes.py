@@ -13,8 +13,8 @@ from jaxtyping import TypeCheckError
 
 from model.attention import paged_attention
 from model.batch import Batch
-from model.decoder import linear
 from model.kv import KVPool, gather_pages
+from model.linear import linear
 from model.rope import rotate
 from tests.helpers.batches import ragged
 from tests.helpers.shapes import assert_fields

@@ -98,7 +98,7 @@ def test_collectives_are_found_in_the_spelling_of_either_version() -> None:
 
 def test_every_axis_that_is_divided_is_one_that_an_array_names_but_for_those_of_later_layers() -> None:
     named = {axis for kind in (Layer, Params, KVPool) for axes in logical_axes(kind).values() for axis in axes}
-    assert SPLIT.keys() - named == {"experts", "state_heads"}
+    assert SPLIT.keys() - named == {"state_heads"}
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_weights_and_pool_are_divided_by_the_same_heads() -> None:
     assert specs.embed == PartitionSpec("kv")
     assert specs.lm_head == PartitionSpec("kv")
     assert specs.final_norm == PartitionSpec()
-    assert specs.layers.qkv == PartitionSpec(None, "kv")
-    assert specs.layers.out == PartitionSpec(None, None, "kv")
-    assert specs.layers.gate_up == PartitionSpec(None, None, "kv")
-    assert specs.layers.down == PartitionSpec(None, None, "kv")
+    assert specs.layers[0].qkv == PartitionSpec(None, "kv")
+    assert specs.layers[0].out == PartitionSpec(None, None, "kv")
+    assert specs.layers[0].gate_up == PartitionSpec(None, None, "kv")
+    assert specs.layers[0].down == PartitionSpec(None, None, "kv")
     side = jax.ShapeDtypeStruct((3, 8, 2, 4, 8), "float32")
     assert partition_specs(KVPool(side, side), mesh).v == PartitionSpec(None, None, "kv")
 
@@ -153,6 +153,6 @@ def test_an_axis_that_does_not_divide_is_refused_and_a_vocabulary_stays_whole() 
 
 def test_weights_that_are_packed_for_one_device_are_refused() -> None:
     nothing = dict.fromkeys(field.name for field in dataclasses.fields(PackedLayers))
-    packed = Params(embed=None, layers=PackedLayers(**nothing), final_norm=None)  # type: ignore[arg-type]
+    packed = Params(embed=None, layers=(PackedLayers(**nothing),), final_norm=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers are PackedLayers, expected a Layer"):
         partition_specs(packed, AbstractMesh((2, 1), EVERY))

@@ -22,8 +22,9 @@ def pack(params: Params, page_size: int, consume: bool = False) -> Params:
     """
     if reason := unsupported_reason(params, page_size):
         raise ValueError(reason)
-    assert isinstance(params.layers, Layer)
-    layers = pack_layers(params.layers, consume)
+    (run,) = params.layers
+    assert isinstance(run, Layer)
+    layers = (pack_layers(run, consume),)
     embed = panels(params.embed, consume=consume)
     head = None if params.lm_head is None else panels(params.lm_head, consume=consume)
     return Params(embed, layers, params.final_norm, head)
@@ -32,6 +33,8 @@ def pack(params: Params, page_size: int, consume: bool = False) -> Params:
 def pack_layers(layers: Layer, consume: bool = False) -> PackedLayers:
     """Stacked layers in the kernels' order; with `consume`, their matrices are deleted."""
     count, embed = layers.attn_norm.shape
+    assert layers.gate_up is not None
+    assert layers.down is not None
 
     def optional(array: jax.Array | None) -> Float32[jax.Array, "layers outputs"]:
         return jnp.zeros((count, 0), jnp.float32) if array is None else array.reshape(count, -1)
@@ -93,8 +96,11 @@ def unsupported_reason(params: Params, page_size: int) -> str | None:
     for path, array in jax.tree_util.tree_leaves_with_path(params):
         if array.dtype != jnp.float32:
             return f"dtype of {jax.tree_util.keystr(path)[1:]} is {array.dtype.name}, supported is float32"
-    assert isinstance(params.layers, Layer)
-    for name, size in (("head_dim", params.layers.qkv.shape[-2]), ("page_size", page_size)):
+    run = params.layers[0]
+    assert isinstance(run, Layer)
+    if params.layers[1:] or run.experts or run.sinks is not None:
+        return "the model has experts or sinks, supported are dense layers without sinks"
+    for name, size in (("head_dim", run.qkv.shape[-2]), ("page_size", page_size)):
         if size % paged_attention.ALIGNMENT:
             return f"{name} is {size}, supported are multiples of {paged_attention.ALIGNMENT}"
     return None

@@ -16,7 +16,7 @@ from experiments.sweep import fit
 from experiments.sweep.prompts import Arm, Point, expected_cached, layout
 from experiments.sweep.run_folder import Measurement, Run, cells, load
 from experiments.sweep.targets import Answer
-from model.config import ModelConfig
+from model.families import read_config
 from serve.cost.file import load_constants
 from serve.cost.model import Constants
 
@@ -58,7 +58,7 @@ def run_of(folder: Path, arms: tuple[Arm, ...] = ("varying",), page_sizes: tuple
 def test_a_run_is_fitted_and_the_server_can_load_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = run_of(tmp_path)
     assert fit.main([str(folder)]) == 0
-    found = load_constants(folder / fit.FILE, ModelConfig.from_hf(SHAPE))
+    found = load_constants(folder / fit.FILE, read_config(SHAPE))
     assert found.linear == pytest.approx(TRUE.linear, rel=0.05)
     assert found.attention == pytest.approx(TRUE.attention, rel=0.05)
     written = json.loads((folder / fit.FILE).read_text())

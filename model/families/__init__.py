@@ -1,0 +1,54 @@
+"""The families of models that are served: of each, how its config.json is read, and what its tensors are called.
+
+`model/README.md` shows how to add one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig, read_json
+from model.families import llama, mistral, qwen2, qwen3
+from model.families.common import Family, token_ids
+
+# By the `model_type` of config.json.
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The config of a model, from its parsed config.json.
+
+    Raises ValueError, naming the field, for anything that the decoder would compute differently from transformers.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type is {family!r}, supported are {', '.join(FAMILIES)}")
+    return FAMILIES[family].read(config)
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Read `config.json` in `folder`; end-of-sequence ids come from `generation_config.json` where it has them.
+
+    Raises FileNotFoundError without a config.json and ValueError for what `read_config` refuses, with the path.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json, expected a Hugging Face checkpoint folder: check the path"
+        )
+    config = read_json(path)
+    try:
+        made = read_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    generation = Path(folder) / "generation_config.json"
+    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    return made if eos is None else dataclasses.replace(made, eos_token_ids=token_ids(eos))
