@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Float, Int32, Shaped
+from jaxtyping import Float, Float32, Int32, Shaped
 
 from model.kv import KVPool
 
@@ -16,6 +16,12 @@ from model.kv import KVPool
 Array = jax.Array | np.ndarray
 # Finite, so that no difference of two of them is NaN.
 MASKED = -1e30
+# What a layer without a window has among layers with one: more keys than any sequence has.
+NO_WINDOW = 2**31 - 1
+# A window counts the keys that a query sees, itself included; None where none of the layers has one.
+Window = Int32[jax.Array, ""] | int | None
+# Logits that only enter the softmax's denominator, one for each query head.
+Sinks = Float32[jax.Array, "kv_heads group"] | None
 
 
 @struct.dataclass

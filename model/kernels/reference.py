@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from model.batch import Batch
+from model.batch import NO_WINDOW, Batch, Sinks, Window
 from model.kv import KVPool
 
 
 def reference(
-    q: Float[jax.Array, "tokens kv_heads group head_dim"], pool: KVPool, layer: int, batch: Batch
+    q: Float[jax.Array, "tokens kv_heads group head_dim"],
+    pool: KVPool,
+    layer: int,
+    batch: Batch,
+    window: Window = None,
+    sinks: Sinks = None,
 ) -> Float[jax.Array, "tokens kv_heads group head_dim"]:
     """What `paged_attention` must compute: one sequence at a time in float32, as simple as can be."""
     kv_heads, head_dim = q.shape[1], q.shape[3]
@@ -25,7 +30,12 @@ def reference(
             for side in (pool.k, pool.v)
         )
         scores = jnp.einsum("qkgd,ckd->kgqc", q[start:stop].astype(jnp.float32), k) * head_dim**-0.5
-        seen = jnp.arange(length) <= prefix + jnp.arange(stop - start)[:, None]
-        probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        key, query = jnp.arange(length), prefix + jnp.arange(stop - start)[:, None]
+        seen = (key <= query) & (key > query - (NO_WINDOW if window is None else window))
+        logits = jnp.where(seen, scores, -jnp.inf)
+        if sinks is not None:
+            sink = jnp.broadcast_to(sinks[:, :, None, None], (*scores.shape[:-1], 1))
+            logits = jnp.concatenate([logits, sink], axis=-1)
+        probs = jax.nn.softmax(logits, axis=-1)[..., :length]
         result = result.at[start:stop].set(jnp.einsum("kgqc,ckd->qkgd", probs, v))
     return result.astype(q.dtype)

@@ -7,6 +7,7 @@ Milakov and Gimelshein, 2018 (https://arxiv.org/abs/1805.02867).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 
-from model.batch import MASKED, Array, Batch, by_sequence, by_token
+from model.batch import MASKED, Array, Batch, Sinks, Window, by_sequence, by_token
 from model.kv import KVPool
 
 # Keys of the prefix in a block with a mask: half of such a block, on average, is wasted.
@@ -38,6 +39,8 @@ def blockwise(
     pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
+    window: Window = None,
+    sinks: Sinks = None,
 ) -> Float[jax.Array, "tokens kv_heads group head_dim"]:
     """The XLA path of `paged_attention`: same arguments, same result.
 
@@ -50,6 +53,27 @@ def blockwise(
     queries = queries.reshape(seqs, kv_heads, chunk * group, head_dim)
     keys, values = (jnp.einsum("sckd->skcd", by_sequence(x.astype(pool.k.dtype), batch)) for x in (k, v))
 
+    whole = partial(attend, queries, keys, values, pool, layer, batch)
+    in_window = partial(attend_in_window, queries, keys, values, pool, layer, batch, window)
+    # A window as long as the block table masks nothing, so layers without one lose no time beside others in a scan.
+    masks = window is not None and window < batch.block_table.shape[1] * pool.page_size
+    state = jax.lax.cond(masks, in_window, whole) if isinstance(masks, jax.Array) else in_window() if masks else whole()
+    if sinks is not None:
+        state = with_sinks(state, jnp.tile(sinks, (1, chunk)))
+    result = (state.total / state.weight[..., None]).astype(q.dtype).reshape(seqs, kv_heads, chunk, group, head_dim)
+    return by_token(jnp.einsum("skqgd->sqkgd", result), batch, tokens)
+
+
+def attend(
+    queries: Float[jax.Array, "seqs kv_heads query_rows head_dim"],
+    keys: Float[jax.Array, "seqs kv_heads chunk head_dim"],
+    values: Float[jax.Array, "seqs kv_heads chunk head_dim"],
+    pool: KVPool,
+    layer: jax.Array | int,
+    batch: Batch,
+) -> Softmax:
+    """Causal attention of chunks over themselves and their prefixes."""
+    seqs, kv_heads, chunk, head_dim = keys.shape
     narrow = -(-MASKED_BLOCK // pool.page_size)  # pages in a block with a mask
     wide = narrow * max(1, whole_block_size(seqs, chunk) // MASKED_BLOCK)  # pages in a block without
     table = in_blocks(batch.block_table, wide)
@@ -79,12 +103,48 @@ def blockwise(
     # Blocks that every sequence (except empty ones) sees whole need no mask.
     longest = jnp.max(batch.prefix)
     whole = jnp.min(jnp.where(batch.lengths > 0, batch.prefix, longest)) // (wide * pool.page_size)
-    state = attend_to_chunk(queries, keys, values, group)
+    state = attend_to_chunk(queries, keys, values)
     state = jax.lax.fori_loop(0, whole, whole_block, state)
     blocks = (longest + narrow * pool.page_size - 1) // (narrow * pool.page_size)
-    state = jax.lax.fori_loop(whole * (wide // narrow), blocks, masked_block, state)
-    result = (state.total / state.weight[..., None]).astype(q.dtype).reshape(seqs, kv_heads, chunk, group, head_dim)
-    return by_token(jnp.einsum("skqgd->sqkgd", result), batch, tokens)
+    return jax.lax.fori_loop(whole * (wide // narrow), blocks, masked_block, state)
+
+
+def attend_in_window(
+    queries: Float[jax.Array, "seqs kv_heads query_rows head_dim"],
+    keys: Float[jax.Array, "seqs kv_heads chunk head_dim"],
+    values: Float[jax.Array, "seqs kv_heads chunk head_dim"],
+    pool: KVPool,
+    layer: jax.Array | int,
+    batch: Batch,
+    window: Int32[jax.Array, ""] | int,
+) -> Softmax:
+    """Likewise, each query over the last `window` keys up to itself; blocks that no query sees are not read.
+
+    Each sequence begins at its own first block, so a long one costs no more than a short one.
+    """
+    seqs, kv_heads, chunk, head_dim = keys.shape
+    table = jnp.asarray(batch.block_table)
+    pages = -(-MASKED_BLOCK // pool.page_size)  # in a block
+    block = pages * pool.page_size
+    heads = jnp.arange(kv_heads)[:, None]  # [kv_heads, 1], against pages [seqs, 1, pages]
+    prefix = jnp.asarray(batch.prefix)[:, None]  # [seqs, 1]
+    oldest = jnp.maximum(prefix - window + 1, 0)  # the first key that a query of the sequence sees
+    positions = prefix + jnp.repeat(jnp.arange(chunk), queries.shape[2] // chunk)  # [seqs, query_rows]
+
+    def masked_block(b: jax.Array, state: Softmax) -> Softmax:
+        first = oldest // block + b  # [seqs, 1]: the block of each sequence
+        ids = jnp.take_along_axis(table, first * pages + jnp.arange(pages), axis=1, mode="clip")
+        tiles = (side.at[layer, ids[:, None], heads].get(mode="clip") for side in (pool.k, pool.v))
+        keys, values = (tile.reshape(seqs, kv_heads, -1, head_dim) for tile in tiles)
+        slots = first * block + jnp.arange(block)  # [seqs, slots]
+        seen = (slots < prefix)[:, None] & (slots[:, None] > positions[..., None] - window)  # [seqs, query_rows, slots]
+        scores = jnp.where(seen[:, None], score(queries, keys), MASKED)
+        # What no query sees may be NaN: as in `attend`.
+        kept = (slots >= oldest) & (slots < prefix)
+        return accumulate(state, scores, jnp.where(kept[:, None, :, None], values, 0))
+
+    state = attend_to_chunk(queries, keys, values, window)
+    return jax.lax.fori_loop(0, jnp.max(-(-prefix // block) - oldest // block), masked_block, state)
 
 
 def whole_block_size(seqs: int, chunk: int) -> int:
@@ -99,26 +159,56 @@ def attend_to_chunk(
     queries: Float[jax.Array, "seqs kv_heads query_rows head_dim"],
     keys: Float[jax.Array, "seqs kv_heads chunk head_dim"],
     values: Float[jax.Array, "seqs kv_heads chunk head_dim"],
-    group: int,
+    window: Int32[jax.Array, ""] | int | None = None,
 ) -> Softmax:
     """Causal attention of a chunk over itself, one run of queries at a time; query_rows is chunk * group.
 
-    Keys after the run are left out, and only the run's own keys are masked: a mask over all keys doubles the time on
-    CPU.
+    Keys after the run are left out, and without a window only the run's own keys are masked: a mask over all keys
+    doubles the time on CPU.
     """
     chunk, runs = keys.shape[2], []
+    group = queries.shape[2] // chunk
     for start in range(0, chunk, SELF_BLOCK):
         stop = min(start + SELF_BLOCK, chunk)
         run = queries[:, :, start * group : stop * group]
-        seen = np.arange(stop - start) <= np.repeat(np.arange(stop - start), group)[:, None]  # [query_rows, keys]
+        query = np.repeat(np.arange(stop - start), group)[:, None]  # [query_rows, 1], counted from the run's first
+        seen = np.arange(stop - start) <= query  # [query_rows, keys]
+        if window is not None:
+            seen = seen & (np.arange(stop - start) > query - window)
         scores = jnp.where(seen, score(run, keys[:, :, start:stop]), MASKED)
         peak = scores.max(-1)
         probs = jnp.exp(scores - peak[..., None])
         state = Softmax(weigh(probs, values[:, :, start:stop]), peak, probs.sum(-1))
-        if start:
+        if start and window is None:
             state = accumulate(state, score(run, keys[:, :, :start]), values[:, :, :start])
+        elif start:
+            oldest = jnp.maximum(start - window + 1, 0) // SELF_BLOCK
+            block = partial(self_block, run, keys, values, query + start, window)
+            state = jax.lax.fori_loop(oldest, start // SELF_BLOCK, block, state)
         runs.append(state)
     return Softmax(*(jnp.concatenate(fields, axis=2) for fields in zip(*runs, strict=True)))
+
+
+def self_block(
+    run: Float[jax.Array, "seqs kv_heads query_rows head_dim"],
+    keys: Float[jax.Array, "seqs kv_heads chunk head_dim"],
+    values: Float[jax.Array, "seqs kv_heads chunk head_dim"],
+    query: np.ndarray,  # [query_rows, 1], the place of each row in the chunk
+    window: Int32[jax.Array, ""] | int,
+    b: jax.Array,
+    state: Softmax,
+) -> Softmax:
+    """The softmax of a run of queries with block `b` of their chunk, in which each sees the keys of its window."""
+    keys, values = (jax.lax.dynamic_slice_in_dim(x, b * SELF_BLOCK, SELF_BLOCK, axis=2) for x in (keys, values))
+    seen = b * SELF_BLOCK + np.arange(SELF_BLOCK) > query - window
+    return accumulate(state, jnp.where(seen, score(run, keys), MASKED), values)
+
+
+def with_sinks(state: Softmax, sinks: Float32[jax.Array, "kv_heads query_rows"]) -> Softmax:
+    """The softmax with one more logit for each query row, which has no value."""
+    peak = jnp.maximum(state.peak, sinks)
+    decay = jnp.exp(state.peak - peak)
+    return Softmax(state.total * decay[..., None], peak, state.weight * decay + jnp.exp(sinks - peak))
 
 
 def accumulate(

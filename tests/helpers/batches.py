@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -56,3 +57,13 @@ def ragged(
     )
     q = jnp.asarray(rng.normal(size=(tokens, kv_heads, group, head_dim)), dtype)
     return q, KVPool(k=jnp.asarray(k, dtype), v=jnp.asarray(v, dtype)), batch
+
+
+def without_unseen_pages(pool: KVPool, batch: Batch, window: int) -> KVPool:
+    """The pool with NaN in all pages that lie before the window of their sequence's first new token."""
+    unseen = [
+        int(page)
+        for prefix, pages in zip(np.asarray(batch.prefix).tolist(), np.asarray(batch.block_table), strict=True)
+        for page in pages[: max(prefix - window + 1, 0) // pool.page_size]
+    ]
+    return replace(pool, k=pool.k.at[:, unseen].set(jnp.nan), v=pool.v.at[:, unseen].set(jnp.nan))
