@@ -7,6 +7,7 @@ error. No model maths here, and no tokenizer. What the files hold is the busines
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -22,12 +23,15 @@ import numpy as np
 from model.config import ModelConfig, read_json
 from model.families import load_config
 from model.fingerprint import fingerprint as fingerprint
+from model.formats.quantization import reader_for
 from model.formats.safetensors import map_tensors, weight_files
 from model.formats.tensor import BLOCK, FLOATS, Tensor, same_values
 from model.layout import EMBED, HEAD, Leaf, Part
 from model.layout import layout as layout
 from model.params import Layer, Params
 from model.sharding import make_mesh, shardings
+
+log = logging.getLogger("tokenzero.checkpoint")
 
 # What a checkpoint needs to run; the same weights in other formats stay on the hub.
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -51,8 +55,9 @@ def load(
     config = load_config(folder)
     leaves = layout(config)
     mesh = make_mesh(config, devices)
-    tensors = map_tensors(weight_files(folder))
+    tensors = reader_for(read_json(folder / "config.json"))(map_tensors(weight_files(folder)))
     _check(leaves, tensors, config, folder)
+    _report_dequantised(tensors, np.dtype(dtype))
     places = shardings(leaves, mesh) if mesh else None
     return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None), places)
 
@@ -166,6 +171,20 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
             f"{tensors[HEAD].path}: {HEAD} differs from {EMBED}, expected equality as tie_word_embeddings is true: "
             "set it to false in config.json"
         )
+
+
+def _report_dequantised(tensors: dict[str, Tensor], dtype: np.dtype) -> None:
+    """Log what it costs that tensors do not stay as small as they are in the file."""
+    quantised = [tensor for tensor in tensors.values() if tensor.kind not in FLOATS]
+    if not quantised:
+        return
+    kinds = ", ".join(sorted({tensor.kind for tensor in quantised}))
+    in_file = sum(tensor.nbytes for tensor in quantised)
+    in_memory = sum(math.prod(tensor.shape) for tensor in quantised) * dtype.itemsize
+    log.info(
+        "%d tensors are dequantised on load, from %s to %s: %.2f GB in the file, %.2f GB in memory",
+        *(len(quantised), kinds, dtype.name, in_file / 1e9, in_memory / 1e9),
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import LayerKind, ModelConfig, RopeConfig
+from model.formats.quantization import reader_for
 
 Config = Mapping[str, Any]  # a parsed config.json
 
@@ -63,9 +64,7 @@ def read_decoder(
     max_position = size(given, "max_position_embeddings")
     if (activation := given.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"hidden_act is {activation!r}, supported is 'silu'")
-    if given.get("quantization_config"):
-        method = given["quantization_config"].get("quant_method", "unnamed")
-        raise ValueError(f"quantization_config ({method}) is not supported: use the unquantized checkpoint")
+    reader_for(given)  # refuses what it cannot read
     if other := sorted(set(given.get("layer_types") or ()) - set(layer_types)):
         raise ValueError(f"layer_types has {', '.join(other)}, supported is {' and '.join(layer_types)}")
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,12 +16,44 @@ FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 BLOCK = 1 << 20  # elements that are read at a time, so that what lies between file and weights stays small
 
 
+class Grouped(NamedTuple):
+    """Rows of a matrix of small numbers: a weight is (value - zero) x scale, zero and scale those of its group.
+
+    A group is `group` inputs of an output that follow each other; the last one may be shorter.
+    """
+
+    values: np.ndarray  # [*outputs, inputs] int8 or uint8, or float32
+    scales: np.ndarray  # [*outputs, groups] of any float dtype
+    group: int
+    zeros: np.ndarray | None = None  # [*outputs, groups]
+
+    def floats(self) -> np.ndarray:
+        """The weights, [*outputs, inputs] float32."""
+        weights = self.values.astype(np.float32)
+        if self.zeros is not None:
+            weights -= spread(self.zeros.astype(np.float32), self.group, weights.shape[-1])
+        weights *= spread(self.scales.astype(np.float32), self.group, weights.shape[-1])
+        return weights
+
+    def ordered(self, group_of: np.ndarray) -> Grouped:
+        """The same with groups of inputs that are anywhere: `group_of` is the group of each input, [inputs]."""
+        zeros = None if self.zeros is None else self.zeros[..., group_of]
+        return Grouped(self.values, self.scales[..., group_of], 1, zeros)
+
+
+def spread(of_groups: np.ndarray, group: int, inputs: int) -> np.ndarray:
+    """A number of each group, [*outputs, groups], once for each of its inputs, [*outputs, inputs]."""
+    repeated: np.ndarray = np.repeat(of_groups, group, axis=-1)[..., :inputs]
+    return repeated
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of a checkpoint: its shape is that of its values, however the file packs them.
 
     `read(first, stop)` gives the values of the rows [first, stop) of the first axis, [stop - first, *shape[1:]]; what
-    is quantised in the file is dequantised then, and no sooner.
+    is quantised in the file is dequantised then, and no sooner. `grouped(first, stop)` gives the same rows as small
+    numbers with scales, a `Grouped`, where the file has such.
     """
 
     name: str
@@ -30,6 +63,7 @@ class Tensor:
     dtype: np.dtype | None  # of the values; None where nothing here can read them
     nbytes: int  # in the file, with scales and whatever else the values are made from
     read: Callable[[int, int], np.ndarray]
+    grouped: Callable[[int, int], Grouped] | None = None
 
     def values(self, first: int = 0, stop: int | None = None) -> np.ndarray:
         """The values of the rows [first, stop) of the first axis, of all by default; a scalar has one row."""

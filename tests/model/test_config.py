@@ -79,7 +79,7 @@ def test_biases_and_norms_follow_the_family() -> None:
         ({"model_type": "gemma3"}, "model_type is 'gemma3', supported are llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
+        ({"quantization_config": {"quant_method": "quanto"}}, r"quantization_config \(quanto\) has quant_method"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "'dynamic', supported are default, linear, llama3, yarn",
