@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.checkpoint import load
-from model.config import load_config
+from model.families import load_config
 from model.formats.quantization import reader_for
 from tests.model.formats.test_fp8 import BLOCK, by_transformers
 from tests.model.formats.writing import mapped, quantised

@@ -107,7 +107,7 @@ def broken_bodies(draw: Callable) -> Json:
 
 class TestAnyRequest:
     LIMITS = settings(
-        max_examples=1000,
+        max_examples=300,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -53,7 +53,7 @@ class Tally:
         return f"{self.cases} cases, flips: {len(self.flips)} of {self.counts['requests']} answers, {dict(self.counts)}"
 
 
-@pytest.mark.parametrize(("lower", "cases"), [("disk", 140), ("remote", 40), ("none", 40)])
+@pytest.mark.parametrize(("lower", "cases"), [("disk", 70), ("remote", 25), ("none", 25)])
 def test_what_is_lost_is_computed_again_and_nothing_wrong_is_answered_held_or_stored(
     clock, lower, cases, record_property
 ):
