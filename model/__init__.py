@@ -6,8 +6,10 @@
 - `checkpoint`: weights from disk to Params and back
 - `fingerprint`: the name of a model with its weights
 - `params`: the weights as a pytree
+- `memory`, `published`: what a model takes of a device, and the shapes of published ones
 - `decoder`: the forward pass
 - `linear`: its matrix products
+- `experts`: its mixtures of experts
 - `sharding`: the same model on several devices
 - `rope`: rotary position embedding
 - `batch`: the ragged batch, and what every attention over it agrees on

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import ModelConfig, read_json
-from model.families import load_config
+from model.families import FAMILIES, load_config
 from model.fingerprint import fingerprint as fingerprint
 from model.formats.quantization import reader_for
 from model.formats.safetensors import map_tensors, weight_files
@@ -128,7 +128,9 @@ def restore_orbax(path: str | Path, devices: int = 1) -> tuple[ModelConfig, Para
     leaves, dtype = layout(config), jnp.dtype(about["dtype"])
     mesh, alone = make_mesh(config, devices), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = shardings(leaves, mesh) if mesh else jax.tree.map(lambda leaf: alone, leaves)
-    wanted = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), leaves, places)
+    wanted = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype or dtype, sharding=place), leaves, places
+    )
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(path / "params", _stored(wanted))
     return config, restored if isinstance(restored.layers, tuple) else replace(restored, layers=(restored.layers,))
@@ -161,6 +163,8 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
             )
     # Older checkpoints carry the rotary frequencies, which follow from the config.
     unknown = [n for n in tensors if n not in expected and n != HEAD and not n.endswith("rotary_emb.inv_freq")]
+    if FAMILIES[config.family].extra_layers:
+        unknown = [name for name in unknown if not _after(name, config.num_layers)]
     if unknown:
         raise ValueError(
             f"{tensors[unknown[0]].path}: unexpected {_some(unknown)}, expected only the tensors of a {config.family} "
@@ -187,6 +191,12 @@ def _report_dequantised(tensors: dict[str, Tensor], dtype: np.dtype) -> None:
     )
 
 
+def _after(name: str, layers: int) -> bool:
+    """Whether a tensor belongs to a layer after so many."""
+    start, _, rest = name.partition("model.layers.")
+    return not start and rest.split(".")[0].isdigit() and int(rest.split(".")[0]) >= layers
+
+
 def _some(names: list[str]) -> str:
     """The first names of a long list."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -196,14 +206,14 @@ def _fill(
     leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress: Progress, places: Params | None
 ) -> Params:
     """Make every leaf: allocate each of its slices, convert tensors into it side by side, and put it on its devices."""
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves)) * dtype.itemsize
+    total = sum(math.prod(leaf.shape) * (leaf.dtype or dtype).itemsize for leaf in jax.tree.leaves(leaves))
     done = 0
 
     def fill(leaf: Leaf, index: Index, devices: list[jax.Device | None]) -> list[jax.Array]:
         """A slice of a leaf, on each of these devices."""
         nonlocal done
         places = [range(size)[each] for size, each in zip(leaf.shape, index, strict=True)]
-        array = _aligned(tuple(map(len, places)), dtype)
+        array = _aligned(tuple(map(len, places)), leaf.dtype or dtype)
         for converted in threads.map(lambda part: _convert(part, tensors[part.name], leaf, places, array), leaf.parts):
             done += converted
             progress(done, total)
@@ -251,11 +261,13 @@ def _convert(part: Part, tensor: Tensor, leaf: Leaf, places: list[range], array:
         sizes.append(len(own))
         of.append(slice(first - own.start, stop - own.start))
     target, start = array[tuple(to)], of[0].start
+    axes = part.axes or tuple(range(len(sizes)))
+    stored = [sizes[axes.index(axis)] for axis in range(len(sizes))]  # the tensor's axes, taken apart as the leaf's are
     rows = tensor.rows // sizes[0]  # of the tensor, for each index of the leaf's axis
     step = max(1, BLOCK // math.prod(sizes[1:]))
     for first in range(start, of[0].stop, step):
         stop = min(first + step, of[0].stop)
-        values = tensor.values(first * rows, stop * rows).reshape(stop - first, *sizes[1:])
+        values = tensor.values(first * rows, stop * rows).reshape(stop - first, *stored[1:]).transpose(axes)
         target[first - start : stop - start] = values[(slice(None), *of[1:])]
     return target.nbytes
 

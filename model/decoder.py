@@ -12,19 +12,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from model import kv, rope, sharding
 from model.attention import paged_attention
-from model.batch import Batch, locate
-from model.config import ModelConfig
+from model.batch import NO_WINDOW, Batch, locate
+from model.config import LayerKind, ModelConfig
+from model.experts import chosen_bias, gated, mixture
 from model.kernels.cpu.layers import embedding, logits, run_layers
 from model.kv import KVPool
 from model.linear import biased, linear, product
 from model.params import Layer, PackedLayers, Params
 
 Carry = tuple[Float[jax.Array, "tokens embed"], KVPool]
-LayerStep = Callable[[Carry, Layer, jax.Array | int], Carry]
+# A layer, its number, and the keys that each of its queries sees (None: all).
+LayerStep = Callable[[Carry, Layer, jax.Array | int, jax.Array | int | None], Carry]
 
 
 def forward(
@@ -53,44 +55,56 @@ def forward_part(
     """One device's part of `forward`; `summed` adds up what each device has computed with its heads and its ffn."""
     positions, pages, offsets = locate(batch, pool)
     cos, sin = rope.angles(positions, *rope.inverse_frequencies(config.rope, config.head_dim))
-    if isinstance(packed := params.layers[0], PackedLayers):
+    if params.packed:
         x = embedding(params.embed, batch.tokens)
-        x, pool = run_layers(x, packed, pool, batch, cos, sin, config.norm_eps)
+        for run, numbers in zip(params.layers, config.runs, strict=True):
+            assert isinstance(run, PackedLayers)
+            x, pool = run_layers(x, run, numbers.start, pool, batch, cos, sin, config)
         head = params.embed if params.lm_head is None else params.lm_head
         return logits(x, batch.logit_indices, params.final_norm, head, config.vocab_size, config.norm_eps), pool
 
-    def step(carry: Carry, layer: Layer, index: jax.Array | int) -> Carry:
+    real = jnp.arange(batch.tokens.shape[0]) < batch.starts[-1]
+
+    def step(carry: Carry, layer: Layer, index: jax.Array | int, window: jax.Array | int | None) -> Carry:
         x, pool = carry
         q, k, v = project(layer, x, config)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         pool = kv.write(pool, index, k, v, pages, offsets)
-        attended = paged_attention(q, k, v, pool, index, batch)
+        attended = paged_attention(q, k, v, pool, index, batch, window, layer.sinks)
         out = linear(attended.reshape(x.shape[0], -1), layer.out.reshape(x.shape[1], -1), None)
         x = x + biased(summed(out), layer.out_bias)
-        return x + biased(summed(mlp(layer, x, config)), layer.down_bias), pool
+        return x + mlp(layer, x, real, config, summed), pool
 
     divided = params.embed.shape[0] < config.vocab_size  # its rows, over devices
     x = sharding.embedded(params.embed, batch.tokens) if divided else params.embed[batch.tokens]
-    x, pool = over_layers(step, (x, pool), params.layers)
+    x, pool = over_layers(step, (x, pool), params.runs, config.layers)
     x = rms_norm(x[batch.logit_indices], params.final_norm, config.norm_eps)
     head = params.embed if params.lm_head is None else params.lm_head
     found = product(x, head, jnp.float32)
     return sharding.gathered(found) if divided else found, pool
 
 
-def over_layers(step: LayerStep, carry: Carry, layers: Sequence[Layer]) -> Carry:
-    """Fold `step(carry, layer, index)` over layers: a scan for each stacked run, and separate ones unrolled."""
+def over_layers(step: LayerStep, carry: Carry, layers: Sequence[Layer], kinds: Sequence[LayerKind]) -> Carry:
+    """Fold `step(carry, layer, index, window)` over layers: a scan for each stacked run, and separate ones unrolled."""
     once = jax.jit(step)  # a call for each layer: traced and lowered once for each kind, and inlined by XLA
     first = 0
     for run in layers:
-        if not run.stacked:
-            carry, first = once(carry, run, first), first + 1
-            continue
-        count = len(run.attn_norm)
-        indices = jnp.arange(first, first + count, dtype=jnp.int32)
-        carry, _ = jax.lax.scan(lambda c, xs: (step(c, *xs), None), carry, (run, indices))
+        count = len(run.attn_norm) if run.stacked else 1
+        windows = [kind.window for kind in kinds[first : first + count]]
+        if run.stacked:
+            indices = jnp.arange(first, first + count, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(lambda c, xs: (step(c, *xs), None), carry, (run, indices, as_array(windows)))
+        else:
+            carry = once(carry, run, first, windows[0])
         first += count
     return carry
+
+
+def as_array(windows: Sequence[int | None]) -> Int32[jax.Array, "layers"] | None:
+    """The windows of layers of which one has a window."""
+    if all(window is None for window in windows):
+        return None
+    return jnp.asarray([NO_WINDOW if window is None else window for window in windows], jnp.int32)
 
 
 def project(
@@ -109,16 +123,25 @@ def project(
     return q, k, v
 
 
-def mlp(layer: Layer, x: Float[jax.Array, "tokens embed"], config: ModelConfig) -> Float[jax.Array, "tokens embed"]:
-    """The gated feed-forward block with SiLU (SwiGLU, Shazeer, 2020, https://arxiv.org/abs/2002.05202).
+def mlp(
+    layer: Layer,
+    x: Float[jax.Array, "tokens embed"],
+    real: Bool[jax.Array, "tokens"],
+    config: ModelConfig,
+    summed: sharding.Collective,
+) -> Float[jax.Array, "tokens embed"]:
+    """The gated feed-forward block, or the experts that each real token goes through.
 
-    Without the bias of `down`, which is added once, after the sum over devices.
+    A bias of `down` is added once, after the sum over devices.
     """
+    normed = rms_norm(x, layer.mlp_norm, config.norm_eps)
+    if layer.experts is not None and config.experts is not None:
+        mixed, choice = mixture(layer.experts, normed, real, config.experts)
+        return summed(mixed) + chosen_bias(layer.experts.down_bias, choice, x.dtype)
     assert layer.gate_up is not None
     assert layer.down is not None
-    normed = rms_norm(x, layer.mlp_norm, config.norm_eps)
-    gate_up = linear(normed, layer.gate_up, layer.gate_up_bias)  # [tokens, 2, ffn]
-    return linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down, None)
+    units = gated(linear(normed, layer.gate_up, layer.gate_up_bias))
+    return biased(summed(linear(units, layer.down, None)), layer.down_bias)
 
 
 def rms_norm(

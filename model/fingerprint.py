@@ -41,7 +41,7 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
         raise ValueError(
             f"qkv has {qkv.shape[-4]} KV heads, expected {config.num_kv_heads}: call it before `shard_params`"
         )
-    runs = [_hashes_of_run(list(run)) for _, run in groupby(params.layers, jax.tree.structure)]
+    runs = [_hashes_of_run(list(run)) for _, run in groupby(params.runs, jax.tree.structure)]
     words = (jax.tree.map(_hash, (params.embed, params.final_norm, params.lm_head)), runs if runs[1:] else runs[0])
 
     relevant = dataclasses.replace(config, eos_token_ids=(), max_position=0)
@@ -56,7 +56,8 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
 def _hashes_of_run(run: Sequence[Layer]) -> Layer:
     """Two hashes of each array and layer, [2, layers], of layers with the same arrays, stacked or apart."""
     hashed = [jax.tree.map(functools.partial(_hash, kept=int(part.stacked)), part) for part in run]
-    return jax.tree.map(lambda *words: np.concatenate([each.reshape(2, -1) for each in words], axis=-1), *hashed)
+    words: Layer = jax.tree.map(lambda *all_of_it: np.concatenate([w.reshape(2, -1) for w in all_of_it], -1), *hashed)
+    return words
 
 
 def _hash(x: jax.Array, kept: int = 0) -> np.ndarray:

@@ -12,9 +12,10 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.families import FAMILIES
-from model.params import Layer, Params
+from model.params import Experts, Layer, Params
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOAT32 = np.dtype(np.float32)
 
 
 class Part(NamedTuple):
@@ -22,7 +23,9 @@ class Part(NamedTuple):
 
     name: str
     shape: tuple[int, ...]  # in the file
-    at: tuple[int | slice, ...]  # its place in the leaf, which has the same elements in the same order
+    at: tuple[int | slice, ...]  # its place in the leaf, which has the same elements in the same order, but for `axes`
+    # Where the tensor has the leaf's axes in another order, but for the first: which of its axes each of the leaf's is.
+    axes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Leaf:
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    dtype: np.dtype | None = None  # where it is not that of the params
 
 
 def layout(config: ModelConfig) -> Params:
@@ -45,47 +49,91 @@ def layout(config: ModelConfig) -> Params:
     return Params(**model)
 
 
+class Stack:
+    """Makes the leaves of a run of layers: arrays with an axis for the layers, from the parts of each."""
+
+    def __init__(self, config: ModelConfig, run: range) -> None:
+        self.names, self.run = FAMILIES[config.family].names, run
+
+    def leaf(self, shape: tuple[int, ...], *parts: Part, dtype: Any = None) -> Leaf:
+        """An array of this shape in each layer, from the layer's parts."""
+        of_layers = ((n, f"model.layers.{i}", part) for n, i in enumerate(self.run) for part in parts)
+        named = (part._replace(name=f"{layer}.{part.name}", at=(n, *part.at)) for n, layer, part in of_layers)
+        return Leaf((len(self.run), *shape), tuple(named), dtype)
+
+    def same(self, name: str, *shape: int, dtype: Any = None) -> Leaf:
+        """An array that is one tensor in each layer."""
+        return self.leaf(shape, Part(name, shape, ()), dtype=dtype)
+
+    def gate_up(self, kind: str, gate: str, up: str, *shape: int) -> Leaf:
+        """Gate and up, one after the other, each of this shape."""
+        parts = (Part(f"{self.names[name]}.{kind}", shape, (i,)) for i, name in enumerate((gate, up)))
+        return self.leaf((2, *shape), *parts)
+
+
 def run_layout(config: ModelConfig, run: range) -> Layer:
     """The Leaf of every array of a run of layers."""
-    names = FAMILIES[config.family].names
+    stack, names = Stack(config, run), FAMILIES[config.family].names
     k, g, d, e, f = config.num_kv_heads, config.group, config.head_dim, config.embed_size, config.ffn_size
     queries, key, value = np.s_[:, :g], np.s_[:, g], np.s_[:, g + 1]
 
-    def stack(shape: tuple[int, ...], *parts: Part) -> Leaf:
-        """One array for all layers of the run, from the parts of each."""
-        of_layers = ((n, f"model.layers.{i}", part) for n, i in enumerate(run) for part in parts)
-        named = (part._replace(name=f"{layer}.{part.name}", at=(n, *part.at)) for n, layer, part in of_layers)
-        return Leaf((len(run), *shape), tuple(named))
-
     def qkv(kind: str, *inputs: int) -> Leaf:
-        return stack(
+        return stack.leaf(
             (k, g + 2, d, *inputs),
             Part(f"{names['query']}.{kind}", (k * g * d, *inputs), queries),
             Part(f"{names['key']}.{kind}", (k * d, *inputs), key),
             Part(f"{names['value']}.{kind}", (k * d, *inputs), value),
         )
 
-    def gate_up(kind: str, *inputs: int) -> Leaf:
-        parts = (Part(f"{names[name]}.{kind}", (f, *inputs), (i,)) for i, name in enumerate(("gate", "up")))
-        return stack((2, f, *inputs), *parts)
-
-    def same(name: str, *shape: int) -> Leaf:
-        return stack(shape, Part(name, shape, ()))
-
-    layer = {
-        "attn_norm": same(names["attn_norm"], e),
+    layer: dict[str, Any] = {
+        "attn_norm": stack.same(names["attn_norm"], e),
         "qkv": qkv("weight", e),
-        "out": stack((e, k, g, d), Part(f"{names['out']}.weight", (e, k * g * d), ())),
-        "mlp_norm": same(names["mlp_norm"], e),
-        "gate_up": gate_up("weight", e),
-        "down": same(f"{names['down']}.weight", e, f),
+        "out": stack.leaf((e, k, g, d), Part(f"{names['out']}.weight", (e, k * g * d), ())),
+        "mlp_norm": stack.same(names["mlp_norm"], e),
     }
+    if config.layers[run.start].experts:
+        layer["experts"] = experts_layout(config, stack)
+    else:
+        layer["gate_up"] = stack.gate_up("weight", "gate", "up", f, e)
+        layer["down"] = stack.same(f"{names['down']}.weight", e, f)
+        if config.mlp_bias:
+            layer["gate_up_bias"] = stack.gate_up("bias", "gate", "up", f)
+            layer["down_bias"] = stack.same(f"{names['down']}.bias", e)
     if config.qkv_bias:
         layer["qkv_bias"] = qkv("bias")
     if config.out_bias:
-        layer["out_bias"] = same(f"{names['out']}.bias", e)
+        layer["out_bias"] = stack.same(f"{names['out']}.bias", e)
     if config.qk_norm:
-        layer |= {"q_norm": same(names["q_norm"], d), "k_norm": same(names["k_norm"], d)}
-    if config.mlp_bias:
-        layer |= {"gate_up_bias": gate_up("bias"), "down_bias": same(f"{names['down']}.bias", e)}
-    return Layer(**layer)  # type: ignore[arg-type]
+        layer |= {"q_norm": stack.same(names["q_norm"], d), "k_norm": stack.same(names["k_norm"], d)}
+    if config.sinks:
+        layer["sinks"] = stack.leaf((k, g), Part(names["sinks"], (k * g,), ()), dtype=FLOAT32)
+    return Layer(**layer)
+
+
+def experts_layout(config: ModelConfig, stack: Stack) -> Experts:
+    """The Leaf of every array of the experts in a run of layers."""
+    experts, names, e = config.experts, stack.names, config.embed_size
+    assert experts is not None
+    x, f, shared = experts.count, experts.ffn_size, experts.shared_ffn_size
+    mixture: dict[str, Leaf] = {"router": stack.same(f"{names['router']}.weight", x, e)}
+    if "experts_down" in names:  # gpt-oss: all in one tensor, inputs before outputs, gate and up by turns
+        gate_up, down = names["experts_gate_up"], names["experts_down"]
+        mixture["gate_up"] = stack.leaf((x, 2, f, e), Part(gate_up, (x, e, 2 * f), (), (0, 3, 2, 1)))
+        mixture["down"] = stack.leaf((x, e, f), Part(down, (x, f, e), (), (0, 2, 1)))
+        if experts.biases:
+            mixture["gate_up_bias"] = stack.leaf((x, 2, f), Part(f"{gate_up}_bias", (x, 2 * f), (), (0, 2, 1)))
+            mixture["down_bias"] = stack.same(f"{down}_bias", x, e)
+    else:
+        each = [(number, i, name) for number in range(x) for i, name in enumerate(("expert_gate", "expert_up"))]
+        parts = [Part(names[name].format(number), (f, e), (number, i)) for number, i, name in each]
+        mixture["gate_up"] = stack.leaf((x, 2, f, e), *parts)
+        parts = [Part(names["expert_down"].format(number), (e, f), (number,)) for number in range(x)]
+        mixture["down"] = stack.leaf((x, e, f), *parts)
+    if experts.router_bias:
+        mixture["router_bias"] = stack.same(f"{names['router']}.bias", x)
+    if experts.correction:
+        mixture["correction"] = stack.same(names["correction"], x, dtype=FLOAT32)
+    if shared:
+        mixture["shared_gate_up"] = stack.gate_up("weight", "shared_gate", "shared_up", shared, e)
+        mixture["shared_down"] = stack.same(f"{names['shared_down']}.weight", e, shared)
+    return Experts(**mixture)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ v vocab, x experts.
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import numpy as np
@@ -69,7 +70,8 @@ class PackedLayers:
     """A run of layers in the order in which the CPU kernel reads them; what a model lacks has no outputs.
 
     A weight is [layers, panels, inputs, panel]: a panel of outputs lies together, input by input. Half of each panel of
-    `gate_up` is gate, half is up. Biases are in the order of their weight's panels.
+    `gate_up` is gate, half is up. Biases are in the order of their weight's panels. Of layers with experts, `gate_up`
+    and `down` are the shared ones'.
     """
 
     attn_norm: Float32[jax.Array, "layers embed"]
@@ -84,6 +86,13 @@ class PackedLayers:
     gate_up_bias: Float32[jax.Array, "layers gate_up_outputs"]
     down: Float32[jax.Array, "layers embed_panels ffn panel"]
     down_bias: Float32[jax.Array, "layers down_outputs"]
+    router: Float32[jax.Array, "layers router_panels embed panel"]
+    router_bias: Float32[jax.Array, "layers router_outputs"]
+    correction: Float32[jax.Array, "layers correction"]
+    experts_gate_up: Float32[jax.Array, "layers experts expert_panels embed panel"]
+    experts_gate_up_bias: Float32[jax.Array, "layers experts expert_outputs"]
+    experts_down: Float32[jax.Array, "layers experts down_panels expert_ffn panel"]
+    experts_down_bias: Float32[jax.Array, "layers experts expert_down_outputs"]
 
 
 @struct.dataclass
@@ -104,6 +113,11 @@ class Params:
         """Whether the weights are packed for the CPU kernels."""
         return isinstance(self.layers[0], PackedLayers)
 
+    @property
+    def runs(self) -> tuple[Layer, ...]:
+        """The layers where they are not packed."""
+        return typing.cast(tuple[Layer, ...], self.layers)
+
 
 def unstacked(params: Params) -> Params:
     """The same weights with each Layer of `layers` by itself.
@@ -114,7 +128,7 @@ def unstacked(params: Params) -> Params:
     """
     if params.packed:
         return params
-    return dataclasses.replace(params, layers=tuple(layer for run in params.layers for layer in _layers_of(run)))
+    return dataclasses.replace(params, layers=tuple(layer for run in params.runs for layer in _layers_of(run)))
 
 
 def _layers_of(run: Layer) -> list[Layer]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig, read_json
-from model.families import llama, mistral, qwen2, qwen3
+from model.families import glm4_moe, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from model.families.common import Family, token_ids
 
 # By the `model_type` of config.json.
@@ -20,7 +20,15 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
 }
+# Families that are known, and what the decoder lacks for them.
+LACKING = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25"), "multi-head latent attention"
+) | dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "nemotron_h"), "recurrent layers")
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -30,7 +38,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"model_type is {family!r}, supported are {', '.join(FAMILIES)}")
+        why = f", which needs {LACKING[family]}" if family in LACKING else ""
+        raise ValueError(f"model_type is {family!r}{why}, supported are {', '.join(FAMILIES)}")
     return FAMILIES[family].read(config)
 
 

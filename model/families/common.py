@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import LayerKind, ModelConfig, RopeConfig
+from model.config import ExpertsConfig, LayerKind, ModelConfig, RopeConfig
 from model.formats.quantization import reader_for
 
 Config = Mapping[str, Any]  # a parsed config.json
@@ -30,6 +30,13 @@ NAMES: Mapping[str, str] = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+# Those of a layer with experts, each by itself, as most families store them.
+EXPERT_NAMES: Mapping[str, str] = {
+    "router": "mlp.gate",
+    "expert_gate": "mlp.experts.{}.gate_proj.weight",
+    "expert_up": "mlp.experts.{}.up_proj.weight",
+    "expert_down": "mlp.experts.{}.down_proj.weight",
+}
 DEFAULTS: Config = {
     "num_key_value_heads": None,  # as many as query heads
     "head_dim": None,  # hidden_size / num_attention_heads
@@ -44,6 +51,7 @@ class Family:
 
     read: Callable[[Config], ModelConfig]
     names: Mapping[str, str]
+    extra_layers: bool = False  # whether files may have layers after the last one, which are passed over
 
 
 def read_decoder(
@@ -52,13 +60,15 @@ def read_decoder(
     windows: Sequence[int | None] | None = None,
     layer_types: Sequence[str] = ("full_attention",),
     partial_rotary: float | None = None,
+    mixed: Sequence[bool] | None = None,
+    experts: ExpertsConfig | None = None,
     **own: Any,
 ) -> ModelConfig:
     """The fields that all families have, with the family's `defaults`, and its `own` fields of ModelConfig.
 
     `windows` has the window of each layer, for a family that may have one; `layer_types` are those that the family
-    serves; `partial_rotary` is the default share of a head that rotates, where not all of it does. Raises ValueError
-    for what is missing or would change the result.
+    serves; `partial_rotary` is the default share of a head that rotates, where not all of it does; `mixed` says which
+    layers have the `experts`. Raises ValueError for what is missing or would change the result.
     """
     given = {**DEFAULTS, **defaults, **config}
     max_position = size(given, "max_position_embeddings")
@@ -72,19 +82,12 @@ def read_decoder(
     count = size(given, "num_hidden_layers")
     # A window at least as long as any sequence masks nothing.
     active = [w if w is not None and w < max_position else None for w in windows or (None,) * count]
-    if window := next(filter(None, active), None):
-        raise ValueError(
-            f"sliding_window of {window} tokens is active, supported is full attention (sliding_window null, "
-            f"or at least max_position_embeddings {max_position}): use a checkpoint without it"
-        )
-    fields: dict[str, Any] = {
-        "ffn_size": size(given, "intermediate_size") if "ffn_size" not in own else own.pop("ffn_size"),
-        "layers": tuple(LayerKind(window) for window in active),
-    }
+    layers = tuple(map(LayerKind, active, mixed or (False,) * count))
     made = ModelConfig(
         family=given["model_type"],
         vocab_size=size(given, "vocab_size"),
         embed_size=embed,
+        ffn_size=0 if all(kind.experts for kind in layers) else size(given, "intermediate_size"),
         num_layers=count,
         num_heads=heads,
         num_kv_heads=heads if given["num_key_value_heads"] is None else size(given, "num_key_value_heads"),
@@ -94,7 +97,9 @@ def read_decoder(
         rope=RopeConfig.from_hf(given, max_position, partial_rotary),
         tie_embeddings=bool(given.get("tie_word_embeddings", False)),
         eos_token_ids=token_ids(given["eos_token_id"]),
-        **(fields | own),
+        layers=layers,
+        experts=checked(experts) if any(kind.experts for kind in layers) else None,
+        **own,
     )
     if made.num_heads % made.num_kv_heads:
         raise ValueError(
@@ -104,6 +109,18 @@ def read_decoder(
     if made.head_dim % 2:
         raise ValueError(f"head_dim is {made.head_dim}, expected an even number: rotation works on pairs")
     return made
+
+
+def checked(experts: ExpertsConfig | None) -> ExpertsConfig | None:
+    """The experts, or ValueError where a token cannot have so many of them."""
+    if experts:
+        allowed = experts.count // experts.groups * experts.chosen_groups
+        if experts.count % experts.groups or not experts.per_token <= allowed <= experts.count:
+            raise ValueError(
+                f"a token goes through {experts.per_token} of {experts.count} experts, from {experts.chosen_groups} of "
+                f"{experts.groups} groups, which cannot be: check that config.json is whole"
+            )
+    return experts
 
 
 def windows_by_type(config: Config, default: Callable[[int], bool]) -> list[int | None]:

@@ -54,6 +54,40 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+GPT_OSS_YARN = {**YARN, "rope_theta": 150000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+QWEN3_MOE = {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+GLM4_MOE = {
+    "head_dim": 16,
+    "attention_bias": True,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
+# Those whose layers are of several kinds, have experts or windows, likewise.
+OF_KINDS: list[tuple[str, str, dict[str, Any]]] = [
+    ("mistral-window", "mistral", {"sliding_window": 24}),
+    ("qwen2-windows", "qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    ("qwen3_moe", "qwen3_moe", {**QWEN3_MOE, "norm_topk_prob": True}),
+    ("qwen3_moe-mixed", "qwen3_moe", {**QWEN3_MOE, "decoder_sparse_step": 2, "attention_bias": True}),
+    ("mixtral-window", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
+    (
+        "gpt_oss",
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 24,
+            "rope_parameters": GPT_OSS_YARN,
+        },
+    ),
+    ("glm4_moe", "glm4_moe", {**GLM4_MOE, "use_qk_norm": True, "n_group": 4, "topk_group": 2}),
+    ("glm4_moe-plain", "glm4_moe", {**GLM4_MOE, "first_k_dense_replace": 2, "norm_topk_prob": False}),
+]
+
+
 @pytest.fixture(params=VARIANTS, ids=[name for name, *_ in VARIANTS])
 def variant(request: pytest.FixtureRequest) -> tuple[str, str, dict[str, Any]]:
     """Each entry of VARIANTS in turn: (name, family, overrides)."""
@@ -97,4 +131,7 @@ def random_model(family: str, **overrides: Any) -> torch.nn.Module:
             # Norm weights lie about one; the rest is large enough for biases and logits to matter.
             centre = 1.0 if "norm" in name else 0.0
             weight.copy_(centre + 0.2 * torch.randn(weight.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if "correction" in name:  # of the choice of experts
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from model.config import ModelConfig, RopeConfig
-from model.families import FAMILIES, load_config, read_config
+from model.families import FAMILIES, LACKING, load_config, read_config
 
 CORE = {
     "vocab_size": 128,
@@ -36,7 +36,12 @@ def test_missing_keys_take_the_defaults_of_transformers(family):
     assert ours.max_position == theirs.max_position_embeddings
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.kind == theirs.rope_parameters["rope_type"]
+    assert ours.rope.partial == (theirs.rope_parameters.get("partial_rotary_factor") or 1.0)
+    if ours.experts:
+        assert ours.experts.count == theirs.num_local_experts
+        assert ours.experts.per_token == theirs.num_experts_per_tok
     assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
 
 
@@ -76,7 +81,10 @@ def test_biases_and_norms_follow_the_family() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gemma3"}, "model_type is 'gemma3', supported are llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gemma3"},
+            "model_type is 'gemma3', supported are llama, mistral, qwen2, qwen3, qwen3_moe, mixtral, gpt_oss, glm4_moe",
+        ),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),
         ({"quantization_config": {"quant_method": "quanto"}}, r"quantization_config \(quanto\) has quant_method"),
@@ -100,24 +108,73 @@ def test_what_the_decoder_lacks_is_refused_by_name(fields, message):
         read_config(config("llama") | fields)
 
 
-@pytest.mark.parametrize(
-    ("family", "fields"),
-    [
-        ("mistral", {"sliding_window": 4096}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 1}),
-        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
-    ],
-)
-def test_an_active_sliding_window_is_refused(family, fields):
-    with pytest.raises(ValueError, match=r"sliding_window of \d+ tokens is active"):
-        read_config(config(family) | fields)
+def windows(family: str, **fields: Any) -> list[int | None]:
+    """The window of each layer."""
+    return [kind.window for kind in read_config(config(family, **fields)).layers]
+
+
+def test_windows_are_on_the_layers_on_which_transformers_has_them() -> None:
+    qwen = {"use_sliding_window": True, "sliding_window": 1024}
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert windows("mistral", sliding_window=4096) == [4096, 4096, 4096]
+    assert windows("mixtral", sliding_window=4096) == [4096, 4096, 4096]
+    assert windows("qwen2", **qwen, max_window_layers=1) == [None, 1024, 1024]
+    assert windows("qwen3", use_sliding_window=True, max_window_layers=0) == [4096, 4096, 4096]
+    assert windows("qwen3", **qwen, layer_types=types) == [1024, None, 1024]
+    assert windows("qwen3_moe", **qwen) == [1024, 1024, 1024]
+    assert windows("gpt_oss") == [128, None, 128]
+    assert windows("gpt_oss", layer_types=[*types[::-1][:2], "full_attention"]) == [128, None, None]
 
 
 def test_mistral_without_the_key_has_the_window_of_transformers() -> None:
     fields = config("mistral")
     del fields["sliding_window"]
-    with pytest.raises(ValueError, match="sliding_window of 4096 tokens is active"):
-        read_config(fields)
+    assert [kind.window for kind in read_config(fields).layers] == [4096] * 3
+
+
+def test_experts_are_on_the_layers_on_which_transformers_has_them() -> None:
+    def experts(family: str, **fields: Any) -> tuple[list[bool], int]:
+        made = read_config(config(family, **fields))
+        return [kind.experts for kind in made.layers], made.ffn_size
+
+    assert experts("mixtral") == experts("gpt_oss") == experts("qwen3_moe") == ([True, True, True], 0)
+    assert experts("qwen3_moe", decoder_sparse_step=2) == ([False, True, False], 96)
+    assert experts("qwen3_moe", mlp_only_layers=[2]) == ([True, True, False], 96)
+    assert experts("glm4_moe") == ([False, True, True], 96)
+    assert experts("glm4_moe", first_k_dense_replace=0) == ([True, True, True], 0)
+    dense = read_config(config("glm4_moe", first_k_dense_replace=3))
+    assert (dense.experts, dense.ffn_size) == (None, 96)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, "goes through 9 of 8 experts"),
+        ("glm4_moe", {"n_group": 3}, "from 1 of 3 groups"),
+        ("glm4_moe", {"n_group": 32, "topk_group": 1}, "goes through 8 of 128 experts, from 1 of 32 groups"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("qwen3", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "linear_attention"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, expected num_hidden_layers"),
+    ],
+)
+def test_what_cannot_be_is_named(family, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(config(family, **fields))
+
+
+@pytest.mark.parametrize("family", LACKING)
+def test_a_known_family_that_is_not_served_says_what_it_needs(family):
+    with pytest.raises(ValueError, match=f"model_type is '{family}', which needs {LACKING[family]}, supported are"):
+        read_config({"model_type": family})
+
+
+def test_the_json_of_a_plain_model_has_no_field_that_was_added_since() -> None:
+    """It is in every fingerprint, so that pages of today's models would be orphaned."""
+    old = json.loads(read_config(config("llama")).to_json())
+    assert not old.keys() & {"layers", "experts", "sinks"}
+    assert "partial" not in old["rope"]
+    new = read_config(config("gpt_oss"))
+    assert json.loads(new.to_json()).keys() >= {"layers", "experts", "sinks"}
 
 
 @pytest.mark.parametrize(
@@ -156,9 +213,10 @@ def test_errors_name_the_file(tmp_path: Path):
         load_config(tmp_path)
 
 
-def test_json_gives_back_an_equal_hashable_config() -> None:
-    made = read_config(config("llama", rope_scaling={"type": "llama3", **LLAMA3}, eos_token_id=[1, 2]))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_json_gives_back_an_equal_hashable_config(family) -> None:
+    made = read_config(config(family, rope_scaling={"type": "llama3", **LLAMA3}, eos_token_id=[1, 2]))
     again = ModelConfig.from_json(made.to_json())
     assert again == made
     assert hash(again) == hash(made)
-    assert dataclasses.replace(made, norm_eps=1e-5).to_json() != made.to_json()
+    assert dataclasses.replace(made, norm_eps=1e-4).to_json() != made.to_json()

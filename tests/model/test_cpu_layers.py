@@ -13,7 +13,7 @@ import pytest
 
 from model.batch import Batch
 from model.checkpoint import layout
-from model.config import ModelConfig, RopeConfig
+from model.config import ExpertsConfig, LayerKind, ModelConfig, RopeConfig
 from model.decoder import forward
 from model.kernels import dispatch
 from model.kernels.cpu import build
@@ -51,6 +51,36 @@ ODD = replace(
     mlp_bias=True,
     qk_norm=True,
     tie_embeddings=False,
+)
+# A dense layer before those with experts, of which some tokens share a few.
+EXPERTS = replace(
+    PLAIN,
+    family="qwen3_moe",
+    layers=(LayerKind(), LayerKind(experts=True), LayerKind(experts=True)),
+    experts=ExpertsConfig(count=9, per_token=3, ffn_size=40, renormalize=False),
+)
+ODD_EXPERTS = replace(
+    ODD,
+    family="glm4_moe",
+    rope=RopeConfig(partial=0.5),
+    layers=(LayerKind(experts=True), LayerKind(), LayerKind(experts=True)),
+    experts=ExpertsConfig(
+        count=6,
+        per_token=2,
+        ffn_size=33,
+        shared_ffn_size=21,
+        scoring="sigmoid",
+        scaling=1.5,
+        groups=3,
+        chosen_groups=2,
+        correction=True,
+    ),
+)
+CLAMPED = replace(
+    ODD,
+    family="gpt_oss",
+    layers=(LayerKind(experts=True),) * 3,
+    experts=ExpertsConfig(count=5, per_token=2, ffn_size=50, router_bias=True, biases=True, clamp=(1.702, 0.3)),
 )
 DEEP = replace(PLAIN, embed_size=1100, ffn_size=1200, num_layers=1)  # sums of several blocks of inputs
 
@@ -124,14 +154,46 @@ def test_logits_keys_and_values_equal_the_plain_forward_pass(config: ModelConfig
 
 
 @needs_kernel
+@pytest.mark.parametrize("config", [EXPERTS, ODD_EXPERTS, CLAMPED], ids=["experts", "odd", "clamped"])
+@pytest.mark.parametrize(
+    "batch",
+    [batch_of([1, 1], [30, 7], spare_tokens=5), batch_of([5, 1200, 1], [0, 3, 40], spare_tokens=32)],
+    ids=["decode", "so many that an expert has several blocks"],
+)
+def test_experts_equal_the_plain_forward_pass(config: ModelConfig, batch: Batch) -> None:
+    expected, expected_pool = compiled(config)(unstacked(random_params(config)), batch, random_pool(config))
+    found, pool = compiled(config)(packed(config), batch, random_pool(config))
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(found, expected, atol=2e-6 * scale * config.embed_size**0.5)
+    np.testing.assert_allclose(pool.v, expected_pool.v, atol=2e-5)
+
+
+@needs_kernel
+def test_weights_of_experts_that_no_token_chose_are_not_read() -> None:
+    """What is no number would spread to every token of a product with it."""
+    params, batch = random_params(EXPERTS), batch_of([1], [30])
+    (dense, mixed) = params.layers
+    experts = replace(
+        mixed.experts,
+        router=jnp.zeros_like(mixed.experts.router),  # equal scores: the first three are chosen
+        gate_up=mixed.experts.gate_up.at[:, 3:].set(jnp.nan),
+        down=mixed.experts.down.at[:, 3:].set(jnp.nan),
+    )
+    params = replace(params, layers=(dense, replace(mixed, experts=experts)))
+    found, _ = compiled(EXPERTS)(pack(params, PAGE), batch, random_pool(EXPERTS))
+    assert np.isfinite(found).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("config", [PLAIN, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize(
     "together",
     [batch_of([1, 70, 3, 1], [60, 5, 30, 12], spare_seqs=1, spare_tokens=9), batch_of([1, 700], [60, 5])],
     ids=["few", "so many that threads take them apart"],
 )
-def test_a_sequence_gets_the_same_bits_in_any_company_and_any_shape(together: Batch) -> None:
+def test_a_sequence_gets_the_same_bits_in_any_company_and_any_shape(together: Batch, config: ModelConfig) -> None:
     """In a wider batch, with more padding, and beside prefills."""
-    whole, pool = compiled(PLAIN)(packed(PLAIN), together, random_pool(PLAIN))
+    whole, pool = compiled(config)(packed(config), together, random_pool(config))
     for s in np.flatnonzero(together.lengths):
         start, stop = int(together.starts[s]), int(together.starts[s + 1])
         for spare in (0, 11):
@@ -143,7 +205,7 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_any_shape(together: Ba
                 block_table=together.block_table[s : s + 1],
                 logit_indices=np.asarray([stop - start - 1], np.int32),
             )
-            found, own = compiled(PLAIN)(packed(PLAIN), alone, random_pool(PLAIN))
+            found, own = compiled(config)(packed(config), alone, random_pool(config))
             assert np.array_equal(found[0], whole[s])
             pages = together.block_table[s]
             assert np.array_equal(own.k[:, pages], pool.k[:, pages])

@@ -1,6 +1,7 @@
-// All decoder layers of a step on CPUs as one call from XLA, and the logits as another. A layer: norm, query/key/value
-// product, rotation, keys and values into their pages, attention, output product, norm, gate and up products with SiLU,
-// down product. The plain reference is model/decoder.py over the reference of attention.
+// A run of decoder layers of a step on CPUs as one call from XLA, and the logits as another. A layer: norm,
+// query/key/value product, rotation, keys and values into their pages, attention, output product, norm, and gate and up
+// products with SiLU and down product, or those of each token's experts (experts.h). The plain reference is
+// model/decoder.py over the reference of attention.
 //
 // One parallel region runs all of it, so threads meet between phases and nowhere else, and only the batch's real tokens
 // are looked at. Weights are packed (matmul.h); every sum of a token has one order of addition, whatever else the batch
@@ -12,8 +13,9 @@
 #include <vector>
 
 #include "attention.h"
-#include "matmul.h"
+#include "experts.h"
 #include "region.h"
+#include "rows.h"
 
 namespace ffi = xla::ffi;
 
@@ -27,7 +29,8 @@ using S32 = ffi::Buffer<ffi::S32>;
 // One layer's weights; a bias or norm that the model lacks is null.
 struct Layer {
   const float *attn_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
-  const float *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+  const float *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;  // with experts, of those that are shared
+  experts::Weights experts;
 };
 
 // The layer's part of an array [layers, ...]; null if it is empty.
@@ -38,9 +41,10 @@ inline const float* of_layer(const F32& array, int64_t layer) {
 
 struct Step {
   int64_t tokens, embed, ffn, kv_heads, group, dim, page_size, pages, seqs, width;
+  int64_t pairs;  // of each head that rotate
   float eps;
   const int32_t *starts, *prefix, *table;  // as in attention::Problem
-  const float *cos, *sin;                  // [tokens, dim / 2]
+  const float *cos, *sin;                  // [tokens, pairs]
   float* x;                                // [tokens, embed]: the residual stream
 
   int64_t heads() const { return kv_heads * group; }
@@ -52,60 +56,8 @@ struct Scratch {
   attention::Scratch attention;
   matmul::Scratch matmul;
   Room gated;  // [a block of tokens, ffn]
+  Room rows;   // [a block of an expert's tokens, embed]
 };
-
-// The sum of squares.
-inline float squares(const float* x, int64_t count) {
-  Vec sums = {};
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) sums = fma(load(x + i), load(x + i), sums);
-  float total = sum(sums);
-  for (; i < count; ++i) total += x[i] * x[i];
-  return total;
-}
-
-// Root-mean-square norm of one row.
-inline void norm(const float* x, const float* weight, float eps, int64_t count, float* to) {
-  const float scale = 1.0f / __builtin_sqrtf(squares(x, count) / static_cast<float>(count) + eps);
-  for (int64_t i = 0; i < count; ++i) to[i] = x[i] * scale * weight[i];
-}
-
-// Rotates the pairs (i, i + dim / 2) of one head.
-inline void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float* to) {
-  const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    to[i] = x[i] * cos[i] - x[i + half] * sin[i];
-    to[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
-  }
-}
-
-// x / (1 + exp(-x)).
-inline Vec silu(Vec x) {
-  const Vec e = attention::power_of_2((x < Vec{} ? x : -x) * attention::LOG2_E);
-  return x * (x < Vec{} ? e : all(1.0f)) / (e + 1.0f);
-}
-
-// Adds a panel's biases to its sums; null is none.
-inline void add_bias(const float* bias, int64_t panel, float* sums) {
-  if (!bias) return;
-  for (int i = 0; i < matmul::PANEL; i += LANES) store(sums + i, load(sums + i) + load(bias + panel * matmul::PANEL + i));
-}
-
-// A panel's finished sums, or as many of them as there are outputs.
-inline void write(const float* sums, float* to, int64_t count) {
-  std::memcpy(to, sums, std::min<int64_t>(count, matmul::PANEL) * sizeof(float));
-}
-
-// The outputs of a product in the panels [from, to) for the tokens [first, last): calls `put(token, panel, sums)`.
-template <typename Put>
-void multiply(const matmul::Product& product, int64_t first, int64_t last, int64_t from, int64_t to,
-              matmul::Scratch& scratch, const Put& put) {
-  for (int64_t at = first, end; at < last; at = end) {
-    end = std::min(at + matmul::BLOCK, last);
-    for (int64_t panel = from; panel < to; ++panel)
-      matmul::panel(product, panel, at, end, scratch, [&](int64_t token, float* sums) { put(token, panel, sums); });
-  }
-}
 
 // Few tokens: all threads work on the same tokens, one operation after the other, and share its panels.
 struct Together {
@@ -158,8 +110,10 @@ struct Apart {
 // Runs one batch through any layer.
 class Decoder {
  public:
-  Decoder(ffi::ThreadPool& pool, const Step& step, attention::Problem problem)
+  Decoder(ffi::ThreadPool& pool, const Step& step, attention::Problem problem, const experts::Config& config,
+          int64_t expert_ffn)
       : s(step),
+        config(config),
         threads(threads_of(pool)),
         blocks(s.tokens / LEAST_BLOCK >= TASKS_PER_THREAD * threads ? blocks_of(s.tokens, threads) : 1),
         normed(s.tokens * s.embed),
@@ -167,6 +121,7 @@ class Decoder {
         queries(s.tokens * s.heads() * s.dim),
         attended(s.tokens * s.heads() * s.dim),
         gated(blocks == 1 ? s.tokens * s.ffn : 0),
+        pairs(config, config.count ? s.tokens : 0, s.embed, expert_ffn),
         problem(problem),
         region(pool, threads - 1) {
     this->problem.q = queries.begin;
@@ -184,6 +139,9 @@ class Decoder {
       attention::attend(problem, tasks[i], scratch.attention, partials);
     });
     by_block([&](const auto& tokens) { after_attention(tokens, w); });
+    if (!config.count) return;
+    pairs.run(normed.begin, w.experts, region, threads);
+    by_block([&](const auto& tokens) { add_experts(tokens, w); });
   }
 
  private:
@@ -222,6 +180,42 @@ class Decoder {
     const int64_t attended_size = s.heads() * s.dim;
     project(tokens, {attended.begin, attended_size, w.out, attended_size}, w.out_bias);
     norms(tokens, w.mlp_norm);
+    if (config.count)
+      choose_experts(tokens, w.experts);
+    else
+      feed_forward(tokens, w);
+  }
+
+  template <typename Tokens>
+  void choose_experts(const Tokens& tokens, const experts::Weights& w) {
+    tokens.product({normed.begin, s.embed, w.router, s.embed}, config.count, [&](int64_t token, int64_t panel, float* sums) {
+      const int64_t at = panel * matmul::PANEL;
+      write(sums, pairs.scores.begin + token * config.count + at, config.count - at);
+    });
+    tokens.each([&](int64_t token) {
+      const int64_t first = token * config.per_token;
+      experts::Chooser().choose(config, w, pairs.scores.begin + token * config.count, pairs.chosen.data() + first,
+                                pairs.weights.begin + first);
+    });
+  }
+
+  // Adds what a token's experts have made of it, in the order of its choice, and what the shared ones do.
+  template <typename Tokens>
+  void add_experts(const Tokens& tokens, const Layer& w) {
+    tokens.each([&](int64_t token) {
+      const float* made = pairs.made.begin + token * config.per_token * s.embed;
+      float* to = s.x + token * s.embed;
+      for (int64_t i = 0; i < s.embed; ++i) {
+        float sum = made[i];
+        for (int64_t n = 1; n < config.per_token; ++n) sum += made[n * s.embed + i];
+        to[i] += sum;
+      }
+    });
+    if (w.gate_up) feed_forward(tokens, w);
+  }
+
+  template <typename Tokens>
+  void feed_forward(const Tokens& tokens, const Layer& w) {
     tokens.product({normed.begin, s.embed, w.gate_up, s.embed}, 2 * s.ffn, [&](int64_t token, int64_t panel, float* sums) {
       constexpr int64_t HALF = matmul::PANEL / 2;
       const int64_t at = panel * HALF;
@@ -244,19 +238,19 @@ class Decoder {
     const int64_t seq = std::upper_bound(s.starts, s.starts + s.seqs + 1, static_cast<int32_t>(token)) - s.starts - 1;
     const int64_t position = s.prefix[seq] + token - s.starts[seq];
     const int64_t page = s.table[seq * s.width + position / s.page_size];
-    const float *cos = s.cos + token * (s.dim / 2), *sin = s.sin + token * (s.dim / 2);
+    const float *cos = s.cos + token * s.pairs, *sin = s.sin + token * s.pairs;
     float* from = qkv.begin + token * s.qkv_size();
     for (int64_t head = 0; head < s.kv_heads; ++head, from += (s.group + 2) * s.dim) {
       for (int64_t i = 0; i < s.group; ++i) {
         float* query = from + i * s.dim;
         if (w.q_norm) norm(query, w.q_norm, s.eps, s.dim, query);
-        rotate(query, cos, sin, s.dim, queries.begin + ((token * s.kv_heads + head) * s.group + i) * s.dim);
+        rotate(query, cos, sin, s.pairs, s.dim, queries.begin + ((token * s.kv_heads + head) * s.group + i) * s.dim);
       }
       if (page < 0 || page >= s.pages) continue;
       float *key = from + s.group * s.dim, *value = key + s.dim;
       const int64_t at = ((page * s.kv_heads + head) * s.page_size + position % s.page_size) * s.dim;
       if (w.k_norm) norm(key, w.k_norm, s.eps, s.dim, key);
-      rotate(key, cos, sin, s.dim, k + at);
+      rotate(key, cos, sin, s.pairs, s.dim, k + at);
       std::memcpy(v + at, value, s.dim * sizeof(float));
     }
   }
@@ -273,11 +267,13 @@ class Decoder {
   }
 
   const Step s;
+  const experts::Config config;  // without experts, their count is 0
   const int64_t threads;
   const int64_t blocks;  // in which the tokens go through all but attention; 1: together
   // Of all tokens: [tokens, embed], [tokens, kv_heads, group + 2, dim], [tokens, kv_heads, group, dim] twice,
   // [tokens, ffn].
   Room normed, qkv, queries, attended, gated;
+  experts::Pairs pairs;
   attention::Problem problem;
   std::vector<attention::Task> tasks;
   std::vector<attention::Partial> partials;
@@ -286,27 +282,34 @@ class Decoder {
 
 ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S32 starts, S32 prefix, S32 table,
                   F32 attn_norm, F32 qkv, F32 qkv_bias, F32 q_norm, F32 k_norm, F32 out, F32 out_bias, F32 mlp_norm,
-                  F32 gate_up, F32 gate_up_bias, F32 down, F32 down_bias, ffi::ResultBuffer<ffi::F32> x_out,
-                  ffi::ResultBuffer<ffi::F32> k_out, ffi::ResultBuffer<ffi::F32> v_out, float eps) {
+                  F32 gate_up, F32 gate_up_bias, F32 down, F32 down_bias, F32 router, F32 router_bias, F32 correction,
+                  F32 experts_gate_up, F32 experts_gate_up_bias, F32 experts_down, F32 experts_down_bias,
+                  ffi::ResultBuffer<ffi::F32> x_out, ffi::ResultBuffer<ffi::F32> k_out,
+                  ffi::ResultBuffer<ffi::F32> v_out, float eps, int64_t first, int64_t experts, int64_t per_token,
+                  int64_t groups, int64_t chosen_groups, bool sigmoid, bool renormalize, float scaling, float factor,
+                  float limit) {
   const auto shape = k.dimensions();  // [layers, pages, kv_heads, page_size, dim]
-  const int64_t layers = shape[0], kv_heads = shape[2], page_size = shape[3], dim = shape[4];
+  const int64_t layers = attn_norm.dimensions()[0], kv_heads = shape[2], page_size = shape[3], dim = shape[4];
   const int64_t seqs = prefix.dimensions()[0], embed = x.dimensions()[1], heads = out.dimensions()[2] / dim;
   for (const auto& [from, to] : {std::pair{&x, &x_out}, {&k, &k_out}, {&v, &v_out}})
     if (from->typed_data() != (*to)->typed_data())  // XLA gives them the same memory, unless it must not
       std::memcpy((*to)->typed_data(), from->typed_data(), from->size_bytes());
   const Step step = {starts.typed_data()[seqs], embed, down.dimensions()[2], kv_heads, heads / kv_heads, dim, page_size,
-                     shape[1], seqs, table.dimensions()[1], eps, starts.typed_data(), prefix.typed_data(),
-                     table.typed_data(), cos.typed_data(), sin.typed_data(), x_out->typed_data()};
+                     shape[1], seqs, table.dimensions()[1], cos.dimensions()[1], eps, starts.typed_data(),
+                     prefix.typed_data(), table.typed_data(), cos.typed_data(), sin.typed_data(), x_out->typed_data()};
   if (!step.tokens) return ffi::Error::Success();
   const attention::Problem problem = {nullptr, nullptr, nullptr, step.starts, step.prefix, step.table, nullptr,
                                       step.tokens, kv_heads, step.group, dim, step.pages, page_size, seqs, step.width};
-  Decoder decoder(pool, step, problem);
+  const experts::Config config = {experts, per_token, groups, chosen_groups, sigmoid, renormalize, scaling, factor, limit};
+  Decoder decoder(pool, step, problem, config, experts_down.dimensions()[3]);
   const int64_t pages = shape[1] * kv_heads * page_size * dim;
   for (int64_t i = 0; i < layers; ++i)
     decoder.layer({of_layer(attn_norm, i), of_layer(qkv, i), of_layer(qkv_bias, i), of_layer(q_norm, i),
                    of_layer(k_norm, i), of_layer(out, i), of_layer(out_bias, i), of_layer(mlp_norm, i),
-                   of_layer(gate_up, i), of_layer(gate_up_bias, i), of_layer(down, i), of_layer(down_bias, i)},
-                  k_out->typed_data() + i * pages, v_out->typed_data() + i * pages);
+                   of_layer(gate_up, i), of_layer(gate_up_bias, i), of_layer(down, i), of_layer(down_bias, i),
+                   {of_layer(router, i), of_layer(router_bias, i), of_layer(correction, i), of_layer(experts_gate_up, i),
+                    of_layer(experts_gate_up_bias, i), of_layer(experts_down, i), of_layer(experts_down_bias, i)}},
+                  k_out->typed_data() + (first + i) * pages, v_out->typed_data() + (first + i) * pages);
   return ffi::Error::Success();
 }
 
@@ -357,8 +360,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_layers, Layers,
                                   .Arg<S32>().Arg<S32>().Arg<S32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Ret<F32>().Ret<F32>().Ret<F32>()
-                                  .Attr<float>("eps"));
+                                  .Attr<float>("eps").Attr<int64_t>("first").Attr<int64_t>("experts")
+                                  .Attr<int64_t>("per_token").Attr<int64_t>("groups").Attr<int64_t>("chosen_groups")
+                                  .Attr<bool>("sigmoid").Attr<bool>("renormalize").Attr<float>("scaling")
+                                  .Attr<float>("factor").Attr<float>("limit"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     tokenzero_head, Head,

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from model.batch import Array, Batch
+from model.config import ExpertsConfig, ModelConfig
 from model.kernels.cpu.build import HEAD, LAYERS
 from model.kv import KVPool
 from model.params import PackedLayers
@@ -28,22 +29,43 @@ def embedding(
 def run_layers(
     x: Float32[jax.Array, "tokens embed"],
     layers: PackedLayers,
+    first: int,
     pool: KVPool,
     batch: Batch,
     cos: Float32[jax.Array, "tokens pairs"],
     sin: Float32[jax.Array, "tokens pairs"],
-    eps: float,
+    config: ModelConfig,
 ) -> tuple[Float32[jax.Array, "tokens embed"], KVPool]:
-    """The residual stream after all layers, and the pool with the new tokens' keys and values.
+    """The residual stream after a run of layers, from number `first` on, and the pool with the new keys and values.
 
     Padding tokens keep their `x` and cost nothing.
     """
+    if any(kind.window for kind in config.layers):
+        raise NotImplementedError("layers.cc has no windows yet")
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, pool.k, pool.v)]
     integers = (jnp.asarray(n, jnp.int32) for n in (batch.starts, batch.prefix, batch.block_table))
     weights = (getattr(layers, name) for name in PackedLayers.__dataclass_fields__)
     call = jax.ffi.ffi_call(LAYERS, shapes, input_output_aliases={0: 0, 1: 1, 2: 2})
-    x, k, v = call(x, pool.k, pool.v, cos, sin, *integers, *weights, eps=np.float32(eps))
+    numbers = {"eps": np.float32(config.norm_eps), "first": first, **experts_of(config if layers.router.size else None)}
+    x, k, v = call(x, pool.k, pool.v, cos, sin, *integers, *weights, **numbers)
     return x, KVPool(k, v)
+
+
+def experts_of(config: ModelConfig | None) -> dict[str, np.number | int | bool]:
+    """What the kernel is told of the experts; nothing is set where there are none."""
+    experts = (config and config.experts) or ExpertsConfig(count=0, per_token=0, ffn_size=0)
+    factor, limit = experts.clamp or (0.0, 0.0)
+    return {
+        "experts": experts.count,
+        "per_token": experts.per_token,
+        "groups": experts.groups,
+        "chosen_groups": experts.chosen_groups,
+        "sigmoid": experts.scoring == "sigmoid",
+        "renormalize": experts.renormalize,
+        "scaling": np.float32(experts.scaling),
+        "factor": np.float32(factor),
+        "limit": np.float32(limit),
+    }
 
 
 def logits(

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from model.kernels.cpu import build, paged_attention
 from model.kernels.cpu.build import PACK
-from model.params import Layer, PackedLayers, Params
+from model.params import Experts, Layer, PackedLayers, Params
 
 
 def pack(params: Params, page_size: int, consume: bool = False) -> Params:
@@ -22,9 +22,7 @@ def pack(params: Params, page_size: int, consume: bool = False) -> Params:
     """
     if reason := unsupported_reason(params, page_size):
         raise ValueError(reason)
-    (run,) = params.layers
-    assert isinstance(run, Layer)
-    layers = (pack_layers(run, consume),)
+    layers = tuple(pack_layers(run, consume) for run in params.layers if isinstance(run, Layer))
     embed = panels(params.embed, consume=consume)
     head = None if params.lm_head is None else panels(params.lm_head, consume=consume)
     return Params(embed, layers, params.final_norm, head)
@@ -33,11 +31,14 @@ def pack(params: Params, page_size: int, consume: bool = False) -> Params:
 def pack_layers(layers: Layer, consume: bool = False) -> PackedLayers:
     """Stacked layers in the kernels' order; with `consume`, their matrices are deleted."""
     count, embed = layers.attn_norm.shape
-    assert layers.gate_up is not None
-    assert layers.down is not None
+    experts = layers.experts
+    gate_up, down = (experts.shared_gate_up, experts.shared_down) if experts else (layers.gate_up, layers.down)
 
     def optional(array: jax.Array | None) -> Float32[jax.Array, "layers outputs"]:
         return jnp.zeros((count, 0), jnp.float32) if array is None else array.reshape(count, -1)
+
+    def lacking(*shape: int) -> Float32[jax.Array, "..."]:
+        return jnp.zeros((count, *shape, panel_width()), jnp.float32)
 
     return PackedLayers(
         attn_norm=layers.attn_norm,
@@ -48,11 +49,35 @@ def pack_layers(layers: Layer, consume: bool = False) -> PackedLayers:
         out=panels(layers.out, shape=(count, embed, -1), consume=consume),
         out_bias=bias_panels(optional(layers.out_bias)),
         mlp_norm=layers.mlp_norm,
-        gate_up=panels(layers.gate_up, parts=2, shape=(count, -1, embed), consume=consume),
+        gate_up=lacking(0, embed) if gate_up is None else panels(gate_up, 2, (count, -1, embed), consume),
         gate_up_bias=bias_panels(optional(layers.gate_up_bias), parts=2),
-        down=panels(layers.down, consume=consume),
+        down=lacking(-(-embed // panel_width()), 0) if down is None else panels(down, consume=consume),
         down_bias=bias_panels(optional(layers.down_bias)),
+        **pack_experts(experts, count, embed, consume),
     )
+
+
+def pack_experts(experts: Experts | None, count: int, embed: int, consume: bool) -> dict[str, jax.Array]:
+    """The fields of PackedLayers that are of `count` layers' experts; empty ones where there are none."""
+    if experts is None:
+        matrices = {"router": (0, embed), "experts_gate_up": (0, 0, embed), "experts_down": (0, 0, 0)}
+        shapes = {name: (*shape, panel_width()) for name, shape in matrices.items()}
+        shapes |= {"router_bias": (0,), "correction": (0,), "experts_gate_up_bias": (0, 0), "experts_down_bias": (0, 0)}
+        return {name: jnp.zeros((count, *shape), jnp.float32) for name, shape in shapes.items()}
+    numbers = experts.router.shape[1]
+
+    def optional(array: jax.Array | None, *axes: int) -> Float32[jax.Array, "layers *experts outputs"]:
+        return jnp.zeros((count, *axes, 0), jnp.float32) if array is None else array.reshape(count, *axes, -1)
+
+    return {
+        "router": panels(experts.router, consume=consume),
+        "router_bias": optional(experts.router_bias),
+        "correction": optional(experts.correction),
+        "experts_gate_up": panels(experts.gate_up, 2, (count, numbers, -1, embed), consume),
+        "experts_gate_up_bias": bias_panels(optional(experts.gate_up_bias, numbers), parts=2),
+        "experts_down": panels(experts.down, consume=consume),
+        "experts_down_bias": bias_panels(optional(experts.down_bias, numbers)),
+    }
 
 
 def panels(
@@ -81,9 +106,11 @@ def _packed(weight: jax.Array, parts: int, shape: tuple[int, ...], width: int) -
     return packed.reshape(*layers, *to.shape[1:])
 
 
-def bias_panels(bias: Float32[jax.Array, "layers outputs"], parts: int = 1) -> Float32[jax.Array, "layers padded"]:
+def bias_panels(
+    bias: Float32[jax.Array, "layers *experts outputs"], parts: int = 1
+) -> Float32[jax.Array, "layers *experts padded"]:
     """Biases in the order of their outputs' panels, padded with zeros; none stay none."""
-    return panels(bias[:, :, None], parts).reshape(len(bias), -1) if bias.shape[1] else bias
+    return panels(bias[..., None], parts).reshape(*bias.shape[:-1], -1) if bias.shape[-1] else bias
 
 
 def panel_width() -> int:
@@ -98,8 +125,8 @@ def unsupported_reason(params: Params, page_size: int) -> str | None:
             return f"dtype of {jax.tree_util.keystr(path)[1:]} is {array.dtype.name}, supported is float32"
     run = params.layers[0]
     assert isinstance(run, Layer)
-    if params.layers[1:] or run.experts or run.sinks is not None:
-        return "the model has experts or sinks, supported are dense layers without sinks"
+    if run.sinks is not None:
+        return "the model has sinks, supported are layers without"
     for name, size in (("head_dim", run.qkv.shape[-2]), ("page_size", page_size)):
         if size % paged_attention.ALIGNMENT:
             return f"{name} is {size}, supported are multiples of {paged_attention.ALIGNMENT}"

@@ -1,0 +1,204 @@
+// A mixture of experts over packed weights: the router's choice, and the products of each expert with its tokens alone.
+// The plain reference is model/experts.py.
+//
+// Pairs of a token and one of its experts are sorted by expert, so that an expert's weights are read once for a block of
+// its tokens, and those of an expert that no token chose are not read. What a token gets is added up in the order of its
+// choice, whatever else the batch holds.
+
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "region.h"
+#include "rows.h"
+
+namespace {
+namespace experts {
+
+// How many there are, and how a token's are chosen; as model.config.ExpertsConfig.
+struct Config {
+  int64_t count, per_token, groups, chosen_groups;
+  bool sigmoid, renormalize;
+  float scaling, factor, limit;  // factor and limit of gpt-oss' SwiGLU; a factor of 0 is the plain one
+};
+
+// One layer's weights, those of an expert after those of the one before; what the model lacks is null.
+struct Weights {
+  const float *router, *router_bias, *correction, *gate_up, *gate_up_bias, *down, *down_bias;
+};
+
+// Pairs [first, last) in the order of experts, which have one expert, and at most as many as a block of a product.
+struct Segment {
+  int64_t expert, first, last;
+};
+
+// Gate and up of a panel, half each, as the units that go into `down`: SiLU(gate) * up, or gpt-oss' variant.
+inline void activate(const Config& c, float* sums) {
+  constexpr int HALF = matmul::PANEL / 2;
+  for (int i = 0; i < HALF; i += LANES) {
+    Vec gate = load(sums + i), up = load(sums + HALF + i);
+    if (c.factor != 0.0f) {
+      const Vec limit = all(c.limit);
+      gate = gate < limit ? gate : limit;
+      up = up < limit ? up : limit;
+      up = (up > -limit ? up : -limit) + 1.0f;
+      store(sums + i, silu(gate * c.factor) * (1.0f / c.factor) * up);
+    } else {
+      store(sums + i, silu(gate) * up);
+    }
+  }
+}
+
+// The `count` largest of the numbers, in order; of equal ones, the first. `taken` [numbers] is scratch.
+inline void largest(const float* numbers, int64_t size, int64_t count, std::vector<char>& taken, int32_t* found) {
+  taken.assign(size, 0);
+  for (int64_t n = 0; n < count; ++n) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < size; ++i)
+      if (!taken[i] && (best < 0 || numbers[i] > numbers[best])) best = i;
+    taken[best] = 1;
+    found[n] = static_cast<int32_t>(best);
+  }
+}
+
+// Chooses the experts of one token after the other.
+class Chooser {
+ public:
+  // The experts of one token and their weights, from the router's logits [count], which become scores.
+  void choose(const Config& c, const Weights& w, float* scores, int32_t* chosen, float* weights) {
+    if (w.router_bias)
+      for (int64_t i = 0; i < c.count; ++i) scores[i] += w.router_bias[i];
+    ranked.assign(scores, scores + c.count);
+    if (c.sigmoid) {
+      for (int64_t i = 0; i < c.count; ++i) ranked[i] = scores[i] = 1.0f / (1.0f + std::exp(-scores[i]));
+    } else {
+      const float peak = *std::max_element(scores, scores + c.count);
+      float total = 0.0f;
+      for (int64_t i = 0; i < c.count; ++i) total += scores[i] = std::exp(scores[i] - peak);
+      for (int64_t i = 0; i < c.count; ++i) scores[i] /= total;
+    }
+    if (w.correction)
+      for (int64_t i = 0; i < c.count; ++i) ranked[i] = scores[i] + w.correction[i];
+    if (c.groups > 1) limit_to_groups(c);
+    largest(ranked.data(), c.count, c.per_token, taken, chosen);
+    float total = 0.0f;
+    for (int64_t n = 0; n < c.per_token; ++n) total += weights[n] = scores[chosen[n]];
+    const float scale = c.renormalize ? c.scaling / (c.sigmoid ? total + 1e-20f : total) : c.scaling;
+    for (int64_t n = 0; n < c.per_token; ++n) weights[n] *= scale;
+  }
+
+ private:
+  // Leaves the experts of the best groups alone, whose best two have the largest sums.
+  void limit_to_groups(const Config& c) {
+    const int64_t size = c.count / c.groups;
+    best.resize(std::max<int64_t>(c.chosen_groups, 2));
+    of_groups.resize(c.groups);
+    for (int64_t g = 0; g < c.groups; ++g) {
+      const float* group = ranked.data() + g * size;
+      largest(group, size, std::min<int64_t>(2, size), taken, best.data());
+      of_groups[g] = size > 1 ? group[best[0]] + group[best[1]] : group[best[0]];
+    }
+    largest(of_groups.data(), c.groups, c.chosen_groups, taken, best.data());
+    for (int64_t g = 0; g < c.groups; ++g)
+      if (!taken[g]) std::fill_n(ranked.begin() + g * size, size, -INFINITY);
+  }
+
+  std::vector<float> ranked, of_groups;
+  std::vector<char> taken;
+  std::vector<int32_t> best;
+};
+
+// The pairs of one layer and step, sorted by expert.
+class Pairs {
+ public:
+  Room scores, weights, made;  // [tokens, experts], [tokens, per_token], [tokens, per_token, embed]
+  std::vector<int32_t> chosen;  // [tokens, per_token]
+
+  Pairs(const Config& c, int64_t tokens, int64_t embed, int64_t ffn)
+      : scores(tokens * c.count), weights(tokens * c.per_token), made(tokens * c.per_token * embed),
+        chosen(tokens * c.per_token), c(c), tokens(tokens), embed(embed), ffn(ffn),
+        gated(tokens * c.per_token * ffn), order(tokens * c.per_token) {}
+
+  // Writes what each expert makes of its tokens' rows of `x`, [tokens, embed], by weight, to `made`.
+  template <typename Region>
+  void run(const float* x, const Weights& w, Region& region, int64_t threads) {
+    sort();
+    const int64_t up_size = matmul::panels(2 * ffn), down_size = matmul::panels(embed);
+    in_shares(region, threads, up_size, [&](auto& scratch, const Segment& s, int64_t from, int64_t to) {
+      gate_and_up(x, w, s, from, to, scratch);
+    });
+    in_shares(region, threads, down_size, [&](auto& scratch, const Segment& s, int64_t from, int64_t to) {
+      down(w, s, from, to, scratch);
+    });
+  }
+
+ private:
+  // Sorts the pairs by expert, and divides those of each into segments of about the same size.
+  void sort() {
+    std::vector<int64_t> ends(c.count + 1);
+    for (const int32_t expert : chosen) ++ends[expert + 1];
+    for (int64_t expert = 0; expert < c.count; ++expert) ends[expert + 1] += ends[expert];
+    segments.clear();
+    for (int64_t expert = 0; expert < c.count; ++expert) {
+      const int64_t size = ends[expert + 1] - ends[expert], parts = (size + matmul::BLOCK - 1) / matmul::BLOCK;
+      for (int64_t i = 0; i < parts; ++i)
+        segments.push_back({expert, ends[expert] + size * i / parts, ends[expert] + size * (i + 1) / parts});
+    }
+    // The largest first, so that no thread is left with one at the end.
+    std::stable_sort(segments.begin(), segments.end(),
+                     [](const Segment& a, const Segment& b) { return a.last - a.first > b.last - b.first; });
+    for (size_t pair = 0; pair < chosen.size(); ++pair) order[ends[chosen[pair]]++] = static_cast<int32_t>(pair);
+  }
+
+  // Calls `run` for every segment, and for shares of its panels where there are too few segments for the threads.
+  template <typename Region, typename Run>
+  void in_shares(Region& region, int64_t threads, int64_t panels, const Run& run) {
+    const int64_t count = segments.size(), wanted = TASKS_PER_THREAD * threads;
+    const int64_t shares = std::min(panels, std::max<int64_t>(1, (wanted + count - 1) / count));
+    region.run(count * shares, [&](auto& scratch, uint64_t i) {
+      const int64_t share = i % shares;
+      run(scratch, segments[i / shares], panels * share / shares, panels * (share + 1) / shares);
+    });
+  }
+
+  template <typename Scratch>
+  void gate_and_up(const float* x, const Weights& w, const Segment& s, int64_t from, int64_t to, Scratch& scratch) {
+    constexpr int64_t HALF = matmul::PANEL / 2;
+    const int64_t count = s.last - s.first, panels = matmul::panels(2 * ffn);
+    scratch.rows.reserve(count * embed);
+    float* rows = scratch.rows.begin;
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(rows + i * embed, x + order[s.first + i] / c.per_token * embed, embed * sizeof(float));
+    const float* weight = w.gate_up + s.expert * panels * embed * matmul::PANEL;
+    const float* bias = w.gate_up_bias ? w.gate_up_bias + s.expert * panels * matmul::PANEL : nullptr;
+    multiply({rows, embed, weight, embed}, 0, count, from, to, scratch.matmul, [&](int64_t i, int64_t panel, float* sums) {
+      add_bias(bias, panel, sums);
+      activate(c, sums);
+      write(sums, gated.begin + (s.first + i) * ffn + panel * HALF, std::min(HALF, ffn - panel * HALF));
+    });
+  }
+
+  template <typename Scratch>
+  void down(const Weights& w, const Segment& s, int64_t from, int64_t to, Scratch& scratch) {
+    const int64_t panels = matmul::panels(embed);
+    const float* weight = w.down + s.expert * panels * ffn * matmul::PANEL;
+    const float* bias = w.down_bias ? w.down_bias + s.expert * panels * matmul::PANEL : nullptr;
+    multiply({gated.begin, ffn, weight, ffn}, s.first, s.last, from, to, scratch.matmul,
+             [&](int64_t at, int64_t panel, float* sums) {
+               const Vec by = all(weights.begin[order[at]]);
+               add_bias(bias, panel, sums);
+               for (int i = 0; i < matmul::PANEL; i += LANES) store(sums + i, load(sums + i) * by);
+               write(sums, made.begin + order[at] * embed + panel * matmul::PANEL, embed - panel * matmul::PANEL);
+             });
+  }
+
+  const Config c;
+  const int64_t tokens, embed, ffn;
+  Room gated;                  // [pairs in the order of experts, ffn]
+  std::vector<int32_t> order;  // the number of each pair, token * per_token + which of the token's
+  std::vector<Segment> segments;
+};
+
+}  // namespace experts
+}  // namespace
