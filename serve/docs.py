@@ -1,4 +1,4 @@
-"""The tables of serve/README.md and serve/proxy/README.md that the code makes: `python -m serve.docs` rewrites them.
+"""The tables of READMEs that the code makes: `python -m serve.docs` rewrites them.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
@@ -9,6 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from model.kv import bytes_per_token
+from model.memory import active_parameters, longest_context, parameters, weight_bytes
+from model.published import MODELS, published
 from serve.cluster.config import GROUP, ClusterConfig
 from serve.diagnosis.causes import CAUSES
 from serve.proxy.cli import ProxyConfig
@@ -20,7 +23,7 @@ from serve.web.flags import flag_tables
 from serve.web.headers import REQUEST_HEADERS, RESPONSE_HEADERS, Header
 
 FOLDER = Path(__file__).parent
-PAGES = (FOLDER / "README.md", FOLDER / "proxy" / "README.md")
+PAGES = (FOLDER / "README.md", FOLDER / "proxy" / "README.md", FOLDER.parent / "model" / "README.md")
 BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -61,6 +64,28 @@ def rule_table() -> str:
     return markdown_table(RULE_COLUMNS, [(f"`{name}`", *cells) for name, *cells in rule_rows()])
 
 
+def memory_table() -> str:
+    """What published models take of devices, with weights of 16 and of 4 bits and keys and values of 16."""
+    devices = (24, 80, 141)
+    head = ("model", "parameters, active", "weights in 16, 8, 4 bits, GB", "KV of a token")
+    rows = []
+    for name in MODELS:
+        config = published(name)
+        weights = ", ".join(f"{weight_bytes(config, bits) / 1e9:,.1f}" for bits in (16, 8, 4))
+        sizes = f"{parameters(config) / 1e9:.1f}B, {active_parameters(config) / 1e9:.1f}B"
+        contexts = (
+            " / ".join(tokens(longest_context(config, memory * 10**9, bits)) for bits in (16, 4)) for memory in devices
+        )
+        kv = f"{bytes_per_token(config, 'bfloat16') / 1024:g} KiB"
+        rows.append((name, sizes, weights, kv, *contexts))
+    return markdown_table((*head, *(f"on {memory} GB" for memory in devices)), rows)
+
+
+def tokens(count: int) -> str:
+    """A number of tokens in a few characters; a dash for none."""
+    return f"{count // 1000}K" if count >= 1000 else "–"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "routes": route_table,
     "request-headers": lambda: header_table(REQUEST_HEADERS, proxy=False),
@@ -72,6 +97,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "proxy-flags": lambda: flag_tables(ProxyConfig),
     "cluster-flags": lambda: flag_tables(ClusterConfig, (GROUP,)),
     "rules": rule_table,
+    "memory": memory_table,
     "causes": lambda: markdown_table(("cause", "meaning"), [(f"`{cause}`", text) for cause, text in CAUSES.items()]),
 }
 
@@ -82,7 +108,7 @@ def with_tables(page: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the tables of both pages."""
+    """Rewrite the tables of all pages."""
     for path in PAGES:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
 
