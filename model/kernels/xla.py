@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 
-from model.batch import MASKED, Array, Batch, Sinks, Window, by_sequence, by_token
+from model.batch import MASKED, NO_WINDOW, Array, Batch, Sinks, Window, by_sequence, by_token
 from model.kv import KVPool
 
 # Keys of the prefix in a block with a mask: half of such a block, on average, is wasted.
@@ -53,11 +53,15 @@ def blockwise(
     queries = queries.reshape(seqs, kv_heads, chunk * group, head_dim)
     keys, values = (jnp.einsum("sckd->skcd", by_sequence(x.astype(pool.k.dtype), batch)) for x in (k, v))
 
-    whole = partial(attend, queries, keys, values, pool, layer, batch)
-    in_window = partial(attend_in_window, queries, keys, values, pool, layer, batch, window)
     # A window as long as the block table masks nothing, so layers without one lose no time beside others in a scan.
-    masks = window is not None and window < batch.block_table.shape[1] * pool.page_size
-    state = jax.lax.cond(masks, in_window, whole) if isinstance(masks, jax.Array) else in_window() if masks else whole()
+    window = NO_WINDOW if window is None else window
+    masks = window < batch.block_table.shape[1] * pool.page_size
+    in_window = partial(attend_in_window, window=window)
+    computed = queries, keys, values, pool, layer, batch
+    if isinstance(masks, jax.Array):
+        state = jax.lax.cond(masks, in_window, attend, *computed)
+    else:
+        state = in_window(*computed) if masks else attend(*computed)
     if sinks is not None:
         state = with_sinks(state, jnp.tile(sinks, (1, chunk)))
     result = (state.total / state.weight[..., None]).astype(q.dtype).reshape(seqs, kv_heads, chunk, group, head_dim)
@@ -106,7 +110,7 @@ def attend(
     state = attend_to_chunk(queries, keys, values)
     state = jax.lax.fori_loop(0, whole, whole_block, state)
     blocks = (longest + narrow * pool.page_size - 1) // (narrow * pool.page_size)
-    return jax.lax.fori_loop(whole * (wide // narrow), blocks, masked_block, state)
+    return Softmax(*jax.lax.fori_loop(whole * (wide // narrow), blocks, masked_block, state))
 
 
 def attend_in_window(
@@ -144,7 +148,8 @@ def attend_in_window(
         return accumulate(state, scores, jnp.where(kept[:, None, :, None], values, 0))
 
     state = attend_to_chunk(queries, keys, values, window)
-    return jax.lax.fori_loop(0, jnp.max(-(-prefix // block) - oldest // block), masked_block, state)
+    blocks = jnp.max(-(-prefix // block) - oldest // block)
+    return Softmax(*jax.lax.fori_loop(0, blocks, masked_block, state))
 
 
 def whole_block_size(seqs: int, chunk: int) -> int:
@@ -179,12 +184,12 @@ def attend_to_chunk(
         peak = scores.max(-1)
         probs = jnp.exp(scores - peak[..., None])
         state = Softmax(weigh(probs, values[:, :, start:stop]), peak, probs.sum(-1))
-        if start and window is None:
-            state = accumulate(state, score(run, keys[:, :, :start]), values[:, :, :start])
-        elif start:
-            oldest = jnp.maximum(start - window + 1, 0) // SELF_BLOCK
+        if start and window is not None:
+            first = jnp.maximum(start - window + 1, 0) // SELF_BLOCK
             block = partial(self_block, run, keys, values, query + start, window)
-            state = jax.lax.fori_loop(oldest, start // SELF_BLOCK, block, state)
+            state = jax.lax.fori_loop(first, start // SELF_BLOCK, block, state)
+        elif start:
+            state = accumulate(state, score(run, keys[:, :, :start]), values[:, :, :start])
         runs.append(state)
     return Softmax(*(jnp.concatenate(fields, axis=2) for fields in zip(*runs, strict=True)))
 
