@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from cache.remote import RemoteTier
 from cache.tier import SEAL
 from model.batch import Batch
 from model.checkpoint import layout
-from model.config import ModelConfig, RopeConfig
+from model.config import ExpertsConfig, LayerKind, ModelConfig, RopeConfig
 from model.decoder import forward
 from model.kernels.dispatch import arranged
 from model.kv import empty_pool
@@ -44,7 +45,27 @@ SETTINGS = EngineSettings(
     speculative_tokens=2,
     tensor_parallel=DEVICES,
 )
-CONFIG = ModelConfig("qwen3", VOCAB, 64, 96, 2, 4, 2, 16, 4096, 1e-6, RopeConfig(), qk_norm=True, tie_embeddings=True)
+QWEN3 = ModelConfig("qwen3", VOCAB, 64, 96, 2, 4, 2, 16, 4096, 1e-6, RopeConfig(), qk_norm=True, tie_embeddings=True)
+DENSE, MIXED, WINDOW = LayerKind(), LayerKind(experts=True), 9
+EXPERTS = ExpertsConfig(count=6, per_token=2, ffn_size=32)
+GLM_EXPERTS = replace(EXPERTS, shared_ffn_size=16, scoring="sigmoid", groups=3, chosen_groups=2, correction=True)
+OSS_EXPERTS = replace(EXPERTS, router_bias=True, biases=True, clamp=(1.702, 7.0))
+# One of each family, with windows shorter than the prompts.
+CONFIGS = {
+    "llama": replace(QWEN3, family="llama", qk_norm=False),
+    "mistral": replace(QWEN3, family="mistral", qk_norm=False, layers=(LayerKind(WINDOW),) * 2),
+    "qwen2": replace(QWEN3, family="qwen2", qk_norm=False, qkv_bias=True, layers=(DENSE, LayerKind(WINDOW))),
+    "qwen3": QWEN3,
+    "qwen3_moe": replace(QWEN3, family="qwen3_moe", layers=(MIXED, MIXED), experts=EXPERTS),
+    "mixtral": replace(QWEN3, family="mixtral", qk_norm=False, layers=(MIXED, MIXED), experts=EXPERTS),
+    "gpt_oss": replace(
+        QWEN3, family="gpt_oss", layers=(LayerKind(WINDOW, True), MIXED), experts=OSS_EXPERTS, sinks=True, qk_norm=False
+    ),
+    "glm4_moe": replace(
+        QWEN3, family="glm4_moe", layers=(DENSE, MIXED), experts=GLM_EXPERTS, rope=RopeConfig(partial=0.5)
+    ),
+}
+CONFIG = CONFIGS[os.environ.get("MODEL_FAMILY", "qwen3")]
 PAGE_SHAPE = (2, CONFIG.num_layers, CONFIG.num_kv_heads, PAGE, CONFIG.head_dim)
 PAGE_BYTES = 4 * int(np.prod(PAGE_SHAPE))
 # Of the largest number in the page or among the logits: what another chunking may change by rounding.

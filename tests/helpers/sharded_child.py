@@ -24,7 +24,7 @@ if __name__ == "__main__":  # as in conftest.py
 from experiments.gpu.collectives import collectives
 from model.batch import Batch
 from model.checkpoint import layout
-from model.config import ModelConfig, RopeConfig
+from model.config import ExpertsConfig, LayerKind, ModelConfig, RopeConfig
 from model.decoder import forward
 from model.kv import KVPool, copy_pages, empty_pool, gather_pages, scatter_pages
 from model.params import Params, unstacked
@@ -57,6 +57,17 @@ CONFIGS = {
         out_bias=True,
         mlp_bias=True,
     ),
+    # A dense layer, then one with experts, a window, sinks and every bias.
+    "experts": make_config(
+        vocab_size=128,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=8,
+        family="gpt_oss",
+        layers=(LayerKind(), LayerKind(window=9, experts=True)),
+        experts=ExpertsConfig(count=5, per_token=2, ffn_size=24, router_bias=True, biases=True, clamp=(1.702, 1.0)),
+        sinks=True,
+    ),
 }
 # (config, devices, whether the layers are stacked)
 CASES = [
@@ -65,6 +76,7 @@ CASES = [
     ("qwen2-tied", 2, False),
     ("qwen2-tied", 4, True),
     ("mqa-qwen3-biases", 4, True),
+    ("experts", 4, True),
 ]
 
 

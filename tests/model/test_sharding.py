@@ -53,7 +53,7 @@ def test_logits_and_tokens_on_several_devices_equal_those_on_one(found, name, de
 def test_a_step_sums_twice_a_layer_and_gathers_nothing_but_logits(found, name, devices, stacked):
     config = CONFIGS[name]
     divided = config.vocab_size % devices == 0  # then the embedding is summed, too, and the logits are gathered
-    sums = divided + 2 * (1 if stacked else LAYERS)  # stacked layers are one loop, whose body is there once
+    sums = divided + 2 * (len(config.runs) if stacked else LAYERS)  # a run is one loop, whose body is there once
     for kind, tokens in (("chunks", CHUNK), ("decode", 2)):
         expected = [["all-gather", [2, config.vocab_size]]] * divided
         expected += [["all-reduce", [tokens, config.embed_size]]] * sums
