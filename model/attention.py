@@ -31,8 +31,8 @@ def paged_attention(
     Softmax and accumulation are in float32, scores are scaled by head_dim ** -0.5. The pages are those of
     PagedAttention (Kwon et al., 2023, https://arxiv.org/abs/2309.06180).
     """
-    if kernel := kernel_for(q, pool, batch, window, sinks):
-        return kernel(q, pool, layer, batch)
+    if kernel := kernel_for(q, pool, batch):
+        return kernel(q, pool, layer, batch, window, sinks)
     if batch.decode_seqs:
         prefill, decode = split_prefill_decode(batch)
         of_prefill, of_decode = (

@@ -93,6 +93,7 @@ class PackedLayers:
     experts_gate_up_bias: Float32[jax.Array, "layers experts expert_outputs"]
     experts_down: Float32[jax.Array, "layers experts down_panels expert_ffn panel"]
     experts_down_bias: Float32[jax.Array, "layers experts expert_down_outputs"]
+    sinks: Float32[jax.Array, "layers sinks"]
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax
 
-from model.batch import Batch, Sinks, Window
+from model.batch import Batch
 from model.kernels.cpu import build, packing, paged_attention
 from model.kernels.limits import QUERY_ROWS, unsupported_reason
 from model.kv import KVPool
@@ -24,16 +24,12 @@ from model.params import Params, unstacked
 log = logging.getLogger("tokenzero.kernels")
 
 
-def kernel_for(
-    q: jax.Array, pool: KVPool, batch: Batch, window: Window = None, sinks: Sinks = None
-) -> Callable[..., jax.Array] | None:
-    """The kernel to call with (q, pool, layer, batch) on this machine, or None for XLA.
+def kernel_for(q: jax.Array, pool: KVPool, batch: Batch) -> Callable[..., jax.Array] | None:
+    """The kernel to call with (q, pool, layer, batch, window, sinks) on this machine, or None for XLA.
 
     On a GPU, prefill and decode have different kernels, and a batch of both gets None. Each reason for None is logged
     once.
     """
-    if window is not None or sinks is not None:
-        return None
     if on_cpu():
         if not build.available():
             return None

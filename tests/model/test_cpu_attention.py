@@ -48,6 +48,23 @@ def test_heads_groups_and_pages_of_any_shape_match_the_reference(seed: int) -> N
 
 
 @needs_kernel
+@pytest.mark.parametrize("seed", range(8))
+def test_windows_and_sinks_match_the_reference_in_any_shape(seed: int) -> None:
+    """With NaN in all pages that no query sees."""
+    rng = np.random.default_rng(50 + seed)
+    kv_heads, group = int(rng.integers(1, 5)), int(rng.choice([1, 2, 3, 8, 16]))
+    prefixes = [int(n) for n in rng.choice([0, 1, 15, 63, 64, 65, 400, 3000], 3)]
+    chunks = [int(n) for n in rng.choice([1, 2, 5, 33, 64, 150], 3)]
+    head_dim, page = int(rng.choice([4, 20, 64, 128])), int(rng.choice([4, 12, 16, 64]))
+    q, pool, batch = ragged(prefixes, chunks, kv_heads=kv_heads, group=group, head_dim=head_dim, page=page, seed=seed)
+    sinks = jnp.asarray(rng.normal(size=(kv_heads, group), scale=4), jnp.float32)
+    for window in (1, 7, 64, int(rng.integers(2, 200)), 2000):
+        given = batches.without_unseen_pages(pool, batch, window)
+        actual = np.asarray(compiled(q, given, 1, batch, window, sinks))
+        np.testing.assert_allclose(actual, reference(q, pool, 1, batch, window, sinks), atol=2e-5, err_msg=str(window))
+
+
+@needs_kernel
 @pytest.mark.parametrize("scale", [1e-30, 30.0, 1e4])
 def test_scores_of_any_size_neither_overflow_nor_vanish(scale):
     q, pool, batch = ragged([600, 0], [1, 200], seed=3)
@@ -94,6 +111,25 @@ def alone(q, batch, s):
 
 
 @needs_kernel
+def test_a_window_as_long_as_the_sequence_changes_no_bit() -> None:
+    q, pool, batch = ragged([3000, 700, 0], [1, 90, 300])
+    plain = np.asarray(compiled(q, pool, 0, batch))
+    for window in (3001, 2**31 - 1):
+        assert np.array_equal(plain, np.asarray(compiled(q, pool, 0, batch, window)))
+
+
+@needs_kernel
+@pytest.mark.parametrize("sink", [-np.inf, -1e30, 1e4])
+def test_sinks_of_any_size_take_their_share_and_no_more(sink):
+    q, pool, batch = ragged([60, 1500], [30, 1])
+    sinks = jnp.full((2, 3), sink, jnp.float32)
+    found = np.asarray(compiled(q, pool, 0, batch, 50, sinks))
+    expected = np.zeros(q.shape) if sink > 0 else np.asarray(compiled(q, pool, 0, batch, 50))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("window", [None, 1, 100, 3000])
 @pytest.mark.parametrize(
     ("prefixes", "chunks"),
     [
@@ -103,13 +139,15 @@ def alone(q, batch, s):
         ([6000, 2500, 0], [300, 1, 700]),
     ],
 )
-def test_a_sequence_gets_the_same_bits_in_any_company(prefixes, chunks):
+def test_a_sequence_gets_the_same_bits_in_any_company(prefixes, chunks, window):
     q, pool, batch = ragged(prefixes, chunks, page=64, spare_seqs=1, spare_tokens=3)
-    together = np.asarray(compiled(q, pool, 0, batch))
+    sinks = None if window is None else jnp.linspace(-2, 2, 6).reshape(2, 3)
+    together = np.asarray(compiled(q, pool, 0, batch, window, sinks))
     for s in range(len(prefixes)):
         queries, one = alone(q, batch, s)
         start, stop = batch.starts[s : s + 2]
-        assert np.array_equal(np.asarray(compiled(queries, pool, 0, one)), together[start:stop]), s
+        found = np.asarray(compiled(queries, pool, 0, one, window, sinks))
+        assert np.array_equal(found, together[start:stop]), s
 
 
 THREADS = """
@@ -176,3 +214,5 @@ def test_what_it_cannot_take_is_refused_by_name() -> None:
         paged_attention(q, replace(pool, v=pool.v[:1]), 0, batch)
     with pytest.raises(jax.errors.JaxRuntimeError, match="layer is 2, the pool has 2"):
         compiled(q, pool, 2, batch).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="window is 0, expected at least 1"):
+        compiled(q, pool, 1, batch, 0).block_until_ready()

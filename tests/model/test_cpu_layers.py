@@ -82,6 +82,12 @@ CLAMPED = replace(
     layers=(LayerKind(experts=True),) * 3,
     experts=ExpertsConfig(count=5, per_token=2, ffn_size=50, router_bias=True, biases=True, clamp=(1.702, 0.3)),
 )
+WINDOWED = replace(PLAIN, family="mistral", layers=(LayerKind(window=20), LayerKind(), LayerKind(window=90)))
+SINKS = replace(
+    CLAMPED,
+    layers=(LayerKind(window=20, experts=True), LayerKind(experts=True), LayerKind(window=1, experts=True)),
+    sinks=True,
+)
 DEEP = replace(PLAIN, embed_size=1100, ffn_size=1200, num_layers=1)  # sums of several blocks of inputs
 
 
@@ -169,6 +175,28 @@ def test_experts_equal_the_plain_forward_pass(config: ModelConfig, batch: Batch)
 
 
 @needs_kernel
+@pytest.mark.parametrize("config", [WINDOWED, SINKS], ids=["windows", "sinks"])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        batch_of([1, 1, 1], [300, 0, 7], spare_seqs=2, spare_tokens=5),
+        batch_of([5, 90, 1], [0, 200, 40]),
+        batch_of([1800], [57]),
+    ],
+    ids=["decode", "mixed", "so many that threads take them apart"],
+)
+def test_windows_and_sinks_of_each_layer_equal_the_plain_forward_pass(config: ModelConfig, batch: Batch) -> None:
+    expected, expected_pool = compiled(config)(unstacked(random_params(config)), batch, random_pool(config))
+    found, pool = compiled(config)(packed(config), batch, random_pool(config))
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(found, expected, atol=2e-6 * scale * config.embed_size**0.5)
+    np.testing.assert_allclose(pool.v, expected_pool.v, atol=2e-5)
+    full = replace(config, layers=tuple(replace(kind, window=None) for kind in config.layers))
+    unwindowed, _ = compiled(full)(packed(config), batch, random_pool(config))
+    assert np.abs(found - unwindowed).max() > 1e-3 * scale
+
+
+@needs_kernel
 def test_weights_of_experts_that_no_token_chose_are_not_read() -> None:
     """What is no number would spread to every token of a product with it."""
     params, batch = random_params(EXPERTS), batch_of([1], [30])
@@ -185,7 +213,7 @@ def test_weights_of_experts_that_no_token_chose_are_not_read() -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("config", [PLAIN, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("config", [PLAIN, EXPERTS, SINKS], ids=["dense", "experts", "windows and sinks"])
 @pytest.mark.parametrize(
     "together",
     [batch_of([1, 70, 3, 1], [60, 5, 30, 12], spare_seqs=1, spare_tokens=9), batch_of([1, 700], [60, 5])],

@@ -117,9 +117,9 @@ def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path, march):
     ("source", "right", "wrong"),
     [
         ("matmul.h", "load(w + v * LANES)", "load(w + v * LANES + 1)"),
-        ("attention.h", "load(keys + slot * p.dim + i * LANES)", "load(keys + slot * p.dim + i * LANES + 1)"),
-        ("attention.h", "all(values[s * dim + c])", "all(values[s * dim + c + 1])"),
-        ("attention.h", "table[s * width + position", "table[(s + 1) * width + position"),
+        ("attention_task.h", "load(keys + slot * p.dim + i * LANES)", "load(keys + slot * p.dim + i * LANES + 1)"),
+        ("attention_task.h", "all(values[s * dim + c])", "all(values[s * dim + c + 1])"),
+        ("attention_task.h", "table[s * width + position", "table[(s + 1) * width + position"),
     ],
 )
 def test_a_read_beyond_the_end_would_be_found(tmp_path, source, right, wrong):

@@ -31,6 +31,8 @@ struct Layer {
   const float *attn_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
   const float *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;  // with experts, of those that are shared
   experts::Weights experts;
+  int64_t window;  // and sinks: as in attention::Problem
+  const float* sinks;
 };
 
 // The layer's part of an array [layers, ...]; null if it is empty.
@@ -126,8 +128,6 @@ class Decoder {
         region(pool, threads - 1) {
     this->problem.q = queries.begin;
     this->problem.out = attended.begin;
-    tasks = attention::tasks_of(this->problem);
-    partials = attention::partials_of(tasks);
   }
 
   // One layer, whose pages are `k` and `v`, [pages, kv_heads, page_size, dim].
@@ -135,8 +135,10 @@ class Decoder {
     by_block([&](const auto& tokens) { before_attention(tokens, w, k, v); });
     problem.k = k;
     problem.v = v;
-    region.run(tasks.size(), [&](Scratch& scratch, uint64_t i) {
-      attention::attend(problem, tasks[i], scratch.attention, partials);
+    problem.sinks = w.sinks;
+    Plan& plan = plan_of(w.window);
+    region.run(plan.tasks.size(), [&](Scratch& scratch, uint64_t i) {
+      attention::attend(problem, plan.tasks[i], scratch.attention, plan.partials);
     });
     by_block([&](const auto& tokens) { after_attention(tokens, w); });
     if (!config.count) return;
@@ -145,6 +147,23 @@ class Decoder {
   }
 
  private:
+  // What attention does in the layers that have this window.
+  struct Plan {
+    int64_t window;
+    std::vector<attention::Task> tasks;
+    std::vector<attention::Partial> partials;
+  };
+
+  Plan& plan_of(int64_t window) {
+    problem.window = window;
+    for (Plan& plan : plans)
+      if (plan.window == window) return plan;
+    auto tasks = attention::tasks_of(problem);
+    auto partials = attention::partials_of(tasks);
+    plans.push_back({window, std::move(tasks), std::move(partials)});
+    return plans.back();
+  }
+
   static constexpr int64_t LEAST_BLOCK = 64;  // tokens for which it pays to read all weights of a layer
 
   // About as many blocks for each thread, none larger than one of a product.
@@ -275,15 +294,15 @@ class Decoder {
   Room normed, qkv, queries, attended, gated;
   experts::Pairs pairs;
   attention::Problem problem;
-  std::vector<attention::Task> tasks;
-  std::vector<attention::Partial> partials;
+  std::vector<Plan> plans;
   Region<Scratch> region;  // last, so that it is closed before what its threads read is gone
 };
 
 ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S32 starts, S32 prefix, S32 table,
+                  S32 windows,
                   F32 attn_norm, F32 qkv, F32 qkv_bias, F32 q_norm, F32 k_norm, F32 out, F32 out_bias, F32 mlp_norm,
                   F32 gate_up, F32 gate_up_bias, F32 down, F32 down_bias, F32 router, F32 router_bias, F32 correction,
-                  F32 experts_gate_up, F32 experts_gate_up_bias, F32 experts_down, F32 experts_down_bias,
+                  F32 experts_gate_up, F32 experts_gate_up_bias, F32 experts_down, F32 experts_down_bias, F32 sinks,
                   ffi::ResultBuffer<ffi::F32> x_out, ffi::ResultBuffer<ffi::F32> k_out,
                   ffi::ResultBuffer<ffi::F32> v_out, float eps, int64_t first, int64_t experts, int64_t per_token,
                   int64_t groups, int64_t chosen_groups, bool sigmoid, bool renormalize, float scaling, float factor,
@@ -299,7 +318,8 @@ ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S
                      prefix.typed_data(), table.typed_data(), cos.typed_data(), sin.typed_data(), x_out->typed_data()};
   if (!step.tokens) return ffi::Error::Success();
   const attention::Problem problem = {nullptr, nullptr, nullptr, step.starts, step.prefix, step.table, nullptr,
-                                      step.tokens, kv_heads, step.group, dim, step.pages, page_size, seqs, step.width};
+                                      step.tokens, kv_heads, step.group, dim, step.pages, page_size, seqs, step.width,
+                                      0, nullptr};
   const experts::Config config = {experts, per_token, groups, chosen_groups, sigmoid, renormalize, scaling, factor, limit};
   Decoder decoder(pool, step, problem, config, experts_down.dimensions()[3]);
   const int64_t pages = shape[1] * kv_heads * page_size * dim;
@@ -308,7 +328,8 @@ ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S
                    of_layer(k_norm, i), of_layer(out, i), of_layer(out_bias, i), of_layer(mlp_norm, i),
                    of_layer(gate_up, i), of_layer(gate_up_bias, i), of_layer(down, i), of_layer(down_bias, i),
                    {of_layer(router, i), of_layer(router_bias, i), of_layer(correction, i), of_layer(experts_gate_up, i),
-                    of_layer(experts_gate_up_bias, i), of_layer(experts_down, i), of_layer(experts_down_bias, i)}},
+                    of_layer(experts_gate_up_bias, i), of_layer(experts_down, i), of_layer(experts_down_bias, i)},
+                   windows.typed_data()[i], of_layer(sinks, i)},
                   k_out->typed_data() + (first + i) * pages, v_out->typed_data() + (first + i) * pages);
   return ffi::Error::Success();
 }
@@ -357,10 +378,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_layers, Layers,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
-                                  .Arg<S32>().Arg<S32>().Arg<S32>()
+                                  .Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<F32>()
                                   .Ret<F32>().Ret<F32>().Ret<F32>()
                                   .Attr<float>("eps").Attr<int64_t>("first").Attr<int64_t>("experts")
                                   .Attr<int64_t>("per_token").Attr<int64_t>("groups").Attr<int64_t>("chosen_groups")

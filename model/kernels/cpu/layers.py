@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from model.batch import Array, Batch
+from model.batch import NO_WINDOW, Array, Batch
 from model.config import ExpertsConfig, ModelConfig
 from model.kernels.cpu.build import HEAD, LAYERS
 from model.kv import KVPool
@@ -40,14 +40,14 @@ def run_layers(
 
     Padding tokens keep their `x` and cost nothing.
     """
-    if any(kind.window for kind in config.layers):
-        raise NotImplementedError("layers.cc has no windows yet")
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, pool.k, pool.v)]
     integers = (jnp.asarray(n, jnp.int32) for n in (batch.starts, batch.prefix, batch.block_table))
+    kinds = config.layers[first : first + len(layers.attn_norm)]
+    windows = np.asarray([kind.window or NO_WINDOW for kind in kinds], np.int32)
     weights = (getattr(layers, name) for name in PackedLayers.__dataclass_fields__)
     call = jax.ffi.ffi_call(LAYERS, shapes, input_output_aliases={0: 0, 1: 1, 2: 2})
     numbers = {"eps": np.float32(config.norm_eps), "first": first, **experts_of(config if layers.router.size else None)}
-    x, k, v = call(x, pool.k, pool.v, cos, sin, *integers, *weights, **numbers)
+    x, k, v = call(x, pool.k, pool.v, cos, sin, *integers, windows, *weights, **numbers)
     return x, KVPool(k, v)
 
 

@@ -54,6 +54,7 @@ def pack_layers(layers: Layer, consume: bool = False) -> PackedLayers:
         down=lacking(-(-embed // panel_width()), 0) if down is None else panels(down, consume=consume),
         down_bias=bias_panels(optional(layers.down_bias)),
         **pack_experts(experts, count, embed, consume),
+        sinks=optional(layers.sinks),
     )
 
 
@@ -125,8 +126,6 @@ def unsupported_reason(params: Params, page_size: int) -> str | None:
             return f"dtype of {jax.tree_util.keystr(path)[1:]} is {array.dtype.name}, supported is float32"
     run = params.layers[0]
     assert isinstance(run, Layer)
-    if run.sinks is not None:
-        return "the model has sinks, supported are layers without"
     for name, size in (("head_dim", run.qkv.shape[-2]), ("page_size", page_size)):
         if size % paged_attention.ALIGNMENT:
             return f"{name} is {size}, supported are multiples of {paged_attention.ALIGNMENT}"

@@ -11,12 +11,15 @@ namespace {
 
 ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
                           ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> starts,
-                          ffi::Buffer<ffi::S32> prefix, ffi::Buffer<ffi::S32> table,
+                          ffi::Buffer<ffi::S32> prefix, ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> window,
+                          ffi::Buffer<ffi::F32> sinks,
                           ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = q.dimensions(), pages = k.dimensions();
   if (*layer.typed_data() < 0 || *layer.typed_data() >= pages[0])
     return ffi::Error::InvalidArgument("layer is " + std::to_string(*layer.typed_data()) + ", the pool has " +
                                        std::to_string(pages[0]));
+  if (*window.typed_data() < 1)
+    return ffi::Error::InvalidArgument("window is " + std::to_string(*window.typed_data()) + ", expected at least 1");
   const int64_t in_layer = pages[1] * pages[2] * pages[3] * pages[4];
   const attention::Problem p = {q.typed_data(),
                      k.typed_data() + *layer.typed_data() * in_layer,
@@ -32,7 +35,9 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
                      pages[1],
                      pages[3],
                      prefix.dimensions()[0],
-                     table.dimensions()[1]};
+                     table.dimensions()[1],
+                     *window.typed_data(),
+                     sinks.element_count() ? sinks.typed_data() : nullptr};
   // Padding is zero: later layers would turn undefined values into NaN.
   const int64_t token = p.kv_heads * p.group * p.dim;
   std::fill(p.out + p.starts[p.seqs] * token, p.out + p.tokens * token, 0.0f);
@@ -57,4 +62,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_paged_attention, PagedAttention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

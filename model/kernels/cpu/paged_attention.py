@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32
 
-from model.batch import Batch
+from model.batch import NO_WINDOW, Batch, Sinks, Window
 from model.kernels.cpu.build import PAGED_ATTENTION
 from model.kv import KVPool
 
@@ -22,6 +22,8 @@ def paged_attention(
     pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
+    window: Window = None,
+    sinks: Sinks = None,
 ) -> Float32[jax.Array, "tokens kv_heads group head_dim"]:
     """Causal attention of a ragged batch, all in float32; zeros for padding. See `model.attention.paged_attention`.
 
@@ -31,8 +33,9 @@ def paged_attention(
     if reason := unsupported_reason(q, pool):
         raise ValueError(reason)
     call = jax.ffi.ffi_call(PAGED_ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
-    integers = (jnp.asarray(x, jnp.int32) for x in (layer, batch.starts, batch.prefix, batch.block_table))
-    return call(q, pool.k, pool.v, *integers)
+    window = NO_WINDOW if window is None else window
+    integers = (jnp.asarray(x, jnp.int32) for x in (layer, batch.starts, batch.prefix, batch.block_table, window))
+    return call(q, pool.k, pool.v, *integers, jnp.zeros((q.shape[1], 0)) if sinks is None else sinks)
 
 
 def unsupported_reason(q: jax.Array, pool: KVPool) -> str | None:
