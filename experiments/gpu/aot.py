@@ -70,12 +70,14 @@ class Variant:
     page_size: int
     seqs: int
     chunk: int
+    windowed: bool = False
+    sinks: bool = False
 
     @property
     def name(self) -> str:
         """Its name in tables and tests."""
         shape = f"d{self.head_dim}-group{self.group}-page{self.page_size}"
-        return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}"
+        return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}{'-window' * self.windowed}{'-sinks' * self.sinks}"
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -96,11 +98,16 @@ class Variant:
             max_chunk=self.chunk,
         )
         queries = array((tokens, kv_heads, self.group, self.head_dim), jnp.bfloat16)
-        return queries, KVPool(k=side, v=side), array((), jnp.int32), batch
+        window = array((), jnp.int32) if self.windowed else None
+        sinks = array((kv_heads, self.group), jnp.float32) if self.sinks else None
+        return queries, KVPool(k=side, v=side), array((), jnp.int32), batch, window, sinks
 
 
 def variants() -> list[Variant]:
-    """Both kernels, with the keys whole and split, at each head size and page size, usual groups and tuned shapes."""
+    """Both kernels, with the keys whole and split, at each head size and page size, usual groups and tuned shapes.
+
+    With windows and sinks at the shapes of models that have them: gpt-oss (both, or sinks alone) and mistral (windows).
+    """
     shapes: set[tuple[Any, int, Any]] = {(d, group, 64) for d in SUPPORTED["head_dim"] for group in (1, 4, 7, 8)}
     shapes |= {(d, 4, page) for d in SUPPORTED["head_dim"] for page in SUPPORTED["page_size"]}
     shapes |= {*paged_prefill.TUNED, *paged_decode.TUNED}
@@ -110,7 +117,13 @@ def variants() -> list[Variant]:
         ("paged_decode", 64, 1),
         ("paged_decode", 1, 1),
     )
-    return [Variant(kernel, *shape, *batch) for shape in sorted(shapes) for kernel, *batch in batches]
+    kinds = [(shape, False, False) for shape in sorted(shapes)]
+    kinds += [((64, 8, 64), True, True), ((64, 8, 64), False, True), ((128, 4, 64), True, False)]
+    return [
+        Variant(kernel, *shape, seqs, chunk, windowed, sinks)
+        for shape, windowed, sinks in kinds
+        for kernel, seqs, chunk in batches
+    ]
 
 
 @dataclass(frozen=True)
@@ -206,7 +219,7 @@ def forward_with(
 
     With a mesh, it is divided over its devices, and `sharding` is that of the batch.
     """
-    _, pool, _, batch = variant.arguments(sharding, config.num_kv_heads)
+    _, pool, _, batch, *_ = variant.arguments(sharding, config.num_kv_heads)
     params = param_shapes(config, sharding)
     params = params if stacked else separate(params, sharding)
     if mesh:
@@ -297,7 +310,7 @@ def main() -> None:
             table.add_row(variant.name, *map(str, numbers))
             faults += [f"{variant.name}: {fault}" for fault in compiled.faults()]
         console.print(table)
-        for variant in (v for v in chosen if (v.head_dim, v.group, v.page_size) == (128, 4, 64)):
+        for variant in (v for v in chosen if (v.head_dim, v.group, v.page_size, v.windowed) == (128, 4, 64, False)):
             for devices in DEVICES:
                 wrong = check_forward(variant, devices, Path(folder))
                 console.print(f"forward pass with {variant.name} on {devices} of them: {len(wrong)} faults")

@@ -34,14 +34,18 @@ def ragged(prefixes, chunks, *, kv_heads=1, group=4, head_dim=64, page=PAGE, **s
     )
 
 
-def assert_matches_reference(kernel, q, pool, batch, **options):
-    actual = kernel(q, pool, 1, batch, interpret=compat.interpreter(detect_races=True), **options)
+def assert_matches_reference(kernel, q, pool, batch, window=None, sinks=None, **options):
+    """With NaN in all pages that no query sees."""
+    given = pool if window is None else batches.without_unseen_pages(pool, batch, window)
+    actual = kernel(q, given, 1, batch, window, sinks, interpret=compat.interpreter(detect_races=True), **options)
     real = int(batch.starts[-1])
     wide = dataclasses.replace(pool, k=pool.k.astype(jnp.float32), v=pool.v.astype(jnp.float32))
-    expected = np.asarray(reference(q.astype(jnp.float32), wide, 1, batch))[:real]
+    expected = np.asarray(reference(q.astype(jnp.float32), wide, 1, batch, window, sinks))[:real]
     actual = np.asarray(actual.astype(jnp.float32))
-    # Weights and the result are rounded to bf16, 8 bits each: half a part in 256 of values of size 1, twice.
-    np.testing.assert_allclose(actual[:real], expected, atol=1e-2)
+    # Weights and the result are rounded to bf16, 8 bits each: half a part in 256 of values of size 1, twice. Over few
+    # keys, values stay as large as they are.
+    few = window is not None and window < PAGE
+    np.testing.assert_allclose(actual[:real], expected, atol=1e-2, rtol=1 / 256 if few else 1e-7)
     assert not actual[real:].any()
     assert not compat.races_found()
 
@@ -91,6 +95,49 @@ def test_decode_of_a_few_tokens_each_matches_the_reference(prefix):
     assert_matches_reference(paged_decode.paged_decode, *batch)
 
 
+def random_sinks(kv_heads, group):
+    return jnp.asarray(np.random.default_rng(5).normal(size=(kv_heads, group), scale=3), jnp.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [1, 7, PAGE, 200, 100_000, None])
+def test_prefill_with_windows_and_sinks_matches_the_reference(window):
+    prefixes, chunks = [0, 1, PAGE - 1, PAGE, PAGE + 1, 700], [5, 1, 33, 150, 30, 3]
+    batch = ragged(prefixes, chunks, group=8, spare_seqs=1, spare_tokens=7)
+    tuning = paged_prefill.Tuning(block_kv=64, stages=2)
+    assert_matches_reference(paged_prefill.paged_prefill, *batch, window, random_sinks(1, 8), tuning=tuning)
+
+
+@interpreted
+@pytest.mark.parametrize("page", [16, 128])
+def test_prefill_over_pages_outside_the_window_matches_the_reference(page):
+    batch = ragged([900, 300], [40, 7], head_dim=128, page=page)
+    assert_matches_reference(paged_prefill.paged_prefill, *batch, 150)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [70, 600, None])
+def test_prefill_with_split_keys_windows_and_sinks_matches_the_reference(window):
+    batch = ragged([1500, 0, 62], [3, 70, 4], kv_heads=2, spare_seqs=1, spare_tokens=3)
+    assert_matches_reference(paged_prefill.paged_prefill, *batch, window, random_sinks(2, 4))
+
+
+@interpreted
+@pytest.mark.parametrize("window", [1, 7, PAGE, 200, 100_000, None])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_decode_with_windows_and_sinks_matches_the_reference(window, chunk):
+    prefixes = [0, 1, PAGE - 1, PAGE, PAGE + 1, 700]
+    batch = ragged(prefixes, [1, chunk, chunk, 1, chunk, chunk], group=8, spare_seqs=1, spare_tokens=1)
+    assert_matches_reference(paged_decode.paged_decode, *batch, window, random_sinks(1, 8))
+
+
+@interpreted
+@pytest.mark.parametrize("window", [70, 900])
+def test_decode_with_split_keys_and_windows_matches_the_reference(window):
+    batch = ragged([2000, 0], [1, 1], page=16, kv_heads=2, spare_seqs=1, spare_tokens=1)
+    assert_matches_reference(paged_decode.paged_decode, *batch, window, random_sinks(2, 4))
+
+
 @pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.name)
 def test_every_variant_lowers_for_cuda(variant):
     with compat.hopper():
@@ -98,7 +145,7 @@ def test_every_variant_lowers_for_cuda(variant):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-FORWARD = [v for v in variants() if (v.head_dim, v.group, v.page_size) == (128, 4, 64)]
+FORWARD = [v for v in variants() if (v.head_dim, v.group, v.page_size, v.windowed) == (128, 4, 64, False)]
 
 
 # Alone, by KV heads, and on more devices than there are KV heads; lowering takes no devices.
@@ -121,7 +168,7 @@ def test_the_forward_pass_hands_the_kernel_the_whole_pool_of_a_device(variant, d
 
 
 def test_copies_of_the_pool_are_found_in_a_compiled_program() -> None:
-    _, pool, _, _ = FORWARD[0].arguments()
+    pool = FORWARD[0].arguments()[1]
     size = ",".join(map(str, pool.k.shape[1:]))
     kept = f"%a = bf16[2,{size}]{{4,3,2,1,0}} scatter(%b, %c)\n%p = bf16[2,{size}]{{4,3,2,1,0}} parameter(0)"
     assert not pool_sized(kept, pool)
@@ -145,10 +192,10 @@ def test_tiles_cover_every_token_once_and_see_its_keys(seed: int) -> None:
     starts = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int32)
     batch = Batch(None, jnp.asarray(starts), jnp.asarray(prefix, jnp.int32), None, None, 0)
     needed = -(-tokens // tile) + len(chunks)
-    plan = np.asarray(jax.jit(paged_prefill.plan, static_argnums=(1, 2, 3))(batch, tokens, tile, needed))
+    plan = np.asarray(jax.jit(paged_prefill.plan, static_argnums=(1, 2, 3))(batch, tokens, tile, needed, 30))
     covered = np.zeros(tokens, int)
     rows = np.full(tokens, -1)
-    for number, (seq, first, end, position, keys) in enumerate(plan):
+    for number, (seq, first, end, position, keys, window_start) in enumerate(plan):
         last = min(first + tile, end)
         covered[first:last] += 1
         rows[first:last] = number * tile + np.arange(last - first)
@@ -156,6 +203,7 @@ def test_tiles_cover_every_token_once_and_see_its_keys(seed: int) -> None:
             assert starts[seq] <= first < last <= end == starts[seq + 1]
             assert position == prefix[seq] + first - starts[seq]
             assert keys == position + last - first
+            assert window_start == position - 29
         else:
             assert keys == 0
     assert (covered == 1).all()

@@ -21,11 +21,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
-from model.batch import Batch, by_token
+from model.batch import NO_WINDOW, Batch, Sinks, Window, by_token
 from model.kernels import limits
 from model.kernels.hopper import compat, ring
 from model.kernels.hopper.launch import COMPUTE, kernel, key_splits, layer_array, output_types
-from model.kernels.hopper.online_softmax import PER_ROW, State, merge_splits, normalised, nothing_seen, summed, weigh
+from model.kernels.hopper.online_softmax import (
+    PER_ROW,
+    State,
+    first_inside,
+    hide_unseen,
+    merge_splits,
+    normalised,
+    nothing_seen,
+    sink_rows,
+    sinks_seen,
+    summed,
+    weigh,
+)
 from model.kv import KVPool
 
 QUERY_ROWS = limits.QUERY_ROWS  # query heads of the group times tokens, and padding
@@ -68,19 +80,21 @@ class Launch:
     group: int
     chunk: int  # query tokens that a sequence has at most
     splits: int  # of the keys of a sequence
+    windowed: bool
+    sinks: bool
     interpreted: bool
 
 
 def attend(
     launch: Launch,
     starts: Any,  # [seqs + 1] int32
-    prefix: Any,  # [seqs] int32
+    seen: Any,  # [seqs, 2] int32: the last and the first key that a sequence's first new token sees
     table: Any,  # [seqs, pages] int32
     layer: Any,  # [1] int32
     q: Any,  # [tokens, kv_heads, group, head_dim]
     k: Any,  # [layers, pages, kv_heads, page_size, head_dim]
     v: Any,
-    *outputs: Any,  # like q; or the State of every split
+    *rest: Any,  # where there are sinks, their rows; then the outputs, like q, or the State of every split
     pages: ring.Ring,
     q_tile: Any,  # [QUERY_ROWS, head_dim] as wgmma reads it
     staging: Any,  # [QUERY_ROWS, head_dim] bf16 without a swizzle
@@ -92,14 +106,16 @@ def attend(
     """The kernel: one thread block."""
     tuning, head_dim = launch.tuning, q_tile.shape[-1]
     split, kv_head, seq, warpgroup = (lax.axis_index(name) for name in ("split", "kv_head", "seq", "warpgroup"))
-    first, count, position = starts[seq], starts[seq + 1] - starts[seq], prefix[seq]
+    first, count, position = starts[seq], starts[seq + 1] - starts[seq], seen[seq, 0]
     keys = jnp.where(count > 0, position + count, 0)
-    start, stop = ring.blocks_of_split(keys, tuning.block_kv, split, launch.splits)
+    oldest = jnp.where(count > 0, jnp.maximum(seen[seq, 1], 0), 0) if launch.windowed else 0
+    start, stop = ring.blocks_of_split(oldest, keys, tuning.block_kv, split, launch.splits)
+    outputs = rest[launch.sinks :]
 
     @pl.when(warpgroup == COMPUTE)
     def load_pages() -> None:
         plgpu.set_max_registers(40, action="decrease")
-        ring.fill(pages, k, v, table, seq, layer[0], kv_head, start, stop, keys)
+        ring.fill(pages, k, v, table, seq, layer[0], kv_head, start, stop, oldest, keys)
 
     @pl.when(warpgroup < COMPUTE)
     def compute() -> None:
@@ -125,7 +141,9 @@ def attend(
             scores = compat.queries_by_keys(q_tile, pages.k.at[stage], launch.interpreted)
             plgpu.barrier_arrive(pages.k_free.at[stage])
             if masked:
-                scores = mask(scores, launch.group, position - i * tuning.block_kv)
+                window_start = seen[seq, 1] - i * tuning.block_kv if launch.windowed else None
+                token = partial(lax.div, y=jnp.int32(launch.group))
+                scores = hide_unseen(scores, token, position - i * tuning.block_kv, window_start)
             state, weights = weigh(scores, state, head_dim)
             plgpu.barrier_wait(pages.v_full.at[stage])
             if masked:
@@ -142,9 +160,19 @@ def attend(
             """How many of the blocks before `end` are this warpgroup's."""
             return lax.div(jnp.maximum(end - start - warpgroup, 0) + (COMPUTE - 1), jnp.int32(COMPUTE))
 
+        if launch.sinks:
+            state = sinks_seen(rest[0].at[kv_head], (split == 0) & (warpgroup == 0), head_dim)
+        else:
+            state = nothing_seen(QUERY_ROWS, head_dim)
         # Blocks that every query row sees whole need no mask.
+        inside = jnp.int32(0)
+        if launch.windowed:
+            first_whole = first_inside(seen[seq, 1] + launch.chunk - 1, tuning.block_kv)
+            inside = turns(jnp.clip(first_whole, start, stop))
+            state = lax.fori_loop(0, inside, partial(step, True), state)
         whole = turns(jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, stop))
-        state = lax.fori_loop(0, whole, partial(step, False), nothing_seen(QUERY_ROWS, head_dim))
+        whole = jnp.maximum(whole, inside)
+        state = lax.fori_loop(inside, whole, partial(step, False), state)
         state = summed(lax.fori_loop(whole, turns(stop), partial(step, True), state))
 
         @pl.when(warpgroup == 1)
@@ -202,14 +230,6 @@ def write(
     plgpu.wait_smem_to_gmem(0)
 
 
-def mask(scores: jax.Array, group: int, position: jax.Array) -> jax.Array:
-    """Mask the keys after each query row's own position; `position` is the first token's minus the first key's."""
-    row = plgpu.broadcasted_iota(jnp.int32, scores.shape[:1], 0, layout=PER_ROW)
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-    last = lax.div(row, jnp.int32(group)) + position
-    return jnp.where(key <= lax.broadcast_in_dim(last, scores.shape, [0]), scores, -jnp.inf)
-
-
 # Jitted on its own, so that a model of many unrolled layers traces and lowers it once.
 @partial(jax.jit, static_argnames=("tuning", "interpret"))
 def paged_decode(
@@ -217,6 +237,8 @@ def paged_decode(
     pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
+    window: Window = None,
+    sinks: Sinks = None,
     *,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -236,7 +258,8 @@ def paged_decode(
     seqs = batch.prefix.shape[0]
     query_rows = batch.max_chunk * group
     splits = key_splits(batch, pool, tuning.block_kv, seqs * kv_heads, tuning.waves)
-    launch = Launch(tuning, group, batch.max_chunk, splits, interpret is not None)
+    windowed, has_sinks = window is not None, sinks is not None
+    launch = Launch(tuning, group, batch.max_chunk, splits, windowed, has_sinks, interpret is not None)
 
     heads = (splits, seqs, kv_heads)
     states = State((*heads, query_rows, head_dim), (*heads, QUERY_ROWS), (*heads, QUERY_ROWS))
@@ -257,9 +280,10 @@ def paged_decode(
         },
         interpret=interpret,
     )
-    layers = layer_array(layer)
+    rows = [] if sinks is None else [sink_rows(sinks, batch.max_chunk, False, QUERY_ROWS)]
     starts, prefix = jnp.asarray(batch.starts, jnp.int32), jnp.asarray(batch.prefix, jnp.int32)
-    outputs = attention(starts, prefix, batch.block_table, layers, q, pool.k, pool.v)
+    seen = jnp.stack([prefix, prefix - (NO_WINDOW if window is None else window) + 1], axis=1)
+    outputs = attention(starts, seen, batch.block_table, layer_array(layer), q, pool.k, pool.v, *rows)
     if splits == 1:
         out = outputs[0]
     else:

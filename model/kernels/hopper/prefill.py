@@ -23,11 +23,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int32
 
-from model.batch import Batch
+from model.batch import NO_WINDOW, Batch, Sinks, Window
 from model.kernels import limits
 from model.kernels.hopper import compat, ring
 from model.kernels.hopper.launch import COMPUTE, kernel, key_splits, layer_array, output_types
-from model.kernels.hopper.online_softmax import PER_ROW, State, merge_splits, normalised, nothing_seen, summed, weigh
+from model.kernels.hopper.online_softmax import (
+    State,
+    first_inside,
+    hide_unseen,
+    merge_splits,
+    normalised,
+    nothing_seen,
+    sink_rows,
+    sinks_seen,
+    summed,
+    weigh,
+)
 from model.kv import KVPool
 
 
@@ -67,18 +78,20 @@ class Launch:
     warpgroup_tokens: int  # tokens of each compute warpgroup
     tiles: int
     splits: int  # of the keys of a tile
+    windowed: bool
+    sinks: bool
     interpreted: bool
 
 
 def attend(
     launch: Launch,
-    tiles: Any,  # [tiles, 5] int32, as `plan` makes them
+    tiles: Any,  # [tiles, 6] int32, as `plan` makes them
     table: Any,  # [seqs, pages] int32
     layer: Any,  # [1] int32
     q: Any,  # [tokens, kv_heads, group, head_dim]
     k: Any,  # [layers, pages, kv_heads, page_size, head_dim]
     v: Any,
-    *outputs: Any,  # like q; or the State of every split
+    *rest: Any,  # where there are sinks, their rows; then the outputs, like q, or the State of every split
     pages: ring.Ring,
     q_tile: Any,  # [COMPUTE, block_q, head_dim] as wgmma reads it
     o_tile: Any,  # [COMPUTE, block_q, head_dim] without a swizzle, as ragged copies need it
@@ -91,12 +104,14 @@ def attend(
     tile = launch.tiles - 1 - lax.axis_index("tile")
     kv_head, split, warpgroup = (lax.axis_index(name) for name in ("kv_head", "split", "warpgroup"))
     seq, keys = tiles[tile, 0], tiles[tile, 4]
-    start, stop = ring.blocks_of_split(keys, tuning.block_kv, split, launch.splits)
+    oldest = jnp.maximum(tiles[tile, 5], 0) if launch.windowed else 0
+    start, stop = ring.blocks_of_split(oldest, keys, tuning.block_kv, split, launch.splits)
+    outputs = rest[launch.sinks :]
 
     @pl.when(warpgroup == COMPUTE)
     def load_pages() -> None:
         plgpu.set_max_registers(40, action="decrease")
-        ring.fill(pages, k, v, table, seq, layer[0], kv_head, start, stop, keys)
+        ring.fill(pages, k, v, table, seq, layer[0], kv_head, start, stop, oldest, keys)
 
     @pl.when(warpgroup < COMPUTE)
     def compute() -> None:
@@ -125,9 +140,10 @@ def attend(
                 def zero_values() -> None:
                     ring.zero_unseen(pages.v.at[stage], i * tuning.block_kv, keys)
 
-                scores = mask(
-                    scores, launch.warpgroup_tokens, position + warpgroup * launch.warpgroup_tokens, i * tuning.block_kv
-                )
+                before = warpgroup * launch.warpgroup_tokens - i * tuning.block_kv
+                window_start = tiles[tile, 5] + before if launch.windowed else None
+                token = partial(lax.rem, y=jnp.int32(launch.warpgroup_tokens))
+                scores = hide_unseen(scores, token, position + before, window_start)
             state, weights = weigh(scores, state, head_dim)
             if not masked:
                 plgpu.barrier_wait(pages.v_full.at[stage])
@@ -152,8 +168,14 @@ def attend(
             plgpu.barrier_arrive(pages.k_free.at[0])
             pl.when(warpgroup == 1)(pass_turn)
             # Blocks that every query row sees whole need no mask.
-            whole = jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), start, last)
-            carry = lax.fori_loop(start, whole, partial(step, False), (state, scores))
+            carry, inside = (state, scores), start
+            if launch.windowed:
+                # The first block that lies in the windows of all rows.
+                inside = first_inside(tiles[tile, 5] + COMPUTE * launch.warpgroup_tokens - 1, tuning.block_kv)
+                inside = jnp.clip(inside, start, last)
+                carry = lax.fori_loop(start, inside, partial(step, True), carry)
+            whole = jnp.clip(lax.div(position + 1, jnp.int32(tuning.block_kv)), inside, last)
+            carry = lax.fori_loop(inside, whole, partial(step, False), carry)
             carry = lax.fori_loop(whole, last, partial(step, True), carry)
             state, weights = weigh_scores(True, last, *carry)
             plgpu.barrier_wait(turn.at[warpgroup])
@@ -163,7 +185,10 @@ def attend(
             plgpu.barrier_arrive(pages.v_free.at[stage])
             return state._replace(total=total)
 
-        state = nothing_seen(tuning.block_q, head_dim)
+        if launch.sinks:
+            state = sinks_seen(rest[0].at[kv_head], split == 0, head_dim)
+        else:
+            state = nothing_seen(tuning.block_q, head_dim)
         state = summed(lax.cond(start < stop, all_blocks, lambda state: state, state))
 
         if launch.splits == 1:
@@ -188,14 +213,6 @@ def load_queries(launch: Launch, q: Any, token: jax.Array, tile: Any, staging: A
     plgpu.barrier_wait(full)
     tile[...] = compat.load(staging, plgpu.Layout.WGMMA)
     plgpu.commit_smem()
-
-
-def mask(scores: jax.Array, tokens: int, position: jax.Array, first: jax.Array) -> jax.Array:
-    """Mask the keys after each query row's own position; `position` is the first token's, `first` the first key's."""
-    row = plgpu.broadcasted_iota(jnp.int32, scores.shape[:1], 0, layout=PER_ROW)
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + first
-    last = lax.rem(row, jnp.int32(tokens)) + position
-    return jnp.where(key <= lax.broadcast_in_dim(last, scores.shape, [0]), scores, -jnp.inf)
 
 
 def store_outputs(launch: Launch, tile: Any, out: Any, token: jax.Array, end: jax.Array) -> None:
@@ -224,6 +241,8 @@ def paged_prefill(
     pool: KVPool,
     layer: jax.Array | int,
     batch: Batch,
+    window: Window = None,
+    sinks: Sinks = None,
     *,
     tuning: Tuning | None = None,
     interpret: Any = None,
@@ -242,7 +261,8 @@ def paged_prefill(
     tile_tokens = COMPUTE * warpgroup_tokens
     tiles = -(-tokens // tile_tokens) + seqs  # each sequence, and the padding, may end in a partial tile
     splits = key_splits(batch, pool, tuning.block_kv, -(-batch.max_chunk // tile_tokens) * seqs * kv_heads)
-    launch = Launch(tuning, group, warpgroup_tokens, tiles, splits, interpret is not None)
+    windowed, has_sinks = window is not None, sinks is not None
+    launch = Launch(tuning, group, warpgroup_tokens, tiles, splits, windowed, has_sinks, interpret is not None)
 
     query_rows = (splits, tiles, kv_heads, COMPUTE, tuning.block_q)
     tile = plgpu.SMEM((COMPUTE, tuning.block_q, head_dim), jnp.bfloat16, transforms=ring.TILED)
@@ -261,8 +281,9 @@ def paged_prefill(
         },
         interpret=interpret,
     )
-    layers = layer_array(layer)
-    outputs = attention(plan(batch, tokens, tile_tokens, tiles), batch.block_table, layers, q, pool.k, pool.v)
+    rows = [] if sinks is None else [sink_rows(sinks, warpgroup_tokens, True, tuning.block_q)]
+    tile_plan = plan(batch, tokens, tile_tokens, tiles, NO_WINDOW if window is None else window)
+    outputs = attention(tile_plan, batch.block_table, layer_array(layer), q, pool.k, pool.v, *rows)
     if splits == 1:
         return outputs[0]
     merged = merge_splits(*outputs)[:, :, :, : group * warpgroup_tokens]
@@ -280,11 +301,14 @@ def segments(
     return starts, jnp.append(0, jnp.cumsum(tiles)).astype(jnp.int32)
 
 
-def plan(batch: Batch, tokens: int, tile_tokens: int, count: int) -> Int32[jax.Array, "tiles 5"]:
+def plan(
+    batch: Batch, tokens: int, tile_tokens: int, count: int, window: jax.Array | int
+) -> Int32[jax.Array, "tiles 6"]:
     """What each of `count` tiles works on.
 
-    The columns are its sequence, its first token, the end of the sequence's tokens, the first token's position, and how
-    many keys its last token sees: 0 for tiles of the padding and for surplus tiles.
+    The columns are its sequence, its first token, the end of the sequence's tokens, the first token's position, the end
+    of the keys that its last token sees, 0 for tiles of the padding and for surplus tiles, and the first key of its
+    first token's window, negative where that begins before the sequence.
     """
     seqs = batch.prefix.shape[0]
     starts, first_tiles = segments(batch, tokens, tile_tokens)
@@ -296,7 +320,7 @@ def plan(batch: Batch, tokens: int, tile_tokens: int, count: int) -> Int32[jax.A
     seq = jnp.minimum(seq, seqs - 1)
     position = jnp.where(real, batch.prefix[seq] + first - starts[seq], 0)
     keys = jnp.where(real, position + jnp.minimum(tile_tokens, end - first), 0)
-    return jnp.stack([seq, first, end, position, keys], axis=1)
+    return jnp.stack([seq, first, end, position, keys, position - window + 1], axis=1)
 
 
 def places_in_tiles(batch: Batch, tokens: int, tile_tokens: int) -> Int32[jax.Array, "tokens"]:

@@ -45,11 +45,14 @@ def ring_types(stages: int, block: int, head_dim: int, page_size: int, readers: 
     return Ring(stage, stage, full, full, free, free)
 
 
-def blocks_of_split(keys: jax.Array, block: int, split: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
-    """The blocks `start` to `stop` of one split of `keys` keys; the last splits may have none."""
+def blocks_of_split(
+    oldest: jax.Array | int, keys: jax.Array, block: int, split: jax.Array, splits: int
+) -> tuple[jax.Array, jax.Array]:
+    """The blocks `start` to `stop` of one split of the keys from `oldest` to `keys`; the last splits may have none."""
+    first = lax.div(jnp.int32(oldest), jnp.int32(block))
     blocks = lax.div(keys + (block - 1), jnp.int32(block))
-    share = lax.div(blocks + (splits - 1), jnp.int32(splits))
-    start = jnp.minimum(split * share, blocks)
+    share = lax.div(blocks - first + (splits - 1), jnp.int32(splits))
+    start = jnp.minimum(first + split * share, blocks)
     return start, jnp.minimum(start + share, blocks)
 
 
@@ -63,15 +66,17 @@ def fill(
     kv_head: jax.Array,
     start: jax.Array,
     stop: jax.Array,
+    oldest: jax.Array | int,
     keys: jax.Array,
 ) -> None:
-    """The memory warpgroup's work: load blocks `start` to `stop` of a sequence that has `keys` keys.
+    """The memory warpgroup's work: load blocks `start` to `stop` of a sequence, of which keys `oldest` to `keys` count.
 
-    Where the last block reaches beyond the last page, that page is loaded again, since later entries of the table may
-    hold anything.
+    Where a block reaches beyond the pages of these keys, the first or last of them is loaded again, since what other
+    entries of the table name may hold anything.
     """
     stages, block, _ = ring.k.shape
     page_size = k.shape[3]
+    first_page = lax.div(jnp.int32(oldest), jnp.int32(page_size))
     last_page = lax.div(jnp.maximum(keys - 1, 0), jnp.int32(page_size))
     stage_of = partial(lax.rem, y=jnp.int32(stages))
 
@@ -80,7 +85,7 @@ def fill(
         stage = stage_of(i - start)
         first = i * (block // page_size)
         # Read before the wait, which hides the latency of the table.
-        pages = [table[seq, jnp.minimum(first + p, last_page)] for p in range(block // page_size)]
+        pages = [table[seq, jnp.clip(first + p, first_page, last_page)] for p in range(block // page_size)]
         sides = ((k, ring.k, ring.k_full, ring.k_free), (v, ring.v, ring.v_full, ring.v_free))
         for side, buffer, full, free in sides:
 
