@@ -27,7 +27,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from experiments.gpu.figure import draw
 from experiments.gpu.provenance import Json, provenance
 from experiments.gpu.sections import SECTIONS, add_shares
-from experiments.gpu.sizes import FULL, SMOKE, Sizes
+from experiments.gpu.sizes import FULL, MODELS, SMOKE, Sizes
 from experiments.harness.report import write_json
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
@@ -122,8 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.gpu_bench", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; on CPUs as well")
+    parser.add_argument("--model", default="llama-8b", choices=list(MODELS), help="shape (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=(), choices=list(SECTIONS), help="run these sections")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: experiments/results/gpu)")
+    default = "experiments/results/gpu, or a folder of the model's name in it"
+    parser.add_argument("--out", type=Path, help=f"folder of the results (default: {default})")
     parser.add_argument("--redraw", action="store_true", help="only draw the folder's results again")
     parser.add_argument("--commit", help="the commit that is measured, on a machine without git or a checkout")
     args = parser.parse_args(argv)
@@ -134,10 +136,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.smoke and jax.default_backend() != "gpu":
         parser.error(f"there is no GPU, JAX found {jax.default_backend()}: use --smoke to try the script")
-    sizes = SMOKE if args.smoke else FULL
+    full, tiny = MODELS[args.model]
+    sizes = replace(SMOKE, model=tiny) if args.smoke else replace(FULL, model=full)
     if args.smoke and jax.default_backend() == "gpu":
         sizes = replace(sizes, dtype="bfloat16", page=64)
-    folder = args.out or (Path(".cache/gpu_smoke") if args.smoke else RESULTS)
+    results = RESULTS if full is FULL.model else RESULTS / args.model
+    folder = args.out or (Path(".cache/gpu_smoke") if args.smoke else results)
     run(sizes, args.smoke, folder, console, tuple(args.only), args.commit)
     console.print(f"results: {folder / 'gpu_bench.json'}")
 

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int32
 
 from model.config import ExpertsConfig
+from model.kernels.dispatch import on_cpu
 from model.linear import linear, product
 from model.params import Experts
 
@@ -34,7 +35,8 @@ class Blocks(NamedTuple):
 
     pairs: Int32[jax.Array, "pairs"]  # the number of each, token * per_token + which of the token's; padding is last
     experts: Int32[jax.Array, "blocks"]
-    starts: Int32[jax.Array, "blocks"]  # the first pair of each; a block may end among pairs of the next
+    # The first pair of each; a block may end among pairs of the next, and one that is not used is after all pairs.
+    starts: Int32[jax.Array, "blocks"]
     used: Int32[jax.Array, ""]  # blocks
 
 
@@ -61,7 +63,9 @@ def mixture(
         # What is beyond the expert's last pair is overwritten by the next block.
         return jax.lax.dynamic_update_slice_in_dim(made, found, start, 0)
 
-    made = jax.lax.fori_loop(0, blocks.used, block, jnp.zeros_like(rows))
+    # A GPU would wait for its host in each turn of a loop whose length is not known before; a CPU computes less.
+    count = blocks.used if on_cpu() else len(blocks.experts)
+    made = jax.lax.fori_loop(0, count, block, jnp.zeros_like(rows))
     order = jnp.zeros_like(blocks.pairs).at[blocks.pairs].set(jnp.arange(tokens * per_token, dtype=jnp.int32))
     by_token = made[order].reshape(tokens, per_token, -1)
     mixed = jnp.einsum("tn,tne->te", choice.weights, by_token.astype(jnp.float32)).astype(x.dtype)
@@ -115,7 +119,7 @@ def in_blocks(experts: Int32[jax.Array, "tokens per_token"], count: int) -> Bloc
     return Blocks(
         pairs=jnp.argsort(flat, stable=True).astype(jnp.int32),
         experts=expert.astype(jnp.int32),
-        starts=starts.astype(jnp.int32),
+        starts=jnp.where(numbers < ends[-1], starts, pairs).astype(jnp.int32),
         used=ends[-1].astype(jnp.int32),
     )
 

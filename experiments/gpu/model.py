@@ -16,6 +16,7 @@ from experiments.workloads.random_model import random_params
 from model.batch import Batch
 from model.decoder import forward
 from model.kv import KVPool, bytes_per_token, empty_pool
+from model.memory import active_parameters, parameters
 from model.params import unstacked
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def forward_passes(sizes: Sizes) -> Iterator[Json]:
     width = -(-(sizes.context + sizes.warm) // sizes.page)
     pool = empty_pool(config, width, sizes.page, dtype)
     step = jax.jit(partial(forward, config=config), donate_argnums=2)
-    weights = sum(leaf.size for leaf in jax.tree.leaves(stacked.layers))
     head = config.vocab_size * config.embed_size  # of one token a pass
+    tables = (1 if config.tie_embeddings else 2) * head
+    weights = active_parameters(config) - tables  # that a token goes through; a long prompt reads all
     cold, warm, token = ("cold", 0, sizes.context), ("warm", sizes.context, sizes.warm), ("decode", sizes.context, 1)
     for layers, params in (("separate", unstacked(stacked)), ("stacked", stacked)):
         for name, prefix, chunk in (cold, warm, token):
@@ -52,7 +54,8 @@ def forward_passes(sizes: Sizes) -> Iterator[Json]:
             taken, pool = donated_seconds(partial(step, params, batch), pool)
             seen = chunk * prefix + chunk * (chunk + 1) / 2
             flop = 2 * (weights * chunk + head) + 4 * config.num_layers * config.num_heads * config.head_dim * seen
-            read = (weights + head) * dtype.itemsize + (prefix + chunk) * bytes_per_token(config, dtype)
+            loaded = min(parameters(config) - tables, weights * chunk)
+            read = (loaded + head) * dtype.itemsize + (prefix + chunk) * bytes_per_token(config, dtype)
             yield {
                 "pass": name,
                 "layers": layers,

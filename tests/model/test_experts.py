@@ -166,6 +166,14 @@ def test_experts_that_no_token_has_chosen_are_not_read() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_loop_over_all_blocks_as_on_gpus_makes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, x, real = random_experts(SOFTMAX), jnp.asarray(rows(30)), np.arange(30) < 11
+    expected, _ = mixture(experts, x, real, SOFTMAX)
+    monkeypatch.setattr("model.experts.on_cpu", lambda: False)
+    found, _ = mixture(experts, x, real, SOFTMAX)
+    np.testing.assert_array_equal(found[:11], expected[:11])
+
+
 @pytest.mark.parametrize(("tokens", "count"), [(1, 4), (7, 4), (64, 4), (1000, 3)])
 def test_every_pair_is_in_one_block_of_its_expert(tokens, count):
     chosen = np.random.default_rng(tokens).integers(0, count + 1, (tokens, 2)).astype(np.int32)  # some are padding
