@@ -54,6 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("model", "cache", "serve"),
         *("experiments.harness", "experiments.workloads", "experiments.routing"),
     },
+    "experiments.quality": {
+        *("model", "cache", "serve"),
+        *("experiments.harness", "experiments.workloads", "experiments.bench"),
+    },
     "experiments.soak": {"model", "cache", "serve", "experiments.harness", "experiments.workloads"},
     "experiments": {"model", "cache", "serve", "experiments"},
 }  # fmt: skip
