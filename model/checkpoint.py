@@ -23,6 +23,7 @@ import numpy as np
 from model.config import ModelConfig, read_json
 from model.families import FAMILIES, load_config
 from model.fingerprint import fingerprint as fingerprint
+from model.formats.gguf_file import is_gguf, read_gguf
 from model.formats.quantization import reader_for
 from model.formats.safetensors import map_tensors, weight_files
 from model.formats.tensor import BLOCK, FLOATS, Tensor, same_values
@@ -45,7 +46,7 @@ Index = tuple[slice, ...]  # a slice of an array, one for each axis
 def load(
     source: str | Path, dtype: Any, progress: Progress | None = None, devices: int = 1
 ) -> tuple[ModelConfig, Params]:
-    """The config and the stacked Params, in `dtype`, of a safetensors checkpoint in a folder or on the hub.
+    """The config and the stacked Params, in `dtype`, of a GGUF file, or of safetensors in a folder or on the hub.
 
     They lie on the first `devices` devices as `sharding.shardings` says. What one device holds of a leaf is made at a
     time: host memory peaks at that, plus the params if they stay on the host. Raises FileNotFoundError or ValueError,
@@ -55,20 +56,29 @@ def load(
     config = load_config(folder)
     leaves = layout(config)
     mesh = make_mesh(config, devices)
-    tensors = reader_for(read_json(folder / "config.json"))(map_tensors(weight_files(folder)))
+    tensors = _tensors(folder)
     _check(leaves, tensors, config, folder)
     _report_dequantised(tensors, np.dtype(dtype))
     places = shardings(leaves, mesh) if mesh else None
     return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None), places)
 
 
+def _tensors(source: Path) -> dict[str, Tensor]:
+    """The tensors of a GGUF file, or of the safetensors files in a folder, whatever they are quantised by."""
+    if is_gguf(source):
+        from model.formats import gguf  # late: few checkpoints need it
+
+        return gguf.tensors_of(read_gguf(source))
+    return reader_for(read_json(source / "config.json"))(map_tensors(weight_files(source)))
+
+
 def resolve(source: str | Path) -> Path:
-    """The checkpoint folder: `source` itself if it is a folder, else its snapshot from the Hugging Face Hub.
+    """The checkpoint: `source` itself if it is a folder or a GGUF file, else its snapshot from the Hugging Face Hub.
 
     Raises FileNotFoundError if it is neither, or if the hub cannot be reached and nothing is cached here.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(folder):
         return folder
     from huggingface_hub import snapshot_download  # a local checkpoint is loaded without it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

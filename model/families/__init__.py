@@ -13,6 +13,7 @@ from typing import Any
 from model.config import ModelConfig, read_json
 from model.families import glm4_moe, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from model.families.common import Family, token_ids
+from model.formats.gguf_file import is_gguf, read_gguf
 
 # By the `model_type` of config.json.
 FAMILIES: dict[str, Family] = {
@@ -46,18 +47,28 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
 def load_config(folder: str | Path) -> ModelConfig:
     """Read `config.json` in `folder`; end-of-sequence ids come from `generation_config.json` where it has them.
 
-    Raises FileNotFoundError without a config.json and ValueError for what `read_config` refuses, with the path.
+    Of a GGUF file, read its metadata. Raises FileNotFoundError without a config.json and ValueError for what
+    `read_config` refuses, with the path.
     """
+    if is_gguf(folder):
+        from model.formats import gguf  # late: few checkpoints need it
+
+        return _named(folder, gguf.read_config(read_gguf(folder)))
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no config.json, expected a Hugging Face checkpoint folder: check the path"
         )
     config = read_json(path)
-    try:
-        made = read_config(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    made = _named(path, config)
     generation = Path(folder) / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
     return made if eos is None else dataclasses.replace(made, eos_token_ids=token_ids(eos))
+
+
+def _named(path: str | Path, config: Mapping[str, Any]) -> ModelConfig:
+    """`read_config`, with the path in what it raises."""
+    try:
+        return read_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,255 @@
+"""GGUF checkpoints: the metadata as a config.json would have it, and tensors under Hugging Face's names.
+
+The names are those of https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py. Values are
+dequantised by the `gguf` package when they are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from model.formats.gguf_file import GgufFile, StoredTensor
+from model.formats.tensor import Tensor
+
+Config = dict[str, Any]  # as a config.json has it
+Kind = GGMLQuantizationType
+
+FLOATS = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16), Kind.BF16: np.dtype(ml_dtypes.bfloat16)}
+QUANTISED = (Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.MXFP4)
+SERVED = FLOATS | dict.fromkeys(QUANTISED, np.dtype(np.float32))  # the dtype of each type's values
+BLOCKS_IN_A_ROW = 512  # at most: the package works on 16 rows at a time, whatever their length
+
+# Names below `blk.N.` and below `model.layers.N.`; what follows, `.weight` or `.bias`, stays.
+PLAIN = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+EMBED, HEAD, ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)\.(?P<rest>weight|bias)")
+# What all published Llama 3 models have: only their factors differ.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `general.architecture`: its model_type, what its layers' tensors are called, and fields of its own."""
+
+    model_type: str
+    layer: Mapping[str, str]
+    own: Callable[[GgufFile], Config] = lambda file: {}
+    interleaved: bool = False  # whether rows of queries and keys are in the order of llama.cpp's rotation
+
+
+def biases(file: GgufFile) -> Config:
+    """Which projections have biases, as llama and qwen3 may."""
+    return {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", PLAIN, biases, interleaved=True),
+    "qwen2": Architecture("qwen2", PLAIN),
+    "qwen3": Architecture("qwen3", PLAIN | HEAD_NORMS, biases),
+}
+
+
+def architecture_of(file: GgufFile) -> tuple[str, Architecture]:
+    """The name of a file's architecture, and what it is. Raises ValueError for one that is not served."""
+    name = file.value("general.architecture", str)
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"{file.path}: general.architecture is {name!r}, supported are {', '.join(ARCHITECTURES)}: "
+            "use another checkpoint"
+        )
+    if (parts := file.value("split.count", int, 1)) > 1:
+        raise ValueError(f"{file.path}: split.count is {parts}, expected one file: merge it with llama-gguf-split")
+    return name, ARCHITECTURES[name]
+
+
+def read_config(file: GgufFile) -> Config:
+    """The config.json that a file's metadata stands for. Raises ValueError naming the field that is wrong."""
+    name, architecture = architecture_of(file)
+    _check_tensors(file, name, architecture)
+
+    def number(field: str, default: int | None = None, least: int = 1) -> int:
+        found: int = file.value(f"{name}.{field}", int, default)
+        if found < least:
+            raise ValueError(f"{file.path}: {name}.{field} is {found}, expected at least {least}: convert it again")
+        return found
+
+    embed, heads = number("embedding_length"), number("attention.head_count")
+    rotated = number("rope.dimension_count", embed // heads)
+    head = number("attention.key_length", rotated)
+    if (value := number("attention.value_length", head)) != head:
+        raise ValueError(f"{file.path}: {name}.attention.value_length is {value}, expected key_length ({head})")
+    if experts := number("expert_count", 0, least=0):
+        raise ValueError(f"{file.path}: {name}.expert_count is {experts}, expected 0: use a dense checkpoint")
+    return {
+        "model_type": architecture.model_type,
+        "vocab_size": file.tensors[EMBED].shape[0],
+        "hidden_size": embed,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head,
+        "partial_rotary_factor": rotated / head,
+        "rms_norm_eps": file.value(f"{name}.attention.layer_norm_rms_epsilon", float),
+        "max_position_embeddings": number("context_length"),
+        "rope_theta": file.value(f"{name}.rope.freq_base", float, 10000.0),
+        "rope_scaling": _rope_scaling(file, name, head),
+        "tie_word_embeddings": HEAD not in file.tensors,
+        "eos_token_id": end_ids(file),
+        **architecture.own(file),
+    }
+
+
+def end_ids(file: GgufFile) -> list[int]:
+    """The tokens that end an answer: of the sequence, of the turn, and of a message."""
+    ids = (file.value(f"tokenizer.ggml.{kind}_token_id", int, -1) for kind in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(id for id in ids if id >= 0))
+
+
+def tensors_of(file: GgufFile) -> dict[str, Tensor]:
+    """A file's tensors under their Hugging Face names; one without keeps its own.
+
+    Raises ValueError for one that is missing, and for a type that is not served.
+    """
+    name, architecture = architecture_of(file)
+    _check_tensors(file, name, architecture)
+    heads = file.value(f"{name}.attention.head_count", int)
+    interleaved = {"attn_q": heads, "attn_k": file.value(f"{name}.attention.head_count_kv", int, heads)}
+    found = {}
+    for own, stored in file.tensors.items():
+        if own == ROPE_FREQS:  # part of the config
+            continue
+        match = NAME.fullmatch(own)
+        hf_name, order = own, None
+        if match:
+            hf_name = _hf_name(match, architecture)
+            if architecture.interleaved and match["name"] in interleaved:
+                order = row_order(stored.shape[0], interleaved[match["name"]])
+        found[hf_name] = _tensor(file.path, own, stored, order)
+    return found
+
+
+def _check_tensors(file: GgufFile, name: str, architecture: Architecture) -> None:
+    """Raise ValueError for a type that is not served, and for a tensor that is missing and every such model has."""
+    for each, stored in file.tensors.items():
+        if stored.kind not in SERVED:
+            served = ", ".join(kind.name for kind in SERVED)
+            raise ValueError(f"{file.path}: {each} is {stored.kind.name}, supported are {served}: use another file")
+    layers = range(file.value(f"{name}.block_count", int))
+    of_layers = (f"blk.{i}.{each}.weight" for i in layers for each in architecture.layer)
+    for needed in chain((EMBED, "output_norm.weight"), of_layers):
+        if needed not in file.tensors:
+            raise ValueError(
+                f"{file.path} lacks {needed}, expected all of a {name} with {len(layers)} layers: download it again"
+            )
+
+
+def _tensor(path: Path, name: str, stored: StoredTensor, order: np.ndarray | None) -> Tensor:
+    """A tensor of a file, its rows in `order` if one is given."""
+    kind = stored.kind
+    rows = stored.data.reshape(stored.shape[0], -1)  # [rows, bytes] uint8
+
+    def read(first: int, stop: int) -> np.ndarray:
+        chosen = rows[first:stop] if order is None else rows[order[first:stop]]
+        return dequantised(chosen, kind).reshape(len(chosen), *stored.shape[1:])
+
+    return Tensor(name, path, stored.shape, kind.name, SERVED[kind], stored.data.nbytes, read)
+
+
+def dequantised(rows: np.ndarray, kind: Kind) -> np.ndarray:
+    """The values of some rows, [rows, bytes] uint8, in no particular shape: in their own float type, or float32."""
+    if kind in FLOATS:
+        return np.ascontiguousarray(rows).view(FLOATS[kind])
+    size = GGML_QUANT_SIZES[kind][1]
+    values: np.ndarray = dequantize(rows.reshape(-1, math.gcd(rows.size // size, BLOCKS_IN_A_ROW) * size), kind)
+    return values
+
+
+def row_order(rows: int, heads: int) -> np.ndarray | None:
+    """Where a file has each row of a query or key projection, in the order in which Hugging Face has them: [rows].
+
+    llama.cpp rotates channel 2i of a head with 2i + 1, Hugging Face channel i with i + head_dim / 2, by the same angle.
+    None for rows that are no heads of pairs, which whoever compares shapes refuses.
+    """
+    if heads < 1 or rows % (2 * heads):
+        return None
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _hf_name(match: re.Match[str], architecture: Architecture) -> str:
+    """The Hugging Face name of a tensor; its own for one that the architecture has not."""
+    names, prefix = (WHOLE, "") if match["layer"] is None else (architecture.layer, f"model.layers.{match['layer']}.")
+    return f"{prefix}{names[match['name']]}.{match['rest']}" if match["name"] in names else match[0]
+
+
+def _rope_scaling(file: GgufFile, name: str, head_dim: int) -> Config | None:
+    """How frequencies are stretched; None for not at all."""
+    if ROPE_FREQS in file.tensors:
+        return _llama3_scaling(file, name, head_dim)
+    kind = file.value(f"{name}.rope.scaling.type", str, "none")
+    if kind == "none":
+        return None
+    scaling: Config = {"rope_type": kind, "factor": file.value(f"{name}.rope.scaling.factor", float)}
+    if kind == "yarn":
+        fields = {
+            "original_max_position_embeddings": "original_context_length",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
+        for ours, theirs in fields.items():
+            if (value := file.metadata.get(f"{name}.rope.scaling.{theirs}")) is not None:
+                scaling[ours] = value
+        if (factor := file.metadata.get(f"{name}.rope.scaling.attn_factor")) is not None:
+            scaling["attention_factor"] = factor * (0.1 * math.log(scaling["factor"]) + 1)
+    return scaling
+
+
+def _llama3_scaling(file: GgufFile, name: str, head_dim: int) -> Config:
+    """Llama 3's scaling, of which a file has only the divisors of frequencies, [head_dim / 2] float32.
+
+    Raises ValueError for divisors that Llama 3's formula does not give.
+    """
+    stored = file.tensors[ROPE_FREQS]
+    divisors = stored.data.view(np.float32) if stored.kind == Kind.F32 else np.ones(0)
+    factor = float(divisors.max(initial=1.0))
+    theta = file.value(f"{name}.rope.freq_base", float, 10000.0)
+    if divisors.shape != (head_dim // 2,) or not np.allclose(divisors, llama3_divisors(theta, head_dim, factor), 1e-3):
+        raise ValueError(
+            f"{file.path}: {ROPE_FREQS} has divisors of frequencies up to {factor:g}, expected those of Llama 3: "
+            "use the safetensors checkpoint"
+        )
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
+
+
+def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+    """What Llama 3 divides the frequency of each pair by, [head_dim / 2] float64: `model.rope` has the formula."""
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    original, low, high = (
+        LLAMA3[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)

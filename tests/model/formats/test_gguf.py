@@ -1,0 +1,192 @@
+"""GGUF files, written by the `gguf` package: the same config and weights as the checkpoint that they were made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import RopeScalingType
+from transformers import AutoModelForCausalLM
+
+from model.checkpoint import load, resolve
+from model.config import RopeConfig
+from model.families import load_config
+from model.formats import gguf
+from model.formats.gguf_file import read_gguf
+from tests.helpers.gguf_files import dequantised_copy, write_gguf
+from tests.model.conftest import VARIANTS
+from tests.model.test_decoder import PAGE, Runner
+
+# K-quants have blocks of 256 values.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def assert_equal(left, right) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+# llama.cpp calls a mistral llama; of Llama 3's scaling there is a test of its own.
+NAMED = [(name, *rest) for name, *rest in VARIANTS if name not in ("mistral", "llama-llama3")]
+
+
+@pytest.mark.parametrize(("name", "family", "overrides"), NAMED, ids=[name for name, *_ in NAMED])
+def test_every_variant_has_the_config_and_weights_that_it_was_made_from(
+    tiny_checkpoint, tmp_path, name, family, overrides
+):
+    folder, path = tiny_checkpoint(family, **overrides), tmp_path / "model.gguf"
+    write_gguf(folder, path)
+    config, params = load(path, jnp.float32)
+    expected_config, expected = load(folder, jnp.float32)
+    assert config == expected_config
+    assert_equal(params, expected)
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
+)
+def test_quantised_matrices_become_what_the_package_dequantises(tiny_checkpoint, tmp_path, kind):
+    folder = tiny_checkpoint("llama", **WIDE)
+    values = write_gguf(folder, tmp_path / "model.gguf", kind)
+    _, params = load(tmp_path / "model.gguf", jnp.float32)
+    assert_equal(params, load(dequantised_copy(folder, values, tmp_path / "copy"), jnp.float32)[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_logits_are_transformers_on_the_dequantised_weights(tiny_checkpoint, tmp_path, family):
+    folder = tiny_checkpoint(family, head_dim=32) if family == "qwen3" else tiny_checkpoint(family)
+    values = write_gguf(folder, tmp_path / "model.gguf", Kind.Q8_0)
+    copy = dequantised_copy(folder, values, tmp_path / "copy")
+    prompt = np.random.default_rng(3).integers(3, 120, 70)
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+        expected = model(torch.tensor(prompt[None])).logits[0].numpy()
+    found = Runner(tmp_path / "model.gguf").in_chunks(prompt, 64, np.arange(-(-len(prompt) // PAGE)))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_rows_of_a_query_are_those_of_the_whole(tiny_checkpoint, tmp_path):
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf", Kind.Q4_0)
+    tensors = gguf.tensors_of(read_gguf(tmp_path / "model.gguf"))
+    query = tensors["model.layers.1.self_attn.q_proj.weight"]
+    assert (query.shape, query.kind, query.nbytes) == ((64, 64), "Q4_0", 64 * 2 * 18)
+    np.testing.assert_array_equal(query.values(17, 41), query.values()[17:41])
+
+
+def test_llama_3_divisors_become_its_scaling(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint("llama", rope_parameters=LLAMA3, head_dim=64)
+    expected = load_config(folder)
+    # As llama.cpp's converter writes them: https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py
+    from model.rope import inverse_frequencies
+
+    plain, _ = inverse_frequencies(RopeConfig(theta=500000.0), 64)
+    scaled, _ = inverse_frequencies(expected.rope, 64)
+    divisors = plain / scaled
+
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        tensors["rope_freqs.weight"] = divisors
+
+    write_gguf(folder, tmp_path / "model.gguf", change=add)
+    assert load_config(tmp_path / "model.gguf").rope == expected.rope
+
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        tensors["rope_freqs.weight"] = divisors**2
+
+    write_gguf(folder, tmp_path / "other.gguf", change=spoil)
+    with pytest.raises(ValueError, match=r"other\.gguf: rope_freqs\.weight has divisors .* up to 64, expected"):
+        load_config(tmp_path / "other.gguf")
+
+
+def test_every_token_that_ends_an_answer_is_one(tiny_checkpoint, tmp_path):
+    def add(writer) -> None:
+        writer.add_eot_token_id(7)
+        writer.add_eom_token_id(2)
+
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf", metadata=add)
+    assert load_config(tmp_path / "model.gguf").eos_token_ids == (2, 7)
+
+
+def test_a_file_is_its_own_source(tiny_checkpoint, tmp_path):
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf")
+    assert resolve(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
+    config = load_config(tmp_path / "model.gguf")
+    assert dataclasses.replace(config, eos_token_ids=()) == dataclasses.replace(
+        load_config(tiny_checkpoint("llama")), eos_token_ids=()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("blk.1.ffn_up.weight"),
+            r"lacks blk\.1\.ffn_up\.weight, expected all of a llama with 3 layers",
+        ),
+        (lambda t: t.pop("token_embd.weight"), r"lacks token_embd\.weight"),
+        (lambda t: t.update({"blk.0.attn_q.lora": np.ones(4, np.float32)}), r"unexpected blk\.0\.attn_q\.lora"),
+        (
+            lambda t: t.update({"blk.2.ffn_down.weight": np.ones((64, 32), np.float32)}),
+            r"model\.layers\.2\.mlp\.down_proj\.weight has shape \(64, 32\), expected \(64, 96\)",
+        ),
+        (
+            lambda t: t.update({"blk.2.attn_norm.weight": np.ones(64, np.int8)}),
+            r"blk\.2\.attn_norm\.weight is I8, supported are F32, F16, BF16, Q8_0",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tiny_checkpoint, tmp_path, change, message):
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf", change=change)
+    with pytest.raises(ValueError, match=rf"model\.gguf.*{message}"):
+        load(tmp_path / "model.gguf", jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("general.architecture", "rwkv7", r"general\.architecture is 'rwkv7', supported are llama, qwen2, qwen3"),
+        ("llama.block_count", None, r"the metadata has no llama\.block_count"),
+        ("llama.block_count", "three", r"llama\.block_count is a str, expected int"),
+        ("llama.expert_count", 8, r"llama\.expert_count is 8, expected 0"),
+        ("llama.attention.value_length", 128, r"llama\.attention\.value_length is 128, expected key_length \(16\)"),
+        ("llama.attention.head_count", 0, r"llama\.attention\.head_count is 0, expected at least 1"),
+        ("split.count", 3, r"split\.count is 3, expected one file"),
+    ],
+)
+def test_metadata_that_is_not_served_is_named(tiny_checkpoint, tmp_path, field, value, message):
+    write_gguf(tiny_checkpoint("llama", head_dim=16), tmp_path / "model.gguf")
+    file = read_gguf(tmp_path / "model.gguf")
+    changed = {name: each for name, each in (file.metadata | {field: value}).items() if each is not None}
+    with pytest.raises(ValueError, match=rf"model\.gguf: .*{message}"):
+        gguf.read_config(dataclasses.replace(file, metadata=changed))
+
+
+def test_a_rotation_that_is_not_served_is_named_with_the_file(tiny_checkpoint, tmp_path):
+    def longrope(writer) -> None:
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_factor(4.0)
+
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf", metadata=longrope)
+    with pytest.raises(ValueError, match=r"model\.gguf: rope_scaling has rope type 'longrope', supported are"):
+        load_config(tmp_path / "model.gguf")
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "part.gguf", metadata=lambda w: w.add_rope_dimension_count(8))
+    with pytest.raises(ValueError, match=r"part\.gguf: partial_rotary_factor is 0\.5, supported is 1\.0"):
+        load_config(tmp_path / "part.gguf")
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.gguf is not a file"):
+        load(tmp_path / "absent.gguf", jnp.float32)
