@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cache.lmdb_env import StoreError
 from serve.cluster.config import ClusterConfig
@@ -137,11 +137,11 @@ def load(config: ClusterConfig) -> tuple[Engine, Constrainer, Identity]:
     set_up_jax()
     from model import checkpoint
     from serve.prompt.masks import make_constrainer
-    from serve.prompt.tokenizer import identity
+    from serve.prompt.tokenizer import identity, load_hf
     from serve.server.cli import load_engine, stop_ids
 
     folder = checkpoint.resolve(config.model)
-    tokenizer = in_thread(load_tokenizer, str(folder))
+    tokenizer = in_thread(load_hf, folder)
     engine = load_engine(config, folder, StartProgress())
     hf, vocab = tokenizer.result(), engine.config.vocab_size
     stops = stop_ids(engine.config.eos_token_ids, hf)
@@ -151,13 +151,6 @@ def load(config: ClusterConfig) -> tuple[Engine, Constrainer, Identity]:
         constrainer,
         Identity(VERSION, config.version, engine.fingerprint, identity(hf), engine.settings, vocab),
     )
-
-
-def load_tokenizer(folder: str) -> Any:
-    """The checkpoint's Hugging Face tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def token_bytes(engine: Engine) -> int:

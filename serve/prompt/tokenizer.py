@@ -18,6 +18,7 @@ from cache.disk import DiskTier
 from cache.lmdb_env import RECORDS, check_directory
 from cache.tier import Tier
 from cache.worker import Worker
+from model.formats.gguf_file import is_gguf, read_gguf
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
 from serve.prompt.probe import probe_template
@@ -69,18 +70,14 @@ def load_tokenizer(
     store: Path | None = None,
     segment_bytes: int = DEFAULT_BOUNDS.segments,
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint; `format_name` overrides how its model writes calls (see `families.choose_format`).
+    """The tokenizer of a checkpoint folder or a GGUF file.
 
-    It remembers tokenised segments and texts of heads in at most `segment_bytes` of memory. With a `store` directory,
-    long segments are found there again after a restart. Raises ValueError for a tokenizer that is not a fast one or has
-    no chat template and for an unknown format, StoreError for a directory of another program or version.
+    `format_name` overrides how its model writes calls (see `families.choose_format`). It remembers tokenised segments
+    and texts of heads in at most `segment_bytes` of memory. With a `store` directory, long segments are found there
+    again after a restart. Raises ValueError for a tokenizer that is not a fast one or has no chat template and for an
+    unknown format, StoreError for a directory of another program or version.
     """
-    tokenizer_file(folder)
-    from transformers import AutoTokenizer
-
-    hf = AutoTokenizer.from_pretrained(folder)
-    if not getattr(hf, "is_fast", False):
-        raise ValueError(f"{folder}: expected a tokenizer.json, found a slow tokenizer: convert it with transformers")
+    hf = load_hf(folder)
     if not hf.chat_template:
         raise ValueError(
             f"{folder}: the tokenizer has no chat_template, which chat requests are rendered with: add one"
@@ -91,13 +88,34 @@ def load_tokenizer(
     return make_tokenizer(hf, format_name, DiskTier(store / SEGMENT_FOLDER, STORED_BYTES, name=RECORDS), segment_bytes)
 
 
-def tokenizer_file(folder: str | Path) -> Path:
-    """The file of a checkpoint's fast tokenizer. Raises ValueError if there is none."""
-    if not (path := Path(folder, "tokenizer.json")).is_file():
+def load_hf(source: str | Path) -> Any:
+    """The Hugging Face tokenizer of a checkpoint folder or a GGUF file.
+
+    Raises ValueError for one that is not a fast one, and what `gguf_tokenizer` raises.
+    """
+    if is_gguf(source):
+        from serve.prompt.gguf_tokenizer import gguf_tokenizer
+
+        return gguf_tokenizer(source)
+    check_tokenizer_file(source)
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(str(source))
+    if not getattr(hf, "is_fast", False):
+        raise ValueError(f"{source}: expected a tokenizer.json, found a slow tokenizer: convert it with transformers")
+    return hf
+
+
+def check_tokenizer_file(source: str | Path) -> None:
+    """Raise ValueError if a checkpoint folder or a GGUF file has no fast tokenizer, without loading one."""
+    if is_gguf(source):
+        from serve.prompt.gguf_tokenizer import check_tokenizer
+
+        check_tokenizer(read_gguf(source))
+    elif not Path(source, "tokenizer.json").is_file():
         raise ValueError(
-            f"{folder}: expected a tokenizer.json, found none: write one with transformers' save_pretrained"
+            f"{source}: expected a tokenizer.json, found none: write one with transformers' save_pretrained"
         )
-    return path
 
 
 def make_tokenizer(
