@@ -12,6 +12,7 @@
 - `experts`: its mixtures of experts
 - `sharding`: the same model on several devices
 - `rope`: rotary position embedding
+- `rope_scaling`: another stretching of it than a checkpoint's
 - `batch`: the ragged batch, and what every attention over it agrees on
 - `kv`: the page pool as arrays
 - `attention`: the entry point of attention over the pool

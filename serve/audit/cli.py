@@ -6,7 +6,7 @@ import argparse
 import logging
 import queue
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cache.pool import pages_for
 from cache.tiers import Tiers
 from model import checkpoint
 from model.kernels.dispatch import arranged
+from model.rope_scaling import parse_rope_scaling, with_rope_scaling
 from serve.audit.auditor import MIN_PAGES, AuditSettings, attach, auditor_of
 from serve.audit.case import Case, read_case
 from serve.audit.findings import Mismatch
@@ -33,26 +34,39 @@ def main(argv: Sequence[str]) -> None:
     cli = argparse.ArgumentParser(prog="python -m serve audit", description=__doc__)
     cli.add_argument("file", type=Path, metavar="FILE", help="what an audit wrote")
     cli.add_argument("--model", required=True, metavar="DIR_OR_ID", help="the checkpoint that it was written for")
+    cli.add_argument("--rope-scaling", metavar="JSON", help="that of the server, where it had one")
     cli.add_argument("--store", metavar="DIR_OR_URL", help="take the pages from there; nothing is written to it")
     cli.add_argument("--store-bytes", type=int, default=1 << 40, help=argparse.SUPPRESS)
     cli.add_argument("--salt", default="", help="the cache salt, where the sequence had one")
     args = cli.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        lines, differs = replay(read_case(args.file), args.model, args.store, args.store_bytes, args.salt.encode())
+        scaling = parse_rope_scaling(args.rope_scaling) if args.rope_scaling else None
+        lines, differs = replay(
+            read_case(args.file), args.model, args.store, args.store_bytes, args.salt.encode(), scaling
+        )
     except (OSError, ValueError, StoreError) as error:
         sys.exit(f"audit: {error}")
     print("\n".join(lines))
     sys.exit(1 if differs else 0)
 
 
-def replay(case: Case, model: str, store: str | None, store_bytes: int, salt: bytes) -> tuple[list[str], bool]:
+def replay(
+    case: Case,
+    model: str,
+    store: str | None,
+    store_bytes: int,
+    salt: bytes,
+    rope_scaling: Mapping[str, Any] | None = None,
+) -> tuple[list[str], bool]:
     """Compare a cold and a warm engine on a case. Returns lines to print, and whether the two differ.
 
     Raises ValueError where model or salt are not the file's, and what loading a checkpoint and opening a store raise.
     """
     folder = checkpoint.resolve(model)
     config, params = checkpoint.load(folder, jax.numpy.dtype(case.dtype))
+    if rope_scaling is not None:
+        config = with_rope_scaling(config, rope_scaling)
     fingerprint = checkpoint.fingerprint(config, params)
     if fingerprint.hex() != case.fingerprint:
         raise ValueError(f"--model: {folder} has fingerprint {fingerprint.hex()}, the file {case.fingerprint}")

@@ -73,12 +73,13 @@ def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> Non
 
 
 def check_folder(model: str) -> None:
-    """Raise ValueError or OSError for a local folder that is no checkpoint, before anything is loaded."""
+    """Raise ValueError or OSError for a local folder or file that is no checkpoint, before anything is loaded."""
     from model.families import load_config
-    from serve.prompt.tokenizer import tokenizer_file
+    from model.formats.gguf_file import is_gguf
+    from serve.prompt.tokenizer import check_tokenizer_file
 
-    if (folder := Path(model).expanduser()).is_dir():
-        tokenizer_file(folder)
+    if (folder := Path(model).expanduser()).is_dir() or is_gguf(folder):
+        check_tokenizer_file(folder)
         load_config(folder)
 
 
@@ -210,6 +211,7 @@ def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> L
     from model import checkpoint
     from model.families import load_config
     from model.kernels.dispatch import arranged
+    from model.rope_scaling import parse_rope_scaling, with_rope_scaling
     from model.sharding import shard_params
 
     mesh = mesh_of(load_config(folder), config.tp)
@@ -217,6 +219,8 @@ def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> L
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
     with progress.phase("weights") as on_progress:
         model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress, config.tp)
+    if config.rope_scaling:
+        model_config = with_rope_scaling(model_config, parse_rope_scaling(config.rope_scaling))
     with progress.phase("fingerprint"):
         fingerprint = checkpoint.fingerprint(model_config, params)
     with progress.phase("packing"):

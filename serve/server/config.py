@@ -40,7 +40,7 @@ def size_flag(help: str, group: str, default: str | None, shown: str | None = No
 class ServerConfig:
     """Everything that the command line decides."""
 
-    model: str = flag("a local checkpoint folder, or a hub id", MODEL, metavar="DIR_OR_ID")
+    model: str = flag("a local checkpoint folder or GGUF file, or a hub id", MODEL, metavar="DIR_OR_ID")
     model_name: str | None = flag("name in /v1/models", MODEL, None, metavar="NAME", shown="the last part of --model")
     dtype: str = flag(
         "auto: float32 on CPU, bfloat16 elsewhere", MODEL, "auto", choices=("auto", "float32", "bfloat16")
@@ -53,6 +53,13 @@ class ServerConfig:
         parse=int,
         least=2,
         shown="what the model and the KV pool allow",
+    )
+    rope_scaling: str | None = flag(
+        "another rope_scaling than the checkpoint's, as in a config.json; the context limit follows it",
+        MODEL,
+        None,
+        metavar="JSON",
+        shown="the checkpoint's",
     )
 
     host: str = host_flag(HTTP)
@@ -218,6 +225,17 @@ def problem_of(config: ServerConfig) -> str | None:
         _ = config.rules
     except ValueError as error:
         return f"--normalize: {error}"
+    return rope_problem(config.rope_scaling) if config.rope_scaling else None
+
+
+def rope_problem(text: str) -> str | None:
+    """What is wrong with a rope scaling, as a sentence that names the flag; None if it is sound."""
+    from model.rope_scaling import parse_rope_scaling
+
+    try:
+        parse_rope_scaling(text)
+    except ValueError as error:
+        return f"--rope-scaling: {error}"
     return None
 
 
