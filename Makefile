@@ -5,6 +5,8 @@ PYTHON312 ?= python3.12
 JAX ?= 0.10.2
 TOKENS ?= 52000
 MODEL ?= .cache/demo-model
+# What `make serve` and `make chat` are told of MODEL: nothing, unless it is given.
+CHOSEN := $(if $(filter file,$(origin MODEL)),,--model $(MODEL))
 PORT ?= 8000
 # Processes that run the tests; each file's tests run in one of them.
 WORKERS ?= 2
@@ -16,7 +18,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadfile -p no:benchmark
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: help install demo serve test test-slow test-clients test-cluster test-frameworks coverage notebooks kernels-interpreted kernels-aot \
+.PHONY: help install demo serve chat test test-slow test-clients test-cluster test-frameworks coverage notebooks kernels-interpreted kernels-aot \
 	gpu-bench bench-small lint clean
 
 help: ## show this list
@@ -27,8 +29,11 @@ install: .venv/.installed ## make .venv and install tokenzero into it, for the G
 demo: .venv/.installed $(MODEL)/config.json ## serve a 52K-token agent prompt in three arms and print the table
 	$(BIN)/python -m experiments.demo --model $(MODEL) --tokens $(TOKENS)
 
-serve: .venv/.installed $(MODEL)/config.json ## serve the demo model on PORT
-	$(BIN)/python -m serve --model $(MODEL) --port $(PORT)
+serve: .venv/.installed ## serve SmolLM2-135M-Instruct, fetched once (93 MB), or MODEL, on PORT
+	$(BIN)/python -m experiments.trained_model $(CHOSEN) --port $(PORT)
+
+chat: .venv/.installed ## talk to the same in the terminal, with the cache's figures after each answer
+	$(BIN)/python -m experiments.chat $(CHOSEN)
 
 test: .venv/.installed-test ## run the tests, in WORKERS processes
 	$(BIN)/python -m pytest $(PARALLEL)
