@@ -37,7 +37,7 @@ from model.kernels.cpu.packing import pack
 from model.kernels.cpu.paged_attention import paged_attention
 from model.kv import empty_pool
 from tests.helpers import batches
-from tests.model.test_cpu_layers import ODD, random_params
+from tests.model.test_cpu_layers import CLAMPED, ODD, ODD_EXPERTS, random_params
 
 for seed in range(int(sys.argv[2])):
     rng = np.random.default_rng(seed)
@@ -62,11 +62,13 @@ for seed in range(int(sys.argv[2])):
     batch = batch.replace(block_table=jnp.asarray(table))
     jax.jit(paged_attention)(q, pool, 1, batch).block_until_ready()
     heads, dim, page = pool.k.shape[2:3] + pool.k.shape[:2:-1]
+    shape = (ODD, ODD_EXPERTS, CLAMPED)[seed % 3]
+    experts = shape.experts and replace(shape.experts, ffn_size=int(rng.integers(1, 100)))
     config = replace(
-        ODD,
+        shape,
         embed_size=int(rng.integers(1, 300)),
         ffn_size=int(rng.integers(1, 300)),
-        num_layers=2,
+        experts=experts,
         num_kv_heads=heads,
         num_heads=heads * q.shape[2],
         head_dim=dim,
@@ -120,6 +122,7 @@ def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path, march):
         ("attention_task.h", "load(keys + slot * p.dim + i * LANES)", "load(keys + slot * p.dim + i * LANES + 1)"),
         ("attention_task.h", "all(values[s * dim + c])", "all(values[s * dim + c + 1])"),
         ("attention_task.h", "table[s * width + position", "table[(s + 1) * width + position"),
+        ("experts.h", "order[s.first + i] / c.per_token", "(order[s.first + i] / c.per_token + 1)"),
     ],
 )
 def test_a_read_beyond_the_end_would_be_found(tmp_path, source, right, wrong):

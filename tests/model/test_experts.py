@@ -167,7 +167,7 @@ def test_experts_that_no_token_has_chosen_are_not_read() -> None:
 
 
 def test_a_loop_over_all_blocks_as_on_gpus_makes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts, x, real = random_experts(SOFTMAX), jnp.asarray(rows(30)), np.arange(30) < 11
+    experts, x, real = random_experts(SOFTMAX), jnp.asarray(rows(30)), jnp.arange(30) < 11
     expected, _ = mixture(experts, x, real, SOFTMAX)
     monkeypatch.setattr("model.experts.on_cpu", lambda: False)
     found, _ = mixture(experts, x, real, SOFTMAX)
