@@ -30,6 +30,7 @@ from model.formats.tensor import BLOCK, FLOATS, Tensor, same_values
 from model.layout import EMBED, HEAD, Leaf, Part
 from model.layout import layout as layout
 from model.params import Layer, Params
+from model.quantized import SCHEMES, Quantized, Scheme, bits_of, inputs_last, rounded
 from model.sharding import make_mesh, shardings
 
 log = logging.getLogger("tokenzero.checkpoint")
@@ -38,20 +39,27 @@ log = logging.getLogger("tokenzero.checkpoint")
 HUB_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
 ALIGNMENT = 64  # bytes; XLA copies arrays that start elsewhere
 CHUNK_BYTES = 1 << 24  # of an array, in an Orbax checkpoint
+QUANTIZED_AT_ONCE = 1 << 24  # weights that are in full precision before they are quantised, or a layer's matrix
 
 Progress = Callable[[int, int], None]  # (bytes of params made so far, bytes in all)
 Index = tuple[slice, ...]  # a slice of an array, one for each axis
 
 
 def load(
-    source: str | Path, dtype: Any, progress: Progress | None = None, devices: int = 1
+    source: str | Path, dtype: Any, progress: Progress | None = None, devices: int = 1, quantize: str | None = None
 ) -> tuple[ModelConfig, Params]:
     """The config and the stacked Params, in `dtype`, of a GGUF file, or of safetensors in a folder or on the hub.
 
     They lie on the first `devices` devices as `sharding.shardings` says. What one device holds of a leaf is made at a
     time: host memory peaks at that, plus the params if they stay on the host. Raises FileNotFoundError or ValueError,
     naming file and tensor, if the checkpoint differs from its config, and what `sharding.make_mesh` raises.
+
+    `quantize` names one of `quantized.SCHEMES`, by which the matrices are rounded as they are read, a layer at a time;
+    it takes one device.
     """
+    if quantize is not None and (quantize not in SCHEMES or devices > 1):
+        expected = f"one of {', '.join(SCHEMES)} on one device"
+        raise ValueError(f"quantize is {quantize!r} on {devices} devices, expected {expected}")
     folder = resolve(source)
     config = load_config(folder)
     leaves = layout(config)
@@ -60,7 +68,14 @@ def load(
     _check(leaves, tensors, config, folder)
     _report_dequantised(tensors, np.dtype(dtype))
     places = shardings(leaves, mesh) if mesh else None
-    return config, _fill(leaves, tensors, np.dtype(dtype), progress or (lambda done, total: None), places)
+    progress = progress or (lambda done, total: None)
+    scheme = SCHEMES[quantize] if quantize else None
+    params = _fill(leaves, tensors, np.dtype(dtype), progress, places, scheme)
+    if scheme:
+        taken = sum(array.nbytes for array in jax.tree.leaves(params))
+        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves)) * np.dtype(dtype).itemsize
+        log.info("quantised to %s, the weights take %.0f MB instead of %.0f", quantize, taken / 1e6, whole / 1e6)
+    return config, params
 
 
 def _tensors(source: Path) -> dict[str, Tensor]:
@@ -115,7 +130,7 @@ def save_orbax(path: str | Path, config: ModelConfig, params: Params) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", stored, save_args=jax.tree.map(lambda leaf: chunks, stored))
     # Written last, so that a folder with this file holds all weights.
-    about = {"format": 1, "dtype": params.embed.dtype.name, "config": config.to_json()}
+    about = {"format": 1, "dtype": params.final_norm.dtype.name, "config": config.to_json()}
     (path / "tokenzero.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -213,25 +228,44 @@ def _some(names: list[str]) -> str:
 
 
 def _fill(
-    leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, progress: Progress, places: Params | None
+    leaves: Params,
+    tensors: dict[str, Tensor],
+    dtype: np.dtype,
+    progress: Progress,
+    places: Params | None,
+    scheme: Scheme | None,
 ) -> Params:
     """Make every leaf: allocate each of its slices, convert tensors into it side by side, and put it on its devices."""
     total = sum(math.prod(leaf.shape) * (leaf.dtype or dtype).itemsize for leaf in jax.tree.leaves(leaves))
     done = 0
 
-    def fill(leaf: Leaf, index: Index, devices: list[jax.Device | None]) -> list[jax.Array]:
-        """A slice of a leaf, on each of these devices."""
+    def made(leaf: Leaf, index: Index) -> np.ndarray:
+        """A slice of a leaf, on the host."""
         nonlocal done
         places = [range(size)[each] for size, each in zip(leaf.shape, index, strict=True)]
         array = _aligned(tuple(map(len, places)), leaf.dtype or dtype)
         for converted in threads.map(lambda part: _convert(part, tensors[part.name], leaf, places, array), leaf.parts):
             done += converted
             progress(done, total)
+        return array
+
+    def fill(leaf: Leaf, index: Index, devices: list[jax.Device | None]) -> list[jax.Array]:
+        """A slice of a leaf, on each of these devices."""
+        array = made(leaf, index)
         # Wait, so that the host copy is freed before the next one is allocated.
         return [jax.device_put(array, device).block_until_ready() for device in devices]
 
-    def on_one(leaf: Leaf) -> jax.Array:
-        return fill(leaf, (slice(None),) * len(leaf.shape), [None])[0]
+    def on_one(path: tuple[Any, ...], leaf: Leaf) -> jax.Array | Quantized:
+        bits = bits_of(path[-1].name, scheme.bits) if scheme else None
+        if scheme is None or bits is None:
+            return fill(leaf, (slice(None),) * len(leaf.shape), [None])[0]
+        rest = [slice(None)] * (len(leaf.shape) - 1)
+        step = max(1, QUANTIZED_AT_ONCE // math.prod(leaf.shape[1:]))  # of the first axis: layers, or rows of a table
+        parts = (made(leaf, (slice(first, first + step), *rest)) for first in range(0, leaf.shape[0], step))
+        made_of = [rounded(inputs_last(path[-1].name, part), bits, scheme.group) for part in parts]
+        values, scales = (jax.device_put(np.concatenate(arrays)) for arrays in zip(*made_of, strict=True))
+        inputs = math.prod(leaf.shape[2:] if path[-1].name == "out" else leaf.shape[-1:])
+        return Quantized(values, scales, bits, scheme.group, inputs)
 
     def on_several(leaf: Leaf, place: jax.sharding.Sharding) -> jax.Array:
         arrays = [array for index, devices in _slices(place, leaf.shape) for array in fill(leaf, index, devices)]
@@ -239,8 +273,9 @@ def _fill(
         return divided
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        params: Params = jax.tree.map(on_several, leaves, places) if places else jax.tree.map(on_one, leaves)
-    return params
+        if places:
+            return jax.tree.map(on_several, leaves, places)  # type: ignore[no-any-return]
+        return jax.tree_util.tree_map_with_path(on_one, leaves)  # type: ignore[no-any-return]
 
 
 def _slices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device | None]]]:

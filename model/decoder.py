@@ -16,13 +16,14 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from model import kv, rope, sharding
 from model.attention import paged_attention
-from model.batch import NO_WINDOW, Batch, locate
+from model.batch import NO_WINDOW, Array, Batch, locate
 from model.config import LayerKind, ModelConfig
 from model.experts import chosen_bias, gated, mixture
 from model.kernels.cpu.layers import embedding, logits, run_layers
 from model.kv import KVPool
 from model.linear import biased, linear, product
 from model.params import Layer, PackedLayers, Params
+from model.quantized import Quantized, floats, rows_of
 
 Carry = tuple[Float[jax.Array, "tokens embed"], KVPool]
 # A layer, its number, and the keys that each of its queries sees (None: all).
@@ -71,16 +72,16 @@ def forward_part(
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         pool = kv.write(pool, index, k, v, pages, offsets)
         attended = paged_attention(q, k, v, pool, index, batch, window, layer.sinks)
-        out = linear(attended.reshape(x.shape[0], -1), layer.out.reshape(x.shape[1], -1), None)
+        out = linear(attended.reshape(x.shape[0], -1), floats(layer.out, x.dtype).reshape(x.shape[1], -1), None)
         x = x + biased(summed(out), layer.out_bias)
         return x + mlp(layer, x, real, config, summed), pool
 
     divided = params.embed.shape[0] < config.vocab_size  # its rows, over devices
-    x = sharding.embedded(params.embed, batch.tokens) if divided else params.embed[batch.tokens]
+    x = embedded(params, batch.tokens, divided)
     x, pool = over_layers(step, (x, pool), params.runs, config.layers)
     x = rms_norm(x[batch.logit_indices], params.final_norm, config.norm_eps)
     head = params.embed if params.lm_head is None else params.lm_head
-    found = product(x, head, jnp.float32)
+    found = product(x, floats(head, x.dtype), jnp.float32)
     return sharding.gathered(found) if divided else found, pool
 
 
@@ -105,6 +106,14 @@ def as_array(windows: Sequence[int | None]) -> Int32[jax.Array, "layers"] | None
     if all(window is None for window in windows):
         return None
     return jnp.asarray([NO_WINDOW if window is None else window for window in windows], jnp.int32)
+
+
+def embedded(params: Params, tokens: Int32[Array, "tokens"], divided: bool) -> Float[jax.Array, "tokens embed"]:
+    """The embeddings of tokens, in the dtype of the norms where their table is quantised."""
+    table = params.embed
+    if isinstance(table, Quantized):
+        return rows_of(table, tokens, params.final_norm.dtype)
+    return sharding.embedded(table, tokens) if divided else table[tokens]
 
 
 def project(

@@ -46,7 +46,7 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
 
     relevant = dataclasses.replace(config, eos_token_ids=(), max_position=0)
     digest = hashlib.blake2b(digest_size=32, person=b"tokenzero model")
-    digest.update(f"{relevant.to_json()}{params.embed.dtype.name}".encode())
+    digest.update(f"{relevant.to_json()}{params.final_norm.dtype.name}".encode())
     for field, value in jax.tree_util.tree_leaves_with_path(words):
         digest.update(jax.tree_util.keystr(field).encode())
         digest.update(np.asarray(value).astype("<u4").tobytes())
@@ -66,7 +66,7 @@ def _hash(x: jax.Array, kept: int = 0) -> np.ndarray:
     From the last axis to the first: salt each word with its index, mix, sum modulo 2^32. Integer sums are the same in
     any order, so on any device and under any sharding.
     """
-    on_host = x.itemsize in (2, 4) and all(device.platform == "cpu" for device in x.devices()) and build.available()
+    on_host = x.itemsize in (1, 2, 4) and all(device.platform == "cpu" for device in x.devices()) and build.available()
     words = _row_hashes_of_shards(x) if on_host else np.asarray(_row_hashes_on_device(x))
     for depth in range(1, x.ndim - kept):
         salts = _salts(np.arange(words.shape[-1], dtype=np.uint32), depth)

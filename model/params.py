@@ -18,38 +18,41 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32
 
+from model.quantized import Quantized, QuantizedPanels
+
 
 @struct.dataclass
 class Experts:
     """A layer's mixture of experts; with a leading `layers` axis on every field when stacked."""
 
     router: Float[jax.Array, "*layers experts embed"]
-    gate_up: Float[jax.Array, "*layers experts 2 ffn embed"]
-    down: Float[jax.Array, "*layers experts embed ffn"]
+    gate_up: Float[jax.Array, "*layers experts 2 ffn embed"] | Quantized
+    down: Float[jax.Array, "*layers experts embed ffn"] | Quantized
     router_bias: Float[jax.Array, "*layers experts"] | None = None
     # Added to a token's scores for the choice of its experts, and not to their weights.
     correction: Float32[jax.Array, "*layers experts"] | None = None
     gate_up_bias: Float[jax.Array, "*layers experts 2 ffn"] | None = None
     down_bias: Float[jax.Array, "*layers experts embed"] | None = None
     # The experts that every token goes through, as one block.
-    shared_gate_up: Float[jax.Array, "*layers 2 ffn embed"] | None = None
-    shared_down: Float[jax.Array, "*layers embed ffn"] | None = None
+    shared_gate_up: Float[jax.Array, "*layers 2 ffn embed"] | Quantized | None = None
+    shared_down: Float[jax.Array, "*layers embed ffn"] | Quantized | None = None
 
 
 @struct.dataclass
 class Layer:
     """One decoder layer; with a leading `layers` axis on every field when stacked.
 
-    It has `experts`, or `gate_up` and `down`.
+    A quantised matrix has the axes of a plain one, but all inputs are one axis: `out` is [*layers, embed, inputs]. A
+    layer has `experts`, or `gate_up` and `down`.
     """
 
     attn_norm: Float[jax.Array, "*layers embed"]
     # A KV head's queries, then its key, then its value: qkv_heads is group + 2.
-    qkv: Float[jax.Array, "*layers kv_heads qkv_heads head_dim embed"]
-    out: Float[jax.Array, "*layers embed kv_heads group head_dim"]
+    qkv: Float[jax.Array, "*layers kv_heads qkv_heads head_dim embed"] | Quantized
+    out: Float[jax.Array, "*layers embed kv_heads group head_dim"] | Quantized
     mlp_norm: Float[jax.Array, "*layers embed"]
-    gate_up: Float[jax.Array, "*layers 2 ffn embed"] | None = None
-    down: Float[jax.Array, "*layers embed ffn"] | None = None
+    gate_up: Float[jax.Array, "*layers 2 ffn embed"] | Quantized | None = None
+    down: Float[jax.Array, "*layers embed ffn"] | Quantized | None = None
     qkv_bias: Float[jax.Array, "*layers kv_heads qkv_heads head_dim"] | None = None
     out_bias: Float[jax.Array, "*layers embed"] | None = None
     q_norm: Float[jax.Array, "*layers head_dim"] | None = None
@@ -75,16 +78,16 @@ class PackedLayers:
     """
 
     attn_norm: Float32[jax.Array, "layers embed"]
-    qkv: Float32[jax.Array, "layers qkv_panels embed panel"]
+    qkv: Float32[jax.Array, "layers qkv_panels embed panel"] | QuantizedPanels
     qkv_bias: Float32[jax.Array, "layers qkv_outputs"]
     q_norm: Float32[jax.Array, "layers q_norm"]
     k_norm: Float32[jax.Array, "layers k_norm"]
-    out: Float32[jax.Array, "layers embed_panels heads_dim panel"]
+    out: Float32[jax.Array, "layers embed_panels heads_dim panel"] | QuantizedPanels
     out_bias: Float32[jax.Array, "layers out_outputs"]
     mlp_norm: Float32[jax.Array, "layers embed"]
-    gate_up: Float32[jax.Array, "layers ffn_panels embed panel"]
+    gate_up: Float32[jax.Array, "layers ffn_panels embed panel"] | QuantizedPanels
     gate_up_bias: Float32[jax.Array, "layers gate_up_outputs"]
-    down: Float32[jax.Array, "layers embed_panels ffn panel"]
+    down: Float32[jax.Array, "layers embed_panels ffn panel"] | QuantizedPanels
     down_bias: Float32[jax.Array, "layers down_outputs"]
     router: Float32[jax.Array, "layers router_panels embed panel"]
     router_bias: Float32[jax.Array, "layers router_outputs"]
@@ -103,11 +106,11 @@ class Params:
     Where the layers are packed, so are the embedding and the head: [panels, embed, panel].
     """
 
-    embed: Float[jax.Array, "vocab embed"] | Float32[jax.Array, "panels embed panel"]
+    embed: Float[jax.Array, "vocab embed"] | Quantized | Float32[jax.Array, "panels embed panel"]
     layers: tuple[Layer | PackedLayers, ...]
     final_norm: Float[jax.Array, "embed"]
     # None where the embedding is tied.
-    lm_head: Float[jax.Array, "vocab embed"] | Float32[jax.Array, "panels embed panel"] | None = None
+    lm_head: Float[jax.Array, "vocab embed"] | Quantized | Float32[jax.Array, "panels embed panel"] | None = None
 
     @property
     def packed(self) -> bool:

@@ -27,6 +27,7 @@ from model.batch import Array
 from model.config import ModelConfig
 from model.kv import KVPool
 from model.params import Experts, Layer, PackedLayers, Params
+from model.quantized import Quantized
 
 KV, GROUP = EVERY = ("kv", "group")
 
@@ -105,7 +106,8 @@ def pool_heads(config: ModelConfig, mesh: Mesh | None) -> int:
 def partition_specs(arrays: Params | Layer | PackedLayers | Experts | KVPool, mesh: AnyMesh) -> Any:
     """The same dataclass with a PartitionSpec in place of each array; anything with a `shape` passes for an array.
 
-    Raises ValueError for an axis that does not divide, and for weights that are packed for the CPU kernels.
+    Raises ValueError for an axis that does not divide, for weights that are packed for the CPU kernels, and for
+    quantised ones.
     """
     kind: Any = type(arrays)
     if isinstance(arrays, PackedLayers):
@@ -118,6 +120,8 @@ def partition_specs(arrays: Params | Layer | PackedLayers | Experts | KVPool, me
             return None
         if isinstance(value, Experts):
             return partition_specs(value, mesh)
+        if isinstance(value, Quantized):
+            raise ValueError(f"{name} is quantised, expected full precision to divide it over {mesh.size} devices")
         return spec_of(kind, name, value.shape, mesh)
 
     return kind(**{field.name: specs(field.name, getattr(arrays, field.name)) for field in dataclasses.fields(kind)})
@@ -196,6 +200,7 @@ def divide_groups(params: Params, mesh: AnyMesh) -> Params:
     def divide_run(run: Layer | PackedLayers) -> Layer:
         assert isinstance(run, Layer)
         assert run.stacked
+        assert isinstance(run.qkv, jax.Array)
         bias = None if run.qkv_bias is None else divide(run.qkv_bias)
         return dataclasses.replace(run, qkv=divide(run.qkv), qkv_bias=bias)
 

@@ -58,7 +58,7 @@ def arranged(params: Params, page_size: int, consume: bool = False) -> Params:
     """
     if not on_cpu():
         return params
-    if not build.available() or len(params.embed.devices()) > 1:
+    if not build.available() or len(params.final_norm.devices()) > 1:
         return unstacked(params)
     if reason := packing.unsupported_reason(params, page_size):
         warn_once("CPU kernels", reason)

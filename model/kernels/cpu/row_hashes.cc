@@ -25,9 +25,10 @@ void hash_rows(const Word* bits, int64_t rows, int64_t columns, const uint32_t* 
 
 }  // namespace
 
-// `bits` is [rows, columns] of `bytes` each, 2 or 4; `salts` is [2, columns], `hashes` [2, rows].
+// `bits` is [rows, columns] of `bytes` each, 1, 2 or 4; `salts` is [2, columns], `hashes` [2, rows].
 extern "C" void tokenzero_row_hashes(const void* bits, int bytes, int64_t rows, int64_t columns, const uint32_t* salts,
                                      uint32_t* hashes) {
+  if (bytes == 1) hash_rows(static_cast<const uint8_t*>(bits), rows, columns, salts, hashes);
   if (bytes == 2) hash_rows(static_cast<const uint16_t*>(bits), rows, columns, salts, hashes);
   if (bytes == 4) hash_rows(static_cast<const uint32_t*>(bits), rows, columns, salts, hashes);
 }
