@@ -92,9 +92,9 @@ class PackedLayers:
     router: Float32[jax.Array, "layers router_panels embed panel"]
     router_bias: Float32[jax.Array, "layers router_outputs"]
     correction: Float32[jax.Array, "layers correction"]
-    experts_gate_up: Float32[jax.Array, "layers experts expert_panels embed panel"]
+    experts_gate_up: Float32[jax.Array, "layers experts expert_panels embed panel"] | QuantizedPanels
     experts_gate_up_bias: Float32[jax.Array, "layers experts expert_outputs"]
-    experts_down: Float32[jax.Array, "layers experts down_panels expert_ffn panel"]
+    experts_down: Float32[jax.Array, "layers experts down_panels expert_ffn panel"] | QuantizedPanels
     experts_down_bias: Float32[jax.Array, "layers experts expert_down_outputs"]
     sinks: Float32[jax.Array, "layers sinks"]
 

@@ -48,7 +48,7 @@ def test_the_kernels_are_as_right_and_as_exact_when_built_for_another_processor(
         "CXX": f"{build.compiler_command()[0]} {tuning}",
         "JAX_PLATFORMS": "cpu",
     }
-    files = [str(FOLDER / f"test_cpu_{kernel}.py") for kernel in ("layers", "attention")]
+    files = [str(FOLDER / f"test_cpu_{kernel}.py") for kernel in ("layers", "attention", "quantized")]
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-k", tests, *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]

@@ -30,9 +30,12 @@ constexpr int LANES = 4;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t Int __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));  // in memory, at any float
+typedef uint32_t LooseWords __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 inline Vec load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+inline Words load_words(const void* from) { return *reinterpret_cast<const LooseWords*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<Loose*>(to) = value; }
 inline Vec all(float value) { return value - Vec{}; }
 

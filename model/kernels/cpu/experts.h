@@ -25,7 +25,12 @@ struct Config {
 
 // One layer's weights, those of an expert after those of the one before; what the model lacks is null.
 struct Weights {
-  const float *router, *router_bias, *correction, *gate_up, *gate_up_bias, *down, *down_bias;
+  matmul::Weight router;
+  const float *router_bias, *correction;
+  matmul::Weight gate_up;
+  const float* gate_up_bias;
+  matmul::Weight down;
+  const float* down_bias;
 };
 
 // Pairs [first, last) in the order of experts, which have one expert, and at most as many as a block of a product.
@@ -170,7 +175,7 @@ class Pairs {
     float* rows = scratch.rows.begin;
     for (int64_t i = 0; i < count; ++i)
       std::memcpy(rows + i * embed, x + order[s.first + i] / c.per_token * embed, embed * sizeof(float));
-    const float* weight = w.gate_up + s.expert * panels * embed * matmul::PANEL;
+    const matmul::Weight weight = w.gate_up.after(s.expert * panels, embed);
     const float* bias = w.gate_up_bias ? w.gate_up_bias + s.expert * panels * matmul::PANEL : nullptr;
     multiply({rows, embed, weight, embed}, 0, count, from, to, scratch.matmul, [&](int64_t i, int64_t panel, float* sums) {
       add_bias(bias, panel, sums);
@@ -182,7 +187,7 @@ class Pairs {
   template <typename Scratch>
   void down(const Weights& w, const Segment& s, int64_t from, int64_t to, Scratch& scratch) {
     const int64_t panels = matmul::panels(embed);
-    const float* weight = w.down + s.expert * panels * ffn * matmul::PANEL;
+    const matmul::Weight weight = w.down.after(s.expert * panels, ffn);
     const float* bias = w.down_bias ? w.down_bias + s.expert * panels * matmul::PANEL : nullptr;
     multiply({gated.begin, ffn, weight, ffn}, s.first, s.last, from, to, scratch.matmul,
              [&](int64_t at, int64_t panel, float* sums) {

@@ -4,7 +4,7 @@
 // model/decoder.py over the reference of attention.
 //
 // One parallel region runs all of it, so threads meet between phases and nowhere else, and only the batch's real tokens
-// are looked at. Weights are packed (matmul.h); every sum of a token has one order of addition, whatever else the batch
+// are looked at. Weights are packed, and may be quantised (matmul.h); every sum of a token has one order of addition, whatever else the batch
 // holds.
 
 #include <cstring>
@@ -16,30 +16,27 @@
 #include "experts.h"
 #include "region.h"
 #include "rows.h"
-
-namespace ffi = xla::ffi;
+#include "weights.h"
 
 namespace {
 
 constexpr int64_t FEW_TOKENS = 4;  // whose norms and rotations take less time than another thread needs to join
 
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-
-// One layer's weights; a bias or norm that the model lacks is null.
+// One layer's weights; what the model lacks is null.
 struct Layer {
-  const float *attn_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
-  const float *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;  // with experts, of those that are shared
+  const float* attn_norm;
+  matmul::Weight qkv;
+  const float *qkv_bias, *q_norm, *k_norm;
+  matmul::Weight out;
+  const float *out_bias, *mlp_norm;
+  matmul::Weight gate_up;  // this and down: with experts, of those that are shared
+  const float* gate_up_bias;
+  matmul::Weight down;
+  const float* down_bias;
   experts::Weights experts;
   int64_t window;  // and sinks: as in attention::Problem
   const float* sinks;
 };
-
-// The layer's part of an array [layers, ...]; null if it is empty.
-inline const float* of_layer(const F32& array, int64_t layer) {
-  const int64_t size = array.element_count() / array.dimensions()[0];
-  return size ? array.typed_data() + layer * size : nullptr;
-}
 
 struct Step {
   int64_t tokens, embed, ffn, kv_heads, group, dim, page_size, pages, seqs, width;
@@ -230,7 +227,7 @@ class Decoder {
         to[i] += sum;
       }
     });
-    if (w.gate_up) feed_forward(tokens, w);
+    if (w.gate_up.values) feed_forward(tokens, w);
   }
 
   template <typename Tokens>
@@ -300,20 +297,24 @@ class Decoder {
 
 ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S32 starts, S32 prefix, S32 table,
                   S32 windows,
-                  F32 attn_norm, F32 qkv, F32 qkv_bias, F32 q_norm, F32 k_norm, F32 out, F32 out_bias, F32 mlp_norm,
-                  F32 gate_up, F32 gate_up_bias, F32 down, F32 down_bias, F32 router, F32 router_bias, F32 correction,
-                  F32 experts_gate_up, F32 experts_gate_up_bias, F32 experts_down, F32 experts_down_bias, F32 sinks,
+                  F32 attn_norm, Any qkv, F32 qkv_bias, F32 q_norm, F32 k_norm, Any out,
+                  F32 out_bias, F32 mlp_norm, Any gate_up, F32 gate_up_bias, Any down,
+                  F32 down_bias, F32 router, F32 router_bias, F32 correction, Any experts_gate_up,
+                  F32 experts_gate_up_bias, Any experts_down, F32 experts_down_bias, F32 sinks,
+                  F32 qkv_scales, F32 qkv_offsets, F32 out_scales, F32 out_offsets, F32 gate_up_scales,
+                  F32 gate_up_offsets, F32 down_scales, F32 down_offsets, F32 experts_gate_up_scales,
+                  F32 experts_gate_up_offsets, F32 experts_down_scales, F32 experts_down_offsets,
                   ffi::ResultBuffer<ffi::F32> x_out, ffi::ResultBuffer<ffi::F32> k_out,
                   ffi::ResultBuffer<ffi::F32> v_out, float eps, int64_t first, int64_t experts, int64_t per_token,
                   int64_t groups, int64_t chosen_groups, bool sigmoid, bool renormalize, float scaling, float factor,
-                  float limit) {
+                  float limit, int64_t heads, int64_t ffn, int64_t expert_ffn, ffi::Span<const int64_t> quantised) {
   const auto shape = k.dimensions();  // [layers, pages, kv_heads, page_size, dim]
   const int64_t layers = attn_norm.dimensions()[0], kv_heads = shape[2], page_size = shape[3], dim = shape[4];
-  const int64_t seqs = prefix.dimensions()[0], embed = x.dimensions()[1], heads = out.dimensions()[2] / dim;
+  const int64_t seqs = prefix.dimensions()[0], embed = x.dimensions()[1];
   for (const auto& [from, to] : {std::pair{&x, &x_out}, {&k, &k_out}, {&v, &v_out}})
     if (from->typed_data() != (*to)->typed_data())  // XLA gives them the same memory, unless it must not
       std::memcpy((*to)->typed_data(), from->typed_data(), from->size_bytes());
-  const Step step = {starts.typed_data()[seqs], embed, down.dimensions()[2], kv_heads, heads / kv_heads, dim, page_size,
+  const Step step = {starts.typed_data()[seqs], embed, ffn, kv_heads, heads / kv_heads, dim, page_size,
                      shape[1], seqs, table.dimensions()[1], cos.dimensions()[1], eps, starts.typed_data(),
                      prefix.typed_data(), table.typed_data(), cos.typed_data(), sin.typed_data(), x_out->typed_data()};
   if (!step.tokens) return ffi::Error::Success();
@@ -321,22 +322,28 @@ ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S
                                       step.tokens, kv_heads, step.group, dim, step.pages, page_size, seqs, step.width,
                                       0, nullptr};
   const experts::Config config = {experts, per_token, groups, chosen_groups, sigmoid, renormalize, scaling, factor, limit};
-  Decoder decoder(pool, step, problem, config, experts_down.dimensions()[3]);
+  Decoder decoder(pool, step, problem, config, expert_ffn);
+  const Matrix m[] = {{qkv, qkv_scales, qkv_offsets, quantised[0]},
+                      {out, out_scales, out_offsets, quantised[1]},
+                      {gate_up, gate_up_scales, gate_up_offsets, quantised[2]},
+                      {down, down_scales, down_offsets, quantised[3]},
+                      {experts_gate_up, experts_gate_up_scales, experts_gate_up_offsets, quantised[4]},
+                      {experts_down, experts_down_scales, experts_down_offsets, quantised[5]}};
   const int64_t pages = shape[1] * kv_heads * page_size * dim;
   for (int64_t i = 0; i < layers; ++i)
-    decoder.layer({of_layer(attn_norm, i), of_layer(qkv, i), of_layer(qkv_bias, i), of_layer(q_norm, i),
-                   of_layer(k_norm, i), of_layer(out, i), of_layer(out_bias, i), of_layer(mlp_norm, i),
-                   of_layer(gate_up, i), of_layer(gate_up_bias, i), of_layer(down, i), of_layer(down_bias, i),
-                   {of_layer(router, i), of_layer(router_bias, i), of_layer(correction, i), of_layer(experts_gate_up, i),
-                    of_layer(experts_gate_up_bias, i), of_layer(experts_down, i), of_layer(experts_down_bias, i)},
+    decoder.layer({of_layer(attn_norm, i), m[0].of(i), of_layer(qkv_bias, i), of_layer(q_norm, i),
+                   of_layer(k_norm, i), m[1].of(i), of_layer(out_bias, i), of_layer(mlp_norm, i),
+                   m[2].of(i), of_layer(gate_up_bias, i), m[3].of(i), of_layer(down_bias, i),
+                   {{of_layer(router, i)}, of_layer(router_bias, i), of_layer(correction, i), m[4].of(i),
+                    of_layer(experts_gate_up_bias, i), m[5].of(i), of_layer(experts_down_bias, i)},
                    windows.typed_data()[i], of_layer(sinks, i)},
                   k_out->typed_data() + (first + i) * pages, v_out->typed_data() + (first + i) * pages);
   return ffi::Error::Success();
 }
 
 // Logits of the tokens `indices`: norm, then the product with the packed head. Equal indices at the end are padding.
-ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, F32 head, ffi::ResultBuffer<ffi::F32> logits,
-                float eps) {
+ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, Any head, F32 scales, F32 offsets,
+                ffi::ResultBuffer<ffi::F32> logits, float eps, int64_t group) {
   const int64_t embed = x.dimensions()[1], rows = indices.dimensions()[0], vocab = logits->dimensions()[1];
   const int32_t* tokens = indices.typed_data();
   int64_t count = rows;
@@ -347,7 +354,9 @@ ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, F32 head, 
   float* to = logits->typed_data();
   Region<Scratch> region(pool, threads_of(pool) - 1);
   const Together together = {region, threads_of(pool), count, 0, nullptr};
-  together.product({normed.begin, embed, head.typed_data(), embed}, vocab, [&](int64_t row, int64_t panel, float* sums) {
+  const matmul::Weight logits_of = {head.untyped_data(), Matrix{head, scales, offsets, group}.bits(), group,
+                              of_layer(scales, 0), of_layer(offsets, 0)};
+  together.product({normed.begin, embed, logits_of, embed}, vocab, [&](int64_t row, int64_t panel, float* sums) {
     const int64_t at = panel * matmul::PANEL;
     write(sums, to + row * vocab + at, vocab - at);
   });
@@ -356,42 +365,28 @@ ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, F32 head, 
   return ffi::Error::Success();
 }
 
-// Packs weights [layers, outputs, inputs] into [layers, panels, inputs, PANEL].
-ffi::Error Pack(ffi::ThreadPool pool, F32 rows, ffi::ResultBuffer<ffi::F32> packed, int64_t parts) {
-  const int64_t outputs = rows.dimensions()[1], inputs = rows.dimensions()[2], panels = packed->dimensions()[1];
-  if (packed->dimensions()[3] != matmul::PANEL)
-    return ffi::Error::InvalidArgument("packed has panels of " + std::to_string(packed->dimensions()[3]) +
-                                       ", expected " + std::to_string(matmul::PANEL));
-  divide(pool, rows.dimensions()[0] * panels, [&](Nothing&, uint64_t i) {
-    matmul::pack(rows.typed_data() + i / panels * outputs * inputs, outputs, inputs, parts, i % panels,
-                 packed->typed_data() + i * inputs * matmul::PANEL);
-  });
-  return ffi::Error::Success();
-}
-
 }  // namespace
-
-// Outputs of a panel, for who packs weights.
-extern "C" const int tokenzero_panel = matmul::PANEL;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_layers, Layers,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>()
-                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
-                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
-                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<F32>().Arg<Any>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<Any>()
+                                  .Arg<F32>().Arg<F32>().Arg<Any>().Arg<F32>().Arg<Any>().Arg<F32>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<Any>().Arg<F32>().Arg<Any>().Arg<F32>()
                                   .Arg<F32>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Ret<F32>().Ret<F32>().Ret<F32>()
                                   .Attr<float>("eps").Attr<int64_t>("first").Attr<int64_t>("experts")
                                   .Attr<int64_t>("per_token").Attr<int64_t>("groups").Attr<int64_t>("chosen_groups")
                                   .Attr<bool>("sigmoid").Attr<bool>("renormalize").Attr<float>("scaling")
-                                  .Attr<float>("factor").Attr<float>("limit"));
+                                  .Attr<float>("factor").Attr<float>("limit").Attr<int64_t>("heads")
+                                  .Attr<int64_t>("ffn").Attr<int64_t>("expert_ffn")
+                                  .Attr<ffi::Span<const int64_t>>("quantised"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     tokenzero_head, Head,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("eps"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_pack, Pack,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Ret<F32>().Attr<int64_t>("parts"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S32>().Arg<F32>().Arg<Any>().Arg<F32>().Arg<F32>().Ret<F32>()
+        .Attr<float>("eps").Attr<int64_t>("group"));

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float32
+from jaxtyping import Float32, Shaped, UInt8, UInt32
 
 from model.kernels.cpu import build, paged_attention
 from model.kernels.cpu.build import PACK
 from model.params import Experts, Layer, PackedLayers, Params
+from model.quantized import Quantized, QuantizedPanels
+
+WORD = 8  # 4-bit values in 32 bits, as in matmul.h
 
 
 def pack(params: Params, page_size: int, consume: bool = False) -> Params:
@@ -58,7 +62,7 @@ def pack_layers(layers: Layer, consume: bool = False) -> PackedLayers:
     )
 
 
-def pack_experts(experts: Experts | None, count: int, embed: int, consume: bool) -> dict[str, jax.Array]:
+def pack_experts(experts: Experts | None, count: int, embed: int, consume: bool) -> dict[str, Any]:
     """The fields of PackedLayers that are of `count` layers' experts; empty ones where there are none."""
     if experts is None:
         matrices = {"router": (0, embed), "experts_gate_up": (0, 0, embed), "experts_down": (0, 0, 0)}
@@ -82,18 +86,54 @@ def pack_experts(experts: Experts | None, count: int, embed: int, consume: bool)
 
 
 def panels(
-    weight: Float32[jax.Array, "..."], parts: int = 1, shape: tuple[int, ...] = (), consume: bool = False
-) -> Float32[jax.Array, "*layers panels inputs panel"]:
+    weight: Float32[jax.Array, "..."] | Quantized, parts: int = 1, shape: tuple[int, ...] = (), consume: bool = False
+) -> Float32[jax.Array, "*layers panels inputs panel"] | QuantizedPanels:
     """Weights in panels of outputs, each input by input; every panel has an equal share of each of the `parts`.
 
     The outputs that fill the last panel up are zero. `shape` is [*layers, outputs, inputs], as `reshape` takes it,
     where `weight` has other axes. With `consume`, `weight` is deleted.
     """
-    packed: jax.Array = _packed(weight, parts, shape or weight.shape, panel_width())
+    if isinstance(weight, Quantized):
+        return _quantized_panels(weight, parts, (shape or weight.shape)[:-1], consume)
+    return _array_panels(weight, parts, shape or weight.shape, consume)
+
+
+def _array_panels(
+    array: Shaped[jax.Array, "..."], parts: int, shape: tuple[int, ...], consume: bool
+) -> Shaped[jax.Array, "*layers panels inputs panel"]:
+    """The same of numbers of 8 or 32 bits."""
+    packed: jax.Array = _packed(array, parts, shape, panel_width())
     if consume:
         packed.block_until_ready()
-        weight.delete()
+        array.delete()
     return packed
+
+
+def _quantized_panels(weight: Quantized, parts: int, outputs: tuple[int, ...], consume: bool) -> QuantizedPanels:
+    """A quantised matrix in panels: its values, scales and offsets are each packed as a matrix."""
+
+    def packed(array: jax.Array) -> jax.Array:
+        return _array_panels(array, parts, (*outputs, array.shape[-1]), consume)
+
+    words = weight.values if weight.bits == 8 else _words(weight.values)
+    made = QuantizedPanels(
+        values=packed(words),
+        scales=packed(weight.scales),
+        bits=weight.bits,
+        group=weight.group,
+        inputs=weight.inputs,
+        offsets=None if weight.offsets is None else packed(weight.offsets),
+    )
+    if consume and weight.bits == 4:
+        weight.values.delete()
+    return made
+
+
+@jax.jit
+def _words(packed: UInt8[jax.Array, "*outputs bytes"]) -> UInt32[jax.Array, "*outputs words"]:
+    """Nibbles two to a byte, as eight to a word."""
+    whole = jnp.pad(packed, [(0, 0)] * (packed.ndim - 1) + [(0, -packed.shape[-1] % (WORD // 2))])
+    return jax.lax.bitcast_convert_type(whole.reshape(*whole.shape[:-1], -1, WORD // 2), jnp.uint32)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -102,7 +142,7 @@ def _packed(weight: jax.Array, parts: int, shape: tuple[int, ...], width: int) -
     *layers, outputs, inputs = rows.shape
     count = -(-outputs // width)  # parts have equal shares of the rows and of a panel
     rows = rows.reshape(-1, outputs, inputs)
-    to = jax.ShapeDtypeStruct((len(rows), count, inputs, width), jnp.float32)
+    to = jax.ShapeDtypeStruct((len(rows), count, inputs, width), rows.dtype)
     packed: jax.Array = jax.ffi.ffi_call(PACK, to)(rows, parts=parts)
     return packed.reshape(*layers, *to.shape[1:])
 
@@ -111,7 +151,9 @@ def bias_panels(
     bias: Float32[jax.Array, "layers *experts outputs"], parts: int = 1
 ) -> Float32[jax.Array, "layers *experts padded"]:
     """Biases in the order of their outputs' panels, padded with zeros; none stay none."""
-    return panels(bias[..., None], parts).reshape(*bias.shape[:-1], -1) if bias.shape[-1] else bias
+    if not bias.shape[-1]:
+        return bias
+    return _array_panels(bias[..., None], parts, (*bias.shape, 1), consume=False).reshape(*bias.shape[:-1], -1)
 
 
 def panel_width() -> int:
@@ -121,9 +163,13 @@ def panel_width() -> int:
 
 def unsupported_reason(params: Params, page_size: int) -> str | None:
     """Why the kernels cannot run this model, and what they support; None if they can."""
-    for path, array in jax.tree_util.tree_leaves_with_path(params):
-        if array.dtype != jnp.float32:
-            return f"dtype of {jax.tree_util.keystr(path)[1:]} is {array.dtype.name}, supported is float32"
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    for path, leaf in leaves:
+        name, numbers = jax.tree_util.keystr(path)[1:], leaf.scales if isinstance(leaf, Quantized) else leaf
+        if numbers.dtype != jnp.float32:
+            return f"dtype of {name} is {numbers.dtype.name}, supported is float32"
+        if isinstance(leaf, Quantized) and leaf.bits == 4 and leaf.group % WORD and leaf.group < leaf.inputs:
+            return f"{name} of 4 bits is in groups of {leaf.group}, supported are multiples of {WORD}"
     run = params.layers[0]
     assert isinstance(run, Layer)
     for name, size in (("head_dim", run.qkv.shape[-2]), ("page_size", page_size)):
