@@ -36,6 +36,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int
     max_prefill_tokens: int
     dtype: str
+    quantize: str | None = None
     device: str
     jax: str
     tokens: list[int]
@@ -61,6 +62,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
             page_size=settings.page_size,
             max_prefill_tokens=settings.max_prefill_tokens,
             dtype=settings.dtype,
+            quantize=settings.quantize,
             device=jax.devices()[0].device_kind,
             jax=jax.__version__,
             tokens=record.tokens.tolist(),

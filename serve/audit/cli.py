@@ -64,7 +64,7 @@ def replay(
     Raises ValueError where model or salt are not the file's, and what loading a checkpoint and opening a store raise.
     """
     folder = checkpoint.resolve(model)
-    config, params = checkpoint.load(folder, jax.numpy.dtype(case.dtype))
+    config, params = checkpoint.load(folder, jax.numpy.dtype(case.dtype), quantize=case.quantize)
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
     fingerprint = checkpoint.fingerprint(config, params)

@@ -23,6 +23,7 @@ class EngineSettings:
     preload_bytes: int = 0  # of pages that are read from the tiers before a request asks for them
     stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
+    quantize: str | None = None  # how the weights were rounded, see model.quantized; the engine takes them as they are
     tensor_parallel: int = 1  # devices over which the model is split, see model.sharding
     audit_pages: int = 0  # additional pages, for the auditor to compute in
     # Serve as soon as two shapes are compiled, and compile the others in the background; False compiles all before.

@@ -218,7 +218,7 @@ def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> L
     on_cpu = jax.default_backend() == "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
     with progress.phase("weights") as on_progress:
-        model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress, config.tp)
+        model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress, config.tp, config.quantize)
     if config.rope_scaling:
         model_config = with_rope_scaling(model_config, parse_rope_scaling(config.rope_scaling))
     with progress.phase("fingerprint"):
@@ -310,6 +310,7 @@ def engine_settings(
         preload_bytes=config.preload_bytes,
         stop_seconds=config.stop_seconds,
         dtype=dtype,
+        quantize=config.quantize,
         audit_pages=own,
         compile_in_background=True,
     )

@@ -45,6 +45,12 @@ class ServerConfig:
     dtype: str = flag(
         "auto: float32 on CPU, bfloat16 elsewhere", MODEL, "auto", choices=("auto", "float32", "bfloat16")
     )
+    quantize: str | None = flag(
+        "keep the matrices of a full-precision checkpoint in 8 or 4 bits: less memory, faster decode, other output",
+        MODEL,
+        None,
+        choices=("int8", "int4"),
+    )
     max_model_len: int | None = flag(
         "tokens of prompt and output together",
         MODEL,
@@ -221,6 +227,8 @@ def problem_of(config: ServerConfig) -> str | None:
     """The first thing that is wrong with a configuration, as a sentence that names the flag; None if it is sound."""
     if problem := address_problem(config) or range_problem(config):
         return problem
+    if config.quantize and config.tp > 1:
+        return f"--quantize: quantised weights are not divided over devices yet, got --tp {config.tp}: leave out one"
     try:
         _ = config.rules
     except ValueError as error:
