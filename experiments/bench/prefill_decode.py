@@ -93,9 +93,9 @@ def write_llama(folder: Path, size: Size, max_position: int) -> LlamaForCausalLM
     return model
 
 
-def make_engine(folder: Path, tokens: int) -> Engine:
+def make_engine(folder: Path, tokens: int, quantize: str | None = None) -> Engine:
     """Our engine on the checkpoint, started, with room for one sequence of `tokens` and earlier ones."""
-    config, params = checkpoint.load(folder, "float32")
+    config, params = checkpoint.load(folder, "float32", quantize=quantize)
     pages = 3 * (tokens // 64 + 2)
     settings = EngineSettings(num_pages=pages, max_model_len=tokens, max_num_seqs=1)
     engine = Engine(arranged(params, settings.page_size), config, settings)
