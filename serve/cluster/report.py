@@ -43,7 +43,7 @@ class Costs:
         reads = {tier: rate.per_second for tier, rate in model.reads.items()}
         chunks = len(model.prefill.latest)
         prefill, shared = model.prefill.per_second, model.shared.per_second
-        return cls(model.linear_flops, model.attention_flops, prefill, chunks, shared, reads, model.constants)
+        return cls(model.token_flops, model.attention_flops, prefill, chunks, shared, reads, model.constants)
 
     @property
     def model(self) -> CostModel:

@@ -25,7 +25,7 @@ def file_contents(constants: Constants, config: ModelConfig | None, **about: Any
     model = cost_model(config) if config else None
     return {
         "constants": asdict(constants),
-        "linear_flops": model and model.linear_flops,
+        "linear_flops": model and model.token_flops,
         "attention_flops": model and model.attention_flops,
         **about,
     }
@@ -43,9 +43,9 @@ def load_constants(path: str | Path, config: ModelConfig) -> Constants:
             f"{path} is not a cost model: {error}; write one with `python -m experiments.sweep.fit`"
         ) from None
     model = cost_model(config)
-    if (found.linear_flops, found.attention_flops) != (model.linear_flops, model.attention_flops):
+    if (found.linear_flops, found.attention_flops) != (model.token_flops, model.attention_flops):
         raise ValueError(
             f"{path} was fitted to a model of {found.linear_flops} FLOP a token and {found.attention_flops} a pair, "
-            f"expected {model.linear_flops} and {model.attention_flops}: fit one to this model"
+            f"expected {model.token_flops} and {model.attention_flops}: fit one to this model"
         )
     return found.constants

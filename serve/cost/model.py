@@ -8,6 +8,7 @@ server runs. Each tier's bytes a second are always measured. Only the latest mea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -83,15 +84,22 @@ class CostModel:
     """Seconds to prefill and to read pages back. Immutable: a measurement makes a new model."""
 
     linear_flops: float  # for a token, in the layers' matrices
-    attention_flops: float  # for a pair of query and key token, over all layers
+    attention_flops: float  # for a pair of query and key token, over the layers whose attention is full
     prefill: Rate = Rate()  # FLOPs, of steps in which nothing decodes
     shared: Rate = Rate()  # tokens of a prefill times sequences that decode beside it, in the seconds that they add
     reads: Mapping[str, Rate] = field(default_factory=lambda: MappingProxyType({}))  # bytes, by tier
     constants: Constants | None = None  # from a sweep; used instead of the rate of prefill
+    windows: tuple[tuple[int, float], ...] = ()  # of the other layers: keys that a query sees, and FLOPs for each
+
+    @property
+    def token_flops(self) -> float:
+        """FLOPs for a token where every window is full: attention in windows is then a part of the linear term."""
+        return self.linear_flops + sum(window * flops for window, flops in self.windows)
 
     def flops(self, start: int, stop: int) -> float:
         """FLOPs to prefill tokens [start, stop) after `start` others: causal attention is a triangle and a block."""
-        return self.linear_flops * (stop - start) + self.attention_flops * (stop**2 - start**2) / 2
+        full = self.linear_flops * (stop - start) + self.attention_flops * (stop**2 - start**2) / 2
+        return full + sum(flops * (pairs(stop, window) - pairs(start, window)) for window, flops in self.windows)
 
     def prefill_s(self, start: int, stop: int) -> float:
         """Seconds to compute tokens [start, stop); infinite until a sweep or a prefill was measured."""
@@ -115,7 +123,7 @@ class CostModel:
         rate = self.prefill.per_second
         if self.constants or not rate:
             return self.constants
-        return Constants(0.0, self.linear_flops / rate, self.attention_flops / rate)
+        return Constants(0.0, self.token_flops / rate, self.attention_flops / rate)
 
     @property
     def beside_s(self) -> float:
@@ -134,6 +142,12 @@ class CostModel:
         """The model after `size` bytes came from a tier."""
         rate = self.reads.get(tier, Rate()).observed(size, seconds)
         return replace(self, reads=MappingProxyType({**self.reads, tier: rate}))
+
+
+def pairs(tokens: int, window: int) -> float:
+    """Pairs of query and key in the first tokens of a prompt, where a query sees the last `window` keys."""
+    growing = min(tokens, window)
+    return growing**2 / 2 + window * (tokens - growing)
 
 
 class CostTracker:
@@ -156,14 +170,19 @@ def cost_model(config: ModelConfig, constants: Constants | None = None) -> CostM
 
     Matrices: q, k, v, o and the gated feed-forward's three, of the experts that a token goes through and of the router;
     the embedding is a lookup and the head runs once a step.
-    Attention: a query-key product and a value sum of head_dim for each query head.
+    Attention: a query-key product and a value sum of head_dim for each query head; in a layer with a window, over the
+    keys of the window.
     """
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
     outputs = config.num_layers * heads * config.head_dim + sum(3 * units for units in config.active_ffn_sizes)
     if config.experts:
         outputs += config.experts.count * sum(kind.experts for kind in config.layers)
+    pair = 4.0 * config.num_heads * config.head_dim
+    windows = Counter(kind.window for kind in config.layers)
+    full = windows.pop(None, 0)
     return CostModel(
         linear_flops=2.0 * config.embed_size * outputs,
-        attention_flops=4.0 * config.num_layers * config.num_heads * config.head_dim,
+        attention_flops=full * pair,
         constants=constants,
+        windows=tuple((window, count * pair) for window, count in windows.items() if window),
     )

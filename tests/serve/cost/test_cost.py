@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from model.config import ModelConfig, RopeConfig
+from model.config import LayerKind, ModelConfig, RopeConfig
 from serve.cost.file import file_contents, load_constants
 from serve.cost.fit import TERMS, Sample, accuracy, fit_cost_model, held_out, intervals
 from serve.cost.model import (
@@ -122,6 +122,28 @@ def test_a_page_late_in_a_prompt_is_restored_where_an_early_one_is_computed() ->
     model = CostModel(1.0, 1.0, constants=TRUE).was_read("disk", 64_000, 64 * 1e-4)  # 1e-4 s a token
     assert not model.worth_restoring("disk", 0, 64, 64_000)
     assert model.worth_restoring("disk", 20_000, 20_064, 64_000)
+
+
+def test_a_layer_with_a_window_costs_no_more_than_its_window_for_a_token() -> None:
+    windowed = replace(SHAPE, layers=(LayerKind(window=100), LayerKind()))
+    full, model, pair = cost_model(SHAPE), cost_model(windowed), 4 * SHAPE.num_heads * SHAPE.head_dim
+    assert model.flops(0, 100) == full.flops(0, 100)
+    of_window = [min(i + 0.5, 100) for i in range(250)]  # keys of each query, the diagonal counted half
+    saved = sum(i + 0.5 - keys for i, keys in enumerate(of_window)) * pair
+    assert model.flops(0, 250) == pytest.approx(full.flops(0, 250) - saved)
+    assert model.flops(30, 250) + model.flops(0, 30) == pytest.approx(model.flops(0, 250))
+
+
+def test_constants_and_files_count_a_full_window_with_each_token(tmp_path) -> None:
+    windowed = replace(SHAPE, layers=(LayerKind(window=100), LayerKind()))
+    model = cost_model(windowed).prefilled(200, 1000, 1.0)
+    assert model.known is not None
+    assert model.known.compute_s(200, 1000) == pytest.approx(1.0)
+    path = tmp_path / "cost_model.json"
+    path.write_text(json.dumps(file_contents(TRUE, windowed)))
+    assert load_constants(path, windowed) == TRUE
+    with pytest.raises(ValueError, match="fit one to this model"):
+        load_constants(path, replace(SHAPE, layers=(LayerKind(window=50), LayerKind())))
 
 
 @pytest.mark.parametrize("stalled_s", [1.0, 60.0, 3600.0])
