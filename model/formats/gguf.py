@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,21 @@ SERVED = FLOATS | dict.fromkeys(QUANTISED, np.dtype(np.float32))  # the dtype of
 BLOCKS_IN_A_ROW = 512  # at most: the package works on 16 rows at a time, whatever their length
 
 # Names below `blk.N.` and below `model.layers.N.`; what follows, `.weight` or `.bias`, stays.
-PLAIN = {
+ATTENTION = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
+FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
+PLAIN = ATTENTION | FFN_NORM | {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GATES, UPS, DOWNS = EXPERTS = (
+    "ffn_gate_exps",
+    "ffn_up_exps",
+    "ffn_down_exps",
+)  # of all experts of a layer: [experts, out, in]
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 EMBED, HEAD, ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"
@@ -59,6 +62,8 @@ class Architecture:
     layer: Mapping[str, str]
     own: Callable[[GgufFile], Config] = lambda file: {}
     interleaved: bool = False  # whether rows of queries and keys are in the order of llama.cpp's rotation
+    experts: Mapping[str, str] | None = None  # names of an expert's projections, {} for its number
+    fused: bool = False  # whether Hugging Face has the experts of a layer together, transposed, as in gpt-oss
 
 
 def biases(file: GgufFile) -> Config:
@@ -66,10 +71,63 @@ def biases(file: GgufFile) -> Config:
     return {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
 
 
+def mixtral(file: GgufFile) -> Config:
+    """Fields of a Mixtral, which llama.cpp calls a llama with experts."""
+    return {
+        "num_local_experts": file.value("llama.expert_count", int),
+        "num_experts_per_tok": file.value("llama.expert_used_count", int),
+        "sliding_window": None,
+    }
+
+
+def qwen3_moe(file: GgufFile) -> Config:
+    """Fields of a Qwen3 with experts; llama.cpp always makes their weights sum to one."""
+    return biases(file) | {
+        "num_experts": file.value("qwen3moe.expert_count", int),
+        "num_experts_per_tok": file.value("qwen3moe.expert_used_count", int),
+        "moe_intermediate_size": file.value("qwen3moe.expert_feed_forward_length", int),
+        "norm_topk_prob": True,
+    }
+
+
+def gpt_oss(file: GgufFile) -> Config:
+    """Fields of a gpt-oss."""
+    return {
+        "num_local_experts": file.value("gpt-oss.expert_count", int),
+        "num_experts_per_tok": file.value("gpt-oss.expert_used_count", int),
+        "intermediate_size": file.value("gpt-oss.expert_feed_forward_length", int),
+        "sliding_window": file.value("gpt-oss.attention.sliding_window", int),
+    }
+
+
+MIXTRAL = Architecture(
+    "mixtral",
+    ATTENTION | FFN_NORM | {"ffn_gate_inp": "block_sparse_moe.gate"},
+    mixtral,
+    interleaved=True,
+    experts={name: f"block_sparse_moe.experts.{{}}.{own}" for name, own in ((GATES, "w1"), (UPS, "w3"), (DOWNS, "w2"))},
+)
 ARCHITECTURES = {
     "llama": Architecture("llama", PLAIN, biases, interleaved=True),
     "qwen2": Architecture("qwen2", PLAIN),
     "qwen3": Architecture("qwen3", PLAIN | HEAD_NORMS, biases),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        ATTENTION | FFN_NORM | HEAD_NORMS | {"ffn_gate_inp": "mlp.gate"},
+        qwen3_moe,
+        experts={name: f"mlp.experts.{{}}.{own}_proj" for name, own in ((GATES, "gate"), (UPS, "up"), (DOWNS, "down"))},
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        ATTENTION
+        | {
+            "post_attention_norm": "post_attention_layernorm",
+            "attn_sinks": "self_attn.sinks",
+            "ffn_gate_inp": "mlp.router",
+        },
+        gpt_oss,
+        fused=True,
+    ),
 }
 
 
@@ -83,7 +141,8 @@ def architecture_of(file: GgufFile) -> tuple[str, Architecture]:
         )
     if (parts := file.value("split.count", int, 1)) > 1:
         raise ValueError(f"{file.path}: split.count is {parts}, expected one file: merge it with llama-gguf-split")
-    return name, ARCHITECTURES[name]
+    mixed = name == "llama" and file.value("llama.expert_count", int, 0)
+    return name, MIXTRAL if mixed else ARCHITECTURES[name]
 
 
 def read_config(file: GgufFile) -> Config:
@@ -102,13 +161,12 @@ def read_config(file: GgufFile) -> Config:
     head = number("attention.key_length", rotated)
     if (value := number("attention.value_length", head)) != head:
         raise ValueError(f"{file.path}: {name}.attention.value_length is {value}, expected key_length ({head})")
-    if experts := number("expert_count", 0, least=0):
-        raise ValueError(f"{file.path}: {name}.expert_count is {experts}, expected 0: use a dense checkpoint")
     return {
         "model_type": architecture.model_type,
         "vocab_size": file.tensors[EMBED].shape[0],
         "hidden_size": embed,
-        "intermediate_size": number("feed_forward_length"),
+        # Models whose layers all have experts may have no dense one.
+        "intermediate_size": number("feed_forward_length", file.metadata.get(f"{name}.expert_feed_forward_length")),
         "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
@@ -144,13 +202,19 @@ def tensors_of(file: GgufFile) -> dict[str, Tensor]:
         if own == ROPE_FREQS:  # part of the config
             continue
         match = NAME.fullmatch(own)
-        hf_name, order = own, None
-        if match:
-            hf_name = _hf_name(match, architecture)
+        if match is None:
+            found[own] = _tensor(file.path, own, stored)
+        elif match["name"] in EXPERTS and architecture.fused:
+            continue
+        elif match["name"] in EXPERTS and architecture.experts:
+            pattern = f"model.layers.{match['layer']}.{architecture.experts[match['name']]}.{match['rest']}"
+            found |= {pattern.format(i): _tensor(file.path, own, each) for i, each in enumerate(each_of(stored))}
+        else:
+            order = None
             if architecture.interleaved and match["name"] in interleaved:
                 order = row_order(stored.shape[0], interleaved[match["name"]])
-        found[hf_name] = _tensor(file.path, own, stored, order)
-    return found
+            found[_hf_name(match, architecture)] = _tensor(file.path, own, stored, order)
+    return found | (fused_experts(file, name) if architecture.fused else {})
 
 
 def _check_tensors(file: GgufFile, name: str, architecture: Architecture) -> None:
@@ -160,7 +224,8 @@ def _check_tensors(file: GgufFile, name: str, architecture: Architecture) -> Non
             served = ", ".join(kind.name for kind in SERVED)
             raise ValueError(f"{file.path}: {each} is {stored.kind.name}, supported are {served}: use another file")
     layers = range(file.value(f"{name}.block_count", int))
-    of_layers = (f"blk.{i}.{each}.weight" for i in layers for each in architecture.layer)
+    in_layer = (*architecture.layer, *(EXPERTS if architecture.experts or architecture.fused else ()))
+    of_layers = (f"blk.{i}.{each}.weight" for i in layers for each in in_layer)
     for needed in chain((EMBED, "output_norm.weight"), of_layers):
         if needed not in file.tensors:
             raise ValueError(
@@ -168,7 +233,54 @@ def _check_tensors(file: GgufFile, name: str, architecture: Architecture) -> Non
             )
 
 
-def _tensor(path: Path, name: str, stored: StoredTensor, order: np.ndarray | None) -> Tensor:
+def each_of(stored: StoredTensor) -> Iterator[StoredTensor]:
+    """The matrices of experts, [experts, outputs, inputs], one by one."""
+    for data in stored.data.reshape(stored.shape[0], -1):
+        yield StoredTensor(stored.shape[1:], stored.kind, data)
+
+
+def fused_experts(file: GgufFile, name: str) -> dict[str, Tensor]:
+    """gpt-oss' experts as Hugging Face has them: those of a layer together, gate and up by turns, inputs first.
+
+    Raises ValueError if the file lacks one of their biases.
+    """
+    found = {}
+    for layer in range(file.value(f"{name}.block_count", int)):
+        for rest, ending in (("weight", ""), ("bias", "_bias")):
+            parts = []
+            for each in EXPERTS:
+                if (own := f"blk.{layer}.{each}.{rest}") not in file.tensors:
+                    raise ValueError(f"{file.path} lacks {own}, expected all of a {name}: download it again")
+                parts.append(_tensor(file.path, own, file.tensors[own]))
+            gate, up, down = parts
+            prefix = f"model.layers.{layer}.mlp.experts"
+            found[f"{prefix}.gate_up_proj{ending}"] = _by_turns(gate, up)
+            found[f"{prefix}.down_proj{ending}"] = down if rest == "bias" else _transposed(down)
+    return found
+
+
+def _by_turns(gate: Tensor, up: Tensor) -> Tensor:
+    """Two tensors [experts, ffn, *inputs] as one, [experts, *inputs, 2 ffn]: a row of one, a row of the other."""
+    experts, ffn, *inputs = gate.shape
+
+    def read(first: int, stop: int) -> np.ndarray:
+        both = np.stack([gate.values(first, stop), up.values(first, stop)], axis=2)
+        return np.moveaxis(both.reshape(stop - first, 2 * ffn, *inputs), 1, -1)
+
+    return replace(gate, shape=(experts, *inputs, 2 * ffn), nbytes=gate.nbytes + up.nbytes, read=read)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A tensor [experts, outputs, inputs] with the inputs first."""
+    experts, outputs, inputs = tensor.shape
+
+    def read(first: int, stop: int) -> np.ndarray:
+        return tensor.values(first, stop).swapaxes(1, 2)
+
+    return replace(tensor, shape=(experts, inputs, outputs), read=read)
+
+
+def _tensor(path: Path, name: str, stored: StoredTensor, order: np.ndarray | None = None) -> Tensor:
     """A tensor of a file, its rows in `order` if one is given."""
     kind = stored.kind
     rows = stored.data.reshape(stored.shape[0], -1)  # [rows, bytes] uint8
@@ -203,7 +315,10 @@ def row_order(rows: int, heads: int) -> np.ndarray | None:
 def _hf_name(match: re.Match[str], architecture: Architecture) -> str:
     """The Hugging Face name of a tensor; its own for one that the architecture has not."""
     names, prefix = (WHOLE, "") if match["layer"] is None else (architecture.layer, f"model.layers.{match['layer']}.")
-    return f"{prefix}{names[match['name']]}.{match['rest']}" if match["name"] in names else match[0]
+    if match["name"] not in names:
+        return match[0]
+    ending = "" if match["name"] == "attn_sinks" else f".{match['rest']}"
+    return f"{prefix}{names[match['name']]}{ending}"
 
 
 def _rope_scaling(file: GgufFile, name: str, head_dim: int) -> Config | None:
@@ -214,6 +329,8 @@ def _rope_scaling(file: GgufFile, name: str, head_dim: int) -> Config | None:
     if kind == "none":
         return None
     scaling: Config = {"rope_type": kind, "factor": file.value(f"{name}.rope.scaling.factor", float)}
+    if name == "gpt-oss":  # whose config.json says so, and its metadata does not
+        scaling["truncate"] = False
     if kind == "yarn":
         fields = {
             "original_max_position_embeddings": "original_context_length",

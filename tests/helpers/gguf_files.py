@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, RopeScalingType, get_tensor_name_map
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, RopeScalingType, get_tensor_name_map
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file, save_file
@@ -17,8 +18,17 @@ from safetensors.numpy import load_file, save_file
 Kind = GGMLQuantizationType
 # The package dequantises these and cannot quantise to them. Where their half-precision scales are, in bytes of a block.
 DRAWN = {Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
-ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
-INTERLEAVED = ("llama",)  # whose queries and keys llama.cpp rotates in pairs of neighbours
+ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,
+    "mixtral": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
+    "gpt_oss": MODEL_ARCH.GPT_OSS,
+}
+INTERLEAVED = ("llama", "mixtral")  # whose queries and keys llama.cpp rotates in pairs of neighbours
+EXPERT = re.compile(r"(model\.layers\.\d+)\.(mlp|block_sparse_moe)\.experts\.\d+\.(\w+)\.weight")
+FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj(_bias)?")
 
 
 def blocks_of(values: np.ndarray, kind: Kind) -> np.ndarray:
@@ -55,13 +65,15 @@ def write_gguf(
     family = config["model_type"]
     names = get_tensor_name_map(ARCHITECTURES[family], config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    writer = GGUFWriter(path, family)
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[ARCHITECTURES[family]])
     add_sizes(writer, config)
+    add_experts(writer, config)
     metadata(writer)
     stored, kinds, values = {}, {}, {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in with_experts_together(load_file(folder / "model.safetensors")).items():
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        kinds[own] = kind if tensor.ndim > 1 else Kind.F32
+        assert own, name
+        kinds[own] = kind if tensor.ndim > 1 and name.endswith("weight") else Kind.F32
         projection = name.split(".")[-2]
         data = blocks_of(tensor, kinds[own])
         values[name] = dequantize(data, kinds[own]).reshape(tensor.shape)
@@ -75,6 +87,37 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return values
+
+
+def with_experts_together(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors as llama.cpp's converter takes them: the experts of a layer as one, outputs before inputs."""
+    made: dict[str, np.ndarray] = {}
+    grouped: dict[str, list[np.ndarray]] = {}
+    for name in sorted(tensors, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")]):
+        tensor = tensors[name]
+        if match := EXPERT.fullmatch(name):
+            layer, block, own = match.groups()
+            place = "mlp.experts" if block == "mlp" else "feed_forward.experts"
+            layer = layer if block == "mlp" else layer.removeprefix("model.")
+            grouped.setdefault(f"{layer}.{place}.{own}.weight", []).append(tensor)
+        elif match := FUSED.fullmatch(name):
+            prefix, which, bias = match.groups()
+            rows, ending = (tensor, "bias") if bias else (tensor.swapaxes(1, 2), "weight")
+            parts = {"gate": rows[:, ::2], "up": rows[:, 1::2]} if which == "gate_up" else {"down": rows}
+            made |= {f"{prefix}.{own}_proj.{ending}": np.ascontiguousarray(part) for own, part in parts.items()}
+        else:
+            made[f"{name}.weight" if name.endswith("sinks") else name] = tensor
+    return made | {name: np.stack(each) for name, each in grouped.items()}
+
+
+def add_experts(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    """The fields of a mixture of experts."""
+    if count := config.get("num_experts", config.get("num_local_experts")):
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config.get("moe_intermediate_size", config["intermediate_size"]))
+    if config["model_type"] == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
 
 
 def add_sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
