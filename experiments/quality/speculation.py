@@ -31,6 +31,7 @@ from serve.prompt.tokenizer import Tokenizer, load_tokenizer
 
 RESULTS = Path("experiments/results/quality/speculation.json")
 COPY, EDIT, FREE = "copying", "editing", "free text"
+TASKS = 3
 DRAFTS = (0, 4, 8)
 SOURCE_TOKENS = 256
 TOPICS = ("the sea", "a library", "winter", "bread", "a train", "the moon", "a garden", "music")
@@ -70,8 +71,9 @@ def measure(model: Path, drafts: Sequence[int], each: int, count: int, console: 
     for engine in engines.values():
         engine.start()
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for kind, prompt in track(asked, description="answers", console=console):
-        rows = {draft: answered(engine, prompt, count) for draft, engine in engines.items()}
+    for number, (kind, prompt) in enumerate(track(asked, description="answers", console=console)):
+        first = number // TASKS % len(drafts)  # each engine is the first one of as many prompts of a task
+        rows = {draft: answered(engines[draft], prompt, count) for draft in (*drafts[first:], *drafts[:first])}
         for draft, row in rows.items():
             row["speed"] = rows[drafts[0]]["token_ms"] / row["token_ms"]
             row["same"] = float(row["digest"] == rows[drafts[0]]["digest"])
