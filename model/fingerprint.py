@@ -60,6 +60,13 @@ def _hashes_of_run(run: Sequence[Layer]) -> Layer:
     return words
 
 
+def with_pages(name: bytes, kv_dtype: str | None) -> bytes:
+    """The name of a model for the keys of its pages: another where these have a dtype of their own, 32 bytes."""
+    if kv_dtype is None:
+        return name
+    return hashlib.blake2b(name + kv_dtype.encode(), digest_size=32, person=b"tokenzero pages").digest()
+
+
 def _hash(x: jax.Array, kept: int = 0) -> np.ndarray:
     """Two uint32 hashes of the bits of `x` for each index of its first `kept` axes, [2, *kept axes].
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int, Int32, Shaped
 
 from model.config import ModelConfig
+from model.kv_rows import encode, row_size
 
 Pages = Int[jax.Array | np.ndarray, "count"]  # page numbers
 
@@ -21,12 +22,13 @@ Pages = Int[jax.Array | np.ndarray, "count"]  # page numbers
 class KVPool:
     """Keys and values of every page: the one large buffer, donated from step to step.
 
-    A (page, KV head) pair is one contiguous [page_size, head_dim] tile: what a TMA box loads in one copy, and what the
-    blockwise XLA path feeds to a matmul without a transpose.
+    A (page, KV head) pair is one contiguous [page_size, row] tile: what a TMA box loads in one copy, and what the
+    blockwise XLA path feeds to a matmul without a transpose. A row has head_dim elements, or more if it is quantised
+    (`model/kv_rows.py`).
     """
 
-    k: Float[jax.Array, "layers pages kv_heads page_size head_dim"]
-    v: Float[jax.Array, "layers pages kv_heads page_size head_dim"]
+    k: Shaped[jax.Array, "layers pages kv_heads page_size row"]
+    v: Shaped[jax.Array, "layers pages kv_heads page_size row"]
 
     @property
     def num_pages(self) -> int:
@@ -38,17 +40,23 @@ class KVPool:
         """Tokens in a page."""
         return self.k.shape[3]
 
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a key or value."""
+        return self.k.shape[4] - row_size(0, self.k.dtype)
+
 
 def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:
-    """Bytes that one token's keys and values take over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    """Bytes that one token's keys and values take over all layers, in a pool of this dtype."""
+    row = row_size(config.head_dim, dtype) * jnp.dtype(dtype).itemsize
+    return 2 * config.num_layers * config.num_kv_heads * row
 
 
 def empty_pool(
     config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike, sharding: jax.sharding.Sharding | None = None
 ) -> KVPool:
     """A pool of zeros for `num_pages` pages of `page_size` tokens, made where it belongs: on each device its part."""
-    shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
+    shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, row_size(config.head_dim, dtype))
     return KVPool(k=jnp.zeros(shape, dtype, device=sharding), v=jnp.zeros(shape, dtype, device=sharding))
 
 
@@ -74,12 +82,12 @@ def write(
     4.8 TB/s, for a cold prompt of 53,248 tokens, which takes 1.4e15 floating-point operations.
     """
     return KVPool(
-        k=pool.k.at[layer, pages, :, offsets].set(k.astype(pool.k.dtype), mode="drop"),
-        v=pool.v.at[layer, pages, :, offsets].set(v.astype(pool.v.dtype), mode="drop"),
+        k=pool.k.at[layer, pages, :, offsets].set(encode(k, pool.k.dtype), mode="drop"),
+        v=pool.v.at[layer, pages, :, offsets].set(encode(v, pool.v.dtype), mode="drop"),
     )
 
 
-def gather_pages(pool: KVPool, pages: Pages) -> Float[jax.Array, "count 2 layers kv_heads page_size head_dim"]:
+def gather_pages(pool: KVPool, pages: Pages) -> Shaped[jax.Array, "count 2 layers kv_heads page_size row"]:
     """A copy of whole pages, keys before values: each page is one run of bytes."""
     return jnp.moveaxis(jnp.stack([pool.k[:, pages], pool.v[:, pages]]), 2, 0)
 
@@ -87,10 +95,10 @@ def gather_pages(pool: KVPool, pages: Pages) -> Float[jax.Array, "count 2 layers
 def scatter_pages(
     pool: KVPool,
     pages: Pages,
-    data: Float[jax.Array | np.ndarray, "count 2 layers kv_heads page_size head_dim"],
+    data: Shaped[jax.Array | np.ndarray, "count 2 layers kv_heads page_size row"],
 ) -> KVPool:
     """Write pages that `gather_pages` copied to `pages` of the pool; an out-of-range page is dropped."""
-    k, v = jnp.moveaxis(data, 0, 2)  # [layers, count, kv_heads, page_size, head_dim]
+    k, v = jnp.moveaxis(data, 0, 2)  # [layers, count, kv_heads, page_size, row]
     return KVPool(k=pool.k.at[:, pages].set(k, mode="drop"), v=pool.v.at[:, pages].set(v, mode="drop"))
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from model.batch import NO_WINDOW, Batch, Sinks, Window
 from model.kv import KVPool
+from model.kv_rows import decode
 
 
 def reference(
@@ -26,8 +27,8 @@ def reference(
         length = prefix + stop - start
         pages = batch.block_table[s, : -(-length // pool.page_size)]
         k, v = (
-            jnp.einsum("bkpd->bpkd", side[layer, pages]).reshape(-1, kv_heads, head_dim)[:length].astype(jnp.float32)
-            for side in (pool.k, pool.v)
+            jnp.einsum("bkpd->bpkd", tile).reshape(-1, kv_heads, head_dim)[:length].astype(jnp.float32)
+            for tile in (decode(side[layer, pages], jnp.float32) for side in (pool.k, pool.v))
         )
         scores = jnp.einsum("qkgd,ckd->kgqc", q[start:stop].astype(jnp.float32), k) * head_dim**-0.5
         key, query = jnp.arange(length), prefix + jnp.arange(stop - start)[:, None]

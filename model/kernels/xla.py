@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Int32
 
 from model.batch import MASKED, NO_WINDOW, Array, Batch, Sinks, Window, by_sequence, by_token
 from model.kv import KVPool
+from model.kv_rows import decode, encode
 
 # Keys of the prefix in a block with a mask: half of such a block, on average, is wasted.
 MASKED_BLOCK = 256
@@ -44,14 +45,15 @@ def blockwise(
 ) -> Float[jax.Array, "tokens kv_heads group head_dim"]:
     """The XLA path of `paged_attention`: same arguments, same result.
 
-    The chunk attends to its own keys `k` first, then to the pages of its prefix.
+    The chunk attends to its own keys `k` first, as the pool holds them, then to the pages of its prefix.
     """
     tokens, kv_heads, group, head_dim = q.shape
     seqs, chunk = batch.prefix.shape[0], batch.max_chunk
     # Query rows are ordered by position, then head of the group, so the queries from any position on are one slice.
     queries = jnp.einsum("sqkgd->skqgd", by_sequence(q * head_dim**-0.5, batch))
     queries = queries.reshape(seqs, kv_heads, chunk * group, head_dim)
-    keys, values = (jnp.einsum("sckd->skcd", by_sequence(x.astype(pool.k.dtype), batch)) for x in (k, v))
+    own = (decode(encode(x, pool.k.dtype), q.dtype) for x in (k, v))
+    keys, values = (jnp.einsum("sckd->skcd", by_sequence(x, batch)) for x in own)
 
     # A window as long as the block table masks nothing, so layers without one lose no time beside others in a scan.
     window = NO_WINDOW if window is None else window
@@ -89,7 +91,7 @@ def attend(
         # Gathered head by head, so that the tiles land in the order of the matmul and no transpose copies them;
         # without bounds checks, since a block table names pages of the pool.
         tiles = (side.at[layer, ids, heads].get(mode="promise_in_bounds") for side in (pool.k, pool.v))
-        keys, values = (tile.reshape(seqs, kv_heads, -1, head_dim) for tile in tiles)
+        keys, values = (decode(tile, queries.dtype).reshape(seqs, kv_heads, -1, head_dim) for tile in tiles)
         return keys, values
 
     def whole_block(b: jax.Array, state: Softmax) -> Softmax:
@@ -139,7 +141,7 @@ def attend_in_window(
         first = oldest // block + b  # [seqs, 1]: the block of each sequence
         ids = jnp.take_along_axis(table, first * pages + jnp.arange(pages), axis=1, mode="clip")
         tiles = (side.at[layer, ids[:, None], heads].get(mode="clip") for side in (pool.k, pool.v))
-        keys, values = (tile.reshape(seqs, kv_heads, -1, head_dim) for tile in tiles)
+        keys, values = (decode(tile, queries.dtype).reshape(seqs, kv_heads, -1, head_dim) for tile in tiles)
         slots = first * block + jnp.arange(block)  # [seqs, slots]
         seen = (slots < prefix)[:, None] & (slots[:, None] > positions[..., None] - window)  # [seqs, query_rows, slots]
         scores = jnp.where(seen[:, None], score(queries, keys), MASKED)

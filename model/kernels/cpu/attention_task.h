@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common.h"
+#include "kv_rows.h"
 
 namespace {
 namespace attention {
@@ -48,8 +49,8 @@ inline Vec power_of_2(Vec x) {
 
 struct Problem {
   const float* q;          // [tokens, kv_heads, group, dim]
-  const float* k;          // [pages, kv_heads, page_size, dim], of the layer
-  const float* v;          // likewise
+  const char* k;           // [pages, kv_heads, page_size] rows, of the layer
+  const char* v;           // likewise
   const int32_t* starts;   // [seqs + 1]
   const int32_t* prefix;   // [seqs]
   const int32_t* table;    // [seqs, width]
@@ -57,6 +58,7 @@ struct Problem {
   int64_t tokens, kv_heads, group, dim, pages, page_size, seqs, width;
   int64_t window;          // keys that a query sees, itself included
   const float* sinks;      // [kv_heads, group], logits that have no value; null if there are none
+  kv::Rows kind;           // of k and v
 
   // The first key that a query row sees.
   int64_t oldest(int64_t s, int64_t row) const { return std::max<int64_t>(prefix[s] + row / group - window + 1, 0); }
@@ -65,10 +67,19 @@ struct Problem {
   int64_t at(int64_t s, int64_t head, int64_t row) const {
     return ((starts[s] + row / group) * kv_heads * group + head * group + row % group) * dim;
   }
-  // Offset of a key or its value in the pool; a page out of range, which nothing is written to, is read as the nearest.
+  // The row of a key or its value in the pool; a page out of range, which nothing is written to, is read as the nearest.
   int64_t place(int64_t s, int64_t head, int64_t position) const {
     const int64_t page = std::clamp<int64_t>(table[s * width + position / page_size], 0, pages - 1);
-    return ((page * kv_heads + head) * page_size + position % page_size) * dim;
+    return (page * kv_heads + head) * page_size + position % page_size;
+  }
+  const char* row(const char* side, int64_t place) const { return side + place * kv::bytes_of(kind, dim); }
+  // Keys or values from a row on, as floats: in place, or decoded to `room`.
+  const float* floats(const char* side, int64_t place, int64_t slots, float* room) const {
+    return kv::decoded(kind, row(side, place), slots, dim, room);
+  }
+  // Where the next ones are read from, to be fetched early; of what is decoded, the room, which is there already.
+  const float* next(const char* side, int64_t place, const float* room) const {
+    return kind == kv::Rows::FLOAT32 ? reinterpret_cast<const float*>(row(side, place)) : room;
   }
   // Keys from this one on that lie in one page, at most a block of them.
   int64_t slots(int64_t position, int64_t end, int64_t block) const {
@@ -137,7 +148,14 @@ struct Scratch {
   alignas(64) float scores[KEYS * ROWS];
   alignas(64) float peak[STRIPS * ROWS];
   alignas(64) float weight[STRIPS * ROWS];
-  Room queries, total;
+  Room queries, total, keys, values;
+
+  // Of a block of keys and values that are decoded: [KEYS, dim], and what a whole vector of them reads beyond.
+  void reserve_block(const Problem& p) {
+    if (p.kind == kv::Rows::FLOAT32) return;
+    keys.reserve((KEYS + ALIGNMENT) * p.dim);
+    values.reserve((KEYS + ALIGNMENT) * p.dim);
+  }
 };
 
 // The softmax of a task's query before its first key: empty, or its sink, which the first of several splits counts.
@@ -247,14 +265,17 @@ void many(const Problem& p, const Task& t, Scratch& s) {
     for (int64_t d = 0; d < p.dim; ++d) queries[r / ROWS * size + d * ROWS + r % ROWS] = query[d] * scale;
     begin_row(p, t, r, s);
   }
-  const int64_t begin = p.place(t.seq, t.head, t.begin), size_of_first = p.slots(t.begin, t.end, KEYS) * p.dim;
-  fetch(p.k + begin, size_of_first);
-  fetch(p.v + begin, size_of_first);
+  const int64_t begin = p.place(t.seq, t.head, t.begin);
+  const int64_t size_of_first = p.slots(t.begin, t.end, KEYS) * kv::bytes_of(p.kind, p.dim) / 4;
+  fetch(reinterpret_cast<const float*>(p.row(p.k, begin)), size_of_first);
+  fetch(reinterpret_cast<const float*>(p.row(p.v, begin)), size_of_first);
+  s.reserve_block(p);
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
     slots = p.slots(key, t.end, KEYS);
     const int64_t place = p.place(t.seq, t.head, key);
     const int64_t next = key + slots < t.end ? p.place(t.seq, t.head, key + slots) : place;
-    const Block b = {p.k + place, p.v + place, p.k + next, p.v + next, slots};
+    const Block b = {p.floats(p.k, place, slots, s.keys.begin), p.floats(p.v, place, slots, s.values.begin),
+                     p.next(p.k, next, s.keys.begin), p.next(p.v, next, s.values.begin), slots};
     for (int64_t i = 0; i < strips; ++i) {
       const int64_t rows = std::min<int64_t>(count - i * ROWS, ROWS), vecs = (rows + LANES - 1) / LANES;
       const int64_t seen_from = (key - p.prefix[t.seq]) * p.group - t.first - i * ROWS;
@@ -274,6 +295,7 @@ void many(const Problem& p, const Task& t, Scratch& s) {
 template <int COUNT>
 void few(const Problem& p, const Task& t, Scratch& s) {
   const int64_t vecs = p.dim / LANES;
+  s.reserve_block(p);
   float *queries = s.queries.zeros(COUNT * p.dim), *total = s.total.zeros(COUNT * p.dim);
   const float scale = scale_of(p);
   for (int r = 0; r < COUNT; ++r) {
@@ -284,8 +306,9 @@ void few(const Problem& p, const Task& t, Scratch& s) {
   for (int64_t key = t.begin, slots; key < t.end; key += slots) {
     slots = p.slots(key, t.end, FEW_KEYS);
     const int64_t place = p.place(t.seq, t.head, key);
-    const float *keys = p.k + place, *values = p.v + place;
-    const float* next = key + slots < t.end ? p.k + p.place(t.seq, t.head, key + slots) : keys;
+    const float* keys = p.floats(p.k, place, slots, s.keys.begin);
+    const float* values = p.floats(p.v, place, slots, s.values.begin);
+    const float* next = key + slots < t.end ? p.next(p.k, p.place(t.seq, t.head, key + slots), keys) : keys;
     for (int64_t slot = 0; slot < slots; ++slot) {
       fetch(values + slot * p.dim, p.dim);
       Vec sums[COUNT] = {};

@@ -127,8 +127,8 @@ class Decoder {
     this->problem.out = attended.begin;
   }
 
-  // One layer, whose pages are `k` and `v`, [pages, kv_heads, page_size, dim].
-  void layer(const Layer& w, float* k, float* v) {
+  // One layer, whose pages are `k` and `v`, [pages, kv_heads, page_size] rows.
+  void layer(const Layer& w, char* k, char* v) {
     by_block([&](const auto& tokens) { before_attention(tokens, w, k, v); });
     problem.k = k;
     problem.v = v;
@@ -181,7 +181,7 @@ class Decoder {
   }
 
   template <typename Tokens>
-  void before_attention(const Tokens& tokens, const Layer& w, float* k, float* v) {
+  void before_attention(const Tokens& tokens, const Layer& w, char* k, char* v) {
     norms(tokens, w.attn_norm);
     tokens.product({normed.begin, s.embed, w.qkv, s.embed}, s.qkv_size(), [&](int64_t token, int64_t panel, float* sums) {
       const int64_t at = panel * matmul::PANEL;
@@ -250,7 +250,7 @@ class Decoder {
   }
 
   // Queries, keys and values of one token: normed if the model does that, rotated, and put where attention reads them.
-  void place(const Layer& w, int64_t token, float* k, float* v) {
+  void place(const Layer& w, int64_t token, char* k, char* v) {
     const int64_t seq = std::upper_bound(s.starts, s.starts + s.seqs + 1, static_cast<int32_t>(token)) - s.starts - 1;
     const int64_t position = s.prefix[seq] + token - s.starts[seq];
     const int64_t page = s.table[seq * s.width + position / s.page_size];
@@ -264,10 +264,14 @@ class Decoder {
       }
       if (page < 0 || page >= s.pages) continue;
       float *key = from + s.group * s.dim, *value = key + s.dim;
-      const int64_t at = ((page * s.kv_heads + head) * s.page_size + position % s.page_size) * s.dim;
+      const int64_t row = (page * s.kv_heads + head) * s.page_size + position % s.page_size;
+      const int64_t at = row * kv::bytes_of(problem.kind, s.dim);
       if (w.k_norm) norm(key, w.k_norm, s.eps, s.dim, key);
-      rotate(key, cos, sin, s.pairs, s.dim, k + at);
-      std::memcpy(v + at, value, s.dim * sizeof(float));
+      const bool in_place = problem.kind == kv::Rows::FLOAT32;
+      float* rotated = in_place ? reinterpret_cast<float*>(k + at) : from;  // over a query that was rotated already
+      rotate(key, cos, sin, s.pairs, s.dim, rotated);
+      if (!in_place) kv::encode(problem.kind, rotated, s.dim, k + at);
+      kv::encode(problem.kind, value, s.dim, v + at);
     }
   }
 
@@ -295,8 +299,7 @@ class Decoder {
   Region<Scratch> region;  // last, so that it is closed before what its threads read is gone
 };
 
-ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S32 starts, S32 prefix, S32 table,
-                  S32 windows,
+ffi::Error Layers(ffi::ThreadPool pool, F32 x, Any k, Any v, F32 cos, F32 sin, S32 starts, S32 prefix, S32 table, S32 windows,
                   F32 attn_norm, Any qkv, F32 qkv_bias, F32 q_norm, F32 k_norm, Any out,
                   F32 out_bias, F32 mlp_norm, Any gate_up, F32 gate_up_bias, Any down,
                   F32 down_bias, F32 router, F32 router_bias, F32 correction, Any experts_gate_up,
@@ -304,23 +307,28 @@ ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S
                   F32 qkv_scales, F32 qkv_offsets, F32 out_scales, F32 out_offsets, F32 gate_up_scales,
                   F32 gate_up_offsets, F32 down_scales, F32 down_offsets, F32 experts_gate_up_scales,
                   F32 experts_gate_up_offsets, F32 experts_down_scales, F32 experts_down_offsets,
-                  ffi::ResultBuffer<ffi::F32> x_out, ffi::ResultBuffer<ffi::F32> k_out,
-                  ffi::ResultBuffer<ffi::F32> v_out, float eps, int64_t first, int64_t experts, int64_t per_token,
+                  ffi::ResultBuffer<ffi::F32> x_out, ffi::Result<ffi::AnyBuffer> k_out,
+                  ffi::Result<ffi::AnyBuffer> v_out, float eps, int64_t first, int64_t experts, int64_t per_token,
                   int64_t groups, int64_t chosen_groups, bool sigmoid, bool renormalize, float scaling, float factor,
                   float limit, int64_t heads, int64_t ffn, int64_t expert_ffn, ffi::Span<const int64_t> quantised) {
-  const auto shape = k.dimensions();  // [layers, pages, kv_heads, page_size, dim]
-  const int64_t layers = attn_norm.dimensions()[0], kv_heads = shape[2], page_size = shape[3], dim = shape[4];
+  kv::Rows kind;
+  if (!kv::known(k.element_type(), kind)) return ffi::Error::InvalidArgument("k is neither F32, S8 nor U8");
+  const auto shape = k.dimensions();  // [layers, pages, kv_heads, page_size, row]
+  const int64_t layers = attn_norm.dimensions()[0], kv_heads = shape[2], page_size = shape[3], dim = kv::dim_of(kind, shape[4]);
   const int64_t seqs = prefix.dimensions()[0], embed = x.dimensions()[1];
-  for (const auto& [from, to] : {std::pair{&x, &x_out}, {&k, &k_out}, {&v, &v_out}})
-    if (from->typed_data() != (*to)->typed_data())  // XLA gives them the same memory, unless it must not
-      std::memcpy((*to)->typed_data(), from->typed_data(), from->size_bytes());
+  const auto keep = [](void* to, const void* from, size_t size) {
+    if (from != to) std::memcpy(to, from, size);  // XLA gives them the same memory, unless it must not
+  };
+  keep(x_out->typed_data(), x.typed_data(), x.size_bytes());
+  keep(k_out->untyped_data(), k.untyped_data(), k.size_bytes());
+  keep(v_out->untyped_data(), v.untyped_data(), v.size_bytes());
   const Step step = {starts.typed_data()[seqs], embed, ffn, kv_heads, heads / kv_heads, dim, page_size,
                      shape[1], seqs, table.dimensions()[1], cos.dimensions()[1], eps, starts.typed_data(),
                      prefix.typed_data(), table.typed_data(), cos.typed_data(), sin.typed_data(), x_out->typed_data()};
   if (!step.tokens) return ffi::Error::Success();
   const attention::Problem problem = {nullptr, nullptr, nullptr, step.starts, step.prefix, step.table, nullptr,
                                       step.tokens, kv_heads, step.group, dim, step.pages, page_size, seqs, step.width,
-                                      0, nullptr};
+                                      0, nullptr, kind};
   const experts::Config config = {experts, per_token, groups, chosen_groups, sigmoid, renormalize, scaling, factor, limit};
   Decoder decoder(pool, step, problem, config, expert_ffn);
   const Matrix m[] = {{qkv, qkv_scales, qkv_offsets, quantised[0]},
@@ -329,7 +337,7 @@ ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S
                       {down, down_scales, down_offsets, quantised[3]},
                       {experts_gate_up, experts_gate_up_scales, experts_gate_up_offsets, quantised[4]},
                       {experts_down, experts_down_scales, experts_down_offsets, quantised[5]}};
-  const int64_t pages = shape[1] * kv_heads * page_size * dim;
+  const int64_t pages = k.size_bytes() / shape[0];
   for (int64_t i = 0; i < layers; ++i)
     decoder.layer({of_layer(attn_norm, i), m[0].of(i), of_layer(qkv_bias, i), of_layer(q_norm, i),
                    of_layer(k_norm, i), m[1].of(i), of_layer(out_bias, i), of_layer(mlp_norm, i),
@@ -337,7 +345,8 @@ ffi::Error Layers(ffi::ThreadPool pool, F32 x, F32 k, F32 v, F32 cos, F32 sin, S
                    {{of_layer(router, i)}, of_layer(router_bias, i), of_layer(correction, i), m[4].of(i),
                     of_layer(experts_gate_up_bias, i), m[5].of(i), of_layer(experts_down_bias, i)},
                    windows.typed_data()[i], of_layer(sinks, i)},
-                  k_out->typed_data() + (first + i) * pages, v_out->typed_data() + (first + i) * pages);
+                  static_cast<char*>(k_out->untyped_data()) + (first + i) * pages,
+                  static_cast<char*>(v_out->untyped_data()) + (first + i) * pages);
   return ffi::Error::Success();
 }
 
@@ -370,7 +379,7 @@ ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, Any head, 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_layers, Layers,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<F32>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>()
                                   .Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>()
                                   .Arg<F32>().Arg<Any>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<Any>()
                                   .Arg<F32>().Arg<F32>().Arg<Any>().Arg<F32>().Arg<Any>().Arg<F32>()
@@ -378,7 +387,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_layers, Layers,
                                   .Arg<F32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
-                                  .Ret<F32>().Ret<F32>().Ret<F32>()
+                                  .Ret<F32>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
                                   .Attr<float>("eps").Attr<int64_t>("first").Attr<int64_t>("experts")
                                   .Attr<int64_t>("per_token").Attr<int64_t>("groups").Attr<int64_t>("chosen_groups")
                                   .Attr<bool>("sigmoid").Attr<bool>("renormalize").Attr<float>("scaling")

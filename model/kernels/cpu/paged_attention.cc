@@ -9,8 +9,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
-                          ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> starts,
+ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                          ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> starts,
                           ffi::Buffer<ffi::S32> prefix, ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> window,
                           ffi::Buffer<ffi::F32> sinks,
                           ffi::ResultBuffer<ffi::F32> out) {
@@ -20,10 +20,12 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
                                        std::to_string(pages[0]));
   if (*window.typed_data() < 1)
     return ffi::Error::InvalidArgument("window is " + std::to_string(*window.typed_data()) + ", expected at least 1");
-  const int64_t in_layer = pages[1] * pages[2] * pages[3] * pages[4];
+  kv::Rows kind;
+  if (!kv::known(k.element_type(), kind)) return ffi::Error::InvalidArgument("k is neither F32, S8 nor U8");
+  const int64_t before = *layer.typed_data() * (k.size_bytes() / pages[0]);
   const attention::Problem p = {q.typed_data(),
-                     k.typed_data() + *layer.typed_data() * in_layer,
-                     v.typed_data() + *layer.typed_data() * in_layer,
+                     static_cast<const char*>(k.untyped_data()) + before,
+                     static_cast<const char*>(v.untyped_data()) + before,
                      starts.typed_data(),
                      prefix.typed_data(),
                      table.typed_data(),
@@ -37,7 +39,8 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
                      prefix.dimensions()[0],
                      table.dimensions()[1],
                      *window.typed_data(),
-                     sinks.element_count() ? sinks.typed_data() : nullptr};
+                     sinks.element_count() ? sinks.typed_data() : nullptr,
+                     kind};
   // Padding is zero: later layers would turn undefined values into NaN.
   const int64_t token = p.kv_heads * p.group * p.dim;
   std::fill(p.out + p.starts[p.seqs] * token, p.out + p.tokens * token, 0.0f);
@@ -56,8 +59,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_paged_attention, PagedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

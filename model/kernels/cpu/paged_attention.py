@@ -13,6 +13,7 @@ from jaxtyping import Float, Float32
 from model.batch import NO_WINDOW, Batch, Sinks, Window
 from model.kernels.cpu.build import PAGED_ATTENTION
 from model.kv import KVPool
+from model.kv_rows import is_quantized
 
 ALIGNMENT = 4  # head_dim and page_size are multiples of it, as of the constant of this name in the kernel
 
@@ -40,13 +41,15 @@ def paged_attention(
 
 def unsupported_reason(q: jax.Array, pool: KVPool) -> str | None:
     """Why the kernel cannot compute this, and what it supports; None if it can."""
-    for name, array in (("q", q), ("k", pool.k), ("v", pool.v)):
-        if array.dtype != jnp.float32:
-            return f"dtype of {name} is {array.dtype.name}, supported is float32"
+    if q.dtype != jnp.float32:
+        return f"dtype of q is {q.dtype.name}, supported is float32"
+    for name, array in (("k", pool.k), ("v", pool.v)):
+        if array.dtype != jnp.float32 and not is_quantized(array.dtype):
+            return f"dtype of {name} is {array.dtype.name}, supported are float32 and quantised rows"
     for name, found, expected in (
         ("shape of v", pool.v.shape, pool.k.shape),
         ("KV heads of q", q.shape[1], pool.k.shape[2]),
-        ("head_dim of q", q.shape[3], pool.k.shape[4]),
+        ("head_dim of q", q.shape[3], pool.head_dim),
     ):
         if found != expected:
             return f"{name} is {found}, the pool's is {expected}"

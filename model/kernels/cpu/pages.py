@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from model.kernels.cpu.build import SCATTER_PAGES
 from model.kv import KVPool, Pages
@@ -13,7 +13,7 @@ from model.kv import KVPool, Pages
 def scatter_pages(
     pool: KVPool,
     pages: Pages,  # int32
-    data: Float[jax.Array | np.ndarray, "count 2 layers kv_heads page_size head_dim"],
+    data: Shaped[jax.Array | np.ndarray, "count 2 layers kv_heads page_size row"],
 ) -> KVPool:
     """As `model.kv.scatter_pages`, in place; its caller donates the pool. Raises ValueError for data of another dtype.
 
