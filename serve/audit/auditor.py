@@ -70,7 +70,7 @@ def attach(engine: Engine, settings: AuditSettings) -> None:
     sizes = engine.settings
     if sizes.audit_pages:
         pool, chunk = engine.core.memory.pool, sizes.max_mixed_prefill_tokens
-        engine.idle_work = Auditor(settings, engine.core.programs, pool, sizes.audit_pages, sizes.dtype, chunk)
+        engine.idle_work = Auditor(settings, engine.core.programs, pool, sizes.audit_pages, sizes.page_dtype, chunk)
 
 
 def auditor_of(engine: Engine) -> Auditor | None:

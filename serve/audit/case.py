@@ -31,9 +31,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int = VERSION
     time: str  # ISO 8601, UTC
-    fingerprint: str  # of the model, hexadecimal
+    fingerprint: str  # of the model and the dtype of its pages, hexadecimal
     root: str  # key of the pages' parent, hexadecimal: a digest of fingerprint, page size and salt
     page_size: int
+    kv_dtype: str | None = None
     max_prefill_tokens: int
     dtype: str
     quantize: str | None = None
@@ -60,6 +61,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
             fingerprint=engine.fingerprint.hex(),
             root=root.hex(),
             page_size=settings.page_size,
+            kv_dtype=settings.kv_dtype,
             max_prefill_tokens=settings.max_prefill_tokens,
             dtype=settings.dtype,
             quantize=settings.quantize,

@@ -18,6 +18,7 @@ from cache.lmdb_env import StoreError
 from cache.pool import pages_for
 from cache.tiers import Tiers
 from model import checkpoint
+from model.fingerprint import with_pages
 from model.kernels.dispatch import arranged
 from model.rope_scaling import parse_rope_scaling, with_rope_scaling
 from serve.audit.auditor import MIN_PAGES, AuditSettings, attach, auditor_of
@@ -68,9 +69,10 @@ def replay(
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
     fingerprint = checkpoint.fingerprint(config, params)
-    if fingerprint.hex() != case.fingerprint:
-        raise ValueError(f"--model: {folder} has fingerprint {fingerprint.hex()}, the file {case.fingerprint}")
-    if root_key(fingerprint, case.page_size, salt).hex() != case.root:
+    of_pages = with_pages(fingerprint, case.kv_dtype)
+    if of_pages.hex() != case.fingerprint:
+        raise ValueError(f"--model: {folder} has fingerprint {of_pages.hex()}, the file {case.fingerprint}")
+    if root_key(of_pages, case.page_size, salt).hex() != case.root:
         raise ValueError("--salt: it is not the one of the file's sequence")
     params = arranged(params, case.page_size, consume=True)
     tokens = np.asarray(case.tokens, np.int32)
@@ -115,6 +117,7 @@ def settings_for(case: Case) -> EngineSettings:
         max_num_seqs=1,
         max_prefill_tokens=case.max_prefill_tokens,
         dtype=case.dtype,
+        kv_dtype=case.kv_dtype,
         audit_pages=max(pages + 2, MIN_PAGES),
     )
 

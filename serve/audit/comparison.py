@@ -12,6 +12,7 @@ import numpy as np
 
 from cache.tier import Payload
 from model.kv import KVPool, gather_pages
+from model.kv_rows import decode
 from serve.audit.findings import Mismatch
 from serve.engine.page_copies import pages_sharding
 from serve.engine.programs import LAST_RANK, Programs
@@ -19,7 +20,9 @@ from serve.engine.programs import LAST_RANK, Programs
 # The largest allowed difference, as a share of the largest value of the same token: in a page's keys or values of one
 # layer, or in the logits. In float32 it is the project's bound on exactness. In bfloat16, whose steps are 2^-8 of a
 # value, chunks of different lengths of one prompt differ by less than a quarter of this (two layers, on a CPU).
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+# Where pages are quantised, rounding that differs a little may take a number to the next step, 1/127 of its row's
+# largest or 1/8 of itself, and later layers build on it.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.1, "fp8": 0.5}
 # Pages that are compared at once, and read from the tiers at once.
 COMPARED = 4
 
@@ -30,7 +33,7 @@ class PageComparison:
 
     gather: Callable[..., jax.Array]
     measure: Callable[..., tuple[jax.Array, jax.Array]]
-    shape: tuple[int, ...]  # COMPARED, k and v, layers, kv_heads, page_size, head_dim
+    shape: tuple[int, ...]  # COMPARED, k and v, layers, kv_heads, page_size, row
     dtype: np.dtype
     bound: float  # as in TOLERANCE
 
@@ -92,11 +95,11 @@ class PageComparison:
 
 
 def distances(
-    ours: jax.Array,  # [pages, k and v, layers, kv_heads, page_size, head_dim]
+    ours: jax.Array,  # [pages, k and v, layers, kv_heads, page_size, row]
     theirs: jax.Array,  # the same
 ) -> tuple[jax.Array, jax.Array]:
     """Each token's largest difference, and its largest value in `ours`: [pages, k and v, layers, page_size] float32."""
-    a, b = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+    a, b = (decode(rows, jnp.float32).astype(jnp.float32) for rows in (ours, theirs))
     return jnp.abs(a - b).max((3, 5)), jnp.abs(a).max((3, 5))
 
 

@@ -155,9 +155,7 @@ def load(config: ClusterConfig) -> tuple[Engine, Constrainer, Identity]:
 
 def token_bytes(engine: Engine) -> int:
     """Bytes of KV that a token has."""
-    import jax
-    import numpy as np
-
     from model.kv import bytes_per_token
+    from model.kv_rows import pool_dtype
 
-    return bytes_per_token(engine.config, np.dtype(jax.numpy.dtype(engine.settings.dtype)))
+    return bytes_per_token(engine.config, pool_dtype(engine.settings.page_dtype))

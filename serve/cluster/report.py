@@ -19,7 +19,7 @@ class Identity:
 
     version: int  # see `wire.VERSION`
     flags: str  # `ClusterConfig.version`
-    fingerprint: bytes  # of the model and its weights
+    fingerprint: bytes  # of the model, its weights and the dtype of its pages
     tokenizer: bytes  # `serve.prompt.tokenizer.identity`
     settings: EngineSettings
     vocab_size: int

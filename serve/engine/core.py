@@ -22,13 +22,13 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import numpy as np
 
 from cache.prefix_cache import PrefixCache
 from cache.tiers import Tiers
 from model.config import ModelConfig
 from model.kv import empty_pool
+from model.kv_rows import pool_dtype
 from model.params import Params
 from model.sharding import make_mesh, pool_sharding
 from serve.cost.model import Constants, CostTracker, cost_model
@@ -77,7 +77,7 @@ class EngineCore:
         self.settings, self.inbox = settings, inbox
         self.programs = user_programs(make_mesh(config, settings.tensor_parallel))
 
-        pages, dtype = settings.num_pages + settings.audit_pages, jax.numpy.dtype(settings.dtype)
+        pages, dtype = settings.num_pages + settings.audit_pages, pool_dtype(settings.page_dtype)
         place = pool_sharding(config, self.programs.mesh)
         new_pool = partial(empty_pool, config, pages, settings.page_size, dtype, place)
         new_cache = partial(PrefixCache, settings.num_pages, settings.page_size, fingerprint)

@@ -26,6 +26,7 @@ import numpy as np
 
 from cache.tiers import Tiers
 from model.config import ModelConfig
+from model.fingerprint import with_pages
 from model.params import Params
 from serve.cost.model import Constants, CostModel
 from serve.engine.core import EngineCore
@@ -79,9 +80,9 @@ class Engine:
                 f"max_model_len is {settings.max_model_len} tokens, but {settings.num_pages} pages of "
                 f"{settings.page_size} hold {capacity}: lower --max-model-len or raise --kv-pool-bytes"
             )
-        self.config, self.settings, self.fingerprint = config, settings, fingerprint
+        self.config, self.settings, self.fingerprint = config, settings, with_pages(fingerprint, settings.kv_dtype)
         self.inbox = Inbox()
-        self.core = EngineCore(params, config, settings, fingerprint, tiers, self.inbox, on_progress, costs)
+        self.core = EngineCore(params, config, settings, self.fingerprint, tiers, self.inbox, on_progress, costs)
         self.core.on_first_token = self._on_first_token
         self.idle_work: IdleWork | None = None
         self.submitted = 0  # requests; the latest one's number

@@ -34,7 +34,7 @@ class PageCopies:
 
     gather: Mapping[int, Callable[..., jax.Array]]
     scatter: Mapping[int, Callable[..., KVPool]]
-    page_shape: tuple[int, ...]  # k and v, layers, kv_heads, page_size, head_dim
+    page_shape: tuple[int, ...]  # k and v, layers, kv_heads, page_size, row
     dtype: np.dtype
     sharding: NamedSharding | None  # of data; None on a single device
 
@@ -50,8 +50,8 @@ class PageCopies:
 
 
 def pages_sharding(pool: KVPool, mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of pages, [count, k and v, layers, kv_heads, page_size, head_dim], by KV heads as in the pool."""
-    # [layers, pages, kv_heads, page_size, head_dim]
+    """The sharding of pages, [count, k and v, layers, kv_heads, page_size, row], by KV heads as in the pool."""
+    # [layers, pages, kv_heads, page_size, row]
     return NamedSharding(mesh, PartitionSpec(None, *partition_specs(pool, mesh).k)) if mesh else None
 
 

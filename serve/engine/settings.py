@@ -24,10 +24,16 @@ class EngineSettings:
     stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
     quantize: str | None = None  # how the weights were rounded, see model.quantized; the engine takes them as they are
+    kv_dtype: str | None = None  # of KV pages, one of model.kv_rows.QUANTIZED; None: `dtype`
     tensor_parallel: int = 1  # devices over which the model is split, see model.sharding
     audit_pages: int = 0  # additional pages, for the auditor to compute in
     # Serve as soon as two shapes are compiled, and compile the others in the background; False compiles all before.
     compile_in_background: bool = False
+
+    @property
+    def page_dtype(self) -> str:
+        """The dtype of KV pages, as `model.kv_rows.pool_dtype` takes it."""
+        return self.kv_dtype or self.dtype
 
     def __post_init__(self) -> None:
         """A chunk that shares its step is never longer than one that runs alone."""

@@ -164,7 +164,7 @@ def load(config: ServerConfig, progress: StartProgress) -> Starlette:
         gc.freeze()
         gc.enable()
     log.info(
-        "%s: %s on %s%s, %d pages of %d tokens, context %d",
+        "%s: %s on %s%s, %d pages of %d tokens, context %d%s",
         config.model,
         sizes.dtype,
         f"{sizes.tensor_parallel} x " if sizes.tensor_parallel > 1 else "",
@@ -172,6 +172,7 @@ def load(config: ServerConfig, progress: StartProgress) -> Starlette:
         sizes.num_pages,
         sizes.page_size,
         sizes.max_model_len,
+        f", KV pages in {sizes.kv_dtype}" if sizes.kv_dtype else "",
     )
     return app
 
@@ -270,9 +271,9 @@ def engine_settings(
 ) -> EngineSettings:
     """The engine's sizes: as many pages as fit, and a context no longer than they hold. Raises SystemExit if not."""
     import jax
-    import numpy as np
 
     from model.kv import bytes_per_token
+    from model.kv_rows import pool_dtype
     from model.sharding import pool_heads
     from serve.audit.auditor import audit_pages
     from serve.engine.settings import EngineSettings
@@ -282,7 +283,7 @@ def engine_settings(
     copies = len(devices) * pool_heads(model, mesh) // model.num_kv_heads
     taken = weight_bytes(params) + copies * (config.restore_bytes + config.write_queue_bytes) // len(devices)
     budget = pool_bytes(devices, taken) if config.kv_pool_bytes is None else config.kv_pool_bytes
-    page = copies * config.page_size * bytes_per_token(model, np.dtype(jax.numpy.dtype(dtype)))
+    page = copies * config.page_size * bytes_per_token(model, pool_dtype(config.kv_dtype or dtype))
     pages = budget // page
     if pages < 2:
         raise SystemExit(f"--kv-pool-bytes: {budget} bytes hold {pages} pages of {page} bytes, expected at least 2")
@@ -311,6 +312,7 @@ def engine_settings(
         stop_seconds=config.stop_seconds,
         dtype=dtype,
         quantize=config.quantize,
+        kv_dtype=config.kv_dtype,
         audit_pages=own,
         compile_in_background=True,
     )

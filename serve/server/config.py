@@ -124,6 +124,14 @@ class ServerConfig:
         None,
         "1GiB on CPU; elsewhere all that weights, restored and unwritten pages and a margin leave",
     )
+    kv_dtype: str | None = flag(
+        "of KV pages; int8 and fp8 have a scale for each token and head, hold 1.9 times the tokens of bfloat16 and 3.8 "
+        "times those of float32, and round what they hold",
+        ENGINE,
+        None,
+        choices=("int8", "fp8"),
+        shown="as --dtype",
+    )
     page_size: int = flag("tokens in a KV page", ENGINE, 64, metavar="TOKENS", least=1)
     max_num_seqs: int = flag("requests that run at the same time", ENGINE, 16, metavar="N", least=1)
     max_queue: int = flag("requests that may wait; one more gets 529", ENGINE, 256, metavar="N", least=1)

@@ -14,7 +14,7 @@ class EngineClient(Protocol):
     """Token ids in, token ids out; `serve.engine.engine.Engine` is one. Its properties return at once."""
 
     settings: EngineSettings
-    fingerprint: bytes  # of the model and its weights
+    fingerprint: bytes  # of the model, its weights and the dtype of its pages
 
     def start(self) -> None:
         """Serve requests from now on; called on the event loop."""
