@@ -61,7 +61,7 @@ def leave_out_extra_buffers() -> None:
         params.use_extra_bufts = False
         return params
 
-    bindings.llama_model_default_params = without
+    vars(bindings)["llama_model_default_params"] = without
 
 
 def make_sides(folder: Path, tokens: int, threads: int) -> tuple[dict[str, list[Side]], list[Callable[[], None]], Json]:
