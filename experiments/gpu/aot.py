@@ -33,7 +33,7 @@ from rich.table import Column, Table
 from experiments.gpu.collectives import collectives
 from model import decoder
 from model.batch import Batch
-from model.config import ModelConfig, RopeConfig
+from model.config import LayerKind, ModelConfig, RopeConfig
 from model.kernels.hopper import decode as paged_decode
 from model.kernels.hopper import prefill as paged_prefill
 from model.kernels.limits import SUPPORTED
@@ -57,6 +57,7 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
 DEVICES = (1, 2, 4, 16)  # of a forward pass: the last are more than KV heads
+DEVICES_OF_WINDOWS = (1, 16)  # where layers have windows or sinks
 MODEL = ModelConfig("llama", 32_000, 1536, 3072, 4, 32, 8, 128, 131_072, 1e-5, RopeConfig())
 
 
@@ -78,6 +79,20 @@ class Variant:
         """Its name in tables and tests."""
         shape = f"d{self.head_dim}-group{self.group}-page{self.page_size}"
         return f"{self.kernel}-{shape}-{self.seqs}x{self.chunk}{'-window' * self.windowed}{'-sinks' * self.sinks}"
+
+    @property
+    def model(self) -> ModelConfig:
+        """A model that runs it: with windows in every other layer."""
+        layers = (LayerKind(window=128), LayerKind()) * 2 if self.windowed else ()
+        heads = self.group * MODEL.num_kv_heads
+        return replace(MODEL, num_heads=heads, head_dim=self.head_dim, layers=layers, sinks=self.sinks)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The numbers of devices for which a forward pass with it is compiled."""
+        if self.windowed or self.sinks:
+            return DEVICES_OF_WINDOWS
+        return DEVICES if (self.head_dim, self.group, self.page_size) == (128, 4, 64) else ()
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -189,8 +204,8 @@ def compile_variant(variant: Variant, sharding: NamedSharding, dump: Path) -> Co
 def param_shapes(config: ModelConfig, sharding: Any = None) -> Params:
     """The shapes of a llama's parameters in bf16."""
 
-    def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     layers, embed, ffn = config.num_layers, config.embed_size, config.ffn_size
     heads = (config.num_kv_heads, config.group, config.head_dim)
@@ -201,6 +216,7 @@ def param_shapes(config: ModelConfig, sharding: Any = None) -> Params:
         mlp_norm=array(layers, embed),
         gate_up=array(layers, 2, ffn, embed),
         down=array(layers, embed, ffn),
+        sinks=array(layers, *heads[:2], dtype=jnp.float32) if config.sinks else None,
     )
     return Params(embed=array(config.vocab_size, embed), layers=(layer,), final_norm=array(embed))
 
@@ -268,17 +284,18 @@ def keys_beside_pool(program: str, tokens: int, config: ModelConfig) -> list[str
 
 def check_forward(variant: Variant, devices: int, dump: Path) -> list[str]:
     """Compile the forward pass with a variant's kernel in it for some devices; what is wrong with it, a line each."""
-    mesh = make_mesh(MODEL, devices, h200s(devices))
-    traced, pool = forward_with(variant, MODEL, NamedSharding(mesh, PartitionSpec()) if mesh else on_h200(), mesh=mesh)
+    model = variant.model
+    mesh = make_mesh(model, devices, h200s(devices))
+    traced, pool = forward_with(variant, model, NamedSharding(mesh, PartitionSpec()) if mesh else on_h200(), mesh=mesh)
     program = traced.lower().compile().as_text()
     kernel = read_dump(dump)
-    tokens, own = variant.seqs * variant.chunk, replace(MODEL, num_kv_heads=pool.k.shape[2])
+    tokens, own = variant.seqs * variant.chunk, replace(model, num_kv_heads=pool.k.shape[2])
     faults = pool_sized(program, pool) + keys_beside_pool(program, tokens, own)
     if mesh:  # on one device the kernel is one that was compiled before, and then it is not compiled again
         faults += kernel.faults()
     # The layers are stacked, so the two sums of one are there once; the third sum is the embedding's.
-    sums = [("all-reduce", tokens * MODEL.embed_size)] * 3
-    expected = [("all-gather", variant.seqs * MODEL.vocab_size), *sums] if mesh else []
+    sums = [("all-reduce", tokens * model.embed_size)] * 3
+    expected = [("all-gather", variant.seqs * model.vocab_size), *sums] if mesh else []
     sent = [(name, math.prod(shape)) for name, shape in collectives(program)]
     return faults + ([f"it sends {sent}, expected {expected}"] if sent != expected else [])
 
@@ -310,8 +327,8 @@ def main() -> None:
             table.add_row(variant.name, *map(str, numbers))
             faults += [f"{variant.name}: {fault}" for fault in compiled.faults()]
         console.print(table)
-        for variant in (v for v in chosen if (v.head_dim, v.group, v.page_size, v.windowed) == (128, 4, 64, False)):
-            for devices in DEVICES:
+        for variant in chosen:
+            for devices in variant.devices:
                 wrong = check_forward(variant, devices, Path(folder))
                 console.print(f"forward pass with {variant.name} on {devices} of them: {len(wrong)} faults")
                 faults += [f"forward pass with {variant.name} on {devices}: {line}" for line in wrong]
