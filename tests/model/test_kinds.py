@@ -17,6 +17,7 @@ from tests.model.test_decoder import PAGE, Runner, assert_equal_logits, shuffled
 
 LENGTH = 150
 TIE = 1e-5  # of the scores by which experts are chosen
+BY_XLA = ("qwen3_moe-mixed", "gpt_oss", "glm4_moe")  # with all kinds among them; the others are slow tests
 
 
 @functools.cache
@@ -55,19 +56,33 @@ def of_kinds(request, tiny_checkpoint):
     return tiny_checkpoint(family, **overrides)
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["packed", "scanned by XLA"])
-def test_logits_equal_transformers_however_the_prompt_comes(of_kinds, prompt, stacked):
-    logits, count = expected(of_kinds, tuple(prompt.tolist()))
+def untied(folder: Path, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt up to the first tie, and transformers' logits for it."""
+    logits, count = expected(folder, tuple(prompt.tolist()))
     assert count > LENGTH // 2, "a tie in routing leaves too little to compare"
-    prompt, logits = prompt[:count], logits[:count]
+    return prompt[:count], logits[:count]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in BY_XLA else pytest.mark.slow) for name in (name for name, *_ in OF_KINDS)],
+)
+def test_logits_of_stacked_layers_under_xla_equal_transformers(name, tiny_checkpoint, prompt):
+    _, family, overrides = next(each for each in OF_KINDS if each[0] == name)
+    folder = tiny_checkpoint(family, **overrides)
+    tokens, logits = untied(folder, prompt)
+    assert_equal_logits(Runner(folder, stacked=True).in_chunks(tokens, 1024, shuffled_pages()), logits)
+
+
+def test_logits_equal_transformers_however_the_prompt_comes(of_kinds, prompt):
+    prompt, logits = untied(of_kinds, prompt)
 
     def equal(actual: np.ndarray, start: int = 0) -> None:
         assert_equal_logits(actual, logits[start : start + len(actual)])
 
-    runner, pages, other = Runner(of_kinds, stacked=stacked), shuffled_pages(), shuffled_pages(2)
+    runner, pages, other = Runner(of_kinds), shuffled_pages(), shuffled_pages(2)
+    assert runner.params.packed
     equal(runner.in_chunks(prompt, 1024, pages))
-    if stacked:
-        return
     equal(runner.in_chunks(prompt[:101], 64, pages))
     equal(runner.in_chunks(prompt[:120], 1, pages, prefix=101), 101)
     equal(runner.in_chunks(prompt[:60], 7, pages))

@@ -13,7 +13,7 @@ from experiments.gpu import sections
 from experiments.gpu.baselines import jax_attention, torch_attention
 from experiments.gpu.figure import draw
 from experiments.gpu.sections import add_shares, paged, poisoned
-from experiments.gpu.sizes import FULL, SMOKE
+from experiments.gpu.sizes import FULL, MODELS, SMOKE
 from experiments.gpu_bench import main, run
 from model.kernels.cpu import build
 
@@ -34,6 +34,15 @@ def test_the_smoke_run_writes_numbers_with_their_provenance(tmp_path):
     main(["--redraw", "--out", str(tmp_path)])
     assert picture.exists()
     assert json.loads((tmp_path / "gpu_bench.json").read_text()) == result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_runs_forward_and_through_the_engine_in_tiny(tmp_path, name):
+    main(["--smoke", "--model", name, "--only", "forward", "arms", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "gpu_bench.json").read_text())
+    assert [row["pass"] for row in result["forward"]] == ["cold", "warm", "decode"] * 2
+    assert [row["arm"] for row in result["arms"]] == ["stable", "varying", "stripped"]
 
 
 def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path):
