@@ -20,7 +20,18 @@ from model.kernels.cpu.packing import pack, panels, unsupported_reason
 from model.params import Params
 from model.quantized import Quantized, dequantize, quantize
 from tests.helpers.quantized import dequantized_params, quantized_params
-from tests.model.test_cpu_layers import DEEP, ODD, PAGE, PLAIN, batch_of, compiled, random_params, random_pool
+from tests.model.test_cpu_layers import (
+    CLAMPED,
+    DEEP,
+    ODD,
+    ODD_EXPERTS,
+    PAGE,
+    PLAIN,
+    batch_of,
+    compiled,
+    random_params,
+    random_pool,
+)
 
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernels cannot be built here")
 # Groups that divide the inputs, that do not, and that are longer than they are.
@@ -55,8 +66,14 @@ def packed_whole(config: ModelConfig, bits: int, group: int) -> Params:
 @needs_kernel
 @pytest.mark.parametrize(
     ("config", "scheme"),
-    [*((ODD, scheme) for scheme in SCHEMES), (DEEP, "8 bits"), (DEEP, "4 bits")],
-    ids=[*SCHEMES, "8 bits, deep", "4 bits, deep"],
+    [
+        *(pytest.param(ODD, scheme, id=scheme) for scheme in SCHEMES),
+        *(
+            pytest.param(config, scheme, id=f"{scheme}, {name}")
+            for name, config in {"deep": DEEP, "experts": ODD_EXPERTS, "clamped": CLAMPED}.items()
+            for scheme in ("8 bits", "4 bits")
+        ),
+    ],
 )
 def test_logits_keys_and_values_are_exactly_those_of_the_dequantised_weights(config: ModelConfig, scheme: str) -> None:
     for name, batch in BATCHES.items():

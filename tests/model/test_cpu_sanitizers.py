@@ -37,6 +37,7 @@ from model.kernels.cpu.packing import pack
 from model.kernels.cpu.paged_attention import paged_attention
 from model.kv import empty_pool
 from tests.helpers import batches
+from tests.helpers.quantized import quantized_params
 from tests.model.test_cpu_layers import CLAMPED, ODD, ODD_EXPERTS, random_params
 
 for seed in range(int(sys.argv[2])):
@@ -78,7 +79,10 @@ for seed in range(int(sys.argv[2])):
     indices = jnp.asarray(rng.integers(0, int(batch.starts[-1]), 3), jnp.int32)
     step = jax.jit(lambda params, batch, pool: forward(params, batch, pool, config))
     batch = batch.replace(tokens=tokens, logit_indices=indices)
-    jax.block_until_ready(step(pack(random_params(config), page), batch, pool))
+    params = random_params(config)
+    if scheme := (None, (8, 13), (4, 16), (4, 4000))[seed // 3 % 4]:
+        params = quantized_params(params, *scheme)
+    jax.block_until_ready(step(pack(params, page), batch, pool))
 print("done")
 """
 
@@ -119,6 +123,7 @@ def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path, march):
     ("source", "right", "wrong"),
     [
         ("matmul.h", "load(w + v * LANES)", "load(w + v * LANES + 1)"),
+        ("matmul.h", "load_words(values + v * LANES * 4)", "load_words(values + v * LANES * 4 + 4)"),
         ("attention_task.h", "load(keys + slot * p.dim + i * LANES)", "load(keys + slot * p.dim + i * LANES + 1)"),
         ("attention_task.h", "all(values[s * dim + c])", "all(values[s * dim + c + 1])"),
         ("attention_task.h", "table[s * width + position", "table[(s + 1) * width + position"),
