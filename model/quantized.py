@@ -32,7 +32,7 @@ class Scheme(NamedTuple):
 # the head, and of one that is not tied a step reads a few rows only: so these keep 8 bits.
 IN_LAYERS = ("qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down")
 IN_8_BITS = ("embed", "lm_head")
-SCHEMES = {"int8": Scheme(bits=8, group=64), "int4": Scheme(bits=4, group=32)}  # as `--quantize` names them
+SCHEMES = {"int8": Scheme(bits=8, group=32), "int4": Scheme(bits=4, group=32)}  # as `--quantize` names them
 BLOCK = 1 << 18  # weights that are rounded at a time: a few copies of them fit the second level of cache
 MIDDLE = 8  # the 4-bit value that stands for zero where there are no offsets
 
