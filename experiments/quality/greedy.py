@@ -8,6 +8,7 @@ weights, and a float32 copy of it, where it does not: what is left between that 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +42,9 @@ from serve.prompt.tokenizer import load_tokenizer
 RESULTS = Path("experiments/results/quality/greedy.json")
 TIE = 1e-4  # of the logits' scale: two tokens nearer than that are a tie
 
+# Held, since llama.cpp calls it as long as the process lives.
+SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+
 Continue = Callable[[np.ndarray, int], Sequence[int]]  # a prompt, [tokens] int32, and how many tokens follow
 
 
@@ -66,8 +70,9 @@ def transformers_model(path: Path) -> Any:
 
 
 def write_float32(path: Path, target: Path) -> None:
-    """Have llama.cpp write a GGUF file anew, its weights dequantised to float32."""
+    """Have llama.cpp write a GGUF file anew, its weights dequantised to float32, and log nothing from then on."""
     llama_cpp = need("llama_cpp")
+    llama_cpp.llama_log_set(SILENT, None)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
     if llama_cpp.llama_model_quantize(str(path).encode(), str(target).encode(), params):
