@@ -89,14 +89,14 @@ def write_gguf(folder: Path, path: Path) -> None:
     write_tensors(writer, gguf_tensors(folder, config))
 
 
-def load_llama(path: Path, tokens: int, threads: int, flash: bool) -> Any:
-    """llama.cpp's model and context for one sequence of `tokens`."""
+def load_llama(path: Path, tokens: int, threads: int, flash: bool, batch: int = BATCH) -> Any:
+    """llama.cpp's model and context for one sequence of `tokens`, which it reads `batch` at a time."""
     llama_cpp = need("llama_cpp")
     return llama_cpp.Llama(
         str(path),
         n_ctx=tokens,
-        n_batch=BATCH,
-        n_ubatch=MICRO_BATCH,
+        n_batch=batch,
+        n_ubatch=min(batch, MICRO_BATCH),
         n_threads=threads,
         n_threads_batch=threads,
         flash_attn=flash,

@@ -2,7 +2,8 @@
 
 `python -m experiments.quality.greedy` needs the `test` and `llama-cpp` extras. transformers gets the dequantised
 weights. llama.cpp runs the file as it is, where it rounds activations to 8 bits before every product with quantised
-weights, and a float32 copy of it, where it does not: what is left between that and us is the order of sums.
+weights, and a float32 copy of it, where it does not: what is left between that and us is the order of sums. It takes
+prompts token by token: its kernels for several tokens of Q4_1 crash on a processor with AMX (llama-cpp-python 0.3.36).
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def measure(path: Path, count: int, each_kind: int, prompt_tokens: int, console:
     threads, model = machine()["cores"], transformers_model(path)
 
     def llama(file: Path) -> Continue:
-        runner = load_llama(file, total, threads, flash=False)
+        runner = load_llama(file, total, threads, flash=False, batch=1)
 
         def run(prompt: np.ndarray, tokens: int) -> Sequence[int]:
             runner.reset()
