@@ -71,11 +71,13 @@ class RopeConfig:
         """Read `rope_parameters`, or the older `rope_theta` and `rope_scaling` with `rope_type` or `type`.
 
         `partial` is a family's default of `partial_rotary_factor`; None: the whole head rotates in all its models.
-        Raises ValueError for a kind that is not in ROPE_KINDS, a missing factor, per-layer rotation, or partial
-        rotation in a family without.
+        Raises ValueError for a kind that is not in ROPE_KINDS, a factor that is missing or not positive, per-layer
+        rotation, or partial rotation in a family without.
         """
         field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
         rope: Mapping[str, Any] = config.get(field) or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{field} is {rope!r}, expected a JSON object")
         if any(isinstance(value, Mapping) for value in rope.values()):
             raise ValueError(f"{field} has an entry per layer type {sorted(rope)}, expected one for all layers")
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -84,11 +86,13 @@ class RopeConfig:
         share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial is None and share not in (None, 1, 1.0):
             raise ValueError(f"partial_rotary_factor is {share}, supported is 1.0 (the whole head rotates)")
-        rotating = float(share or partial or 1.0)
+        rotating = _positive("partial_rotary_factor", (partial or 1.0) if share is None else share)
+        if rotating > 1:
+            raise ValueError(f"partial_rotary_factor is {rotating}, expected at most 1.0 (the whole head rotates)")
 
-        theta = rope.get("rope_theta") or config.get("rope_theta") or cls.theta
+        theta = _positive("rope_theta", rope.get("rope_theta") or config.get("rope_theta") or cls.theta)
         if kind == "default":
-            return cls(theta=float(theta), partial=rotating)
+            return cls(theta=theta, partial=rotating)
         # As transformers does: the outer key wins, and the context length stands in for both.
         outer = config.get("original_max_position_embeddings")
         original = outer or rope.get("original_max_position_embeddings") or max_position
@@ -101,10 +105,11 @@ class RopeConfig:
         for key, value in required.items():
             if value is None:
                 raise ValueError(f"{field} of rope type {kind!r} has no {key}: add it to config.json")
+            _positive(f"{field}'s {key}", value)
         optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
         numbers = {key: float(rope[key]) for key in (*optional, "mscale", "mscale_all_dim") if rope.get(key)}
         flags = {"truncate": bool(rope.get("truncate", True)), "partial": rotating}
-        return cls(float(theta), kind, float(factor), int(original), **flags, **numbers)  # type: ignore[arg-type]
+        return cls(theta, kind, float(factor), int(original), **flags, **numbers)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,14 @@ class ModelConfig:
         return [range(run[0], run[-1] + 1) for run in runs]
 
     @property
+    def active_layers(self) -> tuple[LayerKind, ...]:
+        """The layers, without windows that are at least as long as any sequence and so mask nothing."""
+        return tuple(
+            dataclasses.replace(kind, window=None) if kind.window and kind.window >= self.max_position else kind
+            for kind in self.layers
+        )
+
+    @property
     def active_ffn_sizes(self) -> list[int]:
         """The feed-forward units that a token goes through in each layer."""
         experts = self.experts
@@ -175,6 +188,13 @@ class ModelConfig:
         if experts:
             experts = ExpertsConfig(**experts | {"clamp": experts["clamp"] and tuple(experts["clamp"])})
         return cls(**fields, rope=rope, eos_token_ids=eos, layers=layers, experts=experts)
+
+
+def _positive(name: str, value: Any) -> float:
+    """The value of a field, or ValueError where it is no positive number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} is {value!r}, expected a positive number")
+    return float(value)
 
 
 def _leave_out(fields: dict[str, Any], defaults: Mapping[str, Any], names: tuple[str, ...]) -> None:

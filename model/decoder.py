@@ -78,7 +78,7 @@ def forward_part(
 
     divided = params.embed.shape[0] < config.vocab_size  # its rows, over devices
     x = embedded(params, batch.tokens, divided)
-    x, pool = over_layers(step, (x, pool), params.runs, config.layers)
+    x, pool = over_layers(step, (x, pool), params.runs, config.active_layers)
     x = rms_norm(x[batch.logit_indices], params.final_norm, config.norm_eps)
     head = params.embed if params.lm_head is None else params.lm_head
     found = product(x, floats(head, x.dtype), jnp.float32)

@@ -44,7 +44,7 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
     runs = [_hashes_of_run(list(run)) for _, run in groupby(params.runs, jax.tree.structure)]
     words = (jax.tree.map(_hash, (params.embed, params.final_norm, params.lm_head)), runs if runs[1:] else runs[0])
 
-    relevant = dataclasses.replace(config, eos_token_ids=(), max_position=0)
+    relevant = dataclasses.replace(config, layers=config.active_layers, eos_token_ids=(), max_position=0)
     digest = hashlib.blake2b(digest_size=32, person=b"tokenzero model")
     digest.update(f"{relevant.to_json()}{params.final_norm.dtype.name}".encode())
     for field, value in jax.tree_util.tree_leaves_with_path(words):

@@ -71,18 +71,14 @@ def read_decoder(
     layers have the `experts`. Raises ValueError for what is missing or would change the result.
     """
     given = {**DEFAULTS, **defaults, **config}
+    refuse_unsupported(given, layer_types)
     max_position = size(given, "max_position_embeddings")
-    if (activation := given.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"hidden_act is {activation!r}, supported is 'silu'")
-    reader_for(given)  # refuses what it cannot read
-    if other := sorted(set(given.get("layer_types") or ()) - set(layer_types)):
-        raise ValueError(f"layer_types has {', '.join(other)}, supported is {' and '.join(layer_types)}")
-
     embed, heads = size(given, "hidden_size"), size(given, "num_attention_heads")
     count = size(given, "num_hidden_layers")
-    # A window at least as long as any sequence masks nothing.
-    active = [w if w is not None and w < max_position else None for w in windows or (None,) * count]
-    layers = tuple(map(LayerKind, active, mixed or (False,) * count))
+    for window in windows or ():
+        if window is not None:
+            size({"sliding_window": window}, "sliding_window")
+    layers = tuple(map(LayerKind, windows or (None,) * count, mixed or (False,) * count))
     made = ModelConfig(
         family=given["model_type"],
         vocab_size=size(given, "vocab_size"),
@@ -93,7 +89,7 @@ def read_decoder(
         num_kv_heads=heads if given["num_key_value_heads"] is None else size(given, "num_key_value_heads"),
         head_dim=embed // heads if given["head_dim"] is None else size(given, "head_dim"),
         max_position=max_position,
-        norm_eps=float(given["rms_norm_eps"]),
+        norm_eps=number(given, "rms_norm_eps"),
         rope=RopeConfig.from_hf(given, max_position, partial_rotary),
         tie_embeddings=bool(given.get("tie_word_embeddings", False)),
         eos_token_ids=token_ids(given["eos_token_id"]),
@@ -109,6 +105,19 @@ def read_decoder(
     if made.head_dim % 2:
         raise ValueError(f"head_dim is {made.head_dim}, expected an even number: rotation works on pairs")
     return made
+
+
+def refuse_unsupported(config: Config, layer_types: Sequence[str]) -> None:
+    """Raise ValueError for fields that make transformers compute any family in a way that the decoder lacks."""
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act is {activation!r}, supported is 'silu'")
+    reader_for(config)  # refuses what it cannot read
+    if other := sorted(set(config.get("layer_types") or ()) - set(layer_types)):
+        raise ValueError(f"layer_types has {', '.join(other)}, supported is {' and '.join(layer_types)}")
+    if not config.get("is_causal", True):
+        raise ValueError(f"is_causal is {config['is_causal']}, supported is true (a token sees those before it)")
+    if config.get("per_layer_config"):
+        raise ValueError("per_layer_config has fields of single layers, supported are the same for all layers")
 
 
 def checked(experts: ExpertsConfig | None) -> ExpertsConfig | None:
@@ -138,6 +147,14 @@ def size(config: Config, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key} is {value!r}, expected a positive whole number: check that config.json is complete")
     return value
+
+
+def number(config: Config, key: str) -> float:
+    """A number from the config."""
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{key} is {value!r}, expected a number: check that config.json is complete")
+    return float(value)
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ See https://huggingface.co/docs/transformers/model_doc/glm4_moe.
 from __future__ import annotations
 
 from model.config import ExpertsConfig, ModelConfig
-from model.families.common import EXPERT_NAMES, NAMES, Config, Family, read_decoder, size
+from model.families.common import EXPERT_NAMES, NAMES, Config, Family, number, read_decoder, size
 
 DEFAULTS = {
     "max_position_embeddings": 131072,
@@ -34,11 +34,11 @@ NAMES_OF_EXPERTS = {
 def read(config: Config) -> ModelConfig:
     """The config of a GLM-4 with experts."""
     given = {**DEFAULTS, **config}
-    ffn = size(given, "moe_intermediate_size")
+    ffn, dense = size(given, "moe_intermediate_size"), number(given, "first_k_dense_replace")
     return read_decoder(
         config,
         DEFAULTS,
-        mixed=[i >= given["first_k_dense_replace"] for i in range(size(given, "num_hidden_layers"))],
+        mixed=[i >= dense for i in range(size(given, "num_hidden_layers"))],
         experts=ExpertsConfig(
             count=size(given, "n_routed_experts"),
             per_token=size(given, "num_experts_per_tok"),
@@ -46,7 +46,7 @@ def read(config: Config) -> ModelConfig:
             shared_ffn_size=ffn * size(given, "n_shared_experts"),
             scoring="sigmoid",
             renormalize=bool(given["norm_topk_prob"]),
-            scaling=float(given["routed_scaling_factor"]),
+            scaling=number(given, "routed_scaling_factor"),
             groups=size(given, "n_group"),
             chosen_groups=size(given, "topk_group"),
             correction=True,

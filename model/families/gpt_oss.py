@@ -6,7 +6,16 @@ See https://huggingface.co/docs/transformers/model_doc/gpt_oss.
 from __future__ import annotations
 
 from model.config import ExpertsConfig, ModelConfig
-from model.families.common import FULL_OR_SLIDING, NAMES, Config, Family, read_decoder, size, windows_by_type
+from model.families.common import (
+    FULL_OR_SLIDING,
+    NAMES,
+    Config,
+    Family,
+    number,
+    read_decoder,
+    size,
+    windows_by_type,
+)
 
 DEFAULTS = {
     "max_position_embeddings": 131072,
@@ -38,6 +47,8 @@ NAMES_OF_EXPERTS = {
 
 def read(config: Config) -> ModelConfig:
     """The config of a gpt-oss."""
+    if config.get("rope_parameters", 0) is None:  # in transformers, the default
+        config = {**config, "rope_parameters": DEFAULTS["rope_parameters"]}
     given = {**DEFAULTS, **config}
     bias = bool(given.get("attention_bias", True))
     return read_decoder(
@@ -52,7 +63,7 @@ def read(config: Config) -> ModelConfig:
             ffn_size=size(given, "intermediate_size"),
             router_bias=True,
             biases=True,
-            clamp=(float(given["swiglu_alpha"]), float(given["swiglu_limit"])),
+            clamp=(number(given, "swiglu_alpha"), number(given, "swiglu_limit")),
         ),
         qkv_bias=bias,
         out_bias=bias,

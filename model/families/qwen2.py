@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.config import ModelConfig
-from model.families.common import FULL_OR_SLIDING, NAMES, Config, Family, read_decoder, windows_by_type
+from model.families.common import FULL_OR_SLIDING, NAMES, Config, Family, number, read_decoder, windows_by_type
 
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 
@@ -16,7 +16,8 @@ def read(config: Config) -> ModelConfig:
 def windows(config: Config) -> list[int | None]:
     """The window of each layer of a Qwen2 or Qwen3: as `layer_types` says, or from `max_window_layers` on."""
     used = {"sliding_window": config.get("sliding_window", 4096) if config.get("use_sliding_window") else None}
-    return windows_by_type({**config, **used}, lambda layer: layer >= config.get("max_window_layers", 28))
+    given = {"max_window_layers": 28, **config, **used}
+    return windows_by_type(given, lambda layer: layer >= number(given, "max_window_layers"))
 
 
 FAMILY = Family(read, NAMES)

@@ -101,6 +101,12 @@ def test_biases_and_norms_follow_the_family() -> None:
         ({"num_key_value_heads": 5}, "num_attention_heads is 32, expected a multiple of num_key_value_heads"),
         ({"head_dim": 33}, "head_dim is 33, expected an even number"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"is_causal": False}, "is_causal is False, supported is true"),
+        ({"per_layer_config": {"1": {"num_attention_heads": 16}}}, "per_layer_config has fields of single layers"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None, expected a number"),
+        ({"rope_theta": "1e6"}, "rope_theta is '1e6', expected a positive number"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected a JSON object"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling's factor is 0, expected a positive number"),
     ],
 )
 def test_what_the_decoder_lacks_is_refused_by_name(fields, message):
@@ -132,6 +138,10 @@ def test_mistral_without_the_key_has_the_window_of_transformers() -> None:
     assert [kind.window for kind in read_config(fields).layers] == [4096] * 3
 
 
+def test_a_null_rotation_of_gpt_oss_is_the_default_as_in_transformers() -> None:
+    assert read_config(config("gpt_oss", rope_parameters=None)).rope == read_config(config("gpt_oss")).rope
+
+
 def test_experts_are_on_the_layers_on_which_transformers_has_them() -> None:
     def experts(family: str, **fields: Any) -> tuple[list[bool], int]:
         made = read_config(config(family, **fields))
@@ -155,6 +165,12 @@ def test_experts_are_on_the_layers_on_which_transformers_has_them() -> None:
         ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("qwen3", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "linear_attention"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, expected num_hidden_layers"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0, expected a positive whole number"),
+        ("mixtral", {"sliding_window": -3}, "sliding_window is -3, expected a positive whole number"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers is None, expected a num"),
+        ("glm4_moe", {"partial_rotary_factor": 2.0}, r"partial_rotary_factor is 2\.0, expected at most 1\.0"),
+        ("glm4_moe", {"partial_rotary_factor": 0}, "partial_rotary_factor is 0, expected a positive number"),
+        ("glm4_moe", {"first_k_dense_replace": None}, "first_k_dense_replace is None, expected a number"),
     ],
 )
 def test_what_cannot_be_is_named(family, fields, message):

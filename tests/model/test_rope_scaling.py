@@ -49,6 +49,12 @@ def test_a_scaled_checkpoint_is_scaled_anew_from_what_it_was_trained_on(tiny_che
     assert with_rope_scaling(scaled, {}).max_position == 128
 
 
+def test_a_window_as_long_as_the_own_context_masks_keys_of_the_stretched_one(tiny_checkpoint):
+    plain = load_config(tiny_checkpoint("mistral", sliding_window=512))
+    assert {kind.window for kind in plain.active_layers} == {None}
+    assert {kind.window for kind in with_rope_scaling(plain, YARN).active_layers} == {512}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

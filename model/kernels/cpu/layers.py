@@ -55,7 +55,7 @@ def run_layers(
     """
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, pool.k, pool.v)]
     integers = (jnp.asarray(n, jnp.int32) for n in (batch.starts, batch.prefix, batch.block_table))
-    kinds = config.layers[first : first + len(layers.attn_norm)]
+    kinds = config.active_layers[first : first + len(layers.attn_norm)]
     windows = np.asarray([kind.window or NO_WINDOW for kind in kinds], np.int32)
     fields = {name: getattr(layers, name) for name in PackedLayers.__dataclass_fields__}
     matrices = [kernel_arrays(fields[name]) for name in MATRICES]
