@@ -298,6 +298,14 @@ def tokenize(
     return Prompt(tuple(cut), np.concatenate(ids), tuple(map(len, ids)), opening, answer, thinking)
 
 
+def encode_first(segment: str, following: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of a text, [tokens] int32, tokenised together with those that follow. Raises TooManyTokens of its own."""
+    try:
+        return tokenizer.encode(segment, following)
+    except TooManyTokens:  # of any of them: those that follow raise it when it is their turn
+        return tokenizer.encode(segment)
+
+
 def encode_segments(
     segments: Sequence[PromptSegment], tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS
 ) -> list[np.ndarray]:
@@ -317,7 +325,7 @@ def encode_segments(
                 ids.append(segment)
             elif n == 0:
                 following = [text for text in segments[1:] if isinstance(text, str)]
-                ids.append(tokenizer.encode(segment, following if likely_fits else ()))
+                ids.append(encode_first(segment, following if likely_fits else (), tokenizer))
             else:
                 ids.append(tokenizer.encode_after(segment))
             tokens += len(ids[-1])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,14 +143,15 @@ def make_encoder(hf: Any, segments: Tier | None = None, memory: Recent[str, np.n
     """`encode` for a tokenizer: by segments kept in `memory` where that is exact, else over the whole text."""
 
     def whole(texts: list[str]) -> list[np.ndarray]:
-        for text in texts:
-            if len(text) > LONG_CHARS:
-                refuse_too_many_tokens(hf, text, MOST_TOKENS)
-        encodings = encode_fast(hf, texts)
-        for encoding in encodings:
-            if len(encoding) > MOST_TOKENS:
-                raise TooManyTokens(len(encoding), MOST_TOKENS)
-        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        ids: list[np.ndarray] = []
+        for batch in batches(texts, LONG_CHARS):
+            if len(batch[0]) > LONG_CHARS:
+                refuse_too_many_tokens(hf, batch[0], MOST_TOKENS)
+            for encoding in encode_fast(hf, batch):
+                if len(encoding) > MOST_TOKENS:
+                    raise TooManyTokens(len(encoding), MOST_TOKENS)
+                ids.append(np.asarray(encoding.ids, np.int32))
+        return ids
 
     if not splits_at_added_tokens(hf):
         return lambda text, following=(): whole([text])[0]
@@ -187,6 +188,19 @@ def make_encoder(hf: Any, segments: Tier | None = None, memory: Recent[str, np.n
 def segment_memory(most_bytes: int) -> Recent[str, np.ndarray]:
     """Memory for segments; bounded in bytes and not in number, as clients choose how long a segment is."""
     return Recent(most_bytes, lambda ids: NUMPY_BYTES + 2 * ids.nbytes)
+
+
+def batches(texts: Iterable[str], most_chars: int) -> Iterator[list[str]]:
+    """Texts in their order, as many at a time as have `most_chars` characters together; a longer one is alone."""
+    batch, chars = list[str](), 0
+    for text in texts:
+        if batch and chars + len(text) > most_chars:
+            yield batch
+            batch, chars = [], 0
+        batch.append(text)
+        chars += len(text)
+    if batch:
+        yield batch
 
 
 def encode_fast(hf: Any, texts: list[str]) -> list[Any]:

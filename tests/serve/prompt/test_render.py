@@ -27,7 +27,7 @@ from serve.api.messages import CountTokensRequest, InputMessage, InvalidRequest,
 from serve.limits.recent import Recent
 from serve.prompt.adapt import into_results, join_users
 from serve.prompt.conversation import conversation, joined, tool_definitions
-from serve.prompt.render import prompt, render, render_text, say_once
+from serve.prompt.render import encode_segments, prompt, render, render_text, say_once
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.tokenizer import (
     STORED_CHARS,
@@ -314,6 +314,27 @@ class TestLength:
                 assert int(found[2]) == tokens // 4
                 assert 0.8 * tokens < int(found[1]) < 1.25 * tokens, "an estimate"
                 assert len(prompt(asked, tokenizer, most_tokens=tokens).tokens) == tokens
+
+    def test_an_estimate_counts_a_text_that_is_tokenised_with_those_before_it_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenizer_module, "MOST_TOKENS", 200)
+        tokenizer, said = tokenizer_of(FAMILIES[0]), "word = " * 50
+        segments = ["a", said]
+        tokens = sum(len(whole(tokenizer.hf, segment)) for segment in segments)
+        assert tokens > 200
+        with pytest.raises(tokenizer_module.TooManyTokens) as caught:
+            encode_segments(segments, tokenizer, most_tokens=100)
+        assert caught.value.tokens == tokens
+
+    def test_texts_are_tokenised_together_up_to_a_number_of_characters(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tokenizer_module, "LONG_CHARS", 5)
+        seen, fast = list[list[str]](), tokenizer_module.encode_fast
+        monkeypatch.setattr(tokenizer_module, "encode_fast", lambda hf, texts: seen.append(texts) or fast(hf, texts))
+        hf, value = byte_level(), "ab<|end|>abc<|end|>b<|end|>ababab<|end|>a"
+        assert make_encoder(hf)(value).tolist() == whole(hf, value)
+        counted = [["ababab"]]  # first, as it is long
+        assert seen == [["ab", "abc"], ["b"], *counted, ["ababab"], ["a"]]
 
     def test_no_prompt_has_fewer_tokens_than_its_texts_and_messages_ask_for(self) -> None:
         for family in FAMILIES:
