@@ -150,15 +150,15 @@ def read_config(file: GgufFile) -> Config:
     name, architecture = architecture_of(file)
     _check_tensors(file, name, architecture)
 
-    def number(field: str, default: int | None = None, least: int = 1) -> int:
+    def number(field: str, default: int | None = None) -> int:
         found: int = file.value(f"{name}.{field}", int, default)
-        if found < least:
-            raise ValueError(f"{file.path}: {name}.{field} is {found}, expected at least {least}: convert it again")
+        if found < 1:
+            raise ValueError(f"{file.path}: {name}.{field} is {found}, expected at least 1: convert it again")
         return found
 
     embed, heads = number("embedding_length"), number("attention.head_count")
-    rotated = number("rope.dimension_count", embed // heads)
-    head = number("attention.key_length", rotated)
+    head = number("attention.key_length", embed // heads)
+    rotated = number("rope.dimension_count", head)
     if (value := number("attention.value_length", head)) != head:
         raise ValueError(f"{file.path}: {name}.attention.value_length is {value}, expected key_length ({head})")
     return {
@@ -223,13 +223,18 @@ def _check_tensors(file: GgufFile, name: str, architecture: Architecture) -> Non
         if stored.kind not in SERVED:
             served = ", ".join(kind.name for kind in SERVED)
             raise ValueError(f"{file.path}: {each} is {stored.kind.name}, supported are {served}: use another file")
+        if stored.kind not in FLOATS and len(stored.shape) < 2:
+            raise ValueError(
+                f"{file.path}: {each} is {stored.kind.name} and has shape {stored.shape}, expected a matrix: "
+                "convert it again"
+            )
     layers = range(file.value(f"{name}.block_count", int))
     in_layer = (*architecture.layer, *(EXPERTS if architecture.experts or architecture.fused else ()))
     of_layers = (f"blk.{i}.{each}.weight" for i in layers for each in in_layer)
     for needed in chain((EMBED, "output_norm.weight"), of_layers):
         if needed not in file.tensors:
             raise ValueError(
-                f"{file.path} lacks {needed}, expected all of a {name} with {len(layers)} layers: download it again"
+                f"{file.path} lacks {needed}, expected all of a {name} with {layers} layers: download it again"
             )
 
 
@@ -325,10 +330,15 @@ def _rope_scaling(file: GgufFile, name: str, head_dim: int) -> Config | None:
     """How frequencies are stretched; None for not at all."""
     if ROPE_FREQS in file.tensors:
         return _llama3_scaling(file, name, head_dim)
-    kind = file.value(f"{name}.rope.scaling.type", str, "none")
+    prefix = f"{name}.rope.scaling"
+    field, older = f"{prefix}.factor", f"{name}.rope.scale_linear"
+    field = older if older in file.metadata and field not in file.metadata else field
+    kind = file.value(f"{prefix}.type", str, "linear" if field in file.metadata else "none")
     if kind == "none":
         return None
-    scaling: Config = {"rope_type": kind, "factor": file.value(f"{name}.rope.scaling.factor", float)}
+    if not 0 < (factor := file.value(field, float)) < math.inf:
+        raise ValueError(f"{file.path}: {field} is {factor:g}, expected a positive number: convert it again")
+    scaling: Config = {"rope_type": kind, "factor": factor}
     if name == "gpt-oss":  # whose config.json says so, and its metadata does not
         scaling["truncate"] = False
     if kind == "yarn":
@@ -338,10 +348,11 @@ def _rope_scaling(file: GgufFile, name: str, head_dim: int) -> Config | None:
             "beta_slow": "yarn_beta_slow",
         }
         for ours, theirs in fields.items():
-            if (value := file.metadata.get(f"{name}.rope.scaling.{theirs}")) is not None:
-                scaling[ours] = value
-        if (factor := file.metadata.get(f"{name}.rope.scaling.attn_factor")) is not None:
-            scaling["attention_factor"] = factor * (0.1 * math.log(scaling["factor"]) + 1)
+            if f"{prefix}.{theirs}" in file.metadata:
+                scaling[ours] = file.value(f"{prefix}.{theirs}", float)
+        if f"{prefix}.attn_factor" in file.metadata:
+            own = file.value(f"{prefix}.attn_factor", float)
+            scaling["attention_factor"] = own * (0.1 * math.log(factor) + 1)
     return scaling
 
 

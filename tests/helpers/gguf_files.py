@@ -132,7 +132,8 @@ def add_sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     if head_dim := config.get("head_dim"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-        writer.add_rope_dimension_count(head_dim)
+    if config["model_type"] in INTERLEAVED:  # the converter says it of no other
+        writer.add_rope_dimension_count(head_dim or config["hidden_size"] // config["num_attention_heads"])
     if (end := config.get("eos_token_id")) is not None:
         writer.add_eos_token_id(end)
     rope = config.get("rope_parameters") or {}

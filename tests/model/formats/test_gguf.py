@@ -18,7 +18,7 @@ from model.checkpoint import load, resolve
 from model.config import RopeConfig
 from model.families import load_config
 from model.formats import gguf
-from model.formats.gguf_file import read_gguf
+from model.formats.gguf_file import StoredTensor, read_gguf
 from tests.helpers.gguf_files import dequantised_copy, write_gguf
 from tests.model.conftest import OF_KINDS, VARIANTS
 from tests.model.test_decoder import PAGE, Runner
@@ -192,13 +192,17 @@ def test_tensors_that_do_not_fit_are_named(tiny_checkpoint, tmp_path, change, me
         ("llama.block_count", None, r"the metadata has no llama\.block_count"),
         ("llama.block_count", "three", r"llama\.block_count is a str, expected int"),
         ("llama.expert_count", 8, r"lacks blk\.0\.ffn_gate_inp\.weight"),
+        ("llama.rope.scaling.factor", "four", r"llama\.rope\.scaling\.factor is a str, expected float"),
+        ("llama.rope.scaling.yarn_beta_fast", "32", r"llama\.rope\.scaling\.yarn_beta_fast is a str, expected float"),
+        ("llama.rope.scaling.factor", 0.0, r"llama\.rope\.scaling\.factor is 0, expected a positive number"),
         ("llama.attention.value_length", 128, r"llama\.attention\.value_length is 128, expected key_length \(16\)"),
         ("llama.attention.head_count", 0, r"llama\.attention\.head_count is 0, expected at least 1"),
         ("split.count", 3, r"split\.count is 3, expected one file"),
     ],
 )
 def test_metadata_that_is_not_served_is_named(tiny_checkpoint, tmp_path, field, value, message):
-    write_gguf(tiny_checkpoint("llama", head_dim=16), tmp_path / "model.gguf")
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    write_gguf(tiny_checkpoint("llama", head_dim=16, rope_parameters=yarn), tmp_path / "model.gguf")
     file = read_gguf(tmp_path / "model.gguf")
     changed = {name: each for name, each in (file.metadata | {field: value}).items() if each is not None}
     with pytest.raises(ValueError, match=rf"model\.gguf.*{message}"):
@@ -216,6 +220,37 @@ def test_a_rotation_that_is_not_served_is_named_with_the_file(tiny_checkpoint, t
     write_gguf(tiny_checkpoint("llama"), tmp_path / "part.gguf", metadata=lambda w: w.add_rope_dimension_count(8))
     with pytest.raises(ValueError, match=r"part\.gguf: partial_rotary_factor is 0\.5, supported is 1\.0"):
         load_config(tmp_path / "part.gguf")
+
+
+def test_a_header_that_no_model_has_is_named(tiny_checkpoint, tmp_path):
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf")
+    file = read_gguf(tmp_path / "model.gguf")
+    many = dataclasses.replace(file, metadata=file.metadata | {"llama.block_count": 2**64 - 1})
+    with pytest.raises(ValueError, match=r"lacks blk\.3\.attn_norm\.weight, expected all of a llama"):
+        gguf.read_config(many)
+    norm = StoredTensor((64,), Kind.Q4_0, np.zeros(36, np.uint8))
+    packed = dataclasses.replace(file, tensors=file.tensors | {"blk.2.attn_norm.weight": norm})
+    with pytest.raises(ValueError, match=r"blk\.2\.attn_norm\.weight is Q4_0 and has shape \(64,\), expected a matrix"):
+        gguf.tensors_of(packed)
+
+
+def test_a_factor_without_a_type_is_linear_under_either_name(tiny_checkpoint, tmp_path):
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf")
+    file = read_gguf(tmp_path / "model.gguf")
+    for field in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        config = gguf.read_config(dataclasses.replace(file, metadata=file.metadata | {field: 4.0}))
+        assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert gguf.read_config(file)["rope_scaling"] is None
+
+
+def test_a_mixture_of_experts_is_named_and_not_taken_for_a_torn_file(tiny_checkpoint, tmp_path):
+    def mixed(tensors: dict[str, np.ndarray]) -> None:
+        tensors["blk.0.ffn_gate_exps.weight"] = tensors.pop("blk.0.ffn_gate.weight")[None]
+
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny_checkpoint("llama"), path, change=mixed, metadata=lambda writer: writer.add_expert_count(8))
+    with pytest.raises(ValueError, match=r"llama\.expert_count is 8, expected 0"):
+        load_config(path)
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
