@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -15,6 +13,7 @@ from msgspec import Meta, Struct
 
 from experiments.sweep.prompts import PLACED, Arm, Point
 from experiments.sweep.targets import ARMS, TargetConfig
+from model.families import load_config
 
 Count = Annotated[int, Meta(ge=1)]
 
@@ -22,7 +21,7 @@ Count = Annotated[int, Meta(ge=1)]
 class Axes(Struct, frozen=True, forbid_unknown_fields=True):
     """The config's `[axes]`: every combination is a point."""
 
-    model: Annotated[tuple[str, ...], Meta(min_length=1)]  # a checkpoint folder, or an endpoint's name for it
+    model: Annotated[tuple[str, ...], Meta(min_length=1)]  # a folder, a GGUF file, or an endpoint's name for it
     prompt_tokens: Annotated[tuple[Count, ...], Meta(min_length=1)]
     arm: Annotated[tuple[Arm, ...], Meta(min_length=1)] = ("varying",)
     position: Annotated[tuple[str | int, ...], Meta(min_length=1)] = ("0%",)
@@ -85,16 +84,15 @@ def check(config: Config) -> None:
 
 
 def check_model(model: str, longest: int) -> None:
-    """Raise ConfigError if a model is not a checkpoint folder, or cannot take prompts of this length."""
+    """Raise ConfigError if a model is not a checkpoint folder or GGUF file, or cannot take prompts of this length."""
     try:
-        shape = json.loads((Path(model) / "config.json").read_bytes())
+        limit = load_config(model).max_position
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"axes.model: {model} is not a checkpoint folder: {error}; make the demo model with "
+            f"axes.model: {model} is no checkpoint that can be served: {error}; make the demo model with "
             f"`python -m experiments.demo_model {model}`, or name another folder"
         ) from None
-    limit = shape.get("max_position_embeddings", 0)
-    if limit and longest >= limit:
+    if longest >= limit:
         raise ConfigError(
             f"axes.prompt_tokens: {model} takes prompts below {limit} tokens, got {longest}: lower the axis"
         )

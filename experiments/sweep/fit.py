@@ -20,7 +20,7 @@ from rich.table import Table
 from experiments.harness.report import make_table, write_json
 from experiments.sweep.run_folder import Cell, RunError, cells, load
 from model.config import ModelConfig
-from model.families import read_config
+from model.families import load_config
 from serve.cost.file import file_contents
 from serve.cost.fit import TERMS, accuracy, fit_cost_model, held_out, intervals
 from serve.cost.model import Constants, cost_model
@@ -81,7 +81,7 @@ def prices(constants: Constants, config: ModelConfig | None, prompt: int) -> lis
 def model_config(model: str) -> ModelConfig | None:
     """The shape of a run's model; None where it is an endpoint's, or its checkpoint is gone."""
     try:
-        return read_config(json.loads((Path(model) / "config.json").read_bytes()))
+        return load_config(model)
     except OSError:
         return None
 

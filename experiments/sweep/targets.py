@@ -26,6 +26,7 @@ from experiments.harness.provenance import versions
 from experiments.harness.server import running_server
 from experiments.sweep.prompts import PromptPart, messages, tokens_of
 from experiments.workloads.gguf_file import write_gguf
+from model.formats.gguf_file import is_gguf
 
 # A request that an overloaded endpoint refused, or whose answer was empty, is sent again with other fresh text. Random
 # weights end their turn at once in a few percent of answers.
@@ -337,11 +338,10 @@ class OwnServer(Process):
     """`python -m serve`."""
 
     def __init__(self, model: str, config: TargetConfig, sizes: Sizes, folder: Path, seed: int) -> None:
-        from model.families import read_config
+        from model.families import load_config
         from model.kv import bytes_per_token
 
-        shape = read_config(msgspec.json.decode((Path(model) / "config.json").read_bytes()))
-        page = sizes.page_size * bytes_per_token(shape, np.dtype(np.float32))
+        page = sizes.page_size * bytes_per_token(load_config(model), np.dtype(np.float32))
         store = ("--store", str(folder / "store")) if sizes.stored else ()
         flags = (
             *("--page-size", str(sizes.page_size), "--kv-pool-bytes", str(sizes.pages * page)),
@@ -363,7 +363,9 @@ class LlamaCpp(Process):
     def __init__(self, model: str, sizes: Sizes, folder: Path, seed: int) -> None:
         if problem := llama_server.missing():
             raise TargetError(problem)
-        write_gguf(Path(model), served := folder / "model.gguf")
+        served = Path(model)
+        if not is_gguf(model):
+            write_gguf(Path(model), served := folder / "model.gguf")
         super().__init__(model, served, ("--context", str(sizes.context)), sizes, folder, seed)
 
     def about(self) -> dict[str, Any]:

