@@ -30,6 +30,7 @@ from model.formats.tensor import BLOCK, FLOATS, Tensor, same_values
 from model.layout import EMBED, HEAD, Leaf, Part
 from model.layout import layout as layout
 from model.params import Layer, Params
+from model.prequantized import kept, stored_as
 from model.quantized import SCHEMES, Quantized, Scheme, bits_of, inputs_last, rounded
 from model.sharding import make_mesh, shardings
 
@@ -66,7 +67,7 @@ def load(
     mesh = make_mesh(config, devices)
     tensors = _tensors(folder)
     _check(leaves, tensors, config, folder)
-    _report_dequantised(tensors, np.dtype(dtype))
+    _report_quantised(leaves, tensors, np.dtype(dtype), stay=devices == 1 and quantize is None)
     places = shardings(leaves, mesh) if mesh else None
     progress = progress or (lambda done, total: None)
     scheme = SCHEMES[quantize] if quantize else None
@@ -76,6 +77,31 @@ def load(
         whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves)) * np.dtype(dtype).itemsize
         log.info("quantised to %s, the weights take %.0f MB instead of %.0f", quantize, taken / 1e6, whole / 1e6)
     return config, params
+
+
+def planned_bytes(source: str | Path, dtype: Any, devices: int = 1, quantize: str | None = None) -> int:
+    """The bytes of weights that `load` would put on each device, from the config and the headers of the files.
+
+    Raises FileNotFoundError and ValueError for a config or files that cannot be read.
+    """
+    folder = resolve(source)
+    config = load_config(folder)
+    leaves, mesh = layout(config), make_mesh(config, devices)
+    size: int = np.dtype(dtype).itemsize
+    tensors = _tensors(folder)
+    if mesh:
+        places = jax.tree.leaves(shardings(leaves, mesh))
+        shapes = (place.shard_shape(leaf.shape) for leaf, place in zip(jax.tree.leaves(leaves), places, strict=True))
+        return size * int(sum(map(math.prod, shapes)))
+
+    def taken(path: tuple[Any, ...], leaf: Leaf) -> float:
+        count, field = math.prod(leaf.shape), path[-1].name
+        if not quantize and stored_as(path, leaf, tensors):
+            return sum(tensors[part.name].nbytes for part in leaf.parts)
+        bits = bits_of(field, SCHEMES[quantize].bits) if quantize else None
+        return count * size if bits is None or quantize is None else count * (bits / 8 + 4 / SCHEMES[quantize].group)
+
+    return round(sum(taken(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)))
 
 
 def _tensors(source: Path) -> dict[str, Tensor]:
@@ -202,18 +228,21 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
         )
 
 
-def _report_dequantised(tensors: dict[str, Tensor], dtype: np.dtype) -> None:
-    """Log what it costs that tensors do not stay as small as they are in the file."""
+def _report_quantised(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, stay: bool) -> None:
+    """Log which tensors stay as small as they are in the file, if any may, and what it costs that others do not."""
     quantised = [tensor for tensor in tensors.values() if tensor.kind not in FLOATS]
-    if not quantised:
-        return
-    kinds = ", ".join(sorted({tensor.kind for tensor in quantised}))
-    in_file = sum(tensor.nbytes for tensor in quantised)
-    in_memory = sum(math.prod(tensor.shape) for tensor in quantised) * dtype.itemsize
-    log.info(
-        "%d tensors are dequantised on load, from %s to %s: %.2f GB in the file, %.2f GB in memory",
-        *(len(quantised), kinds, dtype.name, in_file / 1e9, in_memory / 1e9),
-    )
+    fields = jax.tree_util.tree_leaves_with_path(leaves) if stay else []
+    kept_ones = {part.name for path, leaf in fields if stored_as(path, leaf, tensors) for part in leaf.parts}
+    for what, found in (
+        ("stay quantised", [tensor for tensor in quantised if tensor.name in kept_ones]),
+        ("are dequantised on load", [tensor for tensor in quantised if tensor.name not in kept_ones]),
+    ):
+        if found:
+            kinds = ", ".join(sorted({tensor.kind for tensor in found}))
+            in_file = sum(tensor.nbytes for tensor in found) / 1e9
+            whole = sum(math.prod(tensor.shape) for tensor in found) * dtype.itemsize / 1e9
+            counted = (len(found), kinds, what, in_file, whole, dtype.name)
+            log.info("%d tensors of %s %s: %.2f GB in the file, %.2f GB in %s", *counted)
 
 
 def _after(name: str, layers: int) -> bool:
@@ -256,6 +285,11 @@ def _fill(
         return [jax.device_put(array, device).block_until_ready() for device in devices]
 
     def on_one(path: tuple[Any, ...], leaf: Leaf) -> jax.Array | Quantized:
+        nonlocal done
+        if not scheme and (stored := stored_as(path, leaf, tensors)):
+            done += math.prod(leaf.shape) * dtype.itemsize
+            progress(done, total)
+            return kept(path[-1].name, leaf, tensors, stored)
         bits = bits_of(path[-1].name, scheme.bits) if scheme else None
         if scheme is None or bits is None:
             return fill(leaf, (slice(None),) * len(leaf.shape), [None])[0]

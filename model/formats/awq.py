@@ -21,7 +21,7 @@ from model.formats.grouped import (
     tensor_of,
     unpack,
 )
-from model.formats.tensor import Grouped, Tensor
+from model.formats.tensor import Grouped, Stored, Tensor
 
 BITS, IN_A_WORD = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -58,7 +58,8 @@ def unpacked(module: str, tensors: Tensors, group: int | None) -> Tensor:
         values, zeros = (in_order(each.values(), first, stop).T for each in (qweight, qzeros))
         return Grouped(values, scales.values()[:, first:stop].T, size, zeros)
 
-    return tensor_of(f"{module}.weight", (outputs, inputs), "int4", (qweight, qzeros, scales), rows)
+    stored = Stored(BITS, size, True, rows)
+    return tensor_of(f"{module}.weight", (outputs, inputs), "int4", (qweight, qzeros, scales), rows, stored)
 
 
 def in_order(words: np.ndarray, first: int, stop: int) -> np.ndarray:

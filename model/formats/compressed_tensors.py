@@ -29,7 +29,7 @@ from model.formats.grouped import (
     tensor_of,
     unpack,
 )
-from model.formats.tensor import Grouped, Tensor
+from model.formats.tensor import Grouped, Stored, Tensor
 
 PACKED = "pack-quantized"
 FORMATS = (PACKED, "int-quantized", "naive-quantized", "float-quantized", "mixed-precision", "dense")
@@ -134,7 +134,9 @@ def dequantised(module: str, weight: Tensor, tensors: Tensors, scheme: Scheme) -
         found = Grouped(values, grid.rows(first, stop), grid.block[1], zeros and zeros(first, stop))
         return found if order is None else found.ordered(order.values())
 
-    return tensor_of(name, shape, f"int{scheme.bits}", sources, rows, offered=order is None)
+    whole = order is None and len(shape) == 2 and grid.block[0] == 1
+    stored = Stored(scheme.bits, grid.block[1], zeros is not None, rows) if whole else None
+    return tensor_of(name, shape, f"int{scheme.bits}", sources, rows, stored)
 
 
 def shape_of(weight: Tensor, shape: Tensor, bits: int) -> tuple[int, ...]:

@@ -58,4 +58,4 @@ def scaled(weight: Tensor, tensors: Tensors, block: Block | None) -> Tensor:
         values = TABLES[weight.kind][weight.values(first, stop).view(np.uint8)]
         return Grouped(values, grid.rows(first, stop), grid.block[1])
 
-    return tensor_of(weight.name, weight.shape, weight.kind, (weight, scale), rows, offered=False)
+    return tensor_of(weight.name, weight.shape, weight.kind, (weight, scale), rows)

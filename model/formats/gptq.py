@@ -22,7 +22,7 @@ from model.formats.grouped import (
     tensor_of,
     unpack,
 )
-from model.formats.tensor import Grouped, Tensor
+from model.formats.tensor import Grouped, Stored, Tensor
 
 OF_A_MODULE = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -73,7 +73,8 @@ def unpacked(module: str, tensors: Tensors, bits: int, group: int | None, less: 
         return found if group_of is None else found.ordered(group_of)
 
     sources = (qweight, qzeros, scales)
-    return tensor_of(f"{module}.weight", (outputs, inputs), f"int{bits}", sources, rows, offered=group_of is None)
+    stored = Stored(bits, size, True, rows) if group_of is None else None
+    return tensor_of(f"{module}.weight", (outputs, inputs), f"int{bits}", sources, rows, stored)
 
 
 def order_of(g_idx: Tensor | None, inputs: int, size: int) -> np.ndarray | None:

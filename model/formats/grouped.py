@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from model.formats.tensor import FLOATS, Grouped, Tensor
+from model.formats.tensor import FLOATS, Grouped, Stored, Tensor
 
 Settings = Mapping[str, Any]  # the quantization_config of a config.json
 Tensors = dict[str, Tensor]  # by name
@@ -70,18 +70,15 @@ def tensor_of(
     kind: str,
     sources: Sequence[Tensor],
     rows: Callable[[int, int], Grouped],
-    offered: bool = True,
+    stored: Stored | None = None,
 ) -> Tensor:
-    """The tensor that is made from some of a file's, the rows [first, stop) of its first axis at a time.
-
-    `offered`: its groups are what the format has, so that the weight can stay quantised.
-    """
+    """The tensor that is made from some of a file's, the rows [first, stop) of its first axis at a time."""
     size, path = sum(source.nbytes for source in sources), sources[0].path
 
     def read(first: int, stop: int) -> np.ndarray:
         return rows(first, stop).floats()
 
-    return Tensor(name, path, shape, kind, FLOATS["F32"], size, read, rows if offered else None)
+    return Tensor(name, path, shape, kind, FLOATS["F32"], size, read, stored)
 
 
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:

@@ -48,12 +48,21 @@ def spread(of_groups: np.ndarray, group: int, inputs: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Whole numbers in groups of inputs that follow each other, as a file has them; `rows` is as `Tensor.read`."""
+
+    bits: int  # 4 or 8
+    group: int
+    zeros: bool  # whether groups have zeros
+    rows: Callable[[int, int], Grouped]
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A tensor of a checkpoint: its shape is that of its values, however the file packs them.
 
     `read(first, stop)` gives the values of the rows [first, stop) of the first axis, [stop - first, *shape[1:]]; what
-    is quantised in the file is dequantised then, and no sooner. `grouped(first, stop)` gives the same rows as small
-    numbers with scales, a `Grouped`, where the file has such.
+    is quantised in the file is dequantised then, and no sooner.
     """
 
     name: str
@@ -63,7 +72,7 @@ class Tensor:
     dtype: np.dtype | None  # of the values; None where nothing here can read them
     nbytes: int  # in the file, with scales and whatever else the values are made from
     read: Callable[[int, int], np.ndarray]
-    grouped: Callable[[int, int], Grouped] | None = None
+    stored: Stored | None = None  # where the weight can stay quantised
 
     def values(self, first: int = 0, stop: int | None = None) -> np.ndarray:
         """The values of the rows [first, stop) of the first axis, of all by default; a scalar has one row."""

@@ -214,10 +214,12 @@ def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> L
     from model.kernels.dispatch import arranged
     from model.rope_scaling import parse_rope_scaling, with_rope_scaling
     from model.sharding import shard_params
+    from serve.server.fit import refuse_too_big
 
     mesh = mesh_of(load_config(folder), config.tp)
     on_cpu = jax.default_backend() == "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+    refuse_too_big(config, folder, dtype, mesh, device_bytes(jax.devices()[: config.tp]))
     with progress.phase("weights") as on_progress:
         model_config, params = checkpoint.load(folder, jax.numpy.dtype(dtype), on_progress, config.tp, config.quantize)
     if config.rope_scaling:
@@ -227,6 +229,21 @@ def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> L
     with progress.phase("packing"):
         params = arranged(shard_params(params, mesh), config.page_size, consume=True)
     return LoadedModel(model_config, params, fingerprint, dtype, mesh)
+
+
+def device_bytes(devices: Sequence[jax.Device]) -> int:
+    """What each device has for weights and KV pages: on a GPU its memory but a margin, on a CPU what is available."""
+    if (limit := gpu_memory(devices)) is not None:
+        return max(0, limit - DEVICE_MARGIN_BYTES)
+    import psutil
+
+    return int(psutil.virtual_memory().available) // len(devices)
+
+
+def gpu_memory(devices: Sequence[jax.Device]) -> int | None:
+    """The bytes of the GPU with the least memory; None where there is no GPU, or none that tells."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices if device.platform != "cpu"]
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def mesh_of(model: ModelConfig, count: int) -> Mesh | None:
@@ -340,9 +357,8 @@ def pool_bytes(devices: Sequence[jax.Device], taken: int) -> int:
     the weights, and pages on their way between the pool and the tiers. On a CPU, 1 GiB, or half of the available memory
     if that is less.
     """
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices if device.platform != "cpu"]
-    if known := [int(limit) for limit in limits if limit]:
-        return len(devices) * max(0, min(known) - taken - DEVICE_MARGIN_BYTES)
+    if (limit := gpu_memory(devices)) is not None:
+        return len(devices) * max(0, limit - taken - DEVICE_MARGIN_BYTES)
     import psutil
 
     return min(CPU_POOL_BYTES, int(psutil.virtual_memory().available) // 2)

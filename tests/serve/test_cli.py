@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -22,6 +23,7 @@ from serve.rules.normalize import RULES
 from serve.server import cli as server_cli
 from serve.server.cli import DEVICE_MARGIN_BYTES, engine_settings, mesh_of, pool_bytes
 from serve.server.config import ServerConfig, parse_config, parser, problem_of
+from serve.server.progress import StartProgress
 from serve.web.flags import is_loopback, read_config
 from tests.helpers.http import CONTEXT
 
@@ -279,6 +281,26 @@ class TestSizes:
         assert pool_bytes([Gpu(DEVICE_MARGIN_BYTES + free + 7)], 7) == free
         assert pool_bytes([Gpu(1 << 40), Gpu(DEVICE_MARGIN_BYTES + free + 7)], 7) == 2 * free
         assert pool_bytes([Gpu(1)] * 4, 7) == 0
+
+    def test_pages_in_eight_bits_are_more_in_as_many_bytes(self, loaded: tuple[ModelConfig, Params]) -> None:
+        flags = ("--kv-pool-bytes", "1MiB", "--page-size", "16")
+        assert self.sized(loaded, *flags, "--kv-dtype", "int8").page_dtype == "int8"
+        # A key or value of a head has 16 bytes and a scale of 4, instead of 64.
+        assert [self.sized(loaded, *flags, "--kv-dtype", kind).num_pages for kind in ("int8", "fp8")] == [409, 409]
+
+    def test_a_model_that_is_too_big_is_refused_before_its_weights_are_read(
+        self, model_folder: Path, loaded: tuple[ModelConfig, Params], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weights = checkpoint.planned_bytes(model_folder, jnp.dtype("float32"))
+        assert weights == sum(leaf.nbytes for leaf in jax.tree.leaves(loaded[1]))
+        monkeypatch.setattr(server_cli, "device_bytes", lambda devices: weights)
+        monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("weights are read"))
+        expected = r"of weights and 64\.0 KiB of KV pages on a device, .* more than .*: it fits with --quantize int8 or"
+        with pytest.raises(ValueError, match=expected):
+            server_cli.load_model(config_of(), model_folder, StartProgress())
+        monkeypatch.setattr(server_cli, "device_bytes", lambda devices: 1_000)
+        with pytest.raises(ValueError, match=r"no --quantize, --kv-dtype or --max-model-len makes it fit"):
+            server_cli.load_model(config_of(), model_folder, StartProgress())
 
 
 class TestStarting:

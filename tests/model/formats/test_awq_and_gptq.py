@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import torch
 
 from model.checkpoint import load
 from model.formats.quantization import reader_for
-from tests.model.formats.writing import mapped, packed, quantised
+from tests.model.formats.writing import assert_floats_are, mapped, packed, quantised
 
 GROUP = 16
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
@@ -82,7 +81,7 @@ def test_an_awq_model_loads_as_its_numbers_say(tiny_checkpoint, tmp_path):
         return in_awq(module, made), made.floats()
 
     folder, expected = quantised(tiny_checkpoint("qwen2"), tmp_path, AWQ, quantise)
-    jax.tree.map(np.testing.assert_array_equal, load(folder, jnp.float32)[1], load(expected, jnp.float32)[1])
+    assert_floats_are(load(folder, jnp.float32)[1], load(expected, jnp.float32)[1])
 
 
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
@@ -95,7 +94,7 @@ def test_a_gptq_model_loads_as_its_numbers_say(tiny_checkpoint, tmp_path, bits, 
 
     settings = GPTQ | {"bits": bits, "checkpoint_format": version, "desc_act": shuffled}
     folder, expected = quantised(tiny_checkpoint("llama"), tmp_path, settings, quantise)
-    jax.tree.map(np.testing.assert_array_equal, load(folder, jnp.float32)[1], load(expected, jnp.float32)[1])
+    assert_floats_are(load(folder, jnp.float32)[1], load(expected, jnp.float32)[1])
 
 
 @pytest.mark.parametrize("settings", [AWQ, GPTQ | {"checkpoint_format": "gptq_v2"}])
@@ -105,8 +104,8 @@ def test_rows_from_any_output_on_are_those_of_the_whole(tmp_path, settings):
     weight = reader_for({"quantization_config": settings})(mapped(tmp_path, stored))["a.weight"]
     for first, stop in ((0, 40), (3, 5), (7, 33), (8, 16), (39, 40)):
         np.testing.assert_array_equal(weight.values(first, stop), made.floats()[first:stop])
-        assert weight.grouped is not None
-        np.testing.assert_array_equal(weight.grouped(first, stop).values, made.numbers[first:stop])
+        assert weight.stored is not None
+        np.testing.assert_array_equal(weight.stored.rows(first, stop).values, made.numbers[first:stop])
 
 
 def test_one_group_may_be_a_whole_output(tmp_path):
@@ -120,7 +119,7 @@ def test_one_group_may_be_a_whole_output(tmp_path):
 def test_groups_that_are_not_in_turn_cannot_stay_quantised(tmp_path):
     made = rounded(torch.empty(16, 48), 4, shuffled=True)
     weight = reader_for({"quantization_config": GPTQ})(mapped(tmp_path, in_gptq("a", made, 4, "gptq")))["a.weight"]
-    assert weight.grouped is None
+    assert weight.stored is None
 
 
 @pytest.mark.parametrize("settings", [AWQ, GPTQ])

@@ -86,4 +86,5 @@ def test_what_dequantising_costs_is_logged_once(tiny_checkpoint, tmp_path, caplo
     with caplog.at_level(logging.INFO, "tokenzero.checkpoint"):
         load(folder, jnp.bfloat16)
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("21 tensors are dequantised on load, from F8_E4M3 to bfloat16: ")
+    assert caplog.messages[0].startswith("21 tensors of F8_E4M3 are dequantised on load: ")
+    assert caplog.messages[0].endswith("GB in bfloat16")

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from model.formats.safetensors import map_tensors
 from model.formats.tensor import Tensor
+from model.params import Params
+from model.quantized import Quantized, dequantize
 
 State = dict[str, torch.Tensor]
 Quantise = Callable[[str, torch.Tensor], tuple[State, torch.Tensor]]
@@ -52,3 +55,16 @@ def packed(numbers: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(in_a_word, dtype=np.uint64) * np.uint64(bits)
     words = (padded.reshape(len(padded), -1, in_a_word) << shifts).sum(-1, dtype=np.uint64)
     return words.astype(np.uint32).view(np.int32)
+
+
+def assert_floats_are(params: Params, expected: Params) -> None:
+    """Each array, or what its numbers stand for, is that of a checkpoint of these weights in full precision."""
+
+    def compare(found: jax.Array | Quantized, wanted: jax.Array) -> None:
+        if isinstance(found, Quantized):
+            # An offset of zero x scale is rounded once, and so is the sum.
+            np.testing.assert_allclose(dequantize(found).reshape(wanted.shape), wanted, rtol=0, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(found, wanted)
+
+    jax.tree.map(compare, params, expected, is_leaf=lambda each: isinstance(each, Quantized))
