@@ -13,6 +13,7 @@ from model import kv
 from model.attention import paged_attention
 from model.batch import locate
 from model.config import ModelConfig, RopeConfig
+from model.kernels import limits
 from model.kernels.cpu import build
 from model.kernels.cpu import pages as cpu_pages
 from model.kernels.reference import reference as in_jax
@@ -93,6 +94,13 @@ def test_attention_reads_what_the_rows_hold(kind, path, prefixes, chunks, spare,
     np.testing.assert_allclose(found[:real], expected, atol=2e-5)
     if prefixes == [0] and path == "blockwise":
         np.testing.assert_allclose(in_jax(q, pool, 1, batch)[:real], expected, atol=2e-5)
+
+
+def test_gpu_kernels_leave_quantised_pages_to_xla_and_say_why(kind):
+    q, full, _ = ragged([0], [20], head_dim=64, dtype=jnp.bfloat16)
+    pool, _ = quantised(full, kind)
+    assert limits.unsupported_reason(q, full) is None
+    assert limits.unsupported_reason(q, pool) == f"dtype of k is {pool.k.dtype.name}, supported are bfloat16"
 
 
 def test_pages_are_written_read_and_copied_as_bytes(kind):
