@@ -15,7 +15,7 @@ from model.decoder import forward
 from model.kernels.cpu import build
 from model.kernels.dispatch import arranged
 from model.kv import KVPool, empty_pool, gather_pages
-from model.kv_rows import QUANTIZED, decode, pool_dtype
+from model.kv_rows import QUANTIZED, decode, encode, pool_dtype
 from model.params import Params, unstacked
 from serve.audit.comparison import distances
 from serve.engine.engine import Engine
@@ -43,7 +43,7 @@ def weights() -> Params:
     return jax.tree.map(leaf, layout(CONFIG))
 
 
-@pytest.fixture(params=["CPU kernels", "XLA"])
+@pytest.fixture(params=["CPU kernels", pytest.param("XLA", marks=pytest.mark.slow)])
 def params(request: pytest.FixtureRequest, weights: Params) -> Params:
     """The weights as either path takes them."""
     if request.param == "XLA":
@@ -116,34 +116,37 @@ def test_answers_on_reused_and_restored_pages_are_those_of_a_cold_pass(params, k
     assert_greedy(params, kind, tokens, restored)
 
 
+@pytest.mark.skipif(not build.available(), reason="the CPU kernels cannot be built here")
 def test_both_paths_write_the_same_rows_but_for_a_step(weights, kind):
     tokens = prompt(6, 100)
     pools = [cold(each, kind, tokens)[1] for each in (unstacked(weights), arranged(weights, PAGE))]
     for one, other in zip(*map(jax.tree.leaves, pools), strict=True):
         ours, theirs = (np.asarray(decode(side, jnp.float32)) for side in (one, other))
-        step = np.abs(ours).max(-1, keepdims=True) / (127 if kind == "int8" else 8)
-        different = ours != theirs
-        assert (np.abs(ours - theirs) <= 1.01 * step).all()
-        assert np.abs(ours - theirs)[different].size < ours.size / 10 or np.abs(ours - theirs).max() < 1e-4
+        largest = np.abs(ours).max(-1, keepdims=True)
+        assert (np.abs(ours - theirs) <= 1.01 * largest / (127 if kind == "int8" else 8)).all()
+        assert (np.abs(ours - theirs) > 1e-5 * largest).mean() < 0.01
 
 
 def test_a_page_keeps_its_bits_when_more_tokens_come_and_through_the_store(params, kind, tmp_path):
     tokens = prompt(2, 83)  # a page is left with three tokens
 
-    def pages(engine: Engine) -> np.ndarray:
+    def rows(engine: Engine) -> list[np.ndarray]:
+        """The rows of all tokens: whole pages, and what is filled of the last."""
         numbers, length = engine.core.memory.prefix_cache.tree.match(tokens, b"")
-        return np.asarray(gather_pages(engine.core.memory.pool, np.asarray(numbers)))[..., : length % PAGE or PAGE, :]
+        assert length == len(tokens)
+        *whole, last = np.asarray(gather_pages(engine.core.memory.pool, np.asarray(numbers)))
+        return [*whole, last[..., : length % PAGE, :]]
 
     engine = started(params, kind, tmp_path)
     generate(engine, tokens, 1)
-    before = pages(engine)
+    before = rows(engine)
     generate(engine, np.concatenate([tokens, prompt(3, 40)]), 1)
-    after = pages(engine)
+    after = rows(engine)
     engine.stop()
-    np.testing.assert_array_equal(after, before)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
     engine = started(params, kind, tmp_path)
     generate(engine, np.concatenate([tokens, prompt(4, 9)]), 1)
-    np.testing.assert_array_equal(pages(engine), before)
+    jax.tree.map(np.testing.assert_array_equal, rows(engine), before)
     engine.stop()
 
 
@@ -158,11 +161,9 @@ def test_pages_of_another_dtype_are_never_found(params, tmp_path):
 
 def test_an_audit_compares_what_rows_stand_for(kind):
     rng = np.random.default_rng(0)
-    pool = empty_pool(CONFIG, 4, PAGE, pool_dtype(kind))
-    ours, theirs = (
-        jnp.asarray(rng.integers(0, 127, (4, 2, *pool.k.shape[:1], *pool.k.shape[2:])), pool.k.dtype) for _ in "ab"
-    )
-    numbers = [decode(rows, jnp.float32) for rows in (ours, theirs)]
+    shape = (4, 2, CONFIG.num_layers, CONFIG.num_kv_heads, PAGE, CONFIG.head_dim)
+    ours, theirs = (encode(jnp.asarray(rng.normal(size=shape), jnp.float32), pool_dtype(kind)) for _ in range(2))
+    numbers = [decode(each, jnp.float32) for each in (ours, theirs)]
     errors, sizes = distances(ours, theirs)
     np.testing.assert_allclose(errors, np.abs(numbers[0] - numbers[1]).max((3, 5)))
     np.testing.assert_allclose(sizes, np.abs(numbers[0]).max((3, 5)))
