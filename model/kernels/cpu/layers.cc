@@ -299,7 +299,8 @@ class Decoder {
   Region<Scratch> region;  // last, so that it is closed before what its threads read is gone
 };
 
-ffi::Error Layers(ffi::ThreadPool pool, F32 x, Any k, Any v, F32 cos, F32 sin, S32 starts, S32 prefix, S32 table, S32 windows,
+ffi::Error Layers(ffi::ThreadPool pool, F32 x, Any k, Any v, F32 cos, F32 sin, S32 starts, S32 prefix, S32 table,
+                  S32 windows,
                   F32 attn_norm, Any qkv, F32 qkv_bias, F32 q_norm, F32 k_norm, Any out,
                   F32 out_bias, F32 mlp_norm, Any gate_up, F32 gate_up_bias, Any down,
                   F32 down_bias, F32 router, F32 router_bias, F32 correction, Any experts_gate_up,
@@ -307,15 +308,15 @@ ffi::Error Layers(ffi::ThreadPool pool, F32 x, Any k, Any v, F32 cos, F32 sin, S
                   F32 qkv_scales, F32 qkv_offsets, F32 out_scales, F32 out_offsets, F32 gate_up_scales,
                   F32 gate_up_offsets, F32 down_scales, F32 down_offsets, F32 experts_gate_up_scales,
                   F32 experts_gate_up_offsets, F32 experts_down_scales, F32 experts_down_offsets,
-                  ffi::ResultBuffer<ffi::F32> x_out, ffi::Result<ffi::AnyBuffer> k_out,
-                  ffi::Result<ffi::AnyBuffer> v_out, float eps, int64_t first, int64_t experts, int64_t per_token,
+                  ffi::ResultBuffer<ffi::F32> x_out, ffi::Result<Any> k_out,
+                  ffi::Result<Any> v_out, float eps, int64_t first, int64_t experts, int64_t per_token,
                   int64_t groups, int64_t chosen_groups, bool sigmoid, bool renormalize, float scaling, float factor,
                   float limit, int64_t heads, int64_t ffn, int64_t expert_ffn, ffi::Span<const int64_t> quantised) {
   kv::Rows kind;
   if (!kv::known(k.element_type(), kind)) return ffi::Error::InvalidArgument("k is neither F32, S8 nor U8");
   const auto shape = k.dimensions();  // [layers, pages, kv_heads, page_size, row]
-  const int64_t layers = attn_norm.dimensions()[0], kv_heads = shape[2], page_size = shape[3], dim = kv::dim_of(kind, shape[4]);
-  const int64_t seqs = prefix.dimensions()[0], embed = x.dimensions()[1];
+  const int64_t layers = attn_norm.dimensions()[0], kv_heads = shape[2], page_size = shape[3];
+  const int64_t seqs = prefix.dimensions()[0], embed = x.dimensions()[1], dim = kv::dim_of(kind, shape[4]);
   const auto keep = [](void* to, const void* from, size_t size) {
     if (from != to) std::memcpy(to, from, size);  // XLA gives them the same memory, unless it must not
   };
@@ -379,7 +380,7 @@ ffi::Error Head(ffi::ThreadPool pool, F32 x, S32 indices, F32 weight, Any head, 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_layers, Layers,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>()
+                                  .Arg<F32>().Arg<Any>().Arg<Any>().Arg<F32>().Arg<F32>()
                                   .Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>()
                                   .Arg<F32>().Arg<Any>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<Any>()
                                   .Arg<F32>().Arg<F32>().Arg<Any>().Arg<F32>().Arg<Any>().Arg<F32>()
@@ -387,7 +388,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tokenzero_layers, Layers,
                                   .Arg<F32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
-                                  .Ret<F32>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                                  .Ret<F32>().Ret<Any>().Ret<Any>()
                                   .Attr<float>("eps").Attr<int64_t>("first").Attr<int64_t>("experts")
                                   .Attr<int64_t>("per_token").Attr<int64_t>("groups").Attr<int64_t>("chosen_groups")
                                   .Attr<bool>("sigmoid").Attr<bool>("renormalize").Attr<float>("scaling")
