@@ -8,6 +8,7 @@
 - `tier`: the protocol of one tier, and reads over several
 - `host`, `disk`, `remote`: the tiers: host memory, LMDB, TensorStore
 - `lmdb_env`: one LMDB environment that several processes share and that may fail
+- `private`: folders and files that only this user may read
 - `writeback`: the thread that writes queued pages to the tiers
 - `worker`: one daemon thread, and the guard that contains its exceptions
 - `sizes`: bytes as people write and read them

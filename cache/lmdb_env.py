@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import lmdb
 
+from cache.private import FILE_MODE, FOLDER_MODE, close_to_others, make_folder
+
 log = logging.getLogger("tokenzero.cache.lmdb_env")
 T = TypeVar("T")
 
@@ -105,7 +107,7 @@ def reserve_lock(path: Path, alone: bool) -> None:
     LMDB maps the file and writes to it: without an allocated block, that ends the process (SIGBUS).
     """
     try:
-        file = os.open(path / "lock.mdb", os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(path / "lock.mdb", os.O_RDWR | os.O_CREAT, FILE_MODE)
     except OSError as error:
         if error.errno in READ_ONLY:
             return  # LMDB then uses no locks
@@ -170,7 +172,7 @@ class SharedEnvironment:
         self.mending = False  # a thread closes, opens or maps it again, while no other is inside an action
         self.changed = threading.Condition()
         with contextlib.suppress(OSError):  # opening it reports what is wrong
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
         with self.changed:
             self._mend()
 
@@ -286,8 +288,10 @@ class SharedEnvironment:
         opened = None
         try:
             if not self.path.is_dir():
-                self.path.mkdir()  # without parents: a directory that vanished must not be made again
+                self.path.mkdir(mode=FOLDER_MODE)  # without parents: a directory that vanished must not be made again
             self.claim = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            for path in (self.path, *(self.path / name for name in FILES)):
+                close_to_others(path)
             alone = self._claim_alone()
             if alone:
                 self._drop_damaged_tree()
@@ -350,6 +354,7 @@ class SharedEnvironment:
             metasync=False,
             readonly=readonly,
             create=not readonly,
+            mode=FILE_MODE,
         )
         try:
             env.reader_check()  # readers of killed processes would keep old pages from being reused

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from cache.private import write_for_this_user
+
 
 class Command(NamedTuple):
     """A sub-command: what it does, in a line, and the function that runs it on the arguments after its name."""
@@ -97,6 +99,8 @@ def command_list() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first argument names, or the server if it names none."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] != ["explain"]:  # whose picture is for showing around
+        write_for_this_user()
     name, arguments = (given[0], given[1:]) if given and given[0] in COMMANDS else ("serve", given)
     if status := COMMANDS[name].run(arguments):
         sys.exit(status)

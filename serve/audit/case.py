@@ -16,6 +16,7 @@ import jax
 import msgspec
 
 from cache.keys import root_key
+from cache.private import make_folder
 from serve.audit.findings import Mismatch, ReusedPrefix
 from serve.engine.engine import Engine
 
@@ -85,7 +86,7 @@ def write_case(folder: Path | None, case: Case) -> Path | None:
     if folder is None:
         return None
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(folder)
         stem = f"{case.time.replace(':', '').removesuffix('+0000')}-{case.root[:8]}"
         path = next(p for i in range(1000) if not (p := folder / f"{stem}-{i:03}.json").exists())
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

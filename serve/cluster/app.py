@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
+from cache.private import write_for_this_user
 from serve.cluster import deploy
 from serve.cluster.cli import ingress, load_text
 from serve.cluster.config import ClusterConfig, parse_config
@@ -51,6 +52,7 @@ def starlette(config: ClusterConfig) -> Starlette:
     """One server's application over the replicas of the Ray Serve application that this actor belongs to."""
     from serve.server.progress import StartProgress
 
+    write_for_this_user()
     leave_out_torch()
     handle, text = serve.get_deployment_handle(deploy.ENGINE), load_text(config, StartProgress())
     # In a thread, as this one has an event loop, on which Ray allows no waiting.

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from cache.lmdb_env import StoreError
+from cache.private import write_for_this_user
 from serve.cluster.config import ClusterConfig
 from serve.cluster.publisher import Publisher
 from serve.cluster.report import Costs, Identity, Report
@@ -133,6 +134,7 @@ def load_of(sequences: Collection[Sequence], ids: Mapping[int, str]) -> Load:
 
 def load(config: ClusterConfig) -> tuple[Engine, Constrainer, Identity]:
     """The engine, what compiles grammars for it, and what it is. Raises what loading a server's engine raises."""
+    write_for_this_user()
     leave_out_torch()
     set_up_jax()
     from model import checkpoint

@@ -26,6 +26,7 @@ import jax
 from jax.experimental import serialize_executable
 
 import model
+from cache.private import make_folder
 from model.kernels.cpu import build
 from model.kernels.dispatch import on_cpu
 
@@ -180,7 +181,7 @@ class Executables:
         """Keep the serialised executable of a program."""
         head = {"format": FORMAT, "program": name, "sha256": full_digest(payload), "environment": self.environment}
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.folder)
             self.check_owner()
             write_whole(self.path(key), json.dumps(head).encode() + b"\n" + payload)
             self.trim()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+from cache.private import close_to_others, make_folder
 
 # Triton's matrix products read a layer's slice of the stacked weights from a copy: 14 GB of copies in each step of an
 # 8B llama. From JAX 0.11.2 on, cuBLAS's read the slice where it is (`experiments.gpu.launches` counts both).
@@ -27,9 +30,17 @@ def set_up_jax() -> None:
         os.environ["XLA_FLAGS"] = with_gpu_flag(os.environ.get("XLA_FLAGS", ""))
     import jax
 
+    make_folder_of_this_user(user_cache())
     jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def make_folder_of_this_user(folder: Path) -> None:
+    """Make a folder, and close it to others, as far as that is possible; whoever writes there finds out if not."""
+    with suppress(OSError):
+        make_folder(folder)
+    close_to_others(folder)
 
 
 def with_gpu_flag(flags: str) -> str:

@@ -86,7 +86,7 @@ def built() -> Path:
     library = cache / f"kernels-{version('jaxlib')}-{name}.so"
     if library.exists():
         return library
-    cache.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is loaded from there runs
     # Under a temporary name first: not every file system has locks, and a process may end at any time.
     with locked(cache), tempfile.TemporaryDirectory(dir=cache) as folder:
         if library.exists():  # built while this process waited
