@@ -18,7 +18,8 @@ from serve.proxy.cli import ProxyConfig
 from serve.rules.normalize import RULE_COLUMNS, rule_rows
 from serve.server.app import ROUTES
 from serve.server.config import ServerConfig
-from serve.server.metrics import documented_metrics
+from serve.server.key_metrics import KEYS
+from serve.server.metrics import documented, documented_metrics
 from serve.web.flags import flag_tables
 from serve.web.headers import REQUEST_HEADERS, RESPONSE_HEADERS, Header
 
@@ -54,7 +55,7 @@ def metric_table() -> str:
     """Every metric of `/metrics`."""
     rows = [
         (f"`{metric.name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.text)
-        for metric in documented_metrics()
+        for metric in [*documented_metrics(), *documented(KEYS)]
     ]
     return markdown_table(("metric", "type", "labels", "meaning"), rows)
 

@@ -33,7 +33,6 @@ CAUSES = {
     "evicted": "it was cached, but had to make room",
     "no_longer_tracked": "the nearest sequence is cached, but this report no longer remembers it",
     "model_changed": "the nearest sequence belongs to another model",
-    "salt": "the nearest sequence has another cache salt",
 }
 # Causes by which nothing was lost: as far as is known, no token was computed a second time.
 UNAVOIDABLE = ("new_content", "below_page_size", "no_longer_tracked")

@@ -47,6 +47,12 @@ class RememberedRequest:
     tokens: np.ndarray  # [tokens] int32: the prompt and, after the answer, all of the answer
     model: str  # identifies the weights
     salt: bytes = b""
+    key: str = ""  # the name of the API key that sent it; "" where keys have none
+
+    @property
+    def scope(self) -> tuple[bytes, str]:
+        """What a sequence has in common with all that this request may learn of: the salt and the key."""
+        return self.salt, self.key
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,25 +67,26 @@ class EncodedRequest:
     tokens: np.ndarray  # [tokens] int32, as in RememberedRequest
     model: str
     salt: bytes
+    key: str
 
     @staticmethod
     def encode(new: RememberedRequest) -> EncodedRequest:
         """A request in the form that is kept."""
         prompt, body = new.prompt, msgspec.json.encode(new.request)
         return EncodedRequest(
-            new.id, body, prompt.segments, prompt.counts, len(prompt.tokens), new.tokens, new.model, new.salt
+            new.id, body, prompt.segments, prompt.counts, len(prompt.tokens), new.tokens, new.model, *new.scope
         )
 
     def decode(self) -> RememberedRequest:
         """The request as it was."""
         tokens = self.tokens[: self.prompt_tokens]
         prompt = Prompt(self.segments, tokens, self.counts, None, tokens[:0], False)
-        return RememberedRequest(self.id, decode_count_tokens(self.body), prompt, self.tokens, self.model, self.salt)
+        return RememberedRequest(self.id, decode_count_tokens(self.body), prompt, self.tokens, self.model, *self.scope)
 
     @property
-    def scope(self) -> tuple[str, bytes]:
-        """The model and the salt: only sequences that have both in common can share pages."""
-        return self.model, self.salt
+    def scope(self) -> tuple[bytes, str]:
+        """As of RememberedRequest."""
+        return self.salt, self.key
 
     @property
     def bytes(self) -> int:
@@ -127,6 +134,7 @@ class Report(Struct, frozen=True, omit_defaults=True):
     lost_ms: float | None = None  # time to compute them by the cost model; None if it is not calibrated
     rules: tuple[str, ...] = ()  # that changed the request, with their places
     unit: str = "tokens"  # or characters, if no tokenizer is known
+    key: str = ""  # the name of the API key that sent the request
 
 
 class Divergences:
@@ -154,6 +162,7 @@ class Divergences:
         others = self.remembered.values()
         self.remembered.put(new.id, EncodedRequest.encode(new))
         made = report_divergence(new, others, by_tier, self.vocabulary, self.page_size, self.prefill_s)
+        made = msgspec.structs.replace(made, key=new.key)
         hidden = {} if self.show_prompt_text else {"prompt_text": None, "nearest_text": None}
         section = made.section and made.section[:MAX_SECTION_CHARS]
         made = msgspec.structs.replace(made, section=section, rules=rules[:MAX_LISTED_RULES], unit=self.unit, **hidden)
@@ -175,14 +184,19 @@ class Divergences:
         """The memory in use, approximately."""
         return self.remembered.bytes + self.reports.bytes
 
-    def latest(self) -> list[Report]:
-        """The reports, the latest first."""
-        return self.reports.values()[::-1]
+    def latest(self, viewer: str | None = None) -> list[Report]:
+        """The reports, the latest first; of a `viewer`, those on the requests of the key with this name."""
+        return [made for made in self.reports.values()[::-1] if viewer in (None, made.key)]
 
-    def find_report(self, id: str) -> tuple[Report, list[tuple[str, int, int]] | None] | None:
-        """The report on a request and its sections, as (name, start, stop) in tokens; None if no longer remembered."""
+    def find_report(
+        self, id: str, viewer: str | None = None
+    ) -> tuple[Report, list[tuple[str, int, int]] | None] | None:
+        """The report on a request and its sections, as (name, start, stop) in tokens.
+
+        None if it is no longer remembered, or not the `viewer`'s, as in `latest`.
+        """
         made, request = self.reports.peek(id), self.remembered.peek(id)
-        if made is None:
+        if made is None or viewer not in (None, made.key):
             return None
         return made, sections_of(request.decode(), self.vocabulary).ranges() if request else None
 
@@ -191,7 +205,7 @@ class Divergences:
         if previous_id is None:
             return None
         previous = self.remembered.peek(previous_id)
-        if previous is None:
+        if previous is None or previous.scope != new.scope:
             return Diagnostics(PreviousMessageNotFound())
         limit = len(new.prompt.tokens) - 1
         missed = min(previous.prompt_tokens, limit) - reused
@@ -223,8 +237,8 @@ class NearestMatches:
 
     new: RememberedRequest
     reused: int
-    same_scope: tuple[EncodedRequest | None, int]  # of the same model and salt, and the tokens that it shares
-    other_scope: tuple[EncodedRequest | None, int]  # of another model or salt
+    same_model: tuple[EncodedRequest | None, int]  # and the tokens that it shares
+    other_model: tuple[EncodedRequest | None, int]
     vocabulary: Vocabulary
 
     @property
@@ -235,7 +249,7 @@ class NearestMatches:
     @property
     def continues(self) -> bool:
         """Whether the prompt continues the nearest sequence, which was reused whole."""
-        old, shared = self.same_scope
+        old, shared = self.same_model
         return old is not None and shared == len(old.tokens) and self.reused >= shared - 1
 
     @cached_property
@@ -248,20 +262,19 @@ class NearestMatches:
         return Difference(self.sections.at(position), cause, shown_text(self.new, position, self.vocabulary), "")
 
 
-def scope_mismatch(matches: NearestMatches) -> Mismatch | None:
-    """The mismatch if a sequence of another model or salt shares more than any of the same."""
-    old, shared = matches.other_scope
-    most = max(matches.same_scope[1], matches.reused)
+def model_mismatch(matches: NearestMatches) -> Mismatch | None:
+    """The mismatch if a sequence of another model shares more than any of the same."""
+    old, shared = matches.other_model
+    most = max(matches.same_model[1], matches.reused)
     if old is None or shared <= most or matches.sections.at(shared - 1) == "template":
         return None
-    cause = "model_changed" if old.model != matches.new.model else "salt"
     at = matches.reused
-    return Mismatch(at, matches.difference_at(at, cause), min(shared, matches.limit), old.id)
+    return Mismatch(at, matches.difference_at(at, "model_changed"), min(shared, matches.limit), old.id)
 
 
 def eviction(matches: NearestMatches) -> Mismatch | None:
     """The mismatch if more of the nearest sequence was evicted than lies after the first differing token."""
-    old, shared = matches.same_scope
+    old, shared = matches.same_model
     if old is None:
         return None
     evicted = min(shared, matches.limit) - matches.reused
@@ -274,7 +287,7 @@ def eviction(matches: NearestMatches) -> Mismatch | None:
 
 def text_mismatch(matches: NearestMatches) -> Mismatch | None:
     """The mismatch at the first token that differs from the nearest sequence, unless the cache matched more."""
-    old, shared = matches.same_scope
+    old, shared = matches.same_model
     if old is None or matches.reused > shared:
         return None
     found = difference(matches.new, old.decode(), shared, matches.sections)
@@ -295,7 +308,10 @@ def report_divergence(
     page_size: int,
     prefill_s: Callable[[int, int], float],
 ) -> Report:
-    """What a request reused and, if there was more to reuse, where it stopped matching and why."""
+    """What a request reused and, if there was more to reuse, where it stopped matching and why.
+
+    Of the `others`, only those of the same salt and key count: a report on another's would tell what it contains.
+    """
     tokens, reused = new.prompt.tokens, sum(by_tier.values())
     made = Report(
         id=new.id,
@@ -306,15 +322,15 @@ def report_divergence(
         recomputed_tokens=len(tokens) - reused,
         position=len(tokens),
     )
-    scope = (new.model, new.salt)
-    same_scope = nearest(tokens, [old for old in others if old.scope == scope])
-    other_scope = nearest(tokens, [old for old in others if old.scope != scope])
-    matches = NearestMatches(new, reused, same_scope, other_scope, vocabulary)
+    own = [old for old in others if old.scope == new.scope]
+    same_model = nearest(tokens, [old for old in own if old.model == new.model])
+    other_model = nearest(tokens, [old for old in own if old.model != new.model])
+    matches = NearestMatches(new, reused, same_model, other_model, vocabulary)
     if reused >= matches.limit:
         return made
-    if matches.continues and other_scope[1] <= same_scope[1]:
-        return msgspec.structs.replace(made, position=same_scope[1])
-    mismatch = scope_mismatch(matches) or eviction(matches) or text_mismatch(matches) or unknown_mismatch(matches)
+    if matches.continues and other_model[1] <= same_model[1]:
+        return msgspec.structs.replace(made, position=same_model[1])
+    mismatch = model_mismatch(matches) or eviction(matches) or text_mismatch(matches) or unknown_mismatch(matches)
     found = mismatch.difference
     cause = "below_page_size" if len(tokens) <= page_size else found.cause
     lost = 0 if cause in UNAVOIDABLE else max(0, mismatch.matchable - reused)
@@ -356,8 +372,6 @@ def difference(
     section, cause = sections.at(at, into), ""
     if new.model != old.model:
         cause = "model_changed"
-    elif new.salt != old.salt:
-        cause = "salt"
     else:
         section, cause = changed_part(new.request, old.request, section)
     nothing_shared = not sections.section_starts or at == 0 or sections.at(at, into - 1) == "template"
@@ -369,12 +383,9 @@ def difference(
 
 
 def report_line(made: Report) -> str:
-    """A report as one line of the log."""
+    """A report as one line of the log, without words of the prompt."""
     cost = f", {made.lost_ms:,.0f} ms" if made.lost_ms is not None else ""
-    texts = ""
-    if made.prompt_text and made.nearest_text:
-        texts = f" ({made.prompt_text!r:.80} instead of {made.nearest_text!r:.80})"
     return (
         f"{made.id}: {made.reused_tokens:,} of {made.prompt_tokens:,} {made.unit} reused, mismatch at "
-        f"{made.position:,} in {made.section}: {made.cause}; up to {made.lost_tokens:,} {made.unit}{cost} lost{texts}"
+        f"{made.position:,} in {made.section}: {made.cause}; up to {made.lost_tokens:,} {made.unit}{cost} lost"
     )

@@ -48,6 +48,7 @@ class Volatile(Struct, frozen=True, omit_defaults=True):
     requests: int  # of this client, up to the one in which it was noticed
     before: str | None = None
     after: str | None = None
+    key: str = ""  # the name of the API key that sent them
 
 
 @dataclass
@@ -76,42 +77,43 @@ class Volatility:
         self.found: list[Volatile] = []
         self.lock = Lock()
 
-    def observe(self, user_agent: str, request: CountTokensRequest) -> list[Volatile]:
-        """The segments first noticed as volatile in a client's next request, which is given as the rules left it."""
-        names = (user_agent, *(tool.name for tool in request.tools or () if not tool.defer_loading))
-        key = hashlib.blake2b("\0".join(names).encode("utf-8", "replace"), digest_size=16).digest()
+    def observe(self, user_agent: str, request: CountTokensRequest, key: str = "") -> list[Volatile]:
+        """The segments first noticed as volatile in a client's next request, which is given as the rules left it.
+
+        `key` is the name of its API key: one agent with two keys is two clients.
+        """
+        names = (key, user_agent, *(tool.name for tool in request.tools or () if not tool.defer_loading))
+        id = hashlib.blake2b("\0".join(names).encode("utf-8", "replace"), digest_size=16).digest()
         user_agent = user_agent[:SHOWN_CHARS]
         segments = {
             place: (hash(text), text[:SHOWN_CHARS]) for place, text in islice(segments_of(request), MAX_SEGMENTS)
         }
         with self.lock:
-            client = self.clients.get(key) or Client()
+            client = self.clients.get(id) or Client()
             noticed = [
-                Volatile(
-                    user_agent,
-                    section,
-                    line,
-                    client.requests,
-                    *((before, after) if self.show_prompt_text else ()),
-                )
+                Volatile(user_agent, section, line, client.requests, *self.shown(before, after), key=key)
                 for (section, line), before, after in volatile_segments(client, segments)
             ]
-            self.clients.put(key, client)
+            self.clients.put(id, client)
             self.found += noticed
             del self.found[:-REPORTED]
         for new in noticed:
             log.warning("line %d of %s changes in every request of %.80r", new.line, new.section, user_agent)
         return noticed
 
+    def shown(self, before: str, after: str) -> tuple[str | None, str | None]:
+        """The texts of a segment as they are reported."""
+        return (before, after) if self.show_prompt_text else (None, None)
+
     @property
     def bytes(self) -> int:
         """The memory in use, approximately."""
         return self.clients.bytes + len(self.found) * FOUND_BYTES
 
-    def latest(self) -> list[Volatile]:
-        """The volatile segments noticed so far, the latest first."""
+    def latest(self, viewer: str | None = None) -> list[Volatile]:
+        """The volatile segments noticed so far, the latest first; of a `viewer`, those of the key with this name."""
         with self.lock:
-            return self.found[::-1]
+            return [found for found in self.found[::-1] if viewer in (None, found.key)]
 
 
 def volatile_segments(client: Client, segments: dict[Place, Segment]) -> list[tuple[Place, str, str]]:

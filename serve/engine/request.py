@@ -40,6 +40,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     agent: str = ""  # whose requests follow each other, for a router; "" if unknown
     session: str = ""  # that the agent belongs to
+    owner: str = ""  # among whom places and steps are divided fairly; "" where nobody is named
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from serve.proxy.reports import Reports
 from serve.proxy.upstream import Upstream
 from serve.web.access import OPEN_PATHS, admits, error_response
 from serve.web.assets import PAGE
+from serve.web.browsers import BrowserRules, Refusal
 from serve.web.pages import ASSET_ROUTES, get_asset, get_request, latest_records, wants_page
 
 KEEP_ALIVE_SECONDS = 4.0  # of an idle connection: uvicorn closes it after 5
@@ -36,9 +37,17 @@ METRICS_TYPE = "text/plain; version=0.0.4"
 
 
 def create_proxy(
-    upstreams: Sequence[Upstream], rules: frozenset[str], reports: Reports | None = None, api_key: str | None = None
+    upstreams: Sequence[Upstream],
+    rules: frozenset[str],
+    reports: Reports | None = None,
+    api_key: str | None = None,
+    browsers: BrowserRules | None = None,
+    outer: Sequence[Middleware] = (),
 ) -> Starlette:
-    """The application before one engine, or before several that serve the same models."""
+    """The application before one engine, or before several that serve the same models.
+
+    `browsers` are the rules for a proxy without a key; `outer` is what every request meets first.
+    """
     pool = httpcore.AsyncConnectionPool(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS
     )
@@ -57,7 +66,7 @@ def create_proxy(
     forward = Proxy(fleet, pool, rules, reports)
     app = Starlette(
         routes=[*own_routes(fleet), *routes(forward)],
-        middleware=[Middleware(ApiKeyMiddleware, api_key=api_key)],
+        middleware=[*outer, Middleware(AccessMiddleware, api_key=api_key, browsers=browsers)],
         lifespan=lifespan,
     )
     app.state.records = reports
@@ -115,19 +124,29 @@ class Root:
         await app(scope, receive, send)
 
 
-class ApiKeyMiddleware:
-    """The check of the API key, before every route."""
+class AccessMiddleware:
+    """The check of the API key, or without one of what browsers may do, before every route."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self.app, self.key = app, api_key
+    def __init__(self, app: ASGIApp, api_key: str | None, browsers: BrowserRules | None) -> None:
+        self.app, self.key, self.browsers = app, api_key, browsers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse the request, or pass it on."""
-        if scope["type"] == "http" and self.key and not self.admits(scope):
+        refusal = self.refusal(scope) if scope["type"] == "http" else None
+        if refusal:
             form = {**scope, "path": chat_route(scope["path"]) or scope["path"]}
-            await error_response(form, 401, "invalid x-api-key")(scope, receive, send)
+            await error_response(form, *refusal)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> Refusal | None:
+        """Why a request may not pass."""
+        if self.key and not self.admits(scope):
+            return Refusal(401, "invalid x-api-key")
+        path = scope["path"]
+        # Files are sent to other routes in other forms. Some engines generate at `POST /`.
+        json_only = path == "/" or chat_route(path) is not None
+        return self.browsers.refusal(scope, path, json_only) if self.browsers else None
 
     def admits(self, scope: Scope) -> bool:
         """Whether a request may pass."""

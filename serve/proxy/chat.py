@@ -26,6 +26,7 @@ class Chat:
     applied: tuple[str, ...]  # the rules that changed it, with their places
     received: float  # when its last byte arrived, by `time.perf_counter`
     held_s: float  # how long decoding and the rules took, and reading the prompt
+    salt: str = ""  # the cache salt that its header names
     prompt: Prompt | None = None  # to choose an upstream by, where there are several
 
 

@@ -16,9 +16,12 @@ from serve.proxy.app import create_proxy
 from serve.proxy.reports import Reports
 from serve.proxy.upstream import Upstream, parse_upstream
 from serve.rules.normalize import parse_rules
+from serve.web.browsers import browser_rules, cors
 from serve.web.flags import (
     add_flags,
     address_problem,
+    allow_host_flag,
+    allow_origin_flag,
     api_key_flag,
     flag,
     host_flag,
@@ -47,6 +50,8 @@ class ProxyConfig:
     host: str = host_flag(GROUP)
     port: int = port_flag(GROUP, 8080)
     api_key: str | None = api_key_flag(GROUP)
+    allow_host: str = allow_host_flag(GROUP)
+    allow_origin: str = allow_origin_flag(GROUP)
     upstream_api_key: str | None = flag(
         "key for the upstream in place of the clients' own",
         GROUP,
@@ -109,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
 
     cli = parser()
     config = read_config(ProxyConfig, cli.parse_args(argv))
-    if problem := address_problem(config) or range_problem(config):
+    if problem := address_problem(config, bool(config.api_key)) or range_problem(config):
         cli.error(problem)
     try:
         rules, upstreams = config.rules, config.engines
@@ -121,7 +126,8 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         sys.exit(f"proxy: {error}")
     sys.setswitchinterval(SWITCH_SECONDS)
-    app = create_proxy(upstreams, rules, reports, config.api_key)
+    browsers = browser_rules(config, keyed=bool(config.api_key))
+    app = create_proxy(upstreams, rules, reports, config.api_key, browsers, cors(config))
     uvicorn.run(
         app,
         host=config.host,

@@ -37,6 +37,7 @@ from serve.proxy.upstream import (
 from serve.rules.body import EditedBody, Unread
 from serve.rules.log import warn_once
 from serve.web.access import error_response
+from serve.web.headers import SALT_HEADER
 from serve.web.pages import MAX_BODY_BYTES, until_disconnect
 
 log = logging.getLogger("tokenzero.proxy")
@@ -105,6 +106,7 @@ class Proxy:
             applied=tuple(f"{note.rule} {note.where}" for note in edited.applied),
             received=received,
             held_s=held_s,
+            salt=request.headers.get(SALT_HEADER, ""),
             prompt=prompt,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 from serve.api.messages import InvalidRequest
-from serve.diagnosis.captures import Api, read_prompt
+from serve.diagnosis.captures import Api, decode_json, read_prompt
 from serve.diagnosis.compare import Render, characters
 from serve.diagnosis.divergence import Divergences, RememberedRequest, nearest
 from serve.diagnosis.sections import CHARACTERS, Vocabulary
@@ -26,6 +27,16 @@ MAX_WAITING = 32
 REPORT_SECONDS = 0.25  # that the head of an answer waits for a report, which it names
 # The routes whose prompts are compared, and the API of each.
 APIS: dict[str, Api] = {"/v1/messages": "messages", "/v1/chat/completions": "chat", "/v1/responses": "responses"}
+
+
+def salt_of(chat: Chat) -> bytes:
+    """The cache salt of a request, by its header and its body's `cache_salt`; b"" if it has none.
+
+    Raises ValueError for a body that is not JSON.
+    """
+    value = decode_json(chat.body)
+    named = value.get("cache_salt") if isinstance(value, dict) else None
+    return json.dumps([named, chat.salt]).encode() if named is not None or chat.salt else b""
 
 
 @dataclass
@@ -83,10 +94,11 @@ class Reports:
         try:
             request = read_prompt(chat.body, APIS[chat.path])
             rendered = self.render(request, False)
-            new = RememberedRequest(chat.id, request, rendered, rendered.tokens, request.model)
+            new = RememberedRequest(chat.id, request, rendered, rendered.tokens, request.model, salt_of(chat))
             # The proxy does not know what the engine's cache holds: at best, what the nearest prompt shares.
             _, shared = nearest(
-                new.tokens, [old for old in self.divergences.remembered.values() if old.model == new.model]
+                new.tokens,
+                [o for o in self.divergences.remembered.values() if (o.model, o.scope) == (new.model, new.scope)],
             )
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
             self.volatility.observe(chat.agent, request)

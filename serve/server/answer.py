@@ -34,6 +34,7 @@ from serve.api.answers import (
     SignatureDelta,
     TextDelta,
     ThinkingDelta,
+    Usage,
 )
 from serve.api.messages import DiagnosticsRequest, OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.diagnosis.divergence import RememberedRequest
@@ -64,11 +65,18 @@ def answer(context: ServerContext, prepared: Prepared, phases: Phases) -> AsyncG
         phases,
         context.statuses,
         first=context.metrics.ttft.observe,
-        done=lambda usage: asyncio.get_running_loop().run_in_executor(
-            None, count_savings, context, prepared, usage.cache_read_input_tokens
-        ),
+        done=partial(count_answer, context, prepared),
         ended=context.metrics.count_phases,
     )
+
+
+def count_answer(context: ServerContext, prepared: Prepared, usage: Usage) -> None:
+    """Count a complete answer for its key, and in a thread what each rule saved."""
+    if admission := prepared.request_context.admission:
+        prompt = len(prepared.prompt.tokens)
+        admission.count(prompt, usage.cache_read_input_tokens, usage.output_tokens)
+    loop = asyncio.get_running_loop()
+    loop.run_in_executor(None, count_savings, context, prepared, usage.cache_read_input_tokens)
 
 
 async def generated(context: ServerContext, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
@@ -187,7 +195,8 @@ def report_divergence(
 ) -> Diagnostics | UnsetType | None:
     """Report what a request found in the cache and why it did not find more; return the `diagnostics` it asked for."""
     request, rendered, salt = prepared.message, prepared.prompt, prepared.generation.salt
-    new = RememberedRequest(prepared.id, request, rendered, rendered.tokens, context.engine.fingerprint.hex(), salt)
+    model, key = context.engine.fingerprint.hex(), prepared.request_context.owner
+    new = RememberedRequest(prepared.id, request, rendered, rendered.tokens, model, salt, key)
     asked = request.diagnostics
     diagnostics: Diagnostics | UnsetType | None = UNSET
     try:
@@ -197,7 +206,7 @@ def report_divergence(
         if report.cause:
             context.metrics.cache_misses.labels(report.cause).inc()
             context.metrics.cache_miss_tokens.labels(report.cause).inc(report.lost_tokens)
-        context.metrics.volatile.inc(len(context.volatility.observe(prepared.request_context.agent, request)))
+        context.metrics.volatile.inc(len(context.volatility.observe(prepared.request_context.agent, request, key)))
     except Exception:  # a failed report must not fail the answer
         log.exception("%s: the report on its prompt failed", prepared.id)
     return diagnostics

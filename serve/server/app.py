@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from msgspec.structs import replace
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -35,18 +35,20 @@ from serve.limits.encodings import (
     compressed_as,
     decode_body,
 )
-from serve.rules.normalize import parse_rules
 from serve.server.answer import answer, collect
-from serve.server.context import RequestContext, ServerContext, unrendered
+from serve.server.callers import request_context_of
+from serve.server.context import ServerContext
 from serve.server.engine_client import EngineClient
 from serve.server.heartbeat import heartbeat
-from serve.server.middleware import RequestGuardMiddleware
+from serve.server.key_metrics import KeyCollector, reloading
+from serve.server.middleware import RequestGuardMiddleware, limit_response
 from serve.server.prepare import Prepared, prepare, prompt_length
 from serve.server.trim import trim_while_idle
 from serve.web.access import error_response
-from serve.web.agents import sender_of
 from serve.web.assets import PAGE
-from serve.web.headers import APPLIED_HEADER, RULES_HEADER, SALT_HEADER
+from serve.web.browsers import browser_rules, cors
+from serve.web.headers import APPLIED_HEADER
+from serve.web.keys import LimitReached, open_keys, viewer_of
 from serve.web.pages import (
     ASSET_ROUTES,
     MAX_LISTED_RULES,
@@ -70,7 +72,8 @@ def create_app(context: ServerContext) -> Starlette:
         engine.start()
         trimmer = asyncio.create_task(trim_while_idle(lambda: engine.steps, lambda: engine.idle))
         async with heartbeat(context.metrics.lag.observe):
-            yield
+            with reloading(keys):
+                yield
         trimmer.cancel()
         # Both at the same time, since each may take the whole time limit for stopping.
         await asyncio.gather(
@@ -79,15 +82,17 @@ def create_app(context: ServerContext) -> Starlette:
         )
 
     config = context.config
+    keys = open_keys(config.api_key, config.api_key_file)
     guard = Middleware(
         RequestGuardMiddleware,
-        api_key=config.api_key,
+        keys=keys,
+        browsers=browser_rules(config, config.keyed),
         max_body_bytes=config.max_body_bytes,
         metrics=context.metrics,
     )
     app = Starlette(
         routes=[*ROUTES, *ASSET_ROUTES],
-        middleware=[guard],
+        middleware=[*cors(config), guard],
         exception_handlers={
             InvalidRequest: lambda request, error: error_response(request.scope, 400, str(error)),
             MalformedBody: lambda request, error: error_response(request.scope, 400, str(error)),
@@ -95,6 +100,7 @@ def create_app(context: ServerContext) -> Starlette:
             UnsupportedEncoding: lambda request, error: error_response(
                 request.scope, 415, str(error), {"accept-encoding": ", ".join(ENCODINGS)}
             ),
+            LimitReached: lambda request, error: limit_response(request.scope, error),
             Overloaded: lambda request, error: error_response(request.scope, 529, str(error), {"retry-after": "1"}),
             ClientDisconnect: lambda request, error: Response(status_code=499),
             HTTPException: http_exception_response,
@@ -102,6 +108,9 @@ def create_app(context: ServerContext) -> Starlette:
         lifespan=lifespan,
     )
     app.state.context = app.state.records = context
+    app.state.keys = keys
+    if keys and keys.path:
+        context.metrics.registry.register(KeyCollector(keys))
     return app
 
 
@@ -168,6 +177,8 @@ async def post_answer(read: Reader, request: Request) -> Response:
         return prepared, writer
 
     prepared, writer = await run_in_threadpool(read_and_prepare)
+    if request_context.admission:
+        request_context.admission.take(len(prepared.generation.tokens) + prepared.generation.max_tokens)
     events = answer(context, prepared, phases)
     # Wait for the first event before the response starts: the engine's refusal becomes a status, not a stream.
     first = await until_disconnect(request, anext(events))
@@ -289,9 +300,14 @@ async def get_ready(request: Request) -> Response:
 
 
 async def get_metrics(request: Request) -> Response:
-    """`GET /metrics`: Prometheus metrics, see below."""
+    """`GET /metrics`: Prometheus metrics, see below; a key of a file that is no admin's gets its own."""
+    viewer = viewer_of(request.scope)
+    registry = request.app.state.context.metrics.registry
+    if viewer is not None:
+        registry = CollectorRegistry()
+        registry.register(KeyCollector(request.app.state.keys, viewer))
     # In a thread, since a tier's figures may wait for its disk.
-    page = await run_in_threadpool(generate_latest, request.app.state.context.metrics.registry)
+    page = await run_in_threadpool(generate_latest, registry)
     return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -303,28 +319,6 @@ async def get_root(request: Request) -> Response:
 async def get_hello(request: Request) -> Response:
     """`GET /api/hello`: what clients probe first; `HEAD` works as well."""
     return JSONResponse({"name": "tokenzero"})
-
-
-def request_context_of(request: Request, context: ServerContext) -> RequestContext:
-    """What the request's headers say. Raises InvalidRequest for rules that cannot be applied."""
-    headers = request.headers
-    key = headers.get("x-api-key") or headers.get("authorization") or ""
-    salt, agent = headers.get(SALT_HEADER, ""), headers.get("user-agent", "")
-    return RequestContext(rules_of(request, context), salt.encode(), key.encode(), agent, sender_of(headers))
-
-
-def rules_of(request: Request, context: ServerContext) -> frozenset[str]:
-    """The normaliser's rules for this request: those that its header names, or the server's."""
-    header = request.headers.get(RULES_HEADER)
-    if header is None:
-        return context.rules
-    try:
-        names = parse_rules(header)
-    except ValueError as error:
-        raise InvalidRequest(f"{RULES_HEADER}: {error}") from error
-    if problem := unrendered(context.tokenizer, names):
-        raise InvalidRequest(f"{RULES_HEADER}: {problem}")
-    return names
 
 
 async def stream(writer: Writer, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:

@@ -15,6 +15,8 @@ from serve.rules.normalize import parse_rules
 from serve.web.flags import (
     add_flags,
     address_problem,
+    allow_host_flag,
+    allow_origin_flag,
     api_key_flag,
     flag,
     host_flag,
@@ -24,10 +26,12 @@ from serve.web.flags import (
     range_problem,
     read_config,
 )
+from serve.web.keys import keys_problem
 
 MAX_SPECULATIVE_TOKENS = 15
 MODEL, HTTP, PROMPTS, ANSWERS = "model", "server", "prompt stability", "answers"
 ENGINE, STORE, AUDIT = "engine", "store", "audit"
+NOTHING, EVERYTHING = "none", "all"  # that keys share
 
 
 def size_flag(help: str, group: str, default: str | None, shown: str | None = None) -> Any:
@@ -71,6 +75,21 @@ class ServerConfig:
     host: str = host_flag(HTTP)
     port: int = port_flag(HTTP, 8000)
     api_key: str | None = api_key_flag(HTTP)
+    api_key_file: Path | None = flag(  # noqa: RUF009 - a dataclass field
+        "several keys by their hashes, a line each, with names and limits; read again on SIGHUP: see serve/README.md",
+        HTTP,
+        None,
+        metavar="FILE",
+        parse=Path,
+    )
+    share_prefix: str = flag(
+        "what keys of --api-key-file may read of each other's prompts in the cache: none or all of a common prefix",
+        HTTP,
+        NOTHING,
+        choices=(NOTHING, EVERYTHING),
+    )
+    allow_host: str = allow_host_flag(HTTP)
+    allow_origin: str = allow_origin_flag(HTTP)
     max_body_bytes: int = size_flag("a longer request gets 413", HTTP, "32MiB")
     memory_bytes: int = flag(
         "memory for what is remembered of requests, in fixed shares: see serve/README.md",
@@ -197,6 +216,11 @@ class ServerConfig:
     )
 
     @property
+    def keyed(self) -> bool:
+        """Whether clients have to send a key."""
+        return bool(self.api_key or self.api_key_file)
+
+    @property
     def name(self) -> str:
         """The model's name in /v1/models."""
         return self.model_name or Path(self.model).name
@@ -233,7 +257,8 @@ def parser(prog: str = "python -m serve") -> argparse.ArgumentParser:
 
 def problem_of(config: ServerConfig) -> str | None:
     """The first thing that is wrong with a configuration, as a sentence that names the flag; None if it is sound."""
-    if problem := address_problem(config) or range_problem(config):
+    problem = address_problem(config, config.keyed) or range_problem(config)
+    if problem or (problem := keys_problem(config.api_key, config.api_key_file)):
         return problem
     if config.quantize and config.tp > 1:
         return f"--quantize: quantised weights are not divided over devices yet, got --tp {config.tp}: leave out one"

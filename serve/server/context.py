@@ -26,6 +26,7 @@ from serve.server.config import ServerConfig
 from serve.server.engine_client import EngineClient
 from serve.server.metrics import EngineCollector, Memory, MemoryCollector, ServerMetrics
 from serve.web.agents import Sender
+from serve.web.keys import Admission
 from serve.web.request_status import RequestStatuses
 
 log = logging.getLogger("tokenzero.server")
@@ -65,6 +66,12 @@ class RequestContext:
     key: bytes = b""  # clients with different keys share no recorded answer
     agent: str = ""  # the client's name, from its user-agent header
     sender: Sender = NOBODY
+    admission: Admission | None = None  # of the request, where keys are checked
+
+    @property
+    def owner(self) -> str:
+        """The name of the key that sent it; "" where keys have no names."""
+        return self.admission.key.name if self.admission else ""
 
 
 def make_context(

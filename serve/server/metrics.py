@@ -336,6 +336,7 @@ class ServerMetrics:
         self.dropped_answers = self.counter(
             "write_dropped_answers", "Recorded answers not written because the disk was too slow"
         )
+        self.wrong_keys = self.counter("wrong_keys", "Requests with a wrong API key")
         self.unparsed = self.counter(
             "unparsed_preambles", "System texts that start like the billing header but do not parse as one"
         )
@@ -363,13 +364,17 @@ class ServerMetrics:
 def documented_metrics() -> list[Documented]:
     """Every metric that `/metrics` can have, in its order."""
     tables: tuple[tuple[Figure[Any], ...], ...] = (ENGINE, AUDITOR, TIERS, RESTORER, PRELOADER, MEMORIES)
-    figures = [
+    return [*ServerMetrics().documented, *documented(chain.from_iterable(tables))]
+
+
+def documented(figures: Iterable[Figure[Any]]) -> list[Documented]:
+    """What the documentation says of these figures."""
+    return [
         Documented(
             f"{PREFIX}{figure.name}{'_total' if figure.kind is COUNTER else ''}",
             KINDS[figure.kind],
             (figure.label,) if figure.label else (),
             figure.text,
         )
-        for figure in chain.from_iterable(tables)
+        for figure in figures
     ]
-    return [*ServerMetrics().documented, *figures]

@@ -1,15 +1,21 @@
-"""The middleware before every route: its path, the API key, the body's size, and errors in the form of its API."""
+"""The middleware before every route: its path, who may call it, the body's size, and errors in the form of its API."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
+import time
+from collections.abc import Mapping
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.limits.encodings import BodyTooLarge
 from serve.server.metrics import ServerMetrics
-from serve.web.access import OPEN_PATHS, admits, error_response
+from serve.web.access import OPEN_PATHS, error_response
+from serve.web.browsers import ANSWER_HEADERS, BrowserRules
+from serve.web.keys import Keys, LimitReached, secrets_in
 from serve.web.paths import api_path
 
 log = logging.getLogger("tokenzero.app")
@@ -18,8 +24,15 @@ log = logging.getLogger("tokenzero.app")
 class RequestGuardMiddleware:
     """Check the key and the body's size before a route; after it, add a request id, count, answer 500 for a fault."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, metrics: ServerMetrics) -> None:
-        self.app, self.key, self.limit, self.metrics = app, api_key, max_body_bytes, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys | None,
+        browsers: BrowserRules | None,
+        max_body_bytes: int,
+        metrics: ServerMetrics,
+    ) -> None:
+        self.app, self.keys, self.browsers, self.limit, self.metrics = app, keys, browsers, max_body_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse the request, or pass it on."""
@@ -43,7 +56,9 @@ class RequestGuardMiddleware:
             if message["type"] == "http.response.start":
                 started = True
                 id = f"req_{secrets.token_hex(12)}".encode()
+                there = {name for name, _ in message["headers"]}
                 message["headers"] += [(b"request-id", id), (b"x-request-id", id)]
+                message["headers"] += [header for header in ANSWER_HEADERS if header[0] not in there]
                 # Unknown paths share one label: a client must not be able to grow the metrics.
                 path = scope["path"] if scope.get("endpoint") else "other"
                 for name, value in scope.get("path_params", {}).items():
@@ -51,17 +66,41 @@ class RequestGuardMiddleware:
                 self.metrics.responses.labels(path, message["status"]).inc()
             await send(message)
 
+        answer: Response | None = None
+        try:
+            scope["key"] = self.keys.find(headers) if self.keys else None
+            answer = await self.refusal(scope, headers)
+            if self.keys and answer is None and scope["key"] and scope["method"] == "POST":
+                scope["admission"] = self.keys.admit(scope["key"])
+            await (answer or self.app)(scope, receive_limited, send_with_id)
+        except LimitReached as error:
+            await limit_response(scope, error)(scope, receive, send_with_id)
+        except Exception as error:
+            if started:
+                raise
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, send_with_id)
+        finally:
+            if "admission" in scope:
+                scope["admission"].end()
+
+    async def refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Response | None:
+        """The answer to a request that may not pass; None for one that may."""
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
             text = f"request body: expected at most {self.limit} bytes, got {int(declared)}"
-            await error_response(scope, 413, text)(scope, receive, send_with_id)
-        elif self.key and scope["path"] not in OPEN_PATHS and not admits(self.key, headers):
-            await error_response(scope, 401, "invalid x-api-key")(scope, receive, send_with_id)
-        else:
-            try:
-                await self.app(scope, receive_limited, send_with_id)
-            except Exception as error:
-                if started:
-                    raise
-                log.exception("%s %s failed", scope["method"], scope["path"])
-                await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, send_with_id)
+            return error_response(scope, 413, text)
+        if self.keys and not scope["key"] and scope["path"] not in OPEN_PATHS:
+            if secrets_in(headers):
+                self.metrics.wrong_keys.inc()
+                address = (scope.get("client") or ("an unknown address", 0))[0]
+                await asyncio.sleep(self.keys.wrong.delay(address, time.monotonic()))
+            return error_response(scope, 401, "invalid x-api-key")
+        refused = self.browsers and self.browsers.refusal(scope, scope["path"])
+        return error_response(scope, *refused) if refused else None
+
+
+def limit_response(scope: Scope, error: Exception) -> Response:
+    """The answer to a request beyond a limit of its key."""
+    assert isinstance(error, LimitReached)
+    return error_response(scope, 429, str(error), {"retry-after": str(error.retry_s)})

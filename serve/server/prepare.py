@@ -81,8 +81,9 @@ def prepare(
         ),
         salt=request_context.salt,
         constraint=constraint,
-        agent=request_context.sender.agent,
-        session=request_context.sender.session,
+        agent=own_id(request_context, request_context.sender.agent),
+        session=own_id(request_context, request_context.sender.session),
+        owner=request_context.owner,
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(
@@ -109,6 +110,11 @@ def prompt_length(
         normalized = normalize(request, request_context.rules).request
     scope = scope_of(context.engine.fingerprint, request_context)
     return len(rendered_prompt(context, normalized, scope, request_context.rules, phases).tokens)
+
+
+def own_id(request_context: RequestContext, id: str) -> str:
+    """A client's id of an agent or session, which does not mean that of another key's client."""
+    return f"{request_context.owner}\0{id}" if id and request_context.owner else id
 
 
 def seed_of(message: MessagesRequest) -> int:

@@ -1,4 +1,4 @@
-"""The check of the API key, and errors in the form of the API that a request is for."""
+"""What needs no key, the proxy's check of its key, and errors in the form of the API that a request is for."""
 
 from __future__ import annotations
 

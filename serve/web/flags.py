@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
@@ -112,20 +113,24 @@ def flag_tables(config: type, groups: Collection[str] = ()) -> str:
 
 
 class Address(Protocol):
-    """The part of a configuration that says where to listen and who may connect."""
+    """The part of a configuration that says where to listen, and which pages may call."""
 
     @property
     def host(self) -> str:
         """The address to bind."""
 
     @property
-    def api_key(self) -> str | None:
-        """The key that clients must send."""
+    def allow_host(self) -> str:
+        """Names of a server without a key, comma-separated."""
+
+    @property
+    def allow_origin(self) -> str:
+        """Origins of pages that may call the server, comma-separated."""
 
 
 def host_flag(group: str) -> Any:
     """The field `host`."""
-    return flag("address to bind; other than loopback, it needs an --api-key", group, "127.0.0.1")
+    return flag("address to bind; other than loopback, it needs a key", group, "127.0.0.1")
 
 
 def port_flag(group: str, default: int) -> Any:
@@ -145,6 +150,32 @@ def api_key_flag(group: str) -> Any:
     )
 
 
+def allow_host_flag(group: str) -> Any:
+    """The field `allow_host`."""
+    return flag(
+        "names by which clients may call a server without a key, comma-separated, besides localhost and --host",
+        group,
+        "",
+        metavar="NAMES",
+    )
+
+
+def allow_origin_flag(group: str) -> Any:
+    """The field `allow_origin`."""
+    return flag(
+        "origins of web pages that may call this server and read its answers (CORS), comma-separated, such as "
+        "https://app.example; * for all needs an --api-key",
+        group,
+        "",
+        metavar="ORIGINS",
+    )
+
+
+def names_in(listed: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name for each in listed.split(",") if (name := each.strip())]
+
+
 def normalize_flag(group: str) -> Any:
     """The field `normalize`: names of rules, which `parse_rules` reads."""
     return flag(
@@ -158,7 +189,7 @@ def normalize_flag(group: str) -> Any:
 
 def prompt_text_flag(group: str) -> Any:
     """The field `no_prompt_text_in_reports`."""
-    return flag("leave prompt excerpts out of cache-miss reports and logs", group, False)
+    return flag("leave prompt excerpts out of cache-miss reports", group, False)
 
 
 class Normalize(argparse.Action):
@@ -185,10 +216,16 @@ def print_rules() -> None:
     Console().print(table)
 
 
-def address_problem(config: Address) -> str | None:
+def address_problem(config: Address, keyed: bool) -> str | None:
     """The reason why a server must not listen at this address, or None: without a key, only loopback is safe."""
-    if not config.api_key and not is_loopback(config.host):
+    if not keyed and not is_loopback(config.host):
         return f"--host {config.host} is reachable from elsewhere: give an --api-key, or bind 127.0.0.1"
+    origins = names_in(config.allow_origin)
+    if not keyed and "*" in origins:
+        return "--allow-origin *: any page could use this server: give an --api-key, or name the pages' origins"
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+            return f"--allow-origin: expected scheme://host or scheme://host:port, found {origin!r}"
     return None
 
 

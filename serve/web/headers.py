@@ -31,6 +31,10 @@ RESPONSE_HEADERS = (
     ),
     Header(APPLIED_HEADER, "The rules that changed the request and where, at most 32.", proxy=True),
     Header("request-id", "A fresh id of each response; `x-request-id` has the same value."),
+    Header(
+        "x-content-type-options",
+        "`nosniff`, and `cross-origin-resource-policy` is `same-origin`.",
+    ),
     Header("retry-after", "Seconds, with status 529: the queue is full."),
     Header(REPORT_HEADER, "The id of the report on this request in `/v1/requests`.", proxy=True, server=False),
 )

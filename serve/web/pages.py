@@ -18,6 +18,7 @@ from serve.diagnosis.divergence import Divergences, Report
 from serve.diagnosis.volatility import Volatility
 from serve.web.access import error_response
 from serve.web.assets import ASSET_HEADERS, ASSETS
+from serve.web.keys import viewer_of
 from serve.web.request_status import RequestStatuses
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
@@ -45,14 +46,18 @@ class RequestRecords(Protocol):
 async def get_requests(request: Request) -> Response:
     """`GET /v1/requests`: what the latest requests found in the cache, what broke their prefix, and how they went."""
     records: RequestRecords = request.app.state.records
-    body = await run_in_threadpool(lambda: msgspec.json.encode(latest_records(records)))
+    viewer = viewer_of(request.scope)
+    body = await run_in_threadpool(lambda: msgspec.json.encode(latest_records(records, viewer)))
     return Response(body, media_type="application/json")
 
 
-def latest_records(records: RequestRecords) -> dict[str, Any]:
-    """The records of the latest requests, the parts of prompts that change in every one, and what the causes mean."""
-    data = [request_record(records, report) for report in records.divergences.latest()]
-    return {"data": data, "volatile": records.volatility.latest(), "causes": CAUSES}
+def latest_records(records: RequestRecords, viewer: str | None = None) -> dict[str, Any]:
+    """The records of the latest requests, the parts of prompts that change in every one, and what the causes mean.
+
+    Of a `viewer`, only those of the key with this name.
+    """
+    data = [request_record(records, report) for report in records.divergences.latest(viewer)]
+    return {"data": data, "volatile": records.volatility.latest(viewer), "causes": CAUSES}
 
 
 def request_record(records: RequestRecords, report: Report) -> dict[str, Any]:
@@ -64,10 +69,10 @@ def request_record(records: RequestRecords, report: Report) -> dict[str, Any]:
 async def get_request(request: Request) -> Response:
     """`GET /v1/requests/{id}`: one of them by its message's id, with the place of each section in its prompt."""
     records: RequestRecords = request.app.state.records
-    id = request.path_params["id"]
+    id, viewer = request.path_params["id"], viewer_of(request.scope)
 
     def encode() -> bytes | None:
-        if (found := records.divergences.find_report(id)) is None:
+        if (found := records.divergences.find_report(id, viewer)) is None:
             return None
         report, ranges = found
         sections = [{"section": name, "start": start, "stop": stop} for name, start, stop in ranges or ()]

@@ -38,7 +38,8 @@ def test_pages_answers_and_the_signing_key_are_for_their_user_only(umask: int, t
     tier.put_many(items(range(3)))
     log = ReplayLog(store)
     signing_key(store)
-    log.put(b"", [InputMessage("user", "a secret")], (TextBlock("it is"),), RecordedAnswer("", np.arange(3, dtype="i4")))
+    answer = RecordedAnswer("", np.arange(3, dtype=np.int32))
+    log.put(b"", [InputMessage("user", "a secret")], (TextBlock("it is"),), answer)
     log.flush()
     assert modes(tmp_path / "new") == PRIVATE
     log.close()

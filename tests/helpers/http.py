@@ -138,10 +138,11 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 30) ->
         time.sleep(0.005)
 
 
-def open_request(url: str, body: Json, *options: tuple[int, int, int]) -> socket.socket:
+def open_request(url: str, body: Json, *options: tuple[int, int, int], **headers: str) -> socket.socket:
     """A connection with these socket options, on which the whole request was sent and nothing was read yet."""
     payload = json.dumps(body).encode()
-    head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
+    lines = {"host": "localhost", "content-length": str(len(payload))} | headers
+    head = "POST /v1/messages HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
     connection = socket.socket()
     connection.settimeout(60)
     for option in options:

@@ -61,11 +61,13 @@ class Server:
         self.divergences = Divergences(VOCABULARY, PAGE, lambda start, stop: (stop - start) / 1000, **options)
         self.number = 0
 
-    def seen(self, asked: Json, recalled: Any = None, model: str = "weights", salt: bytes = b"") -> RememberedRequest:
+    def seen(
+        self, asked: Json, recalled: Any = None, model: str = "weights", salt: bytes = b"", key: str = ""
+    ) -> RememberedRequest:
         request = normalize(decode_count_tokens(json.dumps(asked).encode()), self.rules).request
         made = prompt(request, self.tokenizer, recalled, tools_first="tools-first" in self.rules)
         self.number += 1
-        return RememberedRequest(f"msg_{self.number}", request, made, made.tokens, model, salt)
+        return RememberedRequest(f"msg_{self.number}", request, made, made.tokens, model, salt, key)
 
     def ask(self, asked: Json, answer: str | None = None, reused: int | None = None, **how: Any) -> Report:
         new = self.seen(asked, **how)
@@ -73,7 +75,7 @@ class Server:
             own = [
                 seen
                 for seen in self.divergences.remembered.values()
-                if (seen.model, seen.salt) == (new.model, new.salt)
+                if (seen.model, seen.scope) == (new.model, new.scope)
             ]
             reused = min(nearest(new.tokens, own)[1], len(new.tokens) - 1)
         report = self.divergences.started(new, {"device": reused})
@@ -167,7 +169,6 @@ class TestCauses:
             "evicted",
             "no_longer_tracked",
             "model_changed",
-            "salt",
             "settings_changed",
         } == set(CAUSES)
 
@@ -192,18 +193,35 @@ class TestCauses:
         server.ask(body(system=f"{BILLING.format(1)}\nYou review code."))
         assert server.ask(body(system=f"{BILLING.format(2)}\n{agent}")).cause == cause
 
-    def test_another_salt(self) -> None:
-        server = Server()
-        server.ask(body(), salt=b"a")
-        report = server.ask(body(), salt=b"b")
-        assert (report.cause, report.position, report.nearest) == ("salt", 0, "msg_1")
-        assert report.lost_tokens == report.prompt_tokens - 1
-        assert server.ask(body(), salt=b"a").cause is None
+    @pytest.mark.parametrize(("owner", "other"), [({"salt": b"a"}, {"salt": b"b"}), ({"key": "a"}, {"key": "b"})])
+    def test_a_sequence_of_another_salt_or_key_is_as_if_it_were_not_there(
+        self, owner: dict[str, Any], other: dict[str, Any]
+    ) -> None:
+        server, alone = Server(), Server()
+        server.ask(body("A" * 300), **owner)
+        for text in ("A" * 300, "A" * 299 + "B", "A" * 10, "C"):
+            report, unaware = (each.ask(body(text), **other) for each in (server, alone))
+            assert report.nearest != "msg_1"
+            same = {"id": "", "time": 0.0, "nearest": None}
+            assert msgspec.structs.replace(report, **same) == msgspec.structs.replace(unaware, **same), text
+        assert server.ask(body("A" * 300), **owner).cause is None
 
-    def test_another_salt_that_has_nothing_of_it_is_no_cause(self) -> None:
+    def test_a_message_of_another_key_is_unknown_to_diagnostics(self) -> None:
         server = Server()
-        server.ask(body(system="You are."), salt=b"a")
-        assert server.ask(body(system="Once there was."), salt=b"b").cause == "new_content"
+        server.ask(body("A" * 300), key="a")
+        for key, found in (("a", False), ("b", True)):
+            diagnostics = server.divergences.diagnose(server.seen(body("A" * 300), key=key), "msg_1", 0)
+            assert isinstance(diagnostics and diagnostics.cache_miss_reason, PreviousMessageNotFound) is found
+
+    def test_a_key_is_shown_its_own_requests_and_no_others(self) -> None:
+        server = Server()
+        mine, other = server.ask(body("mine"), key="a"), server.ask(body("other"), key="b")
+        divergences = server.divergences
+        assert [report.id for report in divergences.latest("a")] == [mine.id]
+        assert [report.key for report in divergences.latest()] == ["b", "a"]
+        assert divergences.find_report(other.id, "a") is None
+        assert divergences.find_report(mine.id, "a")
+        assert divergences.find_report(other.id)
 
     def test_another_model(self) -> None:
         server = Server()
@@ -275,14 +293,15 @@ class TestReport:
             report = divergences.started(Server().seen(body(system=text)), {"device": 0})
         assert report.lost_ms is None
 
-    def test_text_can_be_hidden_from_reports_and_log(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_text_can_be_hidden_from_reports_and_is_in_no_log(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO, "tokenzero.divergence")
         for show in (True, False):
             caplog.clear()
             server = Server(show_prompt_text=show)
             server.ask(body(system="A secret: swordfish"))
             report = server.ask(body(system="A secret: kingfisher"))
-            shown = msgspec.json.encode(server.divergences.latest()).decode() + caplog.text
+            assert "fish" not in caplog.text
+            shown = msgspec.json.encode(server.divergences.latest()).decode()
             assert ("fisher" in shown) is ("swordfish"[:4] in shown) is show
             assert report.cause == "system_changed"
             assert len(caplog.records) == 1, "one line, and none for what could not be avoided"

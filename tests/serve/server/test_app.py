@@ -520,7 +520,7 @@ class TestCancelling:
         before = scrape(client)
         connection = open_request(server.url, ask("Hi"))
         read_until(connection, b"max_tokens")
-        connection.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+        connection.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{")
         connection.close()
         assert text_of(post(client, ask("Next")))
         assert scrape(client)["tokenzero_requests_total"] == before["tokenzero_requests_total"] + 2

@@ -102,10 +102,16 @@ class TestRoutes:
         assert "cause" not in report
         assert report["reused_tokens"] >= first["usage"]["cache_creation_input_tokens"]
 
-    def test_a_salt_is_named(self, client: httpx.Client) -> None:
-        body = ask("Salted? " * 30, max_tokens=1)
-        post(client, body, **{"x-tokenzero-cache-salt": "a"})
-        assert about(client, post(client, body, **{"x-tokenzero-cache-salt": "b"}))["cause"] == "salt"
+    def test_a_guess_under_another_salt_learns_nothing_of_a_prompt(self, client: httpx.Client) -> None:
+        secret = "The vault's instructions are longer than a page. " * 6 + "Its PIN is "
+        post(client, ask(secret + "4711", 1), **{"x-tokenzero-cache-salt": "victim"})
+        learnt = set()
+        for guess in ("0000", "4000", "4700", "4710", "4711"):
+            answer = post(client, ask(secret + guess, 1), **{"x-tokenzero-cache-salt": f"guess {guess}"})
+            report = about(client, answer)
+            said = [report.get(name) for name in ("cause", "lost_tokens", "nearest", "position", "reused_tokens")]
+            learnt.add((answer["usage"]["cache_read_input_tokens"], *said))
+        assert learnt == {(0, "new_content", None, None, 0, 0)}
 
     def test_a_field_that_drifts_is_reported_by_its_fifth_request(self, client: httpx.Client) -> None:
         agent = {"user-agent": "drifting/1.0"}

@@ -1,0 +1,39 @@
+"""Who sends a request, and what its headers ask for."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from serve.api.messages import InvalidRequest
+from serve.rules.normalize import parse_rules
+from serve.server.config import NOTHING
+from serve.server.context import RequestContext, ServerContext, unrendered
+from serve.web.agents import sender_of
+from serve.web.headers import RULES_HEADER, SALT_HEADER
+from serve.web.keys import Admission, private_salt
+
+
+def request_context_of(request: Request, context: ServerContext) -> RequestContext:
+    """What the request's headers say. Raises InvalidRequest for rules that cannot be applied."""
+    headers = request.headers
+    key = headers.get("x-api-key") or headers.get("authorization") or ""
+    salt, agent = headers.get(SALT_HEADER, "").encode(), headers.get("user-agent", "")
+    admission: Admission | None = request.scope.get("admission")
+    if admission and admission.key.name and context.config.share_prefix == NOTHING:
+        # The name in place of the key, so that a new key of the same name goes on with its sessions.
+        key, salt = admission.key.name, private_salt(admission.key.name, salt)
+    return RequestContext(rules_of(request, context), salt, key.encode(), agent, sender_of(headers), admission)
+
+
+def rules_of(request: Request, context: ServerContext) -> frozenset[str]:
+    """The normaliser's rules for this request: those that its header names, or the server's."""
+    header = request.headers.get(RULES_HEADER)
+    if header is None:
+        return context.rules
+    try:
+        names = parse_rules(header)
+    except ValueError as error:
+        raise InvalidRequest(f"{RULES_HEADER}: {error}") from error
+    if problem := unrendered(context.tokenizer, names):
+        raise InvalidRequest(f"{RULES_HEADER}: {problem}")
+    return names
