@@ -42,7 +42,7 @@ class PdfText:
     reason: str = ""
 
 
-remembered: Recent[bytes, PdfText] = Recent(DEFAULT_BOUNDS.documents, lambda pdf: len(pdf.text) * 4)
+remembered: Recent[bytes, PdfText] = Recent(DEFAULT_BOUNDS.documents, lambda pdf: len(pdf.text) * 4, scoped=True)
 _running, _waiting = BoundedSemaphore(PROCESSES), BoundedSemaphore(MOST_WAITING)
 _deadline: ContextVar[float] = ContextVar("deadline")
 

@@ -33,6 +33,7 @@ from model.params import Params
 from model.sharding import make_mesh, pool_sharding
 from serve.cost.model import Constants, CostTracker, cost_model
 from serve.engine.counters import Counters
+from serve.engine.fairness import Shares, make_place, next_owners
 from serve.engine.inbox import Inbox
 from serve.engine.memory import Memory
 from serve.engine.page_copies import make_page_copies
@@ -43,7 +44,7 @@ from serve.engine.request import Event, Failed, Finished, Started, TokenEvent
 from serve.engine.restore import Restorer
 from serve.engine.runner import InFlightStep, Runner, SequenceOutput
 from serve.engine.saving import Saver
-from serve.engine.scheduler import ScheduledSequence, admission_order, fits, gives_way, next_prefill, plan_step
+from serve.engine.scheduler import ScheduledSequence, admission_order, fits, gives_way, plan_step
 from serve.engine.sequence import DECODING, ENDED, WAITING, InFlightToken, Sequence, SequenceState
 from serve.engine.settings import EngineSettings
 from serve.engine.steps import make_steps, warm_up
@@ -104,7 +105,7 @@ class EngineCore:
         self.chunk_was_last = False  # whether the latest step ran a part of a prompt
         self.full = False  # the next request has no room until a running one has ended
         self.idle = False  # the last step found nothing to do, because all sequences wait for the tiers
-        self.counters = Counters()
+        self.counters, self.shares = Counters(), Shares()
         self.on_first_token: Callable[[Sequence, int], None] = lambda sequence, token: None
 
     @property
@@ -138,7 +139,8 @@ class EngineCore:
 
     def admit(self) -> None:
         """Move waiting sequences to the running ones while there is room for their prompts."""
-        while self.waiting and len(self.running) < self.settings.max_num_seqs and not self.full:
+        full = lambda: self.full or len(self.running) >= self.settings.max_num_seqs  # noqa: E731
+        while self.waiting and make_place(self.running, self.waiting, full, self.collect, self.preempt):
             sequence, others = self.in_line()[0], list(self.running)
             self.waiting.remove(sequence)
             # Counted as running before anything can raise: a request that breaks a step must not be tried again.
@@ -158,7 +160,7 @@ class EngineCore:
         def takes_s(sequence: Sequence) -> float:
             return self.costs.model.prefill_s(self.memory.cached_tokens(sequence), sequence.length) + self.answer_s
 
-        return admission_order(self.waiting, time.perf_counter(), takes_s)
+        return admission_order(next_owners(self.waiting, self.running), time.perf_counter(), takes_s)
 
     def restore(self) -> bool:
         """Copy in what the tiers have brought, and read ahead, also for those next in line. Whether anything came."""
@@ -198,14 +200,15 @@ class EngineCore:
     def plan(self) -> list[ScheduledSequence]:
         """Who runs in the next step, and what."""
         decoding = [s for s in self.running if s.decodes]
-        prefill, tokens_before_page = next_prefill(self.running, time.perf_counter(), self.costs.model.prefill_s), 0
+        now, prefill_s = time.perf_counter(), self.costs.model.prefill_s
+        prefill, tokens_before_page = self.shares.next_prefill(self.running, now, prefill_s), 0
         if prefill:
             self.memory.refresh_match(prefill)
             tokens_before_page = self.restorer.tokens_before_page(prefill) if self.restorer else 0
         whole = plan_step(decoding, prefill, tokens_before_page, self.settings)
         plan = self.runner.narrowed(whole, self.chunk_was_last)
         self.chunk_was_last = prefill is not None and plan[0].sequence is prefill
-        return plan
+        return self.shares.noted(plan, self.running)
 
     def dispatch(self, plan: list[ScheduledSequence]) -> InFlightStep | None:
         """Start the step that a plan asks for; None if there is nothing to run."""

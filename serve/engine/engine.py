@@ -31,6 +31,7 @@ from model.params import Params
 from serve.cost.model import Constants, CostModel
 from serve.engine.core import EngineCore
 from serve.engine.counters import Counters
+from serve.engine.fairness import may_queue
 from serve.engine.inbox import Inbox, Overloaded
 from serve.engine.request import Event, Failed, Finished, GenerationRequest, Waiting
 from serve.engine.sequence import Sequence
@@ -141,7 +142,8 @@ class Engine:
         tokens = np.zeros(len(prompt) + min(request.max_tokens, longest), np.int32)
         tokens[: len(prompt)] = prompt
         with self.inbox.changed:
-            if len(self.inbox.submissions) + len(self.core.waiting) >= settings.max_queue:
+            queued = [*self.inbox.submissions, *list(self.core.waiting)]
+            if not may_queue(queued, request.owner, settings.max_queue):
                 raise Overloaded(f"{settings.max_queue} requests are waiting already")
             self.submitted += 1
             number, now = self.submitted, time.perf_counter()

@@ -68,7 +68,7 @@ class Enforcer:
 
     def __init__(self, compiles: Callable[[str, bool], bool], report: Report, most_bytes: int) -> None:
         self.compiles, self.report = compiles, report
-        self.found: Recent[bytes, Relaxed] = Recent(most_bytes, size_of)
+        self.found: Recent[bytes, Relaxed] = Recent(most_bytes, size_of, scoped=True)
 
     def known(self, demanded: Sequence[DemandedSchema]) -> dict[str, Schema]:
         """The schemas, by field, that take the place of demanded ones, as far as that was worked out before."""

@@ -120,7 +120,7 @@ def make_constrainer(
         raise ValueError(f"stop ids: expected one below {tokens}, got {sorted(stop_ids)}")
     tokenizer = llguidance.hf.from_tokenizer(hf, n_vocab=tokens, eos_token=stops)
     relaxed_bytes = most_bytes // RELAXED_SHARE
-    compiled: Recent[str, Compiled] = Recent(most_bytes - relaxed_bytes, lambda kept: kept.bytes)
+    compiled: Recent[str, Compiled] = Recent(most_bytes - relaxed_bytes, lambda kept: kept.bytes, scoped=True)
 
     def compiles(text: str, whole: bool) -> bool:
         try:

@@ -20,7 +20,7 @@ from cache.tier import Tier
 from cache.worker import Worker
 from model.formats.gguf_file import is_gguf, read_gguf
 from serve.limits.bounds import DEFAULT_BOUNDS
-from serve.limits.recent import Recent
+from serve.limits.recent import SCOPE, Recent
 from serve.prompt.probe import probe_template
 from serve.prompt.template import Template
 
@@ -135,7 +135,7 @@ def make_tokenizer(
         probe_template(hf, format_name),
         max(map(len, hf.get_vocab())),
         memory,
-        Recent(head_bytes, lambda texts: sum(map(sys.getsizeof, texts))),
+        Recent(head_bytes, lambda texts: sum(map(sys.getsizeof, texts)), scoped=True),
     )
 
 
@@ -187,7 +187,7 @@ def make_encoder(hf: Any, segments: Tier | None = None, memory: Recent[str, np.n
 
 def segment_memory(most_bytes: int) -> Recent[str, np.ndarray]:
     """Memory for segments; bounded in bytes and not in number, as clients choose how long a segment is."""
-    return Recent(most_bytes, lambda ids: NUMPY_BYTES + 2 * ids.nbytes)
+    return Recent(most_bytes, lambda ids: NUMPY_BYTES + 2 * ids.nbytes, scoped=True)
 
 
 def batches(texts: Iterable[str], most_chars: int) -> Iterator[list[str]]:
@@ -230,8 +230,9 @@ def with_store(
     writer = Worker("segments")
 
     def recall(texts: list[str]) -> list[np.ndarray]:
+        scope = f"\0{SCOPE.get()}\0".encode() if SCOPE.get() else b""
         keys = {
-            text: hashlib.blake2b(tokenizer + text.encode(), digest_size=32).digest()
+            text: hashlib.blake2b(tokenizer + scope + text.encode(), digest_size=32).digest()
             for text in texts
             if len(text) >= STORED_CHARS
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 
 from serve.api.messages import InvalidRequest
+from serve.limits.recent import SCOPE
 from serve.rules.normalize import parse_rules
 from serve.server.config import NOTHING
 from serve.server.context import RequestContext, ServerContext, unrendered
@@ -22,6 +23,7 @@ def request_context_of(request: Request, context: ServerContext) -> RequestConte
     if admission and admission.key.name and context.config.share_prefix == NOTHING:
         # The name in place of the key, so that a new key of the same name goes on with its sessions.
         key, salt = admission.key.name, private_salt(admission.key.name, salt)
+        SCOPE.set(admission.key.name)  # of this request's task, and of the threads that work for it
     return RequestContext(rules_of(request, context), salt, key.encode(), agent, sender_of(headers), admission)
 
 

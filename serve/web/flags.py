@@ -141,7 +141,7 @@ def port_flag(group: str, default: int) -> Any:
 def api_key_flag(group: str) -> Any:
     """The field `api_key`."""
     return flag(
-        "key that clients must send, in x-api-key or as Bearer",
+        "one key that clients must send, in x-api-key or as Bearer",
         group,
         None,
         metavar="KEY",

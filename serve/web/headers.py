@@ -20,7 +20,11 @@ APPLIED_HEADER = "x-tokenzero-normalized"
 REPORT_HEADER = "x-tokenzero-report"
 
 REQUEST_HEADERS = (
-    Header("x-api-key", "The key of `--api-key`; `authorization: Bearer KEY` does as well.", proxy=True),
+    Header(
+        "x-api-key",
+        "The key of `--api-key`, or one of `--api-key-file`; `authorization: Bearer KEY` does as well.",
+        proxy=True,
+    ),
     Header(RULES_HEADER, "The rules for this request instead of the server's: comma-separated, or `none`."),
     Header(SALT_HEADER, "Requests with different salts share no page and no recorded answer."),
     Header("accept", "`text/html` at `GET /` gets the dashboard.", proxy=True),
@@ -35,6 +39,8 @@ RESPONSE_HEADERS = (
         "x-content-type-options",
         "`nosniff`, and `cross-origin-resource-policy` is `same-origin`.",
     ),
-    Header("retry-after", "Seconds, with status 529: the queue is full."),
+    Header(
+        "retry-after", "Seconds, with status 529, where the queue is full, and 429, where a key's limit is reached."
+    ),
     Header(REPORT_HEADER, "The id of the report on this request in `/v1/requests`.", proxy=True, server=False),
 )

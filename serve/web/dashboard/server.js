@@ -24,7 +24,15 @@ export async function poll() {
   // With a proxy, the metrics are those of another engine, if it has any.
   const metrics = get("/metrics").then((response) => response.text()).catch(() => "");
   const requests = await get("/v1/requests");
-  return { ...(await requests.json()), metrics: parseMetrics(await metrics) };
+  return { ...(await requests.json()), metrics: ownMetrics(parseMetrics(await metrics)) };
+}
+
+// A key that is no admin's gets its own figures only: they take the place of the server's.
+function ownMetrics(metrics) {
+  if (metrics.has("tokenzero_requests_total")) return metrics;
+  const general = (name) =>
+    name.replace("key_requests_in_flight", "num_requests_running").replace("tokenzero_key_", "tokenzero_");
+  return new Map([...metrics].map(([name, values]) => [general(name), values]));
 }
 
 // Prometheus text -> name -> [{labels, value}]

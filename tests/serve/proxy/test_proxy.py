@@ -138,6 +138,23 @@ class TestInFrontOfOurServer:
         assert (latest["id"], earlier["id"]) == tuple(r.headers["x-tokenzero-report"] for r in (second, first))
         assert keeping.get(f"/v1/requests/{latest['id']}").json()["sections"][0]["section"] == "system[0]"
 
+    @pytest.mark.parametrize("place", ["header", "body"])
+    def test_a_prompt_of_another_salt_is_in_no_report(self, place: str, keeping: httpx.Client) -> None:
+        def reported(salt: str, pin: str) -> Json:
+            body = ask(f"The PIN of {place} {'and so on ' * 30}is {pin}", 1)
+            headers = {"x-tokenzero-cache-salt": salt} if place == "header" else {}
+            body |= {} if headers else {"cache_salt": salt}
+            answer = keeping.post("/v1/messages", json=body, headers=headers)
+            path = f"/v1/requests/{answer.headers['x-tokenzero-report']}"
+            eventually(lambda: keeping.get(path).status_code == 200, "the report is made")
+            latest = keeping.get(path).json()
+            return {name: latest.get(name) for name in ("cause", "position", "lost_tokens", "nearest", "reused_tokens")}
+
+        assert reported("victim", "4711")["cause"] == "new_content"
+        guesses = [reported(f"guess {pin}", pin) for pin in ("0000", "4700", "4711")]
+        assert guesses == [guesses[0]] * 3
+        assert reported("victim", "4712")["reused_tokens"] > 300, "within its salt, it is compared"
+
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("path", CHATS)
     def test_how_a_request_went_is_told(
