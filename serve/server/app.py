@@ -36,7 +36,7 @@ from serve.limits.encodings import (
     decode_body,
 )
 from serve.server.answer import answer, collect
-from serve.server.callers import request_context_of
+from serve.server.callers import in_own_thread, request_context_of
 from serve.server.context import ServerContext
 from serve.server.engine_client import EngineClient
 from serve.server.heartbeat import heartbeat
@@ -176,7 +176,7 @@ async def post_answer(read: Reader, request: Request) -> Response:
         writer.begin(prepared.id, message.model)
         return prepared, writer
 
-    prepared, writer = await run_in_threadpool(read_and_prepare)
+    prepared, writer = await in_own_thread(request_context, read_and_prepare)
     if request_context.admission:
         request_context.admission.take(len(prepared.generation.tokens) + prepared.generation.max_tokens)
     events = answer(context, prepared, phases)
@@ -231,7 +231,7 @@ async def post_count_tokens(request: Request) -> Response:
             message = decode_count_tokens(body)
         return prompt_length(context, message, request_context, phases)
 
-    content = encode(TokenCount(await run_in_threadpool(count)))
+    content = encode(TokenCount(await in_own_thread(request_context, count)))
     return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
 
 
@@ -246,7 +246,7 @@ async def post_input_tokens(request: Request) -> Response:
             message, _ = read_responses(body)
         return prompt_length(context, message, request_context, phases)
 
-    content = input_tokens_body(await run_in_threadpool(count))
+    content = input_tokens_body(await in_own_thread(request_context, count))
     return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+from anyio import to_thread
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from serve.api.messages import InvalidRequest
@@ -12,6 +17,15 @@ from serve.server.context import RequestContext, ServerContext, unrendered
 from serve.web.agents import sender_of
 from serve.web.headers import RULES_HEADER, SALT_HEADER
 from serve.web.keys import Admission, private_salt
+
+T = TypeVar("T")
+
+
+async def in_own_thread(request_context: RequestContext, work: Callable[[], T]) -> T:
+    """The result of `work` in a thread; a named key has a few of its own, so that it waits for no other key's work."""
+    if request_context.admission is None or not request_context.owner:
+        return await run_in_threadpool(work)
+    return await to_thread.run_sync(work, limiter=request_context.admission.usage.threads)
 
 
 def request_context_of(request: Request, context: ServerContext) -> RequestContext:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -93,6 +94,8 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
     from serve.server.progress import StartProgress, progress_bars
     from serve.server.starting import StartingApp
 
+    if config.api_key_file:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which reads the file again once requests are served
     progress = StartProgress(progress_bars())
     loading = in_thread(load, config, progress)
 

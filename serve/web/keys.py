@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anyio import CapacityLimiter
 from starlette.types import Scope
 
 from serve.limits.recent import Recent
@@ -33,6 +34,7 @@ ADMIN = "admin"
 LIMITS = ("requests", "tokens", "rate")
 MOST_LIMIT = 10**12
 TOTALS = ("requests", "refused_requests", "prompt_tokens", "reused_tokens", "generated_tokens")
+THREADS = 4  # in which requests of a key are read and tokenised at a time
 RETRY_SECONDS = 1  # for a request beyond a limit of what is in flight
 FREE_WRONG_KEYS = 10  # of an address, before the answers to it are slowed
 FIRST_DELAY, MOST_DELAY = 0.1, 4.0  # seconds
@@ -67,6 +69,7 @@ class Usage:
     requests: int = 0
     tokens: int = 0
     next_at: float = 0.0  # seconds, `time.monotonic`: when the rate would be used up evenly, see `Admission`
+    threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(THREADS))
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
 
 

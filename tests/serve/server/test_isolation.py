@@ -7,14 +7,21 @@ import signal
 import string
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from contextvars import copy_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from experiments.harness.client import scrape
 from experiments.harness.server import Server, running_server
+from serve.server.callers import request_context_of
+from serve.server.config import ServerConfig
+from serve.server.context import RequestContext
+from serve.web.keys import Admission, Key, Usage
 from tests.helpers.http import (
     FLAGS,
     Json,
@@ -252,3 +259,30 @@ class TestShares:
             assert after["tokenzero_preemptions_total"] > before["tokenzero_preemptions_total"]
             assert after["tokenzero_num_requests_waiting"] >= 8, "the others have not ended meanwhile"
         eventually(lambda: scrape(of("ops"))["tokenzero_num_requests_running"] == 0, "all have ended")
+
+
+class TestScope:
+    """What a request shares, by the keys in force and `--share-prefix`."""
+
+    def context_of(self, share: str, name: str | None, **headers: str) -> RequestContext:
+        sent = {"x-api-key": "secret", **{header.replace("_", "-"): value for header, value in headers.items()}}
+        raw = [(header.encode(), value.encode()) for header, value in sent.items()]
+        admission = None if name is None else Admission(Key(name, b""), Usage(), 0.0)
+        scope = {"type": "http", "headers": raw, "admission": admission}
+        server = SimpleNamespace(config=ServerConfig(model="m", share_prefix=share), rules=frozenset())
+        return copy_context().run(request_context_of, Request(scope), server)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("share", "name"), [("none", None), ("none", ""), ("all", "alice"), ("all", None)])
+    def test_without_named_keys_and_with_all_shared_pages_and_answers_have_the_names_of_before(
+        self, share: str, name: str | None
+    ) -> None:
+        found = self.context_of(share, name, x_tokenzero_cache_salt="s")
+        assert (found.salt, found.key) == (b"s", b"secret")
+        assert self.context_of(share, name).salt == b""
+
+    def test_a_named_key_has_a_salt_and_answers_of_its_own_under_any_secret(self) -> None:
+        alice, bob = self.context_of("none", "alice"), self.context_of("none", "bob")
+        assert alice.salt != bob.salt
+        assert (alice.key, alice.owner) == (b"alice", "alice")
+        assert self.context_of("none", "alice", x_api_key="another").key == b"alice"
+        assert self.context_of("none", "alice", x_tokenzero_cache_salt="s").salt != alice.salt
