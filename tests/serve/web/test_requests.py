@@ -104,10 +104,10 @@ class TestRoutes:
 
     def test_a_guess_under_another_salt_learns_nothing_of_a_prompt(self, client: httpx.Client) -> None:
         secret = "The vault's instructions are longer than a page. " * 6 + "Its PIN is "
-        post(client, ask(secret + "4711", 1), **{"x-tokenzero-cache-salt": "victim"})
+        post(client, ask(secret + "4711", 1), **{"x-tokenzero-cache-salt": "told"})
         learnt = set()
         for guess in ("0000", "4000", "4700", "4710", "4711"):
-            answer = post(client, ask(secret + guess, 1), **{"x-tokenzero-cache-salt": f"guess {guess}"})
+            answer = post(client, ask(secret + guess, 1), **{"x-tokenzero-cache-salt": f"told {guess}"})
             report = about(client, answer)
             said = [report.get(name) for name in ("cause", "lost_tokens", "nearest", "position", "reused_tokens")]
             learnt.add((answer["usage"]["cache_read_input_tokens"], *said))
