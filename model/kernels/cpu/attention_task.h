@@ -184,11 +184,26 @@ struct Seen {
   int64_t from, until;
 };
 
+// Masks the scores, [slots, ROWS], of the keys that N vectors of rows do not see.
+template <int N>
+__attribute__((noinline)) void hide_unseen(float* scores, int64_t slots, int64_t group, Seen seen) {
+  constexpr int64_t rows = N * LANES;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int32_t from = static_cast<int32_t>(seen.from + slot * group);
+    const int32_t until = static_cast<int32_t>(std::min(seen.until + slot * group, rows));
+    for (int i = 0; i < N; ++i) {
+      Int row;
+      for (int lane = 0; lane < LANES; ++lane) row[lane] = i * LANES + lane;
+      float* here = scores + slot * ROWS + i * LANES;
+      store(here, (row >= from) & (row < until) ? load(here) : all(MASKED));
+    }
+  }
+}
+
 // A block of keys for N vectors of a strip's queries, `at` rows into it, M keys or channels at a time. Meanwhile these
 // vectors' share of the next block is on its way.
 template <int N, int M>
 void block(const Problem& p, const Strip& strip, int64_t at, const Block& b, Seen seen) {
-  if (seen.until + (b.slots - 1) * p.group <= at) return;  // the last key comes before the window of every row
   const float* queries = strip.queries + at;
   float *scores = strip.scores + at, *total = strip.total + at;
   const int64_t slots = b.slots, share = slots * p.dim * (strip.first + at / LANES) / strip.vecs;
@@ -202,19 +217,8 @@ void block(const Problem& p, const Strip& strip, int64_t at, const Block& b, See
     score<N, ALIGNMENT>(b.keys + scored * p.dim, queries, scores + scored * ROWS, p.dim, next_keys);
 
   // The last key comes after some query, or the first one before the window of some.
-  if (seen.from + (slots - 1) * p.group > at || seen.until < at + N * LANES) {
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      const int64_t first = slot * p.group - at, all_rows = N * LANES;
-      const int32_t from = static_cast<int32_t>(seen.from + first);
-      const int32_t until = static_cast<int32_t>(std::min(seen.until + first, all_rows));
-      for (int i = 0; i < N; ++i) {
-        Int row;
-        for (int lane = 0; lane < LANES; ++lane) row[lane] = i * LANES + lane;
-        float* here = scores + slot * ROWS + i * LANES;
-        store(here, (row >= from) & (row < until) ? load(here) : all(MASKED));
-      }
-    }
-  }
+  if (seen.from + (slots - 1) * p.group > at || seen.until < at + N * LANES)
+    hide_unseen<N>(scores, slots, p.group, {seen.from - at, seen.until - at});
 
   for (int i = 0; i < N; ++i) {
     float *column = scores + i * LANES, *sums = total + i * LANES;
@@ -281,6 +285,7 @@ void many(const Problem& p, const Task& t, Scratch& s) {
       const int64_t seen_from = (key - p.prefix[t.seq]) * p.group - t.first - i * ROWS;
       if (seen_from >= rows) continue;  // all of its queries come before these keys
       const Seen seen = {seen_from, seen_from + p.window * p.group};
+      if (seen.until + (slots - 1) * p.group <= 0) continue;  // the windows of all of its queries begin after them
       const Strip strip = {queries + i * size, total + i * size, s.peak + i * ROWS, s.weight + i * ROWS, s.scores,
                            i * ROWS / LANES, (count + LANES - 1) / LANES};
       // One vector of queries: more keys and values at a time, so that as many sums are under way.
