@@ -81,7 +81,6 @@ def test_logits_equal_transformers_however_the_prompt_comes(of_kinds, prompt):
         assert_equal_logits(actual, logits[start : start + len(actual)])
 
     runner, pages, other = Runner(of_kinds), shuffled_pages(), shuffled_pages(2)
-    assert runner.params.packed
     equal(runner.in_chunks(prompt, 1024, pages))
     equal(runner.in_chunks(prompt[:101], 64, pages))
     equal(runner.in_chunks(prompt[:120], 1, pages, prefix=101), 101)
