@@ -230,12 +230,12 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
 
 def _report_quantised(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtype, stay: bool) -> None:
     """Log which tensors stay as small as they are in the file, if any may, and what it costs that others do not."""
-    quantised = [tensor for tensor in tensors.values() if tensor.kind not in FLOATS]
+    quantised = {name: tensor for name, tensor in tensors.items() if tensor.kind not in FLOATS}
     fields = jax.tree_util.tree_leaves_with_path(leaves) if stay else []
     kept_ones = {part.name for path, leaf in fields if stored_as(path, leaf, tensors) for part in leaf.parts}
     for what, found in (
-        ("stay quantised", [tensor for tensor in quantised if tensor.name in kept_ones]),
-        ("are dequantised on load", [tensor for tensor in quantised if tensor.name not in kept_ones]),
+        ("stay quantised", [tensor for name, tensor in quantised.items() if name in kept_ones]),
+        ("are dequantised on load", [tensor for name, tensor in quantised.items() if name not in kept_ones]),
     ):
         if found:
             kinds = ", ".join(sorted({tensor.kind for tensor in found}))

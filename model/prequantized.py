@@ -11,17 +11,21 @@ import numpy as np
 
 from model.formats.tensor import BLOCK, Grouped, Stored, Tensor
 from model.layout import Leaf, Part
-from model.quantized import IN_LAYERS, MIDDLE, Quantized, pack_nibbles
+from model.quantized import IN_8_BITS, IN_LAYERS, MIDDLE, Quantized, pack_nibbles
 
 
 def stored_as(path: tuple[Any, ...], leaf: Leaf, tensors: Mapping[str, Tensor]) -> Stored | None:
     """How the files have the matrices of a leaf of Params; None where they are not quantised, or not all the same."""
-    if path[-1].name not in IN_LAYERS or any(part.axes for part in leaf.parts):
+    if path[-1].name not in IN_LAYERS + IN_8_BITS or any(part.axes for part in leaf.parts):
         return None
     first, *others = (tensors[part.name].stored if part.name in tensors else None for part in leaf.parts)
-    if first is None or any(
-        other is None or (other.bits, other.group, other.zeros) != (first.bits, first.group, first.zeros)
-        for other in others
+    if (
+        first is None
+        or (path[-1].name in IN_8_BITS and first.bits != 8)
+        or any(
+            other is None or (other.bits, other.group, other.zeros) != (first.bits, first.group, first.zeros)
+            for other in others
+        )
     ):
         return None
     return first
@@ -57,13 +61,15 @@ def place(part: Part, tensor: Tensor, bits: int, arrays: list[np.ndarray]) -> No
 
 
 def numbers_of(rows: Grouped, bits: int) -> list[np.ndarray]:
-    """Rows as `Quantized` has them: values, scales, and offsets where groups have zeros."""
+    """Rows as `Quantized` has them: values, scales, and offsets where groups have zeros or offsets."""
     scales = rows.scales.astype(np.float32)
     # Files have either kind of numbers: those that count from 0, which 4 bits do here, or signed ones, as 8 bits do.
     wanted = np.uint8 if bits == 4 else np.int8
     shift = 0 if rows.values.dtype == wanted else MIDDLE if bits == 4 else -128
     values = rows.values.astype(np.int16) + np.int16(shift)
     packed = pack_nibbles(values.astype(np.uint8)) if bits == 4 else values.astype(np.int8)
+    if rows.offsets is not None:
+        return [packed, scales, rows.offsets.astype(np.float32) - np.float32(shift) * scales]
     if rows.zeros is None:
         return [packed, scales]
     return [packed, scales, -(rows.zeros.astype(np.float32) + np.float32(shift)) * scales]

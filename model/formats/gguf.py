@@ -20,7 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from model.formats.gguf_file import GgufFile, StoredTensor
-from model.formats.tensor import Tensor
+from model.formats.tensor import Grouped, Stored, Tensor
 
 Config = dict[str, Any]  # as a config.json has it
 Kind = GGMLQuantizationType
@@ -28,6 +28,9 @@ Kind = GGMLQuantizationType
 FLOATS = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16), Kind.BF16: np.dtype(ml_dtypes.bfloat16)}
 QUANTISED = (Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.MXFP4)
 SERVED = FLOATS | dict.fromkeys(QUANTISED, np.dtype(np.float32))  # the dtype of each type's values
+GROUP = 32  # values of a block of the kinds in KEPT
+# The types whose matrices can stay quantised: bits, group, and whether groups have offsets.
+KEPT = {Kind.Q8_0: (8, GROUP, False), Kind.Q4_0: (4, GROUP, False), Kind.Q4_1: (4, GROUP, True)}
 BLOCKS_IN_A_ROW = 512  # at most: the package works on 16 rows at a time, whatever their length
 
 # Names below `blk.N.` and below `model.layers.N.`; what follows, `.weight` or `.bias`, stays.
@@ -294,7 +297,28 @@ def _tensor(path: Path, name: str, stored: StoredTensor, order: np.ndarray | Non
         chosen = rows[first:stop] if order is None else rows[order[first:stop]]
         return dequantised(chosen, kind).reshape(len(chosen), *stored.shape[1:])
 
-    return Tensor(name, path, stored.shape, kind.name, SERVED[kind], stored.data.nbytes, read)
+    def as_stored(first: int, stop: int) -> Grouped:
+        return grouped(rows[first:stop] if order is None else rows[order[first:stop]], kind)
+
+    kept = Stored(*KEPT[kind], as_stored) if kind in KEPT and len(stored.shape) == 2 else None
+    return Tensor(name, path, stored.shape, kind.name, SERVED[kind], stored.data.nbytes, read, kept)
+
+
+def grouped(rows: np.ndarray, kind: Kind) -> Grouped:
+    """Rows [rows, bytes] uint8 of a kind in KEPT, as numbers in groups.
+
+    A block is a scale in float16, with Q4_1 the weight of a value of 0 as well, then the values. Of 4 bits a byte has
+    two: one of the group's first half, in the low bits, and one of the second.
+    """
+    blocks = rows.reshape(len(rows), -1, GGML_QUANT_SIZES[kind][1])
+    scales = blocks[..., :2].copy().view(np.float16)[..., 0]
+    if kind == Kind.Q8_0:
+        return Grouped(blocks[..., 2:].copy().view(np.int8).reshape(len(rows), -1), scales, GROUP)
+    nibbles = blocks[..., 2 + 2 * (kind == Kind.Q4_1) :]
+    values = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).reshape(len(rows), -1)
+    if kind == Kind.Q4_1:
+        return Grouped(values, scales, GROUP, offsets=blocks[..., 2:4].copy().view(np.float16)[..., 0])
+    return Grouped(values.astype(np.int8) - np.int8(8), scales, GROUP)
 
 
 def dequantised(rows: np.ndarray, kind: Kind) -> np.ndarray:

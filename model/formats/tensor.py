@@ -17,15 +17,17 @@ BLOCK = 1 << 20  # elements that are read at a time, so that what lies between f
 
 
 class Grouped(NamedTuple):
-    """Rows of a matrix of small numbers: a weight is (value - zero) x scale, zero and scale those of its group.
+    """Rows of a matrix of small numbers: a weight is (value - zero) x scale + offset, all three those of its group.
 
-    A group is `group` inputs of an output that follow each other; the last one may be shorter.
+    A group is `group` inputs of an output that follow each other; the last one may be shorter. A format has zeros, or
+    offsets, or neither.
     """
 
     values: np.ndarray  # [*outputs, inputs] int8 or uint8, or float32
     scales: np.ndarray  # [*outputs, groups] of any float dtype
     group: int
     zeros: np.ndarray | None = None  # [*outputs, groups]
+    offsets: np.ndarray | None = None  # [*outputs, groups]
 
     def floats(self) -> np.ndarray:
         """The weights, [*outputs, inputs] float32."""
@@ -33,6 +35,8 @@ class Grouped(NamedTuple):
         if self.zeros is not None:
             weights -= spread(self.zeros.astype(np.float32), self.group, weights.shape[-1])
         weights *= spread(self.scales.astype(np.float32), self.group, weights.shape[-1])
+        if self.offsets is not None:
+            weights += spread(self.offsets.astype(np.float32), self.group, weights.shape[-1])
         return weights
 
     def ordered(self, group_of: np.ndarray) -> Grouped:
@@ -53,7 +57,7 @@ class Stored:
 
     bits: int  # 4 or 8
     group: int
-    zeros: bool  # whether groups have zeros
+    zeros: bool  # whether groups have zeros, or offsets
     rows: Callable[[int, int], Grouped]
 
 

@@ -19,6 +19,7 @@ from model.config import RopeConfig
 from model.families import load_config
 from model.formats import gguf
 from model.formats.gguf_file import StoredTensor, read_gguf
+from model.quantized import Quantized, dequantize, floats
 from tests.helpers.gguf_files import dequantised_copy, write_gguf
 from tests.model.conftest import OF_KINDS, VARIANTS
 from tests.model.test_decoder import PAGE, Runner
@@ -94,7 +95,27 @@ def test_quantised_matrices_become_what_the_package_dequantises(tiny_checkpoint,
     folder = tiny_checkpoint("llama", **WIDE)
     values = write_gguf(folder, tmp_path / "model.gguf", kind)
     _, params = load(tmp_path / "model.gguf", jnp.float32)
-    assert_equal(params, load(dequantised_copy(folder, values, tmp_path / "copy"), jnp.float32)[1])
+    expected = load(dequantised_copy(folder, values, tmp_path / "copy"), jnp.float32)[1]
+    quantised = jax.tree.leaves(params, is_leaf=lambda each: isinstance(each, Quantized))
+    for found, wanted in zip(quantised, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(floats(found).reshape(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Kind.Q8_0, 8), (Kind.Q4_0, 4), (Kind.Q4_1, 4)])
+def test_matrices_of_some_kinds_stay_quantised_and_stand_for_the_same_values(tiny_checkpoint, tmp_path, kind, bits):
+    folder = tiny_checkpoint("llama", **WIDE)
+    values = write_gguf(folder, tmp_path / "model.gguf", kind)
+    _, params = load(tmp_path / "model.gguf", jnp.float32)
+    (layers,) = params.layers
+    kept = {name for name in ("qkv", "out", "gate_up", "down") if isinstance(getattr(layers, name), Quantized)}
+    assert kept == {"qkv", "out", "gate_up", "down"}
+    assert {getattr(layers, name).bits for name in kept} == {bits}
+    assert isinstance(params.embed, Quantized) == (bits == 8), "the head decides on tokens"
+    _, whole = load(dequantised_copy(folder, values, tmp_path / "copy"), jnp.float32)
+    for name in kept:
+        expected = getattr(whole.layers[0], name)
+        np.testing.assert_array_equal(dequantize(getattr(layers, name)).reshape(expected.shape), expected)
+    np.testing.assert_array_equal(floats(params.embed), whole.embed)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
