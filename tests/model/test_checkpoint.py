@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model.checkpoint import fingerprint, layout, load, resolve, restore_orbax, save_orbax
-from model.config import ModelConfig
+from model.config import LayerKind, ModelConfig
 from model.families import read_config
 from model.kernels.cpu import build
 from model.kernels.cpu.packing import pack
@@ -264,6 +264,8 @@ def test_the_fingerprint_is_equal_in_another_process_and_with_layers_apart(tiny_
     assert run.stdout.strip() == here.hex()
     assert fingerprint(config, unstacked(params)) == here
     assert fingerprint(dataclasses.replace(config, eos_token_ids=(5,)), params) == here
+    windows = (LayerKind(window=config.max_position),) * config.num_layers  # which mask nothing
+    assert fingerprint(dataclasses.replace(config, layers=windows), params) == here
 
 
 def test_packed_weights_get_no_fingerprint(tiny_checkpoint):

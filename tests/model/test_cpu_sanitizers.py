@@ -32,13 +32,14 @@ library = ctypes.CDLL(sys.argv[1])
 build.library = lambda: library
 assert build.available()
 
+from model.batch import NO_WINDOW
 from model.decoder import forward
 from model.kernels.cpu.packing import pack
 from model.kernels.cpu.paged_attention import paged_attention
 from model.kv import empty_pool
 from tests.helpers import batches
 from tests.helpers.quantized import quantized_params
-from tests.model.test_cpu_layers import CLAMPED, ODD, ODD_EXPERTS, random_params
+from tests.model.test_cpu_layers import CLAMPED, ODD, ODD_EXPERTS, SINKS, random_params
 
 for seed in range(int(sys.argv[2])):
     rng = np.random.default_rng(seed)
@@ -61,9 +62,10 @@ for seed in range(int(sys.argv[2])):
     table = np.searchsorted(used, np.minimum(np.asarray(batch.block_table), used[-1]))[:, :-2].astype(np.int32)
     pool = type(pool)(*(jnp.asarray(np.asarray(side)[:, used]) for side in (pool.k, pool.v)))
     batch = batch.replace(block_table=jnp.asarray(table))
-    jax.jit(paged_attention)(q, pool, 1, batch).block_until_ready()
+    window, sinks = int(rng.choice([1, 5, 16, 70, 1000, NO_WINDOW])), jnp.zeros(q.shape[1:3])
+    jax.jit(paged_attention)(q, pool, 1, batch, window, sinks).block_until_ready()
     heads, dim, page = pool.k.shape[2:3] + pool.k.shape[:2:-1]
-    shape = (ODD, ODD_EXPERTS, CLAMPED)[seed % 3]
+    shape = (ODD, ODD_EXPERTS, SINKS)[seed % 3]
     experts = shape.experts and replace(shape.experts, ffn_size=int(rng.integers(1, 100)))
     config = replace(
         shape,
