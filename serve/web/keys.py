@@ -24,6 +24,7 @@ from typing import Any
 from anyio import CapacityLimiter
 from starlette.types import Scope
 
+from serve.api.messages import InvalidRequest
 from serve.limits.recent import Recent
 
 log = logging.getLogger("tokenzero.keys")
@@ -134,8 +135,16 @@ class Admission:
         usage.totals["requests"] += 1
 
     def take(self, tokens: int) -> None:
-        """Count the tokens of the request's prompt and answer. Raises LimitReached."""
+        """Count the tokens of the request's prompt and answer.
+
+        Raises LimitReached, and InvalidRequest for more than the key may ever have in flight.
+        """
         usage, most = self.usage, self.key.tokens
+        if most is not None and tokens > most:
+            usage.totals["refused_requests"] += 1
+            raise InvalidRequest(
+                f"max_tokens: {self.key.name!r} may have {most} tokens in flight, prompt and max_tokens are {tokens}"
+            )
         if most is not None and usage.tokens + tokens > most:
             usage.totals["refused_requests"] += 1
             raise LimitReached(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.api.messages import InvalidRequest
 from serve.server.config import ServerConfig, parser, problem_of
 from serve.web.flags import read_config
 from serve.web.keys import (
@@ -182,6 +183,10 @@ class TestLimits:
         first.take(60)
         with pytest.raises(LimitReached, match="60 tokens in flight and may have 100: a request of 41"):
             second.take(41)
+        with pytest.raises(
+            InvalidRequest, match="'alice' may have 100 tokens in flight, prompt and max_tokens are 101"
+        ):
+            second.take(101)
         second.end()
         first.end()
         assert (usage.requests, usage.tokens) == (0, 0)
