@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +20,9 @@ from experiments.harness.client import prompt_counts, timed_events
 from experiments.harness.server import running_server
 from experiments.workloads.trained_model import server_flags
 
-HELP = "/new starts over, /system TEXT sets the system text and starts over, /quit or Ctrl-D ends"
+HELP = (
+    "/new starts over, /system TEXT sets the system text and starts over, Ctrl-C stops an answer, /quit or Ctrl-D ends"
+)
 
 
 @dataclass
@@ -126,7 +130,7 @@ def server(url: str | None, model: str | None, console: Console) -> Iterator[str
     with ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory()), "server.log")
         with console.status("starting the server"):
-            started = stack.enter_context(running_server(flags[1], *flags[2:], log=log))
+            started = stack.enter_context(running_server(flags[1], *flags[2:], log=log, own_group=True))
         yield started.url
 
 
@@ -140,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--temperature", type=float, default=0.2, help="(default: %(default)s)")
     args = cli.parse_args(argv)
     console = Console()
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit())  # a closed terminal ends the server, too
     with server(args.url, args.model, console) as url:
         talk(url, Chat(args.max_tokens, args.temperature, args.system), console)
 

@@ -38,16 +38,20 @@ def running_server(
     log: Path | None = None,
     program: Sequence[str] = ("-m", "serve"),
     compiled: bool = False,
+    own_group: bool = False,
 ) -> Iterator[Server]:
     """`python -m serve`, or a program with its flags, on a free port: ready when entered, ended when left.
 
-    With `compiled`, it has also compiled every batch shape, so that what is timed runs in the smallest.
+    With `compiled`, it has also compiled every batch shape, so that what is timed runs in the smallest. In an
+    `own_group` of processes, a terminal's Ctrl-C goes to the caller alone.
     Raises RuntimeError with the end of its log if it stops before it is ready.
     """
     port = free_port()
     command = [sys.executable, *program, "--model", str(model), "--port", str(port), *flags]
     with open(log, "w") if log else open("/dev/null", "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, process_group=0 if own_group else None
+        )
     server = Server(f"http://127.0.0.1:{port}", process)
     try:
         wait_until_ready(server, log)

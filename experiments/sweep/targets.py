@@ -157,8 +157,7 @@ class InProcess:
         """See Target: from the submission to the first event, which the engine's thread sends."""
         from serve.engine.request import Event, Failed, Finished, GenerationRequest, Started
 
-        fresh = np.random.default_rng(list(nonce.encode()))
-        tokens = tokens_of(parts, self.config.vocab_size, self.seed, fresh)
+        tokens = tokens_of(parts, self.config.vocab_size, self.seed, np.random.default_rng(list(nonce.encode())))
         events: queue.Queue[tuple[float, Event]] = queue.Queue()
         start = time.perf_counter()
         self.engine.submit(GenerationRequest(tokens, 1), lambda event: events.put((time.perf_counter(), event)))
@@ -341,7 +340,7 @@ class OwnServer(Process):
         from model.families import load_config
         from model.kv import bytes_per_token
 
-        page = sizes.page_size * bytes_per_token(load_config(model), np.dtype(np.float32))
+        page = sizes.page_size * bytes_per_token(load_config(model), "float32")
         store = ("--store", str(folder / "store")) if sizes.stored else ()
         flags = (
             *("--page-size", str(sizes.page_size), "--kv-pool-bytes", str(sizes.pages * page)),
@@ -363,8 +362,7 @@ class LlamaCpp(Process):
     def __init__(self, model: str, sizes: Sizes, folder: Path, seed: int) -> None:
         if problem := llama_server.missing():
             raise TargetError(problem)
-        served = Path(model)
-        if not is_gguf(model):
+        if not is_gguf(served := Path(model)):
             write_gguf(Path(model), served := folder / "model.gguf")
         super().__init__(model, served, ("--context", str(sizes.context)), sizes, folder, seed)
 
