@@ -198,7 +198,7 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ValueError(
-            f"{folder}: its safetensors files lack {_some(missing)}, the first expected with shape "
+            f"{folder} lacks {_some(missing)}, the first expected with shape "
             f"{expected[missing[0]]}: download the checkpoint again, or check that config.json belongs to it"
         )
     for name, shape in expected.items():
@@ -214,6 +214,8 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
             )
     # Older checkpoints carry the rotary frequencies, which follow from the config.
     unknown = [n for n in tensors if n not in expected and n != HEAD and not n.endswith("rotary_emb.inv_freq")]
+    # GPTQ's tools write biases of zeros for modules that have none.
+    unknown = [name for name in unknown if not (name.endswith(".bias") and not tensors[name].values().any())]
     if FAMILIES[config.family].extra_layers:
         unknown = [name for name in unknown if not _after(name, config.num_layers)]
     if unknown:

@@ -26,6 +26,7 @@ from model.formats.grouped import (
     expect_shape,
     grid_over,
     needed,
+    order_of,
     tensor_of,
     unpack,
 )
@@ -117,22 +118,21 @@ def dequantised(module: str, weight: Tensor, tensors: Tensors, scheme: Scheme) -
         return fp8.scaled(weight, tensors, scheme.block)
     packed = weight.name != name
     shape = shape_of(weight, needed(tensors, f"{name}_shape", weight), scheme.bits) if packed else weight.shape
-    scale, order = needed(tensors, f"{name}_scale", weight), tensors.get(f"{name}_g_idx")
+    scale = needed(tensors, f"{name}_scale", weight)
     grid = grid_over(scale, shape, scheme.block)
+    order = order_of(tensors.get(f"{name}_g_idx"), shape[-1], grid.block[1])
     sources = [weight, scale]
     zeros: Zeros = None
     if not scheme.symmetric:
         zero = needed(tensors, f"{name}_zero_point", weight)
         sources.append(zero)
         zeros = packed_zeros(zero, scheme.bits, grid.shape) if packed else grid_over(zero, shape, scheme.block).rows
-    if order is not None:
-        expect_shape(order, shape[-1:])
 
     def rows(first: int, stop: int) -> Grouped:
         values = weight.values(first, stop)
         values = signed(unpack(values, scheme.bits, shape[-1]), scheme.bits) if packed else values
         found = Grouped(values, grid.rows(first, stop), grid.block[1], zeros and zeros(first, stop))
-        return found if order is None else found.ordered(order.values())
+        return found if order is None else found.ordered(order)
 
     whole = order is None and len(shape) == 2 and grid.block[0] == 1
     stored = Stored(scheme.bits, grid.block[1], zeros is not None, rows) if whole else None

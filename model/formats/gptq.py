@@ -18,6 +18,7 @@ from model.formats.grouped import (
     choice,
     expect_shape,
     needed,
+    order_of,
     size_of,
     tensor_of,
     unpack,
@@ -75,12 +76,3 @@ def unpacked(module: str, tensors: Tensors, bits: int, group: int | None, less: 
     sources = (qweight, qzeros, scales)
     stored = Stored(bits, size, True, rows) if group_of is None else None
     return tensor_of(f"{module}.weight", (outputs, inputs), f"int{bits}", sources, rows, stored)
-
-
-def order_of(g_idx: Tensor | None, inputs: int, size: int) -> np.ndarray | None:
-    """The group of each input, [inputs]; None where they take turns of `size`. Raises ValueError for another shape."""
-    if g_idx is None:
-        return None
-    expect_shape(g_idx, (inputs,))
-    found = g_idx.values()
-    return None if np.array_equal(found, np.arange(inputs) // size) else found

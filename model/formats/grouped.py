@@ -89,6 +89,25 @@ def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return octets[:, :count]
 
 
+def order_of(group_of: Tensor | None, inputs: int, size: int) -> np.ndarray | None:
+    """The group of each input, [inputs]; None where groups of `size` take turns, as where all are -1, which is unset.
+
+    Raises ValueError for another shape, and for groups that there are not.
+    """
+    if group_of is None:
+        return None
+    expect_shape(group_of, (inputs,))
+    found, turns = group_of.values(), np.arange(inputs) // size
+    if np.array_equal(found, turns) or np.all(found == -1):
+        return None
+    if found.min() < 0 or found.max() > turns[-1]:
+        raise ValueError(
+            f"{group_of.path}: {group_of.name} has groups {found.min()} to {found.max()}, expected 0 to {turns[-1]}: "
+            "check that the quantization_config of config.json belongs to it"
+        )
+    return found
+
+
 def choice(settings: Settings, field: str, supported: Sequence[Any], default: Any = None) -> Any:
     """A setting. Raises ValueError, with the values that are supported, if it is none of them."""
     value = settings.get(field, default)

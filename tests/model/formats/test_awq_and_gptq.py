@@ -97,6 +97,22 @@ def test_a_gptq_model_loads_as_its_numbers_say(tiny_checkpoint, tmp_path, bits, 
     assert_floats_are(load(folder, jnp.float32)[1], load(expected, jnp.float32)[1])
 
 
+def test_biases_of_zeros_for_modules_that_have_none_are_passed_over(tiny_checkpoint, tmp_path):
+    def quantise(module, weight):
+        made = rounded(weight, 4)
+        return in_gptq(module, made, 4, "gptq") | {f"{module}.bias": torch.zeros(len(weight))}, made.floats()
+
+    folder, expected = quantised(tiny_checkpoint("llama"), tmp_path, GPTQ, quantise)
+    jax.tree.map(np.testing.assert_array_equal, load(folder, jnp.float32)[1], load(expected, jnp.float32)[1])
+
+
+def test_groups_that_there_are_not_are_named(tmp_path):
+    stored = in_gptq("a", rounded(torch.empty(16, 48), 4), 4, "gptq")
+    stored["a.g_idx"][7] = 3
+    with pytest.raises(ValueError, match=r"a\.g_idx has groups 0 to 3, expected 0 to 2"):
+        reader_for({"quantization_config": GPTQ})(mapped(tmp_path, stored))
+
+
 @pytest.mark.parametrize("settings", [AWQ, GPTQ | {"checkpoint_format": "gptq_v2"}])
 def test_rows_from_any_output_on_are_those_of_the_whole(tmp_path, settings):
     made = rounded(torch.empty(40, 48), 4)

@@ -68,6 +68,13 @@ def test_groups_of_inputs_may_be_anywhere(tmp_path):
     assert weight.stored is None
 
 
+def test_groups_take_turns_where_their_order_was_never_set(tmp_path):
+    stored, expected = by_hand("a", torch.empty(8, 48))
+    tensors = mapped(tmp_path, stored | {"a.weight_g_idx": torch.full((48,), -1, dtype=torch.int32)})
+    weight = reader_for({"quantization_config": settings(["a"], INT4)})(tensors)["a.weight"]
+    np.testing.assert_array_equal(weight.values(), expected)
+
+
 def test_a_module_has_the_scheme_that_names_it_before_that_of_its_class(tmp_path):
     stored, expected = by_hand("layers.0.down", torch.empty(8, 48))
     config = settings(["Linear"], INT4 | {"group_size": 8})
