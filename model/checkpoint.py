@@ -198,7 +198,7 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ValueError(
-            f"{folder} lacks {_some(missing)}, the first expected with shape "
+            f"{folder}: its files lack {_some(missing)}, the first expected with shape "
             f"{expected[missing[0]]}: download the checkpoint again, or check that config.json belongs to it"
         )
     for name, shape in expected.items():

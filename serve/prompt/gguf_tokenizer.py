@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model.formats.gguf_file import GgufFile, read_gguf
@@ -81,12 +82,12 @@ def gguf_tokenizer(path: str | Path) -> Any:
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in added])
     named = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    ids = {ours: file.metadata.get(f"{FIELD}.{theirs}_token_id") for theirs, ours in named.items()}
+    found = {f"{ours}_token": token_of(file, tokens, theirs) for theirs, ours in named.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=file.metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        **{f"{name}_token": tokens[id] for name, id in ids.items() if id is not None and id < len(tokens)},
+        **{name: token for name, token in found.items() if token is not None},
     )
 
 
@@ -102,14 +103,32 @@ def check_tokenizer(file: GgufFile) -> list[str]:
             raise ValueError(f"{file.path}: {FIELD}.pre is {pre!r}, supported are {supported}: use another file")
     if not tokens:
         raise ValueError(f"{file.path}: {FIELD}.tokens is empty, expected a vocabulary: convert the checkpoint again")
+    defaults = {"token_type": np.ones(len(tokens))} | ({"scores": None} if model == "llama" else {})
+    for field, default in defaults.items():
+        entries = file.value(f"{FIELD}.{field}", np.ndarray, default)
+        if len(entries) != len(tokens):
+            raise ValueError(
+                f"{file.path}: {FIELD}.{field} has {len(entries)} entries, expected {len(tokens)}: convert it again"
+            )
     return list(tokens)
+
+
+def token_of(file: GgufFile, tokens: Sequence[str], kind: str) -> str | None:
+    """The token that a file names for a purpose; None where it names none that there is."""
+    id = file.value(f"{FIELD}.{kind}_token_id", int, -1)
+    return tokens[id] if 0 <= id < len(tokens) else None
 
 
 def byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
     """A byte-level BPE tokenizer, as GPT-2 has, without its added tokens."""
     split = SPLITS[file.metadata[f"{FIELD}.pre"]]
     merges = [tuple(merge.split(" ", 1)) for merge in file.metadata[f"{FIELD}.merges"]]
-    made = Tokenizer(models.BPE(vocabulary(file, tokens), merges, ignore_merges=split.whole_words))
+    try:
+        made = Tokenizer(models.BPE(vocabulary(file, tokens), merges, ignore_merges=split.whole_words))
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(
+            f"{file.path}: {FIELD}.merges do not fit {FIELD}.tokens ({error}): convert the checkpoint again"
+        ) from error
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.pattern:
         steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
@@ -123,16 +142,12 @@ def byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
 
 def sentence_piece(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
     """A SentencePiece BPE tokenizer, as Llama 2 has, without its added tokens."""
-    vocab, scores = vocabulary(file, tokens), file.metadata.get(f"{FIELD}.scores")
-    if scores is None or len(scores) != len(tokens):
-        found = "no" if scores is None else len(scores)
-        raise ValueError(f"{file.path}: {FIELD}.scores has {found} entries, expected {len(tokens)}: convert it again")
-    unknown = file.metadata.get(f"{FIELD}.unknown_token_id")
+    vocab = vocabulary(file, tokens)
     made = Tokenizer(
         models.BPE(
             vocab,
-            merges_of(vocab, scores),
-            unk_token=None if unknown is None else tokens[unknown],
+            merges_of(vocab, file.metadata[f"{FIELD}.scores"]),
+            unk_token=token_of(file, tokens, "unknown"),
             fuse_unk=True,
             byte_fallback=True,
         )

@@ -6,6 +6,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+import serve.prompt.gguf_tokenizer as gguf_tokenizer_module
 from experiments.workloads.demo_model import TINY, corpus, write_demo_model
 from experiments.workloads.gguf_file import write_gguf
+from model.formats.gguf_file import read_gguf
 from serve.prompt.gguf_tokenizer import SPACE, SPLITS, gguf_tokenizer
 from serve.prompt.tokenizer import check_tokenizer_file, load_hf, load_tokenizer
 
@@ -205,6 +208,34 @@ def test_the_demo_model_has_the_same_ids_and_prompts_either_way(demo: tuple[Path
     assert prompts[0] == prompts[1]
     np.testing.assert_array_equal(ours.encode(prompts[0]), theirs.encode(prompts[0]))
     assert ours.template == theirs.template
+
+
+def test_fields_that_do_not_fit_the_tokens_are_named(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    write_sentence_piece(tmp_path / "pieces.gguf", ["a", "b", "ab"], prefixed=True)
+    for path, field, value, message in (
+        (demo[1], "token_type", np.ones(7, np.int32), "has 7 entries, expected"),
+        (demo[1], "token_type", "normal", "is a str, expected ndarray"),
+        (demo[1], "merges", ["a b", "absent"], "do not fit"),
+        (demo[1], "merges", ["a absent"], "do not fit"),
+        (demo[1], "bos_token_id", "one", "is a str, expected int"),
+        (tmp_path / "pieces.gguf", "scores", np.zeros(0), "has 0 entries, expected 262"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            file = read_gguf(path)
+            changed = replace(file, metadata=file.metadata | {f"tokenizer.ggml.{field}": value})
+            patch.setattr(gguf_tokenizer_module, "read_gguf", lambda path, changed=changed: changed)
+            with pytest.raises(ValueError, match=rf"\.gguf: tokenizer\.ggml\.{field} {message}"):
+                gguf_tokenizer(path)
+
+
+def test_a_token_that_a_file_names_and_has_not_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sentence_piece(tmp_path / "model.gguf", ["a", "b", "ab"], prefixed=True)
+    file = read_gguf(tmp_path / "model.gguf")
+    ids = {"tokenizer.ggml.unknown_token_id": 262, "tokenizer.ggml.bos_token_id": -1}
+    changed = replace(file, metadata=file.metadata | ids)
+    monkeypatch.setattr(gguf_tokenizer_module, "read_gguf", lambda path: changed)
+    hf = gguf_tokenizer(tmp_path / "model.gguf")
+    assert (hf.bos_token, hf.eos_token, hf.unk_token) == (None, "</s>", None)
 
 
 def test_tokenizers_that_are_not_served_are_named(demo: tuple[Path, Path], tmp_path: Path) -> None:
