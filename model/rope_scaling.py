@@ -9,6 +9,20 @@ from typing import Any
 
 from model.config import ModelConfig, RopeConfig
 
+TEXT, FLAG, NUMBER, SIZE = "a string", "true or false", "a positive number", "a positive whole number"
+LARGEST = 2**63
+# What a rope_scaling may have: any other field would be passed over, and is most likely misspelt.
+FIELDS: Mapping[str, str] = {
+    "rope_type": TEXT,
+    "type": TEXT,
+    "factor": NUMBER,
+    "original_max_position_embeddings": SIZE,
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), NUMBER),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), NUMBER),
+    "truncate": FLAG,
+    "rope_theta": NUMBER,
+}
+
 
 def parse_rope_scaling(text: str) -> dict[str, Any]:
     """A `rope_scaling` of a config.json, given as JSON. Raises ValueError for what is none."""
@@ -36,13 +50,19 @@ def with_rope_scaling(config: ModelConfig, scaling: Mapping[str, Any]) -> ModelC
 
 
 def _rope(scaling: Mapping[str, Any], theta: float, original: int) -> RopeConfig:
-    """The rotation with this scaling. Raises ValueError for what is not a number, and as `RopeConfig.from_hf` does."""
+    """The rotation with this scaling. Raises ValueError for other fields than FIELDS, and as `RopeConfig.from_hf`."""
     for name, value in scaling.items():
-        if name not in ("rope_type", "type", "truncate") and (isinstance(value, bool) or not _is_number(value)):
-            raise ValueError(f"rope_scaling has {name} {value!r}, expected a positive number")
+        if name not in FIELDS:
+            raise ValueError(f"rope_scaling has {name}, supported are {', '.join(FIELDS)}")
+        expected = FIELDS[name]
+        if not _fits(value, expected):
+            raise ValueError(f"rope_scaling has {name} {value!r}, expected {expected}")
     return RopeConfig.from_hf({"rope_theta": theta, "rope_scaling": dict(scaling)}, original)
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a value is a positive number."""
-    return isinstance(value, int | float) and 0 < value < float("inf")
+def _fits(value: Any, expected: str) -> bool:
+    """Whether a value is what is expected."""
+    if expected == TEXT or isinstance(value, bool):
+        return isinstance(value, str) if expected == TEXT else expected == FLAG
+    is_number = isinstance(value, int | float) and 0 < value < LARGEST
+    return is_number and (expected == NUMBER or (expected == SIZE and value == int(value)))

@@ -6,9 +6,12 @@ import dataclasses
 import json
 import shutil
 
+import jax.numpy as jnp
 import pytest
 
+from model.checkpoint import load
 from model.families import load_config
+from model.fingerprint import fingerprint
 from model.rope_scaling import parse_rope_scaling, with_rope_scaling
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
@@ -42,6 +45,15 @@ def test_the_context_limit_is_the_stretched_one(tiny_checkpoint, scaling, limit)
     assert dataclasses.replace(found, rope=plain.rope, max_position=512) == plain
 
 
+def test_pages_of_another_scaling_have_other_keys(tiny_checkpoint):
+    plain, params = load(tiny_checkpoint("llama"), jnp.float32)
+    scalings = ({}, {"rope_type": "linear", "factor": 2}, {"rope_type": "yarn", "factor": 2}, YARN)
+    scalings = (*scalings, YARN | {"attention_factor": 1.0}, YARN | {"beta_slow": 0.25}, YARN | {"truncate": False})
+    found = [fingerprint(with_rope_scaling(plain, scaling), params) for scaling in scalings]
+    assert found[0] == fingerprint(plain, params)
+    assert len(set(found)) == len(scalings)
+
+
 def test_a_scaled_checkpoint_is_scaled_anew_from_what_it_was_trained_on(tiny_checkpoint):
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
     scaled = load_config(tiny_checkpoint("qwen3", head_dim=16, rope_parameters=yarn))
@@ -65,6 +77,15 @@ def test_a_window_as_long_as_the_own_context_masks_keys_of_the_stretched_one(tin
         ('{"rope_type": "yarn", "factor": "4"}', "factor '4', expected a positive number"),
         ('{"rope_type": "yarn", "factor": -4}', "factor -4, expected a positive number"),
         ('{"rope_type": "yarn", "factor": true}', "factor True, expected a positive number"),
+        ('{"rope_type": "yarn", "factor": 1e999}', "factor inf, expected a positive number"),
+        (f'{{"rope_type": "yarn", "factor": 1{"0" * 400}}}', "expected a positive number"),
+        ('{"rope_type": "yarn", "factor": 4, "beta_fats": 32}', "has beta_fats, supported are rope_type, type, factor"),
+        ('{"rope_type": "yarn", "factor": 4, "truncate": "false"}', "truncate 'false', expected true or false"),
+        ('{"rope_type": 4, "factor": 4}', "rope_type 4, expected a string"),
+        (
+            '{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 0.5}',
+            "original_max_position_embeddings 0.5, expected a positive whole number",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(text, message):
