@@ -45,6 +45,7 @@ class Answer:
     """An answer as it comes."""
 
     text: str = ""
+    shown: str = ""  # the same, and the reasoning before it
     first_ms: float | None = None  # until its first text, from the request's last byte
     last_ms: float = 0.0
     usage: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +57,9 @@ class Answer:
             self.usage = event["message"]["usage"]
         elif event["type"] == "content_block_delta":
             self.first_ms = at if self.first_ms is None else self.first_ms
-            self.text += event["delta"].get("text", "") or event["delta"].get("thinking", "")
+            text = event["delta"].get("text", "")
+            self.text += text
+            self.shown += text or event["delta"].get("thinking", "")
         elif event["type"] == "message_delta":
             self.usage |= event["usage"]
         elif event["type"] == "error":
@@ -77,9 +80,9 @@ def ask(client: httpx.Client, url: str, chat: Chat, console: Console) -> Answer:
     """Stream the next answer to the terminal. Raises RuntimeError if it is an error."""
     answer = Answer()
     for at, event in timed_events(client, f"{url}/v1/messages", chat.body()):
-        shown = len(answer.text)
+        shown = len(answer.shown)
         answer.take(at, event)
-        console.print(answer.text[shown:], end="", markup=False, highlight=False, soft_wrap=True)
+        console.print(answer.shown[shown:], end="", markup=False, highlight=False, soft_wrap=True)
     console.print()
     return answer
 

@@ -57,6 +57,13 @@ def test_a_question_that_fails_is_taken_back(url: str) -> None:
     assert len(chat.messages) == 2
 
 
+def test_reasoning_is_shown_and_is_no_part_of_the_answer_that_is_sent_back() -> None:
+    answer = Answer()
+    for kind, said in (("thinking", "Hm. "), ("signature", ""), ("text", "Yes.")):
+        answer.take(1.0, {"type": "content_block_delta", "delta": {"type": f"{kind}_delta", kind: said}})
+    assert (answer.text, answer.shown) == ("Yes.", "Hm. Yes.")
+
+
 def test_figures_are_those_of_the_stream() -> None:
     answer = Answer()
     usage = {"input_tokens": 1, "cache_creation_input_tokens": 19, "cache_read_input_tokens": 80}
