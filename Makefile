@@ -26,7 +26,7 @@ help: ## show this list
 
 install: .venv/.installed ## make .venv and install tokenzero into it, for the GPU if there is one
 
-demo: .venv/.installed $(MODEL)/config.json ## serve a 52K-token agent prompt in three arms and print the table
+demo: .venv/.installed $(if $(filter %.gguf,$(MODEL)),$(MODEL),$(MODEL)/config.json) ## serve a 52K-token agent prompt in three arms and print the table
 	$(BIN)/python -m experiments.demo --model $(MODEL) --tokens $(TOKENS)
 
 serve: .venv/.installed ## serve SmolLM2-135M-Instruct, fetched once (93 MB), or MODEL, on PORT

@@ -113,9 +113,9 @@ def check_tokenizer_file(source: str | Path) -> None:
 
         check_tokenizer(read_gguf(source))
     elif not Path(source, "tokenizer.json").is_file():
-        raise ValueError(
-            f"{source}: expected a tokenizer.json, found none: write one with transformers' save_pretrained"
-        )
+        files = sorted(path.name for path in Path(source).glob("*.gguf"))
+        advice = f"name a GGUF file in it, as {files[0]}" if files else "write one with transformers' save_pretrained"
+        raise ValueError(f"{source}: expected a tokenizer.json, found none: {advice}")
 
 
 def make_tokenizer(

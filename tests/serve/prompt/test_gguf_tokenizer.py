@@ -210,6 +210,13 @@ def test_the_demo_model_has_the_same_ids_and_prompts_either_way(demo: tuple[Path
     assert ours.template == theirs.template
 
 
+def test_a_folder_of_gguf_files_is_told_to_name_one(tmp_path: Path) -> None:
+    for name in ("model-Q8_0.gguf", "model-Q4_0.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"found none: name a GGUF file in it, as model-Q4_0\.gguf"):
+        check_tokenizer_file(tmp_path)
+
+
 def test_fields_that_do_not_fit_the_tokens_are_named(demo: tuple[Path, Path], tmp_path: Path) -> None:
     write_sentence_piece(tmp_path / "pieces.gguf", ["a", "b", "ab"], prefixed=True)
     for path, field, value, message in (
