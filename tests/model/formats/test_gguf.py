@@ -88,9 +88,7 @@ def test_experts_that_lack_a_part_are_named(tiny_checkpoint, tmp_path):
             load(tmp_path / f"{lost}.gguf", jnp.float32)
 
 
-@pytest.mark.parametrize(
-    "kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
-)
+@pytest.mark.parametrize("kind", [kind for kind in gguf.SERVED if kind != Kind.F32], ids=lambda kind: kind.name)
 def test_quantised_matrices_become_what_the_package_dequantises(tiny_checkpoint, tmp_path, kind):
     folder = tiny_checkpoint("llama", **WIDE)
     values = write_gguf(folder, tmp_path / "model.gguf", kind)
