@@ -39,7 +39,7 @@ from model.kernels.cpu.paged_attention import paged_attention
 from model.kv import empty_pool
 from tests.helpers import batches
 from tests.helpers.quantized import quantized_params
-from tests.model.test_cpu_layers import CLAMPED, ODD, ODD_EXPERTS, SINKS, random_params
+from tests.model.test_cpu_layers import ODD, ODD_EXPERTS, SINKS, random_params
 
 for seed in range(int(sys.argv[2])):
     rng = np.random.default_rng(seed)
