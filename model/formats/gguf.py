@@ -231,9 +231,9 @@ def _check_tensors(file: GgufFile, name: str, architecture: Architecture) -> Non
                 f"{file.path}: {each} is {stored.kind.name} and has shape {stored.shape}, expected a matrix: "
                 "convert it again"
             )
-    layers = range(file.value(f"{name}.block_count", int))
+    layers = file.value(f"{name}.block_count", int)
     in_layer = (*architecture.layer, *(EXPERTS if architecture.experts or architecture.fused else ()))
-    of_layers = (f"blk.{i}.{each}.weight" for i in layers for each in in_layer)
+    of_layers = (f"blk.{i}.{each}.weight" for i in range(layers) for each in in_layer)
     for needed in chain((EMBED, "output_norm.weight"), of_layers):
         if needed not in file.tensors:
             raise ValueError(
