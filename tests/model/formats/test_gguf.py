@@ -262,16 +262,6 @@ def test_a_factor_without_a_type_is_linear_under_either_name(tiny_checkpoint, tm
     assert gguf.read_config(file)["rope_scaling"] is None
 
 
-def test_a_mixture_of_experts_is_named_and_not_taken_for_a_torn_file(tiny_checkpoint, tmp_path):
-    def mixed(tensors: dict[str, np.ndarray]) -> None:
-        tensors["blk.0.ffn_gate_exps.weight"] = tensors.pop("blk.0.ffn_gate.weight")[None]
-
-    path = tmp_path / "model.gguf"
-    write_gguf(tiny_checkpoint("llama"), path, change=mixed, metadata=lambda writer: writer.add_expert_count(8))
-    with pytest.raises(ValueError, match=r"llama\.expert_count is 8, expected 0"):
-        load_config(path)
-
-
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf is not a file"):
         load(tmp_path / "absent.gguf", jnp.float32)
