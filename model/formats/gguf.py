@@ -20,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from model.formats.gguf_file import GgufFile, StoredTensor
+from model.formats.gguf_rope import ROPE_FREQS, rope_scaling
 from model.formats.tensor import Grouped, Stored, Tensor
 
 Config = dict[str, Any]  # as a config.json has it
@@ -51,10 +52,8 @@ GATES, UPS, DOWNS = EXPERTS = (
 )  # of all experts of a layer: [experts, out, in]
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
-EMBED, HEAD, ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+EMBED, HEAD = "token_embd.weight", "output.weight"
 NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)\.(?P<rest>weight|bias)")
-# What all published Llama 3 models have: only their factors differ.
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def read_config(file: GgufFile) -> Config:
         "rms_norm_eps": file.value(f"{name}.attention.layer_norm_rms_epsilon", float),
         "max_position_embeddings": number("context_length"),
         "rope_theta": file.value(f"{name}.rope.freq_base", float, 10000.0),
-        "rope_scaling": _rope_scaling(file, name, head),
+        "rope_scaling": rope_scaling(file, name, head),
         "tie_word_embeddings": HEAD not in file.tensors,
         "eos_token_id": end_ids(file),
         **architecture.own(file),
@@ -348,60 +347,3 @@ def _hf_name(match: re.Match[str], architecture: Architecture) -> str:
         return match[0]
     ending = "" if match["name"] == "attn_sinks" else f".{match['rest']}"
     return f"{prefix}{names[match['name']]}{ending}"
-
-
-def _rope_scaling(file: GgufFile, name: str, head_dim: int) -> Config | None:
-    """How frequencies are stretched; None for not at all."""
-    if ROPE_FREQS in file.tensors:
-        return _llama3_scaling(file, name, head_dim)
-    prefix = f"{name}.rope.scaling"
-    field, older = f"{prefix}.factor", f"{name}.rope.scale_linear"
-    field = older if older in file.metadata and field not in file.metadata else field
-    kind = file.value(f"{prefix}.type", str, "linear" if field in file.metadata else "none")
-    if kind == "none":
-        return None
-    if not 0 < (factor := file.value(field, float)) < math.inf:
-        raise ValueError(f"{file.path}: {field} is {factor:g}, expected a positive number: convert it again")
-    scaling: Config = {"rope_type": kind, "factor": factor}
-    if name == "gpt-oss":  # whose config.json says so, and its metadata does not
-        scaling["truncate"] = False
-    if kind == "yarn":
-        fields = {
-            "original_max_position_embeddings": "original_context_length",
-            "beta_fast": "yarn_beta_fast",
-            "beta_slow": "yarn_beta_slow",
-        }
-        for ours, theirs in fields.items():
-            if f"{prefix}.{theirs}" in file.metadata:
-                scaling[ours] = file.value(f"{prefix}.{theirs}", float)
-        if f"{prefix}.attn_factor" in file.metadata:
-            own = file.value(f"{prefix}.attn_factor", float)
-            scaling["attention_factor"] = own * (0.1 * math.log(factor) + 1)
-    return scaling
-
-
-def _llama3_scaling(file: GgufFile, name: str, head_dim: int) -> Config:
-    """Llama 3's scaling, of which a file has only the divisors of frequencies, [head_dim / 2] float32.
-
-    Raises ValueError for divisors that Llama 3's formula does not give.
-    """
-    stored = file.tensors[ROPE_FREQS]
-    divisors = stored.data.view(np.float32) if stored.kind == Kind.F32 else np.ones(0)
-    factor = float(divisors.max(initial=1.0))
-    theta = file.value(f"{name}.rope.freq_base", float, 10000.0)
-    if divisors.shape != (head_dim // 2,) or not np.allclose(divisors, llama3_divisors(theta, head_dim, factor), 1e-3):
-        raise ValueError(
-            f"{file.path}: {ROPE_FREQS} has divisors of frequencies up to {factor:g}, expected those of Llama 3: "
-            "use the safetensors checkpoint"
-        )
-    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
-
-
-def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
-    """What Llama 3 divides the frequency of each pair by, [head_dim / 2] float64: `model.rope` has the formula."""
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    original, low, high = (
-        LLAMA3[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
