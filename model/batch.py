@@ -16,9 +16,8 @@ from model.kv import KVPool
 Array = jax.Array | np.ndarray
 # Finite, so that no difference of two of them is NaN.
 MASKED = -1e30
-# What a layer without a window has among layers with one: more keys than any sequence has, and few enough that no
-# difference of it and two positions overflows.
-NO_WINDOW = 2**30
+# What a layer without a window has among layers with one: more keys than any sequence has.
+NO_WINDOW = 2**31 - 1
 # A window counts the keys that a query sees, itself included; None where none of the layers has one.
 Window = Int32[jax.Array, ""] | int | None
 # Logits that only enter the softmax's denominator, one for each query head.

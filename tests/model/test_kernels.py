@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.gpu.aot import MODEL, forward_with, keys_beside_pool, pool_sized, variants
-from model.batch import MASKED, NO_WINDOW, Batch
+from model.batch import MASKED, Batch
 from model.kernels import dispatch
 from model.kernels.hopper import compat, launch, online_softmax
 from model.kernels.hopper import decode as paged_decode
@@ -129,13 +129,6 @@ def test_decode_with_windows_and_sinks_matches_the_reference(window, chunk):
     prefixes = [0, 1, PAGE - 1, PAGE, PAGE + 1, 700]
     batch = ragged(prefixes, [1, chunk, chunk, 1, chunk, chunk], group=8, spare_seqs=1, spare_tokens=1)
     assert_matches_reference(paged_decode.paged_decode, *batch, window, random_sinks(1, 8))
-
-
-@interpreted
-@pytest.mark.parametrize("kernel", [paged_prefill.paged_prefill, paged_decode.paged_decode])
-def test_a_layer_without_a_window_beside_one_with_one_sees_keys_of_blocks_that_begin_among_the_new(kernel):
-    """Its window in a scan is the largest there is: no difference of it and a position may overflow."""
-    assert_matches_reference(kernel, *ragged([60, 700], [7, 7], group=8, spare_tokens=2), NO_WINDOW)
 
 
 @interpreted
