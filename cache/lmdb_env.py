@@ -90,7 +90,7 @@ def check_directory(directory: Path, name: str = FORMAT) -> None:
 
 def old_stores(directory: Path) -> list[Path]:
     """The folders of older formats in `directory`."""
-    return [directory / name for name in OLD_FORMATS if (directory / name).is_dir()]
+    return [directory / name for name in OLD_FORMATS if os.path.isdir(directory / name)]
 
 
 def adopt_records(directory: Path) -> None:

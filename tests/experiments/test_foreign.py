@@ -13,6 +13,7 @@ from experiments.foreign import CHAT, MESSAGES, WAYS, Way, body, draw, session_o
 from experiments.harness import llama_server
 from experiments.sweep.__main__ import main as sweep
 from experiments.workloads import sessions
+from experiments.workloads.demo_model import TINY, write_demo_model
 from serve.api.openai import read_chat
 from serve.rules.body import normalize_body
 from serve.rules.normalize import DEFAULT_RULES
@@ -62,8 +63,8 @@ def test_without_the_engine_the_commands_say_how_to_get_it(
         foreign.main([])
     with pytest.raises(SystemExit, match="llama_server: no_such_engine missing"):
         llama_server.main(["--model", "x"])
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": 4096}')
+    write_demo_model(tmp_path / "model", config=TINY)
     config = tmp_path / "sweep.toml"
-    config.write_text(f'[target]\nkind = "llama.cpp"\n[axes]\nmodel = ["{tmp_path}"]\nprompt_tokens = [512]\n')
+    config.write_text(f'[target]\nkind = "llama.cpp"\n[axes]\nmodel = ["{tmp_path}/model"]\nprompt_tokens = [512]\n')
     assert sweep([str(config), "--out", str(tmp_path / "out")]) == 2
     assert "no_such_engine missing" in capsys.readouterr().err

@@ -286,7 +286,8 @@ class TestSizes:
         flags = ("--kv-pool-bytes", "1MiB", "--page-size", "16")
         assert self.sized(loaded, *flags, "--kv-dtype", "int8").page_dtype == "int8"
         # A key or value of a head has 16 bytes and a scale of 4, instead of 64.
-        assert [self.sized(loaded, *flags, "--kv-dtype", kind).num_pages for kind in ("int8", "fp8")] == [409, 409]
+        sizes = [self.sized(loaded, *flags, "--kv-dtype", kind) for kind in ("int8", "fp8")]
+        assert [each.num_pages + each.audit_pages for each in sizes] == [409, 409]
 
     def test_a_model_that_is_too_big_is_refused_before_its_weights_are_read(
         self, model_folder: Path, loaded: tuple[ModelConfig, Params], monkeypatch: pytest.MonkeyPatch

@@ -39,7 +39,14 @@ inline Words load_words(const void* from) { return *reinterpret_cast<const Loose
 inline void store(float* to, Vec value) { *reinterpret_cast<Loose*>(to) = value; }
 inline Vec all(float value) { return value - Vec{}; }
 
-// a * b + c, rounded once where the target has an instruction for it, else after each operation.
+// Whether the target has an instruction that rounds a * b + c once.
+#if defined(__AVX512F__) || (defined(__FMA__) && defined(__AVX__)) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))
+constexpr bool FUSED = true;
+#else
+constexpr bool FUSED = false;
+#endif
+
+// a * b + c, rounded once where FUSED, else after each operation.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);

@@ -131,11 +131,14 @@ inline void each_input(const Weight& w, int64_t number, int64_t inputs, int64_t 
   const auto* values = static_cast<const int8_t*>(w.values) + number * w.bytes(inputs) + i / STEP * BYTES;
   while (i < end) {
     const int64_t group = i / w.group, stop = std::min(end, (group + 1) * w.group);
+    // Rounded once, value * scale - 8 * scale is (value - 8) * scale; where it is rounded twice, 8 is taken off first.
+    const float middle = BITS == 8 || w.offsets ? 0.0f : 8.0f;
+    const Vec before = all(FUSED ? 0.0f : middle);
     Vec scales[VECTORS], offsets[VECTORS], weights[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; ++v) {
       const int64_t at = (number * groups + group) * PANEL + v * LANES;
       scales[v] = load(w.scales + at);
-      offsets[v] = w.offsets ? load(w.offsets + at) : scales[v] * (BITS == 8 ? 0.0f : -8.0f);
+      offsets[v] = w.offsets ? load(w.offsets + at) : scales[v] * (FUSED ? -middle : 0.0f);
     }
     for (; i < stop; values += BYTES) {
       for (int64_t byte = 0; byte < BYTES; byte += 4 * LINE) __builtin_prefetch(values + FETCH + byte, 0, 2);
@@ -146,7 +149,10 @@ inline void each_input(const Weight& w, int64_t number, int64_t inputs, int64_t 
         Words words[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; ++v) words[v] = load_words(values + v * LANES * 4);
         const auto one = [&](int k) {
-          UNROLL for (int v = 0; v < VECTORS; ++v) weights[v] = fma(numbers(words[v], k), scales[v], offsets[v]);
+          UNROLL for (int v = 0; v < VECTORS; ++v) {
+            const Vec value = FUSED ? numbers(words[v], k) : numbers(words[v], k) - before;
+            weights[v] = fma(value, scales[v], offsets[v]);
+          }
           use(i++, weights);
         };
         if (stop - i >= WORD) {

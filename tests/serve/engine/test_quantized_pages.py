@@ -112,7 +112,7 @@ def test_answers_on_reused_and_restored_pages_are_those_of_a_cold_pass(params, k
     engine = started(params, kind, tmp_path)
     restored, found, _ = generate(engine, tokens, 12)
     engine.stop()
-    assert found.reused_tokens == found.restored["disk"] == 96
+    assert found.reused_tokens == found.restored["disk"] == 99, "the partly filled page comes back, too"
     assert_greedy(params, kind, tokens, restored)
 
 
