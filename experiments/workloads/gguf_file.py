@@ -39,8 +39,7 @@ def tensors_of(folder: Path, layers: int, layer: Mapping[str, str] = LAYER) -> I
 
 
 def add_shape(writer: Any, config: Mapping[str, Any]) -> None:
-    """Give the file the sizes that a `config.json` has for every family, and say that all of it is float32."""
-    writer.add_file_type(0)  # all float32
+    """Give the file the sizes that a `config.json` has for every family."""
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -52,6 +51,7 @@ def add_shape(writer: Any, config: Mapping[str, Any]) -> None:
 
 def write_tensors(writer: Any, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Write the file: what was added to the writer, and then the tensors in float32."""
+    writer.add_file_type(0)  # all float32
     for name, values in tensors:
         writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()

@@ -292,12 +292,15 @@ def _tensor(path: Path, name: str, stored: StoredTensor, order: np.ndarray | Non
     kind = stored.kind
     rows = stored.data.reshape(stored.shape[0], -1)  # [rows, bytes] uint8
 
+    def chosen(first: int, stop: int) -> np.ndarray:
+        return rows[first:stop] if order is None else rows[order[first:stop]]
+
     def read(first: int, stop: int) -> np.ndarray:
-        chosen = rows[first:stop] if order is None else rows[order[first:stop]]
-        return dequantised(chosen, kind).reshape(len(chosen), *stored.shape[1:])
+        some = chosen(first, stop)
+        return dequantised(some, kind).reshape(len(some), *stored.shape[1:])
 
     def as_stored(first: int, stop: int) -> Grouped:
-        return grouped(rows[first:stop] if order is None else rows[order[first:stop]], kind)
+        return grouped(chosen(first, stop), kind)
 
     kept = Stored(*KEPT[kind], as_stored) if kind in KEPT and len(stored.shape) == 2 else None
     return Tensor(name, path, stored.shape, kind.name, SERVED[kind], stored.data.nbytes, read, kept)

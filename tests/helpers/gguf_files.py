@@ -15,6 +15,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file, save_file
 
+from experiments.workloads.gguf_file import add_shape
+
 Kind = GGMLQuantizationType
 # The package dequantises these and cannot quantise to them. Where their half-precision scales are, in bytes of a block.
 DRAWN = {Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
@@ -122,13 +124,7 @@ def add_experts(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 
 def add_sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     """The fields that llama.cpp's converter writes of a config.json."""
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    add_shape(writer, config)
     if head_dim := config.get("head_dim"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)

@@ -137,6 +137,17 @@ def batch_of(chunks: list[int], prefixes: list[int], spare_seqs: int = 0, spare_
     )
 
 
+def assert_equals_plain_forward_pass(config: ModelConfig, batch: Batch) -> tuple[jax.Array, float]:
+    """The kernels' logits, keys and values are those of the plain forward pass. The logits, and their scale."""
+    expected, expected_pool = compiled(config)(unstacked(random_params(config)), batch, random_pool(config))
+    found, pool = compiled(config)(packed(config), batch, random_pool(config))
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(found, expected, atol=2e-6 * scale * config.embed_size**0.5)
+    np.testing.assert_allclose(pool.k, expected_pool.k, atol=2e-5)
+    np.testing.assert_allclose(pool.v, expected_pool.v, atol=2e-5)
+    return found, scale
+
+
 @needs_kernel
 @pytest.mark.parametrize("config", [PLAIN, ODD, DEEP], ids=["plain", "odd", "deep"])
 @pytest.mark.parametrize(
@@ -151,12 +162,7 @@ def batch_of(chunks: list[int], prefixes: list[int], spare_seqs: int = 0, spare_
     ids=["decode", "several decode", "prefill", "mixed", "so many that threads take them apart"],
 )
 def test_logits_keys_and_values_equal_the_plain_forward_pass(config: ModelConfig, batch: Batch) -> None:
-    expected, expected_pool = compiled(config)(unstacked(random_params(config)), batch, random_pool(config))
-    found, pool = compiled(config)(packed(config), batch, random_pool(config))
-    scale = float(jnp.abs(expected).max())
-    np.testing.assert_allclose(found, expected, atol=2e-6 * scale * config.embed_size**0.5)
-    np.testing.assert_allclose(pool.k, expected_pool.k, atol=2e-5)
-    np.testing.assert_allclose(pool.v, expected_pool.v, atol=2e-5)
+    assert_equals_plain_forward_pass(config, batch)
 
 
 @needs_kernel
@@ -167,11 +173,7 @@ def test_logits_keys_and_values_equal_the_plain_forward_pass(config: ModelConfig
     ids=["decode", "so many that an expert has several blocks"],
 )
 def test_experts_equal_the_plain_forward_pass(config: ModelConfig, batch: Batch) -> None:
-    expected, expected_pool = compiled(config)(unstacked(random_params(config)), batch, random_pool(config))
-    found, pool = compiled(config)(packed(config), batch, random_pool(config))
-    scale = float(jnp.abs(expected).max())
-    np.testing.assert_allclose(found, expected, atol=2e-6 * scale * config.embed_size**0.5)
-    np.testing.assert_allclose(pool.v, expected_pool.v, atol=2e-5)
+    assert_equals_plain_forward_pass(config, batch)
 
 
 @needs_kernel
@@ -186,11 +188,7 @@ def test_experts_equal_the_plain_forward_pass(config: ModelConfig, batch: Batch)
     ids=["decode", "mixed", "so many that threads take them apart"],
 )
 def test_windows_and_sinks_of_each_layer_equal_the_plain_forward_pass(config: ModelConfig, batch: Batch) -> None:
-    expected, expected_pool = compiled(config)(unstacked(random_params(config)), batch, random_pool(config))
-    found, pool = compiled(config)(packed(config), batch, random_pool(config))
-    scale = float(jnp.abs(expected).max())
-    np.testing.assert_allclose(found, expected, atol=2e-6 * scale * config.embed_size**0.5)
-    np.testing.assert_allclose(pool.v, expected_pool.v, atol=2e-5)
+    found, scale = assert_equals_plain_forward_pass(config, batch)
     full = replace(config, layers=tuple(replace(kind, window=None) for kind in config.layers))
     unwindowed, _ = compiled(full)(packed(config), batch, random_pool(config))
     assert np.abs(found - unwindowed).max() > 1e-3 * scale

@@ -121,12 +121,12 @@ def test_a_prompt_on_a_reused_prefix_equals_transformers(variant_case, prompt, r
     assert_equal_logits(runner.in_chunks(prompt, 33, mine, prefix=reused), expected[reused:])
 
 
-def test_a_ragged_batch_equals_its_sequences_alone(variant_case, prompt):
-    folder, expected = variant_case
-    runner, pages = Runner(folder), shuffled_pages(count=60).reshape(3, 20)
+def ragged_logits(runner: Runner, prompt: np.ndarray, padding: np.ndarray) -> np.ndarray:
+    """Logits after tokens 50, 63 and 19 of a prompt: one decoded, a chunk, and one after a prefix, in one batch."""
+    pages = shuffled_pages(count=60).reshape(3, 20)
     runner.run(prompt[:50], 0, pages[0])
     runner.run(prompt[:9], 0, pages[2])
-    tokens = np.concatenate([prompt[50:51], prompt[:64], prompt[9:20], [0, 0, 0]])
+    tokens = np.concatenate([prompt[50:51], prompt[:64], prompt[9:20], padding])
     batch = Batch(
         tokens=tokens.astype(np.int32),
         starts=np.asarray([0, 1, 65, 76], np.int32),
@@ -136,7 +136,12 @@ def test_a_ragged_batch_equals_its_sequences_alone(variant_case, prompt):
         max_chunk=64,
     )
     logits, _ = runner.forward(runner.params, batch, runner.pool)
-    assert_equal_logits(np.asarray(logits), expected[[50, 63, 19]])
+    return np.asarray(logits)
+
+
+def test_a_ragged_batch_equals_its_sequences_alone(variant_case, prompt):
+    folder, expected = variant_case
+    assert_equal_logits(ragged_logits(Runner(folder), prompt, np.zeros(3)), expected[[50, 63, 19]])
 
 
 def test_padding_tokens_leave_the_pool_alone(variant_case, prompt):

@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.batch import Batch
 from model.kv import copy_pages
 from tests.model.conftest import OF_KINDS
-from tests.model.test_decoder import PAGE, Runner, assert_equal_logits, shuffled_pages
+from tests.model.test_decoder import PAGE, Runner, assert_equal_logits, ragged_logits, shuffled_pages
 
 LENGTH = 150
 TIE = 1e-5  # of the scores by which experts are chosen
@@ -98,17 +97,5 @@ def test_a_ragged_batch_with_padding_equals_its_sequences_alone(of_kinds, prompt
     """Padding is of one token that real ones are too, so that it would crowd its experts if it were counted."""
     logits, count = expected(of_kinds, tuple(prompt.tolist()))
     assert count > 64
-    runner, pages = Runner(of_kinds), shuffled_pages(count=60).reshape(3, 20)
-    runner.run(prompt[:50], 0, pages[0])
-    runner.run(prompt[:9], 0, pages[2])
-    tokens = np.concatenate([prompt[50:51], prompt[:64], prompt[9:20], np.full(116, prompt[0])])
-    batch = Batch(
-        tokens=tokens.astype(np.int32),
-        starts=np.asarray([0, 1, 65, 76], np.int32),
-        prefix=np.asarray([50, 0, 9], np.int32),
-        block_table=pages.astype(np.int32),
-        logit_indices=np.asarray([0, 64, 75], np.int32),
-        max_chunk=64,
-    )
-    found, _ = runner.forward(runner.params, batch, runner.pool)
-    assert_equal_logits(np.asarray(found), logits[[50, 63, 19]])
+    found = ragged_logits(Runner(of_kinds), prompt, np.full(116, prompt[0]))
+    assert_equal_logits(found, logits[[50, 63, 19]])
