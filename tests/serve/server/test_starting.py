@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from pathlib import Path
 
 import httpx
@@ -38,9 +37,12 @@ def starting_server(model: Path, log: Path, *flags: str) -> Iterator[tuple[str, 
     port = free_port()
     command = [sys.executable, "-m", "serve", "--model", str(model), "--port", str(port), *flags]
     with log.open("w") as output:
-        # What a shell runs in the background ignores Ctrl-C, and so do its children.
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=heed)
+        # What a shell runs in the background ignores Ctrl-C, and so do its children; a handler ends with exec.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        finally:
+            signal.signal(signal.SIGINT, before)
     try:
         yield f"http://127.0.0.1:{port}", process
     finally:
