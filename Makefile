@@ -12,7 +12,7 @@ PORT ?= 8000
 WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PARALLEL := --numprocesses $(WORKERS) --dist loadfile -p no:benchmark
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 # The GPU extra follows the driver: CUDA 13 needs driver 580 or newer.
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)

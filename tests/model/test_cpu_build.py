@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ has_compiler = any(shutil.which(name) for name in build.COMPILERS)
 needs_kernel = pytest.mark.skipif(not build.available(), reason="the CPU kernel cannot be built here")
 FOLDER = Path(__file__).parent
 # Processors that this one is not: what the compiler takes them for, and what this one must have to run their code.
-# Tuned for Zen 3, GCC leaves long sums unfused where it may decide.
+# Tuned for Zen 3, GCC leaves long sums unfused where it may decide; whoever sets CXX may ask for loose arithmetic.
 PROCESSORS = {
-    "AVX2": ("x86-64-v3", "-mtune=znver3", {"avx2", "fma"}),
+    "AVX2": ("x86-64-v3", "-mtune=znver3 -ffast-math", {"avx2", "fma"}),
     "SSE": ("x86-64-v2", "", {"sse4_2"}),
 }
 
@@ -37,9 +36,14 @@ def features():
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("name", "tests"), [("AVX2", "bits"), ("SSE", "bits"), pytest.param("AVX2", "", marks=pytest.mark.slow)]
+    ("name", "tests"),
+    [
+        ("AVX2", "bits"),
+        pytest.param("AVX2", "", marks=pytest.mark.slow),
+        pytest.param("SSE", "", marks=pytest.mark.slow),
+    ],
 )
-def test_the_kernels_are_as_right_and_as_exact_when_built_for_another_processor(name, tests):
+def test_the_kernels_are_as_right_and_as_exact_when_built_for_another_processor_and_with_loose_flags(name, tests):
     march, tuning, wanted = PROCESSORS[name]
     if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
         pytest.skip(f"{name} is for x86-64 under Linux; this is {platform.machine()} under {platform.system()}")
@@ -129,22 +133,9 @@ def test_a_cache_that_cannot_be_written_costs_the_kernel_and_nothing_else(tmp_pa
     assert "XLA alone" in errors
 
 
-@needs_kernel
-def test_flags_that_make_arithmetic_loose_have_no_effect(tmp_path: Path) -> None:
-    assert attend(tmp_path, CXX=f"{build.compiler_command()[0]} -ffast-math")[0] == "True True"
-
-
 def test_an_empty_cache_variable_means_the_users_own_cache(tmp_path: Path) -> None:
     attend("", HOME=str(tmp_path), CXX="false")
     assert (tmp_path / ".cache" / "tokenzero" / "kernels").is_dir()
-
-
-@needs_kernel
-def test_processes_that_build_at_once_leave_one_library(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        outputs = [future.result()[0] for future in [pool.submit(attend, tmp_path) for _ in range(2)]]
-    assert outputs == ["True True"] * 2
-    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".so"]
 
 
 def waited_for(folder):
@@ -198,3 +189,4 @@ cp {build.built()} "$last"
             process.kill()
             process.wait()
     assert started.read_text() == "started\n"
+    assert [path.suffix for path in (tmp_path / "tokenzero").rglob("*") if path.is_file()] == [".so"]
