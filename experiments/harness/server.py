@@ -79,29 +79,35 @@ def free_port() -> int:
 def wait_until_ready(server: Server, log: Path | None) -> None:
     """Return once the server is ready for requests: `/ready` says so, or `/health` of one that has no such route."""
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            tail = log.read_text()[-2000:] if log else "(no log kept)"
-            raise RuntimeError(f"the server ended with status {server.process.returncode} before it was ready:\n{tail}")
-        try:
-            status = httpx.get(f"{server.url}/ready", timeout=2).status_code
-            if status == 404:
-                status = httpx.get(f"{server.url}/health", timeout=2).status_code
-            if status == 200:
+    with httpx.Client(base_url=server.url, timeout=2) as client:  # one: making it takes longer than asking
+        while time.monotonic() < deadline:
+            if server.process.poll() is not None:
+                tail = log.read_text()[-2000:] if log else "(no log kept)"
+                status = server.process.returncode
+                raise RuntimeError(f"the server ended with status {status} before it was ready:\n{tail}")
+            if is_ready(client):
                 return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
+            time.sleep(0.05)
     raise RuntimeError(f"the server was not ready after {START_SECONDS} s")
+
+
+def is_ready(client: httpx.Client) -> bool:
+    """Whether a server says that it is ready for requests."""
+    try:
+        status = client.get("/ready").status_code
+        return (client.get("/health").status_code if status == 404 else status) == 200
+    except httpx.TransportError:
+        return False
 
 
 def wait_until_compiled(server: Server) -> None:
     """Return once the server has no program left to compile; at once if its metrics do not say."""
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
-        left = re.findall(r'^tokenzero_programs\{state="(?:pending|compiling)"\} (\S+)$', metrics, re.MULTILINE)
-        if not any(map(float, left)):
-            return
-        time.sleep(0.2)
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        while time.monotonic() < deadline:
+            metrics = client.get("/metrics").text
+            left = re.findall(r'^tokenzero_programs\{state="(?:pending|compiling)"\} (\S+)$', metrics, re.MULTILINE)
+            if not any(map(float, left)):
+                return
+            time.sleep(0.2)
     raise RuntimeError(f"the server had not compiled all of its shapes after {START_SECONDS} s")
