@@ -60,11 +60,11 @@ def load_text(config: ClusterConfig, progress: StartProgress) -> Text:
     """What the ingress needs of a checkpoint. Raises ValueError, OSError, StoreError."""
     from model import checkpoint
     from model.families import load_config
-    from serve.server import cli
+    from serve.server import loading
 
     folder = checkpoint.resolve(config.model)
-    tokenizer = cli.load_text(config, folder, progress)
-    return Text(tokenizer, cli.stop_ids(load_config(folder).eos_token_ids, tokenizer.hf))
+    tokenizer = loading.load_text(config, folder, progress)
+    return Text(tokenizer, loading.stop_ids(load_config(folder).eos_token_ids, tokenizer.hf))
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def load(config: ClusterConfig) -> tuple[Engine, Constrainer, Identity]:
     from model import checkpoint
     from serve.prompt.masks import make_constrainer
     from serve.prompt.tokenizer import identity, load_hf
-    from serve.server.cli import load_engine, stop_ids
+    from serve.server.loading import load_engine, stop_ids
 
     folder = checkpoint.resolve(config.model)
     tokenizer = in_thread(load_hf, folder)

@@ -20,10 +20,10 @@ from model.params import Params
 from serve.__main__ import COMMANDS, main
 from serve.engine.settings import EngineSettings
 from serve.rules.normalize import RULES
-from serve.server import cli as server_cli
-from serve.server.cli import DEVICE_MARGIN_BYTES, engine_settings, mesh_of, pool_bytes
+from serve.server import loading
 from serve.server.config import ServerConfig, parse_config, parser, problem_of
 from serve.server.progress import StartProgress
+from serve.server.sizing import DEVICE_MARGIN_BYTES, engine_settings, mesh_of, pool_bytes
 from serve.web.flags import is_loopback, read_config
 from tests.helpers.http import CONTEXT
 
@@ -294,14 +294,14 @@ class TestSizes:
     ) -> None:
         weights = checkpoint.planned_bytes(model_folder, jnp.dtype("float32"))
         assert weights == sum(leaf.nbytes for leaf in jax.tree.leaves(loaded[1]))
-        monkeypatch.setattr(server_cli, "device_bytes", lambda devices: weights)
+        monkeypatch.setattr(loading, "device_bytes", lambda devices: weights)
         monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("weights are read"))
         expected = r"of weights and 64\.0 KiB of KV pages on a device, .* more than .*: it fits with --quantize int8 or"
         with pytest.raises(ValueError, match=expected):
-            server_cli.load_model(config_of(), model_folder, StartProgress())
-        monkeypatch.setattr(server_cli, "device_bytes", lambda devices: 1_000)
+            loading.load_model(config_of(), model_folder, StartProgress())
+        monkeypatch.setattr(loading, "device_bytes", lambda devices: 1_000)
         with pytest.raises(ValueError, match=r"no --quantize, --kv-dtype or --max-model-len makes it fit"):
-            server_cli.load_model(config_of(), model_folder, StartProgress())
+            loading.load_model(config_of(), model_folder, StartProgress())
 
 
 class TestStarting:
@@ -332,7 +332,7 @@ class TestStarting:
     def test_a_folder_that_is_no_checkpoint_ends_it_with_a_sentence(
         self, content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(server_cli, "set_up_jax", lambda: None)  # it would stay so for every later test
+        monkeypatch.setattr(loading, "set_up_jax", lambda: None)  # it would stay so for every later test
         if content is not None:
             (tmp_path / "config.json").write_text(content)
         with pytest.raises(SystemExit) as ended:

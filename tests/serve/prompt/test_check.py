@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from serve.prompt.check import check_template
-from serve.server.cli import report_template
+from serve.server.loading import report_template
 from tests.helpers.model_families import FAMILIES, Family, tokenizer_of
 from tests.serve.prompt.test_head_forms import PROMPT, SHAPES, TURNS, tokenizer_with
 

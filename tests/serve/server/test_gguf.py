@@ -12,7 +12,7 @@ import pytest
 from experiments.harness.server import running_server
 from experiments.workloads.gguf_file import write_gguf
 from model import checkpoint
-from serve.server import cli
+from serve.server import loading
 from serve.server.cli import check_folder
 from serve.server.config import parse_config
 from serve.server.progress import StartProgress
@@ -40,7 +40,7 @@ def test_it_answers_as_the_checkpoint_does(client: httpx.Client, file: Path) -> 
 
 def test_the_flag_stretches_the_context_and_names_other_pages(file: Path) -> None:
     plain, scaled = (
-        cli.load_model(parse_config(["--model", str(file), *flags]), file, StartProgress())
+        loading.load_model(parse_config(["--model", str(file), *flags]), file, StartProgress())
         for flags in ((), ("--rope-scaling", SCALING))
     )
     assert scaled.config.max_position == 6000
