@@ -85,6 +85,36 @@ COMMANDS = {
 }
 
 
+CONFIGURED = ("serve", "cluster", "proxy")  # the commands whose flags have variables
+
+
+def refuse_unknown_variables() -> None:
+    """End the process with a sentence for a variable of ours that is no command's."""
+    from serve.cluster.config import ClusterConfig
+    from serve.proxy.cli import ProxyConfig
+    from serve.web.flags import flags_of
+    from serve.web.settings import unknown_variable, variable
+
+    known = [variable(name) for config in (ClusterConfig, ProxyConfig) for name, *_ in flags_of(config)]
+    if problem := unknown_variable(os.environ, known):
+        print(f"{program()}: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def version() -> str:
+    """The versions of this program, of JAX and of Python, in a line."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            return f"{name}, not installed"
+
+    return f"{installed('tokenzero')}, {installed('jax')}, Python {platform.python_version()}"
+
+
 def program() -> str:
     """The command as it was called."""
     return "tokenzero" if os.path.basename(sys.argv[0]) == "tokenzero" else "python -m serve"
@@ -93,15 +123,25 @@ def program() -> str:
 def command_list() -> str:
     """The commands, one a line."""
     lines = [f"  {name:<9}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, f"`{program()} COMMAND --help` lists the flags of another command."])
+    return "\n".join(
+        [
+            *lines,
+            f"`{program()} COMMAND --help` lists the flags of another command, `{program()} --version` the versions.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first argument names, or the server if it names none."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if given == ["--version"]:
+        print(version())
+        return
     if given[:1] != ["explain"]:  # whose picture is for showing around
         write_for_this_user()
     name, arguments = (given[0], given[1:]) if given and given[0] in COMMANDS else ("serve", given)
+    if name in CONFIGURED and any(variable.startswith("TOKENZERO_") for variable in os.environ):
+        refuse_unknown_variables()
     if status := COMMANDS[name].run(arguments):
         sys.exit(status)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from serve.server.config import ANSWERS, HTTP, PROMPTS, ServerConfig, problem_of
-from serve.web.flags import add_flags, flag, flags_of, read_config
+from serve.server.config import ANSWERS, CONFIGURATION, HTTP, PROMPTS, ServerConfig, problem_of
+from serve.web.flags import add_flags, flag, flags_of
+from serve.web.settings import parse_flags
 
 GROUP = "cluster"
 TTFT, ROUND_ROBIN = "ttft", "round-robin"
@@ -55,16 +56,17 @@ class ClusterConfig(ServerConfig):
     def for_replicas(self) -> ClusterConfig:
         """What replicas have to know: not where the ingress listens, its key, and how many they are."""
         defaults = {name: default for name, default, about in flags_of(ClusterConfig) if about.group in NOT_THEIRS}
-        return replace(self, **defaults | {"stop_seconds": self.stop_seconds, "memory_bytes": self.memory_bytes})
+        kept = {"stop_seconds": self.stop_seconds, "memory_bytes": self.memory_bytes}
+        return replace(self, **defaults | kept, sources={})
 
     @property
     def version(self) -> str:
         """A hash of what replicas have to know."""
-        known = [(field.name, getattr(self.for_replicas, field.name)) for field in fields(self)]
+        known = [(name, getattr(self.for_replicas, name)) for name, *_ in flags_of(ClusterConfig)]
         return blake2b(repr(known).encode(), digest_size=8).hexdigest()
 
 
-NOT_THEIRS = (HTTP, PROMPTS, ANSWERS, GROUP)
+NOT_THEIRS = (HTTP, PROMPTS, ANSWERS, GROUP, CONFIGURATION)
 
 
 def parser(prog: str = "python -m serve cluster") -> argparse.ArgumentParser:
@@ -82,11 +84,11 @@ def parser(prog: str = "python -m serve cluster") -> argparse.ArgumentParser:
 
 def parse_config(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> ClusterConfig:
     """The configuration that arguments ask for; ends the process with a sentence if they are wrong."""
-    cli = cli or parser()
-    config = read_config(ClusterConfig, cli.parse_args(argv))
-    if problem := problem_of(config) or replicas_problem(config):
-        cli.error(problem)
-    return config
+
+    def problem(config: ClusterConfig) -> str | None:
+        return problem_of(config) or replicas_problem(config)
+
+    return parse_flags(ClusterConfig, cli or parser(), argv, problem)
 
 
 def replicas_problem(config: ClusterConfig) -> str | None:

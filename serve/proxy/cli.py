@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from serve.api.messages import CountTokensRequest
 from serve.diagnosis.sections import vocabulary_of
@@ -23,14 +24,17 @@ from serve.web.flags import (
     allow_host_flag,
     allow_origin_flag,
     api_key_flag,
+    config_flag,
     flag,
     host_flag,
     normalize_flag,
     port_flag,
     prompt_text_flag,
     range_problem,
-    read_config,
+    show_config_flag,
+    sources_field,
 )
+from serve.web.settings import parse_flags
 
 SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
 GROUP = "proxy"
@@ -58,7 +62,7 @@ class ProxyConfig:
         None,
         metavar="KEY",
         shown="$TOKENZERO_UPSTREAM_API_KEY, or the clients' keys are forwarded",
-        environment="TOKENZERO_UPSTREAM_API_KEY",
+        secret=True,
     )
     timeout: float = flag(
         "seconds without a byte from the upstream after which a request is given up", GROUP, 600.0, metavar="S"
@@ -68,6 +72,9 @@ class ProxyConfig:
     model: str | None = flag(
         "checkpoint whose tokenizer counts positions in reports", GROUP, None, metavar="DIR", shown="in characters"
     )
+    config: Path | None = config_flag(GROUP)  # noqa: RUF009 - a dataclass field
+    show_config: bool = show_config_flag(GROUP)
+    sources: Mapping[str, str] = sources_field()
 
     @property
     def rules(self) -> frozenset[str]:
@@ -96,6 +103,15 @@ def parser() -> argparse.ArgumentParser:
     return cli
 
 
+def problem_of(config: ProxyConfig) -> str | None:
+    """The first thing that is wrong with a configuration, as a sentence; None if it is sound."""
+    try:
+        _ = config.rules, config.engines
+    except ValueError as error:
+        return str(error)
+    return address_problem(config, bool(config.api_key)) or range_problem(config)
+
+
 def make_reports(model: str | None, show_prompt_text: bool) -> Reports:
     """Reports in tokens of a checkpoint's tokenizer, or in characters. Raises ValueError for a folder without one."""
     if not model:
@@ -112,14 +128,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, and forward until interrupted."""
     import uvicorn
 
-    cli = parser()
-    config = read_config(ProxyConfig, cli.parse_args(argv))
-    if problem := address_problem(config, bool(config.api_key)) or range_problem(config):
-        cli.error(problem)
-    try:
-        rules, upstreams = config.rules, config.engines
-    except ValueError as error:
-        cli.error(str(error))
+    config = parse_flags(ProxyConfig, parser(), argv, problem_of)
+    rules, upstreams = config.rules, config.engines
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         reports = make_reports(config.model, not config.no_prompt_text_in_reports)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,22 @@ from serve.web.flags import (
     allow_host_flag,
     allow_origin_flag,
     api_key_flag,
+    config_flag,
     flag,
     host_flag,
     normalize_flag,
     port_flag,
     prompt_text_flag,
     range_problem,
-    read_config,
+    show_config_flag,
+    sources_field,
 )
 from serve.web.keys import keys_problem
+from serve.web.settings import parse_flags
 
 MAX_SPECULATIVE_TOKENS = 15
 MODEL, HTTP, PROMPTS, ANSWERS = "model", "server", "prompt stability", "answers"
-ENGINE, STORE, AUDIT = "engine", "store", "audit"
+ENGINE, STORE, AUDIT, CONFIGURATION = "engine", "store", "audit", "configuration"
 NOTHING, EVERYTHING = "none", "all"  # that keys share
 
 
@@ -215,6 +218,10 @@ class ServerConfig:
         shown="audits in the store, or in the user's cache",
     )
 
+    config: Path | None = config_flag(CONFIGURATION)  # noqa: RUF009 - a dataclass field
+    show_config: bool = show_config_flag(CONFIGURATION)
+    sources: Mapping[str, str] = sources_field()
+
     @property
     def keyed(self) -> bool:
         """Whether clients have to send a key."""
@@ -282,8 +289,4 @@ def rope_problem(text: str) -> str | None:
 
 def parse_config(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> ServerConfig:
     """The configuration that arguments ask for; ends the process with a sentence if they are wrong."""
-    cli = cli or parser()
-    config = read_config(ServerConfig, cli.parse_args(argv))
-    if problem := problem_of(config):
-        cli.error(problem)
-    return config
+    return parse_flags(ServerConfig, cli or parser(), argv, problem_of)

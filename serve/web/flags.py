@@ -1,22 +1,20 @@
-"""Command-line flags as fields of a frozen dataclass: parser, checks and documentation are made from the same fields.
+"""Flags as fields of a frozen dataclass: parser, checks and documentation are made from the same fields.
 
-The flags that the server and the proxy share are defined here.
+`settings` finds their values. The flags that the server and the proxy share are defined here.
 """
 
 from __future__ import annotations
 
 import argparse
 import ipaddress
-import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol
 
 from serve.rules.normalize import DEFAULT_RULES, RULE_COLUMNS, rule_rows
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Flag:
     choices: tuple[str, ...] | None = None
     least: float | None = None
     most: float = inf
-    environment: str | None = None  # the variable that has the default
+    secret: bool = False  # never shown
     action: type[argparse.Action] | str | None = None
 
 
@@ -47,7 +45,8 @@ def flag(help: str, group: str, default: Any = MISSING, **options: Any) -> Any:
 def flags_of(config: type) -> Iterator[tuple[str, Any, Flag]]:
     """(field name, default or MISSING, flag) of each field of a configuration class."""
     for one in fields(config):
-        yield one.name, one.default, one.metadata["flag"]
+        if "flag" in one.metadata:
+            yield one.name, one.default, one.metadata["flag"]
 
 
 def option(name: str) -> str:
@@ -69,10 +68,7 @@ def add_flags(cli: argparse.ArgumentParser, config: type) -> None:
         group = groups.get(flag.group) or groups.setdefault(flag.group, cli.add_argument_group(flag.group))
         shown = shown_default(default, flag)
         options: dict[str, Any] = {"help": flag.help.replace("%", "%%") + (f" (default: {shown})" if shown else "")}
-        if default is MISSING:
-            options["required"] = True
-        else:
-            options["default"] = os.environ.get(flag.environment, default) if flag.environment else default
+        options["default"] = argparse.SUPPRESS  # `settings` finds it elsewhere
         if default is False:
             options["action"] = "store_true"
         elif default is True:
@@ -81,11 +77,6 @@ def add_flags(cli: argparse.ArgumentParser, config: type) -> None:
             options |= {"metavar": flag.metavar, "choices": flag.choices, "type": flag.parse}
             options |= {"action": flag.action} if flag.action else {}
         group.add_argument(option(name), **options)
-
-
-def read_config(config: type[C], args: argparse.Namespace) -> C:
-    """The configuration that parsed arguments ask for."""
-    return config(**{name: getattr(args, name) for name, *_ in flags_of(config)})
 
 
 def range_problem(config: Any) -> str | None:
@@ -128,6 +119,21 @@ class Address(Protocol):
         """Origins of pages that may call the server, comma-separated."""
 
 
+def config_flag(group: str) -> Any:
+    """The field `config`."""
+    return flag("a TOML file of flags; see serve/README.md", group, None, metavar="FILE", parse=Path)
+
+
+def show_config_flag(group: str) -> Any:
+    """The field `show_config`."""
+    return flag("print each flag's value and where it comes from, as such a file, and exit", group, False)
+
+
+def sources_field() -> Any:
+    """The field `sources`: the place of each value that is not a default, which decides nothing."""
+    return field(default_factory=dict, compare=False, repr=False)
+
+
 def host_flag(group: str) -> Any:
     """The field `host`."""
     return flag("address to bind; other than loopback, it needs a key", group, "127.0.0.1")
@@ -146,7 +152,7 @@ def api_key_flag(group: str) -> Any:
         None,
         metavar="KEY",
         shown="$TOKENZERO_API_KEY",
-        environment="TOKENZERO_API_KEY",
+        secret=True,
     )
 
 

@@ -24,7 +24,8 @@ from serve.server import loading
 from serve.server.config import ServerConfig, parse_config, parser, problem_of
 from serve.server.progress import StartProgress
 from serve.server.sizing import DEVICE_MARGIN_BYTES, engine_settings, mesh_of, pool_bytes
-from serve.web.flags import is_loopback, read_config
+from serve.web.flags import is_loopback
+from serve.web.settings import read_config
 from tests.helpers.http import CONTEXT
 
 

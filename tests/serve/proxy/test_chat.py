@@ -18,7 +18,7 @@ from serve.proxy.relay import end_of_events
 from serve.proxy.reports import Reports
 from serve.proxy.upstream import parse_upstream
 from serve.rules.normalize import DEFAULT_RULES
-from serve.web.flags import read_config
+from serve.web.settings import read_config
 from tests.helpers.http import BILLING, Json, ask, encoded, eventually, text_block
 from tests.serve.proxy.test_proxy import JSON, echo, engine, proxy_of, reply
 

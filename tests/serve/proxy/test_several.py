@@ -20,7 +20,7 @@ from serve.proxy.cli import ProxyConfig, main, parser
 from serve.proxy.errors import error_status
 from serve.proxy.relay import FIRST_TEXT
 from serve.proxy.upstream import parse_upstream
-from serve.web.flags import read_config
+from serve.web.settings import read_config
 from tests.helpers.http import Json, ask, encoded, eventually
 from tests.helpers.scripted_server import answering
 from tests.serve.proxy.test_proxy import EVENTS, JSON, Script, chunk, engine, reply

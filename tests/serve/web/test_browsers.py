@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from serve.proxy.app import AccessMiddleware
 from serve.server.config import ServerConfig, parser, problem_of
 from serve.web.browsers import BrowserRules, browser_rules, cors
-from serve.web.flags import read_config
+from serve.web.settings import read_config
 from tests.helpers.http import ask, error_of
 
 EVIL, PAGE = "https://evil.example", "https://app.example"

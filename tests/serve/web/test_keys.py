@@ -11,7 +11,6 @@ import pytest
 
 from serve.api.messages import InvalidRequest
 from serve.server.config import ServerConfig, parser, problem_of
-from serve.web.flags import read_config
 from serve.web.keys import (
     FIRST_DELAY,
     FORGET_SECONDS,
@@ -27,6 +26,7 @@ from serve.web.keys import (
     private_salt,
     read_keys,
 )
+from serve.web.settings import read_config
 
 
 def hashed(secret: str) -> str:
