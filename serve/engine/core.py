@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -33,7 +32,7 @@ from model.params import Params
 from model.sharding import make_mesh, pool_sharding
 from serve.cost.model import Constants, CostTracker, cost_model
 from serve.engine.counters import Counters
-from serve.engine.fairness import Shares, make_place, next_owners
+from serve.engine.fairness import Queue, Shares, gives_way, make_place, owner_of
 from serve.engine.inbox import Inbox
 from serve.engine.memory import Memory
 from serve.engine.page_copies import make_page_copies
@@ -44,17 +43,15 @@ from serve.engine.request import Event, Failed, Finished, Started, TokenEvent
 from serve.engine.restore import Restorer
 from serve.engine.runner import InFlightStep, Runner, SequenceOutput
 from serve.engine.saving import Saver
-from serve.engine.scheduler import ScheduledSequence, admission_order, fits, gives_way, plan_step
+from serve.engine.scheduler import ScheduledSequence, admission_order, fits, plan_step
 from serve.engine.sequence import DECODING, ENDED, WAITING, InFlightToken, Sequence, SequenceState
 from serve.engine.settings import EngineSettings
 from serve.engine.steps import make_steps, warm_up
 
 log = logging.getLogger("tokenzero.engine")
 
-# Of the waiting requests, those whose pages are read ahead.
-RESTORED_WHILE_WAITING = 2
-# The weight of the latest answer in the moving mean of the time that answers take.
-ANSWER_WEIGHT = 0.1
+RESTORED_WHILE_WAITING = 2  # of the waiting requests, those whose pages are read ahead
+ANSWER_WEIGHT = 0.1  # of the latest answer in the moving mean of the time that answers take
 
 
 class EngineCore:
@@ -98,12 +95,11 @@ class EngineCore:
             self.restorer = Restorer(tiers, copies, names, self.costs, inbox.wake, settings.restore_bytes)
             self.preloader = Preloader(self.restorer, self.memory, inbox.wake, settings.preload_bytes)
             self.saver = Saver(tiers.writer, self.memory, copies, names)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting, self.running = Queue(), list[Sequence]()
         self.in_flight: InFlightStep | None = None
         self.answer_s = 0.0  # seconds from an answer's first token to its last: a moving mean
         self.chunk_was_last = False  # whether the latest step ran a part of a prompt
-        self.full = False  # the next request has no room until a running one has ended
+        self.full: str | None = None  # the owner whose next request has no room until a running one has ended
         self.idle = False  # the last step found nothing to do, because all sequences wait for the tiers
         self.counters, self.shares = Counters(), Shares()
         self.on_first_token: Callable[[Sequence, int], None] = lambda sequence, token: None
@@ -139,8 +135,7 @@ class EngineCore:
 
     def admit(self) -> None:
         """Move waiting sequences to the running ones while there is room for their prompts."""
-        full = lambda: self.full or len(self.running) >= self.settings.max_num_seqs  # noqa: E731
-        while self.waiting and make_place(self.running, self.waiting, full, self.collect, self.preempt):
+        while self.waiting and make_place(self.running, self.waiting, self.is_full, self.collect, self.preempt):
             sequence, others = self.in_line()[0], list(self.running)
             self.waiting.remove(sequence)
             # Counted as running before anything can raise: a request that breaks a step must not be tried again.
@@ -148,11 +143,16 @@ class EngineCore:
             lease = self.memory.match(sequence)
             if fits(sequence.length - lease.reused, others, self.memory.free_tokens):
                 sequence.admit(lease, time.perf_counter())
+                self.waiting.turns.take(owner_of(sequence))
                 continue
             self.memory.release(lease)
             self.running.remove(sequence)
-            self.waiting.appendleft(sequence)
-            self.full = True
+            self.waiting.put_back(sequence)
+            self.full = owner_of(sequence)
+
+    def is_full(self) -> bool:
+        """Whether the batch has no place, or the pool no room, for the next request."""
+        return len(self.running) >= self.settings.max_num_seqs or self.full == self.waiting.next_owner(self.running)
 
     def in_line(self) -> list[Sequence]:
         """The next few requests to admit, in this order."""
@@ -160,7 +160,7 @@ class EngineCore:
         def takes_s(sequence: Sequence) -> float:
             return self.costs.model.prefill_s(self.memory.cached_tokens(sequence), sequence.length) + self.answer_s
 
-        return admission_order(next_owners(self.waiting, self.running), time.perf_counter(), takes_s)
+        return admission_order(self.waiting.next_line(self.running), time.perf_counter(), takes_s)
 
     def restore(self) -> bool:
         """Copy in what the tiers have brought, and read ahead, also for those next in line. Whether anything came."""
@@ -176,7 +176,7 @@ class EngineCore:
                 self.restorer.look_up(sequence, self.memory.cached_tokens(sequence))
             self.restorer.read_ahead(sequence)
         if self.saver.save_pending():
-            self.full = False
+            self.full = None
         return bool(came)
 
     def restore_one(self, restorer: Restorer, preloader: Preloader, sequence: Sequence) -> bool:
@@ -208,7 +208,7 @@ class EngineCore:
         whole = plan_step(decoding, prefill, tokens_before_page, self.settings)
         plan = self.runner.narrowed(whole, self.chunk_was_last)
         self.chunk_was_last = prefill is not None and plan[0].sequence is prefill
-        return self.shares.noted(plan, self.running)
+        return self.shares.noted(plan)
 
     def dispatch(self, plan: list[ScheduledSequence]) -> InFlightStep | None:
         """Start the step that a plan asks for; None if there is nothing to run."""
@@ -302,9 +302,7 @@ class EngineCore:
         """Count a prompt that is computed, and send the event that comes before its first token."""
         now, prompt = time.perf_counter(), sequence.length
         sequence.start_answer(now)
-        self.counters.requests += 1
-        self.counters.prompt_tokens += prompt
-        self.counters.reused_tokens += sequence.reused
+        self.counters.started(prompt, sequence.reused)
         self.on_first_token(sequence, token)
         queued_s, prefill_s = sequence.started - sequence.submitted, now - sequence.started
         self.emit(sequence, Started(prompt, sequence.reused, queued_s, prefill_s, dict(sequence.restored)))
@@ -331,10 +329,10 @@ class EngineCore:
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; it resumes from what the prefix cache still has of it."""
         assert len(self.running) > 1, "one sequence alone always fits: max_model_len is below the pool's size"
-        log.info("request %d is preempted at %d tokens: the pool is full", sequence.number, sequence.length)
+        log.info("request %d gives way at %d tokens", sequence.number, sequence.length)
         self.counters.preemptions += 1
         self.release(sequence, WAITING)
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
 
     def release(self, sequence: Sequence, state: SequenceState) -> None:
         """Publish what a running sequence has computed, save it, and give its pages back."""
@@ -347,7 +345,7 @@ class EngineCore:
         else:
             self.memory.release(sequence.leave(state))
         self.running.remove(sequence)
-        self.full = False
+        self.full = None
 
     def cancel(self, numbers: set[int]) -> None:
         """End the requests with these numbers, without an event."""
@@ -355,6 +353,7 @@ class EngineCore:
             return
         for sequence in [s for s in self.waiting if s.number in numbers]:
             self.waiting.remove(sequence)
+            self.full = None
             sequence.end()
             if self.restorer:
                 self.restorer.cancel(sequence)
@@ -370,7 +369,7 @@ class EngineCore:
 
     def recover(self, message: str) -> None:
         """After a step that raised: fail what was running, and start from an empty pool if the step lost it."""
-        failed, self.running, self.in_flight, self.full = self.running, [], None, False
+        failed, self.running, self.in_flight, self.full = self.running, [], None, None
         self.counters.failures += len(failed)
         for sequence in failed:
             if sequence.lease is not None:

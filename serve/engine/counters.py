@@ -19,3 +19,9 @@ class Counters:
     accepted_tokens: int = 0
     preemptions: int = 0
     failures: int = 0
+
+    def started(self, prompt: int, reused: int) -> None:
+        """Count a request whose prompt, of so many tokens, is computed."""
+        self.requests += 1
+        self.prompt_tokens += prompt
+        self.reused_tokens += reused

@@ -17,7 +17,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
@@ -31,7 +30,7 @@ from model.params import Params
 from serve.cost.model import Constants, CostModel
 from serve.engine.core import EngineCore
 from serve.engine.counters import Counters
-from serve.engine.fairness import may_queue
+from serve.engine.fairness import Queue, owner_of
 from serve.engine.inbox import Inbox, Overloaded
 from serve.engine.request import Event, Failed, Finished, GenerationRequest, Waiting
 from serve.engine.sequence import Sequence
@@ -142,8 +141,8 @@ class Engine:
         tokens = np.zeros(len(prompt) + min(request.max_tokens, longest), np.int32)
         tokens[: len(prompt)] = prompt
         with self.inbox.changed:
-            queued = [*self.inbox.submissions, *list(self.core.waiting)]
-            if not may_queue(queued, request.owner, settings.max_queue):
+            submitted = sum(owner_of(sequence) == request.owner for sequence in self.inbox.submissions)
+            if submitted + self.core.waiting.count(request.owner) >= settings.max_queue:
                 raise Overloaded(f"{settings.max_queue} requests are waiting already")
             self.submitted += 1
             number, now = self.submitted, time.perf_counter()
@@ -195,7 +194,7 @@ class Engine:
         return self.core.counters.steps
 
     @property
-    def waiting(self) -> deque[Sequence]:
+    def waiting(self) -> Queue:
         """The requests in the queue; for other threads to count."""
         return self.core.waiting
 

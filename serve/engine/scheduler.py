@@ -118,8 +118,3 @@ def draft(sequence: Sequence, most: int) -> tuple[int, ...]:
         return ()
     count = min(most, sequence.remaining_tokens - 1)
     return tuple(propose_draft(sequence.tokens[: sequence.length], count).tolist())
-
-
-def gives_way(running: Iterable[Sequence]) -> Sequence:
-    """The sequence to preempt when the pool is full: the youngest. Raises ValueError without sequences."""
-    return max(running, key=lambda s: s.number)

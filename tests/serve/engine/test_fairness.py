@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.engine.engine import Engine
-from serve.engine.fairness import Shares, gives_place, make_place, may_queue, next_owners, owner_of
+from serve.engine.fairness import Queue, Shares, gives_place, gives_way, make_place, owner_of
 from serve.engine.inbox import Overloaded
 from serve.engine.request import Finished
 from serve.engine.scheduler import ScheduledSequence
@@ -35,6 +34,12 @@ def decoding(number: int) -> Sequence:
     return running(DECODING, number)
 
 
+def queue_of(sequences: list[Sequence]) -> Queue:
+    queue = Queue()
+    queue.extend(sequences)
+    return queue
+
+
 def names(sequences: Many[Sequence]) -> str:
     return "".join(map(owner_of, sequences))
 
@@ -47,10 +52,11 @@ def names(sequences: Many[Sequence]) -> str:
         ("aabb", "ab", "aa"),
         ("bca", "ab", "c"),
         ("aaa", "aaaa", "aaa"),
+        ("", "aaaa", ""),
     ],
 )
 def test_the_owner_with_the_fewest_places_is_next(queue: str, batch: str, first: str) -> None:
-    assert names(list(next_owners(deque(some(queue)), some(batch, decoding)))) == first
+    assert names(list(queue_of(some(queue)).next_line(some(batch, decoding)))) == first
 
 
 @pytest.mark.parametrize(
@@ -70,13 +76,67 @@ def test_the_youngest_of_who_has_two_more_makes_place(batch: str, owner: str, nu
     assert (found and found.number) == number
 
 
+def admitted(queue: Queue, batch: list[Sequence]) -> Sequence:
+    """Take the next request out of the queue."""
+    chosen = next(iter(queue.next_line(batch)))
+    queue.remove(chosen)
+    queue.turns.take(owner_of(chosen))
+    return chosen
+
+
+def test_with_more_owners_than_places_each_has_its_turn_however_many_came_before() -> None:
+    queue = queue_of(some("a" * 100))
+    order = owner_of(admitted(queue, []))
+    queue.extend(some("b" * 100 + "c", first=200))
+    for _ in range(6):  # a single place, which is free again
+        order += owner_of(admitted(queue, []))
+    assert order[0] == "a"
+    assert "c" in order[1:4], order
+    assert max(map(order.count, "ab")) <= 4, order
+
+
+def test_owners_that_come_and_go_keep_none_from_its_turn() -> None:
+    """Two send a request as soon as their last one has ended; the third has waited all the time."""
+    queue, order = queue_of(some("abc")), ""
+    for number in range(10, 22):
+        order += (owner := owner_of(admitted(queue, [])))
+        queue.turns.present(dict.fromkeys(queue.lines))  # the others are all that there are for a moment
+        queue.extend(some(owner, first=number))
+    assert all(order.count(each) == 4 for each in "abc"), order
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=40))
+def test_no_request_is_lost_or_counted_twice(moves: list[tuple[str, bool]]) -> None:
+    queue, known, number = Queue(), dict[int, Sequence](), 0
+    for owner, comes in moves:
+        if comes or not known:
+            number += 1
+            known[number] = some(owner, first=number)[0]
+            (queue.extend([known[number]]) if number % 3 else queue.put_back(known[number]))
+        else:
+            queue.remove(known.pop(min(known)))
+        assert {sequence.number for sequence in queue} == set(known)
+        assert len(queue) == len(known) == sum(map(queue.count, "abc"))
+        assert all(queue.lines.values()), "no line is empty"
+
+
+@pytest.mark.parametrize(("batch", "number"), [("aaa", 3), ("aab", 2), ("abb", 3), ("ab", 2), ("baa", 3), ("babab", 5)])
+def test_when_the_pool_is_full_the_owner_with_the_most_gives_way(batch: str, number: int) -> None:
+    assert gives_way(some(batch, decoding)).number == number
+
+
+@given(batch=st.text("abc", min_size=2, max_size=9))
+def test_the_oldest_of_all_never_gives_way(batch: str) -> None:
+    assert gives_way(some(batch, decoding)).number > 1
+
+
 @given(batch=st.text("abc", max_size=9), queue=st.text("abc", min_size=1, max_size=9), places=st.integers(1, 9))
 def test_places_are_made_until_each_has_its_share_and_never_for_ever(batch: str, queue: str, places: int) -> None:
-    running_now, line = some(batch[:places], decoding), deque(some(queue, first=100))
+    running_now, line = some(batch[:places], decoding), queue_of(some(queue, first=100))
 
     def preempt(sequence: Sequence) -> None:
         running_now.remove(sequence)
-        line.appendleft(sequence)
+        line.put_back(sequence)
 
     preempted = 0
     for _ in range(100):
@@ -84,9 +144,7 @@ def test_places_are_made_until_each_has_its_share_and_never_for_ever(batch: str,
         if not make_place(running_now, line, lambda: len(running_now) >= places, lambda: False, preempt):
             break
         preempted += before - len(running_now)
-        chosen = next(iter(next_owners(line, running_now)))
-        line.remove(chosen)
-        running_now.append(chosen)
+        running_now.append(admitted(line, running_now))
         if not line:
             break
     else:
@@ -100,15 +158,24 @@ def test_owners_whose_prompts_are_computed_take_turns() -> None:
     for _ in range(6):
         sequence = shares.next_prefill(batch, 100.0, lambda start, stop: 1.0)
         assert sequence
-        shares.noted([ScheduledSequence(sequence, 1)], batch)
+        shares.noted([ScheduledSequence(sequence, 1)])
         turns += owner_of(sequence)
     assert turns == "ababab"
 
 
-def test_each_owner_has_a_queue_of_its_own() -> None:
-    assert [may_queue(some("aaa"), owner, 3) for owner in "ab"] == [False, True]
-    assert [may_queue(some("aab"), owner, 3) for owner in "abc"] == [True, True, True]
-    assert [may_queue(some("aabb"), owner, 2) for owner in "abc"] == [False, False, True]
+def test_short_prompts_that_come_and_go_do_not_keep_a_long_one_from_its_chunks() -> None:
+    """Owners b and c send a prompt of one chunk each, as soon as their last one is computed."""
+    shares, long = Shares(), of("a", running(PREFILLING, 1))
+    short = {name: of(name, running(PREFILLING, number)) for number, name in enumerate("bc", 2)}
+    turns = ""
+    for _ in range(12):
+        sequence = shares.next_prefill([long, *short.values()], 100.0, lambda start, stop: 1.0)
+        assert sequence
+        shares.noted([ScheduledSequence(sequence, 1)])
+        turns += (owner := owner_of(sequence))
+        if owner in short:  # it is gone for a step of another
+            shares.turns.present([each for each in "abc" if each != owner])
+    assert turns.count("a") == 4, turns
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve.engine.fairness import gives_way
 from serve.engine.scheduler import (
     CHOSEN_FROM,
     ScheduledSequence,
     admission_order,
     draft,
     fits,
-    gives_way,
     most_urgent,
     narrowed,
     next_prefill,
