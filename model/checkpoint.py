@@ -22,6 +22,7 @@ import numpy as np
 
 from model.config import ModelConfig, read_json
 from model.families import FAMILIES, load_config
+from model.families.common import number
 from model.fingerprint import fingerprint as fingerprint
 from model.formats.gguf_file import is_gguf, read_gguf
 from model.formats.quantization import reader_for
@@ -216,8 +217,8 @@ def _check(leaves: Params, tensors: dict[str, Tensor], config: ModelConfig, fold
     unknown = [n for n in tensors if n not in expected and n != HEAD and not n.endswith("rotary_emb.inv_freq")]
     # GPTQ's tools write biases of zeros for modules that have none.
     unknown = [name for name in unknown if not (name.endswith(".bias") and not tensors[name].values().any())]
-    if FAMILIES[config.family].extra_layers:
-        unknown = [name for name in unknown if not _after(name, config.num_layers)]
+    extra = range(config.num_layers, config.num_layers + _extra_layers(config, folder))
+    unknown = [name for name in unknown if _layer_of(name) not in extra]
     if unknown:
         raise ValueError(
             f"{tensors[unknown[0]].path}: unexpected {_some(unknown)}, expected only the tensors of a {config.family} "
@@ -247,10 +248,19 @@ def _report_quantised(leaves: Params, tensors: dict[str, Tensor], dtype: np.dtyp
             log.info("%d tensors of %s %s: %.2f GB in the file, %.2f GB in %s", *counted)
 
 
-def _after(name: str, layers: int) -> bool:
-    """Whether a tensor belongs to a layer after so many."""
+def _extra_layers(config: ModelConfig, folder: Path) -> int:
+    """How many layers the files may have after the last one, as config.json says."""
+    field = FAMILIES[config.family].extra_layers
+    if field is None or is_gguf(folder):
+        return 0
+    return int(number({field: 0, **read_json(folder / "config.json")}, field))
+
+
+def _layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to; None for one of no layer."""
     start, _, rest = name.partition("model.layers.")
-    return not start and rest.split(".")[0].isdigit() and int(rest.split(".")[0]) >= layers
+    number = rest.split(".")[0]
+    return int(number) if not start and number.isdigit() else None
 
 
 def _some(names: list[str]) -> str:

@@ -58,4 +58,4 @@ def read(config: Config) -> ModelConfig:
 
 
 # Layers after the last are for guessing several tokens at once, which the decoder does not do.
-FAMILY = Family(read, {**NAMES, **NAMES_OF_EXPERTS}, extra_layers=True)
+FAMILY = Family(read, {**NAMES, **NAMES_OF_EXPERTS}, extra_layers="num_nextn_predict_layers")

@@ -27,6 +27,7 @@ from model.kernels.cpu import build
 from model.kernels.cpu.packing import pack
 from model.params import Params, unstacked
 from tests.helpers.shapes import assert_fields
+from tests.model.conftest import GLM4_MOE
 
 State = dict[str, torch.Tensor]
 
@@ -176,6 +177,21 @@ def test_a_tied_head_that_differs_is_an_error(tiny_checkpoint, tmp_path):
     source = tiny_checkpoint("llama", tie_word_embeddings=True)
     folder = edited(source, tmp_path / "copy", lambda s: s.update({"lm_head.weight": torch.ones(128, 64)}))
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(folder, jnp.float32)
+
+
+def test_layers_after_the_last_are_passed_over_as_far_as_the_config_has_them(tiny_checkpoint, tmp_path):
+    folder = edited(
+        tiny_checkpoint("glm4_moe", **GLM4_MOE),
+        tmp_path / "copy",
+        lambda s: s.update({"model.layers.3.eh_proj.weight": torch.ones(4, 4)}),
+    )
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    load(folder, jnp.float32)
+    path.write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(ValueError, match=r"unexpected model\.layers\.3\.eh_proj\.weight"):
         load(folder, jnp.float32)
 
 
