@@ -40,13 +40,16 @@ def with_rope_scaling(config: ModelConfig, scaling: Mapping[str, Any]) -> ModelC
     """The model with its frequencies stretched as a `rope_scaling` says, in place of its own.
 
     The context limit becomes `factor` times the context that is stretched: `original_max_position_embeddings`, or else
-    what the checkpoint was trained on. Raises ValueError as `RopeConfig.from_hf` does.
+    what the checkpoint was trained on. With llama3 it is never less than the checkpoint's own, since that kind's factor
+    does not say how far a model was trained: Llama 3.1 has 8 times 8,192 and takes 131,072. Raises ValueError as
+    `RopeConfig.from_hf` does.
     """
     given = scaling.get("original_max_position_embeddings")
     original = int(given or config.rope.original_max_position or config.max_position)
     rope = _rope(scaling, config.rope.theta, original)
     rope = dataclasses.replace(rope, partial=config.rope.partial)
-    return dataclasses.replace(config, rope=rope, max_position=round(original * rope.factor))
+    least = config.max_position if rope.kind == "llama3" else 1
+    return dataclasses.replace(config, rope=rope, max_position=max(least, round(original * rope.factor)))
 
 
 def _rope(scaling: Mapping[str, Any], theta: float, original: int) -> RopeConfig:

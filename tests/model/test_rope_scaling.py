@@ -45,6 +45,13 @@ def test_the_context_limit_is_the_stretched_one(tiny_checkpoint, scaling, limit)
     assert dataclasses.replace(found, rope=plain.rope, max_position=512) == plain
 
 
+def test_llama3_never_shortens_the_context_that_a_checkpoint_takes(tiny_checkpoint):
+    scaling = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    plain = load_config(tiny_checkpoint("llama"))
+    limits = [with_rope_scaling(plain, scaling | {"original_max_position_embeddings": n}).max_position for n in (128, 512)]
+    assert limits == [512, 1024]
+
+
 def test_pages_of_another_scaling_have_other_keys(tiny_checkpoint):
     plain, params = load(tiny_checkpoint("llama"), jnp.float32)
     scalings = ({}, {"rope_type": "linear", "factor": 2}, {"rope_type": "yarn", "factor": 2}, YARN)
