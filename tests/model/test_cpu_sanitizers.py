@@ -129,7 +129,7 @@ def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path, march):
         ("attention_task.h", "load(keys + slot * p.dim + i * LANES)", "load(keys + slot * p.dim + i * LANES + 1)"),
         ("attention_task.h", "all(values[s * dim + c])", "all(values[s * dim + c + 1])"),
         ("attention_task.h", "table[s * width + position", "table[(s + 1) * width + position"),
-        ("experts.h", "order[s.first + i] / c.per_token", "(order[s.first + i] / c.per_token + 1)"),
+        ("experts.h", "order[s.first + i]) / c.per_token", "order[s.first + i] + c.per_token) / c.per_token"),
     ],
 )
 def test_a_read_beyond_the_end_would_be_found(tmp_path, source, right, wrong):

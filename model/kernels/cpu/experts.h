@@ -114,21 +114,39 @@ class Chooser {
   std::vector<int32_t> best;
 };
 
-// The pairs of one layer and step, sorted by expert.
+// The pairs of one layer and step. Some tokens at a time go through their experts: as many as give an expert about half
+// a block of a product, for more would take memory and read its weights hardly less often.
 class Pairs {
  public:
-  Room scores, weights, made;  // [tokens, experts], [tokens, per_token], [tokens, per_token, embed]
+  Room scores, weights;         // [tokens, experts], [tokens, per_token]
   std::vector<int32_t> chosen;  // [tokens, per_token]
 
   Pairs(const Config& c, int64_t tokens, int64_t embed, int64_t ffn)
-      : scores(tokens * c.count), weights(tokens * c.per_token), made(tokens * c.per_token * embed),
-        chosen(tokens * c.per_token), c(c), tokens(tokens), embed(embed), ffn(ffn),
-        gated(tokens * c.per_token * ffn), order(tokens * c.per_token) {}
+      : scores(tokens * c.count), weights(tokens * c.per_token), chosen(tokens * c.per_token), c(c), tokens(tokens),
+        some(c.count ? std::min(tokens, std::max(LEAST, c.count * matmul::BLOCK / 2 / c.per_token)) : 0), embed(embed),
+        ffn(ffn), made(some * c.per_token * embed), gated(some * c.per_token * ffn), order(some * c.per_token) {}
 
-  // Writes what each expert makes of its tokens' rows of `x`, [tokens, embed], by weight, to `made`.
+  // Adds what its experts make of each token's row of `x`, [tokens, embed], to its row of `to`, by weight.
   template <typename Region>
-  void run(const float* x, const Weights& w, Region& region, int64_t threads) {
-    sort();
+  void run(const float* x, const Weights& w, float* to, Region& region, int64_t threads) {
+    for (int64_t first = 0; first < tokens; first += some) {
+      const int64_t count = std::min(some, tokens - first);
+      multiply_some(x, w, first, count, region, threads);
+      region.run((count + SHARE - 1) / SHARE, [&](auto&, uint64_t i) {
+        for (int64_t token = i * SHARE; token < std::min<int64_t>((i + 1) * SHARE, count); ++token)
+          add(token, to + (first + token) * embed);
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t LEAST = 256;  // tokens that go through their experts together
+  static constexpr int64_t SHARE = 8;    // tokens of a task that adds up
+
+  // Writes what each expert makes of its tokens among `count` from the `first` one on, by weight, to `made`.
+  template <typename Region>
+  void multiply_some(const float* x, const Weights& w, int64_t first, int64_t count, Region& region, int64_t threads) {
+    sort(first, count);
     const int64_t up_size = matmul::panels(2 * ffn), down_size = matmul::panels(embed);
     in_shares(region, threads, up_size, [&](auto& scratch, const Segment& s, int64_t from, int64_t to) {
       gate_and_up(x, w, s, from, to, scratch);
@@ -138,11 +156,21 @@ class Pairs {
     });
   }
 
- private:
-  // Sorts the pairs by expert, and divides those of each into segments of about the same size.
-  void sort() {
+  // Adds up what a token's experts have made of it, in the order of its choice, so that it is the same in any batch.
+  void add(int64_t token, float* to) const {
+    const float* from = made.begin + token * c.per_token * embed;
+    for (int64_t i = 0; i < embed; ++i) {
+      float sum = from[i];
+      for (int64_t n = 1; n < c.per_token; ++n) sum += from[n * embed + i];
+      to[i] += sum;
+    }
+  }
+
+  // Sorts the pairs of some tokens by expert, and divides those of each into segments of about the same size.
+  void sort(int64_t first, int64_t count) {
+    begin = first * c.per_token;
     std::vector<int64_t> ends(c.count + 1);
-    for (const int32_t expert : chosen) ++ends[expert + 1];
+    for (int64_t pair = 0; pair < count * c.per_token; ++pair) ++ends[chosen[begin + pair] + 1];
     for (int64_t expert = 0; expert < c.count; ++expert) ends[expert + 1] += ends[expert];
     segments.clear();
     for (int64_t expert = 0; expert < c.count; ++expert) {
@@ -153,7 +181,8 @@ class Pairs {
     // The largest first, so that no thread is left with one at the end.
     std::stable_sort(segments.begin(), segments.end(),
                      [](const Segment& a, const Segment& b) { return a.last - a.first > b.last - b.first; });
-    for (size_t pair = 0; pair < chosen.size(); ++pair) order[ends[chosen[pair]]++] = static_cast<int32_t>(pair);
+    for (int64_t pair = 0; pair < count * c.per_token; ++pair)
+      order[ends[chosen[begin + pair]]++] = static_cast<int32_t>(pair);
   }
 
   // Calls `run` for every segment, and for shares of its panels where there are too few segments for the threads.
@@ -174,7 +203,7 @@ class Pairs {
     scratch.rows.reserve(count * embed);
     float* rows = scratch.rows.begin;
     for (int64_t i = 0; i < count; ++i)
-      std::memcpy(rows + i * embed, x + order[s.first + i] / c.per_token * embed, embed * sizeof(float));
+      std::memcpy(rows + i * embed, x + (begin + order[s.first + i]) / c.per_token * embed, embed * sizeof(float));
     const matmul::Weight weight = w.gate_up.after(s.expert * panels, embed);
     const float* bias = w.gate_up_bias ? w.gate_up_bias + s.expert * panels * matmul::PANEL : nullptr;
     multiply({rows, embed, weight, embed}, 0, count, from, to, scratch.matmul, [&](int64_t i, int64_t panel, float* sums) {
@@ -191,7 +220,7 @@ class Pairs {
     const float* bias = w.down_bias ? w.down_bias + s.expert * panels * matmul::PANEL : nullptr;
     multiply({gated.begin, ffn, weight, ffn}, s.first, s.last, from, to, scratch.matmul,
              [&](int64_t at, int64_t panel, float* sums) {
-               const Vec by = all(weights.begin[order[at]]);
+               const Vec by = all(weights.begin[begin + order[at]]);
                add_bias(bias, panel, sums);
                for (int i = 0; i < matmul::PANEL; i += LANES) store(sums + i, load(sums + i) * by);
                write(sums, made.begin + order[at] * embed + panel * matmul::PANEL, embed - panel * matmul::PANEL);
@@ -199,9 +228,11 @@ class Pairs {
   }
 
   const Config c;
-  const int64_t tokens, embed, ffn;
+  const int64_t tokens, some, embed, ffn;  // of all tokens, how many go through their experts at a time
+  int64_t begin = 0;           // the number of these tokens' first pair, token * per_token + which of the token's
+  Room made;                   // [some tokens, per_token, embed]
   Room gated;                  // [pairs in the order of experts, ffn]
-  std::vector<int32_t> order;  // the number of each pair, token * per_token + which of the token's
+  std::vector<int32_t> order;  // the number of each pair, counted from `begin`
   std::vector<Segment> segments;
 };
 

@@ -139,8 +139,8 @@ class Decoder {
     });
     by_block([&](const auto& tokens) { after_attention(tokens, w); });
     if (!config.count) return;
-    pairs.run(normed.begin, w.experts, region, threads);
-    by_block([&](const auto& tokens) { add_experts(tokens, w); });
+    pairs.run(normed.begin, w.experts, s.x, region, threads);
+    if (w.gate_up.values) by_block([&](const auto& tokens) { feed_forward(tokens, w); });
   }
 
  private:
@@ -213,21 +213,6 @@ class Decoder {
       experts::Chooser().choose(config, w, pairs.scores.begin + token * config.count, pairs.chosen.data() + first,
                                 pairs.weights.begin + first);
     });
-  }
-
-  // Adds what a token's experts have made of it, in the order of its choice, and what the shared ones do.
-  template <typename Tokens>
-  void add_experts(const Tokens& tokens, const Layer& w) {
-    tokens.each([&](int64_t token) {
-      const float* made = pairs.made.begin + token * config.per_token * s.embed;
-      float* to = s.x + token * s.embed;
-      for (int64_t i = 0; i < s.embed; ++i) {
-        float sum = made[i];
-        for (int64_t n = 1; n < config.per_token; ++n) sum += made[n * s.embed + i];
-        to[i] += sum;
-      }
-    });
-    if (w.gate_up.values) feed_forward(tokens, w);
   }
 
   template <typename Tokens>
