@@ -53,6 +53,13 @@ GATES, UPS, DOWNS = EXPERTS = (
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 EMBED, HEAD = "token_embd.weight", "output.weight"
+
+CONTROL = 3  # of a token, in `tokenizer.ggml.token_type`
+# Files name one end of each kind, and models have more: those of the architectures above, as llama.cpp takes them, too
+# (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp). gpt-oss' `<|end|>` only ends a message.
+ENDS = frozenset(
+    ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|return|>", "<|call|>")
+)
 NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)\.(?P<rest>weight|bias)")
 
 
@@ -185,8 +192,11 @@ def read_config(file: GgufFile) -> Config:
 
 
 def end_ids(file: GgufFile) -> list[int]:
-    """The tokens that end an answer: of the sequence, of the turn, and of a message."""
-    ids = (file.value(f"tokenizer.ggml.{kind}_token_id", int, -1) for kind in ("eos", "eot", "eom"))
+    """The tokens that end an answer: of the sequence, of the turn, and of a message, and control tokens named so."""
+    ids = [file.value(f"tokenizer.ggml.{kind}_token_id", int, -1) for kind in ("eos", "eot", "eom")]
+    tokens = file.value("tokenizer.ggml.tokens", list, [])
+    kinds = file.value("tokenizer.ggml.token_type", np.ndarray, np.empty(0))
+    ids += [id for id, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == CONTROL and token in ENDS]
     return list(dict.fromkeys(id for id in ids if id >= 0))
 
 

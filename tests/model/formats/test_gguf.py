@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -169,6 +170,28 @@ def test_every_token_that_ends_an_answer_is_one(tiny_checkpoint, tmp_path):
 
     write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf", metadata=add)
     assert load_config(tmp_path / "model.gguf").eos_token_ids == (2, 7)
+
+
+def test_control_tokens_that_are_named_as_ends_end_an_answer(tiny_checkpoint, tmp_path):
+    tokens = ["<|return|>", "<|end|>", "a", "<|call|>", "<|im_end|>", "<|endoftext|>", *map(str, range(122))]
+
+    def add(writer) -> None:
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 3, 1, 3, 1, 3] + [1] * 122)  # as text, <|im_end|> is no end
+
+    write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf", metadata=add)
+    assert load_config(tmp_path / "model.gguf").eos_token_ids == (2, 0, 3, 5)
+
+
+def test_a_header_is_read_once_and_again_after_the_file_has_changed(tiny_checkpoint, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny_checkpoint("llama"), path)
+    assert read_gguf(path) is not read_gguf(path)  # it may still be changing
+    os.utime(path, ns=(0, 10**9))
+    first = read_gguf(path)
+    assert read_gguf(path) is first
+    os.utime(path, ns=(0, 2 * 10**9))
+    assert read_gguf(path) is not first
 
 
 def test_a_file_is_its_own_source(tiny_checkpoint, tmp_path):
