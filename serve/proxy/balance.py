@@ -63,9 +63,8 @@ class Balance:
         tokens = max(prompt.size * page_size // BLOCK_BYTES, 1)
         request = RoutedRequest(prompt.id, prompt.keys, tokens, page_size, *prompt.sender)
         choice = self.router.route(request, now, among)
-        expected = {
-            name: 1e3 * self.router.route(request, now, (name,)).expected_ttft_s for name in among[:MOST_EXPLAINED]
-        }
+        everywhere_s = dict(zip(self.router.fleet.names, choice.everywhere_s.tolist(), strict=True))
+        expected = {name: 1e3 * everywhere_s[name] for name in among[:MOST_EXPLAINED]}
         ages = self.holdings[choice.replica].ages(prompt.keys)
         return Decision(prompt, request, choice, expected, ages)
 

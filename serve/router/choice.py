@@ -10,7 +10,7 @@ Pure: everything that the choice depends on is in `Known`, one row for each repl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -61,6 +61,8 @@ class Choice:
     restore_s: float  # to bring pages from a tier
     prefill_s: float  # to compute the rest
     others_s: float  # what it costs other requests
+    # [replicas] float64, seconds to the first token on each of Known's names
+    everywhere_s: np.ndarray = field(compare=False, repr=False)
 
     @property
     def expected_ttft_s(self) -> float:
@@ -92,7 +94,8 @@ def choose(
     wait_s, overtaken = waits(request, known, overlap, compute_s)
     prefill_s = known.fixed + known.match * (cached + restored) + compute_s
     others_s = compute_s * overtaken + delay_of_later_requests(known, compute_s) + evicted_s(request, known, overlap)
-    total = np.where(allowed, wait_s + restore_s + prefill_s + others_s, np.inf)
+    everywhere_s = wait_s + restore_s + prefill_s
+    total = np.where(allowed, everywhere_s + others_s, np.inf)
     lowest = int(total.argmin())
     equal = np.flatnonzero(total <= total[lowest] + known.fixed[lowest])
     wasteful = known.reuse < known.reuse.max() / 2
@@ -115,6 +118,7 @@ def choose(
         restore_s=float(restore_s[best]),
         prefill_s=float(prefill_s[best]),
         others_s=float(others_s[best]),
+        everywhere_s=everywhere_s,
     )
 
 
