@@ -26,10 +26,11 @@ log = logging.getLogger("tokenzero.cluster")
 # Over gRPC, which takes half of the time of Ray's actor calls for a first message (2.5 ms against 4.9 ms for 208 KB).
 TRANSPORT = {"_by_reference": False, "request_serialization": "pickle", "response_serialization": "pickle"}
 REPORT_SECONDS = 0.5  # between two reports of the replicas
-REPORT_TIMEOUT = 10.0
+ANSWER_SECONDS = 2.0  # after which a replica that has not answered is left out: one that hangs keeps nobody waiting
 STALE_SECONDS = 60.0  # without any report, after which the cluster counts as gone
 ATTEMPTS = 3  # replicas that a request is sent to before it fails, until its first token
 LOST = "the replica that computed this answer has ended: send the request again"
+HANGS = "the replica does not answer any more"
 GONE = "no replica answers, and Ray's head does not either: start it again, and this command"
 
 
@@ -58,7 +59,7 @@ class ClusterEngine:
         self.handle, self.dispatch = handle.options(**TRANSPORT), dispatch
         self.begin, self.end, self.head_answers = begin, end, head_answers
         self.in_flight = 0
-        self.messages: set[asyncio.Task[bytes]] = set()  # that are on their way
+        self.messages: dict[asyncio.Task[bytes], Call] = {}  # that are on their way
         self.gone = False  # whether Ray's head does not answer
         self.others: set[str] = set()  # replicas of another model, format or version
         self.reports: Mapping[str, Report] = {}
@@ -83,7 +84,7 @@ class ClusterEngine:
             raise Overloaded(GONE)
         call = await asyncio.to_thread(self.call, request)
         self.in_flight += 1
-        sent = started = ended = False
+        sent = ended = False
         try:
             while not ended:
                 try:
@@ -91,7 +92,6 @@ class ClusterEngine:
                         async for event in events:
                             sent = True
                             if isinstance(event, Started):
-                                started = True
                                 self.dispatch.first_token(call, event.reused_tokens)
                             ended = isinstance(event, Finished | Failed)
                             yield event
@@ -104,7 +104,7 @@ class ClusterEngine:
                     log.warning("replica %s: %s: %.300s", call.tried[-1:], type(error).__name__, error)
                     if not (self.alive or sent):
                         raise Overloaded(GONE) from error
-                    if started or len(call.tried) >= ATTEMPTS or not self.alive:
+                    if call.started or len(call.tried) >= ATTEMPTS or not self.alive:
                         ended = True
                         yield Failed(LOST if self.alive else GONE)
         finally:
@@ -159,11 +159,11 @@ class ClusterEngine:
             while not ended:
                 if not message:
                     message = asyncio.ensure_future(anext_of(stream))
-                    self.messages.add(message)
-                    message.add_done_callback(self.messages.discard)
+                    self.messages[message] = call
+                    message.add_done_callback(self.messages.pop)
                 await asyncio.wait({message}, timeout=waiting_s)
                 if message.cancelled():
-                    raise ConnectionError(GONE)
+                    raise ConnectionError(GONE if self.gone else HANGS)
                 if not message.done():
                     yield Waiting()
                     continue
@@ -192,12 +192,14 @@ class ClusterEngine:
             if gone and not self.gone:
                 log.error(GONE)
             self.gone = gone
-            for message in tuple(self.messages) if gone else ():
-                message.cancel()
             try:
                 self.take(reports)
             except Exception:  # those that come next may be understood
                 log.exception("a report was not understood")
+            silent = self.dispatch.silent
+            for message, call in tuple(self.messages.items()):
+                if gone or (not call.started and call.tried[-1] in silent):
+                    message.cancel()
 
     def take(self, reports: Sequence[Report]) -> None:
         """Take note of some replicas' reports. One that computes something else is not known, so it gets no request."""
@@ -213,10 +215,11 @@ class ClusterEngine:
             self.reports, self.reported_at = alike, time.monotonic()
 
     async def ask(self, method: str, *args: object) -> list[Any]:
-        """The results of a method of every replica that answers; none while one hangs, until Ray ends it."""
+        """The results of a method of every replica that answers in time."""
         try:
-            results = await self.handle.broadcast(method, *args).results_async(
-                timeout_s=REPORT_TIMEOUT, return_exceptions=True
+            # On a thread: on an event loop, Ray gives all results or none.
+            results = await asyncio.to_thread(
+                self.handle.broadcast(method, *args).results, timeout_s=ANSWER_SECONDS, return_exceptions=True
             )
         except Exception as error:  # Ray's, of many kinds: no replica runs now, or one does not answer
             log.debug("no answers to %s: %s: %s", method, type(error).__name__, error)

@@ -31,7 +31,7 @@ MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**29)}
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **MESSAGES}
 CONNECT_SECONDS = 5.0
 SPARE_CALLS = 64  # that a replica takes beside its engine's, so that only the engine refuses requests
-REPORT_SECONDS = 60.0
+REPORT_SECONDS = 20.0
 UPSCALE_SECONDS = 5.0  # of load, after which Ray adds a replica
 
 
@@ -211,8 +211,14 @@ def environment(cores: float, on_gpu: bool) -> dict[str, str]:
 
 
 def first_reports(handle: Any) -> list[Report]:
-    """A report of each replica. Raises Impossible if they are not replicas of one model and format."""
-    reports: list[Report] = handle.options(**TRANSPORT).broadcast("report", {}).results(timeout_s=REPORT_SECONDS)
+    """A report of each replica that answers. Raises Impossible for none, and for those that differ, see check_equal."""
+    answers = handle.options(**TRANSPORT).broadcast("report", {}).results(
+        timeout_s=REPORT_SECONDS, return_exceptions=True
+    )
+    reports = [answer for answer in answers if isinstance(answer, Report)]
+    if not reports:
+        why = first_line(answers[0]) if answers else "none runs"
+        raise Impossible(f"no replica answers ({why}): end them with `serve shutdown -y`, and start again")
     check_equal(reports)
     return reports
 

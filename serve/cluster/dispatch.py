@@ -21,6 +21,7 @@ from serve.router.router import Router
 # Seconds that a request takes besides its tokens: its way through Ray, and a step. Smaller differences are none.
 REQUEST_S = 0.005
 ALL_PAGES = -1  # the increment that a router knows which knows nothing: the replica sends a snapshot
+SILENT_SECONDS = 5.0  # without a report while others report, after which a replica counts as one that hangs
 
 
 @dataclass(eq=False)
@@ -32,6 +33,7 @@ class Call:
     request: RoutedRequest
     dispatch: Dispatch
     tried: list[str] = field(default_factory=list)  # replicas that it was sent to, the latest last
+    started: bool = False  # whether its first token has come
     over: bool = False  # Ray may still ask for a replica, as it does so on another thread
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -47,22 +49,25 @@ class Dispatch:
         self.clock, self.lock, self.router = clock, threading.Lock(), Router()
         self.known: dict[str, int] = {}  # the latest increment of each replica's pages
         self.reports: dict[str, Report] = {}  # the latest of each replica
+        self.reported: dict[str, float] = {}  # when that was, seconds
         self.speeds: dict[str, Speed] = {}  # as each replica has measured it
         self.turns = itertools.count() if round_robin else None
 
     def choose(self, call: Call, names: Sequence[str]) -> str:
         """The replica for a call, of those that Ray runs now; for one that was tried before, another if there is one.
 
-        The router counts on the choice from now on.
+        One that hangs comes last. The router counts on the choice from now on.
         """
         with self.lock:
             for gone in self.router.replicas.keys() - set(names):
                 self.router.remove(gone)
-                for kept in (self.known, self.reports, self.speeds):
+                for kept in (self.known, self.reports, self.reported, self.speeds):
                     kept.pop(gone, None)
             if call.tried:
                 self.router.failed(call.request.id, self.clock())
+            silent = self.silent
             fresh = [name for name in names if name not in call.tried] or names
+            fresh = [name for name in fresh if name not in silent] or fresh
             reported = [name for name in fresh if name in self.router.replicas]
             name = self._turn(sorted(fresh)) if self.turns or not reported else ""
             now = self.clock()
@@ -74,12 +79,18 @@ class Dispatch:
             call.tried.append(name)
             return name
 
+    @property
+    def silent(self) -> set[str]:
+        """Replicas that hang: others have reported since. A pause of this process makes none of them silent."""
+        latest = max(self.reported.values(), default=0.0)
+        return {name for name, at in self.reported.items() if latest - at > SILENT_SECONDS}
+
     def published(self, report: Report) -> None:
         """Take note of a replica's report."""
         name, sizes = report.name, report.identity.settings
         with self.lock:
             now, speed = self.clock(), (report.costs.prefill, report.costs.chunks)
-            self.reports[name] = report
+            self.reports[name], self.reported[name] = report, now
             self.speeds[name] = self.speeds[name].again(*speed, now) if name in self.speeds else Speed(*speed, now)
             flops = expected_flops(self.speeds, now)
             new = name not in self.router.replicas
@@ -99,6 +110,7 @@ class Dispatch:
 
     def first_token(self, call: Call, cached: int) -> None:
         """A call has its first token; `cached` tokens of its prompt were reused."""
+        call.started = True
         with self.lock:
             self.router.first_token(call.request.id, self.clock(), cached)
 

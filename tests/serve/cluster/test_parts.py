@@ -167,6 +167,28 @@ class TestDispatch:
         dispatch.published(report("b", load=Load((("1", 0, 74), ("other's", 0, 10_000)), 0)))
         assert dispatch.choose(call(dispatch, "2", 2), ["a", "b"]) == "a"
 
+    @pytest.mark.parametrize("round_robin", [False, True])
+    def test_a_replica_that_hangs_gets_nothing_until_it_reports(self, round_robin: bool) -> None:
+        now = [0.0]
+        dispatch = Dispatch(round_robin, clock=lambda: now[0])
+        pages = Snapshot(1, np.arange(4, dtype=np.uint64))
+        dispatch.published(report("a", pages))
+        for second in range(1, 8):
+            now[0] = float(second)
+            dispatch.published(report("b"))
+        assert dispatch.silent == {"a"}
+        assert dispatch.choose(call(dispatch, "1", 0, 1, 2, 3), ["a", "b"]) == "b"
+        tried = call(dispatch, "2", 0, 1)
+        tried.tried = ["b"]
+        assert dispatch.choose(tried, ["a", "b"]) == "a", "there is no other"
+        now[0] = 30.0  # the ingress itself was busy
+        dispatch.published(report("a"))
+        dispatch.published(report("b"))
+        assert not dispatch.silent
+        dispatch.ended(tried, complete=True)
+        chosen = {dispatch.choose(call(dispatch, str(i), 0, 1, 2, 3), ["a", "b"]) for i in range(3, 4 + round_robin)}
+        assert chosen == ({"a", "b"} if round_robin else {"a"})
+
     def test_a_call_that_is_cancelled_while_ray_chooses_leaves_nothing(self) -> None:
         dispatch = Dispatch()
         dispatch.published(report("a"))
