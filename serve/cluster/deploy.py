@@ -212,8 +212,8 @@ def environment(cores: float, on_gpu: bool) -> dict[str, str]:
 
 def first_reports(handle: Any) -> list[Report]:
     """A report of each replica that answers. Raises Impossible for none, and for those that differ, see check_equal."""
-    answers = handle.options(**TRANSPORT).broadcast("report", {}).results(
-        timeout_s=REPORT_SECONDS, return_exceptions=True
+    answers = (
+        handle.options(**TRANSPORT).broadcast("report", {}).results(timeout_s=REPORT_SECONDS, return_exceptions=True)
     )
     reports = [answer for answer in answers if isinstance(answer, Report)]
     if not reports:

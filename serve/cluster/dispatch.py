@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.cluster.report import Report
-from serve.cluster.speed import Speed, expected_flops
+from serve.cluster.speed import UNMEASURED, Speed, expected_flops
 from serve.cost.model import Constants, CostModel
 from serve.router.request import RoutedRequest
 from serve.router.router import Router
@@ -89,14 +89,15 @@ class Dispatch:
         """Take note of a replica's report."""
         name, sizes = report.name, report.identity.settings
         with self.lock:
-            now, speed = self.clock(), (report.costs.prefill, report.costs.chunks)
+            now, costs = self.clock(), report.costs
             self.reports[name], self.reported[name] = report, now
-            self.speeds[name] = self.speeds[name].again(*speed, now) if name in self.speeds else Speed(*speed, now)
+            before = self.speeds.get(name, UNMEASURED)
+            self.speeds[name] = before.again(costs.prefill, costs.chunks, now, costs.chunk_flops)
             flops = expected_flops(self.speeds, now)
             new = name not in self.router.replicas
             if new:
-                costs = constants(report.costs.model, flops[name])
-                self.router.add(name, costs, sizes.num_pages, places=sizes.max_num_seqs)
+                first = constants(costs.model, flops[name])
+                self.router.add(name, first, sizes.num_pages, places=sizes.max_num_seqs)
                 self.known[name] = ALL_PAGES
             # A new replica's speed counts for the others as well; what else is measured waits for their own reports.
             for each in self.reports if new else (name,):

@@ -33,6 +33,7 @@ class Costs:
     attention_flops: float
     prefill: float  # FLOPs a second; 0 until measured, as `shared`
     chunks: int  # that this is the median of
+    chunk_flops: float  # of one of these, their mean; 0 for none
     shared: float  # tokens times sequences a second
     reads: dict[str, float]  # bytes a second, by tier
     constants: Constants | None
@@ -41,9 +42,12 @@ class Costs:
     def of(cls, model: CostModel) -> Costs:
         """A cost model's values."""
         reads = {tier: rate.per_second for tier, rate in model.reads.items()}
-        chunks = len(model.prefill.latest)
+        sizes = [flops for _, flops in model.prefill.latest]
+        chunks, chunk_flops = len(sizes), sum(sizes) / max(1, len(sizes))
         prefill, shared = model.prefill.per_second, model.shared.per_second
-        return cls(model.token_flops, model.attention_flops, prefill, chunks, shared, reads, model.constants)
+        return cls(
+            model.token_flops, model.attention_flops, prefill, chunks, chunk_flops, shared, reads, model.constants
+        )
 
     @property
     def model(self) -> CostModel:

@@ -1,8 +1,9 @@
 """How fast each replica computes: by its own measurements, drawn to what all of them have measured.
 
 A replica that starts has timed one chunk, while everything else starts, too: of four equal ones, measured on two cores,
-one counted as four times as fast as another, got all the requests, and the others had no chance to measure again. So a
-replica's own measurements count as they are many and recent.
+one counted as four times as fast as another, got all the requests, and the others had no chance to measure again. Nor
+do the chunks of short prompts say how long a long one takes: most of their time is a step's own. So a replica's own
+measurements count as they are many, large and recent.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from serve.cost.model import weighted_median
 
 EXPECTED = 2e10  # FLOPs a second, assumed of all replicas until one has measured its own
-SHARED_CHUNKS = 16  # a replica's own measurements count for half when they are so many
+SHARED_CHUNKS = 16  # a replica's own measurements count for half when they are so many, of the largest size
 HALF_LIFE_S = 60.0  # after which measurements count for half as many
 
 
@@ -24,16 +25,22 @@ class Speed:
     flops: float  # a second; 0 until measured
     chunks: int  # that this is the median of
     since: float  # when it was measured, seconds
+    chunk_flops: float = 1.0  # of one of these chunks, their mean
 
-    def again(self, flops: float, chunks: int, now: float) -> Speed:
+    def again(self, flops: float, chunks: int, now: float, chunk_flops: float = 1.0) -> Speed:
         """The same after a report, which may tell nothing new."""
-        return self if (flops, chunks) == (self.flops, self.chunks) else Speed(flops, chunks, now)
+        return self if (flops, chunks) == (self.flops, self.chunks) else Speed(flops, chunks, now, chunk_flops)
+
+
+UNMEASURED = Speed(0.0, 0, 0.0)
 
 
 def expected_flops(measured: Mapping[str, Speed], now: float) -> dict[str, float]:
     """FLOPs a second to expect of each replica."""
+    largest = max((each.chunk_flops for each in measured.values()), default=0.0) or 1.0
     weights = {
-        name: each.chunks * 0.5 ** min(64.0, (now - each.since) / HALF_LIFE_S) for name, each in measured.items()
+        name: each.chunks * each.chunk_flops / largest * 0.5 ** min(64.0, (now - each.since) / HALF_LIFE_S)
+        for name, each in measured.items()
     }
     known = [(each.flops, weights[name]) for name, each in measured.items() if each.flops]
     common = weighted_median(known) if known else EXPECTED

@@ -17,7 +17,7 @@ from serve.engine.inbox import Overloaded
 from serve.engine.request import Constraint, Event, GenerationRequest
 from serve.prompt import masks
 
-VERSION = 3  # of these bytes and of `serve.cluster.report`; parts of different versions refuse each other
+VERSION = 4  # of these bytes and of `serve.cluster.report`; parts of different versions refuse each other
 
 
 @dataclass(frozen=True)

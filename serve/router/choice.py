@@ -81,9 +81,9 @@ def choose(
     """The replica with the lowest sum of expected TTFT and cost to others.
 
     Replicas whose sums differ by less than the fixed time of a request are equal. Of equals, the first of: `preferred`
-    (where the request's agent was last), the least wait, the fewest answers, the fewest pages, the first name. One that
-    reuses less than half of what the best one does comes last: what is computed there has to be computed again. Raises
-    ValueError if there is no replica.
+    (where the request's agent was last), the least wait, the fewest answers, the least work, the most of the prompt,
+    the fewest pages, the first name. One that reuses less than half of what the best one does comes last: what is
+    computed there has to be computed again. Raises ValueError if there is no replica.
     """
     allowed = np.ones(len(known.names), bool) if among is None else among
     if not allowed.any():
@@ -98,6 +98,7 @@ def choose(
     total = np.where(allowed, everywhere_s + others_s, np.inf)
     lowest = int(total.argmin())
     equal = np.flatnonzero(total <= total[lowest] + known.fixed[lowest])
+    work_s = known.left.sum(1)
     wasteful = known.reuse < known.reuse.max() / 2
     best = min(
         equal.tolist(),
@@ -106,6 +107,8 @@ def choose(
             known.names[i] != preferred,
             wait_s[i],
             known.decodes[i],
+            work_s[i],
+            -cached[i],
             known.held[i],
             known.names[i],
         ),

@@ -53,7 +53,7 @@ def report(
     load: Load = NO_LOAD,
     **other: object,
 ) -> Report:
-    costs = replace(Costs.of(CostModel(1e6, 1e3, Rate(flops))), chunks=chunks)
+    costs = replace(Costs.of(CostModel(1e6, 1e3, Rate(flops))), chunks=chunks, chunk_flops=1e8)
     return Report(name, replace(IDENTITY, **other), "cpu", 128, 0, 0, 0, (1, 1), costs, ("disk",), pages, load)
 
 
@@ -313,6 +313,13 @@ class TestSpeed:
         assert expected_flops(measured, now=0.0)["slow"] == pytest.approx(0.5e9)
         # Without requests it measures nothing: what it has measured wears off, so that it is tried again.
         assert expected_flops(measured, now=600.0)["slow"] == pytest.approx(1e9, rel=0.01)
+
+    def test_chunks_of_short_prompts_do_not_make_a_replica_slow(self) -> None:
+        # Measured on equal replicas: 16 chunks of 20 tokens, and 16 of 32.
+        measured = {"short": Speed(1e9, 16, 0.0, 2e6), "long": Speed(6e9, 16, 0.0, 3e7)}
+        speeds = expected_flops(measured, now=0.0)
+        assert speeds["long"] == pytest.approx(6e9)
+        assert speeds["short"] > 0.85 * speeds["long"]
 
     def test_a_speed_is_as_old_as_its_measurement(self) -> None:
         speed = Speed(1e9, 3, 5.0)
