@@ -126,7 +126,7 @@ def command_list() -> str:
     return "\n".join(
         [
             *lines,
-            f"`{program()} COMMAND --help` lists the flags of another command, `{program()} --version` the versions.",
+            f"`{program()} COMMAND --help` lists the flags of another command.",
         ]
     )
 

@@ -51,7 +51,7 @@ class Family:
 
     read: Callable[[Config], ModelConfig]
     names: Mapping[str, str]
-    extra_layers: str | None = None  # the field with how many layers files may have after the last, which are passed over
+    extra_layers: str | None = None  # the field that says how many layers of a file come after the last, unused
 
 
 def read_decoder(

@@ -196,7 +196,8 @@ def end_ids(file: GgufFile) -> list[int]:
     ids = [file.value(f"tokenizer.ggml.{kind}_token_id", int, -1) for kind in ("eos", "eot", "eom")]
     tokens = file.value("tokenizer.ggml.tokens", list, [])
     kinds = file.value("tokenizer.ggml.token_type", np.ndarray, np.empty(0))
-    ids += [id for id, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == CONTROL and token in ENDS]
+    named = enumerate(zip(tokens, kinds, strict=False))
+    ids += [id for id, (token, kind) in named if kind == CONTROL and token in ENDS]
     return list(dict.fromkeys(id for id in ids if id >= 0))
 
 

@@ -81,7 +81,7 @@ def read_gguf(path: str | Path) -> GgufFile:
 
 @lru_cache(maxsize=1)
 def _read(path: Path, version_on_disk: tuple[int, ...]) -> GgufFile:
-    """The same of one version of a file: config, weights and tokenizer are read by those who know nothing of each other."""
+    """The same of one version of a file, which readers of config, weights and tokenizer ask for one after the other."""
     header = _Header(path, np.memmap(path, np.uint8, "r"))
     magic = header.take(len(MAGIC), "the magic")
     if magic != MAGIC:

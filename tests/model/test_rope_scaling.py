@@ -48,7 +48,8 @@ def test_the_context_limit_is_the_stretched_one(tiny_checkpoint, scaling, limit)
 def test_llama3_never_shortens_the_context_that_a_checkpoint_takes(tiny_checkpoint):
     scaling = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     plain = load_config(tiny_checkpoint("llama"))
-    limits = [with_rope_scaling(plain, scaling | {"original_max_position_embeddings": n}).max_position for n in (128, 512)]
+    scalings = [scaling | {"original_max_position_embeddings": n} for n in (128, 512)]
+    limits = [with_rope_scaling(plain, each).max_position for each in scalings]
     assert limits == [512, 1024]
 
 
