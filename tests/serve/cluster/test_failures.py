@@ -98,6 +98,27 @@ class TestAReplicaIsKilled:
             assert answer.result()["usage"]["output_tokens"] == 4
 
 
+class TestAReplicaHangs:
+    def test_it_keeps_nobody_waiting(self, running: tuple[Server, httpx.Client]) -> None:
+        server, client = running
+        before = scrape(client)["tokenzero_prefilled_tokens_total"]
+        with ThreadPoolExecutor(4) as pool:
+            first = pool.submit(post, client, ask(long(3, 11_000), 4))
+            eventually(lambda: scrape(client)["tokenzero_prefilled_tokens_total"] > before + 500, "it is computed")
+            hung = busiest(engines(server), 0.2)
+            hung.suspend()
+            try:
+                others = [pool.submit(post, client, ask(long(number, 2000), 4)) for number in range(40, 43)]
+                answers = [future.result() for future in (first, *others)]
+                assert hung.status() == psutil.STATUS_STOPPED, "Ray has not ended it yet"
+                assert len(replicas(client)) == 1, "metrics leave it out"
+            finally:
+                hung.resume()
+        assert [answer["usage"]["output_tokens"] for answer in answers] == [4] * 4
+        eventually(lambda: len(replicas(client)) == 2, "it reports again", 90)
+        eventually(lambda: is_idle(client), "what was sent to it is cancelled")
+
+
 def test_a_replica_that_is_added_takes_load_and_the_others_stay_warm(model_folder: Path, tmp_path: Path) -> None:
     with cluster(model_folder, tmp_path, "--replicas", "1", "--max-replicas", "2") as (server, client):
         warm = [ask(long(number, 2000), 4) for number in range(10, 13)]
@@ -125,13 +146,51 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a Ray cluster that outlives the commands that use it."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # known to all of these processes
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is known to all processes of a Ray cluster that outlives the commands that use it."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@contextmanager
+def ray_head() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Such a cluster: the process that ends with it, and its address."""
     with subprocess.Popen([sys.executable, "-c", RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().decode().strip()
+        yield process, process.stdout.readline().decode().strip()
         process.kill()
+
+
+@pytest.fixture
+def head(token: None) -> Iterator[str]:
+    """The address of such a cluster."""
+    with ray_head() as (_, address):
+        yield address
+
+
+@pytest.mark.usefixtures("token")
+def test_a_dead_head_is_named_and_a_new_one_serves_the_same_sessions_warm(model_folder: Path, tmp_path: Path) -> None:
+    warm, flags = ask(long(80, 3000), 4), (model_folder, tmp_path, "--address")
+    with ray_head() as (process, address), cluster(*flags, address) as (server, client):
+        post(client, warm)
+        before = scrape(client)["tokenzero_prefilled_tokens_total"]
+        with (
+            client.stream("POST", "/v1/messages", json=ask_for_long("On and on") | {"stream": True}) as streamed,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            lines = streamed.iter_lines()
+            while "content_block_delta" not in next(lines):
+                pass
+            waits = pool.submit(client.post, "/v1/messages", json=ask(long(81, 11_000), 4))
+            eventually(lambda: scrape(client)["tokenzero_prefilled_tokens_total"] > before + 500, "it is computed")
+            process.kill()
+            last = [json.loads(line[6:]) for line in lines if line.startswith("data: ")][-1]
+            refused = waits.result()
+        assert last["type"] == "error"
+        assert refused.status_code in (500, 529), refused.text
+        eventually(lambda: "Ray's head does not" in client.post("/v1/messages", json=warm).text, "why, and what to do")
+        assert server.process.poll() is None
+    with ray_head() as (_, address), cluster(*flags, address) as (_, client):
+        assert by_tier(post(client, warm))["disk"] > 2900, "the new replicas have none of it"
 
 
 def test_an_ingress_that_is_restarted_knows_what_the_replicas_have(
