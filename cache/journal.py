@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache.keys import KEY_BYTES, page_keys, root_key
+from cache.keys import KEY_BYTES, PageChain, page_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,7 @@ class Listed:
     pages: np.ndarray  # [pages] int32, pages `first`, `first + 1`, ... of the sequence
     first: int
     before: int  # the page before them, -1 if there is none
+    head: int = 0  # tokens that all salts share; none of these pages begins before them
 
 
 class Journal:
@@ -85,8 +86,9 @@ class ListedPages:
         if entry is None:
             self.full[:] = False
         elif isinstance(entry, Listed):
-            root = root_key(self.fingerprint, self.page_size, entry.salt)
-            parent = self.keys[entry.before].tobytes() if entry.before >= 0 else root
+            chain = PageChain(self.fingerprint, self.page_size, entry.salt, entry.head)
+            before = self.keys[entry.before].tobytes()
+            parent = chain.after(before, entry.first) if entry.before >= 0 else chain.root
             keys = page_keys(parent, entry.tokens[entry.first * self.page_size :], self.page_size)
             full = entry.pages[: len(keys)]
             self.keys[full] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)

@@ -5,10 +5,13 @@ are BLAKE2b (https://www.rfc-editor.org/rfc/rfc7693).
 """
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 KEY_BYTES = 32
+HEAD_SALT = b"\0head\0"  # of heads that all salts share; no header of a request can name it, as it has zero bytes
 
 
 def root_key(fingerprint: bytes, page_size: int, salt: bytes) -> bytes:
@@ -43,6 +46,51 @@ def page_keys(root: bytes, tokens: np.ndarray, page_size: int) -> list[bytes]:
 def tail_key(parent: bytes, tokens: np.ndarray) -> bytes:
     """The key of the page after `parent` of which only `tokens` ([tokens] int32, fewer than a page) are filled."""
     return chained(parent, token_bytes(tokens))
+
+
+def border_key(parent: bytes, salt: bytes) -> bytes:
+    """The parent key of the first page after a shared head, whose last page has the key `parent`: from here on, pages
+    belong to the salt."""
+    return hashlib.blake2b(parent + salt, digest_size=KEY_BYTES, person=b"tokenzero scope").digest()
+
+
+@dataclass(frozen=True)
+class PageChain:
+    """The keys of one model's sequences under a salt. Their first `head` tokens, whole pages, all salts share."""
+
+    fingerprint: bytes
+    page_size: int
+    salt: bytes
+    head: int = 0
+
+    @property
+    def root(self) -> bytes:
+        """The parent key of the first page."""
+        return root_key(self.fingerprint, self.page_size, HEAD_SALT if self.head else self.salt)
+
+    def parent(self, keys: Sequence[bytes], index: int) -> bytes:
+        """The parent key of page `index`; `keys` are those of the pages before it."""
+        return self.after(keys[index - 1], index) if index else self.root
+
+    def after(self, key: bytes, index: int) -> bytes:
+        """The parent key of page `index`, at least 1, where the page before it has this key."""
+        return border_key(key, self.salt) if index * self.page_size == self.head else key
+
+    def keys(self, tokens: np.ndarray) -> list[bytes]:
+        """The keys of all full pages of `tokens` ([tokens] int32), in order."""
+        keys = page_keys(self.root, tokens[: self.head or None], self.page_size)
+        if 0 < self.head < len(tokens):
+            keys += page_keys(self.parent(keys, len(keys)), tokens[self.head :], self.page_size)
+        return keys
+
+    def all_keys(self, tokens: np.ndarray, start: int = 0) -> list[bytes]:
+        """Every key under which a page of `tokens` ([tokens] int32) may be stored, see the function `all_keys`."""
+        shared, own = tokens[: self.head or None], tokens[self.head :]
+        found = all_keys(self.root, shared, self.page_size, start) if start < len(shared) else []
+        if self.head and len(own):
+            border = self.parent(page_keys(self.root, shared, self.page_size), self.head // self.page_size)
+            found += all_keys(border, own, self.page_size, max(0, start - self.head))
+        return found
 
 
 def all_keys(root: bytes, tokens: np.ndarray, page_size: int, start: int = 0) -> list[bytes]:

@@ -13,14 +13,14 @@ Reuse by a radix tree is SGLang's RadixAttention (Zheng et al., 2023, https://ar
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cache.keys import page_keys, root_key
+from cache.keys import PageChain
 from cache.pool import PagePool, pages_for
 from cache.preloaded import PreloadedPages
-from cache.radix_tree import NO_PAGES, RadixTree
+from cache.radix_tree import NO_PAGES, Dropped, RadixTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class Lease:
     length: int  # tokens it has room for: the match at first, whole pages after extend
     reused: int  # tokens whose KV was found, from the first token on
     salt: bytes
+    head: int = 0  # tokens from the first on that leases of all salts share
 
 
 @dataclass(frozen=True)
@@ -70,35 +71,36 @@ class PrefixCache:
         self.live: dict[int, Lease] = {}
         self.numbers = itertools.count()
 
-    def match(self, tokens: np.ndarray, salt: bytes = b"") -> Lease:
+    def match(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> Lease:
         """A lease on the longest cached prefix of `tokens` ([tokens] int32) under `salt`, token by token.
 
-        The last page may be matched only in part. Match one token less than the prompt: its last token has to run
-        through the model for the first logits.
+        All salts share the first `head` tokens, which are whole pages, here and in the methods below. The last page
+        may be matched only in part. Match one token less than the prompt: its last token has to run through the model
+        for the first logits.
         """
         tokens = np.asarray(tokens, np.int32)
-        pages, reused = self.tree.match(tokens, salt)
+        pages, reused = self.tree.match(tokens, salt, head)
         self.pool.retain(pages)
-        return self._enter(Lease(next(self.numbers), pages, reused, reused, salt))
+        return self._enter(Lease(next(self.numbers), pages, reused, reused, salt, head))
 
-    def peek(self, tokens: np.ndarray, salt: bytes = b"") -> int:
+    def peek(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> int:
         """How many of `tokens` ([tokens] int32) `match` would find; takes no lease and does not count as a use."""
-        return self.tree.length(np.asarray(tokens, np.int32), salt)
+        return self.tree.length(np.asarray(tokens, np.int32), salt, head)
 
-    def find(self, tokens: np.ndarray, salt: bytes = b"") -> tuple[np.ndarray, int]:
+    def find(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> tuple[np.ndarray, int]:
         """The pages ([pages] int32) that hold the longest cached prefix of `tokens`, and its length.
 
         Takes no lease and does not count as a use: valid until the next call that changes the cache.
         """
-        return self.tree.find(np.asarray(tokens, np.int32), salt)
+        return self.tree.find(np.asarray(tokens, np.int32), salt, head)
 
-    def drop(self, tokens: np.ndarray, start: int, salt: bytes = b"") -> list[np.ndarray]:
+    def drop(self, tokens: np.ndarray, start: int, salt: bytes = b"", head: int = 0) -> list[Dropped]:
         """Forget position `start` and later of all sequences that begin with `tokens[: start + 1]`.
 
-        `start` is a multiple of the page size. Returns those sequences, whole, each [tokens] int32. A live lease keeps
-        its pages and would publish them again: call it only while no such lease is live.
+        `start` is a multiple of the page size. Returns those sequences, whole; from within a head, those of all salts.
+        A live lease keeps its pages and would publish them again: call it only while no such lease is live.
         """
-        return self.tree.drop(np.asarray(tokens, np.int32), start, salt)
+        return self.tree.drop(np.asarray(tokens, np.int32), start, salt, head)
 
     def extend(self, lease: Lease, length: int) -> tuple[Lease, list[PageCopy]]:
         """Make room for `length` tokens in total, evicting cached pages as needed.
@@ -121,7 +123,7 @@ class PrefixCache:
         # The device runs in the order of enqueueing, so the copy reads its source before any later owner can write it.
         self.pool.release(partial)
         pages = np.concatenate([kept, fresh])
-        return self._enter(Lease(lease.number, pages, len(pages) * self.page_size, lease.reused, lease.salt)), copies
+        return self._enter(replace(lease, pages=pages, length=len(pages) * self.page_size)), copies
 
     def adopt(self, lease: Lease, first: int, keys: Sequence[bytes]) -> tuple[Lease, list[str]]:
         """Make preloaded pages the lease's own, from its page `first` on, in the place of those that it has there.
@@ -135,7 +137,7 @@ class PrefixCache:
         before, replaced, after = np.split(lease.pages, [first, first + len(pages)])
         self.pool.release(replaced)
         table = np.concatenate([before, pages, after])
-        return self._enter(Lease(lease.number, table, len(table) * self.page_size, lease.reused, lease.salt)), tiers
+        return self._enter(replace(lease, pages=table, length=len(table) * self.page_size)), tiers
 
     def insert(self, lease: Lease, tokens: np.ndarray) -> None:
         """Publish `tokens` ([tokens] int32), the whole sequence so far, with its KV computed or enqueued in
@@ -147,7 +149,7 @@ class PrefixCache:
         tokens = np.asarray(tokens, np.int32)
         if len(tokens) > lease.length:
             raise ValueError(f"{len(tokens)} tokens inserted, the lease has room for {lease.length}: extend it first")
-        self.tree.insert(tokens, lease.pages[: pages_for(len(tokens), self.page_size)], lease.salt)
+        self.tree.insert(tokens, lease.pages[: pages_for(len(tokens), self.page_size)], lease.salt, lease.head)
 
     def release(self, lease: Lease) -> None:
         """End the lease. Pages that were inserted stay cached until they are evicted; the others become free."""
@@ -155,9 +157,9 @@ class PrefixCache:
         del self.live[lease.number]
         self.pool.release(lease.pages)
 
-    def keys(self, tokens: np.ndarray, salt: bytes = b"") -> list[bytes]:
+    def keys(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> list[bytes]:
         """Content keys of the full pages of `tokens` ([tokens] int32), 32 bytes each."""
-        return page_keys(root_key(self.fingerprint, self.page_size, salt), tokens, self.page_size)
+        return PageChain(self.fingerprint, self.page_size, salt, head).keys(tokens)
 
     def stats(self) -> PrefixCacheStats:
         """Page counts now, and how many were evicted since the start."""

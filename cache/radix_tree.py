@@ -7,16 +7,21 @@ A node is a run of tokens that may start and end inside a page. Each page belong
 reaches into it. A leaf lists its pages from the one it starts in to the one it ends in. An inner node that ends inside
 a page does not list that page: each of its children has its own copy, which holds the ancestors' tokens too. So the
 block table of a path is its nodes' pages joined, and a page is in use if its reference count is above one.
+
+Below a root for each salt are its sequences. Those that share a head with other salts begin below the root of
+HEAD_SALT. Where their head ends, with a page, a node without tokens for each salt holds what comes after it.
 """
 
 import heapq
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from cache.journal import Journal, Listed
+from cache.keys import HEAD_SALT
 from cache.pool import PagePool, pages_for
 
 NO_TOKENS = np.zeros(0, np.int32)  # [0] int32
@@ -27,7 +32,7 @@ NO_PAGES = np.zeros(0, np.int32)  # [0] int32
 class Node:
     """A run of tokens at positions start .. end - 1 and the pages that it lists, from page start // page_size on."""
 
-    key: int | bytes  # its key in the parent's children: its first token, or the cache salt for a root
+    key: int | bytes  # its key in the parent's children: its first token; the cache salt for a root or a head's end
     start: int
     tokens: np.ndarray  # [run] int32
     pages: np.ndarray  # [pages] int32
@@ -44,6 +49,14 @@ class Node:
     def is_leaf(self) -> bool:
         """Whether it has tokens and no children; a leaf always has pages, and only leaves are evicted."""
         return len(self.tokens) > 0 and not self.children
+
+
+class Dropped(NamedTuple):
+    """A sequence that was forgotten, and under which name: see `cache.keys.PageChain`."""
+
+    tokens: np.ndarray  # [tokens] int32
+    salt: bytes
+    head: int
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -69,32 +82,28 @@ class RadixTree:
         self.leaves: list[tuple[int, int, Node]] = []
         self.serials = itertools.count()
 
-    def length(self, tokens: np.ndarray, salt: bytes) -> int:
-        """Length of the longest cached prefix of `tokens` ([tokens] int32); does not count as a use."""
-        root = self.top.children.get(salt)
-        return self._walk(root, tokens)[1] if root else 0
+    def length(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> int:
+        """Length of the longest cached prefix of `tokens` ([tokens] int32); does not count as a use.
 
-    def match(self, tokens: np.ndarray, salt: bytes) -> tuple[np.ndarray, int]:
+        All salts share the first `head` tokens, here and in the methods below; a multiple of the page size.
+        """
+        return self._walk(tokens, salt, head)[1]
+
+    def match(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> tuple[np.ndarray, int]:
         """The longest cached prefix of `tokens` ([tokens] int32): pages ([pages] int32) that cover it, and its length.
 
         The last page may hold more than the match. A hit counts as a use of every node on the path, as a whole.
         """
-        root = self.top.children.get(salt)
-        if root is None:
-            return NO_PAGES, 0
-        path, length = self._walk(root, tokens)
+        path, length = self._walk(tokens, salt, head)
         self._touch(path)
         return self._table(path, length), length
 
-    def find(self, tokens: np.ndarray, salt: bytes) -> tuple[np.ndarray, int]:
+    def find(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> tuple[np.ndarray, int]:
         """What `match` returns; does not count as a use."""
-        root = self.top.children.get(salt)
-        if root is None:
-            return NO_PAGES, 0
-        path, length = self._walk(root, tokens)
+        path, length = self._walk(tokens, salt, head)
         return self._table(path, length), length
 
-    def insert(self, tokens: np.ndarray, pages: np.ndarray, salt: bytes) -> None:
+    def insert(self, tokens: np.ndarray, pages: np.ndarray, salt: bytes, head: int = 0) -> None:
         """Add `tokens` ([tokens] int32), whose KV lies in `pages` ([pages] int32, in order of position).
 
         Tokens that the tree has already keep their pages. From the page of the first new token on, the tree lists the
@@ -104,8 +113,18 @@ class RadixTree:
         assert len(pages) == pages_for(len(tokens), self.page_size), "pages must cover the tokens and no more"
         if not len(tokens):
             return
-        root = self.top.children.setdefault(salt, Node(salt, 0, NO_TOKENS, NO_PAGES, self.top))
-        path, matched = self._walk(root, tokens)
+        root_salt = HEAD_SALT if head else salt
+        root = self.top.children.setdefault(root_salt, Node(root_salt, 0, NO_TOKENS, NO_PAGES, self.top))
+        shared = min(head or len(tokens), len(tokens))
+        path = self._insert([root], tokens[:shared], pages[: pages_for(shared, self.page_size)], root_salt, 0)
+        if shared < len(tokens):
+            end = self._after_head(path, head, salt)  # which may cut the path's last node
+            path = self._insert([*path, end], tokens, pages, salt, head)
+        self._touch(path)
+
+    def _insert(self, path: list[Node], tokens: np.ndarray, pages: np.ndarray, salt: bytes, head: int) -> list[Node]:
+        """Add `tokens` below a path to a root or the end of a head, as `insert`; returns the path of all of them."""
+        path, matched = self._descend(path, tokens)
         if matched < len(tokens):
             rest, new = tokens[matched:].copy(), pages[matched // self.page_size :].copy()
             if matched < path[-1].end:
@@ -116,8 +135,8 @@ class RadixTree:
                 path.append(self._add_leaf(path[-1], rest, new))
             if self.journal is not None:
                 first = matched // self.page_size
-                self.journal.listed(Listed(salt, tokens, new, first, self._page_at(path, first - 1)))
-        self._touch(path)
+                self.journal.listed(Listed(salt, tokens, new, first, self._page_at(path, first - 1), head))
+        return path
 
     def evict(self, wanted: int) -> int:
         """Free up to `wanted` pages from the ends of the least recently used leaves; returns how many it freed.
@@ -143,15 +162,14 @@ class RadixTree:
         self.evicted_pages += freed
         return freed
 
-    def drop(self, tokens: np.ndarray, start: int, salt: bytes) -> list[np.ndarray]:
+    def drop(self, tokens: np.ndarray, start: int, salt: bytes, head: int = 0) -> list[Dropped]:
         """Forget position `start` and later of all sequences that begin with `tokens[: start + 1]`.
 
-        `start` is a multiple of the page size and less than len(tokens). Returns those sequences, whole, each [tokens]
-        int32. Leases keep the pages that they hold.
+        `start` is a multiple of the page size and less than len(tokens). Returns those sequences, whole, and from
+        within a head those of all salts. Leases keep the pages that they hold.
         """
         assert start % self.page_size == 0, f"cannot cut at {start}, inside a page of {self.page_size} tokens"
-        root = self.top.children.get(salt)
-        path, matched = self._walk(root, tokens[: start + 1]) if root is not None else ([], 0)
+        path, matched = self._walk(tokens[: start + 1], salt, head)
         if matched <= start:
             return []
         top = path[-1]
@@ -159,10 +177,13 @@ class RadixTree:
             self._split(top, start)
         above = top.parent
         assert above is not None
-        gone, sequences, pending = set(), [], [(top, tokens[:start])]
+        first = Dropped(tokens[:start], salt, head) if start >= head else Dropped(tokens[:start], HEAD_SALT, 0)
+        gone, sequences, pending = set(), list[Dropped](), [(top, first)]
         while pending:
             node, before = pending.pop()
-            whole = np.concatenate([before, node.tokens])
+            whole = before._replace(tokens=np.concatenate([before.tokens, node.tokens]))
+            if isinstance(node.key, bytes):
+                whole = whole._replace(salt=node.key, head=node.start)
             pending += [(child, whole) for child in node.children.values()]
             if node.is_leaf:
                 sequences.append(whole)
@@ -171,10 +192,11 @@ class RadixTree:
         self.leaves = [entry for entry in self.leaves if entry[2] not in gone]
         heapq.heapify(self.leaves)
         del above.children[top.key]
+        while not above.children and not len(above.tokens) and above.parent is not None:  # a root, or a head's end
+            del above.parent.children[above.key]
+            above = above.parent
         if above.is_leaf:
             self._queue(above)
-        elif not above.children and above.parent is not None:
-            del above.parent.children[above.key]
         return sequences
 
     def idle_pages(self) -> int:
@@ -197,6 +219,10 @@ class RadixTree:
             assert root.children, "a root without children stayed"
         for node in self.nodes():
             assert node.parent is not None
+            for salt, end in ((key, child) for key, child in node.children.items() if isinstance(key, bytes)):
+                assert (end.key, end.start, end.parent, len(end.pages)) == (salt, node.end, node, 0)
+                assert end.children, "an end of a head without children stayed"
+                assert node.end % self.page_size == 0, "a head ends inside a page"
             assert node.parent.children[node.key] is node
             assert node.key == node.tokens[0]
             assert node.start == node.parent.end
@@ -211,9 +237,23 @@ class RadixTree:
         assert {id(entry[2]) for entry in self.leaves} == {id(leaf) for leaf in leaves}
         assert len(self.leaves) == len(leaves)
 
-    def _walk(self, root: Node, tokens: np.ndarray) -> tuple[list[Node], int]:
-        """The path from the root along `tokens`, and how many tokens match; the match may end inside the last node."""
-        path, matched = [root], 0
+    def _walk(self, tokens: np.ndarray, salt: bytes, head: int) -> tuple[list[Node], int]:
+        """The path along `tokens`, and how many tokens match; the match may end inside the last node.
+
+        The path is empty where the root is not there.
+        """
+        root = self.top.children.get(HEAD_SALT if head else salt)
+        if root is None:
+            return [], 0
+        path, matched = self._descend([root], tokens[: head or None])
+        if not head or matched < head or matched < path[-1].end or len(tokens) == head:
+            return path, matched
+        end = path[-1].children.get(salt)
+        return self._descend([*path, end], tokens) if end else (path, matched)
+
+    def _descend(self, path: list[Node], tokens: np.ndarray) -> tuple[list[Node], int]:
+        """A path of nodes that match `tokens` as far as these go on to, and how many tokens match."""
+        path, matched = path.copy(), path[-1].end
         while matched < len(tokens) and matched == path[-1].end:
             child = path[-1].children.get(int(tokens[matched]))
             if child is None:
@@ -222,10 +262,21 @@ class RadixTree:
             path.append(child)
         return path, matched
 
+    def _after_head(self, path: list[Node], head: int, salt: bytes) -> Node:
+        """The node for a salt after a head, whose path this is: below it are the sequences that go on from there."""
+        assert head % self.page_size == 0, f"a head of {head} tokens ends inside a page of {self.page_size}"
+        if path[-1].end > head:
+            path[-1] = self._split(path[-1], head)
+        last = path[-1]
+        if last.is_leaf:
+            self.leaves = [entry for entry in self.leaves if entry[2] is not last]
+            heapq.heapify(self.leaves)
+        return last.children.setdefault(salt, Node(salt, head, NO_TOKENS, NO_PAGES, last))
+
     def _table(self, path: list[Node], length: int) -> np.ndarray:
         """The pages of a path's first `length` tokens, [pages] int32."""
         count = pages_for(length, self.page_size)
-        pages = np.concatenate([node.pages for node in path])[:count]
+        pages = np.concatenate([NO_PAGES, *(node.pages for node in path)])[:count]
         if len(pages) < count:  # the match ends in a page that an inner node leaves to its children
             below = path[-1]
             while below is path[-1] or not len(below.pages):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.host import HostTier
-from cache.keys import all_keys, tail_key
+from cache.keys import PageChain, tail_key
 from cache.radix_tree import common_prefix
 from cache.tier import Tier, TieredPages
 from cache.worker import Worker
@@ -83,7 +83,7 @@ class Tiers:
 
     def look(
         self,
-        root: bytes,
+        parents: Sequence[bytes],
         keys: Sequence[bytes],
         tokens: np.ndarray,  # [tokens] int32
         held: int,
@@ -92,9 +92,10 @@ class Tiers:
     ) -> "Future[Found]":
         """Search for the pages of `tokens` after the first `held`; `keys` are those of its full pages.
 
-        Pages that are found or held count as used at the time `used` (nanoseconds since 1970).
+        `parents` are the parent keys of these, and of the page after them. Pages that are found or held count as used
+        at the time `used` (nanoseconds since 1970).
         """
-        return self.searcher.submit(look, self.pages, root, keys, tokens, held, page_size, used)
+        return self.searcher.submit(look, self.pages, parents, keys, tokens, held, page_size, used)
 
     def recent(self, size: int, count: int) -> "Future[list[bytes]]":
         """Keys of up to `count` pages of `size` bytes, the most recently used first: what is likely to be asked for."""
@@ -102,23 +103,22 @@ class Tiers:
 
     def forget(
         self,
-        root: bytes,
+        chain: PageChain,
         sequences: Sequence[np.ndarray],  # each [tokens] int32
         start: int,
-        page_size: int,
     ) -> "Future[int]":
         """Delete the sequences' pages from position `start` on, partly filled ones too; results in the number of keys.
 
         In the background, but before any later `look`: a later request does not find these pages, even while a slow or
         failing tier has yet to delete them.
         """
-        return self.searcher.submit(self._forget, root, sequences, start, page_size)
+        return self.searcher.submit(self._forget, chain, sequences, start)
 
-    def _forget(self, root: bytes, sequences: Sequence[np.ndarray], start: int, page_size: int) -> int:
+    def _forget(self, chain: PageChain, sequences: Sequence[np.ndarray], start: int) -> int:
         found, before = list[bytes](), np.zeros(0, np.int32)
         for tokens in sequences:  # neighbours share most of their tokens, whose keys are made once
-            shared = common_prefix(before, tokens) // page_size * page_size
-            found += all_keys(root, tokens, page_size, max(start, shared))
+            shared = common_prefix(before, tokens) // chain.page_size * chain.page_size
+            found += chain.all_keys(tokens, max(start, shared))
             before = tokens
         keys = list(dict.fromkeys(found))
         self.pages.hidden |= frozenset(keys)
@@ -159,7 +159,7 @@ class Tiers:
 
 def look(
     pages: TieredPages,
-    root: bytes,
+    parents: Sequence[bytes],
     keys: Sequence[bytes],
     tokens: np.ndarray,  # [tokens] int32
     held: int,
@@ -177,7 +177,7 @@ def look(
     ]
     start = first_missing * page_size
     # A sequence that ended in this page left it partly filled: find the longest filling that these tokens share.
-    parent = keys[first_missing - 1] if first_missing else root
+    parent = parents[first_missing]
     lengths = range(min(page_size - 1, len(tokens) - start), 0, -1)
     tails = [tail_key(parent, tokens[start : start + length]) for length in lengths]
     for length, key, name in zip(lengths, tails, pages.locate(tails), strict=True):

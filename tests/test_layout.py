@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "serve.formats", "serve.limits", "serve.prompt", "serve.rules", "serve.web",
     },
     "serve.cluster": {
-        "model", "cache", "serve.cost", "serve.engine", "serve.prompt", "serve.router", "serve.server", "serve.web",
+        "model", "cache", "serve.cost", "serve.engine", "serve.limits", "serve.prompt", "serve.router", "serve.server",
+        "serve.web",
     },
     "serve": {"model", "cache", "serve"},
     "experiments.harness": set(),

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.keys import root_key
+from cache.keys import PageChain
 from cache.pool import pages_for
 from model.kv import KVPool
 from serve.audit.case import Case, write_case
@@ -146,6 +146,7 @@ class Auditor:
             lease.salt,
             tuple(sequence.keys[: reused // self.page_size]),
             token if greedy else None,
+            request.head,
         )
 
     def sleep_s(self, engine: Engine) -> float | None:
@@ -249,7 +250,7 @@ class Auditor:
         record = self.records.take_random()
         pages_left = pages_for(max(0, record.reused - self.window), self.page_size)
         start = self.random.randint(0, pages_left) * self.page_size
-        held = engine.core.memory.prefix_cache.find(record.tokens[: record.reused], record.salt)[1]
+        held = engine.core.memory.prefix_cache.find(record.tokens[: record.reused], record.salt, record.head)[1]
         return WindowAudit(engine, self.work, record, start if start <= held else 0, self.window)
 
     def _computed(self, tokens: int) -> None:
@@ -260,12 +261,15 @@ class Auditor:
         if engine.core.preloader:
             engine.core.preloader.forget()  # nobody knows of which tokens those pages are
         for salt in {record.salt, record.leased}:
-            gone = engine.core.memory.prefix_cache.drop(record.tokens, wrong.drop, salt)
+            gone = engine.core.memory.prefix_cache.drop(record.tokens, wrong.drop, salt, record.head)
             if engine.core.tiers:
-                root = root_key(engine.fingerprint, self.page_size, salt)
-                sequences = [record.tokens, *gone]
-                forgotten = engine.core.tiers.forget(root, sequences, wrong.drop, self.page_size)
-                forgotten.add_done_callback(log_failed_deletion)
+                named = {(salt, record.head): [record.tokens]}  # within a head, sequences of all salts are gone
+                for each in gone:
+                    named.setdefault((each.salt, each.head), []).append(each.tokens)
+                for (of, head), sequences in named.items():
+                    chain = PageChain(engine.fingerprint, self.page_size, of, head)
+                    forgotten = engine.core.tiers.forget(chain, sequences, wrong.drop)
+                    forgotten.add_done_callback(log_failed_deletion)
         # In a thread of its own: the folder's disk may be the one that hangs.
         what = (self.settings.folder, Case.of(engine, record, wrong), wrong)
         self.writing = threading.Thread(target=write_and_log, args=what, name="audit-case", daemon=True)

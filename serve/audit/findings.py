@@ -23,6 +23,7 @@ class ReusedPrefix:
     leased: bytes  # the salt under which its pages were found
     keys: tuple[bytes, ...]  # by which the tiers were asked for the reused full pages, as far as they were
     first: int | None  # its first token, if that is the most likely one
+    head: int = 0  # tokens that all salts share
 
     @property
     def size(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cache.keys import page_keys, root_key, tail_key
+from cache.keys import PageChain, tail_key
 from cache.pool import pages_for
 from serve.audit.comparison import COMPARED, PageComparison
 from serve.audit.findings import Mismatch, ReusedPrefix
@@ -85,7 +85,7 @@ class WindowAudit:
 
     def cached(self) -> tuple[np.ndarray, int]:
         """The pages ([pages] int32) that hold the longest cached part of the prefix now, and its length."""
-        return self.engine.core.memory.prefix_cache.find(self.prefix, self.record.salt)
+        return self.engine.core.memory.prefix_cache.find(self.prefix, self.record.salt, self.record.head)
 
     def compute(self, start: int, stop: int, before: np.ndarray) -> np.ndarray:
         """Run tokens [start, stop) in the own pages, after cached ones ([pages] int32): logits [vocab] float32."""
@@ -96,7 +96,7 @@ class WindowAudit:
     def misnamed(self) -> Mismatch | None:
         """Whether the pages were found under the name of another salt, or of other tokens."""
         record = self.record
-        right = self.engine.core.memory.prefix_cache.keys(self.prefix, record.salt)
+        right = self.engine.core.memory.prefix_cache.keys(self.prefix, record.salt, record.head)
         wrong = [i for i, (a, b) in enumerate(zip(record.keys, right, strict=False)) if a != b]
         if record.leased == record.salt and not wrong:
             return None
@@ -154,10 +154,10 @@ class WindowAudit:
 
     def stored_keys(self) -> list[tuple[int, bytes]]:
         """Index and key of each page that the device has lost, the last one perhaps partly filled."""
-        root = root_key(self.engine.fingerprint, self.page_size, self.record.salt)
-        keys = page_keys(root, self.prefix, self.page_size)
+        chain = PageChain(self.engine.fingerprint, self.page_size, self.record.salt, self.record.head)
+        keys = chain.keys(self.prefix)
         if rest := len(self.prefix) % self.page_size:
-            keys.append(tail_key(keys[-1] if keys else root, self.prefix[-rest:]))
+            keys.append(tail_key(chain.parent(keys, len(keys)), self.prefix[-rest:]))
         return [(index, keys[index]) for index in sorted(self.lost)]
 
     def own(self, indices: range | list[int]) -> jax.Array:

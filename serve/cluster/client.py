@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from cache.keys import page_keys, root_key
+from cache.keys import PageChain
 from serve.cluster.dispatch import Call, Dispatch
 from serve.cluster.report import Report, difference
 from serve.cluster.wire import Refused, pack, unpack_events
@@ -142,7 +142,7 @@ class ClusterEngine:
     def call(self, request: GenerationRequest) -> Call:
         """A request with what the router needs to know of it."""
         size = self.settings.page_size
-        keys = page_keys(root_key(self.fingerprint, size, request.salt), request.tokens, size)
+        keys = PageChain(self.fingerprint, size, request.salt, request.head).keys(request.tokens)
         id = secrets.token_hex(8)
         routed = RoutedRequest(id, short_keys(keys), len(request.tokens), size, request.agent, request.session)
         return Call(pack(request), request.constraint is not None, routed, self.dispatch)

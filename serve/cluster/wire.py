@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.engine.inbox import Overloaded
 from serve.engine.request import Constraint, Event, GenerationRequest
+from serve.limits.recent import SCOPE
 from serve.prompt import masks
 
 VERSION = 4  # of these bytes and of `serve.cluster.report`; parts of different versions refuse each other
@@ -39,13 +40,9 @@ class _Packer(pickle.Pickler):
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, data: bytes, constraint: Callable[[str], Constraint]) -> None:
-        super().__init__(io.BytesIO(data))
-        self.constraint = constraint
-
-    def persistent_load(self, text: Any) -> Constraint:
-        """The constraint of a grammar's text, at its start."""
-        return self.constraint(text)
+    def persistent_load(self, text: Any) -> Any:
+        """The text of a grammar."""
+        return text
 
 
 def pack(request: GenerationRequest) -> bytes:
@@ -56,9 +53,19 @@ def pack(request: GenerationRequest) -> bytes:
 
 
 def unpack(data: bytes, constraint: Callable[[str], Constraint]) -> GenerationRequest:
-    """The request that `pack` packed; `constraint` compiles a grammar's text, and what it raises is raised."""
-    request: GenerationRequest = _Unpacker(data, constraint).load()
-    return request
+    """The request that `pack` packed; `constraint` compiles a grammar's text, and what it raises is raised.
+
+    It compiles for the request's owner: a grammar that another's request has compiled would be there sooner.
+    """
+    request: GenerationRequest = _Unpacker(io.BytesIO(data)).load()
+    text: Any = request.constraint
+    if not isinstance(text, str):
+        return request
+    scope = SCOPE.set(request.owner)
+    try:
+        return replace(request, constraint=constraint(text))
+    finally:
+        SCOPE.reset(scope)
 
 
 def pack_events(events: Sequence[Event] | Refused) -> bytes:

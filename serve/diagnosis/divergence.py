@@ -48,6 +48,7 @@ class RememberedRequest:
     model: str  # identifies the weights
     salt: bytes = b""
     key: str = ""  # the name of the API key that sent it; "" where keys have none
+    head: int = 0  # tokens at its start that may have come from another scope
 
     @property
     def scope(self) -> tuple[bytes, str]:
@@ -295,9 +296,13 @@ def text_mismatch(matches: NearestMatches) -> Mismatch | None:
 
 
 def unknown_mismatch(matches: NearestMatches) -> Mismatch:
-    """The mismatch if no remembered sequence explains it: at the end of what the cache matched."""
+    """The mismatch if no remembered sequence explains it: at the end of what the cache matched.
+
+    A shared head comes from others, of which nothing is to be told.
+    """
     at = matches.reused
-    return Mismatch(at, matches.difference_at(at, "no_longer_tracked" if at else "new_content"), at)
+    cause = "no_longer_tracked" if at > matches.new.head else "new_content"
+    return Mismatch(at, matches.difference_at(at, cause), at)
 
 
 def report_divergence(

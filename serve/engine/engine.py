@@ -130,7 +130,7 @@ class Engine:
         """Queue a request; `emit` is called on the engine's thread with each of its events. Returns its number.
 
         Raises Overloaded when the queue is full or the engine has stopped, ValueError when prompt and one token exceed
-        `max_model_len`, and for numbers that no step can take.
+        `max_model_len`, for numbers that no step can take, and for a head that is not whole pages of the prompt.
         """
         check_numbers(request)
         settings = self.settings
@@ -138,6 +138,8 @@ class Engine:
         longest = settings.max_model_len - len(prompt)
         if len(prompt) == 0 or longest < 1:
             raise ValueError(f"prompt has {len(prompt)} tokens, expected 1 to {settings.max_model_len - 1}")
+        if request.head % settings.page_size or not 0 <= request.head < len(prompt):
+            raise ValueError(f"head has {request.head} tokens, expected whole pages of a prompt of {len(prompt)}")
         tokens = np.zeros(len(prompt) + min(request.max_tokens, longest), np.int32)
         tokens[: len(prompt)] = prompt
         with self.inbox.changed:

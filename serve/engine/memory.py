@@ -40,11 +40,11 @@ class Memory:
 
     def cached_tokens(self, sequence: Sequence) -> int:
         """How many tokens of a sequence are cached, from token zero on; this is not a use of them."""
-        return self.prefix_cache.peek(sequence.matchable_tokens, sequence.request.salt)
+        return self.prefix_cache.peek(sequence.matchable_tokens, sequence.request.salt, sequence.request.head)
 
     def match(self, sequence: Sequence) -> Lease:
         """A lease of the longest cached prefix of a sequence."""
-        return self.prefix_cache.match(sequence.matchable_tokens, sequence.request.salt)
+        return self.prefix_cache.match(sequence.matchable_tokens, sequence.request.salt, sequence.request.head)
 
     def refresh_match(self, sequence: Sequence) -> None:
         """Use what another request has computed of the same prompt since this sequence was matched last."""

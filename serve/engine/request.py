@@ -37,6 +37,7 @@ class GenerationRequest:
     stop_ids: frozenset[int] = frozenset()  # the answer ends before one of these
     sampling: SamplingParams = GREEDY
     salt: bytes = b""  # only requests of the same salt share pages
+    head: int = 0  # but for so many tokens, whole pages at the start of the prompt: those all requests share
     constraint: Constraint | None = None
     agent: str = ""  # whose requests follow each other, for a router; "" if unknown
     session: str = ""  # that the agent belongs to

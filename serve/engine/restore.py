@@ -149,9 +149,9 @@ class Restorer:
         tokens, page_size = sequence.matchable_tokens, self.page_size
         full = len(tokens) // page_size
         self.names.extend(sequence, full)
-        keys, root = sequence.keys[:full], self.names.parent(sequence, 0)
+        keys, parents = sequence.keys[:full], self.names.parents(sequence, full)
         first, used = held // page_size, sequence.used
-        looking = attempted(lambda: self.tiers.look(root, keys, tokens.copy(), first, page_size, used))
+        looking = attempted(lambda: self.tiers.look(parents, keys, tokens.copy(), first, page_size, used))
         self.cancel(sequence)
         self.restores[sequence.number] = Restore(looking, held, time.monotonic())
         looking.add_done_callback(lambda _: self.wake())

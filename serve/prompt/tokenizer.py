@@ -209,6 +209,16 @@ def encode_fast(hf: Any, texts: list[str]) -> list[Any]:
     return encodings
 
 
+def remember_no_words(hf: Any) -> None:
+    """Let a fast tokenizer keep no tokenised words, which would be tokenised sooner for whoever sends them next.
+
+    Texts are remembered by `encode`, for each caller apart.
+    """
+    resize = getattr(hf.backend_tokenizer.model, "_resize_cache", None)  # BPE and Unigram have such a cache
+    if resize is not None:
+        resize(0)
+
+
 def refuse_too_many_tokens(hf: Any, text: str, most: int) -> None:
     """Raise TooManyTokens for a text of far more than `most` tokens, without tokenising all of it.
 

@@ -21,15 +21,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.proxy.chat import chat_route
+from serve.proxy.access import AccessMiddleware
 from serve.proxy.fleet import Fleet
 from serve.proxy.forward import Proxy, answers_health
 from serve.proxy.metrics import health_of, metrics_page
 from serve.proxy.reports import Reports
 from serve.proxy.upstream import Upstream
-from serve.web.access import OPEN_PATHS, admits, error_response
 from serve.web.assets import PAGE
-from serve.web.browsers import BrowserRules, Refusal
+from serve.web.browsers import BrowserRules
+from serve.web.keys import Keys, reloading, viewer_of
 from serve.web.pages import ASSET_ROUTES, get_asset, get_request, latest_records, wants_page
 
 KEEP_ALIVE_SECONDS = 4.0  # of an idle connection: uvicorn closes it after 5
@@ -40,13 +40,14 @@ def create_proxy(
     upstreams: Sequence[Upstream],
     rules: frozenset[str],
     reports: Reports | None = None,
-    api_key: str | None = None,
+    keys: Keys | None = None,
     browsers: BrowserRules | None = None,
     outer: Sequence[Middleware] = (),
 ) -> Starlette:
     """The application before one engine, or before several that serve the same models.
 
-    `browsers` are the rules for a proxy without a key; `outer` is what every request meets first.
+    `keys` are those that clients have to send; `browsers` are the rules for a proxy without one; `outer` is what every
+    request meets first.
     """
     pool = httpcore.AsyncConnectionPool(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS
@@ -57,7 +58,8 @@ def create_proxy(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         watching = asyncio.ensure_future(fleet.watch(partial(answers_health, pool))) if fleet.several else None
-        yield
+        with reloading(keys):
+            yield
         if watching:
             watching.cancel()
         await pool.aclose()
@@ -66,7 +68,7 @@ def create_proxy(
     forward = Proxy(fleet, pool, rules, reports)
     app = Starlette(
         routes=[*own_routes(fleet), *routes(forward)],
-        middleware=[*outer, Middleware(AccessMiddleware, api_key=api_key, browsers=browsers)],
+        middleware=[*outer, Middleware(AccessMiddleware, keys=keys, browsers=browsers)],
         lifespan=lifespan,
     )
     app.state.records = reports
@@ -104,9 +106,10 @@ def routes(forward: ASGIApp) -> list[BaseRoute]:
 async def get_requests(request: Request) -> Response:
     """`GET /v1/requests`: what the server has there, and how many requests passed without rules or report, and why."""
     reports: Reports = request.app.state.records
+    viewer = viewer_of(request.scope)
 
     def encode() -> bytes:
-        return msgspec.json.encode(latest_records(reports) | reports.left_out())
+        return msgspec.json.encode(latest_records(reports, viewer) | (reports.left_out() if viewer is None else {}))
 
     return Response(await run_in_threadpool(encode), media_type="application/json")
 
@@ -122,34 +125,3 @@ class Root:
         request = Request(scope)
         app = await get_asset(PAGE, request) if wants_page(request) else self.forward
         await app(scope, receive, send)
-
-
-class AccessMiddleware:
-    """The check of the API key, or without one of what browsers may do, before every route."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None, browsers: BrowserRules | None) -> None:
-        self.app, self.key, self.browsers = app, api_key, browsers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse the request, or pass it on."""
-        refusal = self.refusal(scope) if scope["type"] == "http" else None
-        if refusal:
-            form = {**scope, "path": chat_route(scope["path"]) or scope["path"]}
-            await error_response(form, *refusal)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def refusal(self, scope: Scope) -> Refusal | None:
-        """Why a request may not pass."""
-        if self.key and not self.admits(scope):
-            return Refusal(401, "invalid x-api-key")
-        path = scope["path"]
-        # Files are sent to other routes in other forms. Some engines generate at `POST /`.
-        json_only = path == "/" or chat_route(path) is not None
-        return self.browsers.refusal(scope, path, json_only) if self.browsers else None
-
-    def admits(self, scope: Scope) -> bool:
-        """Whether a request may pass."""
-        # Some engines generate at `POST /`.
-        is_open = scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
-        return is_open or admits(self.key or "", dict(scope["headers"]))

@@ -27,6 +27,7 @@ class Chat:
     received: float  # when its last byte arrived, by `time.perf_counter`
     held_s: float  # how long decoding and the rules took, and reading the prompt
     salt: str = ""  # the cache salt that its header names
+    key: str = ""  # the name of the API key that sent it
     prompt: Prompt | None = None  # to choose an upstream by, where there are several
 
 

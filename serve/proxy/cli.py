@@ -23,6 +23,7 @@ from serve.web.flags import (
     address_problem,
     allow_host_flag,
     allow_origin_flag,
+    api_key_file_flag,
     api_key_flag,
     config_flag,
     flag,
@@ -34,6 +35,7 @@ from serve.web.flags import (
     show_config_flag,
     sources_field,
 )
+from serve.web.keys import keys_problem, open_keys
 from serve.web.settings import parse_flags
 
 SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
@@ -54,6 +56,7 @@ class ProxyConfig:
     host: str = host_flag(GROUP)
     port: int = port_flag(GROUP, 8080)
     api_key: str | None = api_key_flag(GROUP)
+    api_key_file: Path | None = api_key_file_flag(GROUP)  # noqa: RUF009 - a dataclass field
     allow_host: str = allow_host_flag(GROUP)
     allow_origin: str = allow_origin_flag(GROUP)
     upstream_api_key: str | None = flag(
@@ -75,6 +78,11 @@ class ProxyConfig:
     config: Path | None = config_flag(GROUP)  # noqa: RUF009 - a dataclass field
     show_config: bool = show_config_flag(GROUP)
     sources: Mapping[str, str] = sources_field()
+
+    @property
+    def keyed(self) -> bool:
+        """Whether clients have to send a key."""
+        return bool(self.api_key or self.api_key_file)
 
     @property
     def rules(self) -> frozenset[str]:
@@ -109,7 +117,8 @@ def problem_of(config: ProxyConfig) -> str | None:
         _ = config.rules, config.engines
     except ValueError as error:
         return str(error)
-    return address_problem(config, bool(config.api_key)) or range_problem(config)
+    problem = address_problem(config, config.keyed) or range_problem(config)
+    return problem or keys_problem(config.api_key, config.api_key_file)
 
 
 def make_reports(model: str | None, show_prompt_text: bool) -> Reports:
@@ -136,8 +145,9 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         sys.exit(f"proxy: {error}")
     sys.setswitchinterval(SWITCH_SECONDS)
-    browsers = browser_rules(config, keyed=bool(config.api_key))
-    app = create_proxy(upstreams, rules, reports, config.api_key, browsers, cors(config))
+    keys = open_keys(config.api_key, config.api_key_file)
+    browsers = browser_rules(config, config.keyed)
+    app = create_proxy(upstreams, rules, reports, keys, browsers, cors(config))
     uvicorn.run(
         app,
         host=config.host,

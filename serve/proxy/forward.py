@@ -107,6 +107,7 @@ class Proxy:
             received=received,
             held_s=held_s,
             salt=request.headers.get(SALT_HEADER, ""),
+            key=key.name if (key := request.scope.get("key")) else "",
             prompt=prompt,
         )
 

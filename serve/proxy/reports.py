@@ -94,14 +94,15 @@ class Reports:
         try:
             request = read_prompt(chat.body, APIS[chat.path])
             rendered = self.render(request, False)
-            new = RememberedRequest(chat.id, request, rendered, rendered.tokens, request.model, salt_of(chat))
+            salt, key = salt_of(chat), chat.key
+            new = RememberedRequest(chat.id, request, rendered, rendered.tokens, request.model, salt, key)
             # The proxy does not know what the engine's cache holds: at best, what the nearest prompt shares.
             _, shared = nearest(
                 new.tokens,
                 [o for o in self.divergences.remembered.values() if (o.model, o.scope) == (new.model, new.scope)],
             )
             self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
-            self.volatility.observe(chat.agent, request)
+            self.volatility.observe(chat.agent, request, chat.key)
         except InvalidRequest as error:  # the engine may support what this package does not
             self.without_report.note("unread", f"POST {chat.path}: no report: {error}")
             return False

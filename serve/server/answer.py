@@ -196,7 +196,8 @@ def report_divergence(
     """Report what a request found in the cache and why it did not find more; return the `diagnostics` it asked for."""
     request, rendered, salt = prepared.message, prepared.prompt, prepared.generation.salt
     model, key = context.engine.fingerprint.hex(), prepared.request_context.owner
-    new = RememberedRequest(prepared.id, request, rendered, rendered.tokens, model, salt, key)
+    head = prepared.generation.head
+    new = RememberedRequest(prepared.id, request, rendered, rendered.tokens, model, salt, key, head)
     asked = request.diagnostics
     diagnostics: Diagnostics | UnsetType | None = UNSET
     try:

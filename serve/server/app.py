@@ -40,7 +40,7 @@ from serve.server.callers import in_own_thread, request_context_of
 from serve.server.context import ServerContext
 from serve.server.engine_client import EngineClient
 from serve.server.heartbeat import heartbeat
-from serve.server.key_metrics import KeyCollector, reloading
+from serve.server.key_metrics import KeyCollector
 from serve.server.middleware import RequestGuardMiddleware, limit_response
 from serve.server.prepare import Prepared, prepare, prompt_length
 from serve.server.trim import trim_while_idle
@@ -48,7 +48,7 @@ from serve.web.access import error_response
 from serve.web.assets import PAGE
 from serve.web.browsers import browser_rules, cors
 from serve.web.headers import APPLIED_HEADER
-from serve.web.keys import LimitReached, open_keys, viewer_of
+from serve.web.keys import LimitReached, open_keys, reloading, viewer_of
 from serve.web.pages import (
     ASSET_ROUTES,
     MAX_LISTED_RULES,

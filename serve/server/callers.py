@@ -12,7 +12,7 @@ from starlette.requests import Request
 from serve.api.messages import InvalidRequest
 from serve.limits.recent import SCOPE
 from serve.rules.normalize import parse_rules
-from serve.server.config import NOTHING
+from serve.server.config import EVERYTHING, HEADS
 from serve.server.context import RequestContext, ServerContext, unrendered
 from serve.web.agents import sender_of
 from serve.web.headers import RULES_HEADER, SALT_HEADER
@@ -34,11 +34,14 @@ def request_context_of(request: Request, context: ServerContext) -> RequestConte
     key = headers.get("x-api-key") or headers.get("authorization") or ""
     salt, agent = headers.get(SALT_HEADER, "").encode(), headers.get("user-agent", "")
     admission: Admission | None = request.scope.get("admission")
-    if admission and admission.key.name and context.config.share_prefix == NOTHING:
+    shared, shares_head = context.config.share_prefix, False
+    if admission and admission.key.name and shared != EVERYTHING:
+        shares_head = shared == HEADS and not salt  # a salt asks to share nothing
         # The name in place of the key, so that a new key of the same name goes on with its sessions.
         key, salt = admission.key.name, private_salt(admission.key.name, salt)
         SCOPE.set(admission.key.name)  # of this request's task, and of the threads that work for it
-    return RequestContext(rules_of(request, context), salt, key.encode(), agent, sender_of(headers), admission)
+    rules = rules_of(request, context)
+    return RequestContext(rules, salt, key.encode(), agent, sender_of(headers), admission, shares_head)
 
 
 def rules_of(request: Request, context: ServerContext) -> frozenset[str]:

@@ -17,6 +17,7 @@ from serve.web.flags import (
     address_problem,
     allow_host_flag,
     allow_origin_flag,
+    api_key_file_flag,
     api_key_flag,
     config_flag,
     flag,
@@ -34,7 +35,7 @@ from serve.web.settings import parse_flags
 MAX_SPECULATIVE_TOKENS = 15
 MODEL, HTTP, PROMPTS, ANSWERS = "model", "server", "prompt stability", "answers"
 ENGINE, STORE, AUDIT, CONFIGURATION = "engine", "store", "audit", "configuration"
-NOTHING, EVERYTHING = "none", "all"  # that keys share
+NOTHING, HEADS, EVERYTHING = "none", "tools-system", "all"  # that keys share
 
 
 def size_flag(help: str, group: str, default: str | None, shown: str | None = None) -> Any:
@@ -78,18 +79,27 @@ class ServerConfig:
     host: str = host_flag(HTTP)
     port: int = port_flag(HTTP, 8000)
     api_key: str | None = api_key_flag(HTTP)
-    api_key_file: Path | None = flag(  # noqa: RUF009 - a dataclass field
-        "several keys by their hashes, a line each, with names and limits; read again on SIGHUP: see serve/README.md",
-        HTTP,
-        None,
-        metavar="FILE",
-        parse=Path,
-    )
+    api_key_file: Path | None = api_key_file_flag(HTTP)  # noqa: RUF009 - a dataclass field
     share_prefix: str = flag(
-        "what keys of --api-key-file may read of each other's prompts in the cache: none or all of a common prefix",
+        "what keys of --api-key-file may read of each other's prompts in the cache: nothing, tools and system text "
+        "that several keys have sent, or all of a common prefix",
         HTTP,
         NOTHING,
-        choices=(NOTHING, EVERYTHING),
+        choices=(NOTHING, HEADS, EVERYTHING),
+    )
+    share_after: int = flag(
+        "different keys that have to send the same tools and system text before these are shared",
+        HTTP,
+        3,
+        metavar="KEYS",
+        least=2,
+    )
+    share_heads: Path | None = flag(  # noqa: RUF009 - a dataclass field
+        "captured requests, a file or a folder of them, whose tools and system text are shared from the start",
+        HTTP,
+        None,
+        metavar="PATH",
+        parse=Path,
     )
     allow_host: str = allow_host_flag(HTTP)
     allow_origin: str = allow_origin_flag(HTTP)
@@ -267,6 +277,10 @@ def problem_of(config: ServerConfig) -> str | None:
     problem = address_problem(config, config.keyed) or range_problem(config)
     if problem or (problem := keys_problem(config.api_key, config.api_key_file)):
         return problem
+    if config.share_heads and config.share_prefix != HEADS:
+        return f"--share-heads: expected --share-prefix {HEADS} beside it, found {config.share_prefix}"
+    if config.share_heads and not config.share_heads.exists():
+        return f"--share-heads: {config.share_heads}: expected a captured request or a folder of them, found none"
     if config.quantize and config.tp > 1:
         return f"--quantize: quantised weights are not divided over devices yet, got --tp {config.tp}: leave out one"
     try:

@@ -20,11 +20,12 @@ from serve.prompt.masks import constraint_of, make_constrainer
 from serve.prompt.relax import keyword_label
 from serve.prompt.replay import ReplayLog
 from serve.prompt.signing import signing_key
-from serve.prompt.tokenizer import Tokenizer
+from serve.prompt.tokenizer import Tokenizer, remember_no_words
 from serve.rules.log import SHAPE_BYTES, SHAPES
-from serve.server.config import ServerConfig
+from serve.server.config import EVERYTHING, HEADS, ServerConfig
 from serve.server.engine_client import EngineClient
 from serve.server.metrics import EngineCollector, Memory, MemoryCollector, ServerMetrics
+from serve.server.shared_heads import FILE, SharedHeads, open_heads
 from serve.web.agents import Sender
 from serve.web.keys import Admission
 from serve.web.request_status import RequestStatuses
@@ -54,6 +55,7 @@ class ServerContext:
     volatility: Volatility
     statuses: RequestStatuses
     savings: Savings
+    heads: SharedHeads | None = None  # None where keys share none
     reported: set[str] = field(default_factory=set)  # preambles, types of blocks and of tools that were logged already
 
 
@@ -67,6 +69,7 @@ class RequestContext:
     agent: str = ""  # the client's name, from its user-agent header
     sender: Sender = NOBODY
     admission: Admission | None = None  # of the request, where keys are checked
+    shares_head: bool = False  # with other keys, where that of its prompt is shared
 
     @property
     def owner(self) -> str:
@@ -84,13 +87,15 @@ def make_context(
     """Open what a server needs besides its engine: the log of recorded answers, the signing key, grammars, reports.
 
     `constrain` replaces the grammars that requests demand of their answers. Raises StoreError and OSError for a store
-    that cannot be used, ValueError for a tokenizer that constrained decoding cannot read, and for a rule that its chat
-    template does not allow.
+    that cannot be used, ValueError for a tokenizer that constrained decoding cannot read, for a rule that its chat
+    template does not allow, and for a file of `--share-heads` that holds no request with a head.
     """
     rules, bounds, show_text = config.rules, config.bounds, not config.no_prompt_text_in_reports
     if problem := unrendered(tokenizer, rules):
         raise ValueError(f"--normalize {problem}")
     pdf.remembered.most_bytes = bounds.documents
+    if config.api_key_file and config.share_prefix != EVERYTHING:
+        remember_no_words(tokenizer.hf)
     grammars: dict[str, Memory] = {}
     metrics = ServerMetrics()
     if constrain is None:
@@ -120,11 +125,19 @@ def make_context(
         volatility=Volatility(show_text, bounds.volatility),
         statuses=RequestStatuses(bounds.statuses),
         savings=Savings(bounds.savings),
+        heads=shared_heads(engine, tokenizer, config) if config.share_prefix == HEADS else None,
     )
     if isinstance(engine, Engine):  # another has figures of its own
         metrics.registry.register(EngineCollector(engine))
     metrics.registry.register(MemoryCollector(memories(context) | grammars))
     return context
+
+
+def shared_heads(engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig) -> SharedHeads:
+    """The heads that keys share; raises what `open_heads` raises."""
+    file = config.state_dir and config.state_dir / FILE
+    heads = SharedHeads(engine.fingerprint, engine.settings.page_size, config.share_after, file)
+    return open_heads(heads, config.share_heads, tokenizer, config.rules)
 
 
 def grammar_constraints(
@@ -156,6 +169,7 @@ def memories(context: ServerContext) -> dict[str, Memory]:
     volatility, statuses, savings = context.volatility, context.statuses, context.savings
     auditor = auditor_of(context.engine) if isinstance(context.engine, Engine) else None
     audited = auditor.settings.sample_bytes if auditor else 0
+    shared = context.heads
     return {
         "segments": Memory(lambda: segments.bytes + heads.bytes, segments.most_bytes + heads.most_bytes),
         "answers": Memory(lambda: replay.remembered_bytes, int(replay.memory.maxsize)),
@@ -166,6 +180,7 @@ def memories(context: ServerContext) -> dict[str, Memory]:
         "savings": Memory(lambda: savings.bytes, savings.max_links * LINK_BYTES),
         "audits": Memory(lambda: auditor.records.bytes if auditor else 0, audited),
         "documents": Memory(lambda: pdf.remembered.bytes, pdf.remembered.most_bytes),
+        "heads": Memory(lambda: shared.remembered_bytes if shared else 0, shared.most_bytes if shared else 0),
         "preambles": Memory(lambda: SHAPE_BYTES * len(context.reported), SHAPE_BYTES * SHAPES),
     }
 

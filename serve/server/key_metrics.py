@@ -1,11 +1,8 @@
-"""What each key of a file has used, for `/metrics`, and the signal at which the file is read again."""
+"""What each key of a file has used, for `/metrics`."""
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -56,19 +53,3 @@ class KeyCollector(Collector):
         """The figures of the keys."""
         usages = {name: usage for name, usage in list(self.keys.usages.items()) if self.only in (None, name)}
         yield from read_figures(KEYS, usages)
-
-
-@contextmanager
-def reloading(keys: Keys | None) -> Iterator[None]:
-    """Read the file of keys again at each SIGHUP, where this is the process's own event loop."""
-    loop = asyncio.get_running_loop()
-    if keys is None or keys.path is None:
-        yield
-        return
-    try:
-        loop.add_signal_handler(signal.SIGHUP, keys.reload)
-    except (RuntimeError, ValueError):  # not on the main thread, or no such signals here
-        yield
-        return
-    yield
-    loop.remove_signal_handler(signal.SIGHUP)

@@ -67,6 +67,11 @@ def prepare(
     room = limit - len(rendered.tokens)
     if room < 1:
         raise too_long(len(rendered.tokens), limit - 1)
+    head = 0
+    if context.heads and request_context.shares_head:
+        with phases.timed("render"):
+            tools_first, owner = "tools-first" in request_context.rules, request_context.owner
+            head = context.heads.length(normalized.request, rendered.tokens, context.tokenizer, tools_first, owner)
     with phases.timed("constrain"):
         constraint = context.constrain(normalized.request, rendered.thinking) if message.max_tokens else None
     generation = GenerationRequest(
@@ -80,6 +85,7 @@ def prepare(
             seed=seed_of(message),
         ),
         salt=request_context.salt,
+        head=head,
         constraint=constraint,
         agent=own_id(request_context, request_context.sender.agent),
         session=own_id(request_context, request_context.sender.session),

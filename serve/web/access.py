@@ -1,9 +1,6 @@
-"""What needs no key, the proxy's check of its key, and errors in the form of the API that a request is for."""
+"""What needs no key, and errors in the form of the API that a request is for."""
 
 from __future__ import annotations
-
-import hmac
-from collections.abc import Mapping
 
 from starlette.responses import Response
 from starlette.types import Scope
@@ -13,14 +10,6 @@ from serve.api.openai.errors import error_body, is_openai, status_of
 from serve.web.assets import ASSETS
 
 OPEN_PATHS = ("/", "/health", "/ready", "/api/hello", *ASSETS)  # the dashboard asks for the key itself
-
-
-def admits(key: str, headers: Mapping[bytes, bytes]) -> bool:
-    """Whether x-api-key or a Bearer token equals the key, compared in constant time; a client may send both."""
-    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-    bearer = token.strip() if scheme.lower() == b"bearer" else b""
-    expected = key.encode()
-    return hmac.compare_digest(headers.get(b"x-api-key", b""), expected) | hmac.compare_digest(bearer, expected)
 
 
 def error_response(scope: Scope, status: int, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -156,6 +156,17 @@ def api_key_flag(group: str) -> Any:
     )
 
 
+def api_key_file_flag(group: str) -> Any:
+    """The field `api_key_file`."""
+    return flag(
+        "several keys by their hashes, a line each, with names and limits; read again on SIGHUP: see serve/README.md",
+        group,
+        None,
+        metavar="FILE",
+        parse=Path,
+    )
+
+
 def allow_host_flag(group: str) -> Any:
     """The field `allow_host`."""
     return flag(

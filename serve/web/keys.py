@@ -11,12 +11,15 @@ Only hashes are kept. A key is taken from random bytes, not from a head, since i
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import re
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,3 +278,19 @@ def private_salt(name: str, salt: bytes) -> bytes:
     another key, nor can one of a server without keys that shares the store.
     """
     return b"\0key\0" + name.encode() + b"\0" + salt
+
+
+@contextmanager
+def reloading(keys: Keys | None) -> Iterator[None]:
+    """Read the file of keys again at each SIGHUP, where this is the process's own event loop."""
+    loop = asyncio.get_running_loop()
+    if keys is None or keys.path is None:
+        yield
+        return
+    try:
+        loop.add_signal_handler(signal.SIGHUP, keys.reload)
+    except (RuntimeError, ValueError):  # not on the main thread, or no such signals here
+        yield
+        return
+    yield
+    loop.remove_signal_handler(signal.SIGHUP)

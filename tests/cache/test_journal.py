@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache.journal import Journal, Listed, ListedPages
-from cache.keys import page_keys, root_key
+from cache.keys import PageChain
 from cache.pool import PoolExhausted
 from cache.prefix_cache import PrefixCache
 from cache.radix_tree import Node
@@ -20,17 +20,18 @@ def keys_in(cache: PrefixCache) -> set[int]:
     """The first 8 bytes of the key of every full page that the tree lists, by walking it."""
     found: set[int] = set()
 
-    def walk(node: Node, before: np.ndarray, salt: bytes) -> None:
+    def walk(node: Node, before: np.ndarray, salt: bytes, head: int) -> None:
         tokens = np.concatenate([before, node.tokens])
-        keys = page_keys(root_key(FINGERPRINT, PAGE, salt), tokens, PAGE)
+        keys = PageChain(FINGERPRINT, PAGE, salt, head).keys(tokens)
         first = node.start // PAGE
         found.update(int.from_bytes(key[:8], "little") for key in keys[first : first + len(node.pages)])
         for child in node.children.values():
-            walk(child, tokens, salt)
+            ends_head = isinstance(child.key, bytes)
+            walk(child, tokens, child.key if ends_head else salt, child.start if ends_head else head)
 
     for root in cache.tree.top.children.values():
         assert isinstance(root.key, bytes)
-        walk(root, np.zeros(0, np.int32), root.key)
+        walk(root, np.zeros(0, np.int32), root.key, 0)
     return found
 
 
@@ -47,8 +48,8 @@ def test_gains_and_losses_add_up_to_what_the_tree_lists(seed: int) -> None:
     told: set[int] = set()
     for _ in range(120):
         tokens = np.asarray([rng.randrange(2) for _ in range(rng.randrange(1, 30))], np.int32)
-        salt = rng.choice([b"", b"other"])
-        lease = cache.match(tokens[:-1], salt)
+        salt, head = rng.choice([b"", b"other"]), min(rng.choice([0, 4, 8]), (len(tokens) - 1) // PAGE * PAGE)
+        lease = cache.match(tokens[:-1], salt, head)
         try:
             lease, _ = cache.extend(lease, len(tokens))
         except PoolExhausted:
@@ -59,7 +60,7 @@ def test_gains_and_losses_add_up_to_what_the_tree_lists(seed: int) -> None:
                 cache.insert(lease, tokens[:end])
         cache.release(lease)
         if rng.random() < 0.1 and len(tokens) > PAGE:
-            cache.drop(tokens, PAGE, salt)
+            cache.drop(tokens, PAGE, salt, head)
         if rng.random() < 0.6:
             gained, lost = (set(keys.tolist()) for keys in listed.take(journal))
             assert not gained & lost

@@ -205,7 +205,8 @@ class Request:
 class StoreAgainstBruteForce(RuleBasedStateMachine):
     """Requests in any interleaving over a simulated device pool, where computing a token writes its id into its slot.
 
-    Ids carry their salt, so that a page read across salts would show.
+    Ids carry their salt, and those of a head that all salts share carry that, so that a page read across salts, or past
+    a head, would show.
     """
 
     @initialize(page_size=st.integers(1, 4), num_pages=st.integers(2, 14))
@@ -234,8 +235,18 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
             self.device[copy.target] = self.device[copy.source]
         return lease
 
-    def matched(self, tokens: list[int], salt: bytes) -> Lease:
-        lease = self.cache.match(np.array(tokens, np.int32), salt)
+    def named(self, tokens: list[int], salt: int, head_pages: int) -> tuple[list[int], bytes, int]:
+        """The same tokens as those of a salt after a head, which ends before the last one."""
+        head = min(head_pages, (len(tokens) - 1) // self.page_size) * self.page_size if tokens else 0
+        return [token + (20 if at < head else 10 * salt) for at, token in enumerate(tokens)], bytes([salt]), head
+
+    def name_of(self, tokens: list[int]) -> tuple[int, int]:
+        """The salt, and the pages of the head, that tokens carry."""
+        head = sum(token >= 20 for token in tokens)
+        return int(any(10 <= token < 20 for token in tokens)), pages_for(head, self.page_size)
+
+    def matched(self, tokens: list[int], salt: bytes, head: int = 0) -> Lease:
+        lease = self.cache.match(np.array(tokens, np.int32), salt, head)
         best = max((shared_length(tokens, other) for other in self.published), default=0)
         assert lease.reused <= best
         if self.cache.stats().pages_evicted == 0:
@@ -256,10 +267,14 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         request.inserted = request.written
 
     @precondition(lambda self: len(self.requests) < 4)
-    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=14), salt=st.sampled_from([0, 0, 0, 1]))
-    def admit(self, tokens, salt):
-        tokens = [token + 10 * salt for token in tokens]
-        lease = self.matched(tokens[:-1], bytes([salt]))
+    @rule(
+        tokens=st.lists(st.integers(0, 2), min_size=1, max_size=14),
+        salt=st.sampled_from([0, 0, 0, 1]),
+        head_pages=st.sampled_from([0, 0, 1, 2]),
+    )
+    def admit(self, tokens, salt, head_pages):
+        tokens, name, head = self.named(tokens, salt, head_pages)
+        lease = self.matched(tokens[:-1], name, head)
         extended = self.extended(lease, len(tokens))
         if extended is None:
             self.cache.release(lease)
@@ -271,9 +286,8 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
     def admit_a_variation_of_what_was_published(self, data, tail):
         base = data.draw(st.sampled_from(self.published))
         base = base[: data.draw(st.integers(0, len(base)))]
-        salt = int(bool(base) and base[0] >= 10)
         if len(self.requests) < 4 and base + tail:
-            self.admit([token - 10 * salt for token in base] + tail, salt)
+            self.admit([token % 10 for token in base] + tail, *self.name_of(base))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), count=st.integers(1, 6), publish=st.booleans())
@@ -305,9 +319,9 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         self.cache.release(request.lease)
         self.requests.remove(request)
 
-    @rule(tokens=st.lists(st.integers(0, 2), max_size=14), salt=st.integers(0, 1))
-    def look_up(self, tokens, salt):
-        self.cache.release(self.matched([token + 10 * salt for token in tokens], bytes([salt])))
+    @rule(tokens=st.lists(st.integers(0, 2), max_size=14), salt=st.integers(0, 1), head_pages=st.integers(0, 2))
+    def look_up(self, tokens, salt, head_pages):
+        self.cache.release(self.matched(*self.named(tokens, salt, head_pages)))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), tail=st.lists(st.integers(0, 2), max_size=4), first=st.integers(0, 2), take=st.booleans())
@@ -316,7 +330,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.requests))
         salt = request.lease.salt[0]
         tokens = np.array(request.tokens + [token + 10 * salt for token in tail], np.int32)
-        full = self.cache.keys(tokens, request.lease.salt)
+        full = self.cache.keys(tokens, request.lease.salt, request.lease.head)
         chosen = [i for i, key in enumerate(full) if i >= first and key not in self.cache.preloaded]
         self.cache.tree.evict(len(chosen))
         chosen = chosen[: self.cache.pool.free_pages]
@@ -333,7 +347,7 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
             first, inside = divmod(request.written, self.page_size)
             if inside and request.written > request.lease.reused:
                 continue  # others may read what it has written in this page
-            keys = self.cache.keys(np.array(request.tokens, np.int32), request.lease.salt)[first:]
+            keys = self.cache.keys(np.array(request.tokens, np.int32), request.lease.salt, request.lease.head)[first:]
             if found := self.cache.preloaded.run(keys):
                 request.lease, tiers = self.cache.adopt(request.lease, first, found)
                 assert tiers == ["disk"] * len(found)
@@ -354,10 +368,11 @@ class StoreAgainstBruteForce(RuleBasedStateMachine):
         tokens = data.draw(st.sampled_from(self.published))
         if not tokens:
             return
-        salt = bytes([int(tokens[0] >= 10)])
+        salt, head_pages = self.name_of(tokens)
         start = data.draw(st.integers(0, (len(tokens) - 1) // self.page_size)) * self.page_size
-        dropped = self.cache.drop(np.array(tokens, np.int32), start, salt)
-        assert all(sequence[: start + 1].tolist() == tokens[: start + 1] for sequence in dropped)
+        head = head_pages * self.page_size
+        dropped = self.cache.drop(np.array(tokens, np.int32), start, bytes([salt]), head)
+        assert all(sequence.tokens[: start + 1].tolist() == tokens[: start + 1] for sequence in dropped)
         self.published = [p[:start] if p[: start + 1] == tokens[: start + 1] else p for p in self.published]
 
     @invariant()

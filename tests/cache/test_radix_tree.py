@@ -19,17 +19,17 @@ def small_tree(num_pages: int = 32, page_size: int = 4) -> RadixTree:
     return RadixTree(PagePool(num_pages), page_size)
 
 
-def put(tree: RadixTree, text: str, salt: bytes = SALT) -> np.ndarray:
+def put(tree: RadixTree, text: str, salt: bytes = SALT, head: int = 0) -> np.ndarray:
     """Insert `text` on pages of its own, which nobody but the tree holds afterwards."""
     pages = tree.pool.allocate(pages_for(len(text), tree.page_size))
-    tree.insert(ids(text), pages, salt)
+    tree.insert(ids(text), pages, salt, head)
     tree.pool.release(pages)
     tree.check()
     return pages
 
 
-def matched(tree: RadixTree, text: str, salt: bytes = SALT) -> int:
-    return tree.match(ids(text), salt)[1]
+def matched(tree: RadixTree, text: str, salt: bytes = SALT, head: int = 0) -> int:
+    return tree.match(ids(text), salt, head)[1]
 
 
 def runs(tree: RadixTree) -> list[str]:
@@ -171,7 +171,7 @@ def test_dropping_from_a_page_on_takes_all_that_goes_on_as_the_sequence_does() -
         put(tree, text)
     dropped = tree.drop(ids("abcdefghij"), 4, SALT)
     tree.check()
-    assert sorted("".join(map(chr, sequence)) for sequence in dropped) == ["abcdefXY", "abcdefghij"]
+    assert sorted("".join(map(chr, sequence.tokens)) for sequence in dropped) == ["abcdefXY", "abcdefghij"]
     assert runs(tree) == ["XY", "abcd", "other"]
     assert matched(tree, "abcdefghij") == 4
     assert tree.pool.free_pages == 32 - 4
@@ -181,11 +181,65 @@ def test_dropping_from_token_zero_leaves_other_sequences_and_salts() -> None:
     tree = small_tree()
     for salt in (b"one", b"two"):
         put(tree, "abcdefgh", salt)
-    assert [len(sequence) for sequence in tree.drop(ids("ab"), 0, b"one")] == [8]
+    assert [len(sequence.tokens) for sequence in tree.drop(ids("ab"), 0, b"one")] == [8]
     tree.check()
     assert matched(tree, "abcdefgh", b"one") == 0
     assert matched(tree, "abcdefgh", b"two") == 8
     put(tree, "abcd", b"one")
+
+
+def test_salts_share_a_head_and_not_a_token_after_it() -> None:
+    tree = small_tree()
+    put(tree, "HEADabcdef", b"one", 4)
+    assert matched(tree, "HEADabcdef", b"two", 4) == 4
+    assert matched(tree, "HEADabcdef", b"one", 4) == 10
+    assert matched(tree, "HEADabcdef", b"one") == 0, "not below a salt's own root"
+    pages = put(tree, "HEADabcdef", b"two", 4)
+    assert matched(tree, "HEADabcdef", b"two", 4) == 10
+    assert tree.match(ids("HEADabcdef"), b"two", 4)[0][1:].tolist() == pages[1:].tolist()
+    assert tree.pool.free_pages == 32 - 5, "the head is there once"
+
+
+def test_a_head_that_begins_another_is_shared_up_to_its_own_end() -> None:
+    tree = small_tree()
+    put(tree, "HEADMOREabcd", b"one", 8)
+    put(tree, "HEADMORExyz", b"two", 4)
+    assert matched(tree, "HEADMOREabcd", b"two", 4) == 8, "its own"
+    assert matched(tree, "HEADMOREabcd", b"three", 4) == 4
+    assert matched(tree, "HEADMOREabcd", b"three", 8) == 8
+    assert matched(tree, "HEADMOREabcd", b"one", 8) == 12
+
+
+def test_a_head_is_evicted_after_what_comes_after_it_and_before_that_never() -> None:
+    tree = small_tree()
+    put(tree, "HEADabcd", b"one", 4)
+    put(tree, "HEADefgh", b"two", 4)
+    for left in (["HEAD", "efgh"], ["HEAD"], []):
+        assert tree.evict(1) == 1
+        tree.check()
+        assert runs(tree) == left
+    assert not tree.top.children
+    assert tree.pool.free_pages == 32
+
+
+def test_dropping_within_a_head_takes_what_all_salts_have_after_it_and_says_whose_it_is() -> None:
+    tree = small_tree()
+    put(tree, "HEADMOREabcd", b"one", 8)
+    put(tree, "HEADMOREefgh", b"two", 8)
+    put(tree, "HEADelse", b"two", 4)
+    dropped = tree.drop(ids("HEADMOREabcd"), 4, b"one", 8)
+    tree.check()
+    assert sorted(("".join(map(chr, each.tokens)), each.salt, each.head) for each in dropped) == [
+        ("HEADMOREabcd", b"one", 8),
+        ("HEADMOREefgh", b"two", 8),
+    ]
+    assert matched(tree, "HEADelse", b"two", 4) == 8
+    after = tree.drop(ids("HEADelse"), 4, b"two", 4)
+    tree.check()
+    assert [(each.salt, each.head) for each in after] == [(b"two", 4)]
+    assert runs(tree) == ["HEAD"]
+    assert tree.evict(9) == 1
+    assert tree.pool.free_pages == 32
 
 
 def test_dropping_what_is_not_there_changes_nothing() -> None:

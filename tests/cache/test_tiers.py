@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import cache.tiers
 from cache.disk import DiskTier
 from cache.host import HostTier
-from cache.keys import all_keys, page_keys, root_key
+from cache.keys import PageChain
 from cache.remote import RemoteTier
 from cache.tier import SEAL, SEARCH_STEP, TieredPages, seal
 from cache.tiers import Tiers
@@ -205,13 +205,13 @@ def test_a_tier_that_raises_costs_the_copies_of_the_others_nothing(
 def test_what_is_forgotten_leaves_all_tiers_even_if_it_waits_to_be_written_and_no_later_lookup_finds_it(
     tmp_path: Path,
 ) -> None:
-    tokens, root = np.arange(30, dtype=np.int32), root_key(b"", 4, b"")
+    tokens, chain = np.arange(30, dtype=np.int32), PageChain(b"", 4, b"")
     tiers = Tiers(str(tmp_path), 64 * MIB, MIB, flush_seconds=60.0)
-    names = page_keys(root, tokens, 4)
-    tails = [key for key in all_keys(root, tokens, 4) if key not in names]
+    names = chain.keys(tokens)
+    tails = [key for key in chain.all_keys(tokens) if key not in names]
     tiers.writer.submit([*names, *tails], 1000, lambda: [b"page"] * (len(names) + len(tails)))
-    forgotten = tiers.forget(root, [tokens], 8, 4)
-    found = tiers.look(root, names, tokens, 0, 4, 1).result(60)
+    forgotten = tiers.forget(chain, [tokens], 8)
+    found = tiers.look([chain.root, *names], names, tokens, 0, 4, 1).result(60)
     assert forgotten.result(60) == 22
     assert [(page.index, page.tokens) for page in found.pages] == [(0, 4), (1, 4)]
     for tier in tiers.pages.tiers:
@@ -224,10 +224,11 @@ def test_what_is_forgotten_leaves_all_tiers_even_if_it_waits_to_be_written_and_n
 def test_what_is_forgotten_is_not_found_again_whatever_comes_late(tmp_path, monkeypatch, late):
     monkeypatch.setattr(cache.tiers, "FORGET_SECONDS", 0.05)
     monkeypatch.setattr(cache.tiers, "FORGET_AGAIN_SECONDS", 0.05)
-    tokens, root, go = np.arange(16, dtype=np.int32), root_key(b"", 4, b""), threading.Event()
+    tokens, chain, go = np.arange(16, dtype=np.int32), PageChain(b"", 4, b""), threading.Event()
     tiers = Tiers(str(tmp_path), 64 * MIB, MIB, flush_seconds=0.01)
     host, disk = tiers.pages.tiers
-    names = page_keys(root, tokens, 4)
+    names = chain.keys(tokens)
+    parents = [chain.root, *names]
     items_of = [(name, b"page") for name in names]
     if late == "a write":
         tiers.writer.submit([], 0, lambda: go.wait(60) and [])
@@ -239,14 +240,14 @@ def test_what_is_forgotten_is_not_found_again_whatever_comes_late(tmp_path, monk
     else:
         disk.put_many(items_of)
         monkeypatch.setattr(disk, "delete", lambda gone, delete=disk.delete: go.is_set() and delete(gone))
-    tiers.forget(root, [tokens], 0, 4).result(60)
-    assert tiers.look(root, names, tokens, 0, 4, 1).result(60).pages == []
+    tiers.forget(chain, [tokens], 0).result(60)
+    assert tiers.look(parents, names, tokens, 0, 4, 1).result(60).pages == []
     go.set()
     deadline = time.monotonic() + 60
     while tiers.pages.hidden:
         assert time.monotonic() < deadline, "they are gone in the end"
         time.sleep(0.01)
-    assert tiers.look(root, names, tokens, 0, 4, 1).result(60).pages == []
+    assert tiers.look(parents, names, tokens, 0, 4, 1).result(60).pages == []
     assert not any(host.contains_many(names) + disk.contains_many(names))
     tiers.close()
 

@@ -140,7 +140,7 @@ class Actor:
 
     def begin(self, number: int, tokens: list[int], held: int) -> int:
         keys, used = chain_keys(tokens), time.time_ns()
-        looking = self.tiers.look(ROOT, keys, np.asarray(tokens, np.int32), held, PAGE_TOKENS, used)
+        looking = self.tiers.look([ROOT, *keys], keys, np.asarray(tokens, np.int32), held, PAGE_TOKENS, used)
         self.requests[number] = keys, used, looking.result(60).pages
         return used
 
@@ -236,7 +236,8 @@ def hang(what: str) -> None:
 
     setattr(tier, what, never)
     tokens, rows = np.arange(8, dtype=np.int32), np.empty((1, 20_000), np.uint8)
-    tiers.look(ROOT, chain_keys(tokens), tokens, 1, PAGE_TOKENS, time.time_ns())
+    named = chain_keys(tokens)
+    tiers.look([ROOT, *named], named, tokens, 1, PAGE_TOKENS, time.time_ns())
     tiers.pages.fetch(keys([0]), rows, lambda fetched: fetched)
     tiers.writer.submit(keys([0]), 20_000, lambda: [page_of(0)])
     if what == "close":

@@ -206,7 +206,7 @@ class TestInjections:
     def test_the_same_tokens_of_another_salt_on_the_device(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         engine = make()
         match = engine.core.memory.prefix_cache.match
-        monkeypatch.setattr(engine.core.memory.prefix_cache, "match", lambda tokens, salt=b"": match(tokens))
+        monkeypatch.setattr(engine.core.memory.prefix_cache, "match", lambda tokens, *_: match(tokens))
         ask(engine, prompt(1), salt=b"a")
         assert audited_until_found(engine, [prompt(1)], salt=b"b") == 1
 

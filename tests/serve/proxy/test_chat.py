@@ -18,6 +18,7 @@ from serve.proxy.relay import end_of_events
 from serve.proxy.reports import Reports
 from serve.proxy.upstream import parse_upstream
 from serve.rules.normalize import DEFAULT_RULES
+from serve.web.keys import only_key
 from serve.web.settings import read_config
 from tests.helpers.http import BILLING, Json, ask, encoded, eventually, text_block
 from tests.serve.proxy.test_proxy import JSON, echo, engine, proxy_of, reply
@@ -271,7 +272,7 @@ class TestUpstreamKey:
 
 
 def test_a_refusal_has_the_form_of_the_api_that_is_meant() -> None:
-    with engine(echo) as url, proxy_of(url, api_key="k") as client:
+    with engine(echo) as url, proxy_of(url, keys=only_key("k")) as client:
         refused = client.post("/openai/chat/completions", json=CHAT).json()
         assert refused["error"]["code"] == "invalid_api_key"
     with proxy_of("http://127.0.0.1:9") as client:

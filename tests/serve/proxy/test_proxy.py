@@ -29,6 +29,7 @@ from serve.proxy.reports import MAX_WAITING, Reports
 from serve.proxy.upstream import parse_upstream
 from serve.rules.body import FIELDS
 from serve.rules.normalize import DEFAULT_RULES
+from serve.web.keys import only_key
 from tests.helpers.http import BILLING, FLAGS, Json, ask, eventually, is_idle, open_request, read_until, text_block
 from tests.helpers.scripted_server import answering
 
@@ -572,7 +573,7 @@ class TestFaults:
         assert found | {"causes": {}} == {"data": [], "volatile": [], "causes": {}}
 
     def test_browsers_see_the_dashboard_and_clients_the_engine(self) -> None:
-        with engine(echo) as url, proxy_of(url, api_key="k") as client:
+        with engine(echo) as url, proxy_of(url, keys=only_key("k")) as client:
             page = client.get("/", headers={"accept": "text/html"})
             assert page.headers["content-type"].startswith("text/html")
             assert client.get("/dashboard/main.js").is_success
@@ -629,7 +630,7 @@ class TestCommand:
         return shown[-1]
 
     def test_the_key_is_asked_for(self) -> None:
-        with engine(echo) as url, proxy_of(url, api_key="k") as client:
+        with engine(echo) as url, proxy_of(url, keys=only_key("k")) as client:
             assert client.get("/v1/requests").status_code == 401
             refused = client.post("/v1/chat/completions", json=HEADERED, headers={"x-api-key": "wrong"})
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
