@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve.cost": {"model.config"},
     "serve.router": {"serve.cost"},
     "serve.engine": {"model", "cache", "serve.cost"},
-    "serve.audit": {"model", "cache", "serve.cost", "serve.engine", "serve.limits"},
+    "serve.audit": {"model", "cache", "serve.cost", "serve.engine", "serve.limits", "serve.web.keys"},
     "serve.web": {"serve.api", "serve.diagnosis", "serve.limits", "serve.rules"},
     "serve.proxy": {
         "serve.api", "serve.cost", "serve.diagnosis", "serve.limits", "serve.prompt", "serve.router", "serve.rules",

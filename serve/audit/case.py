@@ -2,7 +2,7 @@
 
 A file always holds the prompt as token ids, since these are what is computed again. So only its owner may read it (mode
 0600), and only the latest FILES of them are kept. The salt is in it only as a digest, the root key of its pages, from
-which their other keys follow. The replay of a salted sequence takes the salt.
+which their other keys follow. The replay of a salted sequence takes the salt, and that of a named key's the name.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     time: str  # ISO 8601, UTC
     fingerprint: str  # of the model and the dtype of its pages, hexadecimal
     root: str  # key of the pages' parent, hexadecimal: a digest of fingerprint, page size and salt
+    head: int = 0  # tokens whose pages all salts share
     page_size: int
     kv_dtype: str | None = None
     max_prefill_tokens: int
@@ -61,6 +62,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             fingerprint=engine.fingerprint.hex(),
             root=root.hex(),
+            head=record.head,
             page_size=settings.page_size,
             kv_dtype=settings.kv_dtype,
             max_prefill_tokens=settings.max_prefill_tokens,

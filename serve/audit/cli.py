@@ -28,6 +28,7 @@ from serve.cost.model import Constants
 from serve.engine.engine import Engine
 from serve.engine.request import Event, Failed, GenerationRequest, Started, TokenEvent
 from serve.engine.settings import EngineSettings
+from serve.web.keys import private_salt
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,13 +40,13 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--store", metavar="DIR_OR_URL", help="take the pages from there; nothing is written to it")
     cli.add_argument("--store-bytes", type=int, default=1 << 40, help=argparse.SUPPRESS)
     cli.add_argument("--salt", default="", help="the cache salt, where the sequence had one")
+    cli.add_argument("--key", default="", metavar="NAME", help="the name of the API key, where it had one")
     args = cli.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         scaling = parse_rope_scaling(args.rope_scaling) if args.rope_scaling else None
-        lines, differs = replay(
-            read_case(args.file), args.model, args.store, args.store_bytes, args.salt.encode(), scaling
-        )
+        salt = private_salt(args.key, args.salt.encode()) if args.key else args.salt.encode()
+        lines, differs = replay(read_case(args.file), args.model, args.store, args.store_bytes, salt, scaling)
     except (OSError, ValueError, StoreError) as error:
         sys.exit(f"audit: {error}")
     print("\n".join(lines))
@@ -73,14 +74,14 @@ def replay(
     if of_pages.hex() != case.fingerprint:
         raise ValueError(f"--model: {folder} has fingerprint {of_pages.hex()}, the file {case.fingerprint}")
     if root_key(of_pages, case.page_size, salt).hex() != case.root:
-        raise ValueError("--salt: it is not the one of the file's sequence")
+        raise ValueError("--salt: it is not the one of the file's sequence, or --key is not")
     params = arranged(params, case.page_size, consume=True)
     tokens = np.asarray(case.tokens, np.int32)
     settings = settings_for(case)
     audit = AuditSettings(share=float("inf"), quiet_s=0.0, max_tokens=len(tokens))
     # Computing a token takes longer than any tier, so all stored pages are read back.
     slow = Constants(fixed=0.0, linear=1e5, attention=0.0)
-    request = GenerationRequest(tokens, 1, salt=salt)
+    request = GenerationRequest(tokens, 1, salt=salt, head=case.head)
 
     def answers(tiers: Any, times: int) -> tuple[list[tuple[int, Any]], Any]:
         engine = Engine(params, config, settings, fingerprint, tiers, costs=slow)
