@@ -47,7 +47,7 @@ from experiments.workloads.synthetic import Json
 RESULTS = Path("experiments/results/bench/isolation.json")
 VICTIM, ATTACKER = "victim", "attacker"
 OTHERS = ("first", "second")  # who send the same head as the victim
-FLAGS = ("--max-model-len", "8192", "--kv-pool-bytes", "256MiB", "--audit-share", "0")
+FLAGS = ("--max-model-len", "4096", "--kv-pool-bytes", "256MiB", "--audit-share", "0")
 SHARES = ("none", "tools-system", "all")
 WARM_UP = 10  # pairs that are not counted
 REPORT_SECONDS = 10.0

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cache.disk import DiskTier
-from cache.keys import page_keys, root_key, tail_key
+from cache.keys import PageChain, tail_key
 from cache.remote import RemoteTier
 from cache.tier import SEAL
 from model.batch import Batch
@@ -154,14 +154,14 @@ class Truth:
         """The last page of `tokens`, as far as they fill it: [2, layers, kv_heads, filled, head_dim]."""
         return self.of(tokens)[0][:, :, :, (len(tokens) - 1) // PAGE * PAGE : len(tokens)]
 
-    def learn(self, tokens: np.ndarray, salt: bytes) -> None:
+    def learn(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> None:
         """Note that this was said, so that its pages are known by their names, the partly filled ones too."""
-        root = root_key(FINGERPRINT, PAGE, salt)
-        keys = page_keys(root, tokens, PAGE)
+        chain = PageChain(FINGERPRINT, PAGE, salt, head)
+        keys = chain.keys(tokens)
         for length in range(1, len(tokens) + 1):
             full = length // PAGE
             rest = tokens[full * PAGE : length]
-            key = tail_key(keys[full - 1] if full else root, rest) if len(rest) else keys[full - 1]
+            key = tail_key(chain.parent(keys, full), rest) if len(rest) else keys[full - 1]
             self.names.setdefault(key, tokens[:length])
 
 
@@ -186,7 +186,8 @@ def wrong_pages(engine: Engine, truth: Truth) -> list[str]:
     kv = np.stack([np.array(pool.k), np.array(pool.v)])  # [2, layers, pages, kv_heads, page, head_dim]
     paths, found = {}, []
     for node in engine.core.memory.prefix_cache.tree.nodes():
-        path = paths[id(node)] = np.concatenate([paths.get(id(node.parent), node.tokens[:0]), node.tokens])
+        above = node.parent if len(node.parent.tokens) else node.parent.parent  # beyond the end of a head
+        path = paths[id(node)] = np.concatenate([paths.get(id(above), node.tokens[:0]), node.tokens])
         for slot, page in enumerate(node.pages, node.start // PAGE):
             tokens = path[: (slot + 1) * PAGE]
             right = truth.page(tokens)
@@ -208,9 +209,9 @@ def wrong_preloaded(engine: Engine, truth: Truth) -> list[str]:
     return found
 
 
-def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes) -> list[str]:
+def wrong_logits(engine: Engine, truth: Truth, tokens: np.ndarray, salt: bytes, head: int = 0) -> list[str]:
     """What is wrong with the logits of the token that follows what the engine has of `tokens`, over its pages."""
-    pages, length = engine.core.memory.prefix_cache.tree.match(tokens[:-1], salt)
+    pages, length = engine.core.memory.prefix_cache.tree.match(tokens[:-1], salt, head)
     if not length:
         return []
     others = np.setdiff1d(np.arange(SETTINGS.num_pages), pages)

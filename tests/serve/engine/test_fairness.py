@@ -17,7 +17,7 @@ from serve.engine.request import Finished
 from serve.engine.scheduler import ScheduledSequence
 from serve.engine.sequence import DECODING, PREFILLING, Sequence
 from tests.helpers.sequences import running, waiting
-from tests.helpers.tiny_engine import SMALL, assert_same_or_tied, outcome, prompt, reference, submit, tick
+from tests.helpers.tiny_engine import CRAMPED, SMALL, assert_same_or_tied, outcome, prompt, reference, submit, tick
 
 
 def of(owner: str, sequence: Sequence) -> Sequence:
@@ -206,6 +206,33 @@ def test_a_preempted_request_of_a_busy_owner_has_the_same_answer(engine: Engine,
         assert_same_or_tied(model, tokens, answer, reference(model, tokens, len(answer), known), flips)
     engine.core.memory.prefix_cache.check()
     assert not engine.core.memory.prefix_cache.live
+
+
+def ended(events: Any) -> bool:
+    return bool(events.queue) and isinstance(events.queue[-1], Finished)
+
+
+def test_a_prompt_without_room_holds_up_no_other_owner_and_once_cancelled_nobody(model: Any) -> None:
+    engine = Engine(model[1], model[0], CRAMPED, b"fingerprint")
+
+    def ask(owner: str, seed: int, length: int, answer: int) -> tuple[Any, int]:
+        made = submit(engine, prompt(seed, length), answer, owner=owner)
+        for _ in range(8):
+            tick(engine)
+        return made
+
+    ask("a", 1, 40, 200)
+    _, large = ask("a", 2, 300, 4)
+    assert (len(engine.running), len(engine.waiting)) == (1, 1)
+    other, _ = ask("b", 3, 16, 2)
+    assert ended(other), "there is room for it"
+    late, _ = ask("a", 4, 16, 2)
+    assert not ended(late), "its owner's other request has waited longer"
+    engine.cancel(large)
+    for _ in range(8):
+        tick(engine)
+    assert ended(late)
+    assert len(engine.running) == 1, "the first one runs all the time"
 
 
 def test_a_full_queue_of_one_owner_refuses_its_own_requests_only(engine: Engine) -> None:

@@ -165,7 +165,7 @@ def test_a_wrong_page_under_a_valid_seal_is_seen_on_disk_on_the_device_and_in_th
         asked = world.open.pop()
         world.settle(asked)
         assert len(wrong_pages(engine, world.truth)) >= len(wrong)
-        assert wrong_logits(engine, world.truth, asked.said, talk.salt) or not in_logits
+        assert wrong_logits(engine, world.truth, asked.said, talk.salt, asked.head) or not in_logits
         try:
             world.check_answer(asked)
         except AssertionError:

@@ -88,24 +88,24 @@ class TestServed:
         secret = "The PIN of the safe is 4711 and stays secret. " * 6
         for name in ("alice", "bob", "carol"):
             post(of[name], with_head(f"{secret}{name}", "a keeper"))
-        answers = {}
-        for text in (f"{secret}dave", "9 Nothing of the sort"):
-            answer = post(of["dave"], with_head(text, "a keeper"), **{"x-tokenzero-normalize": "none"})
-            eventually(lambda id=answer["id"]: of["dave"].get(f"/v1/requests/{id}").status_code == 200, "a report")
-            report = of["dave"].get(f"/v1/requests/{answer['id']}").json()
-            answers[text] = answer
-            if not text.startswith("9"):
-                assert (report["reused_tokens"], report["cause"]) == (read(answer), "new_content")
-                assert report.get("lost_tokens", 0) == 0
-                assert report["key"] == "dave"
-            sections = {each["section"]: each["start"] for each in report["sections"]}
-        assert read(answers[f"{secret}dave"]) <= sections["messages[0]"]
-        after_own = read(post(of["dave"], with_head("9 Nothing of the sort", "a keeper")))
-        assert after_own == prompt_tokens(answers["9 Nothing of the sort"]["usage"]) - 1, "its own are reused in full"
+        answers = []
+        for name, text in (("dave", f"{secret}dave"), ("erin", "9 Nothing of the sort")):
+            answer = post(of[name], with_head(text, "a keeper"))
+            path = f"/v1/requests/{answer['id']}"
+            eventually(lambda path=path, name=name: of[name].get(path).status_code == 200, "a report")
+            report = of[name].get(path).json()
+            assert (report["reused_tokens"], report["cause"]) == (read(answer), "new_content")
+            assert (report.get("lost_tokens", 0), report["key"]) == (0, name)
+            said = next(each["start"] for each in report["sections"] if each["section"].startswith("messages[0]"))
+            assert read(answer) <= said, "the user's text begins after what was read"
+            answers.append(answer)
+        assert 100 < read(answers[0]) == read(answers[1]), "a right guess is answered as a wrong one"
+        again = read(post(of["erin"], with_head("9 Nothing of the sort", "a keeper")))
+        assert again == prompt_tokens(answers[1]["usage"]) - 1, "its own are reused in full"
 
     def test_one_that_was_named_is_shared_at_once(self, of: dict[str, httpx.Client]) -> None:
         body = with_head("Hello", "named by the operator")
-        assert read(post(of["alice"], body)) == 0
+        assert read(post(of["alice"], body)) < 20, "no more than the start of other shared heads"
         assert read(post(of["bob"], with_head("Good day", "named by the operator"))) > 100
 
     def test_a_salt_asks_to_share_nothing(self, of: dict[str, httpx.Client]) -> None:
