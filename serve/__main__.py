@@ -123,12 +123,11 @@ def program() -> str:
 def command_list() -> str:
     """The commands, one a line."""
     lines = [f"  {name:<9}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            *lines,
-            f"`{program()} COMMAND --help` lists the flags of another command.",
-        ]
-    )
+    lines += [
+        f"`{program()} COMMAND --help` lists the flags of another command,",
+        f"`{program()} --version` the versions.",
+    ]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
