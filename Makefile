@@ -11,15 +11,20 @@ PORT ?= 8000
 # Processes that run the tests; each file's tests run in one of them.
 WORKERS ?= 2
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Packages with the hashes of their files, in requirements/; then the project itself, which has none, by what they brought.
+HASHED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement
+ITSELF := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+# What has no hashes there: the versions of constraints.txt.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 # The GPU extra follows the driver: CUDA 13 needs driver 580 or newer.
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
-CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo ,cuda13 || echo ,cuda12))
+CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo cuda13 || echo cuda12))
 
-.PHONY: help install demo serve chat test test-slow test-clients test-cluster test-frameworks coverage notebooks kernels-interpreted kernels-aot \
-	gpu-bench bench-small lint clean
+.PHONY: help install demo serve chat test test-slow test-clients test-cluster test-frameworks coverage notebooks \
+	kernels-interpreted kernels-aot \
+	gpu-bench bench-small audit sbom lock lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 21
@@ -78,13 +83,24 @@ bench-small: .venv/.installed-test ## time the small steps of a request's host p
 	$(BIN)/python -m pytest experiments/bench/micro.py --benchmark-time-unit=us \
 		--benchmark-columns=min,median,iqr,rounds
 
+audit: .venv/.installed .venv-audit/.installed ## look up known vulnerabilities of what is installed
+	@.venv-audit/bin/python requirements/audit.py
+
+sbom: .venv/.installed .venv-audit/.installed ## write what is installed to .cache/sbom.cdx.json (CycloneDX)
+	@mkdir -p .cache
+	.venv-audit/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --validate \
+		--output-file .cache/sbom.cdx.json $(BIN)/python
+
+lock: .venv-audit/.installed ## renew requirements/, after a change of pyproject.toml or constraints.txt
+	.venv-audit/bin/python requirements/lock.py
+
 lint: .venv/.installed-test ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## remove what the other targets made, but for results
-	rm -rf .venv .venv-312 .venv-aot-* .venv-frameworks .cache
+	rm -rf .venv .venv-312 .venv-aot-* .venv-audit .venv-frameworks .cache
 
 $(MODEL)/config.json: | .venv/.installed
 	$(BIN)/python -m experiments.demo_model $(MODEL)
@@ -93,8 +109,9 @@ $(MODEL)/config.json: | .venv/.installed
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version}"'
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[experiments$(CUDA)]'
+.venv/.installed: pyproject.toml requirements/base.txt $(CUDA:%=requirements/%.txt) | .venv/bin/python
+	$(HASHED) requirements/base.txt $(CUDA:%=--requirement requirements/%.txt)
+	$(ITSELF)
 	@touch $@
 
 .venv/.installed-clients: pyproject.toml constraints.txt .venv/.installed-test
@@ -105,8 +122,18 @@ $(MODEL)/config.json: | .venv/.installed
 	$(PIP) --editable '.[cluster]'
 	@touch $@
 
-.venv/.installed-test: pyproject.toml constraints.txt .venv/.installed
-	$(PIP) --editable '.[test]'
+# torch for CPUs where pip finds it: a tenth of the size of PyPI's.
+.venv/.installed-test: requirements/test.txt requirements/torch.txt requirements/torch-cpu.txt .venv/.installed
+	$(HASHED) requirements/torch-cpu.txt 2>/dev/null || $(HASHED) requirements/torch.txt
+	@touch $@
+
+.venv/.installed-fuzz: requirements/fuzz.txt .venv/.installed-test
+	$(HASHED) requirements/fuzz.txt
+	@touch $@
+
+.venv-audit/.installed: requirements/audit.txt
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
 	@touch $@
 
 # Resolved by uv: with pip, frameworks that pin one another take many minutes.
