@@ -1,15 +1,17 @@
 """Whether the simulator says what real replicas do: TTFT and hits of one plan on four replicas, and simulated.
 
-`python -m experiments.bench.calibration --model DIR`. First as many agents as there are replicas hold sessions at the
-same time, one on each, so that nothing queues: the cost model is fitted to their TTFT, with all replicas at work on
-this machine's cores. Then eight agents hold theirs. What they asked is written as a plan, which the simulator replays
-with the fitted constants.
+`python -m experiments.bench.calibration --model DIR`. First one agent after another holds its session, once all shapes
+are compiled: the cost model is fitted to their TTFT, with nothing else at work. Then as many agents as there are
+replicas hold theirs at the same time, one on each: as much slower as they are than the fit, so few cores do they share.
+Then eight agents hold theirs. What they asked is written as a plan, which the simulator replays with the fitted
+constants on so many cores.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from experiments.harness.client import Timing
 from experiments.harness.other_load import start_watch, warning
 from experiments.harness.provenance import provenance
 from experiments.harness.report import write_json
+from experiments.harness.server import wait_until_compiled
 from experiments.routing.__main__ import make_fleet
 from experiments.routing.gateway import OURS
 from experiments.routing.measure import measure
@@ -37,7 +40,7 @@ from serve.cost.fit import Sample, fit_cost_model
 RESULTS = Path("experiments/results/bench/calibration.json")
 PAGE = 64  # tokens
 MOST_PAGES = 1 << 16  # of a session; each has numbers of its own
-ROUNDS = 2  # of sessions that the cost model is fitted to
+ALONE, TOGETHER = 6, 3  # sessions one after another, and rounds of one session on each replica
 
 Talk = list[Timing]  # one agent's requests, in order
 
@@ -46,6 +49,11 @@ def hold(url: str, numbers: Sequence[int]) -> list[Talk]:
     """Agents' sessions, all at the same time."""
     with ThreadPoolExecutor(len(numbers)) as pool:
         return list(pool.map(lambda number: converse(url, number), numbers))
+
+
+def timings_of(rounds: Iterable[Sequence[Talk]]) -> list[Timing]:
+    """All requests of some rounds."""
+    return [timing for talks in rounds for talk in talks for timing in talk]
 
 
 def plan_of(talks: Sequence[Talk]) -> Workload:
@@ -58,12 +66,18 @@ def plan_of(talks: Sequence[Talk]) -> Workload:
     return Workload("calibration", PAGE, lanes)
 
 
-def engine_of(talks: Sequence[Talk], num_pages: int) -> Engine:
-    """A simulated replica that takes what these requests took, none of which waited for another."""
-    timings = [timing for talk in talks for timing in talk]
+def engine_of(timings: Sequence[Timing], num_pages: int) -> Engine:
+    """A simulated replica that takes what these requests took, beside which nothing was at work."""
     constants = fit_cost_model([Sample(t.prompt_tokens, t.cached_tokens, 0, t.ttft_ms / 1e3) for t in timings])
     steps = [(t.total_ms - t.ttft_ms) / 1e3 / (t.output_tokens - 1) for t in timings if t.output_tokens > 1]
     return Engine(constants, median(steps), 0.0, num_pages, PAGE)
+
+
+def cores_of(timings: Sequence[Timing], engine: Engine) -> float:
+    """The cores that as many agents as there are replicas share, by how much slower they are than each alone."""
+    expected = [engine.constants.ttft_s(t.prompt_tokens, t.cached_tokens) for t in timings]
+    slowness = median(t.ttft_ms / 1e3 / seconds for t, seconds in zip(timings, expected, strict=True))
+    return REPLICAS / max(1.0, slowness)
 
 
 def figures(ttft_s: Sequence[float], hit_rate: float) -> dict[str, float]:
@@ -72,9 +86,9 @@ def figures(ttft_s: Sequence[float], hit_rate: float) -> dict[str, float]:
     return {"ttft_p50_ms": round(p50 * 1e3, 1), "ttft_p90_ms": round(p90 * 1e3, 1), "hit_rate": round(hit_rate, 4)}
 
 
-def simulated(plan: Workload, engine: Engine) -> dict[str, float]:
-    """The figures of a plan on replicas like this one."""
-    fleet = make_fleet(OURS, [engine] * REPLICAS, 0)
+def simulated(plan: Workload, engine: Engine, cores: float) -> dict[str, float]:
+    """The figures of a plan on replicas like this one that share so many cores."""
+    fleet = make_fleet(OURS, [engine] * REPLICAS, 0, cores=cores)
     fleet.run(plan)
     return figures([each.first_token - each.sent for each in fleet.answered], measure(fleet).hit_rate)
 
@@ -85,27 +99,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_argument("--model", required=True, metavar="DIR")
     cli.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="(default: %(default)s)")
     args = cli.parse_args(argv)
-    others, console = start_watch(), Console()
+    console = Console()
     with routed(args.model, "ttft") as server:
-        alone = [talk for i in range(ROUNDS) for talk in hold(server.url, range(100 + 10 * i, 100 + 10 * i + REPLICAS))]
+        wait_until_compiled(server)
+        hold(server.url, [90])  # one more, for what is still slow at first
+        others = start_watch()
+        alone = timings_of(hold(server.url, [number]) for number in range(100, 100 + ALONE))
+        rounds = range(200, 200 + 10 * TOGETHER, 10)
+        together = timings_of(hold(server.url, range(first, first + REPLICAS)) for first in rounds)
         talks = hold(server.url, range(AGENTS))
+        other_load = others()
     token_bytes = bytes_per_token(load_config(Path(args.model)), np.dtype(np.float32))
     engine, plan = engine_of(alone, POOL_MIB * 2**20 // (PAGE * token_bytes)), plan_of(talks)
-    timings = [timing for talk in talks for timing in talk]
+    timings, cores = timings_of([talks]), cores_of(together, engine)
     cached, prompt = sum(t.cached_tokens for t in timings), sum(t.prompt_tokens for t in timings)
-    real, said = figures([t.ttft_ms / 1e3 for t in timings], cached / prompt), simulated(plan, engine)
+    real = figures([t.ttft_ms / 1e3 for t in timings], cached / prompt)
+    said = simulated(plan, engine, cores)
     result: dict[str, Any] = {
         "constants": asdict(engine.constants),
         "step_s": engine.step_s,
+        "cores": round(cores, 2),
         "real": real,
         "simulated": said,
+        "simulated without shared cores": simulated(plan, engine, math.inf),
         "p50_error": round(said["ttft_p50_ms"] / real["ttft_p50_ms"] - 1, 3),
-        "other_load": others(),
+        "other_load": other_load,
     }
     write_plan(args.output.with_name("calibration-plan.json"), plan)
     write_json(args.output, result | provenance(PACKAGES))
-    for name in ("constants", "step_s", "real", "simulated", "p50_error"):
-        console.print(name, result[name])
+    for name, value in result.items():
+        console.print(name, value)
     console.print(warning(result["other_load"]))
 
 

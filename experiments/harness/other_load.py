@@ -1,9 +1,13 @@
-"""How much of the cores' time other processes took while something was measured."""
+"""How much of the cores' time other processes took while something was measured.
+
+Processes that the measuring one started count as its own, if it waits for their end or they run still.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 
@@ -35,5 +39,9 @@ def _busy_s() -> float:
 
 
 def _own_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    own = 0.0
+    for each in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = each.cpu_times()  # children_*: of processes that it has waited for
+            own += times.user + times.system + times.children_user + times.children_system
+    return own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -52,6 +53,39 @@ class Answered:
     lane: int = -1
 
 
+class WorkClock:
+    """How far work is that began at some time, where those at work share a machine's cores.
+
+    Each of n gets a core where there are enough of them, and cores / n of one else (processor sharing). So all are
+    slowed alike, and one clock of work done serves them all.
+    """
+
+    def __init__(self, cores: float) -> None:
+        self.cores = cores
+        self.active: set[int] = set()
+        self.factor = 1.0  # seconds that a second of work takes
+        self.since, self.done = 0.0, 0.0  # seconds of time and of work, when the factor changed last
+
+    def work(self, now: float) -> float:
+        """Seconds of work at a time."""
+        return self.done + (now - self.since) / self.factor if self.cores < math.inf else now
+
+    def real(self, now: float, work: float) -> float:
+        """When so much work is done, as long as nobody comes or goes."""
+        return now + (work - self.work(now)) * self.factor if self.cores < math.inf else work
+
+    def set(self, name: int, active: bool, now: float) -> bool:
+        """Somebody is at work from now on, or is not. Whether that changes the others' pace."""
+        if (name in self.active) == active:
+            return False
+        (self.active.add if active else self.active.remove)(name)
+        factor = max(1.0, len(self.active) / self.cores)
+        if factor == self.factor:
+            return False
+        self.done, self.since, self.factor = self.work(now), now, factor
+        return True
+
+
 @dataclass(eq=False)
 class Fleet:
     """Replicas behind gateways. `run` plays a workload to its end."""
@@ -63,9 +97,12 @@ class Fleet:
     changes: Many[Change] = ()
     shared_store: bool = False
     seed: int = 0
+    cores: float = math.inf  # that all replicas and deliveries share: one each, where there are enough
 
     def __post_init__(self) -> None:
-        """All replicas are there that no change brings."""
+        """All replicas are there that no change brings. Raises ValueError for shared cores and a store together."""
+        if self.shared_store and self.cores < math.inf:
+            raise ValueError("a store's reads take as long on shared cores, which is not simulated: leave one out")
         size = len(self.engines)
         self.meters = Meters(np.zeros(size, np.int64), np.zeros(size))
         self.routers = [self.make_gateway(self.meters, number) for number in range(self.gateways)]
@@ -81,6 +118,7 @@ class Fleet:
         self.sequences = [0] * size
         self.runs = [0] * size  # names a replica's current run: an event of an earlier one is void
         self.quiet = set(range(size))  # replicas without a summary on its way
+        self.clock = WorkClock(self.cores)
         self.rng = random.Random(self.seed)
         late = {change.replica for change in self.changes if change.comes}
         for number in range(size):
@@ -129,7 +167,7 @@ class Fleet:
         answered = self.answered[ticket]
         answered.replica = self.routers[answered.gateway].route(answered.request, ticket, now)
         replica = self.replicas[answered.replica]
-        replica.submit(answered.request, ticket, now)
+        replica.submit(answered.request, ticket, self.clock.work(now))
         self.go_on(now, replica)
 
     def came(self, now: float, ticket: int) -> None:
@@ -144,15 +182,38 @@ class Fleet:
     def go_on(self, now: float, replica: Replica) -> None:
         """Begin a run if there is none, and note when the current one ends."""
         number = replica.number
-        if replica.run is None and replica.next_run(now) is None:
+        if replica.run is None and replica.next_run(self.clock.work(now)) is None:
             wakes = replica.wakes_at()
             if wakes is not None:
                 self.at(max(wakes, now), self.woken, replica)
         self.meters.queued[number] = len(replica.waiting)
         self.meters.used[number] = replica.pages_in_use / replica.engine.num_pages
+        if self.clock.set(number, replica.run is not None, now):
+            for each in self.replicas.values():
+                self.expect_end(now, each)
+        else:
+            self.expect_end(now, replica)
+
+    def expect_end(self, now: float, replica: Replica) -> None:
+        """Note when a replica's run ends, if there is one; what was noted before is void."""
         if replica.run is not None:
-            self.runs[number] += 1
-            self.at(replica.run.ends(replica.engine), self.ran, replica, self.runs[number])
+            self.runs[replica.number] += 1
+            ends = self.clock.real(now, replica.run.ends(replica.engine))
+            self.at(ends, self.ran, replica, self.runs[replica.number])
+
+    def delivered(self, now: float, replica: Replica, sequence: Sequence) -> float:
+        """When a sequence's event reaches its client; until then that takes a core, too."""
+        name, seconds = -1 - self.pushed, self.clock.factor * delivery_s(replica, sequence)
+        if self.cores < math.inf:
+            self.share(now, name, True)
+            self.at(now + seconds, self.share, name, False)
+        return now + seconds
+
+    def share(self, now: float, name: int, active: bool) -> None:
+        """Something besides replicas begins or ends to use a core."""
+        if self.clock.set(name, active, now):
+            for each in self.replicas.values():
+                self.expect_end(now, each)
 
     def woken(self, now: float, replica: Replica) -> None:
         """Pages have come from the store."""
@@ -163,17 +224,17 @@ class Fleet:
         """A replica's run ends, unless it was cut short meanwhile."""
         if self.runs[replica.number] != run or self.replicas.get(replica.number) is not replica:
             return
-        happened = replica.finish_run(now)
+        happened = replica.finish_run(self.clock.work(now))
         for sequence in happened.prefilled:
             answered = self.answered[sequence.ticket]
-            answered.first_token = now + delivery_s(replica, sequence)
+            answered.first_token = self.delivered(now, replica, sequence)
             answered.reused, answered.restored = sequence.reused, sequence.restored
             self.routers[answered.gateway].first_token(sequence.ticket, now, sequence.reused)
             if self.store is not None:
                 self.store.update(sequence.request.pages[sequence.reused // replica.engine.page_size :].tolist())
         for sequence in happened.finished:
             answered = self.answered[sequence.ticket]
-            answered.finished = now + delivery_s(replica, sequence)
+            answered.finished = max(now + self.clock.factor * delivery_s(replica, sequence), answered.first_token)
             self.routers[answered.gateway].finished(sequence.ticket, now)
             self.came(answered.finished, sequence.ticket)
         if replica.number in self.quiet and (happened.prefilled or happened.finished):
@@ -224,6 +285,7 @@ class Fleet:
             self.add(change.replica)
             return
         replica = self.replicas.pop(change.replica)
+        self.share(now, change.replica, False)
         for router in self.routers:
             router.remove(change.replica)
         for sequence in replica.requests():

@@ -84,6 +84,34 @@ def test_a_short_prompt_passes_a_long_one_after_the_chunk_in_progress() -> None:
     assert ttft(short) < 0.5 < ttft(long)
 
 
+def test_replicas_that_share_cores_are_slowed_while_more_of_them_work_than_there_are_cores() -> None:
+    costs = Constants(fixed=0.0, linear=1e-4, attention=0.0)
+
+    def times(prompts: list[int], cores: float) -> list[float]:
+        lanes = [Lane(0.0, [ask(1000 * i, pages, agent=i)]) for i, pages in enumerate(prompts)]
+        engines = [Engine(costs, step_s=0.0, decode_pair_s=0.0, num_pages=1000, page_size=64)] * len(prompts)
+        fleet = Fleet(engines, by_policy("round robin", len(prompts)), cores=cores)
+        fleet.run(Workload("test", 64, lanes))
+        return [ttft(answered) for answered in fleet.answered]
+
+    alone = [1e-4 * (64 * pages + 32) for pages in (100, 100, 200)]
+    assert times([100, 100, 200], 3.0) == pytest.approx(alone)
+    # Two thirds of a core each, until two are done; then one has a core for itself.
+    assert times([100, 100, 200], 2.0) == pytest.approx([1.5 * alone[0]] * 2 + [1.5 * alone[0] + alone[2] - alone[0]])
+
+
+def test_a_delivery_takes_a_core_too() -> None:
+    costs = Constants(fixed=0.5, linear=1e-4, attention=0.0)
+    engine = Engine(costs, step_s=0.0, decode_pair_s=0.0, num_pages=1000, page_size=64)
+    lanes = [Lane(0.0, [ask(0, 100)]), Lane(0.0, [ask(2000, 200, agent=1)])]
+    fleet = Fleet([engine] * 2, by_policy("round robin", 2), cores=1.0)
+    fleet.run(Workload("test", 64, lanes))
+    first, second = (1e-4 * (64 * pages + 32) for pages in (100, 200))
+    short, long = sorted(map(ttft, fleet.answered))
+    assert short == pytest.approx(2 * first + 2 * 0.5), "beside the other's prefill all the time"
+    assert long == pytest.approx(first + second + 0.5 + 0.5, abs=0.01)
+
+
 def test_siblings_on_one_replica_compute_their_common_prefix_once() -> None:
     fleet = play([Lane(0.0, [ask(0, 300)]), Lane(0.0, [ask(0, 300)]), Lane(0.0, [ask(0, 300)])])
     assert sum(a.request.tokens - a.reused for a in fleet.answered) < 1.4 * 300 * 64
