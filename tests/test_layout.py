@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve.router": {"serve.cost"},
     "serve.engine": {"model", "cache", "serve.cost"},
     "serve.audit": {"model", "cache", "serve.cost", "serve.engine", "serve.limits", "serve.web.keys"},
-    "serve.web": {"serve.api", "serve.diagnosis", "serve.limits", "serve.rules"},
+    "serve.web": {"cache.sizes", "serve.api", "serve.diagnosis", "serve.limits", "serve.rules"},
     "serve.proxy": {
         "serve.api", "serve.cost", "serve.diagnosis", "serve.limits", "serve.prompt", "serve.router", "serve.rules",
         "serve.web",

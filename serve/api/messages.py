@@ -268,6 +268,11 @@ class InvalidRequest(Exception):
     type = "invalid_request_error"
     status = 400
 
+    def __init__(self, text: str, limit: str = "") -> None:
+        """`limit` is the name of the limit that the request goes beyond, if it is one."""
+        super().__init__(text)
+        self.limit = limit
+
 
 def decode_request(body: bytes | bytearray) -> MessagesRequest:
     """Decode the body of `POST /v1/messages`. Raises InvalidRequest if it is not one."""
@@ -297,7 +302,7 @@ def decode(
     no request. What the schema accepts, it leaves as it is.
     """
     if problem := excess(body):
-        raise InvalidRequest(f"body: {problem}")
+        raise InvalidRequest(f"body: {problem}", "json_parts")
     try:
         return decoder.decode(body)
     # ValueError: malformed JSON, bad UTF-8 or a violated schema. RecursionError: JSON that is nested too deeply.

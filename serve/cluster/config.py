@@ -9,6 +9,7 @@ from hashlib import blake2b
 
 from serve.server.config import ANSWERS, CONFIGURATION, HTTP, PROMPTS, ServerConfig, problem_of
 from serve.web.flags import add_flags, flag, flags_of
+from serve.web.limit_flags import LIMITS
 from serve.web.settings import parse_flags
 
 GROUP = "cluster"
@@ -66,7 +67,7 @@ class ClusterConfig(ServerConfig):
         return blake2b(repr(known).encode(), digest_size=8).hexdigest()
 
 
-NOT_THEIRS = (HTTP, PROMPTS, ANSWERS, GROUP, CONFIGURATION)
+NOT_THEIRS = (HTTP, PROMPTS, ANSWERS, GROUP, CONFIGURATION, LIMITS)
 
 
 def parser(prog: str = "python -m serve cluster") -> argparse.ArgumentParser:

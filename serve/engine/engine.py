@@ -31,7 +31,7 @@ from serve.cost.model import Constants, CostModel
 from serve.engine.core import EngineCore
 from serve.engine.counters import Counters
 from serve.engine.fairness import Queue, owner_of
-from serve.engine.inbox import Inbox, Overloaded
+from serve.engine.inbox import Inbox, QueueFull
 from serve.engine.request import Event, Failed, Finished, GenerationRequest, Waiting
 from serve.engine.sequence import Sequence
 from serve.engine.settings import EngineSettings
@@ -145,7 +145,7 @@ class Engine:
         with self.inbox.changed:
             submitted = sum(owner_of(sequence) == request.owner for sequence in self.inbox.submissions)
             if submitted + self.core.waiting.count(request.owner) >= settings.max_queue:
-                raise Overloaded(f"{settings.max_queue} requests are waiting already")
+                raise QueueFull(f"{settings.max_queue} requests are waiting already: try again, or raise --max-queue")
             self.submitted += 1
             number, now = self.submitted, time.perf_counter()
             self.inbox.submit(Sequence(number, request, emit, tokens, len(prompt), settings.page_size, now))

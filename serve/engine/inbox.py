@@ -13,6 +13,10 @@ class Overloaded(Exception):
     """The engine takes no more requests: its queue is full, or it has stopped."""
 
 
+class QueueFull(Overloaded):
+    """As many requests wait as may."""
+
+
 @dataclass
 class Inbox:
     """A mailbox; `changed` guards all fields, and the engine's thread sleeps on it when it has nothing to do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 MIB = 2**20
+GRAMMAR_CHARS = 2**20  # the most of the schemas that one answer has to obey, all together
 
 
 @dataclass(frozen=True)

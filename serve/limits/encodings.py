@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import brotli
 import zstandard
 
+from serve.limits.exceeded import LimitExceeded
+
 Body = bytes | bytearray
 PIECE = 2**20  # bytes that are decoded at once
 GIVEN = 2**12  # bytes that zlib is given at once: what follows a member is copied, and a member may have 20 bytes
@@ -23,8 +25,12 @@ class UnsupportedEncoding(Exception):
     """A `content-encoding` that is not one of ENCODINGS."""
 
 
-class BodyTooLarge(Exception):
+class BodyTooLarge(LimitExceeded):
     """The body exceeds the limit in bytes."""
+
+    def __init__(self, expected: str, found: str = "more") -> None:
+        text = f"request body: expected {expected}, got {found}: send less, or raise --max-body-bytes"
+        super().__init__(text, "max_body_bytes", 413)
 
 
 class MalformedBody(Exception):
@@ -54,7 +60,7 @@ def decode_body(body: Body, encodings: str, most_bytes: int) -> Body:
             for piece in DECODERS[name](body):
                 decoded += piece
                 if len(decoded) > most_bytes:
-                    raise BodyTooLarge(f"request body: expected at most {most_bytes} bytes after {name}, got more")
+                    raise BodyTooLarge(f"at most {most_bytes} bytes after {name}")
         except (zlib.error, zstandard.ZstdError, brotli.error, EOFError) as error:
             raise MalformedBody(f"body: expected {name} data, as content-encoding says: {error}") from None
         body = decoded

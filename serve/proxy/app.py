@@ -67,7 +67,7 @@ def create_proxy(
 
     forward = Proxy(fleet, pool, rules, reports)
     app = Starlette(
-        routes=[*own_routes(fleet), *routes(forward)],
+        routes=[*own_routes(fleet, reports), *routes(forward)],
         middleware=[*outer, Middleware(AccessMiddleware, keys=keys, browsers=browsers)],
         lifespan=lifespan,
     )
@@ -75,7 +75,7 @@ def create_proxy(
     return app
 
 
-def own_routes(fleet: Fleet) -> list[BaseRoute]:
+def own_routes(fleet: Fleet, reports: Reports) -> list[BaseRoute]:
     """Of several upstreams, what no one of them can answer."""
 
     async def get_health(request: Request) -> Response:
@@ -83,7 +83,7 @@ def own_routes(fleet: Fleet) -> list[BaseRoute]:
         return JSONResponse(body, status)
 
     async def get_metrics(request: Request) -> Response:
-        return Response(metrics_page(fleet), media_type=METRICS_TYPE)
+        return Response(metrics_page(fleet, reports.refused), media_type=METRICS_TYPE)
 
     both: list[BaseRoute] = [
         Route("/health", get_health, methods=["GET"]),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from serve.api.messages import CountTokensRequest
 from serve.diagnosis.sections import vocabulary_of
@@ -18,6 +19,7 @@ from serve.proxy.reports import Reports
 from serve.proxy.upstream import Upstream, parse_upstream
 from serve.rules.normalize import parse_rules
 from serve.web.browsers import browser_rules, cors
+from serve.web.connections import Connections
 from serve.web.flags import (
     add_flags,
     address_problem,
@@ -36,14 +38,16 @@ from serve.web.flags import (
     sources_field,
 )
 from serve.web.keys import keys_problem, open_keys
+from serve.web.limit_flags import ConnectionFlags
 from serve.web.settings import parse_flags
 
+OPEN_FILES = 2  # of a connection: another one leads to an engine
 SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
 GROUP = "proxy"
 
 
 @dataclass(frozen=True)
-class ProxyConfig:
+class ProxyConfig(ConnectionFlags):
     """Everything that the command line decides."""
 
     upstream: Sequence[str] = flag(
@@ -137,6 +141,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, and forward until interrupted."""
     import uvicorn
 
+    from serve.web.connection import limited
+
     config = parse_flags(ProxyConfig, parser(), argv, problem_of)
     rules, upstreams = config.rules, config.engines
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -148,8 +154,10 @@ def main(argv: Sequence[str]) -> None:
     keys = open_keys(config.api_key, config.api_key_file)
     browsers = browser_rules(config, config.keyed)
     app = create_proxy(upstreams, rules, reports, keys, browsers, cors(config))
+    connections: Connections[Any] = Connections(config, reports.count_refused)
     uvicorn.run(
         app,
+        http=limited(connections, OPEN_FILES),
         host=config.host,
         port=config.port,
         log_level="info",

@@ -6,7 +6,7 @@ https://prometheus.io/docs/instrumenting/exposition_formats/
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from serve.proxy.fleet import Fleet, Member
@@ -24,13 +24,16 @@ COUNTERS = (
 )
 
 
-def metrics_page(fleet: Fleet) -> str:
-    """The page of `/metrics`."""
-    return "\n".join([*lines(fleet), ""])
+def metrics_page(fleet: Fleet, refused: Mapping[str, int]) -> str:
+    """The page of `/metrics`, with the counts of what was `refused`, by limit."""
+    return "\n".join([*lines(fleet, refused), ""])
 
 
-def lines(fleet: Fleet) -> Iterator[str]:
+def lines(fleet: Fleet, refused: Mapping[str, int]) -> Iterator[str]:
     """The lines of the page."""
+    yield from family(
+        "beyond_limit_total", "counter", "Requests and connections beyond a limit, by its flag.", refused, "limit"
+    )
     for name, text in COUNTERS:
         yield from family(f"{name}_total", "counter", text, {m.name: m.counts[name] for m in fleet.members.values()})
     yield from family(
@@ -43,12 +46,12 @@ def lines(fleet: Fleet) -> Iterator[str]:
     yield from family("blocks", "gauge", "Blocks of text that it is believed to hold.", held)
 
 
-def family(name: str, kind: str, text: str, values: dict[str, int]) -> Iterator[str]:
-    """A metric, and its value for each upstream."""
+def family(name: str, kind: str, text: str, values: Mapping[str, int], label: str = "upstream") -> Iterator[str]:
+    """A metric, and its value for each upstream, or each value of another label."""
     yield f"# HELP {PREFIX}{name} {text}"
     yield f"# TYPE {PREFIX}{name} {kind}"
     for upstream, value in values.items():
-        yield f'{PREFIX}{name}{{upstream="{upstream}"}} {value}'
+        yield f'{PREFIX}{name}{{{label}="{upstream}"}} {value}'
 
 
 def is_up(member: Member) -> bool:

@@ -74,6 +74,7 @@ class Reports:
         self.waiting: dict[str, int] = {}  # bytes of the waiting bodies, by request
         self.reports: dict[str, Future[bool]] = {}  # of the requests whose answer has not begun
         self.without_rules, self.without_report = LeftOut(), LeftOut()
+        self.refused: Counter[str] = Counter()  # requests and connections beyond a limit, by the limit
 
     def submit(self, chat: Chat) -> None:
         """Report on a request later, unless too many wait already."""
@@ -127,7 +128,18 @@ class Reports:
         """The request's answer has been sent."""
         self.reports.pop(id, None)
 
+    def count_refused(self, limit: str) -> None:
+        """Count a request or a connection beyond a limit."""
+        self.refused[limit] += 1
+
     def left_out(self) -> dict[str, dict[str, int]]:
-        """The counts that are not zero of requests that passed without rules and without a report, by reason."""
-        counts = {"without_rules": self.without_rules.counts, "without_report": self.without_report.counts}
+        """The counts that are not zero of requests that passed without rules and without a report, by reason.
+
+        Also of those that were refused, by limit.
+        """
+        counts = {
+            "without_rules": self.without_rules.counts,
+            "without_report": self.without_report.counts,
+            "refused": self.refused,
+        }
         return {name: dict(count) for name, count in counts.items() if count}

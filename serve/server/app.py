@@ -26,21 +26,22 @@ from serve.api.messages import InvalidRequest, MessagesRequest, decode_count_tok
 from serve.api.openai import input_tokens_body, read_chat, read_responses
 from serve.api.openai.errors import is_openai
 from serve.api.openai.models import model_body, models_body
-from serve.engine.inbox import Overloaded
+from serve.engine.inbox import Overloaded, QueueFull
 from serve.limits.encodings import (
     ENCODINGS,
-    BodyTooLarge,
     MalformedBody,
     UnsupportedEncoding,
     compressed_as,
     decode_body,
 )
+from serve.limits.exceeded import RETRY_SECONDS, LimitExceeded
 from serve.server.answer import answer, collect
 from serve.server.callers import in_own_thread, request_context_of
 from serve.server.context import ServerContext
 from serve.server.engine_client import EngineClient
 from serve.server.heartbeat import heartbeat
 from serve.server.key_metrics import KeyCollector
+from serve.server.limits import InFlight, refuse_too_many, shallow
 from serve.server.middleware import RequestGuardMiddleware, limit_response
 from serve.server.prepare import Prepared, prepare, prompt_length
 from serve.server.trim import trim_while_idle
@@ -87,21 +88,21 @@ def create_app(context: ServerContext) -> Starlette:
         RequestGuardMiddleware,
         keys=keys,
         browsers=browser_rules(config, config.keyed),
-        max_body_bytes=config.max_body_bytes,
+        in_flight=InFlight(config),
         metrics=context.metrics,
     )
     app = Starlette(
         routes=[*ROUTES, *ASSET_ROUTES],
         middleware=[*cors(config), guard],
         exception_handlers={
-            InvalidRequest: lambda request, error: error_response(request.scope, 400, str(error)),
+            InvalidRequest: refusal,
+            LimitExceeded: refusal,
             MalformedBody: lambda request, error: error_response(request.scope, 400, str(error)),
-            BodyTooLarge: lambda request, error: error_response(request.scope, 413, str(error)),
             UnsupportedEncoding: lambda request, error: error_response(
                 request.scope, 415, str(error), {"accept-encoding": ", ".join(ENCODINGS)}
             ),
             LimitReached: lambda request, error: limit_response(request.scope, error),
-            Overloaded: lambda request, error: error_response(request.scope, 529, str(error), {"retry-after": "1"}),
+            Overloaded: refusal,
             ClientDisconnect: lambda request, error: Response(status_code=499),
             HTTPException: http_exception_response,
         },
@@ -169,7 +170,8 @@ async def post_answer(read: Reader, request: Request) -> Response:
 
     def read_and_prepare() -> tuple[Prepared, Writer]:
         with phases.timed("decode"):
-            message, writer = read(body)
+            message, writer = read(shallow(body, context.config))
+            refuse_too_many(message, context.config)
         # OpenAI's APIs work without the name of a model.
         message = message if message.model else replace(message, model=context.config.name)
         prepared = prepare(context, message, request_context, phases)
@@ -177,8 +179,9 @@ async def post_answer(read: Reader, request: Request) -> Response:
         return prepared, writer
 
     prepared, writer = await in_own_thread(request_context, read_and_prepare)
-    if request_context.admission:
-        request_context.admission.take(len(prepared.generation.tokens) + prepared.generation.max_tokens)
+    for admission in (request_context.admission, request.scope["admitted"]):
+        if admission:
+            admission.take(len(prepared.generation.tokens) + prepared.generation.max_tokens)
     events = answer(context, prepared, phases)
     # Wait for the first event before the response starts: the engine's refusal becomes a status, not a stream.
     first = await until_disconnect(request, anext(events))
@@ -228,7 +231,8 @@ async def post_count_tokens(request: Request) -> Response:
 
     def count() -> int:
         with phases.timed("decode"):
-            message = decode_count_tokens(body)
+            message = decode_count_tokens(shallow(body, context.config))
+            refuse_too_many(message, context.config)
         return prompt_length(context, message, request_context, phases)
 
     content = encode(TokenCount(await in_own_thread(request_context, count)))
@@ -243,7 +247,8 @@ async def post_input_tokens(request: Request) -> Response:
 
     def count() -> int:
         with phases.timed("decode"):
-            message, _ = read_responses(body)
+            message, _ = read_responses(shallow(body, context.config))
+            refuse_too_many(message, context.config)
         return prompt_length(context, message, request_context, phases)
 
     content = input_tokens_body(await in_own_thread(request_context, count))
@@ -332,6 +337,17 @@ async def stream(writer: Writer, first: Event, rest: AsyncGenerator[Event, None]
         yield writer.event(Error(ErrorDetail("api_error", f"{type(error).__name__}: {error}")))
     finally:
         await rest.aclose()
+
+
+def refusal(request: Request, error: Exception) -> Response:
+    """The answer to a request that cannot be read, or goes beyond a limit, which is counted."""
+    if isinstance(error, Overloaded):
+        error = LimitExceeded(str(error), "max_queue" if isinstance(error, QueueFull) else "", 529, RETRY_SECONDS)
+    assert isinstance(error, InvalidRequest | LimitExceeded)
+    if error.limit:
+        request.app.state.context.metrics.count_refused(error.limit)
+    headers = error.headers if isinstance(error, LimitExceeded) else {}
+    return error_response(request.scope, error.status, str(error), headers)
 
 
 def http_exception_response(request: Request, error: Exception) -> Response:

@@ -11,11 +11,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve.server.config import ServerConfig, parse_config
 from serve.server.loading import load
 from serve.server.threads import end_process, in_thread
+from serve.web.connections import Connections
 
 if TYPE_CHECKING:
     import argparse
@@ -63,7 +64,9 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
 
     from serve.server.progress import StartProgress, progress_bars
     from serve.server.starting import StartingApp
+    from serve.web.connection import limited
 
+    connections: Connections[Any] = Connections(config)
     if config.api_key_file:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which reads the file again once requests are served
     progress = StartProgress(progress_bars())
@@ -78,11 +81,14 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
     def loaded(loading: Future[Starlette]) -> None:
         progress.close()
         server.should_exit = server.should_exit or loading.exception() is not None
+        if not loading.exception():
+            connections.on_refused = loading.result().state.context.metrics.count_refused
 
     app = StartingApp(loading, progress, stopping, stop)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            http=limited(connections),
             host=config.host,
             port=config.port,
             log_level="info",

@@ -30,6 +30,7 @@ from serve.web.flags import (
     sources_field,
 )
 from serve.web.keys import keys_problem
+from serve.web.limit_flags import LimitFlags
 from serve.web.settings import parse_flags
 
 MAX_SPECULATIVE_TOKENS = 15
@@ -45,7 +46,7 @@ def size_flag(help: str, group: str, default: str | None, shown: str | None = No
 
 
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(LimitFlags):
     """Everything that the command line decides."""
 
     model: str = flag("a local checkpoint folder or GGUF file, or a hub id", MODEL, metavar="DIR_OR_ID")
@@ -103,7 +104,6 @@ class ServerConfig:
     )
     allow_host: str = allow_host_flag(HTTP)
     allow_origin: str = allow_origin_flag(HTTP)
-    max_body_bytes: int = size_flag("a longer request gets 413", HTTP, "32MiB")
     memory_bytes: int = flag(
         "memory for what is remembered of requests, in fixed shares: see serve/README.md",
         HTTP,

@@ -336,6 +336,9 @@ class ServerMetrics:
         self.dropped_answers = self.counter(
             "write_dropped_answers", "Recorded answers not written because the disk was too slow"
         )
+        self.refused = self.counter(
+            "refused_requests", "Requests and connections beyond a limit, by the name of its flag", "limit"
+        )
         self.wrong_keys = self.counter("wrong_keys", "Requests with a wrong API key")
         self.unparsed = self.counter(
             "unparsed_preambles", "System texts that start like the billing header but do not parse as one"
@@ -354,6 +357,10 @@ class ServerMetrics:
         """Make, register and document a counter."""
         self.documented.append(Documented(f"{PREFIX}{name}_total", KINDS[Counter], labels, text))
         return Counter(PREFIX + name, text, labels, registry=self.registry)
+
+    def count_refused(self, limit: str) -> None:
+        """Count a request or a connection beyond a limit."""
+        self.refused.labels(limit).inc()
 
     def count_phases(self, seconds: Mapping[str, float]) -> None:
         """Count the time of each phase of a request."""

@@ -12,6 +12,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.limits.encodings import BodyTooLarge
+from serve.limits.exceeded import LimitExceeded
+from serve.server.limits import InFlight
 from serve.server.metrics import ServerMetrics
 from serve.web.access import OPEN_PATHS, error_response
 from serve.web.browsers import ANSWER_HEADERS, BrowserRules
@@ -29,10 +31,11 @@ class RequestGuardMiddleware:
         app: ASGIApp,
         keys: Keys | None,
         browsers: BrowserRules | None,
-        max_body_bytes: int,
+        in_flight: InFlight,
         metrics: ServerMetrics,
     ) -> None:
-        self.app, self.keys, self.browsers, self.limit, self.metrics = app, keys, browsers, max_body_bytes, metrics
+        self.app, self.keys, self.browsers, self.in_flight, self.metrics = app, keys, browsers, in_flight, metrics
+        self.limit = in_flight.limits.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse the request, or pass it on."""
@@ -46,9 +49,12 @@ class RequestGuardMiddleware:
         async def receive_limited() -> Message:
             nonlocal read
             message = await receive()
-            read += len(message.get("body", b""))
+            piece = len(message.get("body", b""))
+            read += piece
             if read > self.limit:
-                raise BodyTooLarge(f"request body: expected at most {self.limit} bytes, got more")
+                raise BodyTooLarge(f"at most {self.limit} bytes")
+            if "admitted" in scope:
+                scope["admitted"].take_body(piece)
             return message
 
         async def send_with_id(message: Message) -> None:
@@ -70,26 +76,30 @@ class RequestGuardMiddleware:
         try:
             scope["key"] = self.keys.find(headers) if self.keys else None
             answer = await self.refusal(scope, headers)
-            if self.keys and answer is None and scope["key"] and scope["method"] == "POST":
-                scope["admission"] = self.keys.admit(scope["key"])
+            if answer is None and scope["method"] == "POST":
+                scope["admitted"] = self.in_flight.admit()
+                if self.keys and scope["key"]:
+                    scope["admission"] = self.keys.admit(scope["key"])
             await (answer or self.app)(scope, receive_limited, send_with_id)
         except LimitReached as error:
             await limit_response(scope, error)(scope, receive, send_with_id)
+        except LimitExceeded as error:
+            await self.refused(scope, error)(scope, receive, send_with_id)
         except Exception as error:
             if started:
                 raise
             log.exception("%s %s failed", scope["method"], scope["path"])
             await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, send_with_id)
         finally:
-            if "admission" in scope:
-                scope["admission"].end()
+            for admission in ("admission", "admitted"):
+                if admission in scope:
+                    scope[admission].end()
 
     async def refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Response | None:
         """The answer to a request that may not pass; None for one that may."""
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
-            text = f"request body: expected at most {self.limit} bytes, got {int(declared)}"
-            return error_response(scope, 413, text)
+            return self.refused(scope, BodyTooLarge(f"at most {self.limit} bytes", f"{int(declared)}"))
         if self.keys and not scope["key"] and scope["path"] not in OPEN_PATHS:
             if secrets_in(headers):
                 self.metrics.wrong_keys.inc()
@@ -98,6 +108,11 @@ class RequestGuardMiddleware:
             return error_response(scope, 401, "invalid x-api-key")
         refused = self.browsers and self.browsers.refusal(scope, scope["path"])
         return error_response(scope, *refused) if refused else None
+
+    def refused(self, scope: Scope, error: LimitExceeded) -> Response:
+        """The answer to a request that goes beyond a limit, which is counted."""
+        self.metrics.count_refused(error.limit)
+        return error_response(scope, error.status, str(error), error.headers)
 
 
 def limit_response(scope: Scope, error: Exception) -> Response:

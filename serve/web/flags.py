@@ -43,8 +43,8 @@ def flag(help: str, group: str, default: Any = MISSING, **options: Any) -> Any:
 
 
 def flags_of(config: type) -> Iterator[tuple[str, Any, Flag]]:
-    """(field name, default or MISSING, flag) of each field of a configuration class."""
-    for one in fields(config):
+    """(field name, default or MISSING, flag) of each field of a configuration class, those that it shares last."""
+    for one in sorted(fields(config), key=lambda one: one.kw_only is True):
         if "flag" in one.metadata:
             yield one.name, one.default, one.metadata["flag"]
 
