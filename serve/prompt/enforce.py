@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from serve.formats.format import Format
 from serve.formats.schemas import Unenforceable
 from serve.limits.recent import Recent
 from serve.prompt.grammar import ANSWER_FIELD, Form, demanded_tools, schema_grammars
-from serve.prompt.relax import Budget, Relaxed, relax, unenforced
+from serve.prompt.relax import MOST_SECONDS, Budget, Relaxed, relax, unenforced
 
 Schema = dict[str, Any]
 MEMORY = 6  # bytes that a schema takes as Python objects, for each character of its JSON, about
@@ -66,8 +67,14 @@ class Enforcer:
     `compiles` says whether a grammar compiles, of a whole schema or of a part, for which less work has to do.
     """
 
-    def __init__(self, compiles: Callable[[str, bool], bool], report: Report, most_bytes: int) -> None:
-        self.compiles, self.report = compiles, report
+    def __init__(
+        self,
+        compiles: Callable[[str, bool], bool],
+        report: Report,
+        most_bytes: int,
+        most_seconds: float = MOST_SECONDS,
+    ) -> None:
+        self.compiles, self.report, self.most_seconds = compiles, report, most_seconds
         self.found: Recent[bytes, Relaxed] = Recent(most_bytes, size_of, scoped=True)
 
     def known(self, demanded: Sequence[DemandedSchema]) -> dict[str, Schema]:
@@ -85,11 +92,17 @@ class Enforcer:
         """The schemas, by field, that take the place of demanded ones, some of which do not compile.
 
         Takes at most about the time of a `Budget`, besides one attempt for each schema; those that are left then are
-        not enforced this time.
+        not enforced this time. Raises InvalidRequest if these attempts alone take as long again.
         """
-        budget, result = Budget(), {}
+        budget, result = Budget(until=time.thread_time() + self.most_seconds), {}
         for each in demanded:
             if (relaxed := self.found.get(each.key)) is None:
+                if time.thread_time() > budget.until + self.most_seconds:
+                    raise InvalidRequest(
+                        f"{each.field}: its schemas take more than {self.most_seconds:g} s to compile: demand fewer or "
+                        "simpler ones, or raise --grammar-seconds",
+                        "grammar_seconds",
+                    )
                 late = budget.spent
                 relaxed = self.worked_out(each, budget)
                 if not late:

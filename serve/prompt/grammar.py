@@ -34,6 +34,7 @@ from serve.formats.schemas import (
     typed,
     types_of,
 )
+from serve.limits.bounds import GRAMMAR_CHARS
 from serve.prompt.conversation import is_prefilled, wants_thinking
 from serve.prompt.offered_tools import offered_tools
 
@@ -42,7 +43,6 @@ STRICT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 # The client checks a tool's arguments anyway: keywords of its schema that llguidance does not know are left out.
 LENIENT = STRICT | {"lenient": True}
 ANSWER_FIELD = "output_config.format"
-GRAMMAR_CHARS = 2**20  # of all schemas together
 PROBE = "Zq7Zq7Zq7"  # stands for the varying parts of a call; as long as the ids that Mistral's models write
 ANY = "/(?s:.*)/"
 # Text that is not read as JSON: values of tags are, where their schema allows more than strings.

@@ -6,8 +6,11 @@ llguidance compiles a grammar and computes the masks: https://github.com/guidanc
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock, Semaphore
 from typing import Any
 
 import llguidance.hf
@@ -18,16 +21,20 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from serve.api.messages import InvalidRequest, MessagesRequest
 from serve.formats.format import Format
 from serve.formats.schemas import Unenforceable
-from serve.limits.bounds import DEFAULT_BOUNDS
+from serve.limits.bounds import DEFAULT_BOUNDS, GRAMMAR_CHARS
+from serve.limits.exceeded import RETRY_SECONDS, LimitExceeded
 from serve.limits.recent import Recent
 from serve.prompt.enforce import Enforcer, Report, demanded_schemas
-from serve.prompt.grammar import GRAMMAR_CHARS, Grammar, grammar_of
+from serve.prompt.grammar import Grammar, grammar_of
 
 TEXT_BYTES = 100  # of memory that a character of a grammar takes, at least
 TRIAL_STEPS = 4  # after which a grammar that has no finite text, or too many choices, has shown it
 REASON_CHARS = 300
 FUEL = 1_000_000  # llguidance's own default: one or two seconds
 RELAXED_SHARE = 16  # a part of the memory for grammars holds relaxed schemas
+FAILED_SHARE = 64  # and one holds those that failed
+COMPILE_SECONDS = 5.0  # of processor time, for all grammars of a request
+MOST_WAITING = 8  # requests that wait for their turn to compile
 
 
 class ConstraintError(Exception):
@@ -72,17 +79,27 @@ class Constrainer:
     words: int  # of a mask: ceil(vocab / 32)
     compile: Callable[[str], LLMatcher]  # Lark text -> a new state, kept; raises ConstraintError; any thread
     compiled: Recent[str, Compiled]
+    failed: Recent[str, str]  # why a grammar cannot be used, by its text
     enforcer: Enforcer
+    most_seconds: float = COMPILE_SECONDS
+    most_chars: int = GRAMMAR_CHARS
 
     def start(self, grammar: Grammar) -> Constraint:
         """The constraint of a new answer. Raises Unenforceable, naming the field, for what does not compile.
 
         May take some seconds for the largest schemas: not to be called on the engine's thread.
         """
-        if len(grammar.text) > GRAMMAR_CHARS:
+        if len(grammar.text) > self.most_chars:
             raise InvalidRequest(
-                f"tools: expected at most {GRAMMAR_CHARS} characters of schemas, got {len(grammar.text)}"
+                f"tools: expected at most {self.most_chars} characters of schemas, got {len(grammar.text)}: demand "
+                "fewer or shorter ones, or raise --max-grammar-chars",
+                "max_grammar_chars",
             )
+        slow = f"its schemas take more than {self.most_seconds:g} s to compile"
+        advice = "demand fewer or simpler ones, or raise --grammar-seconds"
+        if self.failed.get(grammar.text) == slow:
+            raise InvalidRequest(f"tools: {slow}: {advice}", "grammar_seconds")
+        until = time.thread_time() + self.most_seconds
         # Each schema by itself first, so that the error names it.
         for field, text in (
             *((field, f"start: %json {schema}\n") for field, schema in grammar.schemas),
@@ -92,14 +109,21 @@ class Constrainer:
                 matcher = self.compile(text)
             except ConstraintError as error:
                 raise Unenforceable(f"{field}: {error}") from None
-        return Constraint(matcher, self.words, grammar.text)
+            if time.thread_time() > until:
+                self.failed.put(grammar.text, slow)
+                raise InvalidRequest(f"{field}: {slow}: {advice}", "grammar_seconds")
+        return self.started(matcher, grammar.text)
+
+    def started(self, matcher: LLMatcher, text: str) -> Constraint:
+        """The constraint of a new answer; if its grammar turns out to be too complex, it is not used again."""
+        return Constraint(matcher, self.words, text, lambda reason: self.failed.put(text, reason))
 
     def constraint(self, text: str) -> Constraint:
         """The constraint of a new answer by a grammar that another process with this tokenizer has compiled, too.
 
         Raises ConstraintError for a grammar that does not compile.
         """
-        return Constraint(self.compile(text), self.words, text)
+        return self.started(self.compile(text), text)
 
 
 def make_constrainer(
@@ -108,6 +132,8 @@ def make_constrainer(
     vocab: int,
     most_bytes: int = DEFAULT_BOUNDS.grammars,
     report: Report = lambda demanded, dropped: None,
+    most_seconds: float = COMPILE_SECONDS,
+    most_chars: int = GRAMMAR_CHARS,
 ) -> Constrainer:
     """The Constrainer of a fast Hugging Face tokenizer and a model with `vocab` logits; it remembers grammars.
 
@@ -119,25 +145,56 @@ def make_constrainer(
     if not stops:
         raise ValueError(f"stop ids: expected one below {tokens}, got {sorted(stop_ids)}")
     tokenizer = llguidance.hf.from_tokenizer(hf, n_vocab=tokens, eos_token=stops)
-    relaxed_bytes = most_bytes // RELAXED_SHARE
-    compiled: Recent[str, Compiled] = Recent(most_bytes - relaxed_bytes, lambda kept: kept.bytes, scoped=True)
+    relaxed_bytes, failed_bytes = most_bytes // RELAXED_SHARE, most_bytes // FAILED_SHARE
+    compiled: Recent[str, Compiled] = Recent(
+        most_bytes - relaxed_bytes - failed_bytes, lambda kept: kept.bytes, scoped=True
+    )
+    failed: Recent[str, str] = Recent(failed_bytes, len, scoped=True)
+    turns = Turns()
 
     def compiles(text: str, whole: bool) -> bool:
         try:
-            compile_grammar(text, tokenizer, FUEL if whole else FUEL // 4)
+            with turns.turn():
+                compile_grammar(text, tokenizer, FUEL if whole else FUEL // 4)
         except ConstraintError:
             return False
         return True
 
     def compile(text: str) -> LLMatcher:
+        if (reason := failed.get(text)) is not None:
+            raise ConstraintError(reason)
         if (kept := compiled.get(text)) is None:
-            kept = sized(text, tokenizer)
+            try:
+                with turns.turn():
+                    kept = sized(text, tokenizer)
+            except ConstraintError as error:
+                failed.put(text, str(error))
+                raise
             compiled.put(text, kept)
         return kept.matcher.deep_copy()
 
     added_tokens = {str(token): id for id, token in hf.added_tokens_decoder.items()}
-    enforcer = Enforcer(compiles, report, relaxed_bytes)
-    return Constrainer(added_tokens, -(-vocab // 32), compile, compiled, enforcer)
+    enforcer = Enforcer(compiles, report, relaxed_bytes, most_seconds)
+    return Constrainer(added_tokens, -(-vocab // 32), compile, compiled, failed, enforcer, most_seconds, most_chars)
+
+
+class Turns:
+    """Grammars are compiled one at a time, so that they take one core at most from steps."""
+
+    def __init__(self) -> None:
+        self.lock, self.places = Lock(), Semaphore(MOST_WAITING + 1)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for a turn, and take it. Raises LimitExceeded if too many wait: they hold threads that others need."""
+        if not self.places.acquire(blocking=False):
+            text = f"grammars: {MOST_WAITING} requests wait for theirs to be compiled, no more may: try again"
+            raise LimitExceeded(text, "waiting_grammars", 529, RETRY_SECONDS)
+        try:
+            with self.lock:
+                yield
+        finally:
+            self.places.release()
 
 
 def sized(text: str, tokenizer: LLTokenizer) -> Compiled:
@@ -172,10 +229,13 @@ class Constraint:
     `text` is its grammar's, from which another process makes the same constraint at its start.
     """
 
-    def __init__(self, matcher: LLMatcher, words: int, text: str) -> None:
+    def __init__(
+        self, matcher: LLMatcher, words: int, text: str, on_error: Callable[[str], object] = lambda reason: None
+    ) -> None:
         self.matcher = matcher
         self.words = words
         self.text = text
+        self.on_error = on_error  # called with the reason if the grammar turns out to be too complex
 
     def mask(self) -> np.ndarray:
         """The tokens that may come next, [words] uint32 as `pack_masks` wants it; stop ids where the answer may end.
@@ -185,6 +245,7 @@ class Constraint:
         mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)[: self.words]
         # A matcher that failed allows the end of the turn, which would pass for a complete answer.
         if self.matcher.is_error():
+            self.on_error(reason(self.matcher))
             raise ConstraintError(reason(self.matcher))
         return mask
 

@@ -99,7 +99,7 @@ def make_context(
     grammars: dict[str, Memory] = {}
     metrics = ServerMetrics()
     if constrain is None:
-        constrain, grammars["grammars"] = grammar_constraints(engine, tokenizer, stop_ids, bounds.grammars, metrics)
+        constrain, grammars["grammars"] = grammar_constraints(engine, tokenizer, stop_ids, config, metrics)
     context = ServerContext(
         engine=engine,
         tokenizer=tokenizer,
@@ -141,7 +141,7 @@ def shared_heads(engine: EngineClient, tokenizer: Tokenizer, config: ServerConfi
 
 
 def grammar_constraints(
-    engine: EngineClient, tokenizer: Tokenizer, stop_ids: Collection[int], most_bytes: int, metrics: ServerMetrics
+    engine: EngineClient, tokenizer: Tokenizer, stop_ids: Collection[int], config: ServerConfig, metrics: ServerMetrics
 ) -> tuple[Constrain, Memory]:
     """What compiles the grammars that requests demand, and the memory of compiled ones."""
 
@@ -153,13 +153,21 @@ def grammar_constraints(
         left = f" and {more} more" if more > 0 else ""
         log.warning("the schema of %.80r cannot be enforced as a whole: left out: %s%s", demanded.name, shown, left)
 
-    constrainer = make_constrainer(tokenizer.hf, stop_ids, engine.vocab_size, most_bytes, report)
-    compiled, found = constrainer.compiled, constrainer.enforcer.found
+    constrainer = make_constrainer(
+        tokenizer.hf,
+        stop_ids,
+        engine.vocab_size,
+        config.bounds.grammars,
+        report,
+        config.grammar_seconds,
+        config.max_grammar_chars,
+    )
+    kinds = (constrainer.compiled, constrainer.enforcer.found, constrainer.failed)
 
     def constrain(request: MessagesRequest, thinking_opened: bool) -> Constraint | None:
         return constraint_of(request, constrainer, tokenizer.template.format, thinking_opened)
 
-    return constrain, Memory(lambda: compiled.bytes + found.bytes, compiled.most_bytes + found.most_bytes)
+    return constrain, Memory(lambda: sum(kind.bytes for kind in kinds), sum(kind.most_bytes for kind in kinds))
 
 
 def memories(context: ServerContext) -> dict[str, Memory]:
