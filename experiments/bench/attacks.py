@@ -39,6 +39,7 @@ from experiments.harness.provenance import provenance
 from experiments.harness.report import write_json
 from experiments.harness.server import Server, running_server
 from experiments.workloads.synthetic import Json
+from serve.web.connections import allow_open_files
 
 RESULTS = Path("experiments/results/bench/attacks.json")
 ALLOWED_MS = 50.0
@@ -270,17 +271,18 @@ def streamed(client: httpx.Client, number: int) -> bool:
     return False
 
 
-def crowd(server: Server) -> Crowd:
+def crowd(server: Server, streams: int = STREAMS, idle: int = IDLE, dripping: int = DRIPPING) -> Crowd:
     """Many streams while many connections send nothing, and many drip."""
+    allow_open_files(streams + idle + dripping)
     process = psutil.Process(server.process.pid)
     httpx.get(f"{server.url}/health")
     time.sleep(1)
     before, started = (process.num_fds(), process.num_threads()), time.perf_counter()
     address, stop = address_of(server.url), threading.Event()
     with ExitStack() as opened:
-        for _ in range(IDLE):
+        for _ in range(idle):
             opened.enter_context(socket.create_connection(address, 10))
-        drips = [opened.enter_context(socket.create_connection(address, 10)) for _ in range(DRIPPING)]
+        drips = [opened.enter_context(socket.create_connection(address, 10)) for _ in range(dripping)]
         for n, connection in enumerate(drips):
             connection.sendall(HEAD + (b"X-A: " if n % 2 else b"content-length: 1000000\r\n\r\n{"))
 
@@ -290,16 +292,16 @@ def crowd(server: Server) -> Crowd:
                     with suppress(OSError):
                         connection.send(b"a")
 
-        dripping = threading.Thread(target=drip)
-        dripping.start()
+        thread = threading.Thread(target=drip)
+        thread.start()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         with (
             httpx.Client(base_url=server.url, timeout=600, limits=limits) as client,
-            ThreadPoolExecutor(STREAMS) as pool,
+            ThreadPoolExecutor(streams) as pool,
         ):
-            ended = list(pool.map(lambda number: streamed(client, number), range(STREAMS)))
+            ended = list(pool.map(lambda number: streamed(client, number), range(streams)))
         stop.set()
-        dripping.join()
+        thread.join()
     taken = time.perf_counter() - started
     time.sleep(8)  # connections end, idle ones after 5 s
     files, threads = zip(before, (process.num_fds(), process.num_threads()), strict=True)

@@ -18,6 +18,7 @@ from serve.engine.inbox import Overloaded
 from serve.engine.request import Event, Failed, Finished, Started
 from serve.engine.runtime import leave_out_torch, set_up_jax
 from serve.engine.sequence import Sequence
+from serve.limits.exceeded import LimitExceeded
 from serve.router.summary import Load
 from serve.server.progress import StartProgress
 from serve.server.threads import in_thread
@@ -64,8 +65,8 @@ class EngineReplica:
             compile = self.constrainer.constraint  # which may take long
             request = await asyncio.to_thread(unpack, packed, compile) if constrained else unpack(packed, compile)
             number = self.engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
-        except (Overloaded, ValueError) as error:
-            yield pack_events(Refused(str(error), isinstance(error, Overloaded)))
+        except (Overloaded, LimitExceeded, ValueError) as error:
+            yield pack_events(Refused(str(error), not isinstance(error, ValueError)))
             return
         self.calls[number] = id
         try:

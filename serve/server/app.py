@@ -178,7 +178,7 @@ async def post_answer(read: Reader, request: Request) -> Response:
         writer.begin(prepared.id, message.model)
         return prepared, writer
 
-    prepared, writer = await in_own_thread(request_context, read_and_prepare)
+    prepared, writer = await in_own_thread(request_context, read_and_prepare, request.scope["admitted"].threads)
     for admission in (request_context.admission, request.scope["admitted"]):
         if admission:
             admission.take(len(prepared.generation.tokens) + prepared.generation.max_tokens)
@@ -235,7 +235,7 @@ async def post_count_tokens(request: Request) -> Response:
             refuse_too_many(message, context.config)
         return prompt_length(context, message, request_context, phases)
 
-    content = encode(TokenCount(await in_own_thread(request_context, count)))
+    content = encode(TokenCount(await in_own_thread(request_context, count, request.scope["admitted"].threads)))
     return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
 
 
@@ -251,7 +251,7 @@ async def post_input_tokens(request: Request) -> Response:
             refuse_too_many(message, context.config)
         return prompt_length(context, message, request_context, phases)
 
-    content = input_tokens_body(await in_own_thread(request_context, count))
+    content = input_tokens_body(await in_own_thread(request_context, count, request.scope["admitted"].threads))
     return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
 
 

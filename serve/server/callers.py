@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from anyio import to_thread
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
 from serve.api.messages import InvalidRequest
@@ -21,11 +20,16 @@ from serve.web.keys import Admission, private_salt
 T = TypeVar("T")
 
 
-async def in_own_thread(request_context: RequestContext, work: Callable[[], T]) -> T:
-    """The result of `work` in a thread; a named key has a few of its own, so that it waits for no other key's work."""
-    if request_context.admission is None or not request_context.owner:
-        return await run_in_threadpool(work)
-    return await to_thread.run_sync(work, limiter=request_context.admission.usage.threads)
+async def in_own_thread(
+    request_context: RequestContext, work: Callable[[], T], threads: CapacityLimiter | None = None
+) -> T:
+    """The result of `work` in one of some `threads`, by default those that all share.
+
+    A named key has a few of its own, so that it waits for no other key's work.
+    """
+    if request_context.admission is not None and request_context.owner:
+        threads = request_context.admission.usage.threads
+    return await to_thread.run_sync(work, limiter=threads)
 
 
 def request_context_of(request: Request, context: ServerContext) -> RequestContext:

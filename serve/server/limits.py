@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from anyio import CapacityLimiter
+
 from serve.api.messages import CountTokensRequest, InvalidRequest, MessagesRequest
 from serve.limits.bodies import depth
 from serve.limits.exceeded import RETRY_SECONDS, LimitExceeded
@@ -11,6 +13,8 @@ from serve.web.flags import option
 from serve.web.limit_flags import LimitFlags
 
 OVERLOADED = 529
+LARGE_BYTES = 2**20  # bodies beyond it are read and tokenised by a few threads of their own, so that others never wait
+LARGE_THREADS = 4
 
 
 def shallow(body: bytes | bytearray, limits: LimitFlags) -> bytes | bytearray:
@@ -49,6 +53,7 @@ class InFlight:
     def __init__(self, limits: LimitFlags) -> None:
         self.limits = limits
         self.requests = self.tokens = self.body_bytes = 0
+        self.large_threads = CapacityLimiter(LARGE_THREADS)
 
     def admit(self) -> Admitted:
         """Count one more request. Raises LimitExceeded."""
@@ -91,6 +96,11 @@ class Admitted:
         self.all.refuse_beyond("max_tokens_in_flight", "tokens", self.all.tokens, count)
         self.all.tokens += count
         self.tokens += count
+
+    @property
+    def threads(self) -> CapacityLimiter | None:
+        """The threads that read and tokenise the body, which has arrived; None for the usual ones."""
+        return self.all.large_threads if self.body_bytes > LARGE_BYTES else None
 
     def end(self) -> None:
         """Give back what it has in flight."""
