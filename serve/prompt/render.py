@@ -118,7 +118,7 @@ def too_long(tokens: int, most: int) -> InvalidRequest:
 
     `tokens` is exact, or an estimate where the prompt was not tokenised to its end.
     """
-    return InvalidRequest(f"prompt is too long: {tokens} tokens > {most} maximum")
+    return InvalidRequest(f"prompt is too long: {tokens} tokens > {most} maximum", "max_model_len")
 
 
 @lru_cache(100)

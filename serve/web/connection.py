@@ -163,6 +163,9 @@ class Connection(HttpToolsProtocol):
         self.reading = Reading.NOTHING
         self.time_reading(None)
         super().on_message_complete()
+        if not self.answering:  # it was answered before
+            self.shared.waiting[self] = self.address
+            self.time_reading(self.timeout_keep_alive, self.headers_late)
 
     def on_response_complete(self) -> None:
         """Wait for the next request, unless the client sends none."""
@@ -221,6 +224,7 @@ class Connection(HttpToolsProtocol):
         self.time_reading(None)
         if before is not Reading.BODY and self.answering:
             self.cycle.keep_alive = False  # the request before, whose answer goes on
+            self.flow.pause_reading()
             return
         if before is Reading.BODY and (self.cycle.response_started or self.pipeline):
             self.transport.close()

@@ -44,7 +44,9 @@ class ConnectionFlags:
     max_header_bytes: int = size_limit("all headers of a request; more get 431", "64KiB", 256)
     header_seconds: float = time_limit("time limit for the headers of a request; later ones get 408", 10.0)
     body_seconds: float = time_limit("time limit for the body of a request; a later one gets 408", 60.0)
-    stall_seconds: float = time_limit("a client that reads nothing of its answer for so long is given up", 60.0)
+    stall_seconds: float = time_limit(
+        "a client that takes less than 48 KiB of a waiting answer in this time is given up", 60.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

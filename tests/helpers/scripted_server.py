@@ -58,9 +58,9 @@ def listening(context: ServerContext) -> AbstractContextManager[str]:
 
 
 @contextmanager
-def answering(app: Starlette) -> Iterator[str]:
-    """Run an application in a thread of this process, on a free port; yields its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+def answering(app: Starlette, **options: Any) -> Iterator[str]:
+    """Run an application in a thread of this process, on a free port; yields its URL. `options` are uvicorn's."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -181,6 +181,15 @@ def test_a_client_that_drips_a_body_after_its_answer_is_closed(running: Running)
         eventually(lambda: not drip(connection), "it is closed")
 
 
+def test_a_connection_whose_request_was_answered_before_it_was_read_is_closed_as_any_other(running: Running) -> None:
+    with running.connect() as connection:
+        connection.sendall(b"GET /v1/models?unread HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n1")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        connection.sendall(b"2")
+        assert read_all(connection).endswith(b"{}")
+    assert not running.refused
+
+
 def drip(connection: socket.socket) -> bool:
     """Send one more byte; whether the server still takes it."""
     try:
