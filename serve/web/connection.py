@@ -33,7 +33,8 @@ LINGER_SECONDS = 2.0  # after a refusal, in which what the client still sends is
 # To a client that has closed its sending side: one that is gone altogether answers with a reset.
 # https://www.rfc-editor.org/rfc/rfc9110#section-15.2 lets every client read it before its answer.
 PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
-FIRST_PROBE_SECONDS, MOST_PROBE_SECONDS = 0.05, 5.0  # until the next; doubled each time
+PROBE_AFTER_SECONDS = 0.5  # most answers that can begin have begun by then
+NEXT_PROBE_SECONDS, MOST_PROBE_SECONDS = 0.05, 5.0  # until the next; doubled each time
 
 
 class Reading(Enum):
@@ -277,13 +278,13 @@ class Connection(HttpToolsProtocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether to stay open when the client sends no more: only while it waits for the answer to a whole request.
 
-        A client that is gone altogether looks the same until it is sent something, so it is sent `PROBE` until its
-        answer begins; the second write to one that is gone fails.
+        A client that is gone altogether looks the same until it is sent something, so after a while it is sent `PROBE`
+        until its answer begins; the second write to one that is gone fails.
         """
         if self.reading is not Reading.NOTHING or not self.answering or self.scope["http_version"] != "1.1":
             return False
         self.cycle.keep_alive = False
-        self.probe(FIRST_PROBE_SECONDS)
+        self.probe_timer = self.loop.call_later(PROBE_AFTER_SECONDS, self.probe, NEXT_PROBE_SECONDS)
         return True
 
     def probe(self, seconds: float) -> None:

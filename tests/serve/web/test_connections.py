@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from serve.web import connection as connection_module
 from serve.web.connection import limited
 from serve.web.connections import Connections
 from serve.web.limit_flags import ConnectionFlags
@@ -94,8 +95,16 @@ def running(app: Running) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def app() -> Iterator[Running]:
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """What changes the module for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def app(patch: pytest.MonkeyPatch) -> Iterator[Running]:
     """The application in a thread."""
+    patch.setattr(connection_module, "PROBE_AFTER_SECONDS", 0.05)
     running = Running()
     routes = Starlette(routes=[Route("/{path:path}", running.answer, methods=["GET", "POST"])])
     config = uvicorn.Config(
