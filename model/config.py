@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -90,12 +91,14 @@ class RopeConfig:
         if rotating > 1:
             raise ValueError(f"partial_rotary_factor is {rotating}, expected at most 1.0 (the whole head rotates)")
 
-        theta = _positive("rope_theta", rope.get("rope_theta") or config.get("rope_theta") or cls.theta)
+        given = (each.get("rope_theta") for each in (rope, config))
+        theta = _positive("rope_theta", next((value for value in given if value is not None), cls.theta))
         if kind == "default":
             return cls(theta=theta, partial=rotating)
         # As transformers does: the outer key wins, and the context length stands in for both.
         outer = config.get("original_max_position_embeddings")
         original = outer or rope.get("original_max_position_embeddings") or max_position
+        _positive("original_max_position_embeddings", original)
         factor = rope.get("factor")
         if factor is None and kind == "yarn" and "factor" in rope:
             factor = max_position / original
@@ -107,7 +110,8 @@ class RopeConfig:
                 raise ValueError(f"{field} of rope type {kind!r} has no {key}: add it to config.json")
             _positive(f"{field}'s {key}", value)
         optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-        numbers = {key: float(rope[key]) for key in (*optional, "mscale", "mscale_all_dim") if rope.get(key)}
+        named = (key for key in (*optional, "mscale", "mscale_all_dim") if rope.get(key))
+        numbers = {key: _positive(f"{field}'s {key}", rope[key]) for key in named}
         flags = {"truncate": bool(rope.get("truncate", True)), "partial": rotating}
         return cls(theta, kind, float(factor), int(original), **flags, **numbers)  # type: ignore[arg-type]
 
@@ -192,7 +196,7 @@ class ModelConfig:
 
 def _positive(name: str, value: Any) -> float:
     """The value of a field, or ValueError where it is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}, expected a positive number")
     return float(value)
 
@@ -208,6 +212,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ValueError with the path if the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} nests too deeply, expected a few levels: download it again") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from error
     if not isinstance(value, dict):

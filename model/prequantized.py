@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from model.formats.tensor import BLOCK, Grouped, Stored, Tensor
+from model.formats.tensor import BLOCK, Grouped, Stored, Tensor, all_finite, not_finite
 from model.layout import Leaf, Part
 from model.quantized import IN_8_BITS, IN_LAYERS, MIDDLE, Quantized, pack_nibbles
 
@@ -56,6 +56,8 @@ def place(part: Part, tensor: Tensor, bits: int, arrays: list[np.ndarray]) -> No
     for first in range(0, count, step):
         stop = min(first + step, count)
         numbers = numbers_of(tensor.stored.rows(first * rows, stop * rows), bits)
+        if not all(map(all_finite, numbers)):
+            raise not_finite(tensor, first * rows)
         for target, each in zip(targets, numbers, strict=True):
             target[first:stop] = each.reshape(target[first:stop].shape)
 

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve.api": {"serve.limits"},
     "serve.rules": {"serve.api", "serve.limits"},
     "serve.formats": {"serve.api"},
-    "serve.prompt": {"cache", "model.formats", "serve.api", "serve.formats", "serve.limits"},
+    "serve.prompt": {"cache", "model.config", "model.formats", "serve.api", "serve.formats", "serve.limits"},
     "serve.diagnosis": {"cache.radix_tree", "serve.api", "serve.limits", "serve.prompt", "serve.rules"},
     "serve.cost": {"model.config"},
     "serve.router": {"serve.cost"},

@@ -38,8 +38,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     Raises ValueError, naming the field, for anything that the decoder would compute differently from transformers.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
-        why = f", which needs {LACKING[family]}" if family in LACKING else ""
+    if not isinstance(family, str) or family not in FAMILIES:
+        why = f", which needs {LACKING[family]}" if isinstance(family, str) and family in LACKING else ""
         raise ValueError(f"model_type is {family!r}{why}, supported are {', '.join(FAMILIES)}")
     return FAMILIES[family].read(config)
 
@@ -62,8 +62,12 @@ def load_config(folder: str | Path) -> ModelConfig:
     config = read_json(path)
     made = _named(path, config)
     generation = Path(folder) / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    return made if eos is None else dataclasses.replace(made, eos_token_ids=token_ids(eos))
+    if not generation.is_file() or (eos := read_json(generation).get("eos_token_id")) is None:
+        return made
+    try:
+        return dataclasses.replace(made, eos_token_ids=token_ids(eos))
+    except ValueError as error:
+        raise ValueError(f"{generation}: {error}") from error
 
 
 def _named(path: str | Path, config: Mapping[str, Any]) -> ModelConfig:

@@ -5,6 +5,7 @@ Missing keys take the defaults of transformers 5, from its configuration_<family
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from model.config import ExpertsConfig, LayerKind, ModelConfig, RopeConfig
 from model.formats.quantization import reader_for
 
 Config = Mapping[str, Any]  # a parsed config.json
+
+# No model comes near these; beyond them, a mistake in a file would take all memory.
+MOST_LAYERS, MOST = 10_000, 2**53
 
 FULL_OR_SLIDING = ("full_attention", "sliding_attention")
 
@@ -57,7 +61,7 @@ class Family:
 def read_decoder(
     config: Config,
     defaults: Config,
-    windows: Sequence[int | None] | None = None,
+    windows: Sequence[Any] | None = None,
     layer_types: Sequence[str] = ("full_attention",),
     partial_rotary: float | None = None,
     mixed: Sequence[bool] | None = None,
@@ -66,9 +70,9 @@ def read_decoder(
 ) -> ModelConfig:
     """The fields that all families have, with the family's `defaults`, and its `own` fields of ModelConfig.
 
-    `windows` has the window of each layer, for a family that may have one; `layer_types` are those that the family
-    serves; `partial_rotary` is the default share of a head that rotates, where not all of it does; `mixed` says which
-    layers have the `experts`. Raises ValueError for what is missing or would change the result.
+    `windows` has the window of each layer as the file says, for a family that may have one; `layer_types` are those
+    that the family serves; `partial_rotary` is the default share of a head that rotates, where not all of it does;
+    `mixed` says which layers have the `experts`. Raises ValueError for what is missing or would change the result.
     """
     given = {**DEFAULTS, **defaults, **config}
     refuse_unsupported(given, layer_types)
@@ -112,7 +116,7 @@ def refuse_unsupported(config: Config, layer_types: Sequence[str]) -> None:
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"hidden_act is {activation!r}, supported is 'silu'")
     reader_for(config)  # refuses what it cannot read
-    if other := sorted(set(config.get("layer_types") or ()) - set(layer_types)):
+    if other := sorted(set(types_of_layers(config)) - set(layer_types)):
         raise ValueError(f"layer_types has {', '.join(other)}, supported is {' and '.join(layer_types)}")
     if not config.get("is_causal", True):
         raise ValueError(f"is_causal is {config['is_causal']}, supported is true (a token sees those before it)")
@@ -132,33 +136,46 @@ def checked(experts: ExpertsConfig | None) -> ExpertsConfig | None:
     return experts
 
 
-def windows_by_type(config: Config, default: Callable[[int], bool]) -> list[int | None]:
+def windows_by_type(config: Config, default: Callable[[int], bool]) -> list[Any]:
     """The window of each layer: `sliding_window` where `layer_types`, or else `default`, says that it has one."""
-    layers, types = range(size(config, "num_hidden_layers")), config.get("layer_types")
+    layers, types = range(size(config, "num_hidden_layers")), types_of_layers(config)
     if types and len(types) != len(layers):
         raise ValueError(f"layer_types has {len(types)} entries, expected num_hidden_layers of them ({len(layers)})")
     sliding = [types[i] == "sliding_attention" if types else default(i) for i in layers]
     return [config["sliding_window"] if slides else None for slides in sliding]
 
 
+def types_of_layers(config: Config) -> list[str]:
+    """The types of the layers, none without that field. Raises ValueError for what is no list of them."""
+    types = config.get("layer_types") or []
+    if not (isinstance(types, list) and all(isinstance(each, str) for each in types)):
+        raise ValueError(f"layer_types is {types!r:.80}, expected a list with the type of each layer")
+    return types
+
+
 def size(config: Config, key: str) -> int:
-    """A positive whole number from the config."""
-    value = config.get(key)
+    """A positive whole number from the config, not beyond what a model can have of it."""
+    value, most = config.get(key), MOST_LAYERS if key == "num_hidden_layers" else MOST
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key} is {value!r}, expected a positive whole number: check that config.json is complete")
+        raise ValueError(
+            f"{key} is {value!r:.80}, expected a positive whole number: check that config.json is complete"
+        )
+    if value > most:
+        raise ValueError(f"{key} is {value:.3g}, expected at most {most:,}: check that config.json is whole")
     return value
 
 
 def number(config: Config, key: str) -> float:
     """A number from the config."""
     value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{key} is {value!r}, expected a number: check that config.json is complete")
     return float(value)
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """End-of-sequence ids, which the files give as null, one id or a list."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def token_ids(value: Any) -> tuple[int, ...]:
+    """End-of-sequence ids, which the files give as null, one id or a list. Raises ValueError for anything else."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
+        raise ValueError(f"eos_token_id is {value!r:.80}, expected the number of a token, or a list of them")
+    return tuple(ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from model.config import ModelConfig
 from model.families.common import FULL_OR_SLIDING, NAMES, Config, Family, number, read_decoder, windows_by_type
 
@@ -13,7 +15,7 @@ def read(config: Config) -> ModelConfig:
     return read_decoder(config, DEFAULTS, windows(config), FULL_OR_SLIDING, qkv_bias=True)
 
 
-def windows(config: Config) -> list[int | None]:
+def windows(config: Config) -> list[Any]:
     """The window of each layer of a Qwen2 or Qwen3: as `layer_types` says, or from `max_window_layers` on."""
     used = {"sliding_window": config.get("sliding_window", 4096) if config.get("use_sliding_window") else None}
     given = {"max_window_layers": 28, **config, **used}

@@ -22,12 +22,15 @@ def read(config: Config) -> ModelConfig:
         given["num_experts"] = config["num_local_experts"]
     layers, step = range(size(given, "num_hidden_layers")), size(given, "decoder_sparse_step")
     bias = bool(given.get("attention_bias", False))
+    dense = given.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ValueError(f"mlp_only_layers is {dense!r:.80}, expected a list of layers")
     window = given.get("sliding_window", 4096) if given.get("use_sliding_window") else None
     return read_decoder(
         config,
         DEFAULTS,
         [window] * len(layers),
-        mixed=[i not in (given.get("mlp_only_layers") or ()) and (i + 1) % step == 0 for i in layers],
+        mixed=[i not in dense and (i + 1) % step == 0 for i in layers],
         experts=ExpertsConfig(
             count=size(given, "num_experts"),
             per_token=size(given, "num_experts_per_tok"),

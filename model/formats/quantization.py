@@ -27,4 +27,6 @@ def reader_for(config: Mapping[str, Any]) -> Reader:
     settings = config.get("quantization_config")
     if not settings:
         return dict
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"quantization_config is {settings!r:.80}, expected a JSON object")
     return METHODS[choice(settings, "quant_method", tuple(METHODS))](settings)

@@ -33,7 +33,7 @@ def weight_files(folder: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        shards = [folder / name for name in sorted(shard_names(index))]
         for shard in shards:
             if not shard.is_file():
                 raise FileNotFoundError(f"{shard} is missing, but {index.name} names it: download it again")
@@ -43,6 +43,17 @@ def weight_files(folder: Path) -> list[Path]:
         f"{folder} has no model.safetensors and no {index.name} (found {', '.join(others) or 'no weights'}): "
         "download the safetensors files, or convert with transformers' save_pretrained"
     )
+
+
+def shard_names(index: Path) -> set[str]:
+    """The files that an index names. Raises ValueError for one that is no index, or names a file elsewhere."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: weight_map is {names!r:.80}, expected the file of each tensor: download it again")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or name != Path(name).name:
+            raise ValueError(f"{index}: {tensor} is in {name!r:.80}, expected the name of a file in its folder")
+    return set(names.values())
 
 
 def map_tensors(files: Iterable[Path]) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ import numpy as np
 
 # What the values of a weight may be, by the names that safetensors has for them.
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+# The bits that are all set in infinity and NaN, and in nothing else; numpy has no fast loop for these dtypes.
+EXPONENTS = {FLOATS["BF16"]: np.uint16(0x7F80), FLOATS["F16"]: np.uint16(0x7C00)}
 BLOCK = 1 << 20  # elements that are read at a time, so that what lies between file and weights stays small
 
 
@@ -79,8 +81,14 @@ class Tensor:
     stored: Stored | None = None  # where the weight can stay quantised
 
     def values(self, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """The values of the rows [first, stop) of the first axis, of all by default; a scalar has one row."""
-        return self.read(first, self.rows if stop is None else stop)
+        """The values of the rows [first, stop) of the first axis, of all by default; a scalar has one row.
+
+        Raises ValueError, with tensor and file, for floats that are not finite: no answer would follow from them.
+        """
+        values = self.read(first, self.rows if stop is None else stop)
+        if not all_finite(values):
+            raise not_finite(self, first)
+        return values
 
     @property
     def rows(self) -> int:
@@ -91,6 +99,21 @@ class Tensor:
         """All rows in runs [first, stop) of about BLOCK elements."""
         step = max(1, BLOCK // max(1, math.prod(self.shape[1:])))
         return ((first, min(first + step, self.rows)) for first in range(0, self.rows, step))
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether an array of one of `FLOATS` has neither NaN nor infinity; of another dtype, nothing is asked."""
+    if values.dtype == np.float32:
+        return bool(np.isfinite(values).all())
+    if (exponent := EXPONENTS.get(values.dtype)) is None or not values.size:
+        return True
+    return bool((np.ascontiguousarray(values).view(np.uint16) & exponent).max() < exponent)
+
+
+def not_finite(tensor: Tensor, first: int) -> ValueError:
+    """The error for a tensor with NaN or infinity in its file, in the rows from `first` on."""
+    found = "found values that are not finite (NaN or infinity), expected finite numbers"
+    return ValueError(f"{tensor.path}: {tensor.name}, rows from {first} on: {found}: download it again")
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:

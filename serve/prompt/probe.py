@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import product
+from threading import Thread
 from typing import Any
 
 from serve.formats.families import choose_format
@@ -30,6 +33,8 @@ LAST = {"role": "user", "content": "word8"}
 # Templates write tools out of their parts: a schema without parameters is refused by some.
 VALUE = {"type": "string", "description": "A value."}
 SCHEMA = {"type": "object", "properties": {"value": VALUE}, "required": ["value"]}
+# The longest that a template may take for two messages.
+MOST_SECONDS = 10.0
 TOOL = {"type": "function", "function": {"name": "word9", "description": "", "parameters": SCHEMA}}
 
 
@@ -71,6 +76,38 @@ def probe_template(hf: Any, format_name: str | None = None) -> Template:
         for system in (True, False)
     }
     return replace(heads[True, True], heads=heads)
+
+
+def check_usable(hf: Any, source: str) -> None:
+    """Raise ValueError, with the checkpoint's name, unless the chat template writes a user's message, and soon."""
+    problem: Future[str] = Future()
+    # On a thread of its own, as nothing else can leave a template that does not end.
+    Thread(target=lambda: problem.set_result(unusable(hf)), name="tokenzero-template", daemon=True).start()
+    try:
+        found = problem.result(MOST_SECONDS)
+    except TimeoutError:
+        found = f"takes more than {MOST_SECONDS:g} s for a conversation of one message"
+    if found:
+        raise ValueError(
+            f"{source}: its chat_template {found}, expected the text of a conversation with the user's message in it: "
+            "mend it in chat_template.jinja or tokenizer_config.json, or download the checkpoint again"
+        )
+
+
+def unusable(hf: Any) -> str:
+    """Why no conversation can be had with the chat template; empty if one can."""
+    reasons = []
+    neither: tuple[list[dict[str, Any]] | None, ...] = (None, [])
+    for turns, tools in product(([USER], [SYSTEM, USER]), neither):
+        try:
+            text = apply(hf, turns, tools, answer=True)
+        except Refused as refused:
+            reasons.append(f"fails: {' '.join(str(refused).split())!s:.200}")
+            continue
+        if str(USER["content"]) in text:
+            return ""
+        reasons.append(f"makes {text!r:.80} of a conversation")
+    return reasons[0]
 
 
 def no_tools(hf: Any) -> list[dict[str, Any]] | None:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from jinja2.exceptions import TemplateError
-
 from serve.formats.format import Format
 from serve.prompt.conversation import ChatMessage
 
@@ -99,9 +97,8 @@ def apply(
             thinking=thinking,
             tokenize=False,
         )
-    # RecursionError: JSON that is nested too deeply for the template's `tojson`.
-    except (TemplateError, ValueError, TypeError, RecursionError) as error:
-        raise Refused(str(error)) from error
+    except Exception as error:  # whatever the template's expressions raise, as `1/0` and JSON that nests too deeply do
+        raise Refused(str(error) or type(error).__name__) from error
     return str(text)
 
 

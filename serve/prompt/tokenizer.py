@@ -18,10 +18,11 @@ from cache.disk import DiskTier
 from cache.lmdb_env import RECORDS, check_directory
 from cache.tier import Tier
 from cache.worker import Worker
+from model.config import read_json
 from model.formats.gguf_file import is_gguf, read_gguf
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import SCOPE, Recent
-from serve.prompt.probe import probe_template
+from serve.prompt.probe import check_usable, probe_template
 from serve.prompt.template import Template
 
 # Of one text between two control tokens. Copying more ids from the tokenizer would block all other threads too long.
@@ -34,6 +35,7 @@ NUMPY_BYTES = 200  # of an array besides its values, and of a text besides its c
 SEGMENT_FOLDER = "segments"  # below the store directory
 STORED_BYTES = 64 * 2**20  # of ids on disk
 STORED_CHARS = 1000  # shorter segments are tokenised faster than they are read
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class TooManyTokens(ValueError):
@@ -82,6 +84,7 @@ def load_tokenizer(
         raise ValueError(
             f"{folder}: the tokenizer has no chat_template, which chat requests are rendered with: add one"
         )
+    check_usable(hf, folder)
     if store is None:
         return make_tokenizer(hf, format_name, None, segment_bytes)
     check_directory(store)
@@ -100,10 +103,28 @@ def load_hf(source: str | Path) -> Any:
     check_tokenizer_file(source)
     from transformers import AutoTokenizer
 
-    hf = AutoTokenizer.from_pretrained(str(source))
+    try:
+        hf = AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:  # of many kinds; the library names no file
+        raise unread(Path(source), error) from error
     if not getattr(hf, "is_fast", False):
         raise ValueError(f"{source}: expected a tokenizer.json, found a slow tokenizer: convert it with transformers")
     return hf
+
+
+def unread(folder: Path, error: Exception) -> ValueError:
+    """What is wrong with the files of a tokenizer that could not be loaded, as an error that names the file."""
+    for name in TOKENIZER_FILES:
+        try:
+            if (folder / name).is_file():
+                read_json(folder / name)
+        except (ValueError, OSError) as broken:
+            return ValueError(str(broken))
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(
+        f"{folder}: its tokenizer cannot be read from {' and '.join(TOKENIZER_FILES[:2])} ({reason:.300}): "
+        "download them again"
+    )
 
 
 def check_tokenizer_file(source: str | Path) -> None:

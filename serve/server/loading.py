@@ -71,6 +71,7 @@ def load(config: ServerConfig, progress: StartProgress) -> Starlette:
         from serve.server.context import make_context
 
         tokenizer, sizes = text.result(), engine.result().settings
+        check_vocabulary(tokenizer.hf, engine.result().vocab_size, folder)
         stops = stop_ids(engine.result().config.eos_token_ids, tokenizer.hf)
         app = create_app(make_context(engine.result(), tokenizer, stops, config))
         loaded.set()
@@ -102,6 +103,15 @@ def load_text(config: ServerConfig, folder: Path, progress: StartProgress) -> To
         report_template(config.model, tokenizer)
         import serve.server.app  # noqa: F401 (while steps compile)
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model; a few that were added to it do not count."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, expected at most the model's vocab_size of "
+            f"{vocab_size}: tokenizer and weights belong to different checkpoints"
+        )
 
 
 def load_engine(config: ServerConfig, folder: Path, progress: StartProgress) -> Engine:

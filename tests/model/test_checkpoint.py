@@ -195,6 +195,35 @@ def test_layers_after_the_last_are_passed_over_as_far_as_the_config_has_them(tin
         load(folder, jnp.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_finite_number_is_named(tiny_checkpoint, tmp_path, dtype, value):
+    def edit(state: State) -> None:
+        for name, tensor in state.items():
+            state[name] = tensor.to(dtype)
+        state["model.layers.1.mlp.down_proj.weight"][-1, -1] = value
+
+    folder = edited(tiny_checkpoint("llama"), tmp_path / "broken", edit)
+    with pytest.raises(ValueError, match=r"safetensors: model\.layers\.1\.mlp\.down_proj\.weight, .* not finite"):
+        load(folder, "float32")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "weight_map is None"),
+        ({"weight_map": [1]}, r"weight_map is \[1\]"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "a is in '../x.safetensors', expected the name of a file"),
+        ({"weight_map": {"a": 1}}, "a is in 1, expected the name of a file"),
+    ],
+)
+def test_an_index_that_is_none_is_named(tiny_checkpoint, tmp_path, index, message):
+    shutil.copy(tiny_checkpoint("llama") / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json: {message}"):
+        load(tmp_path, "float32")
+
+
 def test_an_empty_folder_lacks_its_config(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load(tmp_path, jnp.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,59 @@ def test_end_of_sequence_ids_prefer_the_generation_config(tmp_path: Path, own, g
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert load_config(tmp_path).eos_token_ids == expected
+
+
+WRONG = ("x", [], [1], ["x"], {}, {"a": {}}, None, -1, 0, 1.5, True, 10**12, float("nan"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_a_field_holds_a_config_is_read_or_refused_in_words(family):
+    whole = AutoConfig.for_model(family, **CORE).to_dict() | config(family)
+    rope = {"rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "attention_factor": 1.0}
+    ropes = [
+        rope | {"rope_type": kind, "original_max_position_embeddings": 64} for kind in ("yarn", "llama3", "linear")
+    ]
+    changed = [{field: value} for field in (*whole, "rope_scaling", "quantization_config") for value in WRONG]
+    changed += [{"rope_parameters": each | {field: value}} for each in ropes for field in each for value in WRONG]
+    read = 0
+    for fields in changed:
+        try:
+            hash(read_config(whole | fields))
+            read += 1
+        except ValueError:
+            continue
+    assert 0 < read < len(changed)
+
+
+@pytest.mark.parametrize("found", ["x", {}, {"a": 1}, [1, "x"], True, 1.5])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_of_sequence_id_that_is_no_number_is_named_with_its_file(tmp_path: Path, name, found):
+    (tmp_path / "config.json").write_text(json.dumps(config("llama")))
+    file = tmp_path / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | {"eos_token_id": found}))
+    with pytest.raises(ValueError, match=f"{file}: eos_token_id is .*, expected the number of a token"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_theta": 0}, "rope_theta is 0, expected a positive number"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1e+12, expected at most 10,000"),
+        ({"layer_types": 5}, "layer_types is 5, expected a list"),
+        ({"quantization_config": "x"}, "quantization_config is 'x', expected a JSON object"),
+        ({"model_type": [1]}, "model_type is [1], supported are"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_what_was_expected(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config(config("llama") | fields)
+
+
+def test_a_file_that_nests_without_end_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json nests too deeply"):
+        load_config(tmp_path)
 
 
 def test_errors_name_the_file(tmp_path: Path):

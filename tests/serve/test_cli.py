@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.params import Params
 from serve.__main__ import COMMANDS, main
 from serve.engine.settings import EngineSettings
+from serve.prompt.tokenizer import Tokenizer
 from serve.rules.normalize import RULES
 from serve.server import loading
 from serve.server.config import ServerConfig, parse_config, parser, problem_of
@@ -328,6 +329,12 @@ class TestStarting:
             pass
         assert f"--max-model-len: got {CONTEXT}" in str(ended.value)
         assert "Traceback" not in str(ended.value)
+
+    def test_a_tokenizer_of_another_model_is_refused(self, model_folder: Path, tokenizer: Tokenizer) -> None:
+        size = tokenizer.hf.vocab_size
+        loading.check_vocabulary(tokenizer.hf, size, model_folder)
+        with pytest.raises(ValueError, match=rf"tokenizer has {size} tokens, expected at most .* of {size - 1}"):
+            loading.check_vocabulary(tokenizer.hf, size - 1, model_folder)
 
     @pytest.mark.parametrize("content", [None, "{}", '{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}'])
     def test_a_folder_that_is_no_checkpoint_ends_it_with_a_sentence(

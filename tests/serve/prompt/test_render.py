@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from serve.api.messages import CountTokensRequest, InputMessage, InvalidRequest,
 from serve.limits.recent import Recent
 from serve.prompt.adapt import into_results, join_users
 from serve.prompt.conversation import conversation, joined, tool_definitions
+from serve.prompt.probe import check_usable
 from serve.prompt.render import encode_segments, prompt, render, render_text, say_once
 from serve.prompt.replay import RecordedAnswer
 from serve.prompt.tokenizer import (
@@ -467,6 +469,39 @@ class TestLoading:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         with pytest.raises(ValueError, match="no chat_template"):
             load_tokenizer(str(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
+            ("tokenizer.json", "{}", "its tokenizer cannot be read from tokenizer.json"),
+            ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds a list"),
+            ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
+            ("chat_template.jinja", "{% if", "its chat_template fails: unexpected 'end of template'"),
+            ("chat_template.jinja", "{{ 1/0 }}", "its chat_template fails: division by zero"),
+            ("chat_template.jinja", "{{ cycler.__init__.__globals__ }}", "its chat_template fails: .* unsafe"),
+            ("chat_template.jinja", "x", "its chat_template makes 'x' of a conversation"),
+        ],
+    )
+    def test_a_broken_file_is_named_with_what_was_expected(
+        self, file: str, content: str, message: str, model_folder: Any, tmp_path: Any
+    ) -> None:
+        for name in ("tokenizer.json", "config.json", "tokenizer_config.json"):
+            (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+        (tmp_path / file).write_text(content)
+        with pytest.raises(ValueError, match=message) as refused:
+            load_tokenizer(str(tmp_path))
+        assert str(tmp_path) in str(refused.value)
+
+    def test_a_template_without_end_is_refused_after_a_while(
+        self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("serve.prompt.probe.MOST_SECONDS", 0.1)
+        end = Event()
+        monkeypatch.setattr("serve.prompt.probe.apply", lambda *_, **__: end.wait(10) and "")
+        with pytest.raises(ValueError, match=r"its chat_template takes more than 0\.1 s"):
+            check_usable(tokenizer.hf, "folder")
+        end.set()
 
     def test_encode_can_be_replaced(self, tokenizer: Tokenizer) -> None:
         fixed = replace(tokenizer, encode=lambda value, following=(): np.asarray([len(value)], np.int32))
