@@ -77,9 +77,9 @@ def ask(text: str, **more: Any) -> Json:
     return {"model": "any", "max_tokens": 1, "temperature": 0, "messages": [message]} | more
 
 
-def with_head(text: str) -> Json:
-    """The same with tools and a system text."""
-    return ask(text, system=f"You keep the doors of a house. {VAULT}", tools=[TOOL])
+def with_head(text: str, place: str = "house") -> Json:
+    """The same with tools and a system text, which no other place has."""
+    return ask(text, system=f"You keep the doors of a {place}. {VAULT}", tools=[TOOL])
 
 
 def post(client: httpx.Client, body: Json) -> Json:
@@ -194,8 +194,8 @@ def attacked(model: Path, share: str, secrets_: int, pairs: int, tokens: int, se
             found.update(extracted(clients, rng, number))
         both = [pair(clients, rng, tokens) for _ in track(range(WARM_UP + pairs), f"{share}: pairs")][WARM_UP:]
         for name in (VICTIM, *OTHERS, VICTIM):
-            post(clients[name], with_head(f"I am {name}"))
-        first, again = (post(clients[ATTACKER], with_head("I am nobody")) for _ in range(2))
+            post(clients[name], with_head(f"I am {name}", "garden"))
+        first, again = (post(clients[ATTACKER], with_head("I am nobody", "garden")) for _ in range(2))
     known, new = zip(*both, strict=True)
     usage, read = first["usage"], "cache_read_input_tokens"
     prompt = sum(usage[field] for field in ("input_tokens", "cache_creation_input_tokens", read))
@@ -221,10 +221,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = args.model or Path(folder, "model")
         pairs = {share: args.pairs if share == "none" else args.shared_pairs for share in SHARES}
         arms = {share: attacked(model, share, args.secrets, pairs[share], args.tokens, args.seed) for share in SHARES}
-    table = Table("--share-prefix", "digits found, by the best channel", "pairs", "AUC", "known, ms", "new, ms", "head")
+    table = Table("share", "digits found, by the best channel", "pairs", "AUC", "known, ms", "new, ms", "head read")
     for share, arm in arms.items():
         best = max(arm.found, key=lambda channel: arm.found[channel])
-        digits = f"{arm.found[best]} of {arm.digits} ({best})"
+        digits = f"{arm.found[best]} of {arm.digits}" + (f" ({best})" if arm.found[best] else "")
         times = (f"{each:.3f}" for each in (arm.auc, arm.known_ms, arm.new_ms))
         table.add_row(share, digits, f"{arm.pairs:,}", *times, f"{arm.head_read} of {arm.head_tokens}")
     Console().print(table)

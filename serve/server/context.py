@@ -177,8 +177,8 @@ def memories(context: ServerContext) -> dict[str, Memory]:
     volatility, statuses, savings = context.volatility, context.statuses, context.savings
     auditor = auditor_of(context.engine) if isinstance(context.engine, Engine) else None
     audited = auditor.settings.sample_bytes if auditor else 0
-    shared = context.heads
-    return {
+    shared = {"heads": memory_of_heads(context.heads)} if context.heads else {}
+    return shared | {
         "segments": Memory(lambda: segments.bytes + heads.bytes, segments.most_bytes + heads.most_bytes),
         "answers": Memory(lambda: replay.remembered_bytes, int(replay.memory.maxsize)),
         "unwritten_answers": Memory(lambda: replay.waiting_bytes, replay.queue_bytes),
@@ -188,9 +188,13 @@ def memories(context: ServerContext) -> dict[str, Memory]:
         "savings": Memory(lambda: savings.bytes, savings.max_links * LINK_BYTES),
         "audits": Memory(lambda: auditor.records.bytes if auditor else 0, audited),
         "documents": Memory(lambda: pdf.remembered.bytes, pdf.remembered.most_bytes),
-        "heads": Memory(lambda: shared.remembered_bytes if shared else 0, shared.most_bytes if shared else 0),
         "preambles": Memory(lambda: SHAPE_BYTES * len(context.reported), SHAPE_BYTES * SHAPES),
     }
+
+
+def memory_of_heads(heads: SharedHeads) -> Memory:
+    """The memory for heads that keys share."""
+    return Memory(lambda: heads.remembered_bytes, heads.most_bytes)
 
 
 def unrendered(tokenizer: Tokenizer, rules: Collection[str]) -> str | None:

@@ -13,14 +13,15 @@ import os
 from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from cache.keys import HEAD_SALT, root_key, tail_key
 from cache.private import FILE_MODE, make_folder
-from serve.api.messages import CountTokensRequest
+from serve.api.messages import CountTokensRequest, InvalidRequest
 from serve.diagnosis.captures import read_file
 from serve.limits.recent import Recent
 from serve.prompt.heads import head_tokens
@@ -28,9 +29,12 @@ from serve.prompt.tokenizer import Tokenizer
 from serve.rules.normalize import normalize
 
 log = logging.getLogger("tokenzero.keys")
+K = TypeVar("K")
+V = TypeVar("V")
 
 FILE = "shared_heads"  # below the store directory: a name in hexadecimal on each line
 MOST_COUNTED = 256  # heads of each key that are remembered until enough keys have sent them
+MOST_KEYS = 256  # of which any are remembered, those that have sent one last
 MOST_SHARED = 1024
 HEAD_BYTES = 200  # of memory that each takes, about
 KNOWN_BYTES = 2**20  # for the lengths and names of heads by the requests that had them
@@ -49,9 +53,11 @@ class SharedHeads:
         self.page_size, self.after, self.file = page_size, after, file
         self.named: set[bytes] = set()  # by the operator: these stay
         self.shared: OrderedDict[bytes, None] = OrderedDict.fromkeys(read_names(file) if file else ())
-        self.counted: dict[str, OrderedDict[bytes, None]] = {}  # heads that each key has sent, the latest last
+        # The heads that each key has sent, the latest last, and so the keys.
+        self.counted: OrderedDict[str, OrderedDict[bytes, None]] = OrderedDict()
         self.known: Recent[bytes, Head] = Recent(KNOWN_BYTES, lambda head: HEAD_BYTES, scoped=True)
         self.lock = Lock()
+        self.writing: Thread | None = None  # the latest name to the file
 
     @property
     def remembered_bytes(self) -> int:
@@ -61,12 +67,11 @@ class SharedHeads:
 
     @property
     def most_bytes(self) -> int:
-        """The limit of that; each key that has sent anything has one of its own."""
-        heads = MOST_SHARED + len(self.named) + MOST_COUNTED * len(self.counted)
-        return HEAD_BYTES * heads + KNOWN_BYTES
+        """The limit of that."""
+        return HEAD_BYTES * (MOST_SHARED + len(self.named) + MOST_COUNTED * MOST_KEYS) + KNOWN_BYTES
 
     def name(self, request: CountTokensRequest, tokenizer: Tokenizer, rules: Collection[str]) -> None:
-        """Share the head of a request, as the operator wants it. Raises InvalidRequest, ValueError for a short one."""
+        """Share the head of a request, as the operator wants it. Raises ValueError for one of less than a page."""
         normalized = normalize(request, rules).request
         length, name = self.head(normalized, tokenizer, "tools-first" in rules)
         if not length:
@@ -91,10 +96,14 @@ class SharedHeads:
         parts = msgspec.json.encode([request.system, request.tools, request.thinking, tools_first])
         digest = hashlib.blake2b(parts, digest_size=32).digest()
         if (found := self.known.get(digest)) is None:
-            tokens = head_tokens(request, tokenizer, tools_first)
+            try:
+                tokens = head_tokens(request, tokenizer, tools_first)
+            except InvalidRequest:  # the template may want more than a question, which the conversation has
+                return 0, b""
             length = len(tokens) // self.page_size * self.page_size
             found = length, self.name_of(tokens[:length])
-            self.known.put(digest, found)
+            if not tokenizer.template.reads_clock:
+                self.known.put(digest, found)
         return found
 
     def name_of(self, tokens: np.ndarray) -> bytes:
@@ -110,21 +119,27 @@ class SharedHeads:
                 self.shared.move_to_end(name)
                 return True
             sent = self.counted.setdefault(key, OrderedDict())
+            use_latest(self.counted, key, MOST_KEYS)
             sent[name] = None
-            sent.move_to_end(name)
-            if len(sent) > MOST_COUNTED:
-                sent.popitem(last=False)
+            use_latest(sent, name, MOST_COUNTED)
             if sum(name in heads for heads in self.counted.values()) < self.after:
                 return False
             for heads in self.counted.values():
                 heads.pop(name, None)
             self.shared[name] = None
-            if len(self.shared) > MOST_SHARED:
-                self.shared.popitem(last=False)
-            if self.file:
-                append_name(self.file, name)
+            use_latest(self.shared, name, MOST_SHARED)
+        if self.file:  # in a thread, as no request waits for a disk
+            self.writing = Thread(target=append_name, args=(self.file, name), name="shared-heads", daemon=True)
+            self.writing.start()
         log.info("a head is shared from now on: %d keys have sent it", self.after)
         return True
+
+
+def use_latest(entries: OrderedDict[K, V], key: K, most: int) -> None:
+    """Make an entry the latest, and drop the oldest beyond so many."""
+    entries.move_to_end(key)
+    if len(entries) > most:
+        entries.popitem(last=False)
 
 
 def open_heads(shared: SharedHeads, path: Path | None, tokenizer: Tokenizer, rules: Collection[str]) -> SharedHeads:

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.harness.client import scrape
 from experiments.harness.server import Server, running_server
-from serve.api.messages import decode_count_tokens
+from serve.api.messages import InvalidRequest, decode_count_tokens
 from serve.limits.recent import SCOPE
 from serve.prompt.heads import head_tokens
 from serve.prompt.render import render
@@ -139,7 +139,7 @@ class TestServed:
                 post(of[name], body)
             eventually(lambda: scrape(of["ops"])["tokenzero_write_queue_bytes"] == 0, "the pages are written")
         file = tmp_path / "store" / shared_heads.FILE
-        assert len(file.read_text().splitlines()) == 1
+        assert len(file.read_text().splitlines()) == 1, "one was shared"
         assert file.stat().st_mode & 0o777 == 0o600
         with serving(model_folder, tmp_path) as server, clients(server) as of:
             found = post(of["erin"], with_head("After the start", "a survivor"))
@@ -181,6 +181,8 @@ class TestCounting:
         file, name = tmp_path / "new" / "heads", bytes(range(32))
         heads = counting(2, file)
         assert [heads.is_shared(name, key) for key in "ab"] == [False, True]
+        assert heads.writing
+        heads.writing.join(60)
         with file.open("a") as opened:
             opened.write("nonsense\n" + "Z" * 64 + "\n" + name.hex()[:20])
         assert list(counting(2, file).shared) == [name]
@@ -211,6 +213,17 @@ class TestHead:
             request = self.decoded(**more)
             rendered[name] = heads.head(request, tokenizer, False)  # type: ignore[arg-type]
         assert len({name for _, name in rendered.values()}) == 3
+
+    def test_a_template_that_refuses_a_question_alone_costs_the_request_nothing(
+        self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise InvalidRequest("refused")
+
+        monkeypatch.setattr(shared_heads, "head_tokens", refuse)
+        request = self.decoded()
+        tokens = render(request, tokenizer)  # type: ignore[arg-type]
+        assert counting().length(request, tokens, tokenizer, False, "a") == 0  # type: ignore[arg-type]
 
     def test_its_length_is_whole_pages_and_less_than_the_prompt(self, tokenizer: Tokenizer) -> None:
         heads, request = counting(), self.decoded()
