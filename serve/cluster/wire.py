@@ -55,13 +55,13 @@ def pack(request: GenerationRequest) -> bytes:
 def unpack(data: bytes, constraint: Callable[[str], Constraint]) -> GenerationRequest:
     """The request that `pack` packed; `constraint` compiles a grammar's text, and what it raises is raised.
 
-    It compiles for the request's owner: a grammar that another's request has compiled would be there sooner.
+    It compiles for the request's salt: a grammar that a request of another has compiled would be there sooner.
     """
     request: GenerationRequest = _Unpacker(io.BytesIO(data)).load()
     text: Any = request.constraint
     if not isinstance(text, str):
         return request
-    scope = SCOPE.set(request.owner)
+    scope = SCOPE.set(request.salt.decode("latin-1"))
     try:
         return replace(request, constraint=constraint(text))
     finally:

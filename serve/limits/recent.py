@@ -1,4 +1,4 @@
-"""The latest values by key, within a limit in bytes; those that tell of a caller's prompts, for each caller apart."""
+"""The latest values by key, within a limit in bytes; those that tell of a caller's prompts, for each salt apart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
-# For whom this thread or task works: the name of an API key, "" for nobody in particular. Threads of a pool inherit it.
+# For whom this thread or task works: the cache salt of its request, "" for none. Threads of a pool inherit it.
 SCOPE: ContextVar[str] = ContextVar("scope", default="")
 ENTRY_BYTES = 300  # of a key and of the mapping that holds it, about
 

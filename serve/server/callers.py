@@ -38,12 +38,14 @@ def request_context_of(request: Request, context: ServerContext) -> RequestConte
     key = headers.get("x-api-key") or headers.get("authorization") or ""
     salt, agent = headers.get(SALT_HEADER, "").encode(), headers.get("user-agent", "")
     admission: Admission | None = request.scope.get("admission")
+    if b"\0" in salt:  # with which the salts of keys begin
+        raise InvalidRequest(f"{SALT_HEADER}: expected no zero bytes, found one")
     shared, shares_head = context.config.share_prefix, False
     if admission and admission.key.name and shared != EVERYTHING:
         shares_head = shared == HEADS and not salt  # a salt asks to share nothing
         # The name in place of the key, so that a new key of the same name goes on with its sessions.
         key, salt = admission.key.name, private_salt(admission.key.name, salt)
-        SCOPE.set(admission.key.name)  # of this request's task, and of the threads that work for it
+    SCOPE.set(salt.decode("latin-1"))  # of this request's task, and of the threads that work for it
     rules = rules_of(request, context)
     return RequestContext(rules, salt, key.encode(), agent, sender_of(headers), admission, shares_head)
 

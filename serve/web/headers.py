@@ -26,7 +26,7 @@ REQUEST_HEADERS = (
         proxy=True,
     ),
     Header(RULES_HEADER, "The rules for this request instead of the server's: comma-separated, or `none`."),
-    Header(SALT_HEADER, "Requests with different salts share no page and no recorded answer."),
+    Header(SALT_HEADER, "Requests with different salts share no page, no recorded answer and no tokenised text."),
     Header("accept", "`text/html` at `GET /` gets the dashboard.", proxy=True),
 )
 RESPONSE_HEADERS = (

@@ -18,6 +18,8 @@ from starlette.requests import Request
 
 from experiments.harness.client import scrape
 from experiments.harness.server import Server, running_server
+from serve.api.messages import InvalidRequest
+from serve.limits.recent import SCOPE
 from serve.server.callers import request_context_of
 from serve.server.config import ServerConfig
 from serve.server.context import RequestContext
@@ -259,13 +261,19 @@ class TestShares:
 class TestScope:
     """What a request shares, by the keys in force and `--share-prefix`."""
 
+    @pytest.fixture(autouse=True)
+    def unscoped(self) -> Iterator[None]:
+        before = SCOPE.set("")
+        yield
+        SCOPE.reset(before)
+
     def context_of(self, share: str, name: str | None, **headers: str) -> RequestContext:
         sent = {"x-api-key": "secret", **{header.replace("_", "-"): value for header, value in headers.items()}}
         raw = [(header.encode(), value.encode()) for header, value in sent.items()]
         admission = None if name is None else Admission(Key(name, b""), Usage(), 0.0)
         scope = {"type": "http", "headers": raw, "admission": admission}
         server = SimpleNamespace(config=ServerConfig(model="m", share_prefix=share), rules=frozenset())
-        return copy_context().run(request_context_of, Request(scope), server)  # type: ignore[arg-type]
+        return request_context_of(Request(scope), server)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(("share", "name"), [("none", None), ("none", ""), ("all", "alice"), ("all", None)])
     def test_without_named_keys_and_with_all_shared_pages_and_answers_have_the_names_of_before(
@@ -274,6 +282,20 @@ class TestScope:
         found = self.context_of(share, name, x_tokenzero_cache_salt="s")
         assert (found.salt, found.key) == (b"s", b"secret")
         assert self.context_of(share, name).salt == b""
+
+    @pytest.mark.parametrize("name", [None, "alice"])
+    def test_tokenised_text_and_grammars_are_kept_for_each_salt(self, name: str | None) -> None:
+        scopes = set()
+        for salt in ({}, {"x_tokenzero_cache_salt": "s"}, {"x_tokenzero_cache_salt": "t"}):
+            context = copy_context()
+            found = context.run(self.context_of, "none", name, **salt)
+            scopes.add((context[SCOPE], found.salt.decode()))
+        assert len(scopes) == 3
+        assert all(scope == salt for scope, salt in scopes)
+
+    def test_no_salt_of_a_client_is_that_of_a_key(self) -> None:
+        with pytest.raises(InvalidRequest, match="x-tokenzero-cache-salt: expected no zero bytes"):
+            self.context_of("none", None, x_tokenzero_cache_salt="\0key\0alice\0")
 
     def test_a_named_key_has_a_salt_and_answers_of_its_own_under_any_secret(self) -> None:
         alice, bob = self.context_of("none", "alice"), self.context_of("none", "bob")
