@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.keys import all_keys, page_keys, root_key, tail_key
+from cache.keys import PageChain, all_keys, page_keys, root_key, tail_key
 
 token_lists = st.lists(st.integers(0, 1), max_size=20)
 
@@ -79,3 +79,40 @@ def test_all_keys_are_those_of_the_pages_and_of_every_tail_that_may_lie_in_one(t
         at = len(full) * page_size
         wanted.append(full[-1] if at == stop else tail_key(full[-1] if full else root, tokens[at:stop]))
     assert sorted(found) == sorted(wanted)
+
+
+@given(token_lists, st.integers(1, 4), st.integers(0, 3))
+def test_all_keys_of_a_chain_are_those_also_where_a_head_ends(tokens, page_size, page):
+    tokens, chain = np.array(tokens, np.int32), PageChain(b"model", page_size, b"s", 2 * page_size)
+    wanted = []
+    for stop in range(page * page_size + 1, len(tokens) + 1):
+        keys = chain.keys(tokens[:stop])
+        at = len(keys) * page_size
+        wanted.append(keys[-1] if at == stop else tail_key(chain.parent(keys, len(keys)), tokens[at:stop]))
+    assert sorted(chain.all_keys(tokens, page * page_size)) == sorted(wanted)
+
+
+@given(token_lists, st.sampled_from([b"", b"s"]))
+def test_without_a_head_a_chain_has_the_keys_of_its_salt(tokens, salt):
+    tokens = np.array(tokens, np.int32)
+    assert PageChain(b"model", 2, salt).keys(tokens) == page_keys(root_key(b"model", 2, salt), tokens, 2)
+
+
+@given(token_lists, st.integers(0, 4), st.integers(0, 4))
+def test_salts_share_the_keys_of_their_heads_and_no_others(tokens, head, other):
+    tokens = np.array(tokens, np.int32)
+    one, two, none = (
+        PageChain(b"model", 2, salt, 2 * pages).keys(tokens)
+        for salt, pages in ((b"one", head), (b"two", other), (b"", 0))
+    )
+    shared = min(head, other, len(tokens) // 2)
+    assert one[:shared] == two[:shared]
+    assert len(set(one) & set(two)) == shared
+    assert not set(one + two) & set(none), "nor those of requests without a salt"
+
+
+def test_the_keys_after_a_head_never_change_between_versions() -> None:
+    assert (
+        PageChain(b"model", 2, b"s", 2).keys(np.arange(4))[1].hex()
+        == "23409d4e025a49c8147aae6035f3c733e2b0ab1feb41d526c7c749269598c988"
+    )
