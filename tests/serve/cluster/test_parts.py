@@ -77,6 +77,15 @@ class TestWire:
         assert came.constraint is not None
         assert np.array_equal(came.constraint.mask(), fresh.mask())
 
+    def test_a_grammar_is_compiled_for_the_salt_of_its_request(self, tokenizer: Tokenizer) -> None:
+        constrainer = make_constrainer(tokenizer.hf, {tokenizer.hf.eos_token_id}, len(tokenizer.hf))
+        constraint = constrainer.start(Grammar('start: "yes"\n', ()))
+        held = len(constrainer.compiled)
+        for salt in (b"\0key\0alice\0", b"\0key\0bob\0", b"\0key\0bob\0"):
+            packed = pack(GenerationRequest(prompt(1, 5), 1, salt=salt, constraint=constraint))
+            assert unpack(packed, constrainer.constraint).constraint is not None
+        assert len(constrainer.compiled) == held + 2, "one for each salt"
+
     def test_any_other_constraint_travels_as_it_is(self) -> None:
         came = unpack(pack(GenerationRequest(prompt(1, 5), 1, constraint=Script([1, 2], 64))), lambda text: None)
         assert isinstance(came.constraint, Script)
