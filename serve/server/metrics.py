@@ -56,7 +56,7 @@ ENGINE: tuple[Figure[Engine], ...] = (
     Figure(
         "preemptions",
         COUNTER,
-        "Sequences sent back to the queue because pages ran out",
+        "Sequences sent back to the queue, as pages ran out or a key had fewer places",
         lambda engine: engine.counters.preemptions,
     ),
     Figure(
