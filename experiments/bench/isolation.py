@@ -5,8 +5,8 @@ A server runs with each `--share-prefix`, and three arms attack it with the key 
 - *extraction*: a secret of four digits in the victim's prompt is guessed digit by digit. A channel gives a digit away
   if its value is the highest for this guess alone: tokens read from the cache by `usage`, tokens reused and lost by the
   report, the characters of an error, and what `diagnostics` and `/v1/requests/{id}` say of the victim's message.
-- *timing*: of two prompts one is new and the other has just been sent by the victim. The AUC is the probability that
-  the known one has its first token sooner, ties halved
+- *timing*: of two prompts with the same head one is new and the other has just been sent by the victim. The AUC is the
+  probability that the known one has its first token sooner, ties halved
   (https://en.wikipedia.org/wiki/Receiver_operating_characteristic#Area_under_the_curve): 0.5 tells nothing. With
   2,000 pairs its standard error is 0.009.
 - *head*: how much of tools and system text a key reads that three others have sent.
@@ -161,7 +161,7 @@ def extracted(clients: Clients, rng: random.Random, number: int) -> Counter[str]
 def body_of(rng: random.Random, tokens: int) -> Json:
     """A streamed request, whose user message of about so many tokens nobody has sent before."""
     text = " ".join(str(rng.randrange(10**6)) for _ in range(tokens // 4))
-    return ask(text, stream=True)
+    return with_head(text) | {"stream": True}
 
 
 def pair(clients: Clients, rng: random.Random, tokens: int) -> tuple[float, float]:
@@ -189,6 +189,8 @@ def attacked(model: Path, share: str, secrets_: int, pairs: int, tokens: int, se
     """Attack a server with this `--share-prefix`."""
     rng = random.Random(seed)
     with serving(model, share) as clients:
+        for name in (*OTHERS, VICTIM):  # so that the head of all that follows is shared, where heads are
+            post(clients[name], with_head(f"I am {name}"))
         found: Counter[str] = Counter()
         for number in track(range(secrets_), f"{share}: secrets"):
             found.update(extracted(clients, rng, number))
@@ -210,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_argument("--model", type=Path, help="a checkpoint (default: a tiny one)")
     cli.add_argument("--secrets", type=int, default=10, help="of four digits each, in each arm")
     cli.add_argument("--pairs", type=int, default=2000, help="where keys share nothing")
-    cli.add_argument("--shared-pairs", type=int, default=300, help="where they share something")
+    cli.add_argument("--shared-pairs", type=int, default=500, help="where they share something")
     cli.add_argument("--tokens", type=int, default=1000, help="of a prompt that is timed, about")
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--output", type=Path, default=RESULTS)
