@@ -276,12 +276,13 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether to stay open when the client sends no more: only while it waits for the answer to a whole request.
+        """Whether to stay open when the client sends no more: only while a whole request waits for its answer to begin.
 
         A client that is gone altogether looks the same until it is sent something, so after a while it is sent `PROBE`
         until its answer begins; the second write to one that is gone fails.
         """
-        if self.reading is not Reading.NOTHING or not self.answering or self.scope["http_version"] != "1.1":
+        waits = self.reading is Reading.NOTHING and self.answering and not self.cycle.response_started
+        if not waits or self.scope["http_version"] != "1.1":
             return False
         self.cycle.keep_alive = False
         self.probe_timer = self.loop.call_later(PROBE_AFTER_SECONDS, self.probe, NEXT_PROBE_SECONDS)

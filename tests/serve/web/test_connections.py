@@ -66,9 +66,19 @@ class Running:
                 self.left.set()
             waiting.cancel()
             gone.cancel()
+        if "silent" in request.query_params:
+            return StreamingResponse(self.one_piece())
         if "long" in request.query_params:
             return StreamingResponse(self.pieces())
         return JSONResponse({"read": len(body)})
+
+    async def one_piece(self) -> Any:
+        """The beginning of an answer, of which nothing else comes."""
+        try:
+            yield b"x"
+            await asyncio.sleep(10)
+        finally:
+            self.left.set()
 
     async def pieces(self) -> Any:
         """Far more than a client's buffers hold."""
@@ -250,6 +260,14 @@ def test_a_client_that_is_gone_is_noticed_before_its_answer(running: Running) ->
     with running.connect() as connection:
         connection.sendall(b"POST /v1/messages?late HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi")
     assert running.left.wait(SLEEP_SECONDS * 0.9)
+
+
+def test_a_client_that_is_gone_is_noticed_after_the_beginning_of_its_answer(running: Running) -> None:
+    with running.connect() as connection:
+        connection.sendall(b"GET /v1/messages?silent HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not connection.recv(2**12).endswith(b"x\r\n"):
+            pass
+    assert running.left.wait(3)
 
 
 def test_a_client_that_does_not_read_its_answer_is_given_up(running: Running) -> None:
