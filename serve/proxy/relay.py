@@ -35,6 +35,7 @@ from serve.web.timing import server_timing
 
 log = logging.getLogger("tokenzero.proxy")
 
+MAX_EVENT_BYTES = 2**23  # of a stream; the longest tell a whole response of the Responses API once more
 BODILESS = (204, 304)  # statuses of answers without a body, even if they have a content-length
 # The first event with text, in any of the three APIs. A chunk that has only a role does not count, whatever else in it
 # is empty: some engines send it before they begin.
@@ -174,6 +175,9 @@ async def relay_events(
             # Whole events only, so that an error event cannot end up within another event.
             pending += piece
             if not (end := len(pending) if encoded else end_of_events(pending)):
+                if len(pending) > MAX_EVENT_BYTES:
+                    pending = b""
+                    raise UpstreamFault(502, f"the upstream sends an event of more than {MAX_EVENT_BYTES} bytes")
                 continue
             sent, pending = pending[:end], pending[end:]
             opened, counted = (opened or sent, sent) if b"_tokens" in sent else (opened, counted)

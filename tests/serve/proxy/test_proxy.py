@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.harness.server import Server, running_server
+from serve.proxy import relay
 from serve.proxy.app import create_proxy
 from serve.proxy.cli import main
 from serve.proxy.reports import MAX_WAITING, Reports
@@ -465,8 +466,11 @@ class TestFaults:
         assert "RemoteProtocolError" in self.error_in(answer.json(), path)[1]
 
     @pytest.mark.parametrize("path", CHATS)
-    @pytest.mark.parametrize("end", ["closed", "reset", "silent", "malformed"])
-    def test_a_stream_that_breaks_off_ends_with_an_error_event(self, end: str, path: str) -> None:
+    @pytest.mark.parametrize("end", ["closed", "reset", "silent", "malformed", "endless"])
+    def test_a_stream_that_breaks_off_ends_with_an_error_event(
+        self, end: str, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(relay, "MAX_EVENT_BYTES", 2**16)
         whole = b'event: x\ndata: {"type":"x","sequence_number":6}\n\n'
 
         def breaking(connection: socket.socket, head: bytes, body: bytes) -> None:
@@ -476,6 +480,8 @@ class TestFaults:
                 connection.recv(1)  # until the proxy gives up
             elif end == "malformed":
                 connection.sendall(b"no chunk\r\n")
+            elif end == "endless":
+                connection.sendall(chunk(b"x" * 2**17))
             elif end == "reset":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.close()
