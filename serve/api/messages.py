@@ -5,6 +5,7 @@ This module knows no tokens, no templates and no HTTP, and never changes a reque
 Formats: https://docs.claude.com/en/api/messages and https://docs.claude.com/en/api/messages-count-tokens.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -25,6 +26,7 @@ Role = Literal["user", "assistant", "system"]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 StopSequence = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+TOO_MANY_STOPS = re.compile(r"stop(_sequences)?: expected array of length <=")
 StopSequences = Annotated[tuple[StopSequence, ...], Meta(max_length=MAX_STOPS)]
 
 
@@ -311,7 +313,7 @@ def decode(
             return decode(decoder, readable, choices, mend)
         if mend is not None and isinstance(error, msgspec.ValidationError):
             return _decode_mended(decoder, body, choices, mend, error)
-        raise InvalidRequest(explain_error(error, body, choices)) from None
+        raise _refusal(explain_error(error, body, choices)) from None
 
 
 def _decode_mended(
@@ -326,7 +328,7 @@ def _decode_mended(
         plain = msgspec.json.decode(body)
         repaired = mend(plain)
     except (ValueError, RecursionError):  # such as a number that Python cannot hold
-        raise InvalidRequest(explain_error(violation, body, choices)) from None
+        raise _refusal(explain_error(violation, body, choices)) from None
     try:
         if repaired == plain:
             raise violation
@@ -334,7 +336,12 @@ def _decode_mended(
     except (msgspec.ValidationError, RecursionError) as error:
         same = error is violation or isinstance(error, RecursionError)
         shown = body if same else msgspec.json.encode(repaired)
-        raise InvalidRequest(explain_error(error, shown, choices)) from None
+        raise _refusal(explain_error(error, shown, choices)) from None
+
+
+def _refusal(problem: str) -> InvalidRequest:
+    """The refusal of a body that violates its schema."""
+    return InvalidRequest(problem, "max_stop_sequences" if TOO_MANY_STOPS.match(problem) else "")
 
 
 def _names_defined_in(messages: Iterable[InputMessage]) -> set[str]:

@@ -40,7 +40,8 @@ RESPONSE_HEADERS = (
         "`nosniff`, and `cross-origin-resource-policy` is `same-origin`.",
     ),
     Header(
-        "retry-after", "Seconds, with status 529, where the queue is full, and 429, where a key's limit is reached."
+        "retry-after",
+        "Seconds, with 529, where too much waits or is in flight, and 429, where a key or an address has too much.",
     ),
     Header(REPORT_HEADER, "The id of the report on this request in `/v1/requests`.", proxy=True, server=False),
 )

@@ -62,6 +62,13 @@ def test_the_limits_hold_for_requests_of_all_apis() -> None:
         assert refused.value.limit == limit
 
 
+def test_more_stop_sequences_than_there_may_ever_be_are_counted_by_the_same_flag() -> None:
+    for read, field in ((decode_request, "stop_sequences"), (read_chat, "stop")):
+        with pytest.raises(InvalidRequest, match=f"{field}: expected array of length <= 64, got 65") as refused:
+            read(json.dumps(ask("a") | {field: ["a"] * 65}).encode())
+        assert refused.value.limit == "max_stop_sequences"
+
+
 def test_a_body_that_nests_too_deeply_is_not_decoded() -> None:
     for deep in (b"[" * 9 + b"]" * 9, b'{"a":' * 9, b'{"[\\"[": [' * 5):
         with pytest.raises(
