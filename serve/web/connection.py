@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tokenzero.connections")
 
-LINGER_SECONDS = 2.0  # after a refusal, in which what the client still sends is read and ignored
+# After a refusal the client has so long to read why. What it sends meanwhile is ignored, but no more of it.
+LINGER_SECONDS, LINGER_BYTES = 2.0, 2**20
 # To a client that has closed its sending side: one that is gone altogether answers with a reset.
 # https://www.rfc-editor.org/rfc/rfc9110#section-15.2 lets every client read it before its answer.
 PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -62,6 +63,7 @@ class Connection(HttpToolsProtocol):
         self.address = ""
         self.reading = Reading.NOTHING
         self.header_bytes = 0  # of the request that is read
+        self.ignored_bytes = 0  # after a refusal
         self.problem: LimitExceeded | None = None
         self.read_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
@@ -93,6 +95,10 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read a part of a request; of headers no more than may be, as the parser would gather them all."""
         self._unset_keepalive_if_required()
+        if self.reading is Reading.REST:
+            self.ignored_bytes += len(data)
+            if self.ignored_bytes > LINGER_BYTES:
+                self.transport.abort()
         while data and self.reading is not Reading.REST and self.parser:
             if self.reading is Reading.NOTHING:
                 self.begin_headers()

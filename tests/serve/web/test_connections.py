@@ -124,6 +124,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 def app(patch: pytest.MonkeyPatch) -> Iterator[Running]:
     """The application in a thread."""
     patch.setattr(connection_module, "PROBE_AFTER_SECONDS", 0.05)
+    patch.setattr(connection_module, "LINGER_SECONDS", 60.0)
     running = Running()
     routes = Starlette(routes=[Route("/{path:path}", running.answer, methods=["GET", "POST"])])
     config = uvicorn.Config(
@@ -209,6 +210,13 @@ def test_what_is_too_slow_is_refused_by_its_flag(impatient: Running, sent: bytes
     assert impatient.refused == {limit: 1}
 
 
+def test_a_client_that_goes_on_sending_after_its_refusal_is_cut_off(running: Running) -> None:
+    with running.connect() as connection:
+        connection.sendall(HEAD + b"X-A: " + b"a" * 2000)
+        eventually(lambda: not drip(connection, b"a" * 2**16), "it is cut off")
+    assert running.refused == {"max_header_bytes": 1}
+
+
 def test_a_refusal_has_the_form_of_the_api_that_was_called(running: Running) -> None:
     _, body = error_in(exchange(running, b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + b"a:b\r\n" * 400))
     assert body["error"]["type"] == "invalid_request_error"
@@ -231,10 +239,10 @@ def test_a_connection_whose_request_was_answered_before_it_was_read_is_closed_as
     assert not running.refused
 
 
-def drip(connection: socket.socket) -> bool:
-    """Send one more byte; whether the server still takes it."""
+def drip(connection: socket.socket, data: bytes = b"a") -> bool:
+    """Send a little more; whether the server still takes it."""
     try:
-        connection.send(b"a")
+        connection.sendall(data)
     except OSError:
         return False
     return True
