@@ -1,13 +1,14 @@
 """What a client waits for its first token while others attack: `python -m experiments.bench.attacks --model DIR`.
 
-Each attack runs in a process of its own, over and over, while a second client asks short questions. Its time to the
-first token is compared with that of the same client alone, just before. No attack may add more than 50 ms and one step:
-a step of an honest request would have taken as long. `crowd` is the same for many connections at once.
+Each attack runs in a process and with a key of its own, over and over, while another key's client asks short questions.
+Its time to the first token is compared with that of the same client alone, just before. No attack may add more than
+50 ms and one step: a step of an honest request would have taken as long. `crowd` is many connections at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -47,6 +48,8 @@ MIB = 2**20
 FLAGS = ("--audit-share", "0")
 HEAD = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
 STREAMS, IDLE, DRIPPING = 300, 500, 200  # of the crowd
+VICTIM, ATTACKER = ({"x-api-key": name} for name in ("the victim's key", "the attacker's key"))
+KEY_LINE = b"x-api-key: %b\r\n" % ATTACKER["x-api-key"].encode()
 
 Attack = Callable[[str], list[int]]  # once, at a URL; the statuses that it got
 
@@ -86,32 +89,32 @@ def by_http(send: Callable[[httpx.Client], list[httpx.Response]]) -> Attack:
     """The attack of one client that sends requests."""
 
     def attack(url: str) -> list[int]:
-        with httpx.Client(base_url=url, timeout=120) as client:
+        with httpx.Client(base_url=url, headers=ATTACKER, timeout=120) as client:
             return [response.status_code for response in send(client)]
 
     return attack
 
 
-def by_bytes(*pieces: bytes, connections: int = 1, seconds: float = 5.0) -> Attack:
-    """The attack of connections that send bytes, one piece after another, and then wait for an answer."""
+def by_bytes(*pieces: bytes, connections: int = 1, seconds: float = 0.2) -> Attack:
+    """The attack of connections that send bytes, one piece after another, and wait for so long before they go."""
 
     def attack(url: str) -> list[int]:
         with ExitStack() as opened:
-            made = [
-                opened.enter_context(socket.create_connection(address_of(url), seconds)) for _ in range(connections)
-            ]
+            made = [opened.enter_context(socket.create_connection(address_of(url), 5)) for _ in range(connections)]
             for piece in pieces:
                 for connection in made:
                     with suppress(OSError):
                         connection.sendall(piece)
+            time.sleep(seconds)
             return [status for connection in made if (status := status_of(connection))]
 
     return attack
 
 
 def status_of(connection: socket.socket) -> int | None:
-    """The status of the answer on a connection; None if it is closed without one, or none comes."""
+    """The status of the answer on a connection; None if it is closed without one, or none has come."""
     with suppress(OSError):
+        connection.setblocking(False)
         found = re.match(rb"HTTP/1.1 (\d+)", connection.recv(2**12))
         return int(found[1]) if found else None
     return None
@@ -120,7 +123,7 @@ def status_of(connection: socket.socket) -> int | None:
 def deaf(connections: int) -> Attack:
     """The attack of clients that ask for streams and read none."""
     body = json.dumps(ask("tell me a long story", 500, stream=True)).encode()
-    request = HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
+    request = HEAD + KEY_LINE + b"content-length: %d\r\n\r\n" % len(body) + body
 
     def attack(url: str) -> list[int]:
         with ExitStack() as opened:
@@ -138,7 +141,10 @@ def at_once(count: int, body: Json) -> Attack:
 
     def attack(url: str) -> list[int]:
         limits = httpx.Limits(max_connections=None)
-        with httpx.Client(base_url=url, timeout=120, limits=limits) as client, ThreadPoolExecutor(count) as pool:
+        with (
+            httpx.Client(base_url=url, headers=ATTACKER, timeout=120, limits=limits) as client,
+            ThreadPoolExecutor(count) as pool,
+        ):
             return list(pool.map(lambda _: client.post(MESSAGES, json=body).status_code, range(count)))
 
     return attack
@@ -163,10 +169,10 @@ def attacks() -> Iterator[tuple[str, Attack]]:
     yield "a header of 64 MiB", by_bytes(HEAD + b"X-Big: ", *[b"a" * MIB] * 64)
     yield "13,000,000 headers", by_bytes(HEAD, *[b"a:b\r\n" * 200_000] * 65)
     yield "a path of 64 MiB", by_bytes(b"GET /", *[b"a" * MIB] * 64)
-    yield "500 connections that send nothing", by_bytes(connections=500, seconds=1.0)
-    yield "200 connections that drip headers", by_bytes(HEAD, *[b"a"] * 40, connections=200, seconds=1.0)
-    part = HEAD + b"content-length: 1000000\r\n\r\n{"
-    yield "200 connections that drip bodies", by_bytes(part, *[b"a"] * 40, connections=200, seconds=1.0)
+    yield "500 connections that send nothing", by_bytes(connections=500, seconds=1)
+    yield "200 connections that drip headers", by_bytes(HEAD, *[b"a"] * 40, connections=200, seconds=1)
+    part = HEAD + KEY_LINE + b"content-length: 1000000\r\n\r\n{"
+    yield "200 connections that drip bodies", by_bytes(part, *[b"a"] * 40, connections=200, seconds=1)
     yield "100 clients that read nothing", deaf(100)
     yield "400 requests at once", at_once(400, ask("at once", 8))
 
@@ -202,7 +208,7 @@ def ttfts(url: str, rng: random.Random, seconds: float, enough: int) -> list[flo
     with httpx.Client(timeout=300) as client:
         while time.perf_counter() < end or len(found) < enough:
             with suppress(NoText):
-                found.append(measure(client, url, question(rng)).ttft_ms)
+                found.append(measure(client, url, question(rng), VICTIM).ttft_ms)
             time.sleep(0.02)
     return found
 
@@ -255,7 +261,7 @@ def step_ms(url: str, rng: random.Random, tokens: int = 1024, times: int = 5) ->
     """The milliseconds of the longest step: what a prompt of that many new tokens takes more than a short one."""
     with httpx.Client(timeout=300) as client:
         texts = [" ".join(str(rng.randrange(10**9)) for _ in range(tokens // 10)) for _ in range(times)]
-        long = [measure(client, url, ask(text, 1, stream=True, temperature=0)).ttft_ms for text in texts]
+        long = [measure(client, url, ask(text, 1, stream=True, temperature=0), VICTIM).ttft_ms for text in texts]
     return max(0.0, median(long) - median(ttfts(url, rng, 0.5, times)))
 
 
@@ -284,7 +290,7 @@ def crowd(server: Server, streams: int = STREAMS, idle: int = IDLE, dripping: in
             opened.enter_context(socket.create_connection(address, 10))
         drips = [opened.enter_context(socket.create_connection(address, 10)) for _ in range(dripping)]
         for n, connection in enumerate(drips):
-            connection.sendall(HEAD + (b"X-A: " if n % 2 else b"content-length: 1000000\r\n\r\n{"))
+            connection.sendall(HEAD + KEY_LINE + (b"X-A: " if n % 2 else b"content-length: 1000000\r\n\r\n{"))
 
         def drip() -> None:
             while not stop.wait(0.5):
@@ -296,7 +302,7 @@ def crowd(server: Server, streams: int = STREAMS, idle: int = IDLE, dripping: in
         thread.start()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         with (
-            httpx.Client(base_url=server.url, timeout=600, limits=limits) as client,
+            httpx.Client(base_url=server.url, headers=VICTIM, timeout=600, limits=limits) as client,
             ThreadPoolExecutor(streams) as pool,
         ):
             ended = list(pool.map(lambda number: streamed(client, number), range(streams)))
@@ -306,6 +312,20 @@ def crowd(server: Server, streams: int = STREAMS, idle: int = IDLE, dripping: in
     time.sleep(8)  # connections end, idle ones after 5 s
     files, threads = zip(before, (process.num_fds(), process.num_threads()), strict=True)
     return Crowd(sum(ended), len(ended) - sum(ended), round(taken, 1), files, threads)
+
+
+def keys(folder: str | Path) -> tuple[str, str]:
+    """The flag that names a file with the keys of victim and attacker, which is written."""
+    file = Path(folder, "keys")
+    hashes = [hashlib.sha256(headers["x-api-key"].encode()).hexdigest() for headers in (VICTIM, ATTACKER)]
+    file.write_text(f"victim sha256:{hashes[0]} admin\nattacker sha256:{hashes[1]}\n")
+    return "--api-key-file", str(file)
+
+
+def wait_until_compiled(url: str) -> None:
+    """Return once the server has compiled every shape of steps, so that none disturbs a measurement."""
+    while (ready := httpx.get(f"{url}/ready").json())["compiled"] < ready["shapes"]:
+        time.sleep(0.5)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -327,8 +347,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table("attack", "status", "alone, ms", "median", "p95", "most", "beyond a step", box=SIMPLE_HEAD)
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_server(args.model, *FLAGS, log=Path(folder, "log"), compiled=True) as server,
+        running_server(args.model, *FLAGS, *keys(folder), log=Path(folder, "log")) as server,
     ):
+        wait_until_compiled(server.url)
         step = step_ms(server.url, rng)
         for name, _ in attacks():
             if args.only in name:

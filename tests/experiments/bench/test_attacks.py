@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench.attacks import attacks, crowd, delay
+from experiments.bench.attacks import attacks, crowd, delay, keys
 from experiments.harness.server import running_server
 from experiments.workloads.demo_model import TINY, write_demo_model
 
@@ -21,7 +21,7 @@ def test_every_attack_has_a_name_of_its_own() -> None:
 @pytest.mark.slow
 def test_many_connections_at_once_break_no_stream_and_leave_nothing_behind(tmp_path: Path) -> None:
     write_demo_model(tmp_path / "model", config=TINY)
-    with running_server(tmp_path / "model", "--kv-pool-bytes", "64MiB", compiled=True) as server:
+    with running_server(tmp_path / "model", "--kv-pool-bytes", "64MiB", *keys(tmp_path)) as server:
         found = crowd(server)
         row = delay(server.url, "a header of 64 MiB", 1.0, 0.0, random.Random(0))
     assert (found.whole, found.broken) == (300, 0)
