@@ -179,7 +179,7 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self.time_writing()
-        elif self.reading is Reading.NOTHING and not self.pipeline:
+        elif self.reading is Reading.NOTHING and not self.answering:  # another one, sent together with it
             self.shared.waiting[self] = self.address
 
     def timeout_keep_alive_handler(self) -> None:

@@ -313,6 +313,14 @@ def test_a_request_right_behind_another_is_answered_after_it(running: Running) -
     assert exchange(running, one * 20 + last).count(b'{"read":2}') == 21
 
 
+def test_a_connection_that_waits_for_a_second_answer_is_not_closed_for_a_new_one(running: Running) -> None:
+    with running.connect() as connection:
+        second = b"POST /v1/messages?late=20 HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+        connection.sendall(HEAD + b"Content-Length: 2\r\n\r\nhi" + second)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        assert not running.connections.waiting
+
+
 def test_a_usual_client_keeps_its_connection(running: Running) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{running.port}") as client:
         for _ in range(30):
