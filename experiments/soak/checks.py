@@ -19,19 +19,20 @@ SHOWN = 3  # examples in a failed check's line
 
 STARTED = "Started server process"  # before it are progress and a greeting, wrapped at 80 columns
 RECORD = re.compile(r"\d{4}-\d\d-\d\d |.*(Traceback|Error)")
-# The records that a sound server logs in a soak. Its log has no levels: all other records are reported.
+# The records that a sound server logs in a soak. All others are reported.
 EXPECTED = tuple(
     map(
         re.compile,
         (
             r"\s*$",
-            r"INFO: ",
-            r"WARNING:  Invalid HTTP request received\.",
+            r"\S+ \S+ uvicorn\.error (?!WARNING|ERROR|CRITICAL)",
+            r"\S+ \S+ uvicorn\.error WARNING Invalid HTTP request received\.",
+            r"\S+ \S+ tokenzero\.requests ",
+            r"\S+ \S+ tokenzero\.server stopping: ",
             r"\S+ \S+ tokenzero\.kernels building the CPU kernels",
             r"\S+ \S+ tokenzero\.server ready after ",
             r"\S+ \S+ tokenzero \S+: \w+ on .+ pages of \d+ tokens, context \d+",
             r"\S+ \S+ tokenzero [\d,]+ pages are preloaded",
-            r"\S+ \S+ tokenzero\.divergence msg_",
             r"\S+ \S+ tokenzero\.volatility ",
             r"\S+ \S+ tokenzero\.engine request \d+ is preempted ",
         ),

@@ -199,10 +199,11 @@ class ErrorDetail(Struct, frozen=True):
     message: str
 
 
-class Error(Struct, frozen=True, tag="error"):
+class Error(Struct, frozen=True, tag="error", omit_defaults=True):
     """Body of a failed request; also the last event of a stream that fails."""
 
     error: ErrorDetail
+    request_id: str | None = None  # where the client has given its request one
 
 
 BlockEvent = ContentBlockStart | ContentBlockDelta | ContentBlockStop

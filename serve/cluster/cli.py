@@ -15,6 +15,7 @@ from serve.cluster.config import ROUND_ROBIN, ClusterConfig, parse_config
 from serve.engine.runtime import leave_out_torch
 from serve.server.cli import check_folder, listen
 from serve.server.threads import in_thread
+from serve.web.logs import set_up_logging
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -28,7 +29,7 @@ log = logging.getLogger("tokenzero.cluster")
 def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> None:
     """Parse, listen, start the replicas, and serve until interrupted."""
     config = parse_config(argv, cli)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    set_up_logging(config)
     try:
         deploy.check_installed()
         check_folder(config.model)

@@ -106,7 +106,7 @@ class ClusterEngine:
                         raise Overloaded(GONE) from error
                     if call.started or len(call.tried) >= ATTEMPTS or not self.alive:
                         ended = True
-                        yield Failed(LOST if self.alive else GONE)
+                        yield Failed(LOST if self.alive else GONE, temporary=True)
         finally:
             self.in_flight -= 1
             self.dispatch.ended(call, complete=ended)

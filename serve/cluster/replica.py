@@ -22,6 +22,7 @@ from serve.limits.exceeded import LimitExceeded
 from serve.router.summary import Load
 from serve.server.progress import StartProgress
 from serve.server.threads import in_thread
+from serve.web.logs import set_up_logging
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -41,7 +42,7 @@ class EngineReplica:
         """Load, compile, and start the engine. Raises ValueError with a sentence for what a user can mend."""
         from ray import serve
 
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        set_up_logging(config)
         self.name: str = serve.get_replica_context().replica_id.unique_id
         try:
             self.engine, self.constrainer, self.identity = load(config)

@@ -7,7 +7,6 @@ nearest sequence is cached but no longer remembered, the mismatch position is wh
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import time
@@ -27,8 +26,6 @@ from serve.diagnosis.sections import Sections, Vocabulary
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
 from serve.prompt.render import Prompt, PromptSegment
-
-log = logging.getLogger("tokenzero.divergence")
 
 REMEMBERED = 32  # requests that each new one is compared with, at most
 REPORT_BYTES = 2**20  # for the reports on the latest requests, about 2 KB each
@@ -168,8 +165,6 @@ class Divergences:
         section = made.section and made.section[:MAX_SECTION_CHARS]
         made = msgspec.structs.replace(made, section=section, rules=rules[:MAX_LISTED_RULES], unit=self.unit, **hidden)
         self.reports.put(made.id, made)
-        if made.cause and made.cause not in UNAVOIDABLE:
-            log.info("%s", report_line(made))
         return made
 
     def answered(self, id: str, answer: Sequence[int]) -> None:

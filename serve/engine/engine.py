@@ -224,6 +224,7 @@ class Engine:
 
     def turn(self, cancelled: set[int]) -> None:
         """Cancel these requests, do one step, and one of the idle work."""
+        problem = ""
         try:
             self.core.cancel(cancelled)
             self.core.step()
@@ -233,7 +234,9 @@ class Engine:
                 self.idle_work.step(self)
         except Exception as error:
             log.exception("a step failed: %d running requests end with an error", len(self.running))
-            self.core.recover(f"{type(error).__name__}: {error}")
+            problem = f"{type(error).__name__}: {error}"
+        if problem:  # only now, as the trace holds the step's arrays, for which a device may have no room left
+            self.core.recover(problem)
 
     def receive(self) -> set[int] | None:
         """Queue the requests in the inbox, waiting for some while there is nothing to do.

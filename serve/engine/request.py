@@ -74,6 +74,7 @@ class Failed:
     """The last event of a request that the engine could not finish."""
 
     message: str
+    temporary: bool = False  # the engine ends, or is gone: the same request can be sent again
 
 
 @dataclass(frozen=True)

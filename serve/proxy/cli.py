@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from serve.web.flags import (
 )
 from serve.web.keys import keys_problem, open_keys
 from serve.web.limit_flags import ConnectionFlags
+from serve.web.logs import log_format_flag, log_level_flag, set_up_logging
 from serve.web.settings import parse_flags
 
 OPEN_FILES = 2  # of a connection: another one leads to an engine
@@ -71,6 +71,8 @@ class ProxyConfig(ConnectionFlags):
         shown="$TOKENZERO_UPSTREAM_API_KEY, or the clients' keys are forwarded",
         secret=True,
     )
+    log_format: str = log_format_flag(GROUP)
+    log_level: str = log_level_flag(GROUP)
     timeout: float = flag(
         "seconds without a byte from the upstream after which a request is given up", GROUP, 600.0, metavar="S"
     )
@@ -145,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
 
     config = parse_flags(ProxyConfig, parser(), argv, problem_of)
     rules, upstreams = config.rules, config.engines
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    set_up_logging(config)
     try:
         reports = make_reports(config.model, not config.no_prompt_text_in_reports)
     except ValueError as error:
@@ -160,7 +162,7 @@ def main(argv: Sequence[str]) -> None:
         http=limited(connections, OPEN_FILES),
         host=config.host,
         port=config.port,
-        log_level="info",
+        log_config=None,
         access_log=False,
         # The upstream's are forwarded.
         server_header=False,

@@ -12,8 +12,9 @@ from threading import Lock
 
 from serve.api.messages import InvalidRequest
 from serve.diagnosis.captures import Api, decode_json, read_prompt
+from serve.diagnosis.causes import UNAVOIDABLE
 from serve.diagnosis.compare import Render, characters
-from serve.diagnosis.divergence import Divergences, RememberedRequest, nearest
+from serve.diagnosis.divergence import Divergences, RememberedRequest, nearest, report_line
 from serve.diagnosis.sections import CHARACTERS, Vocabulary
 from serve.diagnosis.volatility import Volatility
 from serve.proxy.chat import Chat
@@ -102,7 +103,9 @@ class Reports:
                 new.tokens,
                 [o for o in self.divergences.remembered.values() if (o.model, o.scope) == (new.model, new.scope)],
             )
-            self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
+            made = self.divergences.started(new, {"expected": min(shared, len(new.tokens) - 1)}, chat.applied)
+            if made.cause and made.cause not in UNAVOIDABLE:
+                log.info("%s", report_line(made))
             self.volatility.observe(chat.agent, request, chat.key)
         except InvalidRequest as error:  # the engine may support what this package does not
             self.without_report.note("unread", f"POST {chat.path}: no report: {error}")

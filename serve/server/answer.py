@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from math import isfinite
@@ -59,14 +59,20 @@ PING_SECONDS = 5.0
 
 def answer(context: ServerContext, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
     """The answer as the API's events, in order: pings while the prompt is computed, then the message."""
+    state = answer_state(context, prepared)
+
+    def ended(seconds: Mapping[str, float]) -> None:
+        context.statuses.update(prepared.id, generated_tokens=state.sampled)  # also of an answer that broke off
+        context.metrics.count_phases(seconds)
+
     return track(
-        generated(context, prepared, phases),
+        generated(context, prepared, phases, state),
         prepared.id,
         phases,
         context.statuses,
         first=context.metrics.ttft.observe,
         done=partial(count_answer, context, prepared),
-        ended=context.metrics.count_phases,
+        ended=ended,
     )
 
 
@@ -79,15 +85,17 @@ def count_answer(context: ServerContext, prepared: Prepared, usage: Usage) -> No
     loop.run_in_executor(None, count_savings, context, prepared, usage.cache_read_input_tokens)
 
 
-async def generated(context: ServerContext, prepared: Prepared, phases: Phases) -> AsyncGenerator[Event, None]:
+async def generated(
+    context: ServerContext, prepared: Prepared, phases: Phases, state: AnswerState
+) -> AsyncGenerator[Event, None]:
     """The events of an answer; `message_start` comes with the first token, when its usage is known."""
-    state = answer_state(context, prepared)
     silent_since = started_at = time.perf_counter()
     engine_events = context.engine.generate(prepared.generation, PING_SECONDS)
     async with aclosing(with_itl(engine_events, context.metrics.itl.observe)) as coming:
         async for event in coming:
             if isinstance(event, Failed):
-                yield Error(ErrorDetail("api_error", event.message))
+                kind = "overloaded_error" if event.temporary else "api_error"
+                yield Error(ErrorDetail(kind, event.message), prepared.request_context.request_id)
                 return
             if isinstance(event, Started):
                 events = await on_started(context, prepared, phases, state, event)

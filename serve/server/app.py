@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serve.api.answers import Error, ErrorDetail, Event, Message, TokenCount, encode, encode_event
+from serve.api.answers import ERROR_STATUS, Error, ErrorDetail, Event, Message, TokenCount, encode, encode_event
 from serve.api.messages import InvalidRequest, MessagesRequest, decode_count_tokens, decode_request
 from serve.api.openai import input_tokens_body, read_chat, read_responses
 from serve.api.openai.errors import is_openai
@@ -44,6 +44,7 @@ from serve.server.key_metrics import KeyCollector
 from serve.server.limits import InFlight, refuse_too_many, shallow
 from serve.server.middleware import RequestGuardMiddleware, limit_response
 from serve.server.prepare import Prepared, prepare, prompt_length
+from serve.server.request_log import RequestLogMiddleware
 from serve.server.trim import trim_while_idle
 from serve.web.access import error_response
 from serve.web.assets import PAGE
@@ -93,7 +94,7 @@ def create_app(context: ServerContext) -> Starlette:
     )
     app = Starlette(
         routes=[*ROUTES, *ASSET_ROUTES],
-        middleware=[*cors(config), guard],
+        middleware=[*cors(config), Middleware(RequestLogMiddleware), guard],
         exception_handlers={
             InvalidRequest: refusal,
             LimitExceeded: refusal,
@@ -182,6 +183,8 @@ async def post_answer(read: Reader, request: Request) -> Response:
     for admission in (request_context.admission, request.scope["admitted"]):
         if admission:
             admission.take(len(prepared.generation.tokens) + prepared.generation.max_tokens)
+    request.scope["message_ids"].append(prepared.id)
+    context.statuses.update(prepared.id, request_id=request.scope["request_id"])
     events = answer(context, prepared, phases)
     # Wait for the first event before the response starts: the engine's refusal becomes a status, not a stream.
     first = await until_disconnect(request, anext(events))
@@ -197,7 +200,7 @@ async def post_answer(read: Reader, request: Request) -> Response:
     if result is None:
         return Response(status_code=499)
     if isinstance(result, Error):
-        return error_response(request.scope, 500, result.error.message)
+        return error_response(request.scope, ERROR_STATUS[result.error.type], result.error.message)
     return Response(writer.whole(result), media_type="application/json", headers=response_headers(prepared, phases))
 
 
@@ -296,10 +299,12 @@ async def get_health(request: Request) -> Response:
 
 
 async def get_ready(request: Request) -> Response:
-    """`GET /ready`: 200 while requests are served, with the compiled shapes of steps; 503 before, with the phases."""
+    """`GET /ready`: 200 while requests are served, with the compiled shapes of steps; 503 before (phases) and after."""
     engine: EngineClient = request.app.state.context.engine
     if not engine.alive:
         return JSONResponse({"status": "engine stopped"}, 503)
+    if request.scope.get("stopping"):
+        return JSONResponse({"status": "stopping"}, 503)
     compiled, shapes = engine.compiled
     return JSONResponse({"status": "ready", "compiled": compiled, "shapes": shapes})
 

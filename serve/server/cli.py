@@ -6,7 +6,6 @@ The port is open while the rest is loaded, see `loading`.
 from __future__ import annotations
 
 import gc
-import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from serve.server.config import ServerConfig, parse_config
 from serve.server.loading import load
 from serve.server.threads import end_process, in_thread
 from serve.web.connections import Connections
+from serve.web.logs import set_up_logging
 
 if TYPE_CHECKING:
     import argparse
@@ -33,9 +33,7 @@ INTERRUPTED = 130  # the exit status of what Ctrl-C has ended, as shells count i
 def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> None:
     """Parse, listen, load, and serve until interrupted."""
     config = parse_config(argv, cli)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    # It logs a line for each kind of accelerator that the machine does not have.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    set_up_logging(config)
     try:
         check_folder(config.model)
     except (ValueError, OSError) as error:
@@ -63,6 +61,7 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
     import uvicorn
 
     from serve.server.progress import StartProgress, progress_bars
+    from serve.server.signals import SignalledServer
     from serve.server.starting import StartingApp
     from serve.web.connection import limited
 
@@ -78,23 +77,31 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
     def stop() -> None:
         server.should_exit = True
 
+    def on_signal(number: int) -> bool:
+        """Stop in order, but at the second Ctrl-C at once. Whether it is taken: not while nothing is served yet."""
+        if app.draining and number == signal.SIGINT:
+            end_process(None, INTERRUPTED)
+        app.draining = app.live is not None
+        return app.draining
+
     def loaded(loading: Future[Starlette]) -> None:
         progress.close()
         server.should_exit = server.should_exit or loading.exception() is not None
         if not loading.exception():
             connections.on_refused = loading.result().state.context.metrics.count_refused
 
-    app = StartingApp(loading, progress, stopping, stop)
-    server = uvicorn.Server(
+    app = StartingApp(loading, progress, stopping, stop, config.shutdown_timeout)
+    server = SignalledServer(
         uvicorn.Config(
             app,
             http=limited(connections),
             host=config.host,
             port=config.port,
-            log_level="info",
+            log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=10,
-        )
+            timeout_graceful_shutdown=5,
+        ),
+        on_signal,
     )
     loading.add_done_callback(loaded)
     status = 0
@@ -108,4 +115,14 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
     if not loading.done() or error or app.failure:
         progress.close()
         end_process(error or app.failure, status)
+    if compiling(app.live):
+        end_process(None, status)
     sys.exit(status)
+
+
+def compiling(live: Starlette | None) -> bool:
+    """Whether a thread may still compile, for which Python's own end would wait."""
+    if live is None:
+        return False
+    done, shapes = live.state.context.engine.compiled
+    return bool(done < shapes)

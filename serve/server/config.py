@@ -31,6 +31,7 @@ from serve.web.flags import (
 )
 from serve.web.keys import keys_problem
 from serve.web.limit_flags import LimitFlags
+from serve.web.logs import log_format_flag, log_level_flag
 from serve.web.settings import parse_flags
 
 MAX_SPECULATIVE_TOKENS = 15
@@ -112,8 +113,17 @@ class ServerConfig(LimitFlags):
         parse=parse_bytes,
         shown=f"{DEFAULT_BOUNDS.total >> 20}MiB",
     )
+    log_format: str = log_format_flag(HTTP)
+    log_level: str = log_level_flag(HTTP)
+    shutdown_timeout: float = flag(
+        "seconds that answers under way have once the server is told to stop; then they end with an error",
+        HTTP,
+        30.0,
+        metavar="S",
+        least=0,
+    )
     stop_seconds: float = flag(
-        "time limit for stopping, pending writes to the store included", HTTP, 30.0, metavar="S", least=0
+        "time limit for stopping after that, pending writes to the store included", HTTP, 30.0, metavar="S", least=0
     )
 
     strip_anthropic_preamble: bool = flag(

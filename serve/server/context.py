@@ -70,6 +70,7 @@ class RequestContext:
     sender: Sender = NOBODY
     admission: Admission | None = None  # of the request, where keys are checked
     shares_head: bool = False  # with other keys, where that of its prompt is shared
+    request_id: str | None = None  # that the client has given it
 
     @property
     def owner(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Mapping
 
@@ -15,12 +14,14 @@ from serve.limits.encodings import BodyTooLarge
 from serve.limits.exceeded import LimitExceeded
 from serve.server.limits import InFlight
 from serve.server.metrics import ServerMetrics
+from serve.server.request_log import route_of
 from serve.web.access import OPEN_PATHS, error_response
 from serve.web.browsers import ANSWER_HEADERS, BrowserRules
 from serve.web.keys import Keys, LimitReached, secrets_in
-from serve.web.paths import api_path
 
 log = logging.getLogger("tokenzero.app")
+
+STOPPING = "the server is stopping: send the request again, to another one or later"
 
 
 class RequestGuardMiddleware:
@@ -42,7 +43,6 @@ class RequestGuardMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = {**scope, "path": api_path(scope["path"])}
         headers = dict(scope["headers"])
         read, started = 0, False
 
@@ -61,15 +61,11 @@ class RequestGuardMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                id = f"req_{secrets.token_hex(12)}".encode()
                 there = {name for name, _ in message["headers"]}
-                message["headers"] += [(b"request-id", id), (b"x-request-id", id)]
+                ids = scope["own_id"].encode(), scope["request_id"].encode()
+                message["headers"] += zip((b"request-id", b"x-request-id"), ids, strict=True)
                 message["headers"] += [header for header in ANSWER_HEADERS if header[0] not in there]
-                # Unknown paths share one label: a client must not be able to grow the metrics.
-                path = scope["path"] if scope.get("endpoint") else "other"
-                for name, value in scope.get("path_params", {}).items():
-                    path = path.removesuffix(value) + f"{{{name}}}"
-                self.metrics.responses.labels(path, message["status"]).inc()
+                self.metrics.responses.labels(route_of(scope), message["status"]).inc()
             await send(message)
 
         answer: Response | None = None
@@ -88,7 +84,7 @@ class RequestGuardMiddleware:
         except Exception as error:
             if started:
                 raise
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %s failed", scope["method"], route_of(scope))
             await error_response(scope, 500, f"{type(error).__name__}: {error}")(scope, receive, send_with_id)
         finally:
             for admission in ("admission", "admitted"):
@@ -106,8 +102,11 @@ class RequestGuardMiddleware:
                 address = (scope.get("client") or ("an unknown address", 0))[0]
                 await asyncio.sleep(self.keys.wrong.delay(address, time.monotonic()))
             return error_response(scope, 401, "invalid x-api-key")
-        refused = self.browsers and self.browsers.refusal(scope, scope["path"])
-        return error_response(scope, *refused) if refused else None
+        if refused := self.browsers and self.browsers.refusal(scope, scope["path"]):
+            return error_response(scope, *refused)
+        if scope.get("stopping") and scope["method"] not in ("GET", "HEAD"):
+            return error_response(scope, 529, STOPPING, {"retry-after": "5", "connection": "close"})
+        return None
 
     def refused(self, scope: Scope, error: LimitExceeded) -> Response:
         """The answer to a request that goes beyond a limit, which is counted."""

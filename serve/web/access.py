@@ -12,11 +12,17 @@ from serve.web.assets import ASSETS
 OPEN_PATHS = ("/", "/health", "/ready", "/api/hello", *ASSETS)  # the dashboard asks for the key itself
 
 
+def given_id(scope: Scope) -> str | None:
+    """The id that a client has given its request by `x-request-id`; None if it has given none that can be kept."""
+    id: str | None = scope.get("given_id")
+    return id
+
+
 def error_response(scope: Scope, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
     """An error in the form of the API that the request is for."""
     path = scope["path"]
     if is_openai(path, dict(scope["headers"])):
         return Response(error_body(status, message, path), status_of(status), headers, media_type="application/json")
     kind = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    body = encode(Error(ErrorDetail(kind, message)))
+    body = encode(Error(ErrorDetail(kind, message), given_id(scope)))
     return Response(body, status, headers, media_type="application/json")

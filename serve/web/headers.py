@@ -27,6 +27,7 @@ REQUEST_HEADERS = (
     ),
     Header(RULES_HEADER, "The rules for this request instead of the server's: comma-separated, or `none`."),
     Header(SALT_HEADER, "Requests with different salts share no page, no recorded answer and no tokenised text."),
+    Header("x-request-id", "An id to find the request again by: up to 128 visible ASCII characters."),
     Header("accept", "`text/html` at `GET /` gets the dashboard.", proxy=True),
 )
 RESPONSE_HEADERS = (
@@ -34,7 +35,11 @@ RESPONSE_HEADERS = (
         "server-timing", "Where the time went, phase by phase; `proxy` is how long the proxy's rules took.", proxy=True
     ),
     Header(APPLIED_HEADER, "The rules that changed the request and where, at most 32.", proxy=True),
-    Header("request-id", "A fresh id of each response; `x-request-id` has the same value."),
+    Header("request-id", "A fresh id of each response."),
+    Header(
+        "x-request-id",
+        "The request's own, if it has one, else the same as `request-id`: log, `/v1/requests` and errors have it.",
+    ),
     Header(
         "x-content-type-options",
         "`nosniff`, and `cross-origin-resource-policy` is `same-origin`.",

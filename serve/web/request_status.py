@@ -15,7 +15,7 @@ from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
 from serve.web.timing import Phases
 
-STATUS_BYTES = 1700  # memory of a status, about; it has numbers only, so the request does not matter
+STATUS_BYTES = 1700  # memory of a status, about, without the words that a client has chosen
 UPSTREAM_BYTES = 150  # more, for each upstream
 
 
@@ -23,6 +23,7 @@ class RequestStatus(Struct, frozen=True, omit_defaults=True):
     """The state, times and counts of one request."""
 
     state: Literal["running", "done", "aborted"] = "running"
+    request_id: str = ""  # the `x-request-id` of request and response
     ttft_ms: float | None = None  # None until the first content_block_delta
     phases_ms: Mapping[str, float] = MappingProxyType({})  # time of each phase that has ended
     generated_tokens: int = 0  # known when it is done
@@ -34,7 +35,7 @@ class RequestStatus(Struct, frozen=True, omit_defaults=True):
 
 def status_bytes(status: RequestStatus) -> int:
     """The memory of a status, about."""
-    return STATUS_BYTES + UPSTREAM_BYTES * len(status.expected_ttft_ms)
+    return STATUS_BYTES + len(status.request_id) + UPSTREAM_BYTES * len(status.expected_ttft_ms)
 
 
 class RequestStatuses:

@@ -140,16 +140,16 @@ class TestChecks:
         ]
         usual = [
             *start,
-            "INFO:     Started server process [1]",
+            f"{stamp} uvicorn.error Started server process [1]",
             f"{stamp} tokenzero.engine request 7 is preempted at 90 tokens: the pool is full",
-            f"{stamp} tokenzero.divergence msg_1: 3 of 9 tokens reused, mismatch at 3 in system: text",
+            f"{stamp} tokenzero.requests POST /v1/messages status=200 request_id=req_1 id=msg_1 state=done read=3",
             "",
         ]
         odd = [
             f"{stamp} cache.lmdb_env /store: write fails, going on without: no room",
-            f"{stamp} tokenzero.engine a step failed: 2 running requests end with an error",
+            f"{stamp} tokenzero.engine ERROR a step failed: 2 running requests end with an error",
             "Traceback (most recent call last):",
-            "ERROR:    Exception in ASGI application",
+            f"{stamp} uvicorn.error ERROR Exception in ASGI application",
         ]
         assert checks.unexpected([*usual, *odd]) == odd
         assert checks.unexpected([*start, *odd[:3]]) == odd[:3], "a server that never started"

@@ -390,7 +390,7 @@ def test_a_stopped_engine_fails_what_it_holds_and_refuses_more(model):
     pending = [submit(engine, np.full(100 + i, 5), 200)[0] for i in range(6)]
     engine.start()
     engine.stop()
-    assert [outcome(events)[2] for events in pending] == [Failed("the engine has stopped")] * 6
+    assert [outcome(events)[2] for events in pending] == [Failed("the engine has stopped", temporary=True)] * 6
     with pytest.raises(Overloaded, match="stopped"):
         submit(engine, [1, 2], 2)
 

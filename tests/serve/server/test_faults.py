@@ -10,6 +10,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
@@ -19,9 +20,12 @@ from typing import Any
 
 import anthropic
 import httpx
+import jax
 import jax.numpy as jnp
 import pytest
 
+import serve.server.prepare as prepare_module
+from cache.tiers import Tiers
 from experiments.harness.client import scrape
 from experiments.harness.server import Server, running_server
 from model import checkpoint
@@ -65,7 +69,7 @@ def make_engine(model_folder: Path) -> MakeEngine:
     """Engines that are not started yet."""
     config, params = checkpoint.load(model_folder, jnp.dtype("float32"))
     params = arranged(params, 16)
-    return lambda **sizes: Engine(params, config, EngineSettings(**SIZES | sizes))
+    return lambda tiers=None, **sizes: Engine(params, config, EngineSettings(**SIZES | sizes), b"tiny", tiers)
 
 
 @pytest.fixture
@@ -116,9 +120,14 @@ def raise_after(sequences: int, step: Callable, args: tuple) -> Any:
     raise RuntimeError("a fault of the test")
 
 
+def out_of_memory(sequences: int, step: Callable, args: tuple) -> Any:
+    step(*args)  # which takes the pool
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate: a fault of the test")
+
+
 class TestAStepThatRaises:
     @pytest.mark.parametrize("streaming", [False, True])
-    @pytest.mark.parametrize("fault", [raise_before, raise_after])
+    @pytest.mark.parametrize("fault", [raise_before, raise_after, out_of_memory])
     def test_before_the_first_token_the_answer_is_a_500(
         self, streaming: bool, fault: Callable, make_engine: MakeEngine, serve: Any
     ) -> None:
@@ -134,7 +143,7 @@ class TestAStepThatRaises:
             eventually(lambda: is_idle(client), "no page is held")
         engine.core.memory.prefix_cache.check()
 
-    @pytest.mark.parametrize("fault", [raise_before, raise_after])
+    @pytest.mark.parametrize("fault", [raise_before, raise_after, out_of_memory])
     def test_those_that_run_end_with_an_error_and_those_that_wait_are_served(
         self, fault: Callable, make_engine: MakeEngine, serve: Any
     ) -> None:
@@ -207,6 +216,33 @@ class TestAStepThatRaises:
             assert text_of(second) == text_of(first)
         engine.core.memory.prefix_cache.check()
 
+    def test_a_pool_for_which_there_is_no_memory_is_made_when_there_is(
+        self, make_engine: MakeEngine, serve: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = make_engine()
+        wrapped, memory = Wrapped(engine), engine.core.memory
+        make, attempts = memory.new_pool, []
+
+        def new_pool() -> Any:
+            attempts.append(1)
+            if len(attempts) < 3:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: a fault of the test")
+            return make()
+
+        monkeypatch.setattr(memory, "new_pool", new_pool)
+        with serve(engine) as client:
+            body = ask("Remember this question well")
+            expected = text_of(post(client, body))
+            wrapped.fault = out_of_memory
+            error_of(client.post("/v1/messages", json=body), 500, "api_error")
+            wrapped.fault = None
+            for _ in range(2):
+                error_of(client.post("/v1/messages", json=body), 500, "api_error")
+            assert client.get("/health").status_code == 200
+            assert text_of(post(client, body)) == expected
+        assert len(attempts) == 3
+        engine.core.memory.prefix_cache.check()
+
 
 class TestOverload:
     @pytest.mark.parametrize("streaming", [False, True])
@@ -274,6 +310,88 @@ class TestWaiting:
             wrapped.gate.set()
             eventually(lambda: is_idle(client), "nothing runs")
             assert engine.counters.requests == 0
+
+
+class TestAClientThatIsGone:
+    @pytest.mark.parametrize("phase", ["head", "body", "rendering", "queue", "prefill", "answer"])
+    def test_in_each_phase_it_leaves_nothing_behind_and_no_trace(
+        self,
+        phase: str,
+        make_engine: MakeEngine,
+        serve: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        engine = make_engine()
+        wrapped, rendering = Wrapped(engine), threading.Event()
+        body = ask("Hello, and " * 10, 400, stream=True)
+        with serve(engine) as client, ThreadPoolExecutor(2) as pool:
+            expected = text_of(post(client, ask("Say something")))
+            before = wrapped.entered
+            if phase == "rendering":
+                original = prepare_module.prompt
+
+                def slow(*args: Any) -> Any:
+                    rendering.set()
+                    assert wrapped.gate.wait(20)
+                    return original(*args)
+
+                monkeypatch.setattr(prepare_module, "prompt", slow)
+            if phase != "answer":
+                wrapped.gate.clear()
+            others = []
+            if phase == "queue":  # of a batch of two
+                others = [pool.submit(post, client, ask(f"Number {number}")) for number in range(2)]
+                eventually(lambda: len(engine.running) + len(engine.inbox.submissions) == 2, "two are before it")
+            if phase in ("head", "body"):
+                connection = socket.create_connection((client.base_url.host, client.base_url.port))
+                head = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999\r\n"
+                connection.sendall(head if phase == "head" else head + b'\r\n{"model"')
+            else:
+                connection = open_request(str(client.base_url), body)
+            if phase == "rendering":
+                assert rendering.wait(20)
+            elif phase == "answer":
+                read_until(connection, DELTA)
+            elif phase in ("queue", "prefill"):
+                eventually(lambda: engine.submitted == 2 + len(others) and wrapped.entered > before, "it is there")
+            connection.close()
+            wrapped.gate.set()
+            assert all(text_of(other.result()) for other in others)
+            assert text_of(post(client, ask("Say something"))) == expected
+            eventually(lambda: is_idle(client), "nothing runs or waits, and no page is held")
+            assert scrape(client)["tokenzero_failed_requests_total"] == 0
+        engine.core.memory.prefix_cache.check()
+        assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+class TestAClockThatIsSet:
+    @pytest.mark.parametrize("days", [-1, 1])
+    def test_a_day_forward_or_back_costs_no_answer_and_no_page(
+        self, days: int, make_engine: MakeEngine, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def tiers() -> Tiers:
+            return Tiers(str(tmp_path / "store"), 10**8, 0, 0.02, 10**8)
+
+        old, new = ask("A question before. " * 10), ask("A question after. " * 10)
+        with serve(make_engine(tiers=tiers())) as client:
+            before = post(client, old)
+            with monkeypatch.context() as clock:
+                seconds, ns = time.time, time.time_ns
+                clock.setattr(time, "time", lambda: seconds() + 86_400 * days)
+                clock.setattr(time, "time_ns", lambda: ns() + 86_400 * days * 10**9)
+                again, after = post(client, old), post(client, new)
+                assert again["usage"]["cache_read_input_tokens"] == prompt_tokens(before["usage"]) - 1
+                eventually(lambda: scrape(client)["tokenzero_write_queue_bytes"] == 0, "all is written")
+            assert post(client, new)["usage"]["cache_read_input_tokens"] == prompt_tokens(after["usage"]) - 1
+            figures = scrape(client)
+            assert figures['tokenzero_tier_errors_total{tier="disk"}'] == 0
+            assert figures['tokenzero_tier_evicted_total{tier="disk"}'] == 0
+        with serve(make_engine(tiers=tiers())) as client:  # the next start finds what was written at either time
+            for body, answer in ((old, before), (new, after)):
+                found = post(client, body)
+                assert text_of(found) == text_of(answer)
+                assert found["usage"]["cache_read_by_tier"].get("disk", 0) > 0
 
 
 class TestLeaving:
@@ -357,7 +475,7 @@ class TestTheServersOwnFaults:
             wrapped.gate.set()
             stopping.result(30)
             for response in (first.result(), second.result()):
-                assert "engine has stopped" in error_of(response, 500, "api_error")
+                assert "engine has stopped" in error_of(response, 529, "overloaded_error")
 
 
 # Little is on its way to a client that does not read, as over a slow line: segments and receive buffer are small.

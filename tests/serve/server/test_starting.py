@@ -1,15 +1,16 @@
-"""A server that starts: what answers before it is ready, what it loads, and how it ends when it is stopped or fails."""
+"""A server that starts, and one that stops: what answers before it is ready, what it loads, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from experiments.harness.client import scrape
 from experiments.harness.server import free_port, running_server
 from serve.server import starting
 from serve.server.progress import StartProgress
 from serve.server.starting import StartingApp
-from tests.helpers.http import FLAGS, ask
+from tests.helpers.http import FLAGS, ask, ask_for_long, eventually
 
 # Installed here, and of no use to a server.
 LEFT_OUT = ("torch", "orbax", "tensorstore", "matplotlib")
@@ -218,3 +220,108 @@ class TestTheApplicationBeforeTheServers:
         assert [phase["phase"] for phase in report["phases"]] == ["weights"]
         assert (report["phases"][0]["done"], report["phases"][0]["total"]) == (3, 12)
         assert re.fullmatch(r"[\d.]+ s \(imports [\d.]+, weights [\d.]+\)", progress.summary())
+
+
+class TestTheApplicationThatStops:
+    """With requests that end when the test likes; the application says what of the server's end it has seen."""
+
+    @staticmethod
+    async def stopped(seconds: float, answered: bool) -> tuple[httpx.Response, httpx.Response, list[str]]:
+        """Stop a server with a request under way that is `answered` in time, or else when its application ends."""
+        end, seen, loading = asyncio.Event(), list[str](), Future[Starlette]()
+
+        async def ask(request: Request) -> PlainTextResponse:
+            if request.scope["stopping"]:
+                return PlainTextResponse("refused", 529)
+            await end.wait()
+            seen.append("answered")
+            return PlainTextResponse("done")
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            yield
+            seen.append("ended")
+            end.set()
+
+        app = StartingApp(loading, StartProgress(), lambda: False, lambda: seen.append("stopped"), seconds)
+        loading.set_result(Starlette(routes=[Route("/ask", ask, methods=["POST"])], lifespan=lifespan))
+        transport = httpx.ASGITransport(app)
+        async with app.lifespan(app), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            while app.live is None:
+                await asyncio.sleep(0.001)
+            waiting = asyncio.create_task(client.post("/ask"))
+            while not app.answering:
+                await asyncio.sleep(0.001)
+            app.draining = True
+            late = await client.post("/ask")
+            if answered:
+                end.set()
+            first = await waiting
+            while seen[-1] != "stopped":
+                await asyncio.sleep(0.001)
+        return first, late, seen
+
+    def test_an_answer_under_way_ends_and_then_the_server(self) -> None:
+        first, late, seen = asyncio.run(self.stopped(60.0, answered=True))
+        assert (first.text, late.status_code) == ("done", 529)
+        assert seen == ["answered", "ended", "stopped"]
+
+    def test_an_answer_that_takes_too_long_ends_with_the_application(self) -> None:
+        first, _, seen = asyncio.run(self.stopped(0.05, answered=False))
+        assert first.text == "done"
+        assert seen == ["ended", "answered", "stopped"]
+
+
+class TestAServerThatIsTold:
+    def test_it_refuses_what_is_new_ends_what_takes_too_long_in_order_and_exits_with_0(
+        self, model_folder: Path, tmp_path: Path
+    ) -> None:
+        flags = (*FLAGS, "--shutdown-timeout", "1", "--store", str(tmp_path / "store"), "--log-format", "json")
+        with (
+            starting_server(model_folder, tmp_path / "log", *flags) as (url, process),
+            httpx.Client(base_url=url, timeout=60) as client,
+            ThreadPoolExecutor(3) as pool,
+        ):
+            get(f"{url}/health")
+            client.post("/v1/messages", json=ask("Hello"))
+            long = ask_for_long("Say")
+            form = {"type": "json_schema", "json_schema": {"name": "x"} | long["output_config"]["format"]}
+            streamed = [
+                pool.submit(client.post, path, json=long | {"stream": True, "response_format": form})
+                for path in ("/v1/messages", "/v1/chat/completions")
+            ]
+            whole = pool.submit(client.post, "/v1/messages", json=long)
+            eventually(lambda: scrape(client)["tokenzero_num_requests_running"] == 3, "all three run")
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: client.get("/ready").status_code == 503, "it is not ready any more")
+            refused = client.post("/v1/messages", json=ask("Late"), headers={"x-request-id": "late-1"})
+            assert process.wait(20) == 0
+            answers = [future.result() for future in (*streamed, whole)]
+        assert refused.status_code == 529
+        assert refused.headers["retry-after"]
+        assert refused.json()["request_id"] == "late-1"
+        assert [answer.status_code for answer in answers] == [200, 200, 529]
+        assert answers[0].text.rstrip().rpartition("\n\n")[2].startswith("event: error\ndata: ")
+        assert "server_is_overloaded" in answers[1].text.rstrip().rpartition("\n\n")[2]
+        assert answers[2].json()["error"]["type"] == "overloaded_error"
+        lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        by_id = {line["request_id"]: line for line in lines if line["logger"] == "tokenzero.requests"}
+        assert by_id["late-1"]["status"] == 529
+        assert {line["level"] for line in lines} <= {"info", "warning"}
+
+    def test_the_second_interrupt_ends_it_at_once(self, model_folder: Path, tmp_path: Path) -> None:
+        with (
+            starting_server(model_folder, tmp_path / "log", *FLAGS) as (url, process),
+            httpx.Client(base_url=url, timeout=60) as client,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            get(f"{url}/health")
+            client.post("/v1/messages", json=ask("Hello"))
+            running = pool.submit(client.post, "/v1/messages", json=ask_for_long("Say"))
+            eventually(lambda: scrape(client)["tokenzero_num_requests_running"] == 1, "it runs")
+            process.send_signal(signal.SIGINT)
+            eventually(lambda: client.get("/ready").status_code == 503, "it is not ready any more")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) == 130
+            assert isinstance(running.exception(), httpx.TransportError)
+        assert "Traceback" not in (tmp_path / "log").read_text()

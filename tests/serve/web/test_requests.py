@@ -61,7 +61,7 @@ class TestRoutes:
         name = 'tokenzero_cache_misses_total{cause="preamble"}'
         assert after[name] == before.get(name, 0) + 1
         (line,) = [line for line in server_log.read_text().splitlines() if answer["id"] in line]
-        assert re.search(r"mismatch at \d+ in system\[0\]: preamble; up to \d+ tokens, \d+ ms lost", line)
+        assert re.search(r" cause=preamble at=\d+ section=system\[0\] lost=\d+ ", line)
 
     def test_a_stripped_header_breaks_nothing(self, client: httpx.Client) -> None:
         post(client, with_header(1, "Stripped?"))
