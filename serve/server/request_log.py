@@ -69,6 +69,8 @@ def route_of(scope: Scope) -> str:
     """
     path: str = scope["path"] if scope.get("endpoint") or scope["path"] in PATHS else "other"
     for name, value in scope.get("path_params", {}).items():
+        if not path.endswith(value):  # a newline at its end matches no parameter, and no other part of a route
+            return "other"
         path = path.removesuffix(value) + f"{{{name}}}"
     return path
 

@@ -272,10 +272,12 @@ class TestMetrics:
     def test_paths_that_clients_make_up_do_not_grow_the_metrics(self, client: httpx.Client) -> None:
         client.get("/made-up-one")
         client.get("/v1/models/one")
+        client.get("/v1/models/one%0A")
         scrape(client)  # is counted itself
         before = scrape(client)
         client.get("/made-up-two")
         client.get("/v1/models/two")
+        client.get("/v1/models/two%0A")
         after = scrape(client)
         assert set(after) == set(before)
         name = 'tokenzero_http_responses_total{path="other",status="404"}'
