@@ -110,9 +110,13 @@ class StartingApp:
         await self.until_answered(self.shutdown_seconds)
         if self.answering:
             log.warning("%d answers end with an error, as --shutdown-timeout is over", self.answering)
-        await started.aclose()
-        await self.until_answered(LAST_SECONDS)
-        self.stop()
+        try:
+            await started.aclose()
+            await self.until_answered(LAST_SECONDS)
+        except Exception:
+            log.exception("the application did not end in order")
+        finally:
+            self.stop()
 
     async def until_answered(self, seconds: float) -> None:
         """Return when no request is being answered, or after so many seconds."""

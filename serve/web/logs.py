@@ -44,7 +44,7 @@ def set_up_logging(flags: LogFlags) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if flags.log_format == JSON else TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    for name in ("tokenzero", "cache", "model", "serve", "uvicorn"):  # at debug, libraries say too much
+    for name in ("tokenzero", "uvicorn"):  # at debug, libraries say too much
         logging.getLogger(name).setLevel(flags.log_level.upper())
 
 
