@@ -381,16 +381,8 @@ class EngineCore:
         self.check_pool()
 
     def check_pool(self) -> None:
-        """Start from an empty pool and an empty prefix cache if the last step lost the pool.
-
-        Where none can be made yet, steps go on failing, and the next one that does tries again.
-        """
-        try:
-            replaced = self.memory.replace_if_lost()
-        except Exception:
-            log.exception("no new KV pool can be made now: requests fail until one can")
-            return
-        if replaced and self.saver:
+        """Start from an empty pool and an empty prefix cache if the last step lost the pool."""
+        if self.memory.replace_if_lost() and self.saver:
             self.saver.pending_writes.clear()  # their leases are of the cache that is gone
 
     def stop(self, late: list[Sequence]) -> None:

@@ -5,6 +5,7 @@ Both live and end together: where a step that failed took the pool along, nothin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,8 @@ from cache.pool import PoolExhausted
 from cache.prefix_cache import Lease, PrefixCache
 from model.kv import KVPool
 from serve.engine.sequence import Sequence
+
+log = logging.getLogger("tokenzero.engine")
 
 
 class Memory:
@@ -92,12 +95,19 @@ class Memory:
         self.prefix_cache.release(lease)
 
     def replace_if_lost(self) -> bool:
-        """Start from an empty pool and an empty cache if the pool did not outlive the last step. Whether it did not."""
+        """Start from an empty pool and an empty cache if the pool did not outlive the last step. Whether it was done.
+
+        Where there is no memory for one now, steps go on failing, and after the next one it is tried again.
+        """
         if usable(self.pool):
             return False
         for lost in jax.tree.leaves(self.pool):
             lost.delete()  # before the new pool is made: the device may have no room for two
-        self.pool = self.new_pool()
+        try:
+            self.pool = self.new_pool()
+        except Exception:
+            log.exception("no new KV pool can be made now: requests fail until one can")
+            return False
         journal, self.prefix_cache = self.prefix_cache.tree.journal, self.new_cache()
         if journal is not None:
             self.prefix_cache.tree.journal = journal
