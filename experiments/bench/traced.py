@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import signal
 import sys
 import threading
 import time
@@ -82,15 +81,14 @@ def read_spans(path: Path) -> list[Span]:
 
 def main() -> None:
     """Run the server with the arguments after the first."""
-    from serve.server.cli import main as serve
-
+    cli: Any = importlib.import_module("serve.server.cli")
+    cli.compiling = lambda live: False  # it ends as Python does, so that the spans are written
     out, spans = Path(sys.argv[1]), list[Span]()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises the signal once more when it has ended
     importlib.import_module("serve.server.app")
     for stage, path in STAGES.items():
         wrap(path, stage, spans)
     try:
-        serve(sys.argv[2:])
+        cli.main(sys.argv[2:])
     finally:
         out.write_text("".join(json.dumps(asdict(span)) + "\n" for span in spans))
 
