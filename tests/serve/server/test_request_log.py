@@ -10,12 +10,13 @@ import pytest
 
 from experiments.harness.server import Server
 from serve.server.request_log import id_in
-from tests.helpers.http import ask, error_of, open_request, post, stream
+from tests.helpers.http import ask, error_of, eventually, open_request, post, stream
 
 
 def line_of(log: Path, id: str) -> str:
-    """The only line of the log with an id."""
-    (line,) = [line for line in log.read_text().splitlines() if id in line]
+    """The only line of the log with an id, which is written after the answer."""
+    eventually(lambda: f"{id} " in log.read_text(), "the request is logged")
+    (line,) = [line for line in log.read_text().splitlines() if f"{id} " in line]
     return line
 
 
@@ -61,7 +62,8 @@ def test_no_words_of_a_client_reach_the_log_or_begin_a_line(
     client.post("/v1/messages", json={"model": "m", "max_tokens": "zanzibarzanzibar\n2026", "messages": []})
     client.post("/v1/messages", json=ask("x", system=5, stop_sequences=["quetzalquetzal\n2026"]))
     open_request(server.url, {"zanzibarzanzibar": 1}, **{"x-request-id": "zanzibarzanzibar zanzibar"}).close()
-    post(client, ask("the last one"))
+    post(client, ask("the last one"), **{"x-request-id": "last-0001"})
+    line_of(server_log, "last-0001")
     added = server_log.read_text()[before:]
     assert added.count("\n") >= 7
     assert not re.search("zanzibar|quetzal", added)
@@ -71,6 +73,7 @@ def test_no_words_of_a_client_reach_the_log_or_begin_a_line(
 def test_reads_leave_no_line_unless_they_fail(client: httpx.Client, server_log: Path) -> None:
     before = len(server_log.read_text())
     for path in ("/health", "/ready", "/metrics", "/v1/requests", "/nowhere"):
-        client.get(path)
+        client.get(path, headers={"x-request-id": "read-0001"})
+    line_of(server_log, "read-0001")
     lines = server_log.read_text()[before:].splitlines()
     assert [re.sub(r".* (GET \S+ status=\d+) .*", r"\1", line) for line in lines] == ["GET other status=404"]

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.harness.client import scrape
 from experiments.harness.server import Server, running_server
-from tests.helpers.http import BILLING, FLAGS, Json, ask, error_of, post, stream, text_block
+from tests.helpers.http import BILLING, FLAGS, Json, ask, error_of, eventually, post, stream, text_block
 
 KEEP = {"x-tokenzero-normalize": "none"}
 TOOL = {"name": "Read", "description": "Reads a file.", "input_schema": {"type": "object", "properties": {}}}
@@ -60,6 +60,7 @@ class TestRoutes:
         after = scrape(client)
         name = 'tokenzero_cache_misses_total{cause="preamble"}'
         assert after[name] == before.get(name, 0) + 1
+        eventually(lambda: answer["id"] in server_log.read_text(), "the request is logged")
         (line,) = [line for line in server_log.read_text().splitlines() if answer["id"] in line]
         assert re.search(r" cause=preamble at=\d+ section=system\[0\] lost=\d+ ", line)
 
