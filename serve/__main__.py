@@ -101,20 +101,6 @@ def refuse_unknown_variables() -> None:
         sys.exit(2)
 
 
-def version() -> str:
-    """The versions of this program, of JAX and of Python, in a line."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str:
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            return f"{name}, not installed"
-
-    return f"{installed('tokenzero')}, {installed('jax')}, Python {platform.python_version()}"
-
-
 def program() -> str:
     """The command as it was called."""
     return "tokenzero" if os.path.basename(sys.argv[0]) == "tokenzero" else "python -m serve"
@@ -134,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first argument names, or the server if it names none."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given == ["--version"]:
-        print(version())
+        from serve.web.version import versions
+
+        print(versions())
         return
     if given[:1] != ["explain"]:  # whose picture is for showing around
         write_for_this_user()

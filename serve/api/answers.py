@@ -97,6 +97,26 @@ class TokenCount(Struct, frozen=True):
     input_tokens: int
 
 
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """A model and its limits in tokens; the date says nothing."""
+
+    type: Literal["model"] = "model"
+    id: str
+    display_name: str
+    created_at: str = "1970-01-01T00:00:00Z"
+    max_input_tokens: int
+    max_tokens: int
+
+
+class ModelPage(Struct, frozen=True):
+    """The answer of `GET /v1/models`: all models."""
+
+    data: tuple[ModelInfo, ...]
+    has_more: bool
+    first_id: str
+    last_id: str
+
+
 class MessageStart(Struct, frozen=True, tag="message_start"):
     """First event: the message without content, and the token counts of its prompt."""
 
@@ -233,7 +253,7 @@ def written_arguments(input: dict[str, Any]) -> str:
     return input.arguments if isinstance(input, CutInput) else msgspec.json.encode(input).decode()
 
 
-def encode(answer: Message | TokenCount | Error) -> bytes:
+def encode(answer: Message | TokenCount | ModelInfo | ModelPage | Error) -> bytes:
     """The JSON body of an answer."""
     return msgspec.json.encode(answer)
 

@@ -21,7 +21,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serve.api.answers import ERROR_STATUS, Error, ErrorDetail, Event, Message, TokenCount, encode, encode_event
+from serve.api.answers import (
+    ERROR_STATUS,
+    Error,
+    ErrorDetail,
+    Event,
+    Message,
+    ModelInfo,
+    ModelPage,
+    TokenCount,
+    encode,
+    encode_event,
+)
 from serve.api.messages import InvalidRequest, MessagesRequest, decode_count_tokens, decode_request
 from serve.api.openai import input_tokens_body, read_chat, read_responses
 from serve.api.openai.errors import is_openai
@@ -43,6 +54,7 @@ from serve.server.heartbeat import heartbeat
 from serve.server.key_metrics import KeyCollector
 from serve.server.limits import InFlight, refuse_too_many, shallow
 from serve.server.middleware import RequestGuardMiddleware, limit_response
+from serve.server.openapi import openapi
 from serve.server.prepare import Prepared, prepare, prompt_length
 from serve.server.request_log import RequestLogMiddleware
 from serve.server.trim import trim_while_idle
@@ -264,7 +276,7 @@ async def get_models(request: Request) -> Response:
     name, limit = context.config.name, context.engine.settings.max_model_len
     if is_openai(request.url.path, dict(request.scope["headers"])):
         return Response(models_body(name, limit), media_type="application/json")
-    return JSONResponse({"data": [describe_model(name, limit)], "has_more": False, "first_id": name, "last_id": name})
+    return Response(encode(ModelPage((model_info(name, limit),), False, name, name)), media_type="application/json")
 
 
 async def get_model(request: Request) -> Response:
@@ -274,19 +286,12 @@ async def get_model(request: Request) -> Response:
         raise HTTPException(404)
     if is_openai(request.url.path, dict(request.scope["headers"])):
         return Response(model_body(name, limit), media_type="application/json")
-    return JSONResponse(describe_model(name, limit))
+    return Response(encode(model_info(name, limit)), media_type="application/json")
 
 
-def describe_model(name: str, limit: int) -> dict[str, str | int]:
+def model_info(name: str, limit: int) -> ModelInfo:
     """The model in the Messages API's form; prompt and answer share `limit` tokens."""
-    return {
-        "type": "model",
-        "id": name,
-        "display_name": name,
-        "created_at": "1970-01-01T00:00:00Z",
-        "max_input_tokens": limit,
-        "max_tokens": limit - 1,
-    }
+    return ModelInfo(id=name, display_name=name, max_input_tokens=limit, max_tokens=limit - 1)
 
 
 async def get_health(request: Request) -> Response:
@@ -319,6 +324,11 @@ async def get_metrics(request: Request) -> Response:
     # In a thread, since a tier's figures may wait for its disk.
     page = await run_in_threadpool(generate_latest, registry)
     return Response(page, media_type=CONTENT_TYPE_LATEST)
+
+
+async def get_openapi(request: Request) -> Response:
+    """`GET /openapi.json`: these routes with the schemas of their bodies, as OpenAPI 3.1."""
+    return Response(await run_in_threadpool(openapi, ROUTES), media_type="application/json")
 
 
 async def get_root(request: Request) -> Response:
@@ -384,6 +394,7 @@ ROUTES = [
     Route("/health", get_health, methods=["GET"]),
     Route("/ready", get_ready, methods=["GET"]),
     Route("/metrics", get_metrics, methods=["GET"]),
+    Route("/openapi.json", get_openapi, methods=["GET"]),
     Route("/", get_root, methods=["GET"]),
     Route("/api/hello", get_hello, methods=["GET"]),
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -25,12 +24,12 @@ class RequestStatus(Struct, frozen=True, omit_defaults=True):
     state: Literal["running", "done", "aborted"] = "running"
     request_id: str = ""  # the `x-request-id` of request and response
     ttft_ms: float | None = None  # None until the first content_block_delta
-    phases_ms: Mapping[str, float] = MappingProxyType({})  # time of each phase that has ended
+    phases_ms: Mapping[str, float] = {}  # time of each phase that has ended
     generated_tokens: int = 0  # known when it is done
-    saved_tokens: Mapping[str, int] = MappingProxyType({})  # tokens reused because of each rule alone
+    saved_tokens: Mapping[str, int] = {}  # tokens reused because of each rule alone
     upstream: str | None = None  # where a proxy with several has sent it
     expected_cached_tokens: int = 0  # there
-    expected_ttft_ms: Mapping[str, float] = MappingProxyType({})  # at each upstream that could take it
+    expected_ttft_ms: Mapping[str, float] = {}  # at each upstream that could take it
 
 
 def status_bytes(status: RequestStatus) -> int:

@@ -112,12 +112,11 @@ class Chunk(Struct, frozen=True, kw_only=True):
     usage: ChatUsage | UnsetType | None = UNSET
 
 
-class CompleteCall(Struct, frozen=True):
+class CompleteCall(Struct, frozen=True, tag="function"):
     """A tool call of the answer."""
 
     id: str
     function: FunctionCall
-    type: Literal["function"] = "function"
 
 
 class CustomInput(Struct, frozen=True):
@@ -127,12 +126,11 @@ class CustomInput(Struct, frozen=True):
     input: str
 
 
-class CustomCall(Struct, frozen=True):
+class CustomCall(Struct, frozen=True, tag="custom"):
     """A call of a custom tool in the answer."""
 
     id: str
     custom: CustomInput
-    type: Literal["custom"] = "custom"
 
 
 class ChatAnswer(Struct, frozen=True, kw_only=True):
