@@ -10,6 +10,8 @@ CHOSEN := $(if $(filter file,$(origin MODEL)),,--model $(MODEL))
 PORT ?= 8000
 # Processes that run the tests; each file's tests run in one of them.
 WORKERS ?= 2
+# Random requests to each route, by `make fuzz`.
+CASES ?= 2000
 BIN := .venv/bin
 # Packages with the hashes of their files, in requirements/; then the project itself, which has none, by what they brought.
 HASHED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement
@@ -22,7 +24,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -p 
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | cut -d. -f1 | grep -xE '[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo cuda13 || echo cuda12))
 
-.PHONY: help install demo serve chat test test-slow test-clients test-cluster test-frameworks coverage notebooks \
+.PHONY: help install demo serve chat test test-slow fuzz test-clients test-cluster test-frameworks coverage notebooks \
 	kernels-interpreted kernels-aot \
 	gpu-bench bench-small audit sbom lock lint clean
 
@@ -45,6 +47,9 @@ test: .venv/.installed-test ## run the tests, in WORKERS processes
 
 test-slow: .venv/.installed-test ## run the tests that take over a minute each
 	$(BIN)/python -m pytest -m slow
+
+fuzz: .venv/.installed-fuzz ## send CASES random requests to each route, and a million random texts and bodies to parsers and rules
+	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -m fuzz --timeout 7200
 
 test-clients: .venv/.installed-clients ## run Claude Code, Codex, four more agents and Chromium on the server; fetches 2 GB from npm, once
 	$(BIN)/python -m pytest -m clients tests/clients

@@ -147,7 +147,10 @@ def body_edits(body: bytes | bytearray, path: str, editor: RuleEditor) -> list[B
     if _is_list(conversation):
         # Where the system text has no field of its own, it is the messages at the start of the conversation.
         system_first = path.startswith(("/v1/chat/completions", "/v1/responses"))
-        edits += message_edits(_ELEMENTS.decode(conversation), messages_field, system_first, editor, ranges)
+        elements = _ELEMENTS.decode(conversation)
+        edits += message_edits(elements, messages_field, system_first, editor, ranges)
+        if editor.moved and not elements:
+            edits.append(ranges.replace(conversation, b"[" + _system_message(editor.moved) + b"]"))
     elif editor.moved:
         user = b'{"role":"user","content":' + bytes(conversation) + b"}"
         edits.append(ranges.replace(conversation, b"[" + user + b"," + _system_message(editor.moved) + b"]"))
@@ -184,9 +187,9 @@ def message_edits(
         edits.append(ranges.replace(messages[last].content, b'""'))
         kept = [last]
     edits += ranges.remove(elements, dropped)
-    if editor.moved:
+    if editor.moved and messages:
         after_user = messages[kept[0]].role == "user"
-        edits.append(ranges.insert(elements, kept[0] + after_user, _system_message(editor.moved)))
+        edits.append(ranges.insert(elements[kept[0]], after_user, _system_message(editor.moved)))
     return edits
 
 
@@ -262,13 +265,10 @@ class Ranges:
         """New bytes in place of a value."""
         return ByteEdit(*self.range_of(value), new)
 
-    def insert(self, elements: Sequence[Raw], at: int, new: bytes) -> ByteEdit:
-        """A new element of a list, before element `at` or at the end."""
-        if at < len(elements):
-            start, _ = self.range_of(elements[at])
-            return ByteEdit(start, start, new + b",")
-        _, end = self.range_of(elements[-1])
-        return ByteEdit(end, end, b"," + new)
+    def insert(self, beside: Raw, after: bool, new: bytes) -> ByteEdit:
+        """A new element of a list, before or after one that stays."""
+        start, end = self.range_of(beside)
+        return ByteEdit(end, end, b"," + new) if after else ByteEdit(start, start, new + b",")
 
     def remove(self, elements: Sequence[Raw], dropped: set[int]) -> Iterator[ByteEdit]:
         """A list without some of its elements, and without the comma next to each."""

@@ -34,6 +34,8 @@ Json = dict[str, Any]
 REFERENCE = "#/components/schemas/{name}"
 JSON, STREAM, PLAIN, PAGE = "application/json", "text/event-stream", "text/plain", "text/html"
 TEXT: Json = {"type": "string"}
+# An event; schemas of streams are those of their events, as OpenAPI 3.2 has them.
+EVENT: Json = {"type": "object", "properties": {"event": TEXT, "data": TEXT}, "required": ["data"]}
 STATUS: Json = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
 # What `mend` sets, and clients do not send.
 INTERNAL = ("left_out_tools", "places")
@@ -61,10 +63,10 @@ class Operation(NamedTuple):
 
 OPENAI, BOTH = (True,), (False, True)
 OPERATIONS: dict[str, Operation] = {
-    "/v1/messages": Operation({JSON: Message, STREAM: TEXT}, MessagesRequest),
+    "/v1/messages": Operation({JSON: Message, STREAM: EVENT}, MessagesRequest),
     "/v1/messages/count_tokens": Operation({JSON: TokenCount}, CountTokensRequest),
-    "/v1/chat/completions": Operation({JSON: Completion, STREAM: TEXT}, ChatRequest, OPENAI),
-    "/v1/responses": Operation({JSON: Response, STREAM: TEXT}, ResponsesRequest, OPENAI),
+    "/v1/chat/completions": Operation({JSON: Completion, STREAM: EVENT}, ChatRequest, OPENAI),
+    "/v1/responses": Operation({JSON: Response, STREAM: EVENT}, ResponsesRequest, OPENAI),
     "/v1/responses/input_tokens": Operation({JSON: InputTokens}, ResponsesRequest, OPENAI),
     "/v1/requests": Operation({JSON: "requests"}),
     "/v1/requests/{id}": Operation({JSON: "request"}, more={404: "The request is not known, or not any more"}),

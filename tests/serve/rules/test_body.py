@@ -166,6 +166,17 @@ class TestRules:
         made = normalize_body(body, "/v1/messages", DEFAULT_RULES)
         assert json.loads(made.body) == {"messages": [{"role": "system", "content": ""}]}
 
+    def test_a_text_that_is_moved_is_the_only_message_where_there_was_none(self) -> None:
+        body = body_of({"system": f"{DATE}You help.", "messages": []})
+        made = normalize_body(body, "/v1/messages", frozenset({"volatile-last"}))
+        assert json.loads(made.body)["messages"] == [{"role": "system", "content": DATE.strip()}]
+
+    def test_a_text_is_moved_to_where_a_message_is_dropped(self) -> None:
+        turns = [{"role": "user", "content": "Hi"}, {"role": "system", "content": HEADER}]
+        body = body_of({"system": f"{DATE}You help.", "messages": turns})
+        made = normalize_body(body, "/v1/messages", frozenset({"volatile-last", "strip-preamble"}))
+        assert json.loads(made.body)["messages"] == [turns[0], {"role": "system", "content": DATE.strip()}]
+
     def test_what_a_rule_cannot_parse_stays_and_is_reported(self) -> None:
         body = body_of({"system": "x-anthropic-billing-header: odd", "messages": []})
         made = normalize_body(body, "/v1/messages", DEFAULT_RULES)
