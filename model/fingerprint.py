@@ -18,6 +18,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.kernels.cpu import build
+from model.kv_rows import GROUP
 from model.params import Layer, Params
 
 SEEDS = (0x00000001, 0x85EBCA6B)
@@ -61,10 +62,14 @@ def _hashes_of_run(run: Sequence[Layer]) -> Layer:
 
 
 def with_pages(name: bytes, kv_dtype: str | None) -> bytes:
-    """The name of a model for the keys of its pages: another where these have a dtype of their own, 32 bytes."""
+    """The name of a model for the keys of its pages, 32 bytes: another where these have a dtype of their own.
+
+    What a page holds of a dtype is part of it, so that pages which another version wrote otherwise are not found.
+    """
     if kv_dtype is None:
         return name
-    return hashlib.blake2b(name + kv_dtype.encode(), digest_size=32, person=b"tokenzero pages").digest()
+    about = f"{kv_dtype} in groups of {GROUP}".encode()
+    return hashlib.blake2b(name + about, digest_size=32, person=b"tokenzero pages").digest()
 
 
 def _hash(x: jax.Array, kept: int = 0) -> np.ndarray:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Int32, Shaped
 
 from model.config import ModelConfig
-from model.kv_rows import encode, row_size
+from model.kv_rows import encode, head_dim_of, row_size
 
 Pages = Int[jax.Array | np.ndarray, "count"]  # page numbers
 
@@ -43,7 +43,7 @@ class KVPool:
     @property
     def head_dim(self) -> int:
         """Numbers of a key or value."""
-        return self.k.shape[4] - row_size(0, self.k.dtype)
+        return head_dim_of(self.k.shape[4], self.k.dtype)
 
 
 def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:

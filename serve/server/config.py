@@ -167,7 +167,7 @@ class ServerConfig(LimitFlags):
         "1GiB on CPU; elsewhere all that weights, restored and unwritten pages and a margin leave",
     )
     kv_dtype: str | None = flag(
-        "of KV pages; int8 and fp8 have a scale for each token and head, hold 1.9 times the tokens of bfloat16 and 3.8 "
+        "of KV pages; int8 and fp8 have a scale for every 16 numbers, hold 1.8 times the tokens of bfloat16 and 3.5 "
         "times those of float32, and round what they hold",
         ENGINE,
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -13,19 +14,22 @@ from model import kv
 from model.attention import paged_attention
 from model.batch import locate
 from model.config import ModelConfig, RopeConfig
+from model.decoder import forward
 from model.kernels import limits
 from model.kernels.cpu import build
 from model.kernels.cpu import pages as cpu_pages
 from model.kernels.reference import reference as in_jax
 from model.kv import KVPool
-from model.kv_rows import QUANTIZED, decode, encode, pool_dtype, row_size
+from model.kv_rows import GROUP, QUANTIZED, decode, encode, head_dim_of, pool_dtype, row_size
 from tests.helpers import batches
 from tests.helpers.attention_oracle import attention as reference
+from tests.model.test_cpu_layers import ODD, PAGES, batch_of, packed
+from tests.model.test_cpu_layers import PAGE as CPU_PAGE
 
 PAGE = 16
 ragged = partial(batches.ragged, kv_heads=2, group=3, head_dim=16, page=PAGE, dtype=jnp.float32)
 CONFIG = ModelConfig("llama", 128, 64, 96, 3, 4, 2, 16, 512, 1e-6, RopeConfig())
-# Of a number's largest neighbour in its row: half a step of 1/127, and half a step of 2^-3 of itself.
+# Of a number's largest neighbour in its group: half a step of 1/127, and half a step of 2^-3 of itself.
 STEP = {"int8": 0.5 / 127, "fp8": 2.0**-4}
 
 
@@ -43,19 +47,40 @@ def quantised(pool: KVPool, kind: str) -> tuple[KVPool, KVPool]:
 
 def test_numbers_are_rounded_to_the_nearest_of_their_row(kind):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(50, 64)) * 10.0 ** rng.integers(-6, 6, (50, 1)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(50, 72)) * 10.0 ** np.repeat(rng.integers(-6, 6, (50, 5)), GROUP, -1)[:, :72])
     rows = encode(x, pool_dtype(kind))
-    assert rows.shape == (50, row_size(64, pool_dtype(kind))) == (50, 68)
+    assert rows.shape == (50, row_size(72, pool_dtype(kind))) == (50, 82)
     assert rows.dtype.itemsize == 1
-    largest = np.abs(x).max(-1, keepdims=True)
+    largest = np.stack([np.abs(x[:, i : i + GROUP]).max(-1) for i in range(0, 72, GROUP)], -1)
+    largest = np.repeat(largest, GROUP, -1)[:, :72]
     error = np.abs(decode(rows, jnp.float32) - x)
-    assert (error <= 1.001 * STEP[kind] * (largest if kind == "int8" else np.abs(x) + largest * 2.0**-12)).all()
+    step = STEP[kind] * (1 + 2.0**-8)  # a scale is a bfloat16
+    assert (error <= step * (largest if kind == "int8" else np.abs(x) + largest * 2.0**-12)).all()
+
+
+def test_the_size_of_a_row_says_how_many_numbers_it_has(kind):
+    dtype = pool_dtype(kind)
+    assert [head_dim_of(row_size(n, dtype), dtype) for n in range(1, 300)] == list(range(1, 300))
+
+
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_the_cpu_kernel_writes_the_bytes_that_encode_does(kind, head_dim):
+    if not build.available():
+        pytest.skip("the CPU kernel cannot be built here: its log line says why")
+    config, dtype = replace(ODD, num_layers=1, layers=(), head_dim=head_dim), pool_dtype(kind)
+    batch = batch_of([20], [0])
+    pools = [kv.empty_pool(config, PAGES, CPU_PAGE, of) for of in (jnp.float32, dtype)]
+    full, rounded = (forward(packed(config), batch, pool, config)[1] for pool in pools)
+    for side in ("k", "v"):
+        np.testing.assert_array_equal(encode(getattr(full, side), dtype), getattr(rounded, side))
 
 
 def test_a_row_of_zeros_stays_one_and_what_is_no_number_stays_none(kind):
     x = jnp.asarray([[0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]])
     zeros, nan, inf = decode(encode(x, pool_dtype(kind)), jnp.float32)
+    tiny = decode(encode(jnp.full((1, 20), 1e-38), pool_dtype(kind)), jnp.float32)
     np.testing.assert_array_equal(zeros, 0)
+    np.testing.assert_array_equal(tiny, 0)
     assert np.isnan(nan).all()
     assert not np.isfinite(inf).any()
 
@@ -109,7 +134,7 @@ def test_pages_are_written_read_and_copied_as_bytes(kind):
     k, v = (jnp.asarray(rng.normal(size=(3, 2, 16)), jnp.float32) for _ in range(2))
     pool = kv.write(pool, 1, k, v, jnp.asarray([2, 2, 6]), jnp.asarray([0, 5, 0]))
     found = np.asarray(kv.gather_pages(pool, jnp.asarray([2, 3])))
-    assert found.shape == (2, 2, 3, 2, PAGE, 20)
+    assert found.shape == (2, 2, 3, 2, PAGE, 18)
     for side, values in enumerate((k, v)):
         np.testing.assert_array_equal(found[0, side, 1][:, [0, 5]].swapaxes(0, 1), encode(values[:2], dtype))
     assert not found[1].any()

@@ -17,7 +17,7 @@ from model.kernels.cpu import build
 from model.kernels.cpu.paged_attention import paged_attention
 from model.kernels.reference import reference
 from model.kv import KVPool
-from model.kv_rows import SCALE_BYTES, encode
+from model.kv_rows import encode, row_size
 
 HEADS, PAGE, DIM = 8, 64, 128
 PAGES = 2**31 // (2 * HEADS * PAGE * DIM) + 8  # of two layers
@@ -55,15 +55,16 @@ def test_a_page_of_a_large_pool_is_found_by_its_place_on_each_axis(name):
 
 @pytest.mark.slow
 def test_the_last_pages_of_a_large_pool_are_written_copied_and_read() -> None:
-    pool = KVPool(jnp.zeros(SHAPE, jnp.int8), jnp.zeros(SHAPE, jnp.int8))
+    row = row_size(DIM, jnp.int8)
+    pool = KVPool(*(jnp.zeros((*SHAPE[:-1], row), jnp.int8) for _ in range(2)))
     rng = np.random.default_rng(0)
-    k, v = (jnp.asarray(rng.normal(size=(3, HEADS, DIM - SCALE_BYTES)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(3, HEADS, DIM)), jnp.float32) for _ in range(2))
     write = jax.jit(kv.write, donate_argnums=0)
     pages, offsets = jnp.asarray([PAGES - 1, PAGES - 1, PAGES]), jnp.asarray([5, PAGE - 1, 0])
     pool = write(pool, 1, k, v, pages, offsets)
     gather = jax.jit(kv.gather_pages)
     found = np.asarray(gather(pool, jnp.asarray([PAGES - 1, PAGES - 2, 0])))
-    expected = np.zeros((2, 2, HEADS, PAGE, DIM), np.int8)  # k and v, layers, ...
+    expected = np.zeros((2, 2, HEADS, PAGE, row), np.int8)  # k and v, layers, ...
     for side, values in enumerate((k, v)):
         for token, offset in enumerate((5, PAGE - 1)):
             expected[side, 1, :, offset] = encode(values[token], jnp.int8)
