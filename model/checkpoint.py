@@ -100,7 +100,7 @@ def planned_bytes(source: str | Path, dtype: Any, devices: int = 1, quantize: st
         if not quantize and stored_as(path, leaf, tensors):
             return sum(tensors[part.name].nbytes for part in leaf.parts)
         bits = bits_of(field, SCHEMES[quantize].bits) if quantize else None
-        return count * size if bits is None or quantize is None else count * (bits / 8 + 4 / SCHEMES[quantize].group)
+        return count * size if bits is None or quantize is None else count * (bits / 8 + 8 / SCHEMES[quantize].group)
 
     return round(sum(taken(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)))
 
@@ -309,9 +309,9 @@ def _fill(
         step = max(1, QUANTIZED_AT_ONCE // math.prod(leaf.shape[1:]))  # of the first axis: layers, or rows of a table
         parts = (made(leaf, (slice(first, first + step), *rest)) for first in range(0, leaf.shape[0], step))
         made_of = [rounded(inputs_last(path[-1].name, part), bits, scheme.group) for part in parts]
-        values, scales = (jax.device_put(np.concatenate(arrays)) for arrays in zip(*made_of, strict=True))
+        values, scales, offsets = (jax.device_put(np.concatenate(arrays)) for arrays in zip(*made_of, strict=True))
         inputs = math.prod(leaf.shape[2:] if path[-1].name == "out" else leaf.shape[-1:])
-        return Quantized(values, scales, bits, scheme.group, inputs)
+        return Quantized(values, scales, bits, scheme.group, inputs, offsets)
 
     def on_several(leaf: Leaf, place: jax.sharding.Sharding) -> jax.Array:
         arrays = [array for index, devices in _slices(place, leaf.shape) for array in fill(leaf, index, devices)]

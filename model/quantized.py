@@ -1,7 +1,9 @@
 """Matrices that stay quantised in memory: whole numbers of 8 or 4 bits, with a scale for each group of inputs.
 
-Rounding to nearest in groups, as llama.cpp's Q8_0 and Q4_0 round (https://github.com/ggml-org/llama.cpp/pull/1508):
-symmetric, so that a weight of zero stays zero. Checkpoints that bring quantised weights may also have offsets.
+Rounding to nearest in groups: from the least weight to the largest, with an offset, as llama.cpp's Q4_1 rounds, or
+symmetrically, as its Q8_0 and Q4_0 do (https://github.com/ggml-org/llama.cpp/pull/1508), whichever comes nearer to a
+group's weights. So weights that Q4_1 has rounded stay as they are, in 8 bits, too, and those of Q8_0 and Q4_0 in as
+many. Checkpoints that bring quantised weights may have no offsets.
 """
 
 from __future__ import annotations
@@ -82,20 +84,23 @@ def inputs_last(field: str, array: np.ndarray) -> np.ndarray:
 
 
 def quantize(weight: Float[Array, "*outputs inputs"], bits: int, group: int) -> Quantized:
-    """The matrix rounded to nearest, symmetrically; its scales are float32. See `rounded`."""
-    values, scales = rounded(np.asarray(weight), bits, group)
-    return Quantized(jnp.asarray(values), jnp.asarray(scales), bits, group, weight.shape[-1])
+    """The matrix rounded to nearest; its scales and offsets are float32. See `rounded`."""
+    values, scales, offsets = map(jnp.asarray, rounded(np.asarray(weight), bits, group))
+    return Quantized(values, scales, bits, group, weight.shape[-1], offsets)
 
 
 def rounded(
     weight: Float[np.ndarray, "*outputs inputs"], bits: int, group: int
 ) -> tuple[
-    Int8[np.ndarray, "*outputs inputs"] | UInt8[np.ndarray, "*outputs bytes"], Float32[np.ndarray, "*outputs groups"]
+    Int8[np.ndarray, "*outputs inputs"] | UInt8[np.ndarray, "*outputs bytes"],
+    Float32[np.ndarray, "*outputs groups"],
+    Float32[np.ndarray, "*outputs groups"],
 ]:
-    """The values and scales of a matrix, rounded to nearest on all cores of the host.
+    """The values, scales and offsets of a matrix, rounded to nearest on all cores of the host.
 
-    A group's weight of largest magnitude is kept: as 127 or -127 of 8 bits, as -8 of 4 (so a scale may be negative).
-    Raises ValueError for bits other than 8 and 4, and for a group of less than one input.
+    A group's least and largest weights are kept, or its weight of largest magnitude and zero, where all of its weights
+    together then move less (by the sum of squares). Raises ValueError for bits other than 8 and 4, and for a group of
+    less than one input.
     """
     if bits not in BITS:
         raise ValueError(f"bits are {bits}, supported are 8 and 4")
@@ -103,32 +108,59 @@ def rounded(
         raise ValueError(f"group is {group}, expected at least one input")
     *outputs, inputs = weight.shape
     rows = weight.reshape(-1, inputs)
-    scales = np.empty((len(rows), -(-inputs // group)), np.float32)
+    scales, offsets = (np.empty((len(rows), -(-inputs // group)), np.float32) for _ in range(2))
     values = np.empty((len(rows), inputs if bits == 8 else -(-inputs // 2)), np.int8 if bits == 8 else np.uint8)
     step = max(1, BLOCK // inputs)
 
     def fill(first: int) -> None:
         block = slice(first, first + step)
-        values[block], scales[block] = _rounded_rows(rows[block].astype(np.float32), bits, group)
+        values[block], scales[block], offsets[block] = _rounded_rows(rows[block].astype(np.float32), bits, group)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(fill, range(0, len(rows), step)))
-    return values.reshape(*outputs, -1), scales.reshape(*outputs, -1)
+    return values.reshape(*outputs, -1), scales.reshape(*outputs, -1), offsets.reshape(*outputs, -1)
 
 
 def _rounded_rows(
     rows: Float32[np.ndarray, "rows inputs"], bits: int, group: int
-) -> tuple[Int8[np.ndarray, "rows inputs"] | UInt8[np.ndarray, "rows bytes"], Float32[np.ndarray, "rows groups"]]:
-    """The values and scales of some rows."""
+) -> tuple[
+    Int8[np.ndarray, "rows inputs"] | UInt8[np.ndarray, "rows bytes"],
+    Float32[np.ndarray, "rows groups"],
+    Float32[np.ndarray, "rows groups"],
+]:
+    """The values, scales and offsets of some rows."""
     count, inputs = rows.shape
-    grouped = np.pad(rows, [(0, 0), (0, -inputs % group)]).reshape(count, -1, group)
-    extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=-1, keepdims=True), axis=-1)
-    scales = np.abs(extreme) / np.float32(127) if bits == 8 else extreme / np.float32(-MIDDLE)
-    with np.errstate(invalid="ignore"):  # what is no number is its group's extreme, and so makes all of it none
-        whole = np.rint(grouped / np.where(scales == 0, np.float32(1), scales)).reshape(count, -1)[:, :inputs]
-        if bits == 8:
-            return whole.astype(np.int8), scales[..., 0]
-        return pack_nibbles(np.clip(whole + MIDDLE, 0, 15).astype(np.uint8)), scales[..., 0]
+    grouped = np.pad(rows, [(0, 0), (0, -inputs % group)], mode="edge").reshape(count, -1, group)
+    with np.errstate(invalid="ignore"):  # what is no number makes all of its group none
+        (moved, *around_zero), (moved_less, *between) = (_rounded_groups(grouped, bits, at) for at in (True, False))
+        nearer = moved_less < moved
+        values, scales, offsets = (np.where(nearer, a, b) for a, b in zip(between, around_zero, strict=True))
+        values = values.reshape(count, -1)[:, :inputs].astype(np.int8 if bits == 8 else np.uint8)
+    return values if bits == 8 else pack_nibbles(values), scales[..., 0], offsets[..., 0]
+
+
+def _rounded_groups(
+    grouped: Float32[np.ndarray, "rows groups group"], bits: int, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The squares by which groups move, [rows, groups, 1], and their values, scales and offsets, in float32.
+
+    Values of 8 bits are -128 to 127, those of 4 are 0 to 15.
+    """
+    least, most = (-128, 127) if bits == 8 else (0, 15)
+    if symmetric:
+        zero = 0 if bits == 8 else MIDDLE
+        extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=-1, keepdims=True), axis=-1)
+        scales = np.abs(extreme) / np.float32(most) if bits == 8 else extreme / np.float32(-MIDDLE)
+        offsets = -np.float32(zero) * scales
+        whole = np.rint(grouped / np.where(scales == 0, np.float32(1), scales)) + np.float32(zero)
+    else:
+        lowest = grouped.min(axis=-1, keepdims=True)
+        scales = (grouped.max(axis=-1, keepdims=True) - lowest) / np.float32(most - least)
+        offsets = lowest - np.float32(least) * scales
+        whole = np.rint((grouped - lowest) / np.where(scales == 0, np.float32(1), scales)) + np.float32(least)
+    values = np.clip(whole, least, most)
+    moved = np.square(values * scales + offsets - grouped).sum(axis=-1, keepdims=True)
+    return moved, values, scales, offsets
 
 
 def dequantize(weight: Quantized, dtype: Any = jnp.float32) -> Float[jax.Array, "*outputs inputs"]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from model.checkpoint import layout
@@ -12,15 +13,15 @@ from model.params import Params
 from model.quantized import Quantized, bits_of, dequantize, inputs_last, quantize
 
 
-def quantized_params(params: Params, bits: int, group: int) -> Params:
-    """Stacked params whose matrices are quantised as a loaded checkpoint's are."""
+def quantized_params(params: Params, bits: int, group: int, offsets: bool = True) -> Params:
+    """Stacked params whose matrices are quantised as a loaded checkpoint's are, or the same values without offsets."""
 
     def quantized(path: tuple[jax.tree_util.KeyEntry, ...], array: jax.Array) -> jax.Array | Quantized:
         own = bits_of(path[-1].name, bits)  # type: ignore[attr-defined]
         if own is None:
             return array
-        flat = inputs_last(path[-1].name, np.asarray(array))  # type: ignore[attr-defined]
-        return jax.tree.map(jnp.asarray, quantize(flat, own, group))  # type: ignore[no-any-return]
+        made = quantize(inputs_last(path[-1].name, np.asarray(array)), own, group)  # type: ignore[attr-defined]
+        return made if offsets else replace(made, offsets=None)
 
     return jax.tree_util.tree_map_with_path(quantized, params)  # type: ignore[no-any-return]
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
+from gguf import quants
 from jax.sharding import AbstractMesh
 
 from model import checkpoint
@@ -26,19 +28,37 @@ def weights(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def test_eight_bits_keep_a_groups_largest_weight_and_round_the_others_to_nearest() -> None:
-    found = quantize(np.asarray([[12.7, -0.04, 0.06, -6.35, 0.0, 5.0]], np.float32), bits=8, group=4)
-    np.testing.assert_array_equal(found.values, [[127, 0, 1, -64, 0, 127]])
-    np.testing.assert_allclose(found.scales, [[0.1, 5 / 127]], rtol=1e-6)
-    np.testing.assert_allclose(dequantize(found), [[12.7, 0, 0.1, -6.4, 0, 5]], rtol=1e-6)
+def test_eight_bits_keep_a_groups_least_and_largest_weight_or_zero_and_the_largest() -> None:
+    # The second group is multiples of a 127th of its largest, whose negative it has not.
+    found = quantize(np.asarray([[-1.0, 24.5, 3.04, 0.0, 12.7, -0.1, 0.0, -6.3]], np.float32), bits=8, group=4)
+    np.testing.assert_array_equal(found.values, [[-128, 127, -88, -118, 127, -1, 0, -63]])
+    np.testing.assert_allclose(found.scales, [[0.1, 0.1]], rtol=1e-6)
+    np.testing.assert_allclose(found.offsets, [[11.8, 0]], rtol=1e-6)
+    np.testing.assert_allclose(dequantize(found), [[-1, 24.5, 3.0, 0, 12.7, -0.1, 0, -6.3]], rtol=1e-5, atol=1e-6)
 
 
-def test_four_bits_have_sixteen_levels_of_which_the_eighth_is_zero() -> None:
-    found = quantize(np.asarray([[-8.0, 7.0, 0.6, 0.0, 4.0]], np.float32), bits=4, group=4)
-    # Nibbles 0, 15, 9, 8 and, in a group whose largest weight is positive and so its scale negative, 0.
-    np.testing.assert_array_equal(found.values, [[0xF0, 0x89, 0x00]])
-    np.testing.assert_allclose(found.scales, [[1.0, -0.5]])
-    np.testing.assert_allclose(dequantize(found), [[-8, 7, 1, 0, 4]])
+def test_four_bits_have_sixteen_levels_from_the_least_weight_or_around_zero() -> None:
+    found = quantize(np.asarray([[1.0, 2.5, 1.14, 1.2, -8.0, 5.0, 1.0, 0.0, 4.0]], np.float32), bits=4, group=4)
+    # Nibbles 0, 15, 1, 2; then 0, 13, 9, 8; then of one weight alone, where zero is the eighth.
+    np.testing.assert_array_equal(found.values, [[0xF0, 0x21, 0xD0, 0x89, 0x00]])
+    np.testing.assert_allclose(found.scales, [[0.1, 1.0, -0.5]], rtol=1e-6)
+    np.testing.assert_allclose(found.offsets, [[1.0, -8.0, 4.0]], rtol=1e-6)
+    np.testing.assert_allclose(dequantize(found), [[1, 2.5, 1.1, 1.2, -8, 5, 1, 0, 4]], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Kind.Q4_1, 8), (Kind.Q4_1, 4), (Kind.Q8_0, 8), (Kind.Q4_0, 4)])
+def test_weights_that_a_format_of_as_few_bits_has_rounded_stay_as_they_are(kind: Kind, bits: int) -> None:
+    weight = quants.dequantize(quants.quantize(weights(9, 128), kind), kind)
+    np.testing.assert_allclose(dequantize(quantize(weight, bits, 32)), weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 1.2), (4, 1.2)])
+def test_weights_move_less_than_symmetric_rounding_would_move_them(bits: int, least: float) -> None:
+    kind = Kind.Q8_0 if bits == 8 else Kind.Q4_0
+    weight = weights(50, 320) + 0.2
+    symmetric = quants.dequantize(quants.quantize(weight, kind), kind)
+    moved = np.asarray(dequantize(quantize(weight, bits, 32))) - weight
+    assert least * np.square(moved).sum() < np.square(symmetric - weight).sum()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -48,11 +68,12 @@ def test_no_weight_moves_by_more_than_half_a_step(bits: int, inputs: int, group:
     found = quantize(weight, bits, group)
     assert_fields(found)
     assert found.shape == weight.shape
-    step = np.abs(np.repeat(found.scales, group, axis=-1)[..., :inputs])
-    # Four bits have no level as far from zero on the other side as the largest weight is on its own.
-    clipped = (bits == 4) & (weight / np.repeat(found.scales, group, axis=-1)[..., :inputs] > 7.5)
+    scales, offsets = (np.repeat(each, group, axis=-1)[..., :inputs] for each in (found.scales, found.offsets))
+    step = np.abs(scales)
+    # Around zero, four bits have no level as far on the other side as the largest weight is on its own.
+    clipped = (bits == 4) & (offsets == -8 * scales) & (weight / scales > 7.5)
     moved = np.abs(np.asarray(dequantize(found)) - weight)
-    assert (moved <= step * np.where(clipped, 1.0, 0.5) * (1 + 1e-5)).all()
+    assert (moved <= step * np.where(clipped, 1.0, 0.5) * (1 + 1e-5) + 1e-6).all()
     assert clipped.mean() < 0.05
 
 
