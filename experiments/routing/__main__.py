@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -78,10 +79,13 @@ def simulate(config: Config, trace: Path | None, constants: Path | None, console
 
 
 def merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results with the figures of a file's other policies, where load and seeds are the same."""
+    """Results with the figures of a file's other policies, where load and seeds are the same.
+
+    A file may be from before a load had all of its fields.
+    """
     for result in now:
         for old in before:
-            if old["load"] == result["load"] and len(old["runs"]) == len(result["runs"]):
+            if old["load"].items() <= result["load"].items() and len(old["runs"]) == len(result["runs"]):
                 for run, kept in zip(result["runs"], old["runs"], strict=True):
                     run["policies"] = kept["policies"] | run["policies"]
                     run["bounds"] = kept["bounds"]
@@ -120,6 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         "trace": name,
         "engine": {f: getattr(config.engine, f) for f in config.engine.__struct_fields__},
         "constants": str(options.constants) if options.constants else None,
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "results": results,
     } | provenance(("tokenzero", "numpy"))
     write_json(path, summary)

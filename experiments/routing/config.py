@@ -60,6 +60,7 @@ class Load(Struct, frozen=True, forbid_unknown_fields=True):
     arrivals: Arrivals = "trace"
     slow: Annotated[float, Meta(ge=0, le=1)] = 0.0  # the share of replicas that take twice the time for everything
     longest_pause: Seconds = 30.0  # between an answer and an agent's next call
+    apart: Seconds = 5.0  # from one synthetic agent's first call to the next one's
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,7 +138,7 @@ def workload_of(load: Load, trace: Path | None, seed: int) -> Workload:
         case "synthetic":
             work = Agents(seed=seed, agents=round(load.rate * load.replicas), calls=load.sessions, projects=4)
             sessions = paused(synthetic_agents(work), load.longest_pause)
-            lanes = [Lane(5.0 * number, requests) for number, requests in enumerate(sessions)]
+            lanes = [Lane(load.apart * number, requests) for number, requests in enumerate(sessions)]
             page, name = AGENTX_PAGE, "synthetic"
     moved = {"trace": lambda lanes, seed: lanes, "poisson": poisson, "bursty": bursty}[load.arrivals]
     return Workload(name, page, moved(lanes, seed))

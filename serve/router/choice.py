@@ -81,8 +81,8 @@ def choose(
     """The replica with the lowest sum of expected TTFT and cost to others.
 
     Replicas whose sums differ by less than the fixed time of a request are equal. Of equals, the first of: `preferred`
-    (where the request's agent was last), the least wait, the fewest answers, the least work, the most of the prompt,
-    the fewest pages, the first name. One that reuses less than half of what the best one does comes last: what is
+    (where the request's agent was last), the least wait, the fewest answers, the least work, half of the prompt or
+    more, the fewest pages, the first name. One that reuses less than half of what the best one does comes last: what is
     computed there has to be computed again. Raises ValueError if there is no replica.
     """
     allowed = np.ones(len(known.names), bool) if among is None else among
@@ -108,7 +108,7 @@ def choose(
             wait_s[i],
             known.decodes[i],
             work_s[i],
-            -cached[i],
+            2 * cached[i] < request.tokens,
             known.held[i],
             known.names[i],
         ),

@@ -131,8 +131,10 @@ def test_equal_ones_are_told_apart_by_agent_then_load_then_name():
     state = replace(known(3), fixed=np.full(3, 0.5))
     assert choose(ask(), state, np.array([0, 0, 4]), preferred="a").replica == "a"
     assert choose(ask(), state, np.array([0, 0, 6]), preferred="a").replica == "c"
-    # A prompt that is too short to matter is read where it is, though others have less.
-    assert choose(ask(), replace(state, held=np.array([0, 0, 9])), np.array([0, 0, 4])).replica == "c"
+    # What is too short to matter is read where most of it is; a common first page keeps nobody together.
+    state = replace(known(3), fixed=np.full(3, 1.0), held=np.array([1, 0, 9]))
+    assert choose(ask(), state, np.array([0, 0, 5])).replica == "c"
+    assert choose(ask(), state, np.array([0, 0, 1])).replica == "b"
 
 
 def test_without_a_replica_the_error_says_so():
