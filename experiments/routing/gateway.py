@@ -33,6 +33,8 @@ class Meters:
 class Gateway(Protocol):
     """Routes requests to replicas by their numbers. A request is named by its ticket."""
 
+    moved: int  # tokens of prompts that a replica held, by the gateway's index, and the chosen one did not
+
     def add(self, replica: int, engine: Engine) -> None:
         """A replica is there."""
 
@@ -168,6 +170,7 @@ class FormulaGateway:
     predict: bool = True
     recovers: bool = True
     routed: int = 0
+    moved: int = 0
     index: PageIndex = field(default_factory=PageIndex)
     in_flight: dict[int, Sent] = field(default_factory=dict)
 
@@ -213,6 +216,7 @@ class FormulaGateway:
             ),
         )
         self.routed += 1
+        self.moved += int(overlap.max() - overlap[chosen]) * request.tokens // max(1, len(request.pages))
         prefill = float(len(request.pages) - overlap[chosen])
         self.in_flight[ticket] = Sent(chosen, len(request.pages), prefill)
         self.requests[chosen] += 1
@@ -265,6 +269,7 @@ class OurGateway:
 
     page_size: int
     router: Router = field(default_factory=Router)
+    moved: int = 0
 
     def add(self, replica: int, engine: Engine) -> None:
         """A replica is there."""
@@ -281,6 +286,7 @@ class OurGateway:
         asked = RoutedRequest(str(ticket), keys, request.tokens, self.page_size, agent=str(request.agent))
         choice: Choice = self.router.route(asked, now)
         self.router.sent(asked, choice, now)
+        self.moved += choice.most_cached - choice.cached
         return int(choice.replica)
 
     def first_token(self, ticket: int, now: float, cached: int) -> None:

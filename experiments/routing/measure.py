@@ -19,6 +19,7 @@ class Measured:
     requests: int
     hit_rate: float  # the share of all prompt tokens that were not computed
     restored: float  # the share that came from the shared store
+    moved: float  # the share that another replica held, and the chosen one did not; 0 for routers without an index
     ttft_p50: float  # seconds, as the next four
     ttft_p90: float
     ttft_p99: float
@@ -49,6 +50,7 @@ def measure(fleet: Fleet, since_s: float = 0.0) -> Measured:
         requests=len(answered),
         hit_rate=sum(a.reused for a in answered) / tokens,
         restored=sum(a.restored for a in answered) / tokens,
+        moved=sum(router.moved for router in fleet.routers) / sum(a.request.tokens for a in fleet.answered),
         ttft_p50=float(p50),
         ttft_p90=float(p90),
         ttft_p99=float(p99),

@@ -61,6 +61,7 @@ class Choice:
     restore_s: float  # to bring pages from a tier
     prefill_s: float  # to compute the rest
     others_s: float  # what it costs other requests
+    most_cached: int  # tokens expected in the cache of the replica that has most
     # [replicas] float64, seconds to the first token on each of Known's names
     everywhere_s: np.ndarray = field(compare=False, repr=False)
 
@@ -121,6 +122,7 @@ def choose(
         restore_s=float(restore_s[best]),
         prefill_s=float(prefill_s[best]),
         others_s=float(others_s[best]),
+        most_cached=int(cached[allowed].max()),
         everywhere_s=everywhere_s,
     )
 
