@@ -26,7 +26,7 @@ from serve.cluster.figures import total
 from serve.cluster.publisher import Publisher
 from serve.cluster.replica import load_of
 from serve.cluster.report import NO_LOAD, Costs, Identity, Report
-from serve.cluster.speed import Speed, expected_flops
+from serve.cluster.speed import REPORTS, UNMEASURED, Speed, expected_flops
 from serve.cluster.wire import VERSION, Refused, pack, pack_events, unpack, unpack_events
 from serve.cost.model import CostModel, Rate
 from serve.engine.engine import Engine
@@ -159,7 +159,7 @@ class TestDispatch:
 
     def test_a_speed_that_is_measured_later_counts(self) -> None:
         dispatch = Dispatch()
-        for flops, chunks in ((0, 0), (1e9, 1), (1e9, 16), (1e9, 16)):
+        for flops, chunks in ((0, 0), (1e9, 1), *((1e9 + number, 16) for number in range(9))):
             dispatch.published(report("a", flops=flops, chunks=chunks))
             dispatch.published(report("b", flops=4 * flops, chunks=chunks))
         fleet = dispatch.router.fleet
@@ -304,11 +304,19 @@ def test_a_message_may_hold_the_pages_of_a_large_pool() -> None:
     assert 4 * 2**20 < len(snapshot) < int(deploy.environment(1, on_gpu=True)[next(iter(deploy.MESSAGES))])
 
 
+def settled(flops: float, chunk_flops: float = 1.0) -> Speed:
+    """What a replica has measured in several reports."""
+    speed = UNMEASURED
+    for number in range(2 * REPORTS):
+        speed = speed.again(flops * (1 + 1e-9 * number), 16, 0.0, chunk_flops)
+    return speed
+
+
 class TestSpeed:
     def test_the_first_chunks_of_equal_replicas_do_not_part_them(self) -> None:
         # Measured on two busy cores, by four equal replicas that had timed one chunk each.
         rates = {"a": 16e9, "b": 9e9, "c": 6e9, "d": 4e9}
-        speeds = expected_flops({name: Speed(rate, 1, 0.0) for name, rate in rates.items()}, now=1.0)
+        speeds = expected_flops({name: UNMEASURED.again(rate, 1, 0.0) for name, rate in rates.items()}, now=1.0)
         assert max(speeds.values()) < 1.1 * min(speeds.values())
         dispatch = Dispatch(clock=itertools.count(0, 0.02).__next__)
         for name, rate in rates.items():
@@ -318,22 +326,28 @@ class TestSpeed:
         assert chosen == sorted("abcd" * 2), "sessions that share nothing at once: two on each"
 
     def test_a_replica_that_is_slower_for_long_is_slower(self) -> None:
-        measured = {"a": Speed(1e9, 16, 0.0), "b": Speed(1e9, 16, 0.0), "slow": Speed(0.25e9, 16, 0.0)}
+        measured = {"a": settled(1e9), "b": settled(1e9), "slow": settled(0.25e9)}
         assert expected_flops(measured, now=0.0)["slow"] == pytest.approx(0.5e9)
         # Without requests it measures nothing: what it has measured wears off, so that it is tried again.
         assert expected_flops(measured, now=600.0)["slow"] == pytest.approx(1e9, rel=0.01)
 
     def test_chunks_of_short_prompts_do_not_make_a_replica_slow(self) -> None:
-        # Measured on equal replicas: 16 chunks of 20 tokens, and 16 of 32.
-        measured = {"short": Speed(1e9, 16, 0.0, 2e6), "long": Speed(6e9, 16, 0.0, 3e7)}
+        # Measured on equal replicas: chunks of 20 tokens, and of 256.
+        measured = {"short": settled(1e9, 2e6), "long": settled(6e9, 3e7)}
         speeds = expected_flops(measured, now=0.0)
         assert speeds["long"] == pytest.approx(6e9)
         assert speeds["short"] > 0.85 * speeds["long"]
 
     def test_a_speed_is_as_old_as_its_measurement(self) -> None:
-        speed = Speed(1e9, 3, 5.0)
+        speed = UNMEASURED.again(1e9, 3, 5.0)
         assert speed.again(1e9, 3, 8.0).since == 5.0
         assert speed.again(1e9, 4, 8.0).since == 8.0
+
+    def test_a_stall_while_one_prompt_is_computed_makes_no_replica_slow(self) -> None:
+        # Measured on two cores that others used, too: nine chunks within 80 ms.
+        measured = {name: UNMEASURED.again(1e9, 9, 0.0) for name in "abc"} | {"d": UNMEASURED.again(1.3e8, 9, 0.0)}
+        speeds = expected_flops(measured, now=0.0)
+        assert speeds["d"] > 0.85 * speeds["a"]
 
 
 class TestPublisher:
