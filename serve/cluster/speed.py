@@ -18,6 +18,7 @@ from serve.cost.model import weighted_median
 EXPECTED = 2e10  # FLOPs a second, assumed of all replicas until one has measured its own
 SHARED_CHUNKS = 16  # a replica's own measurements count for half when they are so many, of the largest size
 HALF_LIFE_S = 60.0  # after which measurements count for half as many
+ALIKE = 1.5  # replicas whose speeds differ by less are equal machines, measured beside other work
 REPORTS = 8  # that told something new, the latest ones; fewer count for less
 
 
@@ -57,9 +58,11 @@ def expected_flops(measured: Mapping[str, Speed], now: float) -> dict[str, float
         name: each.evidence / largest * 0.5 ** min(64.0, (now - each.since) / HALF_LIFE_S)
         for name, each in measured.items()
     }
-    known = [(each.flops, weights[name]) for name, each in measured.items() if each.flops]
+    # Rounded: of two replicas, the one that reported last would have the median otherwise.
+    known = [(each.flops, round(weights[name], 2)) for name, each in measured.items() if each.flops]
     common = weighted_median(known) if known else EXPECTED
-    return {
-        name: common * ((each.flops or common) / common) ** (weights[name] / (weights[name] + SHARED_CHUNKS))
+    factors = {
+        name: ((each.flops or common) / common) ** (weights[name] / (weights[name] + SHARED_CHUNKS))
         for name, each in measured.items()
     }
+    return {name: common if 1 / ALIKE < factor < ALIKE else common * factor for name, factor in factors.items()}
