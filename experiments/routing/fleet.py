@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -74,12 +74,16 @@ class WorkClock:
         """When so much work is done, as long as nobody comes or goes."""
         return now + (work - self.work(now)) * self.factor if self.cores < math.inf else work
 
+    def factor_of(self, active: int) -> float:
+        """Seconds that a second of work takes while so many are at work."""
+        return max(1.0, active / self.cores)
+
     def set(self, name: int, active: bool, now: float) -> bool:
         """Somebody is at work from now on, or is not. Whether that changes the others' pace."""
         if (name in self.active) == active:
             return False
         (self.active.add if active else self.active.remove)(name)
-        factor = max(1.0, len(self.active) / self.cores)
+        factor = self.factor_of(len(self.active))
         if factor == self.factor:
             return False
         self.done, self.since, self.factor = self.work(now), now, factor
@@ -273,11 +277,15 @@ class Fleet:
     def add(self, number: int) -> None:
         """A replica comes, with nothing cached."""
         engine = self.engines[number]
-        self.replicas[number] = Replica(number, engine, ReplicaCache(engine.num_pages), self.store)
+        replica = Replica(number, engine, ReplicaCache(engine.num_pages), self.store)
+        # Replicas measure while all are at work, as a rule.
+        told = engine.slowed(self.clock.factor_of(len(self.engines)))
+        replica.costs = replace(replica.costs, constants=told.constants)
+        self.replicas[number] = replica
         self.sequences[number] = 0
         self.quiet.add(number)
         for router in self.routers:
-            router.add(number, engine)
+            router.add(number, told)
 
     def change(self, now: float, change: Change) -> None:
         """A replica comes, or dies with its cache: requests without a first token are sent again, others end there."""
