@@ -13,7 +13,7 @@ WORKERS ?= 2
 # Random requests to each route, by `make fuzz`.
 CASES ?= 2000
 BIN := .venv/bin
-# Packages with the hashes of their files, in requirements/; then the project itself, which has none, by what they brought.
+# Packages with the hashes of their files, in .requirements/; then the project itself, which has none, by what they brought.
 HASHED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement
 ITSELF := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 # What has no hashes there: the versions of constraints.txt.
@@ -89,15 +89,15 @@ bench-small: .venv/.installed-test ## time the small steps of a request's host p
 		--benchmark-columns=min,median,iqr,rounds
 
 audit: .venv/.installed .venv-audit/.installed ## look up known vulnerabilities of what is installed
-	@.venv-audit/bin/python requirements/audit.py
+	@.venv-audit/bin/python .requirements/audit.py
 
 sbom: .venv/.installed .venv-audit/.installed ## write what is installed to .cache/sbom.cdx.json (CycloneDX)
 	@mkdir -p .cache
 	.venv-audit/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --validate \
 		--output-file .cache/sbom.cdx.json $(BIN)/python
 
-lock: .venv-audit/.installed ## renew requirements/, after a change of pyproject.toml or constraints.txt
-	.venv-audit/bin/python requirements/lock.py
+lock: .venv-audit/.installed ## renew .requirements/, after a change of pyproject.toml or constraints.txt
+	.venv-audit/bin/python .requirements/lock.py
 
 lint: .venv/.installed-test ## check style and types
 	$(BIN)/ruff check .
@@ -114,8 +114,8 @@ $(MODEL)/config.json: | .venv/.installed
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version}"'
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-.venv/.installed: pyproject.toml requirements/base.txt $(CUDA:%=requirements/%.txt) | .venv/bin/python
-	$(HASHED) requirements/base.txt $(CUDA:%=--requirement requirements/%.txt)
+.venv/.installed: pyproject.toml .requirements/base.txt $(CUDA:%=.requirements/%.txt) | .venv/bin/python
+	$(HASHED) .requirements/base.txt $(CUDA:%=--requirement .requirements/%.txt)
 	$(ITSELF)
 	@touch $@
 
@@ -128,15 +128,15 @@ $(MODEL)/config.json: | .venv/.installed
 	@touch $@
 
 # torch for CPUs where pip finds it: a tenth of the size of PyPI's.
-.venv/.installed-test: requirements/test.txt requirements/torch.txt requirements/torch-cpu.txt .venv/.installed
-	$(HASHED) requirements/torch-cpu.txt 2>/dev/null || $(HASHED) requirements/torch.txt
+.venv/.installed-test: .requirements/test.txt .requirements/torch.txt .requirements/torch-cpu.txt .venv/.installed
+	$(HASHED) .requirements/torch-cpu.txt 2>/dev/null || $(HASHED) .requirements/torch.txt
 	@touch $@
 
-.venv/.installed-fuzz: requirements/fuzz.txt .venv/.installed-test
-	$(HASHED) requirements/fuzz.txt
+.venv/.installed-fuzz: .requirements/fuzz.txt .venv/.installed-test
+	$(HASHED) .requirements/fuzz.txt
 	@touch $@
 
-.venv-audit/.installed: requirements/audit.txt
+.venv-audit/.installed: .requirements/audit.txt
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
 	@touch $@

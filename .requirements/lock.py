@@ -25,7 +25,7 @@ FILES = {
     "test": ("the tests, without torch", ("test",), ("base",)),
     "fuzz": ("`make fuzz`", ("test", "fuzz"), ("base", "test")),
 }
-AUDIT = "requirements/audit.in"
+AUDIT = ".requirements/audit.in"
 TORCH = ("torch", "the reference that logits are compared with, as PyPI has it: built for CUDA")
 OF_TORCH = re.compile(r"torch|triton|nvidia-.*|cuda-.*")  # what a build for CPUs does without
 # What holds wherever a file is used, and is left out of markers: `environments` of pyproject.toml.
