@@ -33,9 +33,12 @@ APIS: dict[str, Api] = {"/v1/messages": "messages", "/v1/chat/completions": "cha
 def salt_of(chat: Chat) -> bytes:
     """The cache salt of a request, by its header and its body's `cache_salt`; b"" if it has none.
 
-    Raises ValueError for a body that is not JSON.
+    Raises InvalidRequest for a body that is not JSON.
     """
-    value = decode_json(chat.body)
+    try:
+        value = decode_json(chat.body)
+    except (ValueError, RecursionError) as error:  # such as a field that nobody reads and is no UTF-8
+        raise InvalidRequest(f"body: expected JSON in UTF-8: {error}") from None
     named = value.get("cache_salt") if isinstance(value, dict) else None
     return json.dumps([named, chat.salt]).encode() if named is not None or chat.salt else b""
 

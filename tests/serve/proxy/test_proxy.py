@@ -578,6 +578,12 @@ class TestFaults:
         assert found.pop("without_report") == {"failed": 2 * MAX_WAITING}
         assert found | {"causes": {}} == {"data": [], "volatile": [], "causes": {}}
 
+    def test_a_field_that_is_no_utf_8_passes_and_its_request_has_no_report(self) -> None:
+        body = json.dumps(ask("Hi") | {"other": "?"}).encode().replace(b"?", b"\xff")
+        with engine(echo) as url, proxy_of(url) as client:
+            assert client.post("/v1/messages", content=body).content == body
+            assert client.get("/v1/requests").json()["without_report"] == {"unread": 1}
+
     def test_browsers_see_the_dashboard_and_clients_the_engine(self) -> None:
         with engine(echo) as url, proxy_of(url, keys=only_key("k")) as client:
             page = client.get("/", headers={"accept": "text/html"})
