@@ -26,7 +26,7 @@ CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] 2>/dev/null && echo cuda1
 
 .PHONY: help install demo serve chat test test-slow fuzz test-clients test-cluster test-frameworks coverage notebooks \
 	kernels-interpreted kernels-aot \
-	gpu-bench bench-small audit sbom lock lint clean
+	gpu-bench bench-small audit sbom lock lint lint-deploy clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 21
@@ -98,6 +98,15 @@ sbom: .venv/.installed .venv-audit/.installed ## write what is installed to .cac
 
 lock: .venv-audit/.installed ## renew .requirements/, after a change of pyproject.toml or constraints.txt
 	.venv-audit/bin/python .requirements/lock.py
+
+# systemd-analyze checks that the command is there, so another one stands for it.
+lint-deploy: .venv-audit/.installed ## check the files of serve/deploy with hadolint, kubernetes-validate and systemd-analyze
+	.venv-audit/bin/hadolint serve/deploy/Dockerfile
+	.venv-audit/bin/kubernetes-validate --strict --quiet serve/deploy/kubernetes.yaml
+	@mkdir -p .cache && sed 's#/opt/tokenzero/bin/tokenzero#/bin/true#' serve/deploy/tokenzero.service > .cache/tokenzero.service
+	@if command -v systemd-analyze; then systemd-analyze verify .cache/tokenzero.service && \
+		systemd-analyze security --offline=true --threshold=20 .cache/tokenzero.service | tail -n 1; \
+	else echo "systemd-analyze is not here: tokenzero.service was not checked"; fi
 
 lint: .venv/.installed-test ## check style and types
 	$(BIN)/ruff check .

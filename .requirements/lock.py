@@ -75,7 +75,7 @@ def main() -> None:
         mine = names[name].difference(*(names[other] for other in below)) - (gpu if "test" in (name, *below) else set())
         write(name, purpose, below[-1:], {package: together[package] for package in mine})
     write(TORCH[0], TORCH[1], ("test",), {package: together[package] for package in gpu})
-    write("audit", "`make audit`, `make sbom` and `make lock`, in an environment of their own", (), resolved(AUDIT))
+    write("audit", "`make audit`, `sbom`, `lock`, `lint-deploy`, in an environment of their own", (), resolved(AUDIT))
 
 
 def write(name: str, purpose: str, below: Sequence[str], blocks: Blocks) -> None:

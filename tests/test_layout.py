@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/**/*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/**/*.md")), *sorted((ROOT / ".github").glob("*.md"))]
 PROJECT = ("model", "cache", "serve", "experiments")
 OURS = (*PROJECT, "tests", "notebooks")
 
