@@ -114,7 +114,7 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
     error = loading.exception() if loading.done() else None
     if not loading.done() or error or app.failure:
         progress.close()
-        end_process(error or app.failure, status)
+        end_process(error or app.failure, status, config.sources)
     if compiling(app.live):
         end_process(None, status)
     sys.exit(status)

@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from threading import Thread
 from typing import ParamSpec, TypeVar
 
 from cache.lmdb_env import StoreError
+from serve.web.settings import placed
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,15 +32,16 @@ def in_thread(run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[
     return future
 
 
-def end_process(error: BaseException | None, status: int) -> None:
+def end_process(error: BaseException | None, status: int, sources: Mapping[str, str] | None = None) -> None:
     """End at once, with a sentence about an error that a user can mend, or with the trace of any other.
 
+    `sources` are the places of flags, of which the sentence names one.
     Python's own end would take away what threads that still compile are using, which crashes them.
     """
     if isinstance(error, ValueError | OSError | StoreError):
-        print(f"tokenzero: {error}", file=sys.stderr)
+        print(f"tokenzero: {placed(str(error), sources or {})}", file=sys.stderr)
     elif isinstance(error, SystemExit):
-        print(error.code, file=sys.stderr)
+        print(placed(str(error.code), sources or {}), file=sys.stderr)
     elif error:
         traceback.print_exception(error)
     logging.shutdown()

@@ -321,13 +321,15 @@ class TestStarting:
     def test_a_context_beyond_the_pool_ends_the_process_with_a_sentence(
         self, model_folder: Path, tmp_path: Path
     ) -> None:
-        flags = ("--max-model-len", str(CONTEXT), "--kv-pool-bytes", "1MiB")
+        file = tmp_path / "served.toml"
+        file.write_text(f"max-model-len = {CONTEXT}\n")
+        flags = ("--config", str(file), "--kv-pool-bytes", "1MiB")
         with (
             pytest.raises(RuntimeError, match="status 1 ") as ended,
             running_server(model_folder, *flags, log=tmp_path / "l"),
         ):
             pass
-        assert f"--max-model-len: got {CONTEXT}" in str(ended.value)
+        assert f"{file}:1: --max-model-len: got {CONTEXT}" in str(ended.value)
         assert "Traceback" not in str(ended.value)
 
     def test_a_tokenizer_of_another_model_is_refused(self, model_folder: Path, tokenizer: Tokenizer) -> None:
