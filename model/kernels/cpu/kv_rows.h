@@ -97,29 +97,33 @@ inline void encode(Rows rows, const float* from, int64_t dim, char* to) {
   }
 }
 
-// Decodes a group of at most GROUP numbers.
-inline void decode_group(Rows rows, const char* from, int64_t count, float scale, float* to) {
-  if (rows == Rows::INT8)
-    for (int64_t d = 0; d < count; ++d) to[d] = static_cast<float>(static_cast<int8_t>(from[d])) * scale;
-  else
-    for (int64_t d = 0; d < count; ++d) to[d] = numbers.of[static_cast<uint8_t>(from[d])] * scale;
+// Multiplies the groups of a row by their scales.
+inline void scale_groups(const char* scales, int64_t dim, float* row) {
+  for (int64_t d = 0; d < dim; d += GROUP, scales += SCALE_BYTES) {
+    uint16_t half;
+    std::memcpy(&half, scales, SCALE_BYTES);
+    const float scale = with_upper_half(half);
+    if (dim - d >= GROUP)
+      UNROLL for (int64_t i = 0; i < GROUP; i += LANES) store(row + d + i, load(row + d + i) * scale);
+    else
+      for (int64_t i = d; i < dim; ++i) row[i] *= scale;
+  }
 }
 
 // `count` rows as floats, [count, dim]: those in place, or decoded to `room`.
 inline const float* decoded(Rows rows, const char* from, int64_t count, int64_t dim, float* room) {
   if (rows == Rows::FLOAT32) return reinterpret_cast<const float*>(from);
-  float* to = room;
-  for (int64_t i = 0; i < count; ++i, from += bytes_of(rows, dim), to += dim) {
-    const char* scales = from + dim;
-    for (int64_t d = 0; d < dim; d += GROUP, scales += SCALE_BYTES) {
-      uint16_t half;
-      std::memcpy(&half, scales, SCALE_BYTES);
-      if (dim - d >= GROUP)
-        decode_group(rows, from + d, GROUP, with_upper_half(half), to + d);  // a loop of so many is unrolled
-      else
-        decode_group(rows, from + d, dim - d, with_upper_half(half), to + d);
-    }
+  const int64_t bytes = bytes_of(rows, dim);
+  for (int64_t i = 0; i < count; ++i) {
+    const char* row = from + i * bytes;
+    float* to = room + i * dim;
+    if (rows == Rows::INT8)
+      for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<float>(static_cast<int8_t>(row[d]));
+    else
+      for (int64_t d = 0; d < dim; ++d) to[d] = numbers.of[static_cast<uint8_t>(row[d])];
   }
+  // In a loop of its own: a vector that is loaded right after narrower ones were stored there waits for them.
+  for (int64_t i = 0; i < count; ++i) scale_groups(from + i * bytes + dim, dim, room + i * dim);
   return room;
 }
 
