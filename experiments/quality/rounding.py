@@ -2,7 +2,8 @@
 
 `python -m experiments.quality.rounding` loads a checkpoint as it is, as `--quantize` would, and with pages as
 `--kv-dtype` keeps them, and lets all read the same texts. SmolLM2's file is Q4_1: what is compared with are the weights
-that it stands for, and `--quantize` rounds these once more.
+that it stands for, and `--quantize` rounds these once more, which keeps them. With `--spread` they lie anywhere within
+the half step by which the file's own rounding may have moved them, as weights in full precision would.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +30,8 @@ from model.config import ModelConfig
 from model.kernels.dispatch import arranged
 from model.kv import KVPool, bytes_per_token, empty_pool
 from model.kv_rows import QUANTIZED, pool_dtype
-from model.quantized import SCHEMES
+from model.params import Params
+from model.quantized import SCHEMES, Quantized, Scheme, bits_of, by_input, dequantize, inputs_last, quantize
 from serve.prompt.tokenizer import load_tokenizer
 
 RESULTS = Path("experiments/results/quality/rounding.json")
@@ -37,10 +40,39 @@ WEIGHTS, PAGES = "weights", "KV pages"
 GOALS = {f"{WEIGHTS} int8": {"top1": 0.99, "kl": 0.002}, f"{PAGES} int8": {"top1": 0.99, "tokens_over_float32": 3.5}}
 
 
-def scorer(model: Path, quantize: str | None) -> Scorer:
-    """A checkpoint that scores texts, its weights rounded or as they are."""
-    config, params = checkpoint.load(model, "float32", quantize=quantize)
+def scorer(model: Path, scheme: str | None, spread: bool) -> Scorer:
+    """A checkpoint that scores texts, its weights rounded or as they are, which may be spread before."""
+    config, params = checkpoint.load(model, "float32", quantize=None if spread else scheme)
+    if spread:
+        params = spread_weights(params)
+        params = rounded_weights(params, SCHEMES[scheme]) if scheme else params
     return Scorer(config, arranged(params, PAGE, consume=True))
+
+
+def spread_weights(params: Params) -> Params:
+    """The weights in float32, quantised ones moved by up to half a step of their group; the same each time."""
+    rng = np.random.default_rng(0)
+
+    def moved(leaf: jax.Array | Quantized) -> jax.Array:
+        if not isinstance(leaf, Quantized):
+            return leaf
+        steps = np.asarray(by_input(leaf, leaf.scales))
+        return dequantize(leaf) + steps * rng.uniform(-0.5, 0.5, steps.shape).astype(np.float32)
+
+    spread: Params = jax.tree.map(moved, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return spread
+
+
+def rounded_weights(params: Params, scheme: Scheme) -> Params:
+    """Stacked params in float32, rounded as `--quantize` rounds them."""
+
+    def of_field(path: tuple[Any, ...], array: jax.Array) -> jax.Array | Quantized:
+        field = path[-1].name
+        bits = bits_of(field, scheme.bits)
+        return array if bits is None else quantize(inputs_last(field, np.asarray(array)), bits, scheme.group)
+
+    made: Params = jax.tree_util.tree_map_with_path(of_field, params)
+    return made
 
 
 def pool_in(kv_dtype: str, config: ModelConfig, pages: int) -> KVPool:
@@ -49,20 +81,22 @@ def pool_in(kv_dtype: str, config: ModelConfig, pages: int) -> KVPool:
 
 
 def rounded(
-    model: Path, whole: Scorer, schemes: Sequence[str], kv_dtypes: Sequence[str]
+    model: Path, whole: Scorer, schemes: Sequence[str], kv_dtypes: Sequence[str], spread: bool
 ) -> Iterator[tuple[str, Scorer]]:
     """What is compared with the whole one, by name."""
     for scheme in schemes:
-        yield f"{WEIGHTS} {scheme}", scorer(model, scheme)
+        yield f"{WEIGHTS} {scheme}", scorer(model, scheme, spread)
     for kv_dtype in kv_dtypes:
         yield f"{PAGES} {kv_dtype}", replace(whole, pool_of=partial(pool_in, kv_dtype, whole.config))
 
 
-def measure(model: Path, schemes: Sequence[str], kv_dtypes: Sequence[str], tokens: int) -> list[dict[str, Any]]:
+def measure(
+    model: Path, schemes: Sequence[str], kv_dtypes: Sequence[str], tokens: int, spread: bool = False
+) -> list[dict[str, Any]]:
     """A row for each that is rounded and kind of text."""
-    encode, whole = load_tokenizer(str(model)).encode, scorer(model, None)
+    encode, whole = load_tokenizer(str(model)).encode, scorer(model, None, spread)
     plain, rows = bytes_per_token(whole.config, np.float32), []
-    for name, other in rounded(model, whole, schemes, kv_dtypes):
+    for name, other in rounded(model, whole, schemes, kv_dtypes, spread):
         kept = bytes_per_token(whole.config, pool_dtype(name.split()[-1])) if name.startswith(PAGES) else plain
         for kind, found in agreements(whole, other, encode, tokens).items():
             numbers = {key: round(value, 6) for key, value in asdict(found).items()}
@@ -98,11 +132,12 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("--schemes", nargs="*", choices=tuple(SCHEMES), default=tuple(SCHEMES))
     cli.add_argument("--kv-dtypes", nargs="*", choices=tuple(QUANTIZED), default=tuple(QUANTIZED))
     cli.add_argument("--tokens", type=int, default=TOKENS, help="of all texts (default: %(default)s)")
+    cli.add_argument("--spread", action="store_true", help="weights that the file's own rounding may have come from")
     cli.add_argument("--out", type=Path, default=RESULTS, help="JSON to write (default: %(default)s)")
     args = cli.parse_args(argv)
     model = args.model or fetch()
-    rows = measure(model, args.schemes, args.kv_dtypes, args.tokens)
-    about = {"model": model.name, "goals": GOALS, "reached": judged(rows), "rows": rows}
+    rows = measure(model, args.schemes, args.kv_dtypes, args.tokens, args.spread)
+    about = {"model": model.name, "spread": args.spread, "goals": GOALS, "reached": judged(rows), "rows": rows}
     write_json(args.out, about | provenance())
     Console(width=130).print(table(rows))
 

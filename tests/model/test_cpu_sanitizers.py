@@ -37,6 +37,7 @@ from model.decoder import forward
 from model.kernels.cpu.packing import pack
 from model.kernels.cpu.paged_attention import paged_attention
 from model.kv import empty_pool
+from model.kv_rows import encode, pool_dtype
 from tests.helpers import batches
 from tests.helpers.quantized import quantized_params
 from tests.model.test_cpu_layers import ODD, ODD_EXPERTS, SINKS, random_params
@@ -63,7 +64,9 @@ for seed in range(int(sys.argv[2])):
     pool = type(pool)(*(jnp.asarray(np.asarray(side)[:, used]) for side in (pool.k, pool.v)))
     batch = batch.replace(block_table=jnp.asarray(table))
     window, sinks = int(rng.choice([1, 5, 16, 70, 1000, NO_WINDOW])), jnp.zeros(q.shape[1:3])
-    jax.jit(paged_attention)(q, pool, 1, batch, window, sinks).block_until_ready()
+    kept = pool_dtype(("float32", "int8", "fp8")[seed // 12 % 3])
+    rows = type(pool)(*(encode(side, kept) for side in (pool.k, pool.v)))
+    jax.jit(paged_attention)(q, rows, 1, batch, window, sinks).block_until_ready()
     heads, dim, page = pool.k.shape[2:3] + pool.k.shape[:2:-1]
     shape = (ODD, ODD_EXPERTS, SINKS)[seed % 3]
     experts = shape.experts and replace(shape.experts, ffn_size=int(rng.integers(1, 100)))
@@ -76,14 +79,14 @@ for seed in range(int(sys.argv[2])):
         num_heads=heads * q.shape[2],
         head_dim=dim,
     )
-    pool = empty_pool(config, len(used), page, jnp.float32)
+    pool = empty_pool(config, len(used), page, kept)
     tokens = jnp.asarray(rng.integers(0, config.vocab_size, q.shape[0]), jnp.int32)
     indices = jnp.asarray(rng.integers(0, int(batch.starts[-1]), 3), jnp.int32)
     step = jax.jit(lambda params, batch, pool: forward(params, batch, pool, config))
     batch = batch.replace(tokens=tokens, logit_indices=indices)
     params = random_params(config)
     if scheme := (None, (8, 13), (4, 16), (4, 4000))[seed // 3 % 4]:
-        params = quantized_params(params, *scheme)
+        params = quantized_params(params, *scheme, offsets=seed % 2 == 0)
     jax.block_until_ready(step(pack(params, page), batch, pool))
 print("done")
 """
@@ -129,6 +132,7 @@ def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path, march):
         ("attention_task.h", "load(keys + slot * p.dim + i * LANES)", "load(keys + slot * p.dim + i * LANES + 1)"),
         ("attention_task.h", "all(values[s * dim + c])", "all(values[s * dim + c + 1])"),
         ("attention_task.h", "table[s * width + position", "table[(s + 1) * width + position"),
+        ("kv_rows.h", "from + i * bytes + dim", "from + i * bytes + dim + SCALE_BYTES"),
         ("experts.h", "order[s.first + i]) / c.per_token", "order[s.first + i] + c.per_token) / c.per_token"),
     ],
 )
