@@ -92,9 +92,12 @@ def choose(
     # The last token of a prompt is always computed.
     cached = np.minimum(overlap * request.page_size, request.tokens - 1)
     restored, restore_s, compute_s = brought(request, known, cached, tiers)
-    wait_s, overtaken = waits(request, known, overlap, compute_s)
+    awaited = computes_for(request, known, overlap)
+    wait_s, overtaken = waits(known, compute_s, awaited)
     prefill_s = known.fixed + known.match * (cached + restored) + compute_s
-    others_s = compute_s * overtaken + delay_of_later_requests(known, compute_s) + evicted_s(request, known, overlap)
+    others_s = compute_s * overtaken + evicted_s(request, known, overlap)
+    if awaited.any():  # one of siblings, of which more will come; other requests go where nobody is in their way
+        others_s += delay_of_later_requests(known, compute_s)
     everywhere_s = wait_s + restore_s + prefill_s
     total = np.where(allowed, everywhere_s + others_s, np.inf)
     lowest = int(total.argmin())
@@ -158,20 +161,19 @@ def computing_s(known: Known, start: np.ndarray, stop: np.ndarray) -> np.ndarray
     return seconds
 
 
-def waits(
-    request: RoutedRequest, known: Known, overlap: np.ndarray, compute_s: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def waits(known: Known, compute_s: np.ndarray, awaited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Seconds until a request of `compute_s` runs, and how many prefills it overtakes; both [replicas] float64.
 
     Where short prefills overtake, the highest response ratio runs next, (waited + left) / left. The request passes a
     prefill at the time t with t / compute_s = (waited + t) / left. It runs at the first time at which all prefills that
-    it has not passed are done. One that computes its own pages is never passed: the request waits for these.
+    it has not passed are done. One that computes its own pages (`awaited`, [replicas, queue] bool) is never passed: the
+    request waits for these.
     """
     others_s = known.overtakes.astype(np.float64)
     own = compute_s[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         passed_at = np.where(known.left > own, known.waited * own / (known.left - own), np.inf)
-    passed_at = np.where(known.overtakes[:, None] & ~computes_for(request, known, overlap), passed_at, np.inf)
+    passed_at = np.where(known.overtakes[:, None] & ~awaited, passed_at, np.inf)
     passed_at = np.where(known.left > 0, passed_at, 0.0)
     order = np.argsort(passed_at, axis=1)
     passed_at, left = np.take_along_axis(passed_at, order, 1), np.take_along_axis(known.left, order, 1)
