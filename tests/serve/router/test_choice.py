@@ -103,6 +103,12 @@ def test_siblings_follow_the_first_one_where_later_requests_would_pay_for_a_copy
     assert choice.others_s == pytest.approx(0.1 * 1.05 / 0.5)
 
 
+def test_a_request_without_siblings_does_not_wait_for_the_sake_of_later_ones():
+    # 2 s of other work before 0.1 s on a, and 1 s on b; ten requests a second come to each.
+    queued = replace(known(2), left=at(2, (0, 0, 2.0)), overtakes=np.zeros(2, bool), arrivals=10.0, busy=0.5)
+    assert choose(ask(), queued, np.array([9, 0])).replica == "b"
+
+
 def test_a_tier_is_read_where_that_is_sooner_than_computing():
     tier = Tier(np.array([8, 8]), np.array([np.inf, LINEAR / 4]))
     choice = choose(ask(), known(), np.array([2, 2]), (tier,))
