@@ -19,6 +19,7 @@ from serve.router.summary import Increment, Load, Snapshot
 AGENTS = 1 << 16  # that are remembered, with the replica where each was last
 TIER_PAGES = 1 << 20  # that are remembered of a tier
 EVICTED_PAGES = 1 << 18  # that are remembered, to see which of them are asked for again
+ENDED = 1024  # requests that are remembered, as a replica may tell of them once more
 UNCONFIRMED = 1024  # requests of a replica whose pages it has not published
 REUSES = 16  # requests, whose reused tokens are compared with those expected
 EVICTED = "evicted"
@@ -67,6 +68,7 @@ class Router:
         self.replicas: dict[str, Replica] = {}
         self.kinds: dict[str, Measured] = {}
         self.in_flight: dict[str, Sent] = {}
+        self.ended: OrderedDict[str, None] = OrderedDict()  # the latest that were
         self.agents: OrderedDict[str, str] = OrderedDict()  # the replica of each agent's last request
 
     @property
@@ -191,6 +193,9 @@ class Router:
     def finished(self, request: str, now: float) -> None:
         """A request's answer is complete."""
         if sent := self.in_flight.pop(request, None):
+            self.ended[request] = None
+            if len(self.ended) > ENDED:
+                self.ended.popitem(last=False)
             self.fleet.prefilled(sent.choice.replica, request, now)
             if sent.answering_since is None:
                 if refit := self.replicas[sent.choice.replica].refit:
@@ -234,7 +239,8 @@ class Router:
             return
         for request in replica.others:
             self.fleet.prefilled(name, request, now)
-        others = [each for each in load.prefills if each[0] not in self.in_flight]
+        # What has ended here since the replica told its load is nobody else's.
+        others = [each for each in load.prefills if each[0] not in self.in_flight and each[0] not in self.ended]
         replica.others = [request for request, _, _ in others]
         for request, start, stop in others:
             self.fleet.sent(name, request, Prefill(start, stop, now))

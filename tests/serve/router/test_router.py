@@ -129,6 +129,16 @@ def test_the_work_of_other_routers_counts():
     assert router.route(request("a", 10), 1.0, among=["r0"]).queue_s == 0
 
 
+def test_what_has_ended_here_is_not_anothers_work_when_a_late_report_tells_of_it():
+    router = fleet(2)
+    asked = request("mine", 100)
+    router.sent(asked, router.route(asked, 0.0, among=["r0"]), 0.0)
+    router.first_token("mine", 1.0)
+    router.finished("mine", 1.1)
+    router.loaded("r0", Load((("mine", 0, 6410),), decodes=0), 1.2)
+    assert router.route(request("b", 10), 1.3, among=["r0"]).queue_s == 0
+
+
 def test_a_replica_that_is_gone_takes_its_requests_along():
     router = fleet(2)
     send(router, request("a", 10), 0.0, "r0")
