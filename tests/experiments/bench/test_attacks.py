@@ -26,6 +26,7 @@ def test_many_connections_at_once_break_no_stream_and_leave_nothing_behind(tmp_p
         row = delay(server.url, "a header of 64 MiB", 1.0, 0.0, random.Random(0))
     assert (found.whole, found.broken) == (300, 0)
     assert found.files[1] <= found.files[0] + 8
-    assert found.threads[1] <= found.threads[0] + 40, "the pool of threads, which stays"
+    # The pool's threads stay: anyio has 40, besides those of a key and of large bodies, 4 each.
+    assert found.threads[1] <= found.threads[0] + 48
     assert row.statuses in ([431], [])
     assert row.rounds > 0
