@@ -105,7 +105,7 @@ def seen(client: httpx.Client, text: str, **headers: str) -> tuple[Any, ...]:
     """All that a caller is told of a prompt, but for ids and times."""
     answer = post(client, ask(text, 1), **headers)
     report = report_of(client, answer)
-    changing = ("id", "time", "ttft_ms", "phases_ms", "prompt_text", "lost_ms")
+    changing = ("id", "request_id", "time", "ttft_ms", "phases_ms", "prompt_text", "lost_ms")
     listed = [each["key"] for each in client.get("/v1/requests").json()["data"]]
     counted = client.post("/v1/messages/count_tokens", json=ask(text), headers=headers).json()
     told = {name: value for name, value in report.items() if name not in changing}
