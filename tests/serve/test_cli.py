@@ -287,9 +287,9 @@ class TestSizes:
     def test_pages_in_eight_bits_are_more_in_as_many_bytes(self, loaded: tuple[ModelConfig, Params]) -> None:
         flags = ("--kv-pool-bytes", "1MiB", "--page-size", "16")
         assert self.sized(loaded, *flags, "--kv-dtype", "int8").page_dtype == "int8"
-        # A key or value of a head has 16 bytes and a scale of 4, instead of 64.
+        # A key or value of a head has 16 bytes and a scale of 2, instead of 64.
         sizes = [self.sized(loaded, *flags, "--kv-dtype", kind) for kind in ("int8", "fp8")]
-        assert [each.num_pages + each.audit_pages for each in sizes] == [409, 409]
+        assert [each.num_pages + each.audit_pages for each in sizes] == [455, 455]
 
     def test_a_model_that_is_too_big_is_refused_before_its_weights_are_read(
         self, model_folder: Path, loaded: tuple[ModelConfig, Params], monkeypatch: pytest.MonkeyPatch
