@@ -104,7 +104,7 @@ lint-deploy: .venv-audit/.installed ## check the files of serve/deploy with hado
 	.venv-audit/bin/hadolint serve/deploy/Dockerfile
 	.venv-audit/bin/kubernetes-validate --strict --quiet serve/deploy/kubernetes.yaml
 	@mkdir -p .cache && sed 's#/opt/tokenzero/bin/tokenzero#/bin/true#' serve/deploy/tokenzero.service > .cache/tokenzero.service
-	@if command -v systemd-analyze; then systemd-analyze verify .cache/tokenzero.service && \
+	@if command -v systemd-analyze >/dev/null; then systemd-analyze verify .cache/tokenzero.service && \
 		systemd-analyze security --offline=true --threshold=20 .cache/tokenzero.service | tail -n 1; \
 	else echo "systemd-analyze is not here: tokenzero.service was not checked"; fi
 

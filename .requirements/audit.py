@@ -39,10 +39,11 @@ def report(found: list[dict[str, Any]]) -> tuple[list[str], int]:
         f"{each['name']} {each['version']}: {flaw['id']}, mended in {', '.join(flaw['fix_versions']) or 'none yet'}"
         for each, flaw in flaws
     ]
-    lines.append(f"audit: {len(looked_up)} packages were looked up, and have {len(flaws)} known vulnerabilities")
+    if looked_up:
+        lines.append(f"audit: {len(looked_up)} packages were looked up, and have {len(flaws)} known vulnerabilities")
     if missed:
-        unreached = "" if looked_up else ": the advisories cannot be reached from here"
-        lines.append(f"audit: {len(missed)} packages could not be looked up{unreached}")
+        reason = "" if looked_up else ": the advisories cannot be reached from here"
+        lines.append(f"audit: {len(missed)} packages could not be looked up{reason}")
     return lines, 1 if flaws else 2 if missed else 0
 
 
