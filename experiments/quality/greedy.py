@@ -3,7 +3,9 @@
 `python -m experiments.quality.greedy` needs the `test` and `llama-cpp` extras. transformers gets the dequantised
 weights. llama.cpp runs the file as it is, where it rounds activations to 8 bits before every product with quantised
 weights, and a float32 copy of it, where it does not: what is left between that and us is the order of sums. It takes
-prompts token by token: its kernels for several tokens of Q4_1 crash on a processor with AMX (llama-cpp-python 0.3.36).
+prompts of the file token by token: its kernels for several tokens of Q4_1 crash on a processor with AMX
+(llama-cpp-python 0.3.36). Others follow our answer up to the first token that they expect differently, which is where
+theirs would differ: llama.cpp token by token, transformers in one pass over it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import ctypes
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,8 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from experiments.bench.llama_cpp import continue_llama, load_llama, need
-from experiments.bench.prefill_decode import run_torch
+from experiments.bench.llama_cpp import load_llama, need
 from experiments.bench.timing import timed_tokens
 from experiments.harness.provenance import PACKAGES, machine, provenance
 from experiments.harness.report import make_table, write_json
@@ -46,7 +48,8 @@ TIE = 1e-4  # of the logits' scale: two tokens nearer than that are a tie
 # Held, since llama.cpp calls it as long as the process lives.
 SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
-Continue = Callable[[np.ndarray, int], Sequence[int]]  # a prompt, [tokens] int32, and how many tokens follow
+# What another expects most after a prompt, [tokens] int32, and each token of our answer, at least up to a difference.
+Follow = Callable[[np.ndarray, Sequence[int]], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,27 @@ def transformers_model(path: Path) -> Any:
     return model.eval()
 
 
+def follow_in_torch(model: Any, prompt: np.ndarray, answer: Sequence[int]) -> Sequence[int]:
+    """A `Follow` by transformers' model."""
+    text = torch.tensor([[*prompt.tolist(), *answer[:-1]]])
+    with torch.inference_mode():
+        found: list[int] = model(text, logits_to_keep=len(answer)).logits[0].argmax(-1).tolist()
+    return found
+
+
+def follow_in_llama(runner: Any, prompt: np.ndarray, answer: Sequence[int]) -> Sequence[int]:
+    """A `Follow` by llama.cpp."""
+    read = need("llama_cpp").llama_get_logits_ith
+    found: list[int] = []
+    runner.reset()
+    for new in (prompt.tolist(), *([token] for token in answer[:-1])):
+        runner.eval(new)
+        found.append(int(np.ctypeslib.as_array(read(runner.ctx, -1), (runner.n_vocab(),)).argmax()))
+        if found[-1] != answer[len(found) - 1]:
+            break
+    return found
+
+
 def write_float32(path: Path, target: Path) -> None:
     """Have llama.cpp write a GGUF file anew, its weights dequantised to float32, and log nothing from then on."""
     llama_cpp = need("llama_cpp")
@@ -86,7 +110,7 @@ def differences(
     """Where answers first differ, and how near the two tokens are by our logits."""
     found = []
     for number, (own, other) in enumerate(zip(ours, theirs, strict=True)):
-        after = next((i for i, (a, b) in enumerate(zip(own, other, strict=True)) if a != b), None)
+        after = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), None)
         if after is None:
             continue
         text = np.concatenate([prompts[number], np.asarray(own[:after], np.int32)])
@@ -120,27 +144,19 @@ def measure(path: Path, count: int, each_kind: int, prompt_tokens: int, console:
     engine.start()
     threads, model = machine()["cores"], transformers_model(path)
 
-    def llama(file: Path) -> Continue:
-        runner = load_llama(file, total, threads, flash=False, batch=1)
-
-        def run(prompt: np.ndarray, tokens: int) -> Sequence[int]:
-            runner.reset()
-            return continue_llama(runner, prompt, tokens).tokens
-
-        return run
-
     with tempfile.TemporaryDirectory() as folder:
         write_float32(path, Path(folder, "float32.gguf"))
-        sides: dict[str, Continue] = {
-            "transformers": lambda prompt, tokens: run_torch(model, prompt, tokens).tokens,
-            "llama.cpp": llama(path),
-            "llama.cpp, weights as float32": llama(Path(folder, "float32.gguf")),
+        whole = load_llama(Path(folder, "float32.gguf"), total, threads, flash=False)
+        sides: dict[str, Follow] = {
+            "transformers": partial(follow_in_torch, model),
+            "llama.cpp": partial(follow_in_llama, load_llama(path, total, threads, flash=False, batch=1)),
+            "llama.cpp, weights as float32": partial(follow_in_llama, whole),
         }
         ours, answers = [], {side: list[Sequence[int]]() for side in sides}
         for prompt in track(prompts, description="prompts", console=console):
             ours.append([token for _, token in timed_tokens(engine, prompt, count)])
-            for side, run in sides.items():
-                answers[side].append(run(prompt, count))
+            for side, follow in sides.items():
+                answers[side].append(follow(prompt, ours[-1]))
     engine.stop()
     scorer = Scorer(config, packed, chunk=prompt_tokens + count)
     rows = {

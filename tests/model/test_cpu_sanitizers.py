@@ -16,6 +16,7 @@ CASE_COUNT = 60
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(2100),  # longer than its processes have
     pytest.mark.skipif(
         not sys.platform.startswith("linux") or shutil.which("g++") is None,
         reason="the sanitizers' libraries are loaded ahead of Python as GCC has them under Linux",

@@ -20,7 +20,7 @@ class Rising:
 
 def test_a_difference_is_the_first_one_with_the_gap_of_our_logits() -> None:
     prompts = [np.asarray([1, 2], np.int32)] * 3
-    ours, theirs = [[9, 8, 7], [9, 8, 7], [5, 6, 7]], [[9, 8, 7], [9, 6, 1], [4, 6, 7]]
+    ours, theirs = [[9, 8, 7], [9, 8, 7], [5, 6, 7]], [[9, 8, 7], [9, 6, 1], [4]]
     found = differences(ours, theirs, prompts, Rising())  # type: ignore[arg-type]
     assert [(each.prompt, each.after) for each in found] == [(1, 1), (2, 0)]
     np.testing.assert_allclose([each.gap for each in found], [0.2, 0.1], rtol=1e-6)
