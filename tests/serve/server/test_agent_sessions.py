@@ -150,7 +150,7 @@ def test_a_tool_that_was_loaded_can_be_demanded_and_no_other(small: Model) -> No
 
     def ask(client: httpx.Client, name: str) -> httpx.Response:
         messages = [*SEARCHED, message("user", found("toolu_0", name))]
-        body = {"model": "m", "max_tokens": 200, "tools": [BASH, EDIT, SEARCH], "tool_choice": choice}
+        body = {"model": "m", "max_tokens": 200, "temperature": 0, "tools": [BASH, EDIT, SEARCH], "tool_choice": choice}
         return client.post("/v1/messages", json=body | {"messages": messages}, timeout=60)
 
     with listening(context) as url, httpx.Client(base_url=url) as client:
