@@ -322,12 +322,6 @@ def keys(folder: str | Path) -> tuple[str, str]:
     return "--api-key-file", str(file)
 
 
-def wait_until_compiled(url: str) -> None:
-    """Return once the server has compiled every shape of steps, so that none disturbs a measurement."""
-    while (ready := httpx.get(f"{url}/ready").json())["compiled"] < ready["shapes"]:
-        time.sleep(0.5)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     cli = argparse.ArgumentParser(prog="python -m experiments.bench.attacks", description=__doc__)
@@ -347,9 +341,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table("attack", "status", "alone, ms", "median", "p95", "most", "beyond a step", box=SIMPLE_HEAD)
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_server(args.model, *FLAGS, *keys(folder), log=Path(folder, "log")) as server,
+        running_server(args.model, *FLAGS, *keys(folder), log=Path(folder, "log"), compiled=True) as server,
     ):
-        wait_until_compiled(server.url)
         step = step_ms(server.url, rng)
         for name, _ in attacks():
             if args.only in name:
