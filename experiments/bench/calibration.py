@@ -2,9 +2,9 @@
 
 `python -m experiments.bench.calibration --model DIR`. First one agent after another holds its session, once all shapes
 are compiled: the cost model is fitted to their TTFT, with nothing else at work. Then as many agents as there are
-replicas hold theirs at the same time, one on each: as much slower as they are than the fit, so few cores do they share.
-Then eight agents hold theirs. What they asked is written as a plan, which the simulator replays with the fitted
-constants on so many cores.
+replicas hold theirs at the same time, in rounds: replicas share so many cores that the simulated median of these rounds
+is the measured one. Then eight agents hold theirs. What they asked is written as a plan, which the simulator replays
+with the fitted constants on so many cores: of these eight, nothing was fitted.
 """
 
 from __future__ import annotations
@@ -73,11 +73,15 @@ def engine_of(timings: Sequence[Timing], num_pages: int) -> Engine:
     return Engine(constants, median(steps), 0.0, num_pages, PAGE)
 
 
-def cores_of(timings: Sequence[Timing], engine: Engine) -> float:
-    """The cores that as many agents as there are replicas share, by how much slower they are than each alone."""
-    expected = [engine.constants.ttft_s(t.prompt_tokens, t.cached_tokens) for t in timings]
-    slowness = median(t.ttft_ms / 1e3 / seconds for t, seconds in zip(timings, expected, strict=True))
-    return REPLICAS / max(1.0, slowness)
+def cores_of(rounds: Sequence[Sequence[Talk]], engine: Engine) -> float:
+    """The cores that replicas share, to 1%: with these the simulated median TTFT of the rounds is the measured one."""
+    real = median(t.ttft_ms for t in timings_of(rounds)) / 1e3
+    low, high = 0.1, float(REPLICAS)
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        said = median(ttft for talks in rounds for ttft in replayed(plan_of(talks), engine, middle)[0])
+        low, high = (middle, high) if said > real else (low, middle)
+    return math.sqrt(low * high)
 
 
 def figures(ttft_s: Sequence[float], hit_rate: float) -> dict[str, float]:
@@ -86,11 +90,22 @@ def figures(ttft_s: Sequence[float], hit_rate: float) -> dict[str, float]:
     return {"ttft_p50_ms": round(p50 * 1e3, 1), "ttft_p90_ms": round(p90 * 1e3, 1), "hit_rate": round(hit_rate, 4)}
 
 
-def simulated(plan: Workload, engine: Engine, cores: float) -> dict[str, float]:
-    """The figures of a plan on replicas like this one that share so many cores."""
+def replayed(plan: Workload, engine: Engine, cores: float) -> tuple[list[float], float]:
+    """TTFT in seconds of a plan's requests on replicas like this one that share so many cores, and the hit rate."""
     fleet = make_fleet(OURS, [engine] * REPLICAS, 0, cores=cores)
     fleet.run(plan)
-    return figures([each.first_token - each.sent for each in fleet.answered], measure(fleet).hit_rate)
+    return [each.first_token - each.sent for each in fleet.answered], measure(fleet).hit_rate
+
+
+def simulated(plan: Workload, engine: Engine, cores: float) -> dict[str, float]:
+    """The figures of a plan on replicas like this one that share so many cores."""
+    return figures(*replayed(plan, engine, cores))
+
+
+def raw(talks: Iterable[Talk]) -> list[list[list[float]]]:
+    """Of each request of some agents: prompt, cached and output tokens, TTFT and the whole time in ms."""
+    columns = ("prompt_tokens", "cached_tokens", "output_tokens", "ttft_ms", "total_ms")
+    return [[[round(getattr(t, name), 1) for name in columns] for t in talk] for talk in talks]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,13 +119,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         wait_until_compiled(server)
         hold(server.url, [90])  # one more, for what is still slow at first
         others = start_watch()
-        alone = timings_of(hold(server.url, [number]) for number in range(100, 100 + ALONE))
-        rounds = range(200, 200 + 10 * TOGETHER, 10)
-        together = timings_of(hold(server.url, range(first, first + REPLICAS)) for first in rounds)
+        alone = [hold(server.url, [number]) for number in range(100, 100 + ALONE)]
+        firsts = range(200, 200 + 10 * TOGETHER, 10)
+        together = [hold(server.url, range(first, first + REPLICAS)) for first in firsts]
         talks = hold(server.url, range(AGENTS))
         other_load = others()
     token_bytes = bytes_per_token(load_config(Path(args.model)), np.dtype(np.float32))
-    engine, plan = engine_of(alone, POOL_MIB * 2**20 // (PAGE * token_bytes)), plan_of(talks)
+    engine, plan = engine_of(timings_of(alone), POOL_MIB * 2**20 // (PAGE * token_bytes)), plan_of(talks)
     timings, cores = timings_of([talks]), cores_of(together, engine)
     cached, prompt = sum(t.cached_tokens for t in timings), sum(t.prompt_tokens for t in timings)
     real = figures([t.ttft_ms / 1e3 for t in timings], cached / prompt)
@@ -124,11 +139,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "simulated without shared cores": simulated(plan, engine, math.inf),
         "p50_error": round(said["ttft_p50_ms"] / real["ttft_p50_ms"] - 1, 3),
         "other_load": other_load,
+        "requests": {"alone": raw(t for [t] in alone), "together": [raw(r) for r in together], "eight": raw(talks)},
     }
     write_plan(args.output.with_name("calibration-plan.json"), plan)
     write_json(args.output, result | provenance(PACKAGES))
     for name, value in result.items():
-        console.print(name, value)
+        if name != "requests":
+            console.print(name, value)
     console.print(warning(result["other_load"]))
 
 
