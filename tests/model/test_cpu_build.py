@@ -22,6 +22,9 @@ PROCESSORS = {
     "SSE": ("x86-64-v2", "", {"sse4_2"}),
 }
 
+# Which of them every run of the tests repeats: those of equal bits, and one with weights of 8 and of 4 bits.
+QUICK = "same_bits or bits_are or (dequantised and not (deep or experts or clamped or groups))"
+
 
 @pytest.mark.skipif(not has_compiler, reason=f"none of {', '.join(build.COMPILERS)} is installed")
 def test_the_kernels_build_where_there_is_a_compiler() -> None:
@@ -38,10 +41,11 @@ def features():
 @pytest.mark.parametrize(
     ("name", "tests"),
     [
-        ("AVX2", "bits"),
+        ("AVX2", QUICK),
         pytest.param("AVX2", "", marks=pytest.mark.slow),
         pytest.param("SSE", "", marks=pytest.mark.slow),
     ],
+    ids=["AVX2, in short", "AVX2", "SSE"],
 )
 def test_the_kernels_are_as_right_and_as_exact_when_built_for_another_processor_and_with_loose_flags(name, tests):
     march, tuning, wanted = PROCESSORS[name]

@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(model: Path) -> dict:
-    """What all parts at toy sizes write."""
+    """What all parts at toy sizes write: four engines and three servers compile for it, so what needs it is slow."""
     out = model.parent / "batching.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batching, "set_up_jax", lambda: None)  # it would stay so for every later test
@@ -68,6 +68,7 @@ def test_a_gap_counts_where_it_ends() -> None:
     assert gaps(asked(0, 1, 3, 6), begin=1, end=5) == [2]
 
 
+@pytest.mark.slow
 def test_every_number_of_sessions_is_measured_in_every_round(result: dict) -> None:
     decode = result["decode"]
     assert {n: len(row["tokens_per_s"]) for n, row in decode["sessions"].items()} == {"1": 2, "8": 2}
@@ -75,6 +76,7 @@ def test_every_number_of_sessions_is_measured_in_every_round(result: dict) -> No
     assert decode["eight_over_one"] == decode["sessions"]["8"]["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_latency_during_a_prefill_is_reported_with_its_yardstick(result: dict) -> None:
     part = result["interference"]
     assert part["chunk"] == 64
@@ -91,6 +93,7 @@ def test_latency_during_a_prefill_is_reported_with_its_yardstick(result: dict) -
         assert ratio == pytest.approx(ms / yardstick, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_is_computed_once_and_each_suffix_by_itself(result: dict) -> None:
     part = result["shared"]
     assert part["rounds"]["one_computed"] == [512 + 32] * 2
@@ -99,6 +102,7 @@ def test_a_shared_prefix_is_computed_once_and_each_suffix_by_itself(result: dict
         assert ratio == pytest.approx(many / one, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_warm_prompt_reuses_its_prefix_in_the_engine_and_over_http(result: dict) -> None:
     part = result["warm"]
     assert part["rounds"]["reused"] == [2960, 2960]
@@ -106,6 +110,7 @@ def test_a_warm_prompt_reuses_its_prefix_in_the_engine_and_over_http(result: dic
     assert part["http_ttft_ms"] > part["http_pass_ms"] > 0
 
 
+@pytest.mark.slow
 def test_draft_tokens_change_no_token(result: dict) -> None:
     part = result["speculation"]
     assert part["rounds"]["same_text"] == [1.0, 1.0]
@@ -113,6 +118,7 @@ def test_draft_tokens_change_no_token(result: dict) -> None:
     assert part["break_even"] == pytest.approx(part["verification_ms"] / part["step_ms"] - 1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_every_goal_is_judged_by_its_own_figure(result: dict) -> None:
     judged = {(goal["part"], goal["what"]): goal for goal in result["goals"]}
     assert len(judged) == len(GOALS)
