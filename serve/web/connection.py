@@ -62,7 +62,7 @@ class Connection(HttpToolsProtocol):
         self.shared, self.limits = shared, shared.limits
         self.address = ""
         self.reading = Reading.NOTHING
-        self.header_bytes = 0  # of the request that is read
+        self.header_bytes = 0  # that are read in a row: of headers, and of what is around the pieces of a body
         self.ignored_bytes = 0  # after a refusal
         self.problem: LimitExceeded | None = None
         self.read_timer: asyncio.TimerHandle | None = None
@@ -99,30 +99,53 @@ class Connection(HttpToolsProtocol):
             self.ignored_bytes += len(data)
             if self.ignored_bytes > LINGER_BYTES:
                 self.transport.abort()
+        most = self.limits.max_header_bytes
         while data and self.reading is not Reading.REST and self.parser:
             if self.reading is Reading.NOTHING:
                 self.begin_headers()
             if self.problem:
                 self.refuse(self.problem)
                 return
-            piece = data
-            if self.reading is Reading.HEADERS:
-                piece = data[: self.limits.max_header_bytes + 1 - self.header_bytes]
-                self.header_bytes += len(piece)
+            piece = data[: most + 1 - self.header_bytes]
+            self.header_bytes += len(piece)
             self.feed(piece)
             data = data[len(piece) :]
-            if self.reading is Reading.HEADERS and self.header_bytes > self.limits.max_header_bytes:
-                self.refuse(self.too_long("max_header_bytes", "headers", self.limits.max_header_bytes, "more", 431))
+            if self.header_bytes > most and self.reading in (Reading.HEADERS, Reading.BODY):
+                what = "headers" if self.reading is Reading.HEADERS else "chunk extensions and trailers"
+                self.refuse(self.too_long("max_header_bytes", what, most, "more", 431))
 
     def feed(self, data: bytes) -> None:
         """Parse a part of a request, and refuse what is no HTTP."""
+        rest = memoryview(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._unsupported_upgrade_warning()
-        except httptools.HttpParserError as error:
+            while rest:
+                rest = self.parse(rest)
+        except (httptools.HttpParserError, LimitExceeded) as error:
             found = f"the request is not HTTP/1.1: {error}: see https://www.rfc-editor.org/rfc/rfc9112"
             self.refuse(self.problem or LimitExceeded(found, "http", 400))
+
+    def parse(self, data: memoryview) -> memoryview:
+        """Parse data, up to the end of the headers of a request for another protocol; return what is left."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self.parser.feed_data(self.without_upgrade())
+            return data[upgrade.args[0] :]
+        return data[:0]
+
+    def without_upgrade(self) -> bytes:
+        """The headers once more, without the wish for another protocol, which a server may ignore.
+
+        With it, the parser takes the body for bytes of that protocol. Java's HTTP client wishes for HTTP/2 in this way.
+        Source: https://www.rfc-editor.org/rfc/rfc9110#section-7.8. Raises LimitExceeded for CONNECT, which is no
+        request to this server.
+        """
+        if (method := self.parser.get_method()) == b"CONNECT":
+            self.problem = LimitExceeded("CONNECT: expected a request to this server, got one to another", "http", 400)
+            raise self.problem
+        line = b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())
+        headers = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([line, *headers, b"", b""])
 
     def begin_headers(self) -> None:
         """A request has begun."""
@@ -142,7 +165,9 @@ class Connection(HttpToolsProtocol):
         self.refuse_long_line("the path", len(self.url), 414)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Read a header."""
+        """Read a header; one that follows the body is ignored: https://www.rfc-editor.org/rfc/rfc9110#section-6.5.1."""
+        if self.reading is Reading.BODY:
+            return
         self.refuse_long_line(f"header {name.decode('latin-1'):.40}", len(name) + len(value), 431)
         super().on_header(name, value)
 
@@ -161,12 +186,21 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Answer the request, whose body is still to come."""
-        self.reading = Reading.BODY
+        if self.parser.should_upgrade():
+            return  # it is read once more, see `parse`
+        super().on_headers_complete()  # raises for a path that is none
+        self.reading, self.header_bytes = Reading.BODY, 0
         self.time_reading(self.limits.body_seconds, self.body_late)
-        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Read a part of the body; what is around its chunks is counted anew."""
+        self.header_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is read."""
+        if self.parser.should_upgrade():
+            return
         self.reading = Reading.NOTHING
         self.time_reading(None)
         super().on_message_complete()

@@ -37,6 +37,7 @@ LIMITS = ConnectionFlags(
 )
 IMPATIENT = replace(LIMITS, header_seconds=0.3, body_seconds=0.3, stall_seconds=0.3)
 HEAD = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"
 LONG = b"X-A: " + b"a" * 300 + b"\r\n"
 LONG_PATH = b"a" * 300 + b" HTTP/1.1\r\n"
 
@@ -71,7 +72,8 @@ class Running:
             return StreamingResponse(self.one_piece())
         if "long" in request.query_params:
             return StreamingResponse(self.pieces())
-        return JSONResponse({"read": len(body)})
+        named = {"headers": [*request.headers]} if "headers" in request.query_params else {}
+        return JSONResponse({"read": len(body)} | named)
 
     async def one_piece(self) -> Any:
         """The beginning of an answer, of which nothing else comes."""
@@ -183,6 +185,10 @@ def error_in(answer: bytes) -> tuple[int, Any]:
         (HEAD + b"X-A: " + b"a" * 2000, 431, "max_header_bytes", "headers: expected at most 1024 bytes, got more"),
         (HEAD + b"a:b\r\n" * 400, 431, "max_header_bytes", "headers: expected at most 1024 bytes, got more"),
         (HEAD + b"Content-Length: -1\r\n\r\n", 400, "http", "the request is not HTTP/1.1"),
+        (b"GET http://x:99999999/ HTTP/1.1\r\nHost: x\r\n\r\n", 400, "http", "the request is not HTTP/1.1"),
+        (b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "http", "expected a request to this server"),
+        (CHUNKED + b"0\r\nX-A: " + b"a" * 2000, 431, "max_header_bytes", "trailers: expected at most 1024 bytes"),
+        (CHUNKED + b"2;" + b"a" * 2000, 431, "max_header_bytes", "chunk extensions and trailers: expected at most"),
     ],
 )
 def test_what_is_too_long_is_refused_by_its_flag(
@@ -311,6 +317,37 @@ def test_a_request_right_behind_another_is_answered_after_it(running: Running) -
     one = HEAD + b"Content-Length: 2\r\n\r\nhi"
     last = HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi"
     assert exchange(running, one * 20 + last).count(b'{"read":2}') == 21
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("rest", [b"Content-Length: 2\r\n\r\nhi", b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"])
+def test_a_request_that_wishes_for_another_protocol_is_answered_with_its_body(
+    running: Running, protocol: bytes, rest: bytes
+) -> None:
+    wishing = HEAD + b"Connection: Upgrade\r\nUpgrade: %b\r\n" % protocol + rest
+    last = HEAD + b"Connection: close\r\nContent-Length: 3\r\n\r\nlow"
+    answers = exchange(running, wishing * 20 + last)
+    assert (answers.count(b'{"read":2}'), answers.count(b'{"read":3}')) == (20, 1)
+    with running.connect() as connection:
+        head, _, body = wishing.partition(b"\r\n\r\n")
+        for piece in (head, b"\r\n\r\n", body, last):
+            connection.sendall(piece)
+        answers = read_all(connection)
+    assert (answers.count(b'{"read":2}'), answers.count(b'{"read":3}')) == (1, 1)
+    assert not running.refused
+
+
+def test_what_follows_a_body_is_no_header(running: Running) -> None:
+    request = CHUNKED.replace(b"messages", b"messages?headers") + b"0\r\nX-API-Key: k\r\n\r\n"
+    last = HEAD + b"Connection: close\r\nContent-Length: 3\r\n\r\nlow"
+    answers = exchange(running, request + last)
+    assert b'{"read":2,"headers":["host","transfer-encoding"]}' in answers
+    assert answers.endswith(b'{"read":3}')
+
+
+def test_a_long_body_of_small_chunks_is_read_whole(running: Running) -> None:
+    request = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1;a=b\r\nx\r\n" * 20_000
+    assert exchange(running, request + b"0\r\n\r\n").endswith(b'{"read":20000}')
 
 
 def test_a_connection_that_waits_for_a_second_answer_is_not_closed_for_a_new_one(running: Running) -> None:
