@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import json
 import random
-import tarfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cache.radix_tree import NO_PAGES, common_prefix
+from experiments.workloads.agentx import BLOCK, Trace, read_traces, trace_names
 from experiments.workloads.traces import MOONCAKE_BLOCK, Agents, generate, read_mooncake
 
-AGENTX_PAGE = 64  # tokens
+AGENTX_PAGE = BLOCK
 LONGEST_PAUSE_S = 3600.0
 
 
@@ -82,54 +81,39 @@ class PageNumbers:
 def read_agentx(path: Path, agents: int, seed: int = 0) -> list[list[Request]]:
     """The sessions of `agents` traces of recorded coding agents, drawn with `seed`, each a list of requests in order.
 
-    The format is that of https://github.com/callanjfox/kv-cache-tester, as a tar archive of JSON files: an id for every
-    full block of 64 tokens, which means something within one trace only. Tools and system text come first; two traces
-    whose tools and system text have the same lengths are taken to share these. A sub-agent is an agent of its own, and
-    its parent waits for its end. Raises ValueError if the archive has fewer traces.
+    The format is that of `experiments.workloads.agentx`. Tools and system text come first; two traces whose tools and
+    system text have the same lengths are taken to share these. A sub-agent is an agent of its own, and its parent waits
+    for its end. Raises ValueError if there are fewer traces.
     """
-    with tarfile.open(path) as archive:
-        members = sorted((m for m in archive if m.name.endswith(".json")), key=lambda m: m.name)
-        if len(members) < agents:
-            raise ValueError(f"{path} has {len(members)} traces, expected at least {agents}: ask for fewer agents")
-        chosen = {m.name for m in random.Random(seed).sample(members, agents)}
+    names = trace_names(path)
+    if len(names) < agents:
+        raise ValueError(f"{path} has {len(names)} traces, expected at least {agents}: ask for fewer agents")
+    chosen = set(random.Random(seed).sample(names, agents))
     sessions, numbers = dict[str, list[Request]](), PageNumbers()
-    # Read in the archive's order: to go back in a compressed file is to read it again.
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.name in chosen:
-                file = archive.extractfile(member)
-                assert file is not None
-                sessions[member.name] = agentx_session(json.load(file), numbers, 1000 * len(sessions))
+    for trace in read_traces(path, only=chosen):
+        sessions[trace.file] = agentx_session(trace, numbers, 1000 * len(sessions))
     order = sorted(sessions)
     random.Random(seed).shuffle(order)
     return [sessions[name] for name in order if sessions[name]]
 
 
-def agentx_session(trace: Mapping[str, Any], numbers: PageNumbers, agent: int) -> list[Request]:
+def agentx_session(trace: Trace, numbers: PageNumbers, agent: int) -> list[Request]:
     """One trace's requests in the order in which its agent waits for them; its agents are numbered from `agent` on."""
     made: list[Request] = []
-    numbered = count(agent)
-
-    def read(part: Mapping[str, Any]) -> None:
-        own = next(numbered)
-        lengths = (part["tool_tokens"], part["system_tokens"])
-        shared = sum(lengths) // AGENTX_PAGE
-        before, pages = NO_PAGES, NO_PAGES
-        for entry in part["requests"]:
-            if entry.get("type") == "subagent":
-                read(entry)
-            elif entry.get("hash_ids"):
-                ids = np.array(entry["hash_ids"], np.int32)
-                common = common_prefix(before, ids)
-                new = enumerate(ids[common:].tolist(), common)
-                fresh = numbers.of((lengths, i) if i < shared else (trace["id"], block) for i, block in new)
-                # A prompt that is the start of the one before it is a part of the same array.
-                pages = np.concatenate([pages[:common], fresh]) if len(fresh) else pages[:common]
-                before = ids
-                pause = min(float(entry.get("think_time") or 0.0), LONGEST_PAUSE_S)
-                made.append(Request(own, pages, max(1, entry["in"]), max(1, entry["out"]), pause))
-
-    read(trace)
+    own: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}  # number, ids and pages of an agent's latest prompt
+    for asked in trace.requests:
+        if not len(asked.hash_ids):
+            continue
+        number, before, pages = own.get(asked.agent.id, (agent + len(own), NO_PAGES, NO_PAGES))
+        lengths, shared = (asked.agent.tool_tokens, asked.agent.system_tokens), asked.agent.head_tokens // AGENTX_PAGE
+        common = common_prefix(before, asked.hash_ids)
+        new = enumerate(asked.hash_ids[common:].tolist(), common)
+        fresh = numbers.of((lengths, i) if i < shared else (trace.id, block) for i, block in new)
+        # A prompt that is the start of the one before it is a part of the same array.
+        pages = np.concatenate([pages[:common], fresh]) if len(fresh) else pages[:common]
+        own[asked.agent.id] = number, asked.hash_ids, pages
+        pause = min(asked.think_time_s or 0.0, LONGEST_PAUSE_S)
+        made.append(Request(number, pages, max(1, asked.input_tokens), max(1, asked.output_tokens), pause))
     return made
 
 
