@@ -1,0 +1,1 @@
+"""What recorded coding agents ask of a prefix cache: reuse, breaks by cause, granularity and lifetimes."""
