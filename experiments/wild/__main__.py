@@ -56,7 +56,7 @@ def print_table(found: dict[str, Any], console: Console) -> None:
     asked = f"{about['requests']:,} requests, {about['tokens'] / 1e9:,.2f}G prompt tokens"
     title = f"{asked}, of which an unlimited cache reuses {about['reused']:.1%}"
     columns = ("cause", "requests", "of all", "of new tokens", "of ms, H200", "demo")
-    grid = make_table(columns, ("cause",), no_wrap=True, title=title)
+    grid = make_table(columns, ("cause",), title=title)
     for each in found["causes"]:
         names = ("share_of_requests", "share_of_new_tokens", "share_of_h200_s", "share_of_demo_s")
         grid.add_row(each["cause"], f"{each['requests']:,}", *(f"{each[name]:.2%}" for name in names))

@@ -49,6 +49,8 @@ def overall(rows: np.ndarray) -> Json:
     """Reuse by an unlimited cache."""
     tokens, later = BLOCK * rows["blocks"].astype(np.int64), rows["before"] >= 0
     rates = rows["reused"][later] / rows["blocks"][later]
+    first, new = rows["cause"] == Cause.FIRST, new_tokens(rows)
+    long = first & (new > 65_536)
     return {
         "sessions": len(np.unique(rows["session"])),
         "requests": len(rows),
@@ -58,7 +60,11 @@ def overall(rows: np.ndarray) -> Json:
         "reused": share(BLOCK * rows["reused"].sum(dtype=np.int64), tokens.sum()),
         "reused_if_models_shared": share(rows["reused_text"].sum(dtype=np.int64), rows["blocks"].sum(dtype=np.int64)),
         "hit_rate_by_call": [round(float(v), 4) for v in np.percentile(rates, [5, 50, 95])] if later.any() else None,
-        "reads_per_write": share(BLOCK * rows["reused"].sum(dtype=np.int64), new_tokens(rows).sum(), 2),
+        "reads_per_write": share(BLOCK * rows["reused"].sum(dtype=np.int64), new.sum(), 2),
+        "first_requests_over_64k": {
+            "requests": int(long.sum()),
+            "share_of_their_new_tokens": share(new[long].sum(), new[first].sum()),
+        },
         "idle_s_q50_90_95_99": quantiles(rows["idle_s"], 50, 90, 95, 99),
         "idle_s_after_tool_use_q50_90": quantiles(rows["idle_s"][rows["waits_for_person"] == 0], 50, 90),
         "idle_s_after_end_turn_q50_90": quantiles(rows["idle_s"][rows["waits_for_person"] == 1], 50, 90),
