@@ -12,15 +12,19 @@ Reuse by a radix tree is SGLang's RadixAttention (Zheng et al., 2023, https://ar
 """
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cache.agents import Agents
+from cache.eviction import Rule, State, agent_aware
 from cache.keys import PageChain
+from cache.nodes import NO_PAGES, Agent, Dropped, Use
 from cache.pool import PagePool, pages_for
 from cache.preloaded import PreloadedPages
-from cache.radix_tree import NO_PAGES, Dropped, RadixTree
+from cache.radix_tree import RadixTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,7 @@ class Lease:
     reused: int  # tokens whose KV was found, from the first token on
     salt: bytes
     head: int = 0  # tokens from the first on that leases of all salts share
+    use: Use | None = None
 
 
 @dataclass(frozen=True)
@@ -57,31 +62,79 @@ class PrefixCacheStats:
 class PrefixCache:
     """The prefix cache over `num_pages` device pages of `page_size` tokens each.
 
-    `fingerprint` names the model and its weights in the keys of pages.
+    `fingerprint` names the model and its weights in the keys of pages. `rule` says what is evicted first, by the
+    seconds of `clock`; `page_cost` is how many seconds the page takes that ends at a position.
     """
 
-    def __init__(self, num_pages: int, page_size: int, fingerprint: bytes = b"") -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        fingerprint: bytes = b"",
+        rule: Rule = agent_aware,
+        clock: Callable[[], float] = time.monotonic,
+        page_cost: Callable[[int], float] = lambda position: 0.0,
+    ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size is {page_size}, expected at least 1 token: pass the pool's page size")
         self.page_size = page_size
         self.fingerprint = fingerprint
         self.pool = PagePool(num_pages)
-        self.tree = RadixTree(self.pool, page_size)
+        self.tree = RadixTree(self.pool, page_size, rule, clock, page_cost)
+        self.agents = Agents()
         self.preloaded = PreloadedPages(self.pool)
         self.live: dict[int, Lease] = {}
         self.numbers = itertools.count()
 
-    def match(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> Lease:
+    def match(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0, use: Use | None = None) -> Lease:
         """A lease on the longest cached prefix of `tokens` ([tokens] int32) under `salt`, token by token.
 
         All salts share the first `head` tokens, which are whole pages, here and in the methods below. The last page
         may be matched only in part. Match one token less than the prompt: its last token has to run through the model
-        for the first logits.
+        for the first logits. `use` is one of `begin`, the same for all leases of a request.
         """
         tokens = np.asarray(tokens, np.int32)
-        pages, reused = self.tree.match(tokens, salt, head)
+        use = use or self.begin(tokens, salt, head)
+        pages, reused = self.tree.match(tokens, salt, head, use)
         self.pool.retain(pages)
-        return self._enter(Lease(next(self.numbers), pages, reused, reused, salt, head))
+        use.leases += 1
+        self._set(use, State.RUNNING)
+        return self._enter(Lease(next(self.numbers), pages, reused, reused, salt, head, use))
+
+    def begin(
+        self, tokens: np.ndarray, salt: bytes = b"", head: int = 0, agent: Agent | None = None, priority: int = 0
+    ) -> Use:
+        """A new request's use of pages. Without an `agent` it is that of the conversation that `tokens` extend."""
+        last, matched = self.tree.last_use(np.asarray(tokens, np.int32), salt, head)
+        agent = agent or Agent()
+        if last and not agent.id and not last.agent.id and matched >= last.tokens:
+            agent = last.agent
+        now = self.tree.now()
+        use = Use(agent, priority, now, tokens=len(tokens))
+        if last and last.agent is agent and last.state is State.ENDED:
+            agent.branches = True
+        if agent.uses and use.supersedes(agent.uses[-1], matched):
+            self._set(agent.uses[-1], State.ENDED)
+        agent.begins(use, now)
+        return use
+
+    def answered(self, use: Use, state: State) -> None:
+        """Note how a request's answer ended, and so what its agent does now: called after its leases have ended."""
+        use.used = self.tree.now()
+        self._set(use, state)
+
+    def end(self, agent: Agent) -> None:
+        """An agent will ask for nothing more: what only it has used is evicted first."""
+        for use in agent.uses:
+            if use.state is not State.RUNNING:
+                self._set(use, State.ENDED)
+
+    def keep(self, tokens: np.ndarray, until: float, salt: bytes = b"", head: int = 0) -> int:
+        """Evict no page of `tokens` ([tokens] int32) before `until`, seconds of the clock, while others can be.
+
+        Returns how many of them are cached now, in whole pages, and so are kept.
+        """
+        return self.tree.keep(np.asarray(tokens, np.int32), until, salt, head)
 
     def peek(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> int:
         """How many of `tokens` ([tokens] int32) `match` would find; takes no lease and does not count as a use."""
@@ -149,13 +202,19 @@ class PrefixCache:
         tokens = np.asarray(tokens, np.int32)
         if len(tokens) > lease.length:
             raise ValueError(f"{len(tokens)} tokens inserted, the lease has room for {lease.length}: extend it first")
-        self.tree.insert(tokens, lease.pages[: pages_for(len(tokens), self.page_size)], lease.salt, lease.head)
+        pages = lease.pages[: pages_for(len(tokens), self.page_size)]
+        self.tree.insert(tokens, pages, lease.salt, lease.head, lease.use)
 
     def release(self, lease: Lease) -> None:
         """End the lease. Pages that were inserted stay cached until they are evicted; the others become free."""
         self._assert_live(lease)
         del self.live[lease.number]
         self.pool.release(lease.pages)
+        if (use := lease.use) is not None:
+            use.leases -= 1
+            if not use.leases:
+                use.used = self.tree.now()
+                self._set(use, State.UNKNOWN)
 
     def keys(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> list[bytes]:
         """Content keys of the full pages of `tokens` ([tokens] int32), 32 bytes each."""
@@ -181,6 +240,10 @@ class PrefixCache:
         counts = np.bincount(np.concatenate([NO_PAGES, *held]), minlength=self.pool.num_pages)  # [pages] int64
         assert np.array_equal(counts, self.pool.ref_counts), "reference counts differ from what is held"
         assert (counts[self.preloaded.pages] == 1).all(), "a preloaded page has another holder"
+
+    def _set(self, use: Use, state: State) -> None:
+        use.state = state
+        self.tree.rank_again(use)
 
     def _evictable(self) -> int:
         """Pages that only the tree holds, or that were preloaded."""

@@ -9,8 +9,8 @@ from itertools import takewhile
 
 import numpy as np
 
+from cache.nodes import NO_PAGES
 from cache.pool import PagePool
-from cache.radix_tree import NO_PAGES
 
 
 class PreloadedPages:

@@ -12,51 +12,17 @@ Below a root for each salt are its sequences. Those that share a head with other
 HEAD_SALT. Where their head ends, with a page, a node without tokens for each salt holds what comes after it.
 """
 
-import heapq
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from cache.eviction import LastUse, Rank, Rule, State, agent_aware
+from cache.eviction_order import EvictionOrder
 from cache.journal import Journal, Listed
 from cache.keys import HEAD_SALT
+from cache.nodes import NO_PAGES, NO_TOKENS, Agent, Dropped, Node, Use, check_nodes, nodes_below
 from cache.pool import PagePool, pages_for
-
-NO_TOKENS = np.zeros(0, np.int32)  # [0] int32
-NO_PAGES = np.zeros(0, np.int32)  # [0] int32
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """A run of tokens at positions start .. end - 1 and the pages that it lists, from page start // page_size on."""
-
-    key: int | bytes  # its key in the parent's children: its first token; the cache salt for a root or a head's end
-    start: int
-    tokens: np.ndarray  # [run] int32
-    pages: np.ndarray  # [pages] int32
-    parent: "Node | None"
-    last_used: int = 0
-    children: dict[int | bytes, "Node"] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        """Position after the last token."""
-        return self.start + len(self.tokens)
-
-    @property
-    def is_leaf(self) -> bool:
-        """Whether it has tokens and no children; a leaf always has pages, and only leaves are evicted."""
-        return len(self.tokens) > 0 and not self.children
-
-
-class Dropped(NamedTuple):
-    """A sequence that was forgotten, and under which name: see `cache.keys.PageChain`."""
-
-    tokens: np.ndarray  # [tokens] int32
-    salt: bytes
-    head: int
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -70,17 +36,23 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 class RadixTree:
     """One radix tree per cache salt, all over one page pool."""
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        rule: Rule = agent_aware,  # says what is evicted first
+        clock: Callable[[], float] = time.monotonic,  # in seconds
+        page_cost: Callable[[int], float] = lambda position: 0.0,  # seconds to compute the page that ends there
+    ) -> None:
         self.pool = pool
         self.page_size = page_size
+        self.rule, self.now, self.page_cost = rule, clock, page_cost
         self.top = Node(b"", 0, NO_TOKENS, NO_PAGES, None)  # its children are the roots, by salt
         self.held = np.zeros(pool.num_pages, bool)  # [pages] bool, whether some node lists the page
         self.evicted_pages = 0
         self.journal: Journal | None = None  # of what is listed, for another thread; None keeps none
         self.clock = 0
-        # One entry (last_used, serial, node) for every leaf and no other node; last_used may be older than the node's.
-        self.leaves: list[tuple[int, int, Node]] = []
-        self.serials = itertools.count()
+        self.leaves: EvictionOrder[Node] = EvictionOrder(self._rank)  # every leaf, and no other node
 
     def length(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> int:
         """Length of the longest cached prefix of `tokens` ([tokens] int32); does not count as a use.
@@ -89,13 +61,13 @@ class RadixTree:
         """
         return self._walk(tokens, salt, head)[1]
 
-    def match(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> tuple[np.ndarray, int]:
+    def match(self, tokens: np.ndarray, salt: bytes, head: int = 0, use: Use | None = None) -> tuple[np.ndarray, int]:
         """The longest cached prefix of `tokens` ([tokens] int32): pages ([pages] int32) that cover it, and its length.
 
         The last page may hold more than the match. A hit counts as a use of every node on the path, as a whole.
         """
         path, length = self._walk(tokens, salt, head)
-        self._touch(path)
+        self._touch(path, use)
         return self._table(path, length), length
 
     def find(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> tuple[np.ndarray, int]:
@@ -103,7 +75,34 @@ class RadixTree:
         path, length = self._walk(tokens, salt, head)
         return self._table(path, length), length
 
-    def insert(self, tokens: np.ndarray, pages: np.ndarray, salt: bytes, head: int = 0) -> None:
+    def last_use(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> tuple[Use | None, int]:
+        """The use of the last node along `tokens` ([tokens] int32), None if several agents share it; and the match."""
+        path, length = self._walk(tokens, salt, head)
+        last = path[-1] if path else None
+        return (last.use if last and not last.shared else None), length
+
+    def rank_again(self, use: Use) -> None:
+        """Rank the pages of a use anew, whose state has changed."""
+        if (leaf := use.leaf) and leaf.use is use and leaf in self.leaves:
+            self._queue(leaf)
+
+    def keep(self, tokens: np.ndarray, until: float, salt: bytes, head: int = 0) -> int:
+        """Promise to evict no page of `tokens` ([tokens] int32) before `until`, seconds of the clock, if others can be.
+
+        It ends with a page. Returns how many of them are cached now, and so are kept.
+        """
+        path, length = self._walk(tokens, salt, head)
+        length -= length % self.page_size
+        if path and path[-1].start < length < path[-1].end:
+            path[-1] = self._split(path[-1], length)
+        for node in path:
+            if node.end <= length:
+                node.kept_until = max(node.kept_until, until)
+                if node in self.leaves:
+                    self._queue(node)
+        return length
+
+    def insert(self, tokens: np.ndarray, pages: np.ndarray, salt: bytes, head: int = 0, use: Use | None = None) -> None:
         """Add `tokens` ([tokens] int32), whose KV lies in `pages` ([pages] int32, in order of position).
 
         Tokens that the tree has already keep their pages. From the page of the first new token on, the tree lists the
@@ -120,7 +119,7 @@ class RadixTree:
         if shared < len(tokens):
             end = self._after_head(path, head, salt)  # which may cut the path's last node
             path = self._insert([*path, end], tokens, pages, salt, head)
-        self._touch(path)
+        self._touch(path, use)
 
     def _insert(self, path: list[Node], tokens: np.ndarray, pages: np.ndarray, salt: bytes, head: int) -> list[Node]:
         """Add `tokens` below a path to a root or the end of a head, as `insert`; returns the path of all of them."""
@@ -139,17 +138,13 @@ class RadixTree:
         return path
 
     def evict(self, wanted: int) -> int:
-        """Free up to `wanted` pages from the ends of the least recently used leaves; returns how many it freed.
+        """Free up to `wanted` pages from the ends of the leaves that the rule names; returns how many it freed.
 
         A page in use stays, and so do all pages before it on its path.
         """
-        freed = 0
+        freed, now = 0, self.now()
         set_aside = []
-        while freed < wanted and self.leaves:
-            queued_at, _, leaf = heapq.heappop(self.leaves)
-            if queued_at != leaf.last_used:
-                self._queue(leaf)
-                continue
+        while freed < wanted and (leaf := self.leaves.pop(now)):
             freed += self._trim(leaf, wanted - freed)
             survivor = self._prune(leaf)
             if survivor is leaf:
@@ -178,7 +173,7 @@ class RadixTree:
         above = top.parent
         assert above is not None
         first = Dropped(tokens[:start], salt, head) if start >= head else Dropped(tokens[:start], HEAD_SALT, 0)
-        gone, sequences, pending = set(), list[Dropped](), [(top, first)]
+        sequences, pending = list[Dropped](), [(top, first)]
         while pending:
             node, before = pending.pop()
             whole = before._replace(tokens=np.concatenate([before.tokens, node.tokens]))
@@ -187,10 +182,8 @@ class RadixTree:
             pending += [(child, whole) for child in node.children.values()]
             if node.is_leaf:
                 sequences.append(whole)
-                gone.add(node)
+                self.leaves.discard(node)
             self._swap(old=node.pages, new=NO_PAGES)
-        self.leaves = [entry for entry in self.leaves if entry[2] not in gone]
-        heapq.heapify(self.leaves)
         del above.children[top.key]
         while not above.children and not len(above.tokens) and above.parent is not None:  # a root, or a head's end
             del above.parent.children[above.key]
@@ -205,37 +198,11 @@ class RadixTree:
 
     def nodes(self) -> Iterator[Node]:
         """All nodes with tokens, parents first."""
-        pending = list(self.top.children.values())
-        while pending:
-            node = pending.pop()
-            pending.extend(node.children.values())
-            if len(node.tokens):
-                yield node
+        return nodes_below(self.top)
 
     def check(self) -> None:
         """Assert the tree's invariants; slow, for tests."""
-        leaves, listed = [], NO_PAGES
-        for root in self.top.children.values():
-            assert root.children, "a root without children stayed"
-        for node in self.nodes():
-            assert node.parent is not None
-            for salt, end in ((key, child) for key, child in node.children.items() if isinstance(key, bytes)):
-                assert (end.key, end.start, end.parent, len(end.pages)) == (salt, node.end, node, 0)
-                assert end.children, "an end of a head without children stayed"
-                assert node.end % self.page_size == 0, "a head ends inside a page"
-            assert node.parent.children[node.key] is node
-            assert node.key == node.tokens[0]
-            assert node.start == node.parent.end
-            assert node.last_used <= node.parent.last_used or not len(node.parent.tokens)
-            end_page = pages_for(node.end, self.page_size) if node.is_leaf else node.end // self.page_size
-            assert len(node.pages) == end_page - node.start // self.page_size
-            listed = np.concatenate([listed, node.pages])
-            if node.is_leaf:
-                leaves.append(node)
-        assert len(np.unique(listed)) == len(listed), "a page is listed twice"
-        assert np.array_equal(np.sort(listed), np.flatnonzero(self.held)), "held and listed pages disagree"
-        assert {id(entry[2]) for entry in self.leaves} == {id(leaf) for leaf in leaves}
-        assert len(self.leaves) == len(leaves)
+        check_nodes(self.top, self.page_size, self.held, self.leaves)
 
     def _walk(self, tokens: np.ndarray, salt: bytes, head: int) -> tuple[list[Node], int]:
         """The path along `tokens`, and how many tokens match; the match may end inside the last node.
@@ -269,8 +236,7 @@ class RadixTree:
             path[-1] = self._split(path[-1], head)
         last = path[-1]
         if last.is_leaf:
-            self.leaves = [entry for entry in self.leaves if entry[2] is not last]
-            heapq.heapify(self.leaves)
+            self.leaves.discard(last)
         return last.children.setdefault(salt, Node(salt, head, NO_TOKENS, NO_PAGES, last))
 
     def _table(self, path: list[Node], length: int) -> np.ndarray:
@@ -300,6 +266,7 @@ class RadixTree:
         assert node.start < at < node.end
         cut, page_cut = at - node.start, at // self.page_size - node.start // self.page_size
         upper = Node(node.key, node.start, node.tokens[:cut], node.pages[:page_cut], node.parent, node.last_used)
+        upper.use, upper.shared, upper.kept_until = node.use, node.shared, node.kept_until
         node.parent.children[node.key] = upper
         node.key, node.start, node.parent = int(node.tokens[cut]), at, upper
         node.tokens, node.pages = node.tokens[cut:], node.pages[page_cut:]
@@ -318,7 +285,8 @@ class RadixTree:
         assert leaf.key not in parent.children
         parent.children[leaf.key] = leaf
         self._swap(old=NO_PAGES, new=new)
-        self._queue(leaf)
+        leaf.use = parent.use or Use(Agent(), used=self.now())  # until it is touched
+        self.leaves.put(leaf, self.now())
         return leaf
 
     def _swap(self, old: np.ndarray, new: np.ndarray) -> None:
@@ -331,13 +299,28 @@ class RadixTree:
         assert not self.held[new].any(), "a page was listed twice: its lease inserted tokens that it had not computed"
         self.held[new] = True
 
-    def _touch(self, path: list[Node]) -> None:
+    def _touch(self, path: list[Node], use: Use | None) -> None:
         self.clock += 1
+        use = use or Use(Agent(), used=self.now())
         for node in path:
             node.last_used = self.clock
+            if node.use is not use:
+                node.shared |= node.use is not None and node.use.agent is not use.agent
+                node.use = use
+        if path and path[-1] in self.leaves:
+            use.leaf = path[-1]
+            self._queue(path[-1])
 
     def _queue(self, leaf: Node) -> None:
-        heapq.heappush(self.leaves, (leaf.last_used, next(self.serials), leaf))
+        self.leaves.put(leaf, self.now())
+
+    def _rank(self, leaf: Node, now: float) -> Rank:
+        use = leaf.use
+        assert use is not None, "a leaf was never used"
+        # A tail that only its latest user has used has its state; what others share is in nobody's hand.
+        state = State.UNKNOWN if leaf.shared and use.state is not State.RUNNING else use.state
+        cost_s = self.page_cost(leaf.end)
+        return self.rule(LastUse(use.used, state, use.agent.pace_s, use.priority, leaf.kept_until, cost_s=cost_s), now)
 
     def _trim(self, leaf: Node, wanted: int) -> int:
         """Release up to `wanted` pages from the leaf's end, stopping at a page in use; returns how many."""
@@ -355,6 +338,8 @@ class RadixTree:
             covered = (node.start // self.page_size + len(node.pages)) * self.page_size - node.start
             node.tokens = node.tokens[: max(covered, 0)]
             if len(node.tokens):
+                if node.use:
+                    node.use.leaf = node
                 return node
             del node.parent.children[node.key]
             node = node.parent

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence, Set
 
 import numpy as np
 
+from cache.nodes import Node
 from cache.pool import PagePool, PoolExhausted
 from cache.prefix_cache import Lease, PrefixCache
-from cache.radix_tree import Node, RadixTree
+from cache.radix_tree import RadixTree
 
 __all__ = ["Lease", "PoolExhausted", "ReplicaCache", "infinite_hits", "known_depth"]
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.radix_tree import NO_PAGES, common_prefix
+from cache.nodes import NO_PAGES
+from cache.radix_tree import common_prefix
 from experiments.workloads.agentx import BLOCK, Trace, read_traces, trace_names
 from experiments.workloads.traces import MOONCAKE_BLOCK, Agents, generate, read_mooncake
 

@@ -9,9 +9,9 @@ import pytest
 
 from cache.journal import Journal, Listed, ListedPages
 from cache.keys import PageChain
+from cache.nodes import Node
 from cache.pool import PoolExhausted
 from cache.prefix_cache import PrefixCache
-from cache.radix_tree import Node
 
 PAGE, PAGES, FINGERPRINT = 4, 24, b"a model"
 
