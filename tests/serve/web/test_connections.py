@@ -320,7 +320,9 @@ def test_a_request_right_behind_another_is_answered_after_it(running: Running) -
 
 
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
-@pytest.mark.parametrize("rest", [b"Content-Length: 2\r\n\r\nhi", b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"])
+@pytest.mark.parametrize(
+    "rest", [b"Content-Length: 2\r\n\r\nhi", b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"]
+)
 def test_a_request_that_wishes_for_another_protocol_is_answered_with_its_body(
     running: Running, protocol: bytes, rest: bytes
 ) -> None:
