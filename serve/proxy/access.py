@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.proxy.chat import chat_route
-from serve.web.access import OPEN_PATHS, error_response
+from serve.web.access import OPEN_PATHS, error_response, stopping_response
 from serve.web.browsers import BrowserRules, Refusal
 from serve.web.headers import SALT_HEADER
 from serve.web.keys import Key, Keys, LimitReached, secrets_in
@@ -41,6 +41,9 @@ class AccessMiddleware:
                 await asyncio.sleep(self.keys.wrong.delay(address, time.monotonic()))
             await error_response(form, *refused)(scope, receive, send)
             return
+        if late := stopping_response({**scope, "path": form["path"]}):
+            await late(scope, receive, send)
+            return
         if key and key.name:
             scope["headers"] = salted(scope["headers"], key.name)
         with ExitStack() as ending:
@@ -48,8 +51,8 @@ class AccessMiddleware:
                 try:
                     ending.callback(self.keys.admit(key).end)
                 except LimitReached as error:
-                    late = {"retry-after": str(error.retry_s)}
-                    await error_response(form, 429, str(error), late)(scope, receive, send)
+                    after = {"retry-after": str(error.retry_s)}
+                    await error_response(form, 429, str(error), after)(scope, receive, send)
                     return
             await self.app(scope, receive, send)
 

@@ -60,6 +60,7 @@ def create_proxy(
         watching = asyncio.ensure_future(fleet.watch(partial(answers_health, pool))) if fleet.several else None
         with reloading(keys):
             yield
+        await forward.stop()
         if watching:
             watching.cancel()
         await pool.aclose()

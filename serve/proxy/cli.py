@@ -34,6 +34,7 @@ from serve.web.flags import (
     prompt_text_flag,
     range_problem,
     show_config_flag,
+    shutdown_timeout_flag,
     sources_field,
 )
 from serve.web.keys import keys_problem, open_keys
@@ -42,7 +43,6 @@ from serve.web.logs import log_format_flag, log_level_flag, set_up_logging
 from serve.web.settings import parse_flags
 
 OPEN_FILES = 2  # of a connection: another one leads to an engine
-SWITCH_SECONDS = 5e-4  # that an event waits for the interpreter while a report is made; Python's own 5 ms are too long
 GROUP = "proxy"
 
 
@@ -73,6 +73,7 @@ class ProxyConfig(ConnectionFlags):
     )
     log_format: str = log_format_flag(GROUP)
     log_level: str = log_level_flag(GROUP)
+    shutdown_timeout: float = shutdown_timeout_flag(GROUP)
     timeout: float = flag(
         "seconds without a byte from the upstream after which a request is given up", GROUP, 600.0, metavar="S"
     )
@@ -141,9 +142,7 @@ def make_reports(model: str | None, show_prompt_text: bool) -> Reports:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, and forward until interrupted."""
-    import uvicorn
-
-    from serve.web.connection import limited
+    from serve.web.draining import DrainingApp, make_server
 
     config = parse_flags(ProxyConfig, parser(), argv, problem_of)
     rules, upstreams = config.rules, config.engines
@@ -152,20 +151,13 @@ def main(argv: Sequence[str]) -> None:
         reports = make_reports(config.model, not config.no_prompt_text_in_reports)
     except ValueError as error:
         sys.exit(f"proxy: {error}")
-    sys.setswitchinterval(SWITCH_SECONDS)
     keys = open_keys(config.api_key, config.api_key_file)
     browsers = browser_rules(config, config.keyed)
     app = create_proxy(upstreams, rules, reports, keys, browsers, cors(config))
     connections: Connections[Any] = Connections(config, reports.count_refused)
-    uvicorn.run(
-        app,
-        http=limited(connections, OPEN_FILES),
-        host=config.host,
-        port=config.port,
-        log_config=None,
-        access_log=False,
-        # The upstream's are forwarded.
-        server_header=False,
-        date_header=False,
-        timeout_graceful_shutdown=10,
-    )
+    draining = DrainingApp(app, shutdown_seconds=config.shutdown_timeout)
+    # The upstream's headers are forwarded.
+    own = {"server_header": False, "date_header": False}
+    make_server(draining, connections, config.host, config.port, OPEN_FILES, **own).run()
+    if draining.failure:
+        raise draining.failure

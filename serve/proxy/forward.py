@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 
 import httpcore
@@ -20,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serve.proxy.chat import Chat, chat_route, edit_body
 from serve.proxy.fleet import Attempt, Fleet
 from serve.proxy.prefix import Prompt, read_prompt
-from serve.proxy.relay import BODILESS, ClientSide, error_event, relay, relay_chat
+from serve.proxy.relay import BODILESS, ClientSide, relay, relay_chat
 from serve.proxy.reports import APIS, Reports
 from serve.proxy.upstream import (
     FAILURES,
@@ -36,7 +37,7 @@ from serve.proxy.upstream import (
 )
 from serve.rules.body import EditedBody, Unread
 from serve.rules.log import warn_once
-from serve.web.access import error_response
+from serve.web.access import STOPPING, error_response
 from serve.web.headers import SALT_HEADER
 from serve.web.pages import MAX_BODY_BYTES, until_disconnect
 
@@ -45,6 +46,8 @@ log = logging.getLogger("tokenzero.proxy")
 CONNECT_SECONDS = 10.0
 AT_ONCE_BYTES = 2**18  # of a body that the event loop processes without a pause
 MOST_BREAKS = 2  # engines that may break on a request before it is given up
+LAST_SECONDS = 5.0  # for the last bytes of answers that were ended
+POLL_SECONDS = 0.02
 QUESTION_SECONDS = 5.0  # that an engine has to answer `/health`
 
 
@@ -56,6 +59,18 @@ class Proxy:
     ) -> None:
         self.fleet, self.pool, self.rules, self.reports = fleet, pool, rules, reports
         self.reported: set[str] = set()  # shapes of unparsed preambles that were logged already
+        self.limits: set[asyncio.Timeout] = set()  # of the exchanges that run
+        self.stopped = False
+
+    async def stop(self) -> None:
+        """End all exchanges with an error, and return when they have, or after a few seconds."""
+        self.stopped = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + LAST_SECONDS
+        for limit in self.limits:
+            limit.reschedule(loop.time())
+        while self.limits and loop.time() < end:
+            await asyncio.sleep(POLL_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one request and its answer; if the client disconnects, the request to the engine is cancelled."""
@@ -131,20 +146,36 @@ class Proxy:
         chat = content if isinstance(content, Chat) else None
         client, path = ClientSide(send), chat.path if chat else request.scope["path"]
         try:
-            if self.fleet.several:
-                await self.exchange_with_any(request, content, uploaded, client)
-            else:
-                await self.attempt(self.fleet.only(), request, content, uploaded, client)
+            async with self.until_stopped():
+                if self.fleet.several:
+                    await self.exchange_with_any(request, content, uploaded, client)
+                else:
+                    await self.attempt(self.fleet.only(), request, content, uploaded, client)
         except UpstreamFault as fault:
             log.warning("%s %s: %s", request.method, request.scope["path"], fault)
-            if client.begun:
-                await client.body(error_event(path, str(fault), b""), more=False)
-            else:
+            if not client.begun:
                 scope = {**request.scope, "path": path}
                 await error_response(scope, fault.status, str(fault))(request.scope, request.receive, send)
+            elif chat:
+                await client.fail(path, fault)
         finally:
             if chat:
                 self.reports.forget(chat.id)
+
+    @asynccontextmanager
+    async def until_stopped(self) -> AsyncIterator[None]:
+        """Run an exchange; raises UpstreamFault in it once the proxy stops."""
+        limit = asyncio.timeout(0 if self.stopped else None)
+        self.limits.add(limit)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise UpstreamFault(529, STOPPING) from None
+        finally:
+            self.limits.discard(limit)
 
     async def exchange_with_any(
         self, request: Request, content: Chat | AsyncIterator[bytes], uploaded: asyncio.Event, client: ClientSide
@@ -209,7 +240,7 @@ class Proxy:
             if isinstance(content, Chat) and answer.status not in BODILESS:
                 await relay_chat(content, answer, client, self.reports, progress)
             else:
-                await relay(answer, client.send)
+                await relay(answer, client)
         finally:
             await answer.aclose()
 

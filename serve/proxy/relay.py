@@ -13,7 +13,7 @@ import httpcore
 import msgspec
 from starlette.types import Message, Send
 
-from serve.api.answers import Error, ErrorDetail, encode_event
+from serve.api.answers import ERROR_TYPES, Error, ErrorDetail, encode_event
 from serve.api.openai.errors import error_body
 from serve.proxy.chat import Chat
 from serve.proxy.errors import error_status
@@ -51,21 +51,6 @@ RESPONSE_ID = re.compile(rb'"id": ?"(resp_[\w-]{1,100})"')
 GENERATED = re.compile(rb'"(?:output|completion)_tokens": ?(\d+)')
 
 
-async def relay(answer: httpcore.Response, send: Send) -> None:
-    """Forward an answer piece by piece; if it breaks off, the client's connection ends, too."""
-    without = (b"content-length",) if answer.status in BODILESS else ()
-    headers = end_to_end(answer.headers, *without)
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    try:
-        async for piece in pieces(answer):
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-    except UpstreamFault as fault:
-        # Without the last message, the HTTP server closes the connection: the client sees that something is missing.
-        log.warning("the answer broke off: %s", fault)
-        return
-    await send({"type": "http.response.body", "body": b""})
-
-
 class ClientSide:
     """The client's side of one answer: what of it has been sent."""
 
@@ -73,11 +58,14 @@ class ClientSide:
         self.send = send
         self.begun = False  # the head is sent
         self.settled = False  # more than pings is sent: nobody else can give this answer any more
+        self.latest = b""  # what was sent last
+        self.plain = True  # it is sent without a `content-encoding`
 
     async def begin(self, start: Message) -> None:
         """Send the head, unless an earlier upstream's has been sent before its pings."""
         if not self.begun:
             self.begun = True
+            self.plain = not any(name.lower() == b"content-encoding" for name, _ in start["headers"])
             await self.send(start)
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
@@ -89,7 +77,28 @@ class ClientSide:
     async def body(self, data: bytes, more: bool = True, settles: bool = True) -> None:
         """Send a piece of the body."""
         self.settled |= settles
+        self.latest = data or self.latest
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def fail(self, path: str, fault: UpstreamFault) -> None:
+        """End the stream of a chat request with an error event; one that is compressed just ends."""
+        if self.plain:
+            await self.body(error_event(path, str(fault), self.latest, fault.status), more=False)
+
+
+async def relay(answer: httpcore.Response, client: ClientSide) -> None:
+    """Forward an answer piece by piece; if it breaks off, the client's connection ends, too."""
+    without = (b"content-length",) if answer.status in BODILESS else ()
+    headers = end_to_end(answer.headers, *without)
+    await client.begin({"type": "http.response.start", "status": answer.status, "headers": headers})
+    try:
+        async for piece in pieces(answer):
+            await client.body(piece)
+    except UpstreamFault as fault:
+        # Without the last message, the HTTP server closes the connection: the client sees that something is missing.
+        log.warning("the answer broke off: %s", fault)
+        return
+    await client.body(b"", more=False)
 
 
 @dataclass(frozen=True)
@@ -244,16 +253,16 @@ def end_of_events(data: bytes) -> int:
     return max((at + len(end) for end in (b"\n\n", b"\r\n\r\n", b"\r\r") if (at := data.rfind(end)) >= 0), default=0)
 
 
-def error_event(path: str, text: str, before: bytes) -> bytes:
+def error_event(path: str, text: str, before: bytes, status: int = 502) -> bytes:
     """The event that ends a stream of the API at `path` with an error; `before` are its latest events."""
     if path == "/v1/chat/completions":
-        return b"data: " + error_body(502, text, path) + b"\n\n"
+        return b"data: " + error_body(status, text, path) + b"\n\n"
     if path == "/v1/responses":
         numbers = re.findall(rb'"sequence_number": ?(\d+)', before)
         number = int(numbers[-1]) + 1 if numbers else 0
         error = {"type": "error", "code": "server_error", "message": text, "param": None, "sequence_number": number}
         return b"event: error\ndata: " + msgspec.json.encode(error) + b"\n\n"
-    return encode_event(Error(ErrorDetail("api_error", text)))
+    return encode_event(Error(ErrorDetail(ERROR_TYPES[529] if status == 529 else "api_error", text)))
 
 
 def is_json(body: bytes) -> bool:

@@ -308,8 +308,6 @@ async def get_ready(request: Request) -> Response:
     engine: EngineClient = request.app.state.context.engine
     if not engine.alive:
         return JSONResponse({"status": "engine stopped"}, 503)
-    if request.scope.get("stopping"):
-        return JSONResponse({"status": "stopping"}, 503)
     compiled, shapes = engine.compiled
     return JSONResponse({"status": "ready", "compiled": compiled, "shapes": shapes})
 

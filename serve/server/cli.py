@@ -17,6 +17,7 @@ from serve.server.loading import load
 from serve.server.threads import end_process, in_thread
 from serve.web.connections import Connections
 from serve.web.logs import set_up_logging
+from serve.web.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     import argparse
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from serve.server.progress import StartProgress
 
 C = TypeVar("C", bound=ServerConfig)
-INTERRUPTED = 130  # the exit status of what Ctrl-C has ended, as shells count it
 
 
 def main(argv: Sequence[str], cli: argparse.ArgumentParser | None = None) -> None:
@@ -58,12 +58,9 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
 
     Ends the process if the port cannot be opened or loading fails. Raises SystemExit.
     """
-    import uvicorn
-
     from serve.server.progress import StartProgress, progress_bars
-    from serve.server.signals import SignalledServer
     from serve.server.starting import StartingApp
-    from serve.web.connection import limited
+    from serve.web.draining import make_server
 
     connections: Connections[Any] = Connections(config)
     if config.api_key_file:
@@ -71,38 +68,14 @@ def listen(config: C, load: Callable[[C, StartProgress], Starlette]) -> None:
     progress = StartProgress(progress_bars())
     loading = in_thread(load, config, progress)
 
-    def stopping() -> bool:
-        return server.should_exit
-
-    def stop() -> None:
-        server.should_exit = True
-
-    def on_signal(number: int) -> bool:
-        """Stop in order, but at the second Ctrl-C at once. Whether it is taken: not while nothing is served yet."""
-        if app.draining and number == signal.SIGINT:
-            end_process(None, INTERRUPTED)
-        app.draining = app.live is not None
-        return app.draining
-
     def loaded(loading: Future[Starlette]) -> None:
         progress.close()
         server.should_exit = server.should_exit or loading.exception() is not None
         if not loading.exception():
             connections.on_refused = loading.result().state.context.metrics.count_refused
 
-    app = StartingApp(loading, progress, stopping, stop, config.shutdown_timeout)
-    server = SignalledServer(
-        uvicorn.Config(
-            app,
-            http=limited(connections),
-            host=config.host,
-            port=config.port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=5,
-        ),
-        on_signal,
-    )
+    app = StartingApp(loading, progress, lambda: server.should_exit, shutdown_seconds=config.shutdown_timeout)
+    server = make_server(app, connections, config.host, config.port)
     loading.add_done_callback(loaded)
     status = 0
     try:

@@ -27,6 +27,7 @@ from serve.web.flags import (
     prompt_text_flag,
     range_problem,
     show_config_flag,
+    shutdown_timeout_flag,
     sources_field,
 )
 from serve.web.keys import keys_problem
@@ -115,13 +116,7 @@ class ServerConfig(LimitFlags):
     )
     log_format: str = log_format_flag(HTTP)
     log_level: str = log_level_flag(HTTP)
-    shutdown_timeout: float = flag(
-        "seconds that answers under way have once the server is told to stop; then they end with an error",
-        HTTP,
-        30.0,
-        metavar="S",
-        least=0,
-    )
+    shutdown_timeout: float = shutdown_timeout_flag(HTTP)
     stop_seconds: float = flag(
         "time limit for stopping after that, pending writes to the store included", HTTP, 30.0, metavar="S", least=0
     )

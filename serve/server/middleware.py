@@ -15,13 +15,11 @@ from serve.limits.exceeded import LimitExceeded
 from serve.server.limits import InFlight
 from serve.server.metrics import ServerMetrics
 from serve.server.request_log import route_of
-from serve.web.access import OPEN_PATHS, error_response
+from serve.web.access import OPEN_PATHS, error_response, stopping_response
 from serve.web.browsers import ANSWER_HEADERS, BrowserRules
 from serve.web.keys import Keys, LimitReached, secrets_in
 
 log = logging.getLogger("tokenzero.app")
-
-STOPPING = "the server is stopping: send the request again, to another one or later"
 
 
 class RequestGuardMiddleware:
@@ -104,9 +102,7 @@ class RequestGuardMiddleware:
             return error_response(scope, 401, "invalid x-api-key")
         if refused := self.browsers and self.browsers.refusal(scope, scope["path"]):
             return error_response(scope, *refused)
-        if scope.get("stopping") and scope["method"] not in ("GET", "HEAD"):
-            return error_response(scope, 529, STOPPING, {"retry-after": "5", "connection": "close"})
-        return None
+        return stopping_response(scope)
 
     def refused(self, scope: Scope, error: LimitExceeded) -> Response:
         """The answer to a request that goes beyond a limit, which is counted."""

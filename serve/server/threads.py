@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from cache.lmdb_env import StoreError
 from serve.web.settings import placed
+from serve.web.signals import end_at_once
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,7 +43,4 @@ def end_process(error: BaseException | None, status: int, sources: Mapping[str, 
         print(placed(str(error.code), sources or {}), file=sys.stderr)
     elif error:
         traceback.print_exception(error)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1 if error else status)
+    end_at_once(1 if error else status)

@@ -167,6 +167,17 @@ def api_key_file_flag(group: str) -> Any:
     )
 
 
+def shutdown_timeout_flag(group: str) -> Any:
+    """The field `shutdown_timeout`."""
+    return flag(
+        "seconds that answers under way have once the server is told to stop; then they end with an error",
+        group,
+        30.0,
+        metavar="S",
+        least=0,
+    )
+
+
 def allow_host_flag(group: str) -> Any:
     """The field `allow_host`."""
     return flag(
