@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -87,6 +88,20 @@ def body(arm: Arm, prompt: Json, rng: random.Random) -> Json:
     return with_header(asked, billing_header(rng)) if arm.header else asked
 
 
+def prompts_of(arms: tuple[Arm, ...], tokens: int, seed: int, count: Callable[[Json], int]) -> dict[str, Json]:
+    """The prompt of each arm, of a session of its own: no arm finds another's prefix in the cache.
+
+    `count` counts a prompt's tokens. Raises SystemExit for a length that no prompt of an agent has.
+    """
+    sessions = [Session(seed=seed + i, folder=f"/home/dev/{arm.name}", num_tools=20) for i, arm in enumerate(arms)]
+    try:
+        return {arm.name: stable_request(session, tokens, count) for arm, session in zip(arms, sessions, strict=True)}
+    except ValueError as error:
+        sys.exit(
+            f"demo: --tokens: expected a length that an agent's prompt can have, such as 8000, got {tokens}: {error}"
+        )
+
+
 def run(
     server: Server, tokens: int, arms: tuple[Arm, ...], seed: int, progress: Progress
 ) -> tuple[dict[str, list[Timing]], Json]:
@@ -97,15 +112,7 @@ def run(
     rng = random.Random(seed)
     timings: dict[str, list[Timing]] = {arm.name: [] for arm in arms}
     with httpx.Client(timeout=600) as client:
-        # Sessions of their own: no arm finds another's prefix in the cache.
-        prompts = {
-            arm.name: stable_request(
-                Session(seed=seed + i, folder=f"/home/dev/{arm.name}", num_tools=20),
-                tokens,
-                lambda request: count_tokens(client, server.url, request),
-            )
-            for i, arm in enumerate(arms)
-        }
+        prompts = prompts_of(arms, tokens, seed, lambda request: count_tokens(client, server.url, request))
         order = list(schedule(arms, rng))
         task = progress.add_task("measuring", total=len(order))
         for arm in order:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.demo import READING_SHARE, Reading, summarise, table, verdict
+from experiments.demo import ARMS, READING_SHARE, Reading, prompts_of, summarise, table, verdict
 from experiments.harness.client import Timing
 
 
@@ -44,3 +44,12 @@ def test_a_restart_may_cost_a_warm_request_and_reading_at_a_share_of_the_disks_r
 
 def test_the_table_has_a_row_for_every_arm() -> None:
     assert table(summary_of(290)).row_count == 4
+
+
+def test_a_length_that_no_prompt_has_ends_it_with_a_sentence() -> None:
+    with pytest.raises(SystemExit) as ended:
+        prompts_of(ARMS, 500, 0, lambda request: len(str(request)) // 4)
+    assert str(ended.value).startswith(
+        "demo: --tokens: expected a length that an agent's prompt can have, such as 8000"
+    )
+    assert "got 500: no prompt of 500 tokens" in str(ended.value)
