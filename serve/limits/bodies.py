@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 
 # Brackets and commas outside of strings. A request that fills a context of a million tokens has about this many;
@@ -60,6 +61,26 @@ def excess(body: bytes | bytearray) -> str | None:
     if (found := escapes(body)) > MOST_ESCAPES:
         return f"expected at most {MOST_ESCAPES} escaped characters, got about {found}"
     return None
+
+
+class Lists(msgspec.Struct, frozen=True, gc=False):
+    """The longest lists of a request, of whose items none is decoded."""
+
+    tools: tuple[msgspec.Raw, ...] = ()
+    messages: tuple[msgspec.Raw, ...] = ()
+
+
+def lists_in(body: bytes | bytearray, most: int) -> Lists:
+    """The lists of a body; empty ones if there are clearly no more than `most` items, or if it cannot be read."""
+    if counted(body, opens) > most:
+        try:
+            return _LISTS.decode(body)
+        except (ValueError, RecursionError):  # what is wrong, its own decoder says
+            pass
+    return Lists()
+
+
+_LISTS = msgspec.json.Decoder(Lists)
 
 
 def escapes(body: bytes | bytearray) -> int:

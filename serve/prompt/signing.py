@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import struct
@@ -17,6 +18,8 @@ import numpy as np
 from cache.lmdb_env import StoreError
 from serve.prompt.replay import FOLDER, LENGTH
 
+log = logging.getLogger("tokenzero.signing")
+
 KEY_FILE = "signing.key"
 KEY_BYTES = 32
 
@@ -24,25 +27,39 @@ KEY_BYTES = 32
 def signing_key(directory: Path | None) -> bytes:
     """The key of the store below `directory`, 32 bytes, made on first use; without a store, one for this process only.
 
-    Raises StoreError for a key file of another length, OSError if it cannot be read or made.
+    The same where a disk has no room for it, or takes no writes. Raises StoreError for a key file of another length,
+    OSError if it cannot be read.
     """
     if directory is None:
         return secrets.token_bytes(KEY_BYTES)
     path = directory / FOLDER / KEY_FILE
     if not path.exists():
-        # Written to a scratch file and linked into its place: no reader sees half a key, and of two makers one wins.
-        scratch = path.with_name(f".{KEY_FILE}.{secrets.token_hex(8)}")
+        try:
+            make_key(path)
+        except OSError as error:
+            log.warning(
+                "%s cannot be written: thinking signed now is another server's after a restart: %s", path, error
+            )
+            return secrets.token_bytes(KEY_BYTES)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise StoreError(f"{path}: found {len(key)} bytes, expected a key of {KEY_BYTES}: delete it to have a new one")
+    return key
+
+
+def make_key(path: Path) -> None:
+    """Write a new key unless another process does so first. Raises OSError, and leaves nothing then."""
+    # Written to a scratch file and linked into its place: no reader sees half a key, and of two makers one wins.
+    scratch = path.with_name(f".{KEY_FILE}.{secrets.token_hex(8)}")
+    try:
         with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(KEY_BYTES))
             file.flush()
             os.fsync(file.fileno())
         with suppress(FileExistsError):
             os.link(scratch, path)
-        scratch.unlink()
-    key = path.read_bytes()
-    if len(key) != KEY_BYTES:
-        raise StoreError(f"{path}: found {len(key)} bytes, expected a key of {KEY_BYTES}: delete it to have a new one")
-    return key
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def sign(key: bytes, tokens: np.ndarray | Sequence[int]) -> str:

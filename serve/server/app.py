@@ -52,7 +52,7 @@ from serve.server.context import ServerContext
 from serve.server.engine_client import EngineClient
 from serve.server.heartbeat import heartbeat
 from serve.server.key_metrics import KeyCollector
-from serve.server.limits import InFlight, refuse_too_many, shallow
+from serve.server.limits import InFlight, decodable, refuse_too_many
 from serve.server.middleware import RequestGuardMiddleware, limit_response
 from serve.server.openapi import openapi
 from serve.server.prepare import Prepared, prepare, prompt_length
@@ -183,7 +183,7 @@ async def post_answer(read: Reader, request: Request) -> Response:
 
     def read_and_prepare() -> tuple[Prepared, Writer]:
         with phases.timed("decode"):
-            message, writer = read(shallow(body, context.config))
+            message, writer = read(decodable(body, context.config))
             refuse_too_many(message, context.config)
         # OpenAI's APIs work without the name of a model.
         message = message if message.model else replace(message, model=context.config.name)
@@ -246,7 +246,7 @@ async def post_count_tokens(request: Request) -> Response:
 
     def count() -> int:
         with phases.timed("decode"):
-            message = decode_count_tokens(shallow(body, context.config))
+            message = decode_count_tokens(decodable(body, context.config))
             refuse_too_many(message, context.config)
         return prompt_length(context, message, request_context, phases)
 
@@ -262,7 +262,7 @@ async def post_input_tokens(request: Request) -> Response:
 
     def count() -> int:
         with phases.timed("decode"):
-            message, _ = read_responses(shallow(body, context.config))
+            message, _ = read_responses(decodable(body, context.config))
             refuse_too_many(message, context.config)
         return prompt_length(context, message, request_context, phases)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from anyio import CapacityLimiter
 
 from serve.api.messages import CountTokensRequest, InvalidRequest, MessagesRequest
-from serve.limits.bodies import depth
+from serve.limits.bodies import depth, lists_in
 from serve.limits.exceeded import RETRY_SECONDS, LimitExceeded
 from serve.web.flags import option
 from serve.web.limit_flags import LimitFlags
@@ -17,24 +17,35 @@ LARGE_BYTES = 2**20  # bodies beyond it are read and tokenised by a few threads 
 LARGE_THREADS = 4
 
 
-def shallow(body: bytes | bytearray, limits: LimitFlags) -> bytes | bytearray:
-    """The body, before it is decoded. Raises InvalidRequest for one that nests too deeply."""
+def decodable(body: bytes | bytearray, limits: LimitFlags) -> bytes | bytearray:
+    """The body, before it is decoded. Raises InvalidRequest for one that nests too deeply, or has too many of anything.
+
+    To decode tens of thousands of tools would hold the interpreter for too long.
+    """
     if (found := depth(body, limits.max_json_depth)) > limits.max_json_depth:
         raise InvalidRequest(
             f"body: expected at most {limits.max_json_depth} brackets within each other, got {found}: flatten it, or "
             "raise --max-json-depth",
             "max_json_depth",
         )
+    lists = lists_in(body, min(limits.max_tools, limits.max_messages))
+    refuse_beyond(limits, "max_tools", "tools", "tools", len(lists.tools))
+    refuse_beyond(limits, "max_messages", "messages", "messages", len(lists.messages))
     return body
 
 
 def refuse_too_many(request: CountTokensRequest, limits: LimitFlags) -> None:
     """Raise InvalidRequest for a request with too many of anything, before any of it is rendered."""
     for limit, field, things, found in counts(request):
-        if found > (most := getattr(limits, limit)):
-            raise InvalidRequest(
-                f"{field}: expected at most {most} {things}, got {found}: send fewer, or raise {option(limit)}", limit
-            )
+        refuse_beyond(limits, limit, field, things, found)
+
+
+def refuse_beyond(limits: LimitFlags, limit: str, field: str, things: str, found: int) -> None:
+    """Raise InvalidRequest if there are more things in a field than a limit allows."""
+    if found > (most := getattr(limits, limit)):
+        raise InvalidRequest(
+            f"{field}: expected at most {most} {things}, got {found}: send fewer, or raise {option(limit)}", limit
+        )
 
 
 def counts(request: CountTokensRequest) -> Iterator[tuple[str, str, str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -304,6 +305,18 @@ class TestSignatures:
         path.write_bytes(b"short")
         with pytest.raises(StoreError, match=r"signing\.key: found 5 bytes, expected a key of 32"):
             signing_key(tmp_path)
+
+    def test_a_disk_without_room_for_the_key_costs_no_start(
+        self, log: ReplayLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def full(file: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        assert signing_key(tmp_path) != signing_key(tmp_path)
+        assert os.listdir(tmp_path / "replay") == [RECORDS]
+        assert "signing.key cannot be written" in caplog.text
+        assert "No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -15,7 +15,7 @@ from experiments.harness.server import Server
 from serve.api.messages import InvalidRequest, decode_request
 from serve.api.openai import read_chat, read_responses
 from serve.limits.exceeded import LimitExceeded
-from serve.server.limits import InFlight, refuse_too_many, shallow
+from serve.server.limits import InFlight, decodable, refuse_too_many
 from serve.web.limit_flags import LimitFlags
 from tests.helpers.http import ask, error_of, post, text_of
 
@@ -74,10 +74,19 @@ def test_a_body_that_nests_too_deeply_is_not_decoded() -> None:
         with pytest.raises(
             InvalidRequest, match="body: expected at most 8 brackets within each other, got "
         ) as refused:
-            shallow(deep, LIMITS)
+            decodable(deep, LIMITS)
         assert refused.value.limit == "max_json_depth"
     for body in (b"[" * 8 + b"]" * 8, b"[]" * 100, b'"' + b"[" * 100 + b'"', b'["\\\\"' + b',"[[[\\""' * 9 + b"]"):
-        assert shallow(body, LIMITS) is body
+        assert decodable(body, LIMITS) is body
+
+
+@pytest.mark.parametrize("field", ["tools", "messages"])
+def test_a_body_of_far_too_many_parts_is_not_decoded(field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{field}: expected at most 2 {field}, got 3") as refused:
+        decodable(json.dumps({field: [{}] * 3}).encode(), LIMITS)  # of which no decoder could read one
+    assert refused.value.limit == f"max_{field}"
+    for body in (json.dumps({field: [{}] * 2, "other": [{}] * 9}), json.dumps({field: {"a": [{}] * 9}}), "[{}, {}, {}"):
+        assert decodable(body.encode(), LIMITS) == body.encode()
 
 
 def test_what_is_in_flight_has_a_limit_and_is_given_back() -> None:
