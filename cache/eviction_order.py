@@ -26,6 +26,7 @@ class EvictionOrder(Generic[T]):
         self.heaps: dict[tuple[int, int], list[tuple[float, int, T]]] = {}
         self.changing: list[tuple[float, int, T]] = []  # when a rank is another one
         self.queued = 0  # entries in `heaps`
+        self.evicted = 0.0  # minus the offset of the latest item of slope 0: the clock of rules without time
 
     def __contains__(self, item: T) -> bool:
         """Whether it is here."""
@@ -60,7 +61,9 @@ class EvictionOrder(Generic[T]):
         if not firsts:
             return None
         level, _, slope = min(firsts)
-        _, _, item = heapq.heappop(self.heaps[level, slope])
+        offset, _, item = heapq.heappop(self.heaps[level, slope])
+        if not slope:
+            self.evicted = max(self.evicted, offset)
         self.queued -= 1
         del self.entries[item]
         return item

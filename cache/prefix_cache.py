@@ -107,7 +107,7 @@ class PrefixCache:
         """A new request's use of pages. Without an `agent` it is that of the conversation that `tokens` extend."""
         last, matched = self.tree.last_use(np.asarray(tokens, np.int32), salt, head)
         agent = agent or Agent()
-        if last and not agent.id and not last.agent.id and matched >= last.tokens:
+        if last and not agent.id and not last.agent.id and matched + self.page_size >= last.tokens:
             agent = last.agent
         now = self.tree.now()
         use = Use(agent, priority, now, tokens=len(tokens))

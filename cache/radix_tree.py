@@ -64,10 +64,11 @@ class RadixTree:
     def match(self, tokens: np.ndarray, salt: bytes, head: int = 0, use: Use | None = None) -> tuple[np.ndarray, int]:
         """The longest cached prefix of `tokens` ([tokens] int32): pages ([pages] int32) that cover it, and its length.
 
-        The last page may hold more than the match. A hit counts as a use of every node on the path, as a whole.
+        The last page may hold more than the match. A hit counts as a use of every node on the path; where it ends
+        inside one, that is another's as long as nothing is inserted.
         """
         path, length = self._walk(tokens, salt, head)
-        self._touch(path, use)
+        self._touch(path, use, whole=not path or length == path[-1].end)
         return self._table(path, length), length
 
     def find(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> tuple[np.ndarray, int]:
@@ -299,17 +300,23 @@ class RadixTree:
         assert not self.held[new].any(), "a page was listed twice: its lease inserted tokens that it had not computed"
         self.held[new] = True
 
-    def _touch(self, path: list[Node], use: Use | None) -> None:
+    def _touch(self, path: list[Node], use: Use | None, whole: bool = True) -> None:
+        """Note a use of the nodes of a path, of the last one only if it is used as a `whole`."""
         self.clock += 1
         use = use or Use(Agent(), used=self.now())
         for node in path:
             node.last_used = self.clock
+        used = path if whole else path[:-1]
+        for node in used:
             if node.use is not use:
                 node.shared |= node.use is not None and node.use.agent is not use.agent
                 node.use = use
-        if path and path[-1] in self.leaves:
-            use.leaf = path[-1]
-            self._queue(path[-1])
+        if (left := use.leaf) and left.use is use and left in self.leaves and left not in used:
+            left.use = Use(use.agent, use.priority, use.used)  # its sequence took another way
+            self._queue(left)
+        if used and used[-1] in self.leaves:
+            use.leaf = used[-1]
+            self._queue(used[-1])
 
     def _queue(self, leaf: Node) -> None:
         self.leaves.put(leaf, self.now())
