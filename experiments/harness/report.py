@@ -22,7 +22,7 @@ def make_table(columns: Iterable[str], words: Collection[str] = (), no_wrap: boo
     return table
 
 
-def write_json(path: Path, result: Any, indent: int = 2) -> None:
+def write_json(path: Path, result: Any, indent: int | None = 2) -> None:
     """Write a result; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=indent) + "\n", encoding="utf-8")
