@@ -97,6 +97,17 @@ class Tiers:
         """
         return self.searcher.submit(look, self.pages, parents, keys, tokens, held, page_size, used)
 
+    def find(
+        self,
+        parents: Sequence[bytes],
+        keys: Sequence[bytes],
+        tokens: np.ndarray,  # [tokens] int32
+        held: int,
+        page_size: int,
+    ) -> "Future[list[StoredPage]]":
+        """The pages that `look` would find, without a use of any."""
+        return self.searcher.submit(find, self.pages, parents, keys, tokens, held, page_size, 0)
+
     def recent(self, size: int, count: int) -> "Future[list[bytes]]":
         """Keys of up to `count` pages of `size` bytes, the most recently used first: what is likely to be asked for."""
         return self.lister.submit(self.pages.recent, size, count)
@@ -168,6 +179,25 @@ def look(
 ) -> Found:
     """See Tiers.look; in the calling thread."""
     there = pages.touch(keys[:held], range(used, used - held, -1)) if held else []
+    found = find(pages, parents, keys, tokens, held, page_size, used)
+    # All at once, before anything is read or computed, so that no page is ever recorded as newer than one before it.
+    pages.touch([page.key for page in found], [page.stamp for page in found])
+    return Found(found, [i for i, known in enumerate(there) if not known])
+
+
+def find(
+    pages: TieredPages,
+    parents: Sequence[bytes],
+    keys: Sequence[bytes],
+    tokens: np.ndarray,  # [tokens] int32
+    held: int,
+    page_size: int,
+    used: int,
+) -> list[StoredPage]:
+    """The pages that the tiers have of a sequence after the first `held`, in order, with the stamps of a use then.
+
+    It is not a use of them.
+    """
     names = pages.locate(keys[held:])
     first_missing = held + (names.index(None) if None in names else len(names))
     found = [
@@ -184,6 +214,4 @@ def look(
         if name is not None:
             found.append(StoredPage(first_missing, key, length, name, used - first_missing))
             break
-    # All at once, before anything is read or computed, so that no page is ever recorded as newer than one before it.
-    pages.touch([page.key for page in found], [page.stamp for page in found])
-    return Found(sorted(found, key=lambda page: page.index), [i for i, known in enumerate(there) if not known])
+    return sorted(found, key=lambda page: page.index)

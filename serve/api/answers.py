@@ -91,10 +91,19 @@ class Message(Struct, frozen=True, kw_only=True):
     diagnostics: Diagnostics | UnsetType | None = UNSET  # only if the request asks for it
 
 
+class CacheForecast(Struct, frozen=True):
+    """What a prompt would find if it were sent now, as its usage would say, and when its first token would come."""
+
+    cache_read_input_tokens: int
+    cache_read_by_tier: dict[str, int]
+    predicted_ttft_ms: float  # from the last byte of the request
+
+
 class TokenCount(Struct, frozen=True):
     """The answer of `POST /v1/messages/count_tokens`."""
 
     input_tokens: int
+    cache: CacheForecast | UnsetType = UNSET  # an extension; left out where the engine is too busy to say
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from serve.cluster.report import Report, difference
 from serve.cluster.wire import Refused, pack, unpack_events
 from serve.cost.model import CostModel
 from serve.engine.inbox import Overloaded
-from serve.engine.request import Event, Failed, Finished, GenerationRequest, Started, Waiting
+from serve.engine.request import Event, Failed, Finished, Forecast, GenerationRequest, Started, Waiting
 from serve.engine.settings import EngineSettings
 from serve.router.request import RoutedRequest, short_keys
 
@@ -111,6 +111,11 @@ class ClusterEngine:
             self.in_flight -= 1
             self.dispatch.ended(call, complete=ended)
 
+    async def forecast(self, request: GenerationRequest) -> Forecast | None:
+        """See EngineClient: what the router expects where it would send the request."""
+        call = await asyncio.to_thread(self.call, request)
+        return self.dispatch.forecast(call.request)
+
     @property
     def alive(self) -> bool:
         """Whether replicas report, or may do so soon."""
@@ -165,7 +170,7 @@ class ClusterEngine:
                 if message.cancelled():
                     raise ConnectionError(GONE if self.gone else HANGS)
                 if not message.done():
-                    yield Waiting()
+                    yield Waiting(call.forecast)
                     continue
                 events, message = unpack_events(message.result()), None
                 if isinstance(events, Refused):

@@ -15,6 +15,8 @@ from typing import Any
 from serve.cluster.report import Report
 from serve.cluster.speed import UNMEASURED, Speed, expected_flops
 from serve.cost.model import Constants, CostModel
+from serve.engine.request import Forecast
+from serve.router.choice import Choice
 from serve.router.request import RoutedRequest
 from serve.router.router import Router
 
@@ -34,6 +36,7 @@ class Call:
     dispatch: Dispatch
     tried: list[str] = field(default_factory=list)  # replicas that it was sent to, the latest last
     started: bool = False  # whether its first token has come
+    forecast: Forecast | None = None  # what the router expects where it was sent
     over: bool = False  # Ray may still ask for a replica, as it does so on another thread
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -74,10 +77,23 @@ class Dispatch:
             if reported and name in ("", *reported) and not call.over:
                 choice = self.router.route(call.request, now, among=[name] if name else reported)
                 self.router.sent(call.request, choice, now)
+                call.forecast = self.expected(call.request, choice)
                 name = choice.replica
             name = name or fresh[0]
             call.tried.append(name)
             return name
+
+    def forecast(self, request: RoutedRequest) -> Forecast | None:
+        """What a request would find where it would go now; None while no replica is known."""
+        with self.lock:
+            names = [name for name in self.router.replicas if name not in self.silent]
+            return self.expected(request, self.router.route(request, self.clock(), names)) if names else None
+
+    def expected(self, request: RoutedRequest, choice: Choice) -> Forecast:
+        """A choice as a forecast. Which of several tiers it reads from is not known."""
+        restored = {"+".join(self.router.reach): choice.restored} if choice.restored else {}
+        cached = {"device": choice.cached} | restored
+        return Forecast(request.tokens, cached, choice.queue_s, choice.restore_s, choice.prefill_s)
 
     @property
     def silent(self) -> set[str]:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Protocol
 
 import numpy as np
 
 from serve.cost.model import Constants
 
 TERMS = tuple(Constants.__dataclass_fields__)
+
+
+class Timed(Protocol):
+    """Work that was timed."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, above 0."""
+
+    def terms(self) -> tuple[float, ...]:
+        """The factor of each of TERMS."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class Sample:
         return (1.0, n - p, (n**2 - p**2) / 2, p, self.restored)
 
 
-def fit_cost_model(samples: Sequence[Sample]) -> Constants:
+def fit_cost_model(samples: Sequence[Timed]) -> Constants:
     """The constants with the least squared relative error, so a millisecond counts for more in a short request.
 
     No constant is negative: a term that comes out negative is left out, and the others are fitted again. Raises

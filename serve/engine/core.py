@@ -305,7 +305,8 @@ class EngineCore:
         self.counters.started(prompt, sequence.reused)
         self.on_first_token(sequence, token)
         queued_s, prefill_s = sequence.started - sequence.submitted, now - sequence.started
-        self.emit(sequence, Started(prompt, sequence.reused, queued_s, prefill_s, dict(sequence.restored)))
+        restored, reused = dict(sequence.restored), sequence.reused
+        self.emit(sequence, Started(prompt, reused, queued_s, prefill_s, restored, sequence.forecast))
 
     def emit(self, sequence: Sequence, event: Event) -> None:
         """Send an event; a request whose client takes no more events is cancelled."""

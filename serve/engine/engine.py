@@ -18,6 +18,8 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import jax
@@ -31,8 +33,9 @@ from serve.cost.model import Constants, CostModel
 from serve.engine.core import EngineCore
 from serve.engine.counters import Counters
 from serve.engine.fairness import Queue, owner_of
-from serve.engine.inbox import Inbox, QueueFull
-from serve.engine.request import Event, Failed, Finished, GenerationRequest, Waiting
+from serve.engine.forecast import Forecaster, asked
+from serve.engine.inbox import Inbox, Overloaded, QueueFull
+from serve.engine.request import Event, Failed, Finished, Forecast, GenerationRequest, Waiting
 from serve.engine.sequence import Sequence
 from serve.engine.settings import EngineSettings
 
@@ -84,6 +87,7 @@ class Engine:
         self.inbox = Inbox()
         self.core = EngineCore(params, config, settings, self.fingerprint, tiers, self.inbox, on_progress, costs)
         self.core.on_first_token = self._on_first_token
+        self.forecaster = Forecaster(self.core)
         self.idle_work: IdleWork | None = None
         self.submitted = 0  # requests; the latest one's number
         self.thread = threading.Thread(target=self.loop, name="tokenzero-engine", daemon=True)
@@ -132,6 +136,20 @@ class Engine:
         Raises Overloaded when the queue is full or the engine has stopped, ValueError when prompt and one token exceed
         `max_model_len`, for numbers that no step can take, and for a head that is not whole pages of the prompt.
         """
+        sequence = self.new_sequence(request, emit)
+        with self.inbox.changed:
+            submitted = sum(owner_of(sequence) == request.owner for sequence in self.inbox.submissions)
+            if submitted + self.core.waiting.count(request.owner) >= self.settings.max_queue:
+                raise QueueFull(
+                    f"{self.settings.max_queue} requests are waiting already: try again, or raise --max-queue"
+                )
+            self.submitted += 1
+            number = self.submitted
+            self.inbox.submit(replace(sequence, number=number, submitted=time.perf_counter()))
+        return number
+
+    def new_sequence(self, request: GenerationRequest, emit: Callable[[Event], object]) -> Sequence:
+        """A sequence for a request, which has no number yet. Raises ValueError as `submit` does."""
         check_numbers(request)
         settings = self.settings
         prompt = np.asarray(request.tokens, np.int32)
@@ -142,14 +160,23 @@ class Engine:
             raise ValueError(f"head has {request.head} tokens, expected whole pages of a prompt of {len(prompt)}")
         tokens = np.zeros(len(prompt) + min(request.max_tokens, longest), np.int32)
         tokens[: len(prompt)] = prompt
-        with self.inbox.changed:
-            submitted = sum(owner_of(sequence) == request.owner for sequence in self.inbox.submissions)
-            if submitted + self.core.waiting.count(request.owner) >= settings.max_queue:
-                raise QueueFull(f"{settings.max_queue} requests are waiting already: try again, or raise --max-queue")
-            self.submitted += 1
-            number, now = self.submitted, time.perf_counter()
-            self.inbox.submit(Sequence(number, request, emit, tokens, len(prompt), settings.page_size, now))
-        return number
+        return Sequence(0, request, emit, tokens, len(prompt), settings.page_size, time.perf_counter())
+
+    async def forecast(self, request: GenerationRequest) -> Forecast | None:
+        """What a request would find if it came now, see serve.engine.forecast; it is not a use of what is cached.
+
+        None until a prefill was measured, or once the engine has stopped. Raises ValueError as `submit` does.
+        """
+        sequence = self.new_sequence(request, lambda event: None)
+        with suppress(Overloaded):
+            answer = await asyncio.to_thread(asked, self.forecaster, sequence, self.inbox.ask)
+            return await asyncio.wrap_future(answer)
+        return None
+
+    def expected(self, number: int) -> Forecast | None:
+        """What was expected of a request that waits or runs, as it came; None if nothing was."""
+        found = (sequence for sequence in [*self.waiting, *self.running] if sequence.number == number)
+        return next((sequence.forecast for sequence in found), None)
 
     def cancel(self, number: int) -> None:
         """End a request without a further event; nothing happens if it has ended already."""
@@ -219,6 +246,7 @@ class Engine:
                 self.turn(cancelled)
         finally:
             self.inbox.stop()
+            self.inbox.answer()
             late, _ = self.inbox.read()
             self.core.stop(list(late))
 
@@ -247,11 +275,15 @@ class Engine:
         if not unfinished or self.core.idle:
             longest = self.idle_work.sleep_s(self) if self.idle_work and not unfinished else None
             self.inbox.sleep(IDLE_SECONDS if unfinished else longest)
+        self.inbox.answer()
         submissions, cancelled = self.inbox.read()
-        self.core.waiting.extend(submissions)
+        for sequence in submissions:
+            self.forecaster.arrived(sequence)
+            self.core.waiting.extend([sequence])
         return None if self.inbox.stopping else cancelled
 
     def _on_first_token(self, sequence: Sequence, token: int) -> None:
+        self.forecaster.answered(sequence)
         if self.idle_work:
             self.idle_work.on_first_token(sequence, token)
 
@@ -284,7 +316,7 @@ async def generate(
                 async with asyncio.timeout(waiting_s):
                     event: Event = await events.get()
             except TimeoutError:
-                event = Waiting()
+                event = Waiting(engine.expected(number))
             yield event
             if isinstance(event, Finished | Failed):
                 return

@@ -1,9 +1,10 @@
-"""What other threads leave for the engine's: requests, cancellations, wake-ups, and the request to stop."""
+"""What other threads leave for the engine's: requests, cancellations, questions, wake-ups, and the request to stop."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serve.engine.sequence import Sequence
@@ -24,6 +25,7 @@ class Inbox:
     changed: threading.Condition = field(default_factory=threading.Condition)
     submissions: deque[Sequence] = field(default_factory=deque)
     cancellations: set[int] = field(default_factory=set)
+    questions: deque[Callable[[], object]] = field(default_factory=deque)  # which never raise
     woken: bool = False  # something that the engine waits for has arrived
     stopping: bool = False
 
@@ -39,6 +41,14 @@ class Inbox:
         """Ask for the end of a request."""
         with self.changed:
             self.cancellations.add(number)
+            self.changed.notify()
+
+    def ask(self, question: Callable[[], object]) -> None:
+        """Have a question answered between two steps, which never raises. Raises Overloaded once the engine ends."""
+        with self.changed:
+            if self.stopping:
+                raise Overloaded("the engine has stopped")
+            self.questions.append(question)
             self.changed.notify()
 
     def wake(self) -> None:
@@ -57,8 +67,14 @@ class Inbox:
         """Return when there is anything to read, or after so many seconds."""
         with self.changed:
             self.changed.wait_for(
-                lambda: self.stopping or self.submissions or self.cancellations or self.woken, seconds
+                lambda: self.stopping or self.submissions or self.cancellations or self.questions or self.woken,
+                seconds,
             )
+
+    def answer(self) -> None:
+        """Answer the questions that were asked until now."""
+        while self.questions:
+            self.questions.popleft()()
 
     def read(self) -> tuple[deque[Sequence], set[int]]:
         """Empty it: the requests and the numbers of those to cancel."""

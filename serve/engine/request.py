@@ -45,6 +45,22 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What a request is expected to find in the cache as it comes, and what its first token takes."""
+
+    tokens: int  # of the prompt
+    cached: Mapping[str, int]  # of these, tokens that are read, by where they are: `device`, or a tier's name
+    wait_s: float  # until the work before it is done
+    restore_s: float  # until what tiers have of it is on the device, which comes meanwhile
+    prefill_s: float  # to compute the rest
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds to the first token."""
+        return max(self.wait_s, self.restore_s) + self.prefill_s
+
+
+@dataclass(frozen=True)
 class Started:
     """The prompt is computed; sent just before the first token."""
 
@@ -53,6 +69,7 @@ class Started:
     queued_s: float  # from submission to the first step
     prefill_s: float  # from the first step to the first token
     restored: Mapping[str, int] = field(default_factory=dict)  # of the reused ones, tokens from each tier, by its name
+    forecast: Forecast | None = None  # as it came; None if nothing was foreseen
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,8 @@ class Failed:
 @dataclass(frozen=True)
 class Waiting:
     """Nothing has happened for a while, and the request is still alive."""
+
+    forecast: Forecast | None = None  # as it came; None if nothing was foreseen
 
 
 Event = Waiting | Started | TokenEvent | Finished | Failed

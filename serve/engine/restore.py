@@ -172,6 +172,7 @@ class Restorer:
             if (found := self._result(restore, restore.looking)) is None:
                 return
             sequence.mark_unsaved(found.missing)
+            sequence.note_stored(found.pages)
             restore.slices = self._plan(found.pages)
         while restore.slices and restore.slices[0].stop(self.page_size) <= sequence.computed:
             restore.slices.popleft().cancel()

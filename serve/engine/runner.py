@@ -15,6 +15,7 @@ import numpy as np
 
 from model.params import Params
 from model.sampling import Sampling
+from serve.cost.steps import Step, StepTracker
 from serve.engine.buckets import Bucket, SequenceInput, find_bucket, pack, pack_masks, smallest_bucket
 from serve.engine.memory import Memory
 from serve.engine.scheduler import ScheduledSequence, narrowed
@@ -55,6 +56,7 @@ class InFlightStep:
     outputs: list[SequenceOutput]
     dispatched_at: float  # seconds, `time.perf_counter`
     chunk: tuple[int, int] | None  # tokens [start, stop) of a prompt, if the step has some
+    size: Step
     unsampled: UnsampledStep | None  # until it is sampled
     sampled: jax.Array | None = None  # [samples of the largest shape] int32, from then on
 
@@ -68,6 +70,7 @@ class Runner:
         self.dispatched = 0  # steps
         self.collected_at = 0.0  # when the latest step had been read, seconds, `time.perf_counter`
         self.device_s = 0.0  # seconds that the device took for all steps
+        self.tracker = StepTracker()
 
     def dispatch(self, scheduled: Sequence[ScheduledSequence], before: InFlightStep | None) -> InFlightStep:
         """Start the forward pass of a step for sequences whose leases have room for it; nothing is sampled yet.
@@ -90,8 +93,9 @@ class Runner:
             index += outputs[-1].num_samples
         first, count = inputs[0].prefix, scheduled[0].count
         chunk = (first, first + count) if count > 1 else None
+        size = Step(bucket.tokens, first, sum(each.prefix for each in inputs[1:]))
         self.dispatched += 1
-        return InFlightStep(self.dispatched, outputs, now, chunk, UnsampledStep(step, logits, sampling))
+        return InFlightStep(self.dispatched, outputs, now, chunk, size, UnsampledStep(step, logits, sampling))
 
     def narrowed(self, plan: list[ScheduledSequence], chunk_was_last: bool) -> list[ScheduledSequence]:
         """A plan, or the part of it that has a compiled shape, see serve.engine.scheduler."""
@@ -127,6 +131,7 @@ class Runner:
         seconds = now - max(step.dispatched_at, self.collected_at)
         self.device_s += seconds
         self.collected_at = now
+        self.tracker.ran(replace(step.size, seconds=seconds))
         return tokens, seconds
 
     def compute(self, row: SequenceInput) -> np.ndarray:

@@ -12,6 +12,7 @@ Every state but ENDED leads back to WAITING when the sequence is preempted, and 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,13 @@ from typing import NamedTuple
 import numpy as np
 
 from cache.prefix_cache import Lease
-from serve.engine.request import Event, GenerationRequest
+from cache.tiers import StoredPage
+from serve.engine.request import Event, Forecast, GenerationRequest
+
+log = logging.getLogger("tokenzero.engine")
+
+# What is expected of a request, where the tiers have these pages of it.
+Foresee = Callable[[Iterable[StoredPage]], Forecast]
 
 
 class SequenceState(Enum):
@@ -77,6 +84,10 @@ class Sequence:
     reused: int = 0  # of the prompt, tokens that it did not compute itself
     reused_until: int = 0  # the last of these ends here; it may have computed some tokens before
     restored: Counter[str] = field(default_factory=Counter)  # reused tokens that came from a tier, by its name
+    foresee: Foresee | None = None  # what is expected of it, as it found the engine
+    stored: tuple[StoredPage, ...] = ()  # what the first look-up in the tiers has found
+    restoring_s: float = 0.0  # seconds in the state RESTORING
+    entered: float = 0.0  # when it came into its state, seconds, `time.perf_counter`
     used: int = field(default_factory=time.time_ns)  # ns since 1970: page i has the stamp `used - i` in the tiers
     keys: list[bytes] = field(default_factory=list)  # of its full pages, as far as they are known
     stamped: int = 0  # full pages whose use the writer knows
@@ -102,6 +113,25 @@ class Sequence:
     def matchable_tokens(self) -> np.ndarray:
         """The tokens that a cache may already have, [tokens] int32: all but the last, which runs for its logits."""
         return self.tokens[: self.length - 1]
+
+    # Waiting.
+
+    def arrive(self, foresee: Foresee | None) -> None:
+        """Note what is expected of the request, as it found the engine."""
+        self.foresee = foresee
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What was expected of it as it came, with what the tiers had of it; None if nothing was foreseen."""
+        try:
+            return self.foresee(self.stored) if self.foresee else None
+        except Exception:  # which is not the request's fault
+            log.exception("request %d: nothing is foreseen of it", self.number)
+            return None
+
+    def note_stored(self, pages: Iterable[StoredPage]) -> None:
+        """Note what the tiers have of the prompt, the first time that they are asked."""
+        self.stored = self.stored or tuple(pages)
 
     # Holding pages.
 
@@ -230,7 +260,9 @@ class Sequence:
     def _enter(self, state: SequenceState) -> None:
         if state is not self.state:
             assert state in NEXT_STATES[self.state], f"request {self.number}: {self.state} does not lead to {state}"
-            self.state = state
+            now = time.perf_counter()
+            self.restoring_s += now - self.entered if self.state is RESTORING else 0.0
+            self.state, self.entered = state, now
 
     def _check(self) -> None:
         """Assert the invariants of a sequence with pages, after it may have come to decode."""

@@ -39,7 +39,7 @@ from serve.api.answers import (
 from serve.api.messages import DiagnosticsRequest, OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.diagnosis.divergence import RememberedRequest
 from serve.engine.request import Event as EngineEvent
-from serve.engine.request import Failed, Finished, Started, TokenEvent
+from serve.engine.request import Failed, Finished, Forecast, Started, TokenEvent, Waiting
 from serve.formats.format import format_for_json
 from serve.formats.readers import complete_arguments
 from serve.formats.stream import AnswerStream
@@ -48,6 +48,7 @@ from serve.prompt.replay import RecordedAnswer
 from serve.prompt.signing import sign
 from serve.server.answer_state import AnswerState, reused_by_tier
 from serve.server.context import ServerContext
+from serve.server.expected import cache_forecast
 from serve.server.prepare import Prepared
 from serve.web.request_status import track
 from serve.web.timing import Phases
@@ -70,10 +71,25 @@ def answer(context: ServerContext, prepared: Prepared, phases: Phases) -> AsyncG
         prepared.id,
         phases,
         context.statuses,
-        first=context.metrics.ttft.observe,
+        first=partial(observe_ttft, context, prepared, phases),
         done=partial(count_answer, context, prepared),
         ended=ended,
     )
+
+
+def observe_ttft(context: ServerContext, prepared: Prepared, phases: Phases, seconds: float) -> None:
+    """Count the time to an answer's first token, and how far off the predicted one was; learn from both."""
+    context.metrics.ttft.observe(seconds)
+    if forecast := context.statuses.get(prepared.id).forecast:
+        context.metrics.forecast_error.observe(abs(forecast.predicted_ttft_ms / 1e3 - seconds) / seconds)
+    within = phases.submitted[0] + phases.seconds["queue"] + phases.seconds["prefill"]
+    context.overhead.observe(max(0.0, seconds - within))
+
+
+def expect(context: ServerContext, prepared: Prepared, phases: Phases, forecast: Forecast) -> None:
+    """Note what the engine expects of a request, for the header of its answer and its record."""
+    found = cache_forecast(context, forecast, phases.submitted[0])
+    context.statuses.update(prepared.id, forecast=found)
 
 
 def count_answer(context: ServerContext, prepared: Prepared, usage: Usage) -> None:
@@ -91,8 +107,13 @@ async def generated(
     """The events of an answer; `message_start` comes with the first token, when its usage is known."""
     silent_since = started_at = time.perf_counter()
     engine_events = context.engine.generate(prepared.generation, PING_SECONDS)
+    phases.submitted.append(phases.elapsed())
+    expected = False
     async with aclosing(with_itl(engine_events, context.metrics.itl.observe)) as coming:
         async for event in coming:
+            if not expected and isinstance(event, Started | Waiting) and event.forecast:
+                expect(context, prepared, phases, event.forecast)
+                expected = True
             if isinstance(event, Failed):
                 kind = "overloaded_error" if event.temporary else "api_error"
                 yield Error(ErrorDetail(kind, event.message), prepared.request_context.request_id)

@@ -29,39 +29,35 @@ from serve.api.answers import (
     Message,
     ModelInfo,
     ModelPage,
-    TokenCount,
     encode,
     encode_event,
 )
-from serve.api.messages import InvalidRequest, MessagesRequest, decode_count_tokens, decode_request
-from serve.api.openai import input_tokens_body, read_chat, read_responses
+from serve.api.messages import InvalidRequest, MessagesRequest, decode_request
+from serve.api.openai import read_chat, read_responses
 from serve.api.openai.errors import is_openai
 from serve.api.openai.models import model_body, models_body
 from serve.engine.inbox import Overloaded, QueueFull
-from serve.limits.encodings import (
-    ENCODINGS,
-    MalformedBody,
-    UnsupportedEncoding,
-    compressed_as,
-    decode_body,
-)
+from serve.limits.encodings import ENCODINGS, MalformedBody, UnsupportedEncoding
 from serve.limits.exceeded import RETRY_SECONDS, LimitExceeded
 from serve.server.answer import answer, collect
+from serve.server.bodies import read_body
 from serve.server.callers import in_own_thread, request_context_of
 from serve.server.context import ServerContext
+from serve.server.counts import post_count_tokens, post_input_tokens
 from serve.server.engine_client import EngineClient
+from serve.server.expected import forecast_header
 from serve.server.heartbeat import heartbeat
 from serve.server.key_metrics import KeyCollector
 from serve.server.limits import InFlight, decodable, refuse_too_many
 from serve.server.middleware import RequestGuardMiddleware, limit_response
 from serve.server.openapi import openapi
-from serve.server.prepare import Prepared, prepare, prompt_length
+from serve.server.prepare import Prepared, prepare
 from serve.server.request_log import RequestLogMiddleware
 from serve.server.trim import trim_while_idle
 from serve.web.access import error_response
 from serve.web.assets import PAGE
 from serve.web.browsers import browser_rules, cors
-from serve.web.headers import APPLIED_HEADER
+from serve.web.headers import APPLIED_HEADER, FORECAST_HEADER
 from serve.web.keys import LimitReached, open_keys, reloading, viewer_of
 from serve.web.pages import (
     ASSET_ROUTES,
@@ -206,68 +202,25 @@ async def post_answer(read: Reader, request: Request) -> Response:
         return StreamingResponse(
             stream(writer, first, events),
             media_type="text/event-stream",
-            headers=response_headers(prepared, phases) | {"cache-control": "no-cache"},
+            headers=response_headers(context, prepared, phases) | {"cache-control": "no-cache"},
         )
     result = await until_disconnect(request, collect(first, events))
     if result is None:
         return Response(status_code=499)
     if isinstance(result, Error):
         return error_response(request.scope, ERROR_STATUS[result.error.type], result.error.message)
-    return Response(writer.whole(result), media_type="application/json", headers=response_headers(prepared, phases))
+    headers = response_headers(context, prepared, phases)
+    return Response(writer.whole(result), media_type="application/json", headers=headers)
 
 
-async def read_body(request: Request) -> bytes | bytearray:
-    """The whole body without its `content-encoding`; raises what `decode_body` raises.
-
-    Raises MalformedBody for a compressed body without that header.
-    """
-    body = bytearray()  # gathered as it arrives: joining its pieces at the end would hold the event loop for long
-    async for piece in request.stream():
-        body += piece
-    if encodings := ",".join(request.headers.getlist("content-encoding")):
-        context: ServerContext = request.app.state.context
-        return await run_in_threadpool(decode_body, body, encodings, context.config.max_body_bytes)
-    if found := compressed_as(body):
-        raise MalformedBody(f"body: expected a JSON object, got {found} data: say content-encoding: {found}")
-    return body
-
-
-def response_headers(prepared: Prepared, phases: Phases) -> dict[str, str]:
-    """The headers of an answer: where the time went until now, and the rules that changed the request."""
-    applied = {APPLIED_HEADER: ", ".join(prepared.applied[:MAX_LISTED_RULES])} if prepared.applied else {}
-    return {"server-timing": phases.header()} | applied
-
-
-async def post_count_tokens(request: Request) -> Response:
-    """`POST /v1/messages/count_tokens`: the length of the rendered prompt, counted exactly."""
-    context: ServerContext = request.app.state.context
-    body, phases = await read_body(request), Phases()
-    request_context = request_context_of(request, context)
-
-    def count() -> int:
-        with phases.timed("decode"):
-            message = decode_count_tokens(decodable(body, context.config))
-            refuse_too_many(message, context.config)
-        return prompt_length(context, message, request_context, phases)
-
-    content = encode(TokenCount(await in_own_thread(request_context, count, request.scope["admitted"].threads)))
-    return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
-
-
-async def post_input_tokens(request: Request) -> Response:
-    """`POST /v1/responses/input_tokens`: the same count for a body of `/v1/responses`."""
-    context: ServerContext = request.app.state.context
-    body, phases = await read_body(request), Phases()
-    request_context = request_context_of(request, context)
-
-    def count() -> int:
-        with phases.timed("decode"):
-            message, _ = read_responses(decodable(body, context.config))
-            refuse_too_many(message, context.config)
-        return prompt_length(context, message, request_context, phases)
-
-    content = input_tokens_body(await in_own_thread(request_context, count, request.scope["admitted"].threads))
-    return Response(content, media_type="application/json", headers={"server-timing": phases.header()})
+def response_headers(context: ServerContext, prepared: Prepared, phases: Phases) -> dict[str, str]:
+    """The headers of an answer: where the time went until now, what was expected, and the rules that changed it."""
+    headers = {"server-timing": phases.header()}
+    if prepared.applied:
+        headers[APPLIED_HEADER] = ", ".join(prepared.applied[:MAX_LISTED_RULES])
+    if forecast := context.statuses.get(prepared.id).forecast:
+        headers[FORECAST_HEADER] = forecast_header(forecast, len(prepared.prompt.tokens))
+    return headers
 
 
 async def get_models(request: Request) -> Response:

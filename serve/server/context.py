@@ -29,6 +29,7 @@ from serve.server.shared_heads import FILE, SharedHeads, open_heads
 from serve.web.agents import Sender
 from serve.web.keys import Admission
 from serve.web.request_status import RequestStatuses
+from serve.web.timing import Overhead
 
 log = logging.getLogger("tokenzero.server")
 
@@ -55,6 +56,7 @@ class ServerContext:
     volatility: Volatility
     statuses: RequestStatuses
     savings: Savings
+    overhead: Overhead  # of requests, for what is foreseen of later ones
     heads: SharedHeads | None = None  # None where keys share none
     reported: set[str] = field(default_factory=set)  # preambles, types of blocks and of tools that were logged already
 
@@ -126,6 +128,7 @@ def make_context(
         volatility=Volatility(show_text, bounds.volatility),
         statuses=RequestStatuses(bounds.statuses),
         savings=Savings(bounds.savings),
+        overhead=Overhead(),
         heads=shared_heads(engine, tokenizer, config) if config.share_prefix == HEADS else None,
     )
     if isinstance(engine, Engine):  # another has figures of its own

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from serve.cost.model import CostModel
-from serve.engine.request import Event, GenerationRequest
+from serve.engine.request import Event, Forecast, GenerationRequest
 from serve.engine.settings import EngineSettings
 
 
@@ -27,6 +27,12 @@ class EngineClient(Protocol):
 
         Yields `Waiting` whenever `waiting_s` seconds pass without one. Raises Overloaded and ValueError as
         `Engine.submit` does.
+        """
+
+    async def forecast(self, request: GenerationRequest) -> Forecast | None:
+        """What a request would find if it came now, which is not a use of what is cached; None if nobody can say.
+
+        Raises ValueError as `Engine.submit` does.
         """
 
     @property

@@ -20,6 +20,7 @@ from serve.engine.restore import Restorer
 S = TypeVar("S")
 PREFIX = "tokenzero_"
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 60)
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1, 2, 5)
 ITL_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2)
 LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
 PHASE_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -310,6 +311,11 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         self.documented: list[Documented] = []
         self.ttft = self.histogram("ttft_seconds", "Last byte of a request to its first content_block_delta", SECONDS)
+        self.forecast_error = self.histogram(
+            "forecast_error",
+            "Difference of the predicted from the measured TTFT, as a share of the measured one",
+            SHARES,
+        )
         self.itl = self.histogram("itl_seconds", "Time between two tokens of an answer", ITL_SECONDS)
         self.phases = self.histogram(
             "phase_seconds", "Time of each phase of a request, counted when its answer ends", PHASE_SECONDS, "phase"

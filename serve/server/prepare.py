@@ -11,6 +11,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from serve.api.answers import new_id
 from serve.api.messages import CountTokensRequest, MessagesRequest, SeededRequest, ThinkingBlock
 from serve.api.stops import Stops
@@ -67,11 +69,7 @@ def prepare(
     room = limit - len(rendered.tokens)
     if room < 1:
         raise too_long(len(rendered.tokens), limit - 1)
-    head = 0
-    if context.heads and request_context.shares_head:
-        with phases.timed("render"):
-            tools_first, owner = "tools-first" in request_context.rules, request_context.owner
-            head = context.heads.length(normalized.request, rendered.tokens, context.tokenizer, tools_first, owner)
+    head = shared_head(context, normalized.request, rendered.tokens, request_context, phases)
     with phases.timed("constrain"):
         constraint = context.constrain(normalized.request, rendered.thinking) if message.max_tokens else None
     generation = GenerationRequest(
@@ -106,16 +104,41 @@ def prepare(
     )
 
 
-def prompt_length(
+@dataclass(frozen=True)
+class Counted:
+    """The prompt that a request would have."""
+
+    tokens: np.ndarray  # [tokens] int32
+    head: int  # of these, tokens that all keys share
+
+
+def count_prompt(
     context: ServerContext, request: CountTokensRequest, request_context: RequestContext, phases: Phases
-) -> int:
-    """The number of tokens of the prompt that the request would have; raises InvalidRequest."""
+) -> Counted:
+    """The prompt that the request would have; raises InvalidRequest."""
     if context.config.on_image == "error":
         refuse_images(request)
     with phases.timed("normalize"):
         normalized = normalize(request, request_context.rules).request
     scope = scope_of(context.engine.fingerprint, request_context)
-    return len(rendered_prompt(context, normalized, scope, request_context.rules, phases).tokens)
+    tokens = rendered_prompt(context, normalized, scope, request_context.rules, phases).tokens
+    return Counted(tokens, shared_head(context, normalized, tokens, request_context, phases, sent=False))
+
+
+def shared_head(
+    context: ServerContext,
+    request: CountTokensRequest,
+    tokens: np.ndarray,  # [tokens] int32
+    request_context: RequestContext,
+    phases: Phases,
+    sent: bool = True,
+) -> int:
+    """How many of a prompt's first tokens keys share. A request that is `sent` counts for that, a question does not."""
+    if not (context.heads and request_context.shares_head):
+        return 0
+    with phases.timed("render"):
+        tools_first, owner = "tools-first" in request_context.rules, request_context.owner
+        return context.heads.length(request, tokens, context.tokenizer, tools_first, owner, sent)
 
 
 def own_id(request_context: RequestContext, id: str) -> str:

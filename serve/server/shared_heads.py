@@ -79,9 +79,17 @@ class SharedHeads:
         self.named.add(name)
 
     def length(
-        self, request: CountTokensRequest, tokens: np.ndarray, tokenizer: Tokenizer, tools_first: bool, key: str
+        self,
+        request: CountTokensRequest,
+        tokens: np.ndarray,
+        tokenizer: Tokenizer,
+        tools_first: bool,
+        key: str,
+        sent: bool = True,
     ) -> int:
-        """How many of a prompt's first tokens ([tokens] int32) all keys share; counts that this key has sent its head.
+        """How many of a prompt's first tokens ([tokens] int32) all keys share.
+
+        That this key has sent its head is counted if it is `sent`, not if it only asks.
 
         `request` is the prompt's, after the rules.
         """
@@ -89,7 +97,8 @@ class SharedHeads:
         # The template may write another head before this conversation than before a question alone.
         if not length or length >= len(tokens) or self.name_of(tokens[:length]) != name:
             return 0
-        return length if self.is_shared(name, key) else 0
+        shared = self.is_shared(name, key) if sent else name in self.named or name in self.shared
+        return length if shared else 0
 
     def head(self, request: CountTokensRequest, tokenizer: Tokenizer, tools_first: bool) -> Head:
         """The length and the name of a request's head, of which only whole pages count."""

@@ -17,6 +17,7 @@ class Header(NamedTuple):
 RULES_HEADER = "x-tokenzero-normalize"
 SALT_HEADER = "x-tokenzero-cache-salt"
 APPLIED_HEADER = "x-tokenzero-normalized"
+FORECAST_HEADER = "x-tokenzero-forecast"
 REPORT_HEADER = "x-tokenzero-report"
 
 REQUEST_HEADERS = (
@@ -35,6 +36,11 @@ RESPONSE_HEADERS = (
         "server-timing", "Where the time went, phase by phase; `proxy` is how long the proxy's rules took.", proxy=True
     ),
     Header(APPLIED_HEADER, "The rules that changed the request and where, at most 32.", proxy=True),
+    Header(
+        FORECAST_HEADER,
+        "What the request was expected to find as it came, such as `device=51136, disk=512, computed=352, "
+        "ttft-ms=131.9`: tokens that are read, by where they were, tokens to compute, and the time to the first token.",
+    ),
     Header("request-id", "A fresh id of each response."),
     Header(
         "x-request-id",

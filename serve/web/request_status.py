@@ -9,12 +9,12 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from serve.api.answers import ContentBlockDelta, Event, MessageDelta, Usage
+from serve.api.answers import CacheForecast, ContentBlockDelta, Event, MessageDelta, Usage
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
 from serve.web.timing import Phases
 
-STATUS_BYTES = 1700  # memory of a status, about, without the words that a client has chosen
+STATUS_BYTES = 2100  # memory of a status, about, without the words that a client has chosen
 UPSTREAM_BYTES = 150  # more, for each upstream
 
 
@@ -30,6 +30,7 @@ class RequestStatus(Struct, frozen=True, omit_defaults=True):
     upstream: str | None = None  # where a proxy with several has sent it
     expected_cached_tokens: int = 0  # there
     expected_ttft_ms: Mapping[str, float] = {}  # at each upstream that could take it
+    forecast: CacheForecast | None = None  # what a server expected as the request came
 
 
 def status_bytes(status: RequestStatus) -> int:

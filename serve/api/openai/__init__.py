@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
+from serve.api.answers import CacheForecast
 from serve.api.messages import MessagesRequest, decode
 from serve.api.openai import chat_request, responses_request
 from serve.api.openai.chat_answer import ChatWriter
@@ -42,8 +43,9 @@ class InputTokens(Struct, frozen=True):
 
     input_tokens: int
     object: str = "response.input_tokens"
+    cache: CacheForecast | UnsetType = UNSET  # an extension, as of serve.api.answers.TokenCount
 
 
-def input_tokens_body(tokens: int) -> bytes:
+def input_tokens_body(tokens: int, cache: CacheForecast | None) -> bytes:
     """Body of the answer of `POST /v1/responses/input_tokens`, whose request `read_responses` reads."""
-    return msgspec.json.encode(InputTokens(tokens))
+    return msgspec.json.encode(InputTokens(tokens, cache=UNSET if cache is None else cache))

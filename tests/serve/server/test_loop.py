@@ -19,6 +19,7 @@ import pytest
 import serve.formats.readers
 import serve.formats.stream
 import serve.server.app
+import serve.server.counts
 import serve.server.prepare
 from model import checkpoint
 from model.kernels.dispatch import arranged
@@ -74,7 +75,7 @@ def got(path: str) -> Callable[[httpx.Client], httpx.Response]:
         (Divergences, "latest", got("/v1/requests")),
         (Divergences, "find_report", got("/v1/requests/msg_1")),
         (serve.server.app, "read_messages", posted("/v1/messages")),
-        (serve.server.app, "decode_count_tokens", posted("/v1/messages/count_tokens")),
+        (serve.server.counts, "decode_count_tokens", posted("/v1/messages/count_tokens")),
         (serve.server.prepare, "prompt", posted("/v1/messages")),
         (serve.server.prepare, "prompt", posted("/v1/messages/count_tokens")),
         (serve.server.prepare, "Stops", posted("/v1/messages", stop_sequences=["END"])),
