@@ -106,6 +106,19 @@ class TokenCount(Struct, frozen=True):
     cache: CacheForecast | UnsetType = UNSET  # an extension; left out where the engine is too busy to say
 
 
+class CacheWarmed(Struct, frozen=True):
+    """The answer of `POST /v1/cache/warm`: what is in the cache now, and what that took."""
+
+    input_tokens: int  # of the whole prompt
+    warmed_tokens: int  # of these, tokens from the first on that are in the cache now
+    until: str  # where these end: before this message of the request, after the rules
+    cache_read_input_tokens: int  # that were there before
+    cache_creation_input_tokens: int  # that were computed
+    cache_read_by_tier: dict[str, int]
+    phases_ms: dict[str, float]
+    type: Literal["cache_warmed"] = "cache_warmed"
+
+
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """A model and its limits in tokens; the date says nothing."""
 
@@ -262,7 +275,7 @@ def written_arguments(input: dict[str, Any]) -> str:
     return input.arguments if isinstance(input, CutInput) else msgspec.json.encode(input).decode()
 
 
-def encode(answer: Message | TokenCount | ModelInfo | ModelPage | Error) -> bytes:
+def encode(answer: Message | TokenCount | CacheWarmed | ModelInfo | ModelPage | Error) -> bytes:
     """The JSON body of an answer."""
     return msgspec.json.encode(answer)
 

@@ -54,6 +54,7 @@ from serve.server.openapi import openapi
 from serve.server.prepare import Prepared, prepare
 from serve.server.request_log import RequestLogMiddleware
 from serve.server.trim import trim_while_idle
+from serve.server.warm import Warming, post_warm, read_warm
 from serve.web.access import error_response
 from serve.web.assets import PAGE
 from serve.web.browsers import browser_rules, cors
@@ -80,11 +81,15 @@ def create_app(context: ServerContext) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         engine = context.engine
         engine.start()
-        trimmer = asyncio.create_task(trim_while_idle(lambda: engine.steps, lambda: engine.idle))
+        tasks = [
+            asyncio.create_task(trim_while_idle(lambda: engine.steps, lambda: engine.idle)),
+            asyncio.create_task(warming.run(context)),
+        ]
         async with heartbeat(context.metrics.lag.observe):
             with reloading(keys):
                 yield
-        trimmer.cancel()
+        for task in tasks:
+            task.cancel()
         # Both at the same time, since each may take the whole time limit for stopping.
         await asyncio.gather(
             run_in_threadpool(engine.stop),
@@ -92,6 +97,7 @@ def create_app(context: ServerContext) -> Starlette:
         )
 
     config = context.config
+    warming = Warming(read_warm(config), config.ready_when_warm)
     keys = open_keys(config.api_key, config.api_key_file)
     guard = Middleware(
         RequestGuardMiddleware,
@@ -118,7 +124,7 @@ def create_app(context: ServerContext) -> Starlette:
         lifespan=lifespan,
     )
     app.state.context = app.state.records = context
-    app.state.keys = keys
+    app.state.keys, app.state.warming = keys, warming
     if keys and keys.path:
         context.metrics.registry.register(KeyCollector(keys))
     return app
@@ -262,6 +268,9 @@ async def get_ready(request: Request) -> Response:
     if not engine.alive:
         return JSONResponse({"status": "engine stopped"}, 503)
     compiled, shapes = engine.compiled
+    warming: Warming = request.app.state.warming
+    if warming.required and warming.missing:
+        return JSONResponse({"status": "warming", "done": len(warming.done), "missing": warming.missing[:100]}, 503)
     return JSONResponse({"status": "ready", "compiled": compiled, "shapes": shapes})
 
 
@@ -338,6 +347,7 @@ ROUTES = [
     Route("/v1/chat/completions", post_chat_completions, methods=["POST"]),
     Route("/v1/responses", post_responses, methods=["POST"]),
     Route("/v1/responses/input_tokens", post_input_tokens, methods=["POST"]),
+    Route("/v1/cache/warm", post_warm, methods=["POST"]),
     Route("/v1/requests", get_requests, methods=["GET"]),
     Route("/v1/requests/{id}", get_request, methods=["GET"]),
     Route("/v1/models", get_models, methods=["GET"]),

@@ -216,6 +216,15 @@ class ServerConfig(LimitFlags):
         shown="measured while serving",
     )
 
+    warm: str | None = flag(
+        "request bodies whose prompts are computed at the start up to their last user message: JSON files, .jsonl "
+        "files with a body on each line, or folders, comma-separated",
+        STORE,
+        None,
+        metavar="FILES",
+    )
+    ready_when_warm: bool = flag("say that the server is ready only once --warm is done", STORE, False)
+
     audit_share: float = flag(
         "share of the device's time in which idle moments recompute reused prefixes and compare; 0 disables",
         AUDIT,
@@ -286,6 +295,8 @@ def problem_of(config: ServerConfig) -> str | None:
         return f"--share-heads: expected --share-prefix {HEADS} beside it, found {config.share_prefix}"
     if config.share_heads and not config.share_heads.exists():
         return f"--share-heads: {config.share_heads}: expected a captured request or a folder of them, found none"
+    if config.ready_when_warm and not config.warm:
+        return "--ready-when-warm: expected --warm FILES beside it, found none"
     if config.quantize and config.tp > 1:
         return f"--quantize: quantised weights are not divided over devices yet, got --tp {config.tp}: leave out one"
     try:

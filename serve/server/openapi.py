@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Struct, inspect
 from starlette.routing import Route
 
-from serve.api.answers import Error, Message, ModelInfo, ModelPage, TokenCount
+from serve.api.answers import CacheWarmed, Error, Message, ModelInfo, ModelPage, TokenCount
 from serve.api.messages import CountTokensRequest, MessagesRequest
 from serve.api.openai import InputTokens
 from serve.api.openai.chat_answer import Completion
@@ -68,6 +68,7 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/chat/completions": Operation({JSON: Completion, STREAM: EVENT}, ChatRequest, OPENAI),
     "/v1/responses": Operation({JSON: Response, STREAM: EVENT}, ResponsesRequest, OPENAI),
     "/v1/responses/input_tokens": Operation({JSON: InputTokens}, ResponsesRequest, OPENAI),
+    "/v1/cache/warm": Operation({JSON: CacheWarmed}, CountTokensRequest),
     "/v1/requests": Operation({JSON: "requests"}),
     "/v1/requests/{id}": Operation({JSON: "request"}, more={404: "The request is not known, or not any more"}),
     "/v1/models": Operation({JSON: (ModelPage, ModelList)}, openai=BOTH),
@@ -81,7 +82,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 READ = (MessagesRequest, CountTokensRequest, ChatRequest, ResponsesRequest)
 WRITTEN = (
-    *(Message, TokenCount, ModelInfo, ModelPage, Error),
+    *(Message, TokenCount, CacheWarmed, ModelInfo, ModelPage, Error),
     *(Completion, Response, InputTokens, Model, ModelList, ErrorBody),
     *(Report, RequestStatus, Volatile),
 )

@@ -113,16 +113,20 @@ class Counted:
 
 
 def count_prompt(
-    context: ServerContext, request: CountTokensRequest, request_context: RequestContext, phases: Phases
+    context: ServerContext,
+    request: CountTokensRequest,
+    request_context: RequestContext,
+    phases: Phases,
+    sent: bool = False,
 ) -> Counted:
-    """The prompt that the request would have; raises InvalidRequest."""
+    """The prompt that the request would have, or has if it is `sent`, see `shared_head`; raises InvalidRequest."""
     if context.config.on_image == "error":
         refuse_images(request)
     with phases.timed("normalize"):
         normalized = normalize(request, request_context.rules).request
     scope = scope_of(context.engine.fingerprint, request_context)
     tokens = rendered_prompt(context, normalized, scope, request_context.rules, phases).tokens
-    return Counted(tokens, shared_head(context, normalized, tokens, request_context, phases, sent=False))
+    return Counted(tokens, shared_head(context, normalized, tokens, request_context, phases, sent))
 
 
 def shared_head(
