@@ -33,7 +33,7 @@ from serve.server.bodies import read_body
 from serve.server.callers import in_own_thread, request_context_of
 from serve.server.config import EVERYTHING, HEADS, ServerConfig
 from serve.server.context import RequestContext, ServerContext
-from serve.server.limits import refuse_too_many, shallow
+from serve.server.limits import decodable, refuse_too_many
 from serve.server.prepare import count_prompt, own_id
 from serve.web.access import error_response
 from serve.web.keys import open_keys, private_salt
@@ -63,7 +63,7 @@ async def post_warm(request: Request) -> Response:
 
     def read() -> Prefix:
         with phases.timed("decode"):
-            message = read_any(shallow(body, context.config))
+            message = read_any(decodable(body, context.config))
             refuse_too_many(message, context.config)
         return prefix_of(context, message, request_context, phases)
 
