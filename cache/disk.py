@@ -12,7 +12,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,8 +19,8 @@ import lmdb
 import numpy as np
 
 from cache.lmdb_env import FORMAT, Databases, SharedEnvironment, full, old_stores
-from cache.records import STAMP, Read, delete, last_used, read, size_of, stamp_uses
-from cache.tier import Item, Payload, TierStats, seal, stamps_now
+from cache.records import STAMP, Entry, Read, delete, last_used, lower_stamps, read, room_for, size_of, stamp_uses
+from cache.tier import Item, Payload, TierStats, earlier, seal, stamps_now
 from cache.worker import Worker
 
 log = logging.getLogger("tokenzero.cache.disk")
@@ -33,23 +32,10 @@ SPLIT_BYTES = 8 * 4096  # growth of both trees when leaves split up to the root
 READ_TOGETHER = 64  # pages that are read in one transaction, or in two at once
 HALVED_BYTES = 1 << 20  # so many are read by two threads: copying them takes longer than waking one
 EVICTED_SHARE = 16  # an eviction frees 1/16 of the budget more than it must, so that evictions are rare
+MOST_LOWERED = 1 << 18  # pages that wait to be recorded as used earlier
 EVICTION_BYTES = 256 << 20  # freed in one transaction, while all other writers wait
 
 Write = tuple[bytes, Payload, int]  # key, payload, stamp
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One stored page, without its payload."""
-
-    key: bytes
-    size: int  # bytes
-    last_used: float  # seconds since 1970
-
-
-def room_for(size: int) -> int:
-    """Bytes that a payload of `size` bytes takes in LMDB: whole pages, a header, and its share of a tree."""
-    return -(-(size + 16) // 4096) * 4096 + 512
 
 
 class DiskTier:
@@ -68,6 +54,7 @@ class DiskTier:
         self.budget_bytes = budget_bytes
         self.counts: Counter[str] = Counter()
         self.touched: dict[bytes, int] = {}  # uses that the next write records, nanoseconds since 1970
+        self.lowered: dict[bytes, tuple[int, int]] = {}  # uses that the next write records as earlier ones
         self.evicted_stamp = 0  # the latest use of any evicted page: an older page would be evicted next
         self.pages = self.bytes = 0  # at the last look
         self.puts = False  # whether this process puts pages, and so keeps the store within its budget
@@ -101,6 +88,12 @@ class DiskTier:
             return [self._touch(*use) for use in zip(keys, entries, used, strict=True)]
 
         return self.store.attempt("read", look, [True] * len(keys))
+
+    def demote_many(self, keys: Sequence[bytes], stamps: Sequence[int], seconds: float) -> None:
+        """See Tier."""
+        with self.lock:
+            if len(self.lowered) < MOST_LOWERED:
+                self.lowered |= {key: (at, earlier(at, seconds)) for key, at in zip(keys, stamps, strict=True)}
 
     def recent(self, size: int, count: int) -> list[bytes]:
         """See Tier."""
@@ -163,7 +156,7 @@ class DiskTier:
         It also opens a failed store again, and a process that puts pages brings the store back within its own budget.
         """
         self.store.attempt("open", self._measure, None)
-        if self.touched and not self._change(self._record_uses, False):
+        if (self.touched or self.lowered) and not self._change(self._record_uses, False):
             with self.lock:
                 self.touched = {}  # they must not pile up while nothing can be written
         if self.puts and self.bytes > self.budget_bytes:
@@ -354,7 +347,8 @@ class DiskTier:
         """Write the uses so far and `new` pages (key, payload, entry) in one transaction."""
         with self.lock:
             touched, self.touched = self.touched, {}
-        if not touched and not new:
+            lowered, self.lowered = self.lowered, {}
+        if not touched and not new and not lowered:
             return True
         try:
             with dbs.env.begin(write=True) as txn:
@@ -362,6 +356,7 @@ class DiskTier:
                 for key, payload, entry in new:
                     txn.put(key, payload, db=dbs.pages)
                     txn.put(key, entry, db=dbs.entries)
+                lower_stamps(dbs, txn, lowered)
         except lmdb.Error:
             with self.lock:
                 for key, stamp in touched.items():

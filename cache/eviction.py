@@ -30,6 +30,7 @@ FASTEST_S, SLOWEST_S = 4.0, 30.0  # bounds of an agent's pace
 PACE_WEIGHT = 0.3  # of the latest gap in an agent's pace
 PERSON_S = 300.0  # who waits for a person is expected as late as who has waited for a tool for so much longer
 UNKNOWN_S = 60.0  # the same, where the answer's end says neither
+ENDED_S = 30 * 86400.0  # the same, where nobody is expected
 BACKGROUND_S = 600.0  # the same, for each step of priority below 0
 
 NORMAL, KEPT, BUSY = 1, 2, 3  # levels, besides 0 for pages that nobody will ask for
@@ -83,6 +84,11 @@ def agent_aware(use: LastUse, now: float) -> Rank:
     if use.state is State.UNKNOWN:
         later_s += UNKNOWN_S
     return Rank(NORMAL, 1, later_s - use.used)
+
+
+def demotion_s(state: State) -> float:
+    """Seconds by which a tier below the device, which ranks by last use alone, counts a use as earlier."""
+    return {State.PERSON: PERSON_S, State.ENDED: ENDED_S}.get(state, 0.0)
 
 
 def least_recently_used(use: LastUse, now: float) -> Rank:

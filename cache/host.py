@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cache.tier import CLOCK_SLACK_NS, Item, Payload, TierStats, placed, stamps_now
+from cache.tier import CLOCK_SLACK_NS, Item, Payload, TierStats, earlier, placed, stamps_now
 
 
 class HostTier:
@@ -19,9 +19,8 @@ class HostTier:
         self.budget_bytes = budget_bytes
         self.pages: dict[bytes, Payload] = {}
         self.used: dict[bytes, int] = {}  # stamps of these
-        self.oldest: list[
-            tuple[int, bytes]
-        ] = []  # a heap with a stamp and key for each page; the stamp may be out of date
+        # A heap with a stamp and key for each page, and some more: a stamp may be out of date, but none is too late.
+        self.oldest: list[tuple[int, bytes]] = []
         self.evicted_stamp = 0  # the latest use of any evicted page: an older page would be evicted next
         self.newest = 0  # stamp of any page that was put
         self.bytes = 0
@@ -38,6 +37,14 @@ class HostTier:
         with self.lock:
             self._use(keys, stamps)
             return [key in self.pages for key in keys]
+
+    def demote_many(self, keys: Sequence[bytes], stamps: Sequence[int], seconds: float) -> None:
+        """See Tier."""
+        with self.lock:
+            for key, stamp in zip(keys, stamps, strict=True):
+                if self.used.get(key) == stamp:
+                    self.used[key] = earlier(stamp, seconds)
+                    heapq.heappush(self.oldest, (self.used[key], key))
 
     def recent(self, size: int, count: int) -> list[bytes]:
         """See Tier."""
@@ -117,8 +124,10 @@ class HostTier:
         """Evict to make room for a page of this size and last use; False if that page would be evicted next."""
         while self.bytes + size > self.budget_bytes and stamp > self.evicted_stamp:
             queued_at, key = self.oldest[0]
-            if queued_at != self.used[key]:
-                heapq.heapreplace(self.oldest, (self.used[key], key))
+            if (used := self.used.get(key)) is None:  # evicted by another entry, from before it was demoted or after
+                heapq.heappop(self.oldest)
+            elif queued_at != used:
+                heapq.heapreplace(self.oldest, (used, key))
             elif queued_at >= stamp:
                 return False
             else:

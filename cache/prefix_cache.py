@@ -13,18 +13,21 @@ Reuse by a radix tree is SGLang's RadixAttention (Zheng et al., 2023, https://ar
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cache.agents import Agents
-from cache.eviction import Rule, State, agent_aware
+from cache.eviction import Rule, State, agent_aware, demotion_s
 from cache.keys import PageChain
 from cache.nodes import NO_PAGES, Agent, Dropped, Use
 from cache.pool import PagePool, pages_for
 from cache.preloaded import PreloadedPages
 from cache.radix_tree import RadixTree
+
+MOST_DEMOTED = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,7 @@ class PrefixCache:
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(self.pool, page_size, rule, clock, page_cost)
         self.agents = Agents()
+        self.demoted: deque[Use] = deque(maxlen=MOST_DEMOTED)  # for whoever demotes them on other tiers, too
         self.preloaded = PreloadedPages(self.pool)
         self.live: dict[int, Lease] = {}
         self.numbers = itertools.count()
@@ -105,9 +109,9 @@ class PrefixCache:
         self, tokens: np.ndarray, salt: bytes = b"", head: int = 0, agent: Agent | None = None, priority: int = 0
     ) -> Use:
         """A new request's use of pages. Without an `agent` it is that of the conversation that `tokens` extend."""
-        last, matched = self.tree.last_use(np.asarray(tokens, np.int32), salt, head)
+        last, matched, extended = self.tree.last_use(np.asarray(tokens, np.int32), salt, head)
         agent = agent or Agent()
-        if last and not agent.id and not last.agent.id and matched + self.page_size >= last.tokens:
+        if last and extended and not agent.id and not last.agent.id:
             agent = last.agent
         now = self.tree.now()
         use = Use(agent, priority, now, tokens=len(tokens))
@@ -119,7 +123,7 @@ class PrefixCache:
         return use
 
     def answered(self, use: Use, state: State) -> None:
-        """Note how a request's answer ended, and so what its agent does now: called after its leases have ended."""
+        """Note how a request's answer ended, and so what its agent does now."""
         use.used = self.tree.now()
         self._set(use, state)
 
@@ -212,7 +216,7 @@ class PrefixCache:
         self.pool.release(lease.pages)
         if (use := lease.use) is not None:
             use.leases -= 1
-            if not use.leases:
+            if not use.leases and use.state is State.RUNNING:
                 use.used = self.tree.now()
                 self._set(use, State.UNKNOWN)
 
@@ -244,6 +248,8 @@ class PrefixCache:
     def _set(self, use: Use, state: State) -> None:
         use.state = state
         self.tree.rank_again(use)
+        if demotion_s(state):
+            self.demoted.append(use)
 
     def _evictable(self) -> int:
         """Pages that only the tree holds, or that were preloaded."""

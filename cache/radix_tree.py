@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cache.eviction import LastUse, Rank, Rule, State, agent_aware
+from cache.eviction import LastUse, Rank, Rule, State, agent_aware, demotion_s
 from cache.eviction_order import EvictionOrder
 from cache.journal import Journal, Listed
 from cache.keys import HEAD_SALT
@@ -76,16 +76,28 @@ class RadixTree:
         path, length = self._walk(tokens, salt, head)
         return self._table(path, length), length
 
-    def last_use(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> tuple[Use | None, int]:
-        """The use of the last node along `tokens` ([tokens] int32), None if several agents share it; and the match."""
+    def last_use(self, tokens: np.ndarray, salt: bytes, head: int = 0) -> tuple[Use | None, int, bool]:
+        """The use of the last node along `tokens` ([tokens] int32), None if several agents share it; and the match.
+
+        And whether the tokens go on where that use's prompt ended, or from all that is left of it.
+        """
         path, length = self._walk(tokens, salt, head)
-        last = path[-1] if path else None
-        return (last.use if last and not last.shared else None), length
+        if not path or path[-1].shared or (use := path[-1].use) is None:
+            return None, length, False
+        left = length == path[-1].end and path[-1].is_leaf
+        return use, length, left or length + self.page_size >= use.tokens
 
     def rank_again(self, use: Use) -> None:
         """Rank the pages of a use anew, whose state has changed."""
         if (leaf := use.leaf) and leaf.use is use and leaf in self.leaves:
             self._queue(leaf)
+
+    def own_start(self, use: Use) -> int:
+        """The position from which on only its agent has used the sequence that a use ends; its end, if it is gone."""
+        node, start = use.leaf, -1
+        while node is not None and node.use is use and not node.shared:
+            node, start = node.parent, node.start
+        return start if start >= 0 else 1 << 62
 
     def keep(self, tokens: np.ndarray, until: float, salt: bytes, head: int = 0) -> int:
         """Promise to evict no page of `tokens` ([tokens] int32) before `until`, seconds of the clock, if others can be.
@@ -324,8 +336,8 @@ class RadixTree:
     def _rank(self, leaf: Node, now: float) -> Rank:
         use = leaf.use
         assert use is not None, "a leaf was never used"
-        # A tail that only its latest user has used has its state; what others share is in nobody's hand.
-        state = State.UNKNOWN if leaf.shared and use.state is not State.RUNNING else use.state
+        # That one agent is not expected back soon says nothing of pages that others have used, too.
+        state = State.UNKNOWN if leaf.shared and demotion_s(use.state) else use.state
         cost_s = self.page_cost(leaf.end)
         return self.rule(LastUse(use.used, state, use.agent.pace_s, use.priority, leaf.kept_until, cost_s=cost_s), now)
 

@@ -16,12 +16,26 @@ ENTRY_BYTES = SEAL.size + STAMP.size
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One stored page, without its payload."""
+
+    key: bytes
+    size: int  # bytes
+    last_used: float  # seconds since 1970; earlier where whoever used it last is not expected back soon
+
+
+@dataclass(frozen=True)
 class Read:
     """What was under a key; sound if the payload matches the entry's seal."""
 
     entry: bytes | None
     payload: Payload | None
     sound: bool
+
+
+def room_for(size: int) -> int:
+    """Bytes that a payload of `size` bytes takes in LMDB: whole pages, a header, and its share of a tree."""
+    return -(-(size + 16) // 4096) * 4096 + 512
 
 
 def delete(dbs: Databases, txn: "lmdb.Transaction[bytes]", key: bytes) -> None:
@@ -36,6 +50,14 @@ def stamp_uses(dbs: Databases, txn: "lmdb.Transaction[bytes]", uses: Mapping[byt
         for key in sorted(uses):
             if cursor.set_key(key) and last_used(entry := cursor.value()) < uses[key]:
                 cursor.put(key, entry[: SEAL.size] + STAMP.pack(uses[key]))
+
+
+def lower_stamps(dbs: Databases, txn: "lmdb.Transaction[bytes]", lowered: Mapping[bytes, tuple[int, int]]) -> None:
+    """Give pages an earlier stamp, the second of each two, where the first one is still recorded."""
+    with txn.cursor(dbs.entries) as cursor:
+        for key in sorted(lowered):
+            if cursor.set_key(key) and last_used(entry := cursor.value()) == lowered[key][0]:
+                cursor.put(key, entry[: SEAL.size] + STAMP.pack(lowered[key][1]))
 
 
 def read(

@@ -52,6 +52,9 @@ class RemoteTier:
         """See Tier. Always True: uses are not recorded here, and to look would cost a read per key."""
         return [True] * len(keys)
 
+    def demote_many(self, keys: Sequence[bytes], stamps: Sequence[int], seconds: float) -> None:
+        """See Tier. Do nothing: a bucket has no stamps."""
+
     def recent(self, size: int, count: int) -> list[bytes]:
         """See Tier. Always empty: uses are not recorded here, and to list a bucket may take minutes."""
         return []

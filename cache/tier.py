@@ -65,6 +65,12 @@ class Tier(Protocol):
     def touch_many(self, keys: Sequence[bytes], stamps: Sequence[int] | None = None) -> list[bool]:
         """As contains_many, but counts as a use. True where the tier cannot know."""
 
+    def demote_many(self, keys: Sequence[bytes], stamps: Sequence[int], seconds: float) -> None:
+        """Count these uses of pages as if they had been so much earlier: who made them is not expected back soon.
+
+        A page that was used since, by anybody, keeps its stamp, and so does every page of a tier without stamps.
+        """
+
     def recent(self, size: int, count: int) -> list[bytes]:
         """Keys of up to `count` pages of `size` bytes, the most recently used first; none where uses are unknown."""
 
@@ -102,6 +108,11 @@ def stamps_now(count: int) -> Sequence[int]:
     """Stamps of a use at this moment, the first of `count` pages the most recent."""
     now = time.time_ns()
     return range(now, now - count, -1)
+
+
+def earlier(stamp: int, seconds: float) -> int:
+    """The stamp of a use so many seconds earlier; above 0, which is no use."""
+    return max(1, stamp - round(1e9 * seconds))
 
 
 def seal(key: bytes, payload: Payload) -> bytes:

@@ -41,6 +41,8 @@ class WriteBack:
         self.queued_bytes = 0  # includes the job that is being written
         self.used: list[tuple[Sequence[bytes], Sequence[int]]] = []  # keys and stamps of pages before these
         self.used_pages = 0
+        self.demoted: list[tuple[Sequence[bytes], Sequence[int], float]] = []
+        self.demoted_pages = 0
         self.dropped = 0  # pages that the queue had no room for
         self.failed = 0  # pages that could not be loaded, or that a tier raised for
         self.failures = Failures()
@@ -73,6 +75,13 @@ class WriteBack:
             if self.used_pages < MAX_USES:
                 self.used.append((keys, stamps))
                 self.used_pages += len(keys)
+
+    def demote(self, keys: Sequence[bytes], stamps: Sequence[int], seconds: float) -> None:
+        """Count uses of pages as earlier ones, after all jobs that were submitted before: see Tier.demote_many."""
+        with self.changed:
+            if self.demoted_pages < MAX_USES:
+                self.demoted.append((keys, stamps, seconds))
+                self.demoted_pages += len(keys)
 
     def has_room(self, size: int) -> bool:
         """Whether `submit` would take `size` bytes now; an empty queue takes a job of any size."""
@@ -122,10 +131,13 @@ class WriteBack:
             jobs, used, asked, closing = list(self.queued), self.used, self.asked, self.closing
             self.queued.clear()
             self.used, self.used_pages = [], 0
+            demoted, self.demoted, self.demoted_pages = self.demoted, [], 0
         for keys, stamps in used:
             self._use(keys, stamps)
         for job in jobs:
             self._write(job)
+        for keys, stamps, seconds in demoted:
+            self._demote(keys, stamps, seconds)
         self._each("nothing is written through to the disk", lambda tier: tier.sync())
         with self.changed:
             self.queued_bytes -= sum(job.size for job in jobs)
@@ -134,6 +146,9 @@ class WriteBack:
 
     def _use(self, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         self._each(f"uses of {len(keys)} pages are lost", lambda tier: tier.touch_many(keys, stamps))
+
+    def _demote(self, keys: Sequence[bytes], stamps: Sequence[int], seconds: float) -> None:
+        self._each(f"{len(keys)} pages stay for longer", lambda tier: tier.demote_many(keys, stamps, seconds))
 
     def _write(self, job: WriteJob) -> None:
         lost, nothing = f"{len(job.keys)} pages are lost", list[Item]()

@@ -48,7 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experiments.harness": set(),
     "experiments.workloads": {"model", "experiments.harness"},
     "experiments.sweep": {"model", "cache", "serve", "experiments.harness", "experiments.workloads"},
-    "experiments.replay": {"model", "cache", "serve", "experiments.harness", "experiments.workloads"},
+    "experiments.replay": {
+        *("model", "cache", "serve"),
+        *("experiments.harness", "experiments.workloads", "experiments.routing"),
+    },
     "experiments.wild": {"cache", "serve", "experiments.harness", "experiments.workloads"},
     "experiments.routing": {"cache", "serve", "experiments.harness", "experiments.workloads"},
     "experiments.gpu": {"model", "cache", "serve", "experiments.harness", "experiments.workloads"},

@@ -17,6 +17,7 @@ from cache.eviction import Rule, agent_aware, greedy_dual, least_recently_used
 from cache.nodes import Agent
 from cache.prefix_cache import PrefixCache
 from experiments.replay.recorded import Arrival
+from experiments.routing.cache import UniquePool
 
 # Seconds for the page that ends at a position: the cost model of 8B parameters on an H200 in bfloat16, at 60% of its
 # peak: 16e9 FLOP a token, and 4 * 36 layers * 4,096 FLOP for each token before it.
@@ -67,8 +68,8 @@ def replay_rule(arrivals: Sequence[Arrival], pages: int, policy: Policy, page_to
     A prompt that does not fit into the cache as a whole is computed without it.
     """
     clock = Clock()
-    # One more: a match inside a page is continued in a copy, and here a page is a token, so there is none.
     cache = PrefixCache(pages, 1, rule=policy.rule, clock=clock, page_cost=page_seconds(page_tokens))
+    cache.pool = cache.tree.pool = cache.preloaded.pool = UniquePool(pages)
     agents: dict[tuple[int, int], Agent] = {}
     found = np.zeros(len(arrivals), np.int64)
     for index, arrival in enumerate(arrivals):

@@ -90,7 +90,7 @@ def halves(sessions: Sequence[Recorded], seed: int = 1) -> tuple[list[Recorded],
 
 
 def at_work(sessions: Iterable[Recorded], seats: int, seed: int = 0) -> list[Arrival]:
-    """The requests of so many sessions at a time, by their times; they are dealt in an order drawn by `seed`."""
+    """The requests of so many sessions at a time, by their times; `seed` draws the order in which they are dealt."""
     dealt = list(sessions)
     random.Random(seed).shuffle(dealt)
     free, arrivals, first_page = [(0.0, seat) for seat in range(seats)], list[Arrival](), 0

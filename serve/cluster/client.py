@@ -11,12 +11,13 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
+from cache.eviction import State
 from cache.keys import PageChain
 from serve.cluster.dispatch import Call, Dispatch
 from serve.cluster.report import Report, difference
 from serve.cluster.wire import Refused, pack, unpack_events
 from serve.cost.model import CostModel
-from serve.engine.inbox import Overloaded
+from serve.engine.inbox import Answered, Overloaded
 from serve.engine.request import Event, Failed, Finished, Forecast, GenerationRequest, Started, Waiting
 from serve.engine.settings import EngineSettings
 from serve.router.request import RoutedRequest, short_keys
@@ -59,6 +60,7 @@ class ClusterEngine:
         self.handle, self.dispatch = handle.options(**TRANSPORT), dispatch
         self.begin, self.end, self.head_answers = begin, end, head_answers
         self.in_flight = 0
+        self.answers: list[Answered] = []  # how answers ended, for the replicas to know
         self.messages: dict[asyncio.Task[bytes], Call] = {}  # that are on their way
         self.gone = False  # whether Ray's head does not answer
         self.others: set[str] = set()  # replicas of another model, format or version
@@ -115,6 +117,10 @@ class ClusterEngine:
         """See EngineClient: what the router expects where it would send the request."""
         call = await asyncio.to_thread(self.call, request)
         return self.dispatch.forecast(call.request)
+
+    def answered(self, id: str, state: State, ended_session: str = "") -> None:
+        """See EngineClient: replicas are told when they report next."""
+        self.answers.append(Answered(id, state, ended_session))
 
     @property
     def alive(self) -> bool:
@@ -192,7 +198,8 @@ class ClusterEngine:
         """Ask all replicas for a report, again and again."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
-            reports = await self.ask("report", dict(self.dispatch.known))
+            answers, self.answers = self.answers, []
+            reports = await self.ask("report", dict(self.dispatch.known), answers)
             gone = not reports and not await asyncio.to_thread(self.head_answers)
             if gone and not self.gone:
                 log.error(GONE)

@@ -14,7 +14,7 @@ from serve.cluster.config import ClusterConfig
 from serve.cluster.publisher import Publisher
 from serve.cluster.report import Costs, Identity, Report
 from serve.cluster.wire import VERSION, Refused, pack_events, unpack
-from serve.engine.inbox import Overloaded
+from serve.engine.inbox import Answered, Overloaded
 from serve.engine.request import Event, Failed, Finished, Started
 from serve.engine.runtime import leave_out_torch, set_up_jax
 from serve.engine.sequence import Sequence
@@ -84,9 +84,14 @@ class EngineReplica:
             del self.calls[number]
             self.engine.cancel(number)
 
-    async def report(self, after: dict[str, int]) -> Report:
-        """The replica now; `after` has the number of the last increment of pages that the caller knows, by replica."""
+    async def report(self, after: dict[str, int], answers: Collection[Answered] = ()) -> Report:
+        """The replica now; `after` has the number of the last increment of pages that the caller knows, by replica.
+
+        `answers` say how some ended, of any replica.
+        """
         engine = self.engine
+        for answer in answers:
+            engine.inbox.answered(answer)
         self.publisher.take()
         return Report(
             name=self.name,

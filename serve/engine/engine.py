@@ -25,6 +25,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from cache.eviction import State
 from cache.tiers import Tiers
 from model.config import ModelConfig
 from model.fingerprint import with_pages
@@ -34,7 +35,7 @@ from serve.engine.core import EngineCore
 from serve.engine.counters import Counters
 from serve.engine.fairness import Queue, owner_of
 from serve.engine.forecast import Forecaster, asked
-from serve.engine.inbox import Inbox, Overloaded, QueueFull
+from serve.engine.inbox import Answered, Inbox, Overloaded, QueueFull
 from serve.engine.request import Event, Failed, Finished, Forecast, GenerationRequest, Waiting
 from serve.engine.sequence import Sequence
 from serve.engine.settings import EngineSettings
@@ -182,6 +183,13 @@ class Engine:
         """End a request without a further event; nothing happens if it has ended already."""
         self.inbox.cancel(number)
 
+    def answered(self, id: str, state: State, ended_session: str = "") -> None:
+        """Say how the answer to the request with this id ended, and whether its session asks for nothing more.
+
+        Called after its last event was taken; what its agent does now decides what is evicted.
+        """
+        self.inbox.answered(Answered(id, state, ended_session))
+
     def generate(self, request: GenerationRequest, waiting_s: float | None = None) -> AsyncGenerator[Event, None]:
         """Submit a request from an event loop, see `generate`."""
         return generate(self, request, waiting_s)
@@ -255,6 +263,10 @@ class Engine:
         problem = ""
         try:
             self.core.cancel(cancelled)
+            for answer in self.inbox.read_answers():
+                self.core.memory.note(answer)
+            if self.core.saver:
+                self.core.saver.demote()
             self.core.step()
             if self.core.preloader:
                 self.core.preloader.step(self.core.quiet)

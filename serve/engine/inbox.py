@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cache.eviction import State
 from serve.engine.sequence import Sequence
 
 
@@ -18,6 +19,15 @@ class QueueFull(Overloaded):
     """As many requests wait as may."""
 
 
+@dataclass(frozen=True)
+class Answered:
+    """How a request's answer ended."""
+
+    id: str  # of the request
+    state: State  # of its agent from now on
+    ended_session: str = ""  # one that asks for nothing more
+
+
 @dataclass
 class Inbox:
     """A mailbox; `changed` guards all fields, and the engine's thread sleeps on it when it has nothing to do."""
@@ -26,6 +36,7 @@ class Inbox:
     submissions: deque[Sequence] = field(default_factory=deque)
     cancellations: set[int] = field(default_factory=set)
     questions: deque[Callable[[], object]] = field(default_factory=deque)  # which never raise
+    answers: list[Answered] = field(default_factory=list)
     woken: bool = False  # something that the engine waits for has arrived
     stopping: bool = False
 
@@ -51,6 +62,18 @@ class Inbox:
             self.questions.append(question)
             self.changed.notify()
 
+    def answered(self, answer: Answered) -> None:
+        """Note how an answer ended; the engine reads it with its next turn."""
+        with self.changed:
+            self.answers.append(answer)
+            self.changed.notify()
+
+    def read_answers(self) -> list[Answered]:
+        """Take the notes on answers."""
+        with self.changed:
+            answers, self.answers = self.answers, []
+        return answers
+
     def wake(self) -> None:
         """Wake the engine: something has arrived that it may be waiting for."""
         with self.changed:
@@ -67,7 +90,14 @@ class Inbox:
         """Return when there is anything to read, or after so many seconds."""
         with self.changed:
             self.changed.wait_for(
-                lambda: self.stopping or self.submissions or self.cancellations or self.questions or self.woken,
+                lambda: (
+                    self.stopping
+                    or self.submissions
+                    or self.cancellations
+                    or self.questions
+                    or self.answers
+                    or self.woken
+                ),
                 seconds,
             )
 

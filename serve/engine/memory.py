@@ -6,17 +6,22 @@ Both live and end together: where a step that failed took the pool along, nothin
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from cache.nodes import Use
 from cache.pool import PoolExhausted
 from cache.prefix_cache import Lease, PrefixCache
 from model.kv import KVPool
+from serve.engine.inbox import Answered
 from serve.engine.sequence import Sequence
 
 log = logging.getLogger("tokenzero.engine")
+
+MOST_UNANSWERED = 4096
 
 
 class Memory:
@@ -34,6 +39,7 @@ class Memory:
     ) -> None:
         self.pool, self.new_pool, self.copy, self.new_cache = pool, new_pool, copy, new_cache
         self.prefix_cache = new_cache()
+        self.unanswered: OrderedDict[str, Use] = OrderedDict()  # by request, until it is known how its answer ended
 
     @property
     def free_tokens(self) -> int:
@@ -47,7 +53,26 @@ class Memory:
 
     def match(self, sequence: Sequence) -> Lease:
         """A lease of the longest cached prefix of a sequence."""
-        return self.prefix_cache.match(sequence.matchable_tokens, sequence.request.salt, sequence.request.head)
+        request, tokens = sequence.request, sequence.matchable_tokens
+        if sequence.use is None:
+            cache, agent = self.prefix_cache, None
+            if request.agent:
+                agent = cache.agents.named(request.salt, request.agent, request.session, request.parent)
+            sequence.use = cache.begin(tokens, request.salt, request.head, agent, request.priority)
+            if request.id:
+                self.unanswered[request.id] = sequence.use
+                if len(self.unanswered) > MOST_UNANSWERED:
+                    self.unanswered.popitem(last=False)
+        return self.prefix_cache.match(tokens, request.salt, request.head, sequence.use)
+
+    def note(self, answer: Answered) -> None:
+        """Take note of how an answer ended: what its agent does now decides what is evicted."""
+        if (use := self.unanswered.pop(answer.id, None)) is None:
+            return
+        self.prefix_cache.answered(use, answer.state)
+        if answer.ended_session:
+            for agent in self.prefix_cache.agents.of_session(answer.ended_session):
+                self.prefix_cache.end(agent)
 
     def refresh_match(self, sequence: Sequence) -> None:
         """Use what another request has computed of the same prompt since this sequence was matched last."""

@@ -41,6 +41,9 @@ class GenerationRequest:
     constraint: Constraint | None = None
     agent: str = ""  # whose requests follow each other, for a router; "" if unknown
     session: str = ""  # that the agent belongs to
+    parent: str = ""  # the agent that waits for its end; "" if a person does
+    id: str = ""  # by which `Engine.answered` names it
+    priority: int = 0  # below 0 is background
     owner: str = ""  # among whom places and steps are divided fairly; "" where nobody is named
 
 

@@ -8,13 +8,16 @@ and no request notices.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import numpy as np
 
+from cache.eviction import demotion_s
+from cache.nodes import Use
+from cache.pool import pages_for
 from cache.prefix_cache import Lease
 from cache.worker import Failures
 from cache.writeback import WriteBack
@@ -22,6 +25,8 @@ from serve.engine.memory import Memory
 from serve.engine.page_copies import PageCopies, batch_sizes
 from serve.engine.page_names import PageNames
 from serve.engine.sequence import Sequence
+
+MOST_STAMPED = 1 << 17  # pages whose names are kept: about 15 MB
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,15 @@ class PendingWrite:
     pages: list[UnsavedPage]
 
 
+@dataclass(frozen=True)
+class Stamped:
+    """The pages of a request that has ended, as the tiers know them."""
+
+    used: int  # ns since 1970: page i has the stamp `used - i`
+    keys: list[bytes]
+    stamps: list[int]
+
+
 class Saver:
     """Queues full pages for the tiers' writer, as far as its queue has room.
 
@@ -52,6 +66,8 @@ class Saver:
         self.writer, self.memory, self.copies, self.names = writer, memory, copies, names
         self.failures = Failures()
         self.pending_writes: deque[PendingWrite] = deque()
+        self.stamped: OrderedDict[Use, Stamped] = OrderedDict()  # of requests that may be demoted, the latest ones
+        self.stamped_pages = 0
 
     def save(self, sequence: Sequence) -> None:
         """Queue the pages that a running sequence has filled."""
@@ -67,7 +83,30 @@ class Saver:
         rest = sequence.tokens[full * sequence.page_size : sequence.computed]
         if len(rest) and sequence.computed > sequence.reused:
             pages += [self._tail(sequence, full, rest), *self._fork(sequence, full)]
+        self._remember(sequence, full, pages)
         return pages
+
+    def demote(self) -> None:
+        """Let the tiers count uses as earlier whose agents are not expected back soon, once their pages are written."""
+        cache = self.memory.prefix_cache
+        while cache.demoted and not self.pending_writes:
+            use = cache.demoted.popleft()
+            if (pages := self.stamped.get(use)) is None:
+                continue
+            first = pages_for(cache.tree.own_start(use), cache.page_size)
+            own = [(k, s) for k, s in zip(pages.keys, pages.stamps, strict=True) if pages.used - s >= first]
+            self.writer.demote([key for key, _ in own], [stamp for _, stamp in own], demotion_s(use.state))
+
+    def _remember(self, sequence: Sequence, full: int, pages: list[UnsavedPage]) -> None:
+        """Keep the names of a sequence's pages for as long as they may be demoted."""
+        if sequence.use is None:
+            return
+        known = dict(zip(sequence.keys[:full], range(sequence.used, sequence.used - full, -1), strict=True))
+        known |= {page.key: page.stamp for page in pages}
+        self.stamped[sequence.use] = Stamped(sequence.used, list(known), list(known.values()))
+        self.stamped_pages += len(known)
+        while self.stamped_pages > MOST_STAMPED:
+            self.stamped_pages -= len(self.stamped.popitem(last=False)[1].keys)
 
     def finish(self, lease: Lease, pages: list[UnsavedPage]) -> None:
         """Queue the last pages of a sequence, and end its lease when the writer has taken all."""

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cache.nodes import Use
 from cache.prefix_cache import Lease
 from cache.tiers import StoredPage
 from serve.engine.request import Event, Forecast, GenerationRequest
@@ -78,6 +79,7 @@ class Sequence:
     answered: float = 0.0  # when its first token came
     state: SequenceState = WAITING
     lease: Lease | None = None
+    use: Use | None = None  # of the pages that it holds; Memory's
     computed: int = 0  # tokens whose keys and values are in the lease's pages, or will be after the steps in flight
     sampled: int = 0
     in_flight: InFlightToken | None = None  # its next token, which comes after `length`

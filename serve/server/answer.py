@@ -18,6 +18,7 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 from starlette.concurrency import run_in_threadpool
 
+from cache.eviction import State
 from serve.api.answers import (
     ContentBlockDelta,
     ContentBlockStart,
@@ -32,11 +33,12 @@ from serve.api.answers import (
     MessageStart,
     Ping,
     SignatureDelta,
+    StopReason,
     TextDelta,
     ThinkingDelta,
     Usage,
 )
-from serve.api.messages import DiagnosticsRequest, OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
+from serve.api.messages import DiagnosticsRequest, MessagesRequest, OutputBlock, TextBlock, ThinkingBlock, ToolUseBlock
 from serve.diagnosis.divergence import RememberedRequest
 from serve.engine.request import Event as EngineEvent
 from serve.engine.request import Failed, Finished, Forecast, Started, TokenEvent, Waiting
@@ -137,6 +139,7 @@ async def generated(
     for sent in state.close():
         yield sent
     await remember(context, prepared, state)
+    report_end(context, prepared, state.reason)
     phases.seconds["generate"] = time.perf_counter() - started_at - phases.seconds["trace"]
     for sent in state.finish():
         yield sent
@@ -207,6 +210,22 @@ async def remember(context: ServerContext, prepared: Prepared, state: AnswerStat
     await run_in_threadpool(
         context.replay.put, prepared.scope, prepared.message.messages, state.blocks.blocks, recorded
     )
+
+
+def report_end(context: ServerContext, prepared: Prepared, reason: StopReason) -> None:
+    """Tell the engine what the agent does now that it has its answer."""
+    request, sent = prepared.request_context, prepared.generation
+    state = State.ENDED if request.final else agent_state(reason, prepared.message, bool(sent.parent))
+    context.engine.answered(prepared.id, state, sent.session if request.final else "")
+
+
+def agent_state(reason: StopReason, message: MessagesRequest, has_parent: bool) -> State:
+    """What an agent does after an answer that ended so; one that has a parent reports to it and ends."""
+    if reason == "tool_use":
+        return State.TOOL
+    if not message.max_tokens or reason not in ("end_turn", "stop_sequence"):
+        return State.UNKNOWN  # the answer was cut, or there is none
+    return State.ENDED if has_parent else State.PERSON
 
 
 async def report_once(

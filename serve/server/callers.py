@@ -14,7 +14,7 @@ from serve.rules.normalize import parse_rules
 from serve.server.config import EVERYTHING, HEADS
 from serve.server.context import RequestContext, ServerContext, unrendered
 from serve.web.access import given_id
-from serve.web.agents import sender_of
+from serve.web.agents import is_final, parent_of, sender_of
 from serve.web.headers import RULES_HEADER, SALT_HEADER
 from serve.web.keys import Admission, private_salt
 
@@ -48,7 +48,18 @@ def request_context_of(request: Request, context: ServerContext) -> RequestConte
         key, salt = admission.key.name, private_salt(admission.key.name, salt)
     SCOPE.set(salt.decode("latin-1"))  # of this request's task, and of the threads that work for it
     rules, named = rules_of(request, context), given_id(request.scope)
-    return RequestContext(rules, salt, key.encode(), agent, sender_of(headers), admission, shares_head, named)
+    return RequestContext(
+        rules,
+        salt,
+        key.encode(),
+        agent,
+        sender_of(headers),
+        parent_of(headers),
+        is_final(headers),
+        admission,
+        shares_head,
+        named,
+    )
 
 
 def rules_of(request: Request, context: ServerContext) -> frozenset[str]:

@@ -70,6 +70,8 @@ class RequestContext:
     key: bytes = b""  # clients with different keys share no recorded answer
     agent: str = ""  # the client's name, from its user-agent header
     sender: Sender = NOBODY
+    parent: str = ""  # the agent that waits for the sender's end
+    final: bool = False  # the last request of the sender's session
     admission: Admission | None = None  # of the request, where keys are checked
     shares_head: bool = False  # with other keys, where that of its prompt is shared
     request_id: str | None = None  # that the client has given it

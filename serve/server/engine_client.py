@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from cache.eviction import State
 from serve.cost.model import CostModel
 from serve.engine.request import Event, Forecast, GenerationRequest
 from serve.engine.settings import EngineSettings
@@ -34,6 +35,9 @@ class EngineClient(Protocol):
 
         Raises ValueError as `Engine.submit` does.
         """
+
+    def answered(self, id: str, state: State, ended_session: str = "") -> None:
+        """Note how the answer to the request with this id ended, see `Engine.answered`; returns at once."""
 
     @property
     def alive(self) -> bool:

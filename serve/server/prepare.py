@@ -72,7 +72,9 @@ def prepare(
     head = shared_head(context, normalized.request, rendered.tokens, request_context, phases)
     with phases.timed("constrain"):
         constraint = context.constrain(normalized.request, rendered.thinking) if message.max_tokens else None
+    id = new_id("msg")
     generation = GenerationRequest(
+        id=id,
         tokens=rendered.tokens,
         max_tokens=min(message.max_tokens, room),
         stop_ids=context.stop_ids,
@@ -87,11 +89,12 @@ def prepare(
         constraint=constraint,
         agent=own_id(request_context, request_context.sender.agent),
         session=own_id(request_context, request_context.sender.session),
+        parent=own_id(request_context, request_context.parent),
         owner=request_context.owner,
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(
-        new_id("msg"),
+        id,
         request_context,
         message,
         normalized.request,

@@ -8,6 +8,15 @@ from typing import NamedTuple
 MOST_ID_CHARS = 200
 # The narrowest id first: sub-agents share their parent's session. Claude Code, Codex, OpenCode.
 AGENT_HEADERS = ("x-claude-code-agent-id", "thread-id")
+# The agent that waits for this one's end.
+PARENT_HEADERS = (
+    "x-claude-code-parent-agent-id",
+    "x-codex-parent-thread-id",
+    "x-parent-session-id",
+    "x-dynamo-parent-session-id",
+)
+# https://docs.nvidia.com/dynamo/dev/agents/identify-agent-sessions
+FINAL_HEADER = "x-dynamo-session-final"
 SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-id", "x-dynamo-session-id")
 
 
@@ -22,6 +31,22 @@ def sender_of(headers: Mapping[str, str]) -> Sender:
     """The sender of a request; an agent without an id of its own is its session's only one. Names in lower case."""
     session = first_of(headers, SESSION_HEADERS)
     return Sender(first_of(headers, AGENT_HEADERS) or session, session)
+
+
+def parent_of(headers: Mapping[str, str]) -> str:
+    """The agent that started the one that sends a request; "" where no header says so.
+
+    Claude Code names no parent of an agent that its session's main agent has started: that is the session.
+    """
+    if parent := first_of(headers, PARENT_HEADERS):
+        return parent
+    sender = sender_of(headers)
+    return sender.session if sender.agent != sender.session else ""
+
+
+def is_final(headers: Mapping[str, str]) -> bool:
+    """Whether a request is the last one of its session."""
+    return headers.get(FINAL_HEADER, "").strip().lower() == "true"
 
 
 def first_of(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
