@@ -96,7 +96,7 @@ class RadixTree:
         """The position from which on only its agent has used the sequence that a use ends; its end, if it is gone."""
         node, start = use.leaf, -1
         while node is not None and node.use is use and not node.shared:
-            node, start = node.parent, node.start
+            start, node = node.start, node.parent
         return start if start >= 0 else 1 << 62
 
     def keep(self, tokens: np.ndarray, until: float, salt: bytes, head: int = 0) -> int:
