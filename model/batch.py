@@ -39,6 +39,10 @@ class Batch:
     logit_indices: Int32[Array, "logits"]  # the tokens whose logits are wanted
     max_chunk: int = struct.field(pytree_node=False)  # no sequence has more new tokens than this
     decode_seqs: int = struct.field(pytree_node=False, default=0)  # the last so many have at most one new token
+    # Of a model with recurrent layers, the slot that each sequence goes on from, if it has a prefix (a state of zeros
+    # comes before the first token), and the one that its state is written to; an out-of-range slot is not written.
+    reads: Int32[Array, "seqs"] | None = None
+    writes: Int32[Array, "seqs"] | None = None
 
     @property
     def lengths(self) -> Int32[Array, "seqs"]:
@@ -78,6 +82,8 @@ def split_prefill_decode(batch: Batch) -> tuple[Batch, Batch]:
             block_table=batch.block_table[seqs],
             max_chunk=chunk,
             decode_seqs=0,
+            reads=None if batch.reads is None else batch.reads[seqs],
+            writes=None if batch.writes is None else batch.writes[seqs],
         )
         for seqs, chunk in ((slice(0, cut), batch.max_chunk), (slice(cut, cut + batch.decode_seqs), 1))
     )

@@ -22,7 +22,7 @@ import numpy as np
 
 from model.config import ModelConfig, read_json
 from model.families import FAMILIES, load_config
-from model.families.common import number
+from model.families.common import number, renamed
 from model.fingerprint import fingerprint as fingerprint
 from model.formats.gguf_file import is_gguf, read_gguf
 from model.formats.quantization import reader_for
@@ -66,7 +66,7 @@ def load(
     config = load_config(folder)
     leaves = layout(config)
     mesh = make_mesh(config, devices)
-    tensors = _tensors(folder)
+    tensors = _tensors(folder, config)
     _check(leaves, tensors, config, folder)
     _report_quantised(leaves, tensors, np.dtype(dtype), stay=devices == 1 and quantize is None)
     places = shardings(leaves, mesh) if mesh else None
@@ -89,7 +89,7 @@ def planned_bytes(source: str | Path, dtype: Any, devices: int = 1, quantize: st
     config = load_config(folder)
     leaves, mesh = layout(config), make_mesh(config, devices)
     size: int = np.dtype(dtype).itemsize
-    tensors = _tensors(folder)
+    tensors = _tensors(folder, config)
     if mesh:
         places = jax.tree.leaves(shardings(leaves, mesh))
         shapes = (place.shard_shape(leaf.shape) for leaf, place in zip(jax.tree.leaves(leaves), places, strict=True))
@@ -105,13 +105,18 @@ def planned_bytes(source: str | Path, dtype: Any, devices: int = 1, quantize: st
     return round(sum(taken(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)))
 
 
-def _tensors(source: Path) -> dict[str, Tensor]:
-    """The tensors of a GGUF file, or of the safetensors files in a folder, whatever they are quantised by."""
+def _tensors(source: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a GGUF file, or of the safetensors files in a folder, whatever they are quantised by.
+
+    They have the names of the config's family, without those that it leaves aside, such as a vision tower's.
+    """
     if is_gguf(source):
         from model.formats import gguf  # late: few checkpoints need it
 
         return gguf.tensors_of(read_gguf(source))
-    return reader_for(read_json(source / "config.json"))(map_tensors(weight_files(source)))
+    family = FAMILIES[config.family]
+    tensors = renamed(reader_for(read_json(source / "config.json"))(map_tensors(weight_files(source))), family)
+    return family.split(tensors, config) if family.split else tensors
 
 
 def resolve(source: str | Path) -> Path:

@@ -16,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+NO_ROPE = "none"  # the kind of a model that rotates nothing; no file asks for it by name
+ATTENTION, DELTA_NET, MAMBA2 = MIXERS = ("attention", "gated_delta_net", "mamba2")
+RECURRENT = (DELTA_NET, MAMBA2)
 # Fields that models had no use for when pages were first kept: left out of the JSON where they have their default, so
 # that fingerprints stay.
-ADDED = ("layers", "experts", "sinks")
+ADDED = ("layers", "experts", "sinks", "recurrent", "query_gate", "centred_norms", "activation")
 ADDED_TO_ROPE = ("partial",)
+ADDED_TO_LAYERS = ("mixer", "feed_forward")
+ADDED_TO_EXPERTS = ("latent_size", "shared_gate")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,44 @@ class LayerKind:
 
     window: int | None = None  # keys that a query sees, itself included; None: all before it
     experts: bool = False  # a mixture of experts, not one dense block
+    mixer: str | None = ATTENTION  # one of MIXERS; None: the layer does not mix tokens
+    feed_forward: bool = True  # whether it mixes features
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a state of fixed size stands for the tokens before."""
+        return self.mixer in RECURRENT
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """The recurrent layers of a model, gated delta nets or Mamba-2: their heads, and what a state holds.
+
+    In Mamba-2's words, keys and queries are B and C, `key_heads` are groups, and `key_dim` is the state's size.
+    """
+
+    key_heads: int  # of queries and keys; each serves as many value heads
+    heads: int  # of values, each with a state [key_dim, value_dim]
+    key_dim: int
+    value_dim: int
+    conv_width: int  # tokens that the convolution sees, itself included
+    conv_bias: bool = False
+    min_step: float = 0.0  # Mamba-2: no token has a smaller time step
+
+    @property
+    def values(self) -> int:
+        """Channels of all values."""
+        return self.heads * self.value_dim
+
+    @property
+    def keys(self) -> int:
+        """Channels of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
 
 
 @dataclass(frozen=True)
@@ -47,6 +90,8 @@ class ExpertsConfig:
     router_bias: bool = False
     biases: bool = False  # of the experts' products
     clamp: tuple[float, float] | None = None  # gpt-oss' SwiGLU: its factor within the sigmoid, and its limit
+    latent_size: int | None = None  # of the experts' inputs and outputs, to which and from which matrices lead
+    shared_gate: bool = False  # a sigmoid of its own weighs what the shared experts do
 
 
 @dataclass(frozen=True)
@@ -54,7 +99,7 @@ class RopeConfig:
     """Rotary embedding: its base and how its frequencies are stretched. The formulas are in `model/rope.py`."""
 
     theta: float = 10000.0
-    kind: str = "default"  # one of ROPE_KINDS
+    kind: str = "default"  # one of ROPE_KINDS, or NO_ROPE
     factor: float = 1.0  # linear, llama3, yarn
     original_max_position: int = 0  # llama3, yarn
     low_freq_factor: float = 1.0  # llama3
@@ -140,6 +185,10 @@ class ModelConfig:
     layers: tuple[LayerKind, ...] = ()  # one for each layer; none given: dense, with full attention
     experts: ExpertsConfig | None = None
     sinks: bool = False  # a learned logit for each query head, in the denominator of its softmax
+    recurrent: RecurrentConfig | None = None  # of the layers that are recurrent
+    query_gate: bool = False  # attention's output is gated by a sigmoid, whose rows are the queries' neighbours
+    centred_norms: bool = False  # the weights of norms count from one, but for those of recurrent layers
+    activation: str = "silu"  # of gate, which up is multiplied with; or relu2: of up, and there is no gate
 
     def __post_init__(self) -> None:
         """Fill in the layers of a model whose layers are plain."""
@@ -156,8 +205,24 @@ class ModelConfig:
     @property
     def runs(self) -> list[range]:
         """The layers in runs of those that have the same arrays."""
-        runs = [list(run) for _, run in groupby(range(self.num_layers), lambda i: self.layers[i].experts)]
+        arrays = [(kind.experts, kind.mixer, kind.feed_forward) for kind in self.layers]
+        runs = [list(run) for _, run in groupby(range(self.num_layers), arrays.__getitem__)]
         return [range(run[0], run[-1] + 1) for run in runs]
+
+    @property
+    def attention_layers(self) -> int:
+        """The layers that have keys and values in pages."""
+        return sum(kind.mixer == ATTENTION for kind in self.layers)
+
+    @property
+    def recurrent_layers(self) -> int:
+        """The layers that have states."""
+        return sum(kind.recurrent for kind in self.layers)
+
+    @property
+    def gates(self) -> int:
+        """How many matrices lead into a feed-forward block: gate and up, or up alone."""
+        return 1 if self.activation == "relu2" else 2
 
     @property
     def active_layers(self) -> tuple[LayerKind, ...]:
@@ -172,13 +237,18 @@ class ModelConfig:
         """The feed-forward units that a token goes through in each layer."""
         experts = self.experts
         mixed = experts.per_token * experts.ffn_size + experts.shared_ffn_size if experts else 0
-        return [mixed if kind.experts else self.ffn_size for kind in self.layers]
+        return [mixed if kind.experts else self.ffn_size if kind.feed_forward else 0 for kind in self.layers]
 
     def to_json(self) -> str:
         """All fields as canonical JSON, without later ones that have their default: the same config, the same text."""
         fields = dataclasses.asdict(self)
-        plain = dataclasses.replace(self, layers=(), experts=None, sinks=False)
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in ADDED}
+        plain = dataclasses.replace(self, **defaults)  # type: ignore[arg-type]
         _leave_out(fields, dataclasses.asdict(plain), ADDED)
+        for layer in fields.get("layers", ()):
+            _leave_out(layer, dataclasses.asdict(LayerKind()), ADDED_TO_LAYERS)
+        if self.experts:
+            _leave_out(fields["experts"], dataclasses.asdict(ExpertsConfig(0, 0, 0)), ADDED_TO_EXPERTS)
         _leave_out(fields["rope"], dataclasses.asdict(RopeConfig()), ADDED_TO_ROPE)
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
@@ -191,6 +261,8 @@ class ModelConfig:
         experts = fields.pop("experts", None)
         if experts:
             experts = ExpertsConfig(**experts | {"clamp": experts["clamp"] and tuple(experts["clamp"])})
+        if recurrent := fields.pop("recurrent", None):
+            fields["recurrent"] = RecurrentConfig(**recurrent)
         return cls(**fields, rope=rope, eos_token_ids=eos, layers=layers, experts=experts)
 
 

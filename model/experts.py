@@ -55,7 +55,8 @@ def mixture(
     tokens, per_token = choice.experts.shape
     blocks = in_blocks(jnp.where(real[:, None], choice.experts, config.count), config.count)
     size = block_size(tokens * per_token, config.count)
-    rows = jnp.pad(x[blocks.pairs // per_token], ((0, size), (0, 0)))  # so that the last block has as many
+    inner = x if experts.latent_in is None else linear(x, experts.latent_in, None)
+    rows = jnp.pad(inner[blocks.pairs // per_token], ((0, size), (0, 0)))  # so that the last block has as many
 
     def block(number: jax.Array, made: jax.Array) -> jax.Array:
         start = blocks.starts[number]
@@ -69,8 +70,13 @@ def mixture(
     order = jnp.zeros_like(blocks.pairs).at[blocks.pairs].set(jnp.arange(tokens * per_token, dtype=jnp.int32))
     by_token = made[order].reshape(tokens, per_token, -1)
     mixed = jnp.einsum("tn,tne->te", choice.weights, by_token.astype(jnp.float32)).astype(x.dtype)
+    if experts.latent_out is not None:
+        mixed = linear(mixed, experts.latent_out, None)
     if experts.shared_gate_up is not None and experts.shared_down is not None:
-        mixed += linear(gated(linear(x, experts.shared_gate_up, None)), experts.shared_down, None)
+        shared = linear(gated(linear(x, experts.shared_gate_up, None)), experts.shared_down, None)
+        if experts.shared_gate is not None:
+            shared *= jax.nn.sigmoid(linear(x, experts.shared_gate, None))
+        mixed += shared
     return mixed, choice
 
 
@@ -133,21 +139,24 @@ def block_size(pairs: int, count: int) -> int:
 
 
 def expert(
-    experts: Experts, number: Int32[jax.Array, ""], x: Float[jax.Array, "rows embed"], config: ExpertsConfig
-) -> Float[jax.Array, "rows embed"]:
+    experts: Experts, number: Int32[jax.Array, ""], x: Float[jax.Array, "rows inner"], config: ExpertsConfig
+) -> Float[jax.Array, "rows inner"]:
     """What one expert makes of rows, without the bias of `down`."""
     gate_up, down, bias = jax.tree.map(lambda each: each[number], (experts.gate_up, experts.down, experts.gate_up_bias))
     return linear(gated(linear(x, gate_up, bias), config.clamp), down, None)
 
 
 def gated(
-    gate_up: Float[jax.Array, "rows 2 ffn"], clamp: tuple[float, float] | None = None
+    gate_up: Float[jax.Array, "rows gates ffn"], clamp: tuple[float, float] | None = None
 ) -> Float[jax.Array, "rows ffn"]:
     """The gate's SiLU times up (SwiGLU, Shazeer, 2020, https://arxiv.org/abs/2002.05202).
 
+    Without a gate it is the square of up where that is positive (So et al., 2021, https://arxiv.org/abs/2109.08668).
     With `clamp` (a factor within the sigmoid, and a limit) it is gpt-oss': both are limited, and up is one more
     (https://huggingface.co/docs/transformers/model_doc/gpt_oss).
     """
+    if gate_up.shape[1] == 1:
+        return jnp.square(jax.nn.relu(gate_up[:, 0]))
     gate, up = gate_up[:, 0], gate_up[:, 1]
     if clamp is None:
         return jax.nn.silu(gate) * up

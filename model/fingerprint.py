@@ -37,7 +37,7 @@ def fingerprint(config: ModelConfig, params: Params) -> bytes:
     """
     if params.packed:
         raise ValueError("the layers are PackedLayers, expected a Layer: call it before `arranged`")
-    qkv = params.layers[0].qkv
+    qkv = next(run.qkv for run in params.runs if run.qkv is not None)
     if qkv.shape[-4] != config.num_kv_heads:
         raise ValueError(
             f"qkv has {qkv.shape[-4]} KV heads, expected {config.num_kv_heads}: call it before `shard_params`"

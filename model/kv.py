@@ -22,6 +22,8 @@ Pages = Int[jax.Array | np.ndarray, "count"]  # page numbers
 class KVPool:
     """Keys and values of every page: the one large buffer, donated from step to step.
 
+    Layers are numbered among those with attention.
+
     A (page, KV head) pair is one contiguous [page_size, row] tile: what a TMA box loads in one copy, and what the
     blockwise XLA path feeds to a matmul without a transpose. A row has head_dim elements, or more if it is quantised
     (`model/kv_rows.py`).
@@ -49,14 +51,14 @@ class KVPool:
 def bytes_per_token(config: ModelConfig, dtype: DTypeLike) -> int:
     """Bytes that one token's keys and values take over all layers, in a pool of this dtype."""
     row = row_size(config.head_dim, dtype) * jnp.dtype(dtype).itemsize
-    return 2 * config.num_layers * config.num_kv_heads * row
+    return 2 * config.attention_layers * config.num_kv_heads * row
 
 
 def empty_pool(
     config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike, sharding: jax.sharding.Sharding | None = None
 ) -> KVPool:
     """A pool of zeros for `num_pages` pages of `page_size` tokens, made where it belongs: on each device its part."""
-    shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, row_size(config.head_dim, dtype))
+    shape = (config.attention_layers, num_pages, config.num_kv_heads, page_size, row_size(config.head_dim, dtype))
     return KVPool(k=jnp.zeros(shape, dtype, device=sharding), v=jnp.zeros(shape, dtype, device=sharding))
 
 

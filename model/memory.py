@@ -11,9 +11,14 @@ from jax.typing import DTypeLike
 from model.config import ModelConfig
 from model.kv import bytes_per_token
 from model.layout import layout
+from model.states import bytes_per_state
 
 # Weights of 8 or 4 bits have a scale of 16 bits for each group of so many.
 GROUP, SCALE_BITS = 32, 16
+MATRICES = (
+    *("qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down"),
+    *("proj_in", "proj_out", "latent_in", "latent_out"),
+)
 RESERVED = 3 * 2**30  # bytes of a device that programs need while they run, as the server leaves them
 
 
@@ -28,7 +33,8 @@ def active_parameters(config: ModelConfig) -> int:
         return parameters(config)
     idle = config.experts.count - config.experts.per_token
     mixed = sum(kind.experts for kind in config.layers)
-    return parameters(config) - mixed * idle * 3 * config.embed_size * config.experts.ffn_size
+    of_expert = (config.gates + 1) * (config.experts.latent_size or config.embed_size) * config.experts.ffn_size
+    return parameters(config) - mixed * idle * of_expert
 
 
 def weight_bytes(config: ModelConfig, bits: int = 16) -> int:
@@ -39,17 +45,17 @@ def weight_bytes(config: ModelConfig, bits: int = 16) -> int:
     """
     matrices = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(layout(config).layers):
-        if path[-1].name in ("qkv", "out", "gate_up", "down", "shared_gate_up", "shared_down"):
+        if path[-1].name in MATRICES:
             matrices += math.prod(leaf.shape)
     width = bits if bits == 16 else bits + SCALE_BITS / GROUP
     return round((matrices * width + (parameters(config) - matrices) * 16) / 8)
 
 
 def longest_context(config: ModelConfig, memory: int, bits: int = 16, kv: DTypeLike = jnp.bfloat16) -> int:
-    """Tokens of one sequence that fit beside the weights on a device, up to what the model was made for.
+    """Tokens of one sequence that fit beside the weights and its state on a device, up to what the model was made for.
 
     It is 0 where the weights do not fit. `memory` is in bytes, `bits` as for `weight_bytes`, and keys and values have
     the dtype `kv`.
     """
-    left = memory - RESERVED - weight_bytes(config, bits)
+    left = memory - RESERVED - weight_bytes(config, bits) - bytes_per_state(config)
     return max(0, min(config.max_position, left // bytes_per_token(config, kv)))

@@ -26,16 +26,38 @@ class Experts:
     """A layer's mixture of experts; with a leading `layers` axis on every field when stacked."""
 
     router: Float[jax.Array, "*layers experts embed"]
-    gate_up: Float[jax.Array, "*layers experts 2 ffn embed"] | Quantized
+    # Their inputs and outputs are `latent` where there are matrices that lead there and back.
+    gate_up: Float[jax.Array, "*layers experts gates ffn embed"] | Quantized
     down: Float[jax.Array, "*layers experts embed ffn"] | Quantized
     router_bias: Float[jax.Array, "*layers experts"] | None = None
     # Added to a token's scores for the choice of its experts, and not to their weights.
     correction: Float32[jax.Array, "*layers experts"] | None = None
-    gate_up_bias: Float[jax.Array, "*layers experts 2 ffn"] | None = None
+    gate_up_bias: Float[jax.Array, "*layers experts gates ffn"] | None = None
     down_bias: Float[jax.Array, "*layers experts embed"] | None = None
     # The experts that every token goes through, as one block.
-    shared_gate_up: Float[jax.Array, "*layers 2 ffn embed"] | Quantized | None = None
+    shared_gate_up: Float[jax.Array, "*layers gates ffn embed"] | Quantized | None = None
     shared_down: Float[jax.Array, "*layers embed ffn"] | Quantized | None = None
+    shared_gate: Float[jax.Array, "*layers 1 embed"] | None = None  # of the sigmoid that weighs them
+    latent_in: Float[jax.Array, "*layers latent embed"] | None = None
+    latent_out: Float[jax.Array, "*layers embed latent"] | None = None
+
+
+@struct.dataclass
+class Recurrent:
+    """A layer's gated delta net or Mamba-2; with a leading `layers` axis on every field when stacked.
+
+    `inputs` are, of a gated delta net, queries, keys, values, the gate of the norm, and of each head the strength of a
+    write and its decay; of a Mamba-2, the gate, values, keys, queries, and the time step of each head.
+    """
+
+    proj_in: Float[jax.Array, "*layers inputs embed"]
+    conv: Float[jax.Array, "*layers channels width"]
+    log_rate: Float32[jax.Array, "*layers state_heads"]  # of decay, for a time step of one
+    step_bias: Float32[jax.Array, "*layers state_heads"]
+    norm: Float[jax.Array, "*layers norm"]  # value_dim, or of a Mamba-2 the channels of all values
+    proj_out: Float[jax.Array, "*layers embed values"]
+    conv_bias: Float[jax.Array, "*layers channels"] | None = None
+    skip: Float32[jax.Array, "*layers state_heads"] | None = None  # from a value to the output of its own token
 
 
 @struct.dataclass
@@ -43,29 +65,39 @@ class Layer:
     """One decoder layer; with a leading `layers` axis on every field when stacked.
 
     A quantised matrix has the axes of a plain one, but all inputs are one axis: `out` is [*layers, embed, inputs]. A
-    layer has `experts`, or `gate_up` and `down`.
+    layer has `qkv` and `out`, or `recurrent`, or does not mix tokens; and `experts`, or `gate_up` and `down`, or does
+    not mix features.
     """
 
-    attn_norm: Float[jax.Array, "*layers embed"]
-    # A KV head's queries, then its key, then its value: qkv_heads is group + 2.
-    qkv: Float[jax.Array, "*layers kv_heads qkv_heads head_dim embed"] | Quantized
-    out: Float[jax.Array, "*layers embed kv_heads group head_dim"] | Quantized
-    mlp_norm: Float[jax.Array, "*layers embed"]
-    gate_up: Float[jax.Array, "*layers 2 ffn embed"] | Quantized | None = None
+    attn_norm: Float[jax.Array, "*layers embed"] | None
+    # A KV head's queries, then its key, then its value: qkv_heads is group + 2. Where attention has a gate, each query
+    # is followed by its own: qkv_heads is 2 group + 2.
+    qkv: Float[jax.Array, "*layers kv_heads qkv_heads head_dim embed"] | Quantized | None
+    out: Float[jax.Array, "*layers embed kv_heads group head_dim"] | Quantized | None
+    mlp_norm: Float[jax.Array, "*layers embed"] | None
+    gate_up: Float[jax.Array, "*layers gates ffn embed"] | Quantized | None = None
     down: Float[jax.Array, "*layers embed ffn"] | Quantized | None = None
     qkv_bias: Float[jax.Array, "*layers kv_heads qkv_heads head_dim"] | None = None
     out_bias: Float[jax.Array, "*layers embed"] | None = None
     q_norm: Float[jax.Array, "*layers head_dim"] | None = None
     k_norm: Float[jax.Array, "*layers head_dim"] | None = None
-    gate_up_bias: Float[jax.Array, "*layers 2 ffn"] | None = None
+    gate_up_bias: Float[jax.Array, "*layers gates ffn"] | None = None
     down_bias: Float[jax.Array, "*layers embed"] | None = None
     experts: Experts | None = None
     sinks: Float32[jax.Array, "*layers kv_heads group"] | None = None  # logits in the softmax's denominator
+    recurrent: Recurrent | None = None
+
+    @property
+    def norm(self) -> jax.Array:
+        """The layer's first norm."""
+        first = self.mlp_norm if self.attn_norm is None else self.attn_norm
+        assert first is not None
+        return first
 
     @property
     def stacked(self) -> bool:
         """Whether this is a run of layers."""
-        return self.attn_norm.ndim > 1
+        return self.norm.ndim > 1
 
 
 @struct.dataclass

@@ -39,6 +39,9 @@ GLM4_MOE = {
     "rope_theta": 1e6,
     **GQA,
 }
+# Those of qwen3_next.py and qwen3_5.py in `families/`, whose defaults are the smallest models' of their kind.
+QWEN3_NEXT = {"vocab_size": 151_936, "max_position_embeddings": 262_144, "num_attention_heads": 16}
+QWEN3_5 = {**QWEN3_NEXT, "vocab_size": 248_320}
 
 # By name, with the id of the model on the hub.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -138,6 +141,48 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 92,
             "use_qk_norm": True,
             "max_position_embeddings": 202_752,
+        },
+    ),
+    "Qwen3-Coder-Next (80B-A3B)": (
+        "Qwen/Qwen3-Coder-Next",
+        {**QWEN3_NEXT, "model_type": "qwen3_next", "hidden_size": 2048, "num_hidden_layers": 48},
+    ),
+    "Qwen3.5-35B-A3B": (
+        "Qwen/Qwen3.5-35B-A3B",
+        {
+            **QWEN3_5,
+            "model_type": "qwen3_5_moe_text",
+            "hidden_size": 2048,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 40,
+        },
+    ),
+    "Qwen3.5-27B": (
+        "Qwen/Qwen3.5-27B",
+        {
+            **QWEN3_5,
+            "model_type": "qwen3_5_text",
+            "hidden_size": 5120,
+            "intermediate_size": 17_408,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 24,
+            "linear_num_value_heads": 48,
+        },
+    ),
+    "Nemotron 3 Nano (30B-A3B)": (
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+        {
+            "model_type": "nemotron_h",
+            "vocab_size": 131_072,
+            "hidden_size": 2688,
+            "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 262_144,
+            "mamba_num_heads": 64,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
         },
     ),
 }

@@ -26,14 +26,14 @@ from jaxtyping import Float, Int32
 from model.batch import Array
 from model.config import ModelConfig
 from model.kv import KVPool
-from model.params import Experts, Layer, PackedLayers, Params
+from model.params import Experts, Layer, PackedLayers, Params, Recurrent
 from model.quantized import Quantized
 
 KV, GROUP = EVERY = ("kv", "group")
 
 # What each logical axis may be divided over: the first choice that divides its length and repeats no axis of the mesh
-# in an array. An empty one keeps the axis whole. The heads of recurrent states are in no array yet. Experts are
-# on all devices: each has a part of the ffn of every one, so that all have the same work.
+# in an array. An empty one keeps the axis whole. Recurrent layers are on one device yet. Experts are on all devices:
+# each has a part of the ffn of every one, so that all have the same work.
 SPLIT: dict[str, tuple[tuple[str, ...], ...]] = {
     "kv_heads": (EVERY, (KV,)),
     "group": ((GROUP,), ()),
@@ -54,6 +54,8 @@ def make_mesh(config: ModelConfig, count: int, devices: Sequence[jax.Device] | N
     fewer devices.
     """
     possible = device_counts(config)
+    if config.recurrent_layers and count > 1:
+        raise ValueError(f"a {config.family} model has recurrent layers, which take one device: {count} are asked for")
     if count not in possible:
         raise ValueError(
             f"a model of {config.num_heads} query heads, {config.num_kv_heads} KV heads and a feed-forward size of "
@@ -77,6 +79,8 @@ def device_counts(config: ModelConfig) -> list[int]:
     Each device has the same number of query heads and feed-forward units, and either whole KV heads of its own or a
     share of the queries of one.
     """
+    if config.recurrent_layers:
+        return [1]
     kv_heads, divided = config.num_kv_heads, (config.num_heads, *ffn_sizes(config))
     return [
         count
@@ -116,6 +120,8 @@ def partition_specs(arrays: Params | Layer | PackedLayers | Experts | KVPool, me
     def specs(name: str, value: Any) -> Any:
         if isinstance(value, tuple) and name == "layers":
             return tuple(partition_specs(layer, mesh) for layer in value)
+        if isinstance(value, Recurrent):
+            raise ValueError(f"{name} layers take one device, expected attention to divide over {mesh.size}")
         if value is None:
             return None
         if isinstance(value, Experts):
@@ -166,7 +172,7 @@ def pool_sharding(config: ModelConfig, mesh: Mesh | None) -> NamedSharding | Non
     """The sharding of the pool's keys and of its values, by KV heads; for `kv.empty_pool`."""
     if mesh is None:
         return None
-    shape = (config.num_layers, 1, config.num_kv_heads, 1, config.head_dim)
+    shape = (config.attention_layers, 1, config.num_kv_heads, 1, config.head_dim)
     return NamedSharding(mesh, spec_of(KVPool, "k", shape, mesh))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from model.kv import bytes_per_token
 from model.memory import active_parameters, longest_context, parameters, weight_bytes
 from model.published import MODELS, published
+from model.states import bytes_per_state
 from serve.cluster.config import GROUP, ClusterConfig
 from serve.diagnosis.causes import CAUSES
 from serve.proxy.cli import ProxyConfig
@@ -68,7 +69,7 @@ def rule_table() -> str:
 def memory_table() -> str:
     """What published models take of devices, with weights of 16 and of 4 bits and keys and values of 16."""
     devices = (24, 80, 141)
-    head = ("model", "parameters, active", "weights in 16, 8, 4 bits, GB", "KV of a token")
+    head = ("model", "parameters, active", "weights in 16, 8, 4 bits, GB", "KV of a token", "a state")
     rows = []
     for name in MODELS:
         config = published(name)
@@ -78,7 +79,8 @@ def memory_table() -> str:
             " / ".join(tokens(longest_context(config, memory * 10**9, bits)) for bits in (16, 4)) for memory in devices
         )
         kv = f"{bytes_per_token(config, 'bfloat16') / 1024:g} KiB"
-        rows.append((name, sizes, weights, kv, *contexts))
+        state = f"{bytes_per_state(config) / 1e6:.0f} MB" if config.recurrent_layers else "–"
+        rows.append((name, sizes, weights, kv, state, *contexts))
     return markdown_table((*head, *(f"on {memory} GB" for memory in devices)), rows)
 
 

@@ -225,7 +225,7 @@ def separate(params: Params, sharding: Any = None) -> Params:
     """The shapes of the same parameters with each layer's in arrays of their own."""
     (run,) = params.layers
     layer = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding), run)
-    return replace(params, layers=(layer,) * run.attn_norm.shape[0])
+    return replace(params, layers=(layer,) * params.runs[0].norm.shape[0])
 
 
 def forward_with(

@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig, read_json
-from model.families import glm4_moe, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from model.families import (
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    nemotron_h,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+)
 from model.families.common import Family, token_ids
 from model.formats.gguf_file import is_gguf, read_gguf
 
@@ -25,11 +37,17 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
+    "qwen3_next": qwen3_next.FAMILY,
+    "qwen3_5": qwen3_5.FAMILY,
+    "qwen3_5_text": qwen3_5.FAMILY,
+    "qwen3_5_moe": qwen3_5.MOE_FAMILY,
+    "qwen3_5_moe_text": qwen3_5.MOE_FAMILY,
+    "nemotron_h": nemotron_h.FAMILY,
 }
 # Families that are known, and what the decoder lacks for them.
 LACKING = dict.fromkeys(
     ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25"), "multi-head latent attention"
-) | dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "nemotron_h"), "recurrent layers")
+)
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:

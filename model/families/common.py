@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import ExpertsConfig, LayerKind, ModelConfig, RopeConfig
 from model.formats.quantization import reader_for
+from model.formats.tensor import Tensor
 
 Config = Mapping[str, Any]  # a parsed config.json
 
@@ -56,6 +57,20 @@ class Family:
     read: Callable[[Config], ModelConfig]
     names: Mapping[str, str]
     extra_layers: str | None = None  # the field that says how many layers of a file come after the last, unused
+    # How names in a file begin, and how they begin in `names`: the first that fits. None: the tensor is left aside.
+    prefixes: Mapping[str, str | None] = field(default_factory=dict)
+    # From tensors under those names to those of `names`, where a file has several in one.
+    split: Callable[[Mapping[str, Tensor], ModelConfig], dict[str, Tensor]] | None = None
+
+
+def renamed(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """The tensors of a file under the names that the family has for them, without those that are left aside."""
+    found = {}
+    for name, tensor in tensors.items():
+        prefix, ours = next(((a, b) for a, b in family.prefixes.items() if name.startswith(a)), ("", ""))
+        if ours is not None:
+            found[ours + name.removeprefix(prefix)] = tensor
+    return found
 
 
 def read_decoder(
@@ -66,13 +81,16 @@ def read_decoder(
     partial_rotary: float | None = None,
     mixed: Sequence[bool] | None = None,
     experts: ExpertsConfig | None = None,
+    kinds: Sequence[LayerKind] | None = None,
+    rope: RopeConfig | None = None,
     **own: Any,
 ) -> ModelConfig:
     """The fields that all families have, with the family's `defaults`, and its `own` fields of ModelConfig.
 
     `windows` has the window of each layer as the file says, for a family that may have one; `layer_types` are those
     that the family serves; `partial_rotary` is the default share of a head that rotates, where not all of it does;
-    `mixed` says which layers have the `experts`. Raises ValueError for what is missing or would change the result.
+    `mixed` says which layers have the `experts`, or `kinds` what each layer is; `rope` is that of a family whose files
+    say nothing of it. Raises ValueError for what is missing or would change the result.
     """
     given = {**DEFAULTS, **defaults, **config}
     refuse_unsupported(given, layer_types)
@@ -82,19 +100,19 @@ def read_decoder(
     for window in windows or ():
         if window is not None:
             size({"sliding_window": window}, "sliding_window")
-    layers = tuple(map(LayerKind, windows or (None,) * count, mixed or (False,) * count))
+    layers = tuple(kinds or map(LayerKind, windows or (None,) * count, mixed or (False,) * count))
     made = ModelConfig(
         family=given["model_type"],
         vocab_size=size(given, "vocab_size"),
         embed_size=embed,
-        ffn_size=0 if all(kind.experts for kind in layers) else size(given, "intermediate_size"),
+        ffn_size=size(given, "intermediate_size") if any(k.feed_forward and not k.experts for k in layers) else 0,
         num_layers=count,
         num_heads=heads,
         num_kv_heads=heads if given["num_key_value_heads"] is None else size(given, "num_key_value_heads"),
         head_dim=embed // heads if given["head_dim"] is None else size(given, "head_dim"),
         max_position=max_position,
         norm_eps=number(given, "rms_norm_eps"),
-        rope=RopeConfig.from_hf(given, max_position, partial_rotary),
+        rope=rope or RopeConfig.from_hf(given, max_position, partial_rotary),
         tie_embeddings=bool(given.get("tie_word_embeddings", False)),
         eos_token_ids=token_ids(given["eos_token_id"]),
         layers=layers,

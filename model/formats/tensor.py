@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +99,34 @@ class Tensor:
         """All rows in runs [first, stop) of about BLOCK elements."""
         step = max(1, BLOCK // max(1, math.prod(self.shape[1:])))
         return ((first, min(first + step, self.rows)) for first in range(0, self.rows, step))
+
+
+def rows_of(tensor: Tensor, name: str, rows: np.ndarray) -> Tensor:
+    """Some rows of a tensor, [rows] whole numbers in the order in which they are wanted, as a tensor of its own."""
+
+    def read(first: int, stop: int) -> np.ndarray:
+        wanted = rows[first:stop]
+        start, end = int(wanted.min()), int(wanted.max()) + 1
+        taken: np.ndarray = tensor.read(start, end)[wanted - start]
+        return taken
+
+    return _part(tensor, name, (len(rows), *tensor.shape[1:]), read)
+
+
+def matrix_of(tensor: Tensor, name: str, number: int, rows: slice) -> Tensor:
+    """Some rows of one of a tensor's matrices, [matrices, rows, inputs], as a tensor of its own."""
+    taken = range(tensor.shape[1])[rows]
+
+    def read(first: int, stop: int) -> np.ndarray:
+        matrix: np.ndarray = tensor.read(number, number + 1)[0]
+        return matrix[taken[first:stop].start : taken[first:stop].stop]
+
+    return _part(tensor, name, (len(taken), *tensor.shape[2:]), read)
+
+
+def _part(tensor: Tensor, name: str, shape: tuple[int, ...], read: Callable[[int, int], np.ndarray]) -> Tensor:
+    share = math.prod(shape) / max(1, math.prod(tensor.shape))
+    return replace(tensor, name=name, shape=shape, nbytes=round(tensor.nbytes * share), read=read, stored=None)
 
 
 def all_finite(values: np.ndarray) -> bool:

@@ -13,6 +13,7 @@ from cache.sizes import show_bytes
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from model.config import ModelConfig
     from serve.server.config import ServerConfig
 
 GENTLEST_FIRST = ("max_model_len", "kv_dtype", "quantize")
@@ -53,6 +54,15 @@ class Sizes:
         """The largest `max_model_len` that fits with the other flags, in whole pages; 0 or less if there is none."""
         left = self.limit - self.weights(choice.quantize)
         return (left // (self.page_size * self.token(choice.kv_dtype)) - 1) * self.page_size
+
+
+def refuse_recurrent(name: str, model: ModelConfig) -> None:
+    """Raise ValueError for a model with recurrent layers: the engine keeps keys and values, and no states yet."""
+    if model.recurrent_layers:
+        raise ValueError(
+            f"{name} is a {model.family} model, {model.recurrent_layers} of whose {model.num_layers} layers are "
+            "recurrent: the server does not keep their states yet, so serve a model of attention alone"
+        )
 
 
 def refuse_too_big(config: ServerConfig, folder: Path, dtype: str, mesh: Mesh | None, limit: int) -> None:

@@ -139,8 +139,9 @@ def load_model(config: ServerConfig, folder: Path, progress: StartProgress) -> L
     from model.kernels.dispatch import arranged
     from model.rope_scaling import parse_rope_scaling, with_rope_scaling
     from model.sharding import shard_params
-    from serve.server.fit import refuse_too_big
+    from serve.server.fit import refuse_recurrent, refuse_too_big
 
+    refuse_recurrent(config.model, load_config(folder))
     mesh = mesh_of(load_config(folder), config.tp)
     on_cpu = jax.default_backend() == "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")

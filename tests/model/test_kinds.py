@@ -35,7 +35,7 @@ def expected(folder: Path, tokens: tuple[int, ...]) -> tuple[np.ndarray, int]:
         gaps.append(best[:, router.top_k - 1] - best[:, router.top_k])
 
     for name, module in model.named_modules():
-        if name.endswith(("mlp.gate", "mlp.router")):
+        if name.endswith(("mlp.gate", "mlp.router", "mixer.gate")) and hasattr(module, "top_k"):
             module.register_forward_hook(seen)
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].numpy()

@@ -10,6 +10,7 @@ from experiments.workloads.random_model import random_params
 from model.kv import bytes_per_token, empty_pool
 from model.memory import RESERVED, active_parameters, longest_context, parameters, weight_bytes
 from model.published import MODELS, published
+from model.states import bytes_per_state, empty_states
 from tests.model.test_cpu_layers import EXPERTS
 
 # Billions of parameters, all and active, as the makers state them on the models' pages.
@@ -25,6 +26,10 @@ STATED = {
     "gpt-oss-120b": (116.8, 5.1),
     "GLM-4.5-Air": (106, 12),
     "GLM-4.6, GLM-4.7": (355, 32),
+    "Qwen3-Coder-Next (80B-A3B)": (80, 3),
+    "Qwen3.5-35B-A3B": (35, 3),
+    "Qwen3.5-27B": (27, 27),
+    "Nemotron 3 Nano (30B-A3B)": (31.6, 3.5),
 }
 
 
@@ -41,6 +46,19 @@ def test_bytes_are_those_of_the_arrays() -> None:
     params, pool = random_params(EXPERTS, jnp.dtype("bfloat16")), empty_pool(EXPERTS, 3, 8, "bfloat16")
     assert weight_bytes(EXPERTS) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert bytes_per_token(EXPERTS, "bfloat16") * 24 == pool.k.nbytes + pool.v.nbytes
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if published(name).recurrent_layers])
+def test_a_state_takes_what_its_arrays_take_and_only_attention_has_pages(name):
+    config = published(name)
+    states = jax.eval_shape(lambda: empty_states(config, 3))
+    assert 3 * bytes_per_state(config) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+    assert {leaf.dtype for leaf in jax.tree.leaves(states)} == {jnp.dtype("float32")}
+    pool = jax.eval_shape(lambda: empty_pool(config, 3, 8, "bfloat16"))
+    assert pool.k.shape[0] == config.attention_layers < config.num_layers
+    assert bytes_per_token(config, "bfloat16") * 24 == 2 * 2 * pool.k.size
+    half = longest_context(config, weight_bytes(config) + RESERVED + bytes_per_state(config) // 2)
+    assert half == 0
 
 
 def test_fewer_bits_leave_room_for_a_longer_context_up_to_the_models_own() -> None:

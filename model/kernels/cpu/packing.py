@@ -34,6 +34,10 @@ def pack(params: Params, page_size: int, consume: bool = False) -> Params:
 
 def pack_layers(layers: Layer, consume: bool = False) -> PackedLayers:
     """Stacked layers in the kernels' order; with `consume`, their matrices are deleted."""
+    assert layers.attn_norm is not None
+    assert layers.mlp_norm is not None
+    assert layers.qkv is not None
+    assert layers.out is not None
     count, embed = layers.attn_norm.shape
     experts = layers.experts
     gate_up, down = (experts.shared_gate_up, experts.shared_down) if experts else (layers.gate_up, layers.down)
@@ -170,9 +174,12 @@ def unsupported_reason(params: Params, page_size: int) -> str | None:
             return f"dtype of {name} is {numbers.dtype.name}, supported is float32"
         if isinstance(leaf, Quantized) and leaf.bits == 4 and leaf.group % WORD and leaf.group < leaf.inputs:
             return f"{name} of 4 bits is in groups of {leaf.group}, supported are multiples of {WORD}"
-    run = params.layers[0]
-    assert isinstance(run, Layer)
-    for name, size in (("head_dim", run.qkv.shape[-2]), ("page_size", page_size)):
+    for run in params.runs:
+        if run.qkv is None or run.attn_norm is None or run.mlp_norm is None:
+            return "layers are of a kind that is recurrent or mixes tokens or features alone, supported is attention"
+    first = params.runs[0].qkv
+    assert first is not None
+    for name, size in (("head_dim", first.shape[-2]), ("page_size", page_size)):
         if size % paged_attention.ALIGNMENT:
             return f"{name} is {size}, supported are multiples of {paged_attention.ALIGNMENT}"
     return None
