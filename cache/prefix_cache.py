@@ -14,7 +14,7 @@ Reuse by a radix tree is SGLang's RadixAttention (Zheng et al., 2023, https://ar
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,7 +66,8 @@ class PrefixCache:
     """The prefix cache over `num_pages` device pages of `page_size` tokens each.
 
     `fingerprint` names the model and its weights in the keys of pages. `rule` says what is evicted first, by the
-    seconds of `clock`; `page_cost` is how many seconds the page takes that ends at a position.
+    seconds of `clock`; `page_cost` is how many seconds the page takes that ends at a position. Preloaded pages with a
+    key in `kept` stay.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class PrefixCache:
         rule: Rule = agent_aware,
         clock: Callable[[], float] = time.monotonic,
         page_cost: Callable[[int], float] = lambda position: 0.0,
+        kept: Container[bytes] = (),
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size is {page_size}, expected at least 1 token: pass the pool's page size")
@@ -86,7 +88,7 @@ class PrefixCache:
         self.tree = RadixTree(self.pool, page_size, rule, clock, page_cost)
         self.agents = Agents()
         self.demoted: deque[Use] = deque(maxlen=MOST_DEMOTED)  # for whoever demotes them on other tiers, too
-        self.preloaded = PreloadedPages(self.pool)
+        self.preloaded = PreloadedPages(self.pool, kept)
         self.live: dict[int, Lease] = {}
         self.numbers = itertools.count()
 
@@ -139,6 +141,12 @@ class PrefixCache:
         Returns how many of them are cached now, in whole pages, and so are kept.
         """
         return self.tree.keep(np.asarray(tokens, np.int32), until, salt, head)
+
+    def hold(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> Lease:
+        """A lease as of `match` that is no use of what it holds: to keep it, not to go on from it."""
+        pages, reused = self.tree.find(np.asarray(tokens, np.int32), salt, head)
+        self.pool.retain(pages)
+        return self._enter(Lease(next(self.numbers), pages, reused, reused, salt, head))
 
     def peek(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> int:
         """How many of `tokens` ([tokens] int32) `match` would find; takes no lease and does not count as a use."""
@@ -252,8 +260,8 @@ class PrefixCache:
             self.demoted.append(use)
 
     def _evictable(self) -> int:
-        """Pages that only the tree holds, or that were preloaded."""
-        return self.tree.idle_pages() + len(self.preloaded)
+        """Pages that only the tree holds, or that were preloaded and may go."""
+        return self.tree.idle_pages() + self.preloaded.evictable
 
     def _enter(self, lease: Lease) -> Lease:
         assert len(lease.pages) == pages_for(lease.length, self.page_size)

@@ -1,11 +1,12 @@
 """Device pages that were read from a tier before any request asked for them.
 
 They are known by their key alone: of which tokens, only a request that makes the same key can tell. Each holds one
-reference to its page, which a lease takes over (`PrefixCache.adopt`). They are the first to be evicted.
+reference to its page, which a lease takes over (`PrefixCache.adopt`). They are the first to be evicted, but those whose
+keys are in `kept` stay: an earlier server has promised that (`cache.retention`).
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Container, Mapping, Sequence
+from itertools import islice, takewhile
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from cache.pool import PagePool
 class PreloadedPages:
     """Pages of one pool by their key, in the order in which they were read: the last are evicted first."""
 
-    def __init__(self, pool: PagePool) -> None:
-        self.pool = pool
+    def __init__(self, pool: PagePool, kept: Container[bytes] = ()) -> None:
+        self.pool, self.kept = pool, kept
         self.by_key: dict[bytes, tuple[int, str]] = {}  # page, and the tier that it came from
         self.read = self.taken = self.evicted = 0  # pages, since the start
 
@@ -28,6 +29,11 @@ class PreloadedPages:
     def __contains__(self, key: bytes) -> bool:
         """Whether the page of a key is held."""
         return key in self.by_key
+
+    @property
+    def evictable(self) -> int:
+        """How many may be evicted."""
+        return sum(key not in self.kept for key in list(self.by_key)) if self.kept else len(self.by_key)
 
     @property
     def pages(self) -> np.ndarray:
@@ -57,8 +63,12 @@ class PreloadedPages:
 
     def evict(self, wanted: int) -> int:
         """Free up to `wanted` pages, those that were read last first; returns how many it freed."""
-        count = min(wanted, len(self.by_key))
-        gone = [self.by_key.popitem()[1][0] for _ in range(count)]
+        last_first = (key for key in reversed(list(self.by_key)) if key not in self.kept)
+        return self.drop(list(islice(last_first, wanted)))
+
+    def drop(self, keys: Sequence[bytes]) -> int:
+        """Free the pages of `keys`, which are here; returns how many these are."""
+        gone = [self.by_key.pop(key)[0] for key in keys]
         self.pool.release(np.asarray(gone, np.int32))
-        self.evicted += count
-        return count
+        self.evicted += len(gone)
+        return len(gone)

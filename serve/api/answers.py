@@ -25,6 +25,24 @@ class CutInput(dict[str, Any]):
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal", "model_context_window_exceeded"]
 
 
+class CacheCreation(Struct, frozen=True):
+    """Of the tokens that were computed and stored, those that are kept for five minutes and for an hour."""
+
+    ephemeral_5m_input_tokens: int
+    ephemeral_1h_input_tokens: int
+
+
+class Retained(Struct, frozen=True):
+    """An extension: what came of a request to keep a prefix in the cache."""
+
+    asked: str  # the field that asks
+    ttl: str  # the time from each use on, as it was asked for
+    tokens: int  # of the prompt, from the first on, that stay; 0 for none
+    until: str | None  # unless they are used before; RFC 3339, in UTC
+    tier: str | None  # where they are
+    instead: str | None  # what was done in place of what was asked, and why
+
+
 class Usage(Struct, frozen=True):
     """Token counts. The length of the prompt is the sum of the three input counts."""
 
@@ -34,6 +52,9 @@ class Usage(Struct, frozen=True):
     output_tokens: int = 0
     # An extension: the tokens read from the cache by where they were, `device` or the name of a tier.
     cache_read_by_tier: dict[str, int] = {}
+    # Of requests that ask for retention: see `serve/README.md`, the cache contract.
+    cache_creation: CacheCreation | UnsetType = UNSET
+    retention: tuple[Retained, ...] | UnsetType = UNSET
 
 
 class ModelChanged(Struct, frozen=True, tag="model_changed"):

@@ -270,6 +270,7 @@ class Auditor:
                     chain = PageChain(engine.fingerprint, self.page_size, of, head)
                     forgotten = engine.core.tiers.forget(chain, sequences, wrong.drop)
                     forgotten.add_done_callback(log_failed_deletion)
+        engine.core.retainer.retentions.forget_unlisted()
         # In a thread of its own: the folder's disk may be the one that hangs.
         what = (self.settings.folder, Case.of(engine, record, wrong), wrong)
         self.writing = threading.Thread(target=write_and_log, args=what, name="audit-case", daemon=True)

@@ -18,7 +18,7 @@ from serve.engine.request import Constraint, Event, GenerationRequest
 from serve.limits.recent import SCOPE
 from serve.prompt import masks
 
-VERSION = 5  # of these bytes and of `serve.cluster.report`; parts of different versions refuse each other
+VERSION = 6  # of these bytes and of `serve.cluster.report`; parts of different versions refuse each other
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from model.params import Params
 from model.sharding import make_mesh, pool_sharding
 from serve.cost.model import Constants, CostTracker, cost_model
 from serve.engine.counters import Counters
-from serve.engine.fairness import Queue, Shares, gives_way, make_place, owner_of
+from serve.engine.fairness import Queue, Shares, gives_way, line_of, make_place
 from serve.engine.inbox import Inbox
 from serve.engine.memory import Memory
 from serve.engine.page_copies import make_page_copies
@@ -41,6 +41,7 @@ from serve.engine.preload import Preloader
 from serve.engine.programs import COPIES_RANK, user_programs
 from serve.engine.request import Event, Failed, Finished, Started, TokenEvent
 from serve.engine.restore import Restorer
+from serve.engine.retaining import Retainer
 from serve.engine.runner import InFlightStep, Runner, SequenceOutput
 from serve.engine.saving import Saver
 from serve.engine.scheduler import ScheduledSequence, admission_order, fits, plan_step
@@ -78,7 +79,10 @@ class EngineCore:
         pages, dtype = settings.num_pages + settings.audit_pages, pool_dtype(settings.page_dtype)
         place = pool_sharding(config, self.programs.mesh)
         new_pool = partial(empty_pool, config, pages, settings.page_size, dtype, place)
-        new_cache = partial(PrefixCache, settings.num_pages, settings.page_size, fingerprint)
+        names = PageNames(fingerprint, settings.page_size)
+        self.retainer = Retainer(settings, names, lambda: self.memory.prefix_cache, inbox.wake)
+        kept = self.retainer.retentions.resumed
+        new_cache = partial(PrefixCache, settings.num_pages, settings.page_size, fingerprint, kept=kept)
         pool = new_pool()
         self.programs.busy = lambda: bool(self.running or self.waiting)
         steps = make_steps(self.programs, params, pool, config, settings)
@@ -91,15 +95,14 @@ class EngineCore:
         self.runner = Runner(params, steps, self.memory)
         self.tiers, self.restorer, self.preloader, self.saver = tiers, None, None, None
         if tiers and copies:
-            names = PageNames(fingerprint, settings.page_size)
             self.restorer = Restorer(tiers, copies, names, self.costs, inbox.wake, settings.restore_bytes)
-            self.preloader = Preloader(self.restorer, self.memory, inbox.wake, settings.preload_bytes)
+            self.preloader = Preloader(self.restorer, self.memory, inbox.wake, settings.preload_bytes, list(kept))
             self.saver = Saver(tiers.writer, self.memory, copies, names)
         self.waiting, self.running = Queue(), list[Sequence]()
         self.in_flight: InFlightStep | None = None
         self.answer_s = 0.0  # seconds from an answer's first token to its last: a moving mean
         self.chunk_was_last = False  # whether the latest step ran a part of a prompt
-        self.full: str | None = None  # the owner whose next request has no room until a running one has ended
+        self.full: str | None = None  # the line whose next request has no room until a running one has ended
         self.idle = False  # the last step found nothing to do, because all sequences wait for the tiers
         self.counters, self.shares = Counters(), Shares()
         self.on_first_token: Callable[[Sequence, int], None] = lambda sequence, token: None
@@ -121,6 +124,7 @@ class EngineCore:
         collected_at = self.runner.collected_at
         if self.settings.speculative_tokens:
             self.collect()  # the draft that comes next depends on what came
+        self.retainer.step()
         self.admit()
         restored = self.restore()
         dispatched = self.dispatch(self.plan())
@@ -143,12 +147,12 @@ class EngineCore:
             lease = self.memory.match(sequence)
             if fits(sequence.length - lease.reused, others, self.memory.free_tokens):
                 sequence.admit(lease, time.perf_counter())
-                self.waiting.turns.take(owner_of(sequence))
+                self.waiting.admitted(sequence)
                 continue
             self.memory.release(lease)
             self.running.remove(sequence)
             self.waiting.put_back(sequence)
-            self.full = owner_of(sequence)
+            self.full = line_of(sequence)
 
     def is_full(self) -> bool:
         """Whether the batch has no place, or the pool no room, for the next request."""
@@ -166,7 +170,7 @@ class EngineCore:
         """Copy in what the tiers have brought, and read ahead, also for those next in line. Whether anything came."""
         if self.restorer is None or self.preloader is None or self.saver is None:
             return False
-        came = [s for s in list(self.running) if self.restore_one(self.restorer, self.preloader, s)]
+        came = [s for s in list(self.running) if self.preloader.restore(s, self.make_room)]
         for sequence in self.running:
             if sequence.state is not DECODING:
                 sequence.wait_for_pages(self.restorer.waits(sequence))
@@ -178,24 +182,6 @@ class EngineCore:
         if self.saver.save_pending():
             self.full = None
         return bool(came)
-
-    def restore_one(self, restorer: Restorer, preloader: Preloader, sequence: Sequence) -> bool:
-        """Read ahead for a running sequence, and copy in its next pages if they have come. Whether they have."""
-        if sequence.lease is None:
-            return False
-        taken = preloader.look_up(sequence)
-        if (loaded := restorer.ready(sequence)) is None:
-            return taken
-        self.memory.refresh_match(sequence)  # another may have brought the same pages meanwhile
-        restorer.read_ahead(sequence)
-        if restorer.ready(sequence) is not loaded:
-            return taken
-        if self.make_room(sequence, max(loaded.stop, sequence.computed)):
-            self.memory.pool, restored = restorer.copy_in(sequence, loaded, self.memory.pool)
-            if restored:
-                sequence.mark_restored(restored.stop, restored.tokens)
-            self.memory.publish(sequence)
-        return True
 
     def plan(self) -> list[ScheduledSequence]:
         """Who runs in the next step, and what."""
@@ -305,8 +291,8 @@ class EngineCore:
         self.counters.started(prompt, sequence.reused)
         self.on_first_token(sequence, token)
         queued_s, prefill_s = sequence.started - sequence.submitted, now - sequence.started
-        restored, reused = dict(sequence.restored), sequence.reused
-        self.emit(sequence, Started(prompt, reused, queued_s, prefill_s, restored, sequence.forecast))
+        kept, restored, reused = self.retainer.started(sequence), dict(sequence.restored), sequence.reused
+        self.emit(sequence, Started(prompt, reused, queued_s, prefill_s, restored, sequence.forecast, kept))
 
     def emit(self, sequence: Sequence, event: Event) -> None:
         """Send an event; a request whose client takes no more events is cancelled."""
@@ -323,8 +309,13 @@ class EngineCore:
         return self.memory.make_room(sequence, length, self.reclaim)
 
     def reclaim(self) -> None:
-        """Free some pages of a full pool: collect the step in flight, drop pages that wait to be saved, or preempt."""
-        if not (self.collect() or (self.saver and self.saver.drop_oldest())):
+        """Free some pages of a full pool: collect the step in flight, drop pages that wait to be saved, or preempt.
+
+        A sequence that runs alone takes what is retained.
+        """
+        if self.collect() or (self.saver and self.saver.drop_oldest()):
+            return
+        if len(self.running) > 1 or not self.retainer.retentions.give_up():
             self.preempt(gives_way(self.running))
 
     def preempt(self, sequence: Sequence) -> None:
@@ -383,8 +374,10 @@ class EngineCore:
 
     def check_pool(self) -> None:
         """Start from an empty pool and an empty prefix cache if the last step lost the pool."""
-        if self.memory.replace_if_lost() and self.saver:
-            self.saver.pending_writes.clear()  # their leases are of the cache that is gone
+        if self.memory.replace_if_lost():
+            self.retainer.retentions.cleared()
+            if self.saver:
+                self.saver.pending_writes.clear()  # their leases are of the cache that is gone
 
     def stop(self, late: list[Sequence]) -> None:
         """Fail all that runs and waits, and `late` submissions; then write what has been computed."""
@@ -396,5 +389,6 @@ class EngineCore:
             except Exception:  # the others have to get their last event, too
                 log.exception("request %d leaves nothing in the prefix cache", sequence.number)
             self.emit(sequence, Failed("the engine has stopped", temporary=True))
+        self.retainer.close(self.settings.stop_seconds / 4)
         if self.saver:
             self.saver.drain(self.settings.stop_seconds / 2)

@@ -190,6 +190,10 @@ class Engine:
         """
         self.inbox.answered(Answered(id, state, ended_session))
 
+    def drop_pin(self, name: str) -> None:
+        """Keep a pinned prefix no longer; nothing happens if there is none of this name."""
+        self.core.retainer.drop_pin(name)
+
     def generate(self, request: GenerationRequest, waiting_s: float | None = None) -> AsyncGenerator[Event, None]:
         """Submit a request from an event loop, see `generate`."""
         return generate(self, request, waiting_s)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -48,16 +48,25 @@ class Preloading:
 class Preloader:
     """Reads up to `preload_bytes` of pages, and up to half of the pool, from the tiers of one engine.
 
-    What was read is `PrefixCache.preloaded`: it goes with the pool, and is the first to be evicted.
+    What was promised to be kept comes first, then what was used last. What was read is `PrefixCache.preloaded`: it goes
+    with the pool, and is the first to be evicted, but for what is kept.
     """
 
-    def __init__(self, restorer: Restorer, memory: Memory, wake: Callable[[], None], preload_bytes: int) -> None:
+    def __init__(
+        self,
+        restorer: Restorer,
+        memory: Memory,
+        wake: Callable[[], None],
+        preload_bytes: int,
+        first: Iterable[bytes] = (),  # keys of pages that are read before all others
+    ) -> None:
         self.restorer, self.memory, self.wake = restorer, memory, wake
         most = min(preload_bytes // restorer.page_bytes, memory.prefix_cache.pool.num_pages // SHARE_OF_PAGES)
         fitting = [count for count in restorer.copies.scatter if count * restorer.page_bytes <= MANY_BYTES]
         self.read_pages = min(restorer.slice_pages, max(fitting, default=1))
         restorer.is_preloaded = lambda key: key in memory.prefix_cache.preloaded
-        self.left: dict[bytes, None] = {}  # keys of pages to read, in this order
+        self.most = max(0, most)  # pages that are still read at most
+        self.left: dict[bytes, None] = dict.fromkeys(islice(first, self.most))  # keys of pages to read, in this order
         self.reads: deque[Preloading] = deque()
         self.listing = attempted(partial(restorer.tiers.recent, restorer.page_bytes, most)) if most > 0 else None
         if self.listing:
@@ -67,6 +76,11 @@ class Preloader:
     def preloaded(self) -> PreloadedPages:
         """The pages that are in the pool now."""
         return self.memory.prefix_cache.preloaded
+
+    @property
+    def ahead(self) -> bool:
+        """Whether more is to come."""
+        return bool(self.listing or self.reads or (self.left and self.memory.prefix_cache.pool.free_pages))
 
     # Reading.
 
@@ -95,13 +109,14 @@ class Preloader:
     def forget(self) -> None:
         """Stop, and give back what was read and not taken over: something in the tiers is wrong."""
         self.stop()
-        self.preloaded.evict(self.memory.prefix_cache.pool.num_pages)
+        self.preloaded.drop(list(self.preloaded.by_key))
 
     def _list(self) -> None:
         """Note what is to be read, once the tiers have listed it."""
         if self.listing and self.listing.done():
             listed, self.listing = self.listing, None
-            self.left = {} if has_failed(listed) else dict.fromkeys(listed.result())
+            every = [*self.left, *([] if has_failed(listed) else listed.result())]
+            self.left = dict.fromkeys(islice(dict.fromkeys(every), self.most))
 
     def _skip(self, keys: list[bytes]) -> None:
         """Do not read what a sequence restores itself."""
@@ -117,7 +132,7 @@ class Preloader:
             keys = list(islice(self.left, min(free, self.read_pages)))
             for key in keys:
                 del self.left[key]
-            free -= len(keys)
+            free, self.most = free - len(keys), self.most - len(keys)
             size = len(keys) * restorer.page_bytes
             data = restorer.staging.buffer(size).reshape(len(keys), restorer.page_bytes)
             # Stamped with zeros: nobody has used them yet.
@@ -153,13 +168,35 @@ class Preloader:
                 self.memory.pool = copy(self.memory.pool, pages[at : at + len(array)], array)
                 at += len(array)
         except Exception as error:
-            self.preloaded.evict(len(found))  # these, which came last
+            self.preloaded.drop(list(found))
             self.stop()
             if not usable(self.memory.pool):
                 raise
             log.warning("nothing more is preloaded: %s: %s", type(error).__name__, error)
 
     # Taking over.
+
+    def restore(self, sequence: Sequence, make_room: Callable[[Sequence, int], bool]) -> bool:
+        """Read ahead for a running sequence, and copy in its next pages if they have come. Whether they have.
+
+        `make_room` extends its lease to a number of tokens, and returns False where it has none any more.
+        """
+        restorer, memory = self.restorer, self.memory
+        if sequence.lease is None:
+            return False
+        taken = self.look_up(sequence)
+        if (loaded := restorer.ready(sequence)) is None:
+            return taken
+        memory.refresh_match(sequence)  # another may have brought the same pages meanwhile
+        restorer.read_ahead(sequence)
+        if restorer.ready(sequence) is not loaded:
+            return taken
+        if make_room(sequence, max(loaded.stop, sequence.computed)):
+            memory.pool, restored = restorer.copy_in(sequence, loaded, memory.pool)
+            if restored:
+                sequence.mark_restored(restored.stop, restored.tokens)
+            memory.publish(sequence)
+        return True
 
     def look_up(self, sequence: Sequence) -> bool:
         """Take over what is preloaded of a running sequence, look up and read ahead the rest. Whether any was."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from cache.retention import Ask, Kept
 from serve.engine.buckets import GREEDY, SamplingParams
 
 
@@ -45,6 +46,13 @@ class GenerationRequest:
     id: str = ""  # by which `Engine.answered` names it
     priority: int = 0  # below 0 is background
     owner: str = ""  # among whom places and steps are divided fairly; "" where nobody is named
+    asks: tuple[Ask, ...] = ()  # what is to be kept of the prompt, once it is computed
+    share: float = 1.0  # of what may be kept, the owner's
+
+    @property
+    def background(self) -> bool:
+        """Whether others come first."""
+        return self.priority < 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Started:
     prefill_s: float  # from the first step to the first token
     restored: Mapping[str, int] = field(default_factory=dict)  # of the reused ones, tokens from each tier, by its name
     forecast: Forecast | None = None  # as it came; None if nothing was foreseen
+    kept: tuple[Kept, ...] = ()  # what was done about each of the request's `asks`
 
 
 @dataclass(frozen=True)

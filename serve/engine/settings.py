@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class EngineSettings:
     speculative_tokens: int = 0
     restore_bytes: int = 1 << 30  # of pages that were read back and are not in the pool yet
     preload_bytes: int = 0  # of pages that are read from the tiers before a request asks for them
+    retain_pages: int = 0  # that may be kept for clients that ask for it, see cache.retention
+    retained_folder: Path | None = None  # for what is kept, so that it lasts over restarts
     stop_seconds: float = 30.0  # that `Engine.stop` takes at most
     dtype: str = "float32"
     quantize: str | None = None  # how the weights were rounded, see model.quantized; the engine takes them as they are

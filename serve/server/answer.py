@@ -177,6 +177,7 @@ def answer_state(context: ServerContext, prepared: Prepared) -> AnswerState:
         begun=tuple(prepared.prompt.prefilled_answer_ids.tolist()),
         sign=lambda ids: sign(context.signing_key, ids),
         encode=context.tokenizer.encode_after,
+        asked=prepared.request_context.wishes.asked,
         clamped=prepared.clamped,
         dispatch=context.config.enable_streaming_tool_dispatch,
     )

@@ -24,11 +24,13 @@ from serve.api.answers import (
     Usage,
 )
 from serve.api.messages import MessagesRequest
+from serve.api.retention import Asked
 from serve.engine.request import Started
 from serve.formats.format import text_after_call
 from serve.formats.readers import Call
 from serve.formats.stream import AnswerEvent, AnswerStream, Stopped
 from serve.server.blocks import BlockStream, thinking_display
+from serve.server.retention import cache_creation, retained
 
 
 @dataclass(eq=False)
@@ -45,6 +47,7 @@ class AnswerState:
     begun: tuple[int, ...]  # the tokens of the answer that the prompt ends with
     sign: Callable[[list[int]], str]  # the signature of thinking, given the answer's tokens so far
     encode: Callable[[str], np.ndarray]  # text that follows an added token -> [tokens] int32
+    asked: tuple[Asked, ...] = ()  # what it asks to be kept
     clamped: bool = False  # the context had less room than `max_tokens`
     dispatch: bool = False  # each complete tool call is also sent as an event of its own
     usage: Usage = field(default_factory=lambda: Usage(0))
@@ -70,6 +73,10 @@ class AnswerState:
         # The last prompt token runs through the model for its logits, whenever the same prompt comes.
         computed = started.prompt_tokens - started.reused_tokens
         self.usage = Usage(1, computed - 1, started.reused_tokens, 0, reused_by_tier(started))
+        if self.asked:
+            made = cache_creation(self.asked, started.kept, started.reused_tokens, computed - 1)
+            told = retained(self.asked, started.kept)
+            self.usage = msgspec.structs.replace(self.usage, cache_creation=made, retention=told)
         return [MessageStart(Message(id=self.id, model=self.message.model, usage=self.usage, diagnostics=diagnostics))]
 
     def on_token(self, token: int) -> list[Event]:

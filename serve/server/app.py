@@ -41,7 +41,7 @@ from serve.limits.encodings import ENCODINGS, MalformedBody, UnsupportedEncoding
 from serve.limits.exceeded import RETRY_SECONDS, LimitExceeded
 from serve.server.answer import answer, collect
 from serve.server.bodies import read_body
-from serve.server.callers import in_own_thread, request_context_of
+from serve.server.callers import in_own_thread, request_context_of, told_headers, wishing
 from serve.server.context import ServerContext
 from serve.server.counts import post_count_tokens, post_input_tokens
 from serve.server.engine_client import EngineClient
@@ -51,6 +51,8 @@ from serve.server.key_metrics import KeyCollector
 from serve.server.limits import InFlight, decodable, refuse_too_many
 from serve.server.middleware import RequestGuardMiddleware, limit_response
 from serve.server.openapi import openapi
+from serve.server.pin_routes import PIN_ROUTES
+from serve.server.pins import Pins, pins_folder
 from serve.server.prepare import Prepared, prepare
 from serve.server.request_log import RequestLogMiddleware
 from serve.server.trim import trim_while_idle
@@ -81,6 +83,7 @@ def create_app(context: ServerContext) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         engine = context.engine
         engine.start()
+        await app.state.pins.restore()
         tasks = [
             asyncio.create_task(trim_while_idle(lambda: engine.steps, lambda: engine.idle)),
             asyncio.create_task(warming.run(context)),
@@ -124,7 +127,7 @@ def create_app(context: ServerContext) -> Starlette:
         lifespan=lifespan,
     )
     app.state.context = app.state.records = context
-    app.state.keys, app.state.warming = keys, warming
+    app.state.keys, app.state.warming, app.state.pins = keys, warming, Pins(context, keys, pins_folder(config))
     if keys and keys.path:
         context.metrics.registry.register(KeyCollector(keys))
     return app
@@ -189,7 +192,7 @@ async def post_answer(read: Reader, request: Request) -> Response:
             refuse_too_many(message, context.config)
         # OpenAI's APIs work without the name of a model.
         message = message if message.model else replace(message, model=context.config.name)
-        prepared = prepare(context, message, request_context, phases)
+        prepared = prepare(context, message, wishing(request_context, body), phases)
         writer.begin(prepared.id, message.model)
         return prepared, writer
 
@@ -226,7 +229,7 @@ def response_headers(context: ServerContext, prepared: Prepared, phases: Phases)
         headers[APPLIED_HEADER] = ", ".join(prepared.applied[:MAX_LISTED_RULES])
     if forecast := context.statuses.get(prepared.id).forecast:
         headers[FORECAST_HEADER] = forecast_header(forecast, len(prepared.prompt.tokens))
-    return headers
+    return headers | told_headers(prepared.request_context)
 
 
 async def get_models(request: Request) -> Response:
@@ -348,6 +351,7 @@ ROUTES = [
     Route("/v1/responses", post_responses, methods=["POST"]),
     Route("/v1/responses/input_tokens", post_input_tokens, methods=["POST"]),
     Route("/v1/cache/warm", post_warm, methods=["POST"]),
+    *PIN_ROUTES,
     Route("/v1/requests", get_requests, methods=["GET"]),
     Route("/v1/requests/{id}", get_request, methods=["GET"]),
     Route("/v1/models", get_models, methods=["GET"]),

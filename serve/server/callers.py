@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
 from serve.api.messages import InvalidRequest
+from serve.api.retention import wishes
 from serve.limits.recent import SCOPE
 from serve.rules.normalize import parse_rules
 from serve.server.config import EVERYTHING, HEADS
-from serve.server.context import RequestContext, ServerContext, unrendered
+from serve.server.context import BACKGROUND, INTERACTIVE, RequestContext, ServerContext, unrendered
 from serve.web.access import given_id
 from serve.web.agents import is_final, parent_of, sender_of
-from serve.web.headers import RULES_HEADER, SALT_HEADER
-from serve.web.keys import Admission, private_salt
+from serve.web.headers import PRIORITY_HEADER, RULES_HEADER, SALT_HEADER, UNUSED_HEADER
+from serve.web.keys import Admission, Keys, private_salt
 
 T = TypeVar("T")
 
@@ -59,7 +61,37 @@ def request_context_of(request: Request, context: ServerContext) -> RequestConte
         admission,
         shares_head,
         named,
+        share_of(request),
+        priority_of(request),
     )
+
+
+def share_of(request: Request) -> float:
+    """The part of what may be kept in the cache that is the request's key's: as much as any other's."""
+    keys: Keys | None = request.app.state.keys
+    return 1 / len(keys.keys) if keys and keys.path else 1.0
+
+
+def priority_of(request: Request) -> str:
+    """What a request's key and header say of its priority: a key that is in the background stays there."""
+    admission: Admission | None = request.scope.get("admission")
+    if admission and admission.key.background:
+        return BACKGROUND
+    header = request.headers.get(PRIORITY_HEADER, "").strip().lower()
+    return header if header in (INTERACTIVE, BACKGROUND) else INTERACTIVE if header else ""
+
+
+def wishing(request_context: RequestContext, body: bytes | bytearray) -> RequestContext:
+    """The same, with what the body asks of the cache and of the scheduler: header and key say more than it does."""
+    found = wishes(body)
+    said = {True: BACKGROUND, False: INTERACTIVE, None: ""}[found.background]
+    return replace(request_context, wishes=found, priority=request_context.priority or said)
+
+
+def told_headers(request_context: RequestContext) -> dict[str, str]:
+    """The headers that say what was made of a request's hints, if it has any."""
+    priority, unused = request_context.priority, request_context.wishes.unused
+    return ({PRIORITY_HEADER: priority} if priority else {}) | ({UNUSED_HEADER: ", ".join(unused)} if unused else {})
 
 
 def rules_of(request: Request, context: ServerContext) -> frozenset[str]:

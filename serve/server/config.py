@@ -207,6 +207,19 @@ class ServerConfig(LimitFlags):
         STORE,
         "8GiB",
     )
+    retain_bytes: int | None = size_flag(
+        "KV pages that stay on the device because clients ask for it, or an operator pins them; each key has its share",
+        STORE,
+        None,
+        "a quarter of the KV pool",
+    )
+    pin: Path | None = flag(  # noqa: RUF009 - a dataclass field
+        "captured requests, a file or a folder of them, whose tools and system text stay on the device",
+        STORE,
+        None,
+        metavar="PATH",
+        parse=Path,
+    )
     write_queue_bytes: int = size_flag("pages that wait to be written, on host or device", STORE, "1GiB")
     cost_model: str | None = flag(
         "prefill costs of this machine, from `python -m experiments.sweep.fit`",
@@ -297,6 +310,8 @@ def problem_of(config: ServerConfig) -> str | None:
         return f"--share-heads: {config.share_heads}: expected a captured request or a folder of them, found none"
     if config.ready_when_warm and not config.warm:
         return "--ready-when-warm: expected --warm FILES beside it, found none"
+    if config.pin and not config.pin.exists():
+        return f"--pin: {config.pin}: expected a captured request or a folder of them, found none"
     if config.quantize and config.tp > 1:
         return f"--quantize: quantised weights are not divided over devices yet, got --tp {config.tp}: leave out one"
     try:

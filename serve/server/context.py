@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from serve.api import pdf
 from serve.api.messages import MessagesRequest
+from serve.api.retention import Wishes
 from serve.audit.auditor import auditor_of
 from serve.diagnosis.divergence import REPORT_BYTES, Divergences
 from serve.diagnosis.savings import LINK_BYTES, Savings
@@ -33,7 +34,8 @@ from serve.web.timing import Overhead
 
 log = logging.getLogger("tokenzero.server")
 
-NOBODY = Sender("", "")
+INTERACTIVE, BACKGROUND = "interactive", "background"
+NOBODY, NO_WISHES = Sender("", ""), Wishes()
 SHOWN_KEYWORDS = 8  # in the log, of a schema
 # The constraint of a request's answer; the flag says whether the prompt ends inside thinking.
 Constrain = Callable[[MessagesRequest, bool], Constraint | None]
@@ -75,6 +77,9 @@ class RequestContext:
     admission: Admission | None = None  # of the request, where keys are checked
     shares_head: bool = False  # with other keys, where that of its prompt is shared
     request_id: str | None = None  # that the client has given it
+    share: float = 1.0  # of what may be kept in the cache for clients that ask for it
+    priority: str = ""  # `interactive` or `background`; "" where nothing names one, which is as interactive
+    wishes: Wishes = NO_WISHES  # of its body
 
     @property
     def owner(self) -> str:

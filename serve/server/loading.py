@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tokenzero")
 
 HOST_BYTES = 4 * 10**9
+AWAITED_SECONDS = 2.0  # by which a start is later, at most, for pages of the store
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,21 @@ def load_engine(config: ServerConfig, folder: Path, progress: StartProgress) -> 
 
 
 def preload(engine: Future[Engine], loaded: Event, progress: StartProgress) -> None:
-    """Read pages of the store while the engine is waiting for the rest of the server, until that is `loaded`."""
-    made = engine.result()
+    """Read pages of the store while the engine is waiting for the rest of the server, until that is `loaded`.
+
+    It is waited for a little longer, since what comes first is expected soonest.
+    """
+    made, end = engine.result(), 0.0
+
+    def enough() -> bool:
+        nonlocal end
+        if not loaded.is_set():
+            return False
+        end = end or time.monotonic() + AWAITED_SECONDS
+        return not (made.core.preloader and made.core.preloader.ahead) or time.monotonic() > end
+
     with progress.phase("preload"):
-        made.preload(loaded.is_set)
+        made.preload(enough)
     if made.core.preloader and (pages := len(made.core.preloader.preloaded)):
         log.info("%d pages are preloaded", pages)
 

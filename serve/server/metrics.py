@@ -83,9 +83,16 @@ ENGINE: tuple[Figure[Engine], ...] = (
     Figure(
         "pages",
         GAUGE,
-        "Pages of the device pool by state: free, cached, in_use, auditor",
+        "Pages of the device pool by state: free, cached, retained (no request uses them), in_use, auditor",
         lambda engine: pages_by_state(engine),
         "state",
+    ),
+    Figure(
+        "retentions",
+        COUNTER,
+        "Requests to keep a prefix by what became of them: retained, pinned, refused, expired, lost (for want of room)",
+        lambda engine: dict(engine.core.retainer.retentions.events),
+        "event",
     ),
     Figure(
         "programs",
@@ -244,8 +251,7 @@ MEMORIES: tuple[Figure[Mapping[str, Memory]], ...] = (
 
 def pages_by_state(engine: Engine) -> dict[str, int]:
     """The pages of the device pool by state."""
-    store = engine.core.memory.prefix_cache.stats()
-    states = {"free": store.pages_free, "cached": store.pages_cached, "in_use": store.pages_in_use}
+    states = engine.core.retainer.pages_by_state()
     return states | ({"auditor": engine.settings.audit_pages} if auditor_of(engine) else {})
 
 

@@ -23,6 +23,7 @@ from serve.api.openai.errors import ErrorBody, status_of
 from serve.api.openai.models import Model, ModelList
 from serve.api.openai.responses_answer import Response
 from serve.api.openai.responses_request import ResponsesRequest
+from serve.api.pins import Pin, PinList, PinRequest
 from serve.diagnosis.divergence import Report
 from serve.diagnosis.volatility import Volatile
 from serve.web.headers import REQUEST_HEADERS, RULES_HEADER, SALT_HEADER
@@ -69,6 +70,9 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/responses": Operation({JSON: Response, STREAM: EVENT}, ResponsesRequest, OPENAI),
     "/v1/responses/input_tokens": Operation({JSON: InputTokens}, ResponsesRequest, OPENAI),
     "/v1/cache/warm": Operation({JSON: CacheWarmed}, CountTokensRequest),
+    "/v1/cache/pin": Operation({JSON: Pin}, PinRequest),
+    "/v1/cache/pins": Operation({JSON: PinList}),
+    "/v1/cache/pins/{name}": Operation({JSON: Pin}, more={404: "No pin has this name"}),
     "/v1/requests": Operation({JSON: "requests"}),
     "/v1/requests/{id}": Operation({JSON: "request"}, more={404: "The request is not known, or not any more"}),
     "/v1/models": Operation({JSON: (ModelPage, ModelList)}, openai=BOTH),
@@ -80,11 +84,11 @@ OPERATIONS: dict[str, Operation] = {
     "/api/hello": Operation({JSON: {"type": "object"}}),
     "/openapi.json": Operation({JSON: {"type": "object"}}),
 }
-READ = (MessagesRequest, CountTokensRequest, ChatRequest, ResponsesRequest)
+READ = (MessagesRequest, CountTokensRequest, ChatRequest, ResponsesRequest, PinRequest)
 WRITTEN = (
     *(Message, TokenCount, CacheWarmed, ModelInfo, ModelPage, Error),
     *(Completion, Response, InputTokens, Model, ModelList, ErrorBody),
-    *(Report, RequestStatus, Volatile),
+    *(Report, RequestStatus, Volatile, Pin, PinList),
 )
 OPEN_OBJECT: Json = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
 # The structs that `mend` makes, as clients send them.

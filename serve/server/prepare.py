@@ -26,7 +26,8 @@ from serve.prompt.signing import verify
 from serve.prompt.tokenizer import MOST_TOKENS
 from serve.rules.log import warn_once
 from serve.rules.normalize import Normalized, normalize
-from serve.server.context import RequestContext, ServerContext
+from serve.server.context import BACKGROUND, RequestContext, ServerContext
+from serve.server.retention import asks_of
 from serve.server.unread import refuse_images, report_safeguards, report_unread
 from serve.web.timing import Phases
 
@@ -91,6 +92,9 @@ def prepare(
         session=own_id(request_context, request_context.sender.session),
         parent=own_id(request_context, request_context.parent),
         owner=request_context.owner,
+        priority=-1 if request_context.priority == BACKGROUND else 0,
+        asks=asks_of(request_context.wishes, normalized.request, rendered, context.divergences.vocabulary),
+        share=request_context.share,
     )
     applied = tuple(f"{a.rule} {a.where}" for a in normalized.applied)
     return Prepared(

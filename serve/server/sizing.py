@@ -41,6 +41,7 @@ def engine_settings(
     """The engine's sizes: as many pages as fit, and a context no longer than they hold. Raises SystemExit if not."""
     import jax
 
+    from cache.retained_file import FOLDER
     from model.kv import bytes_per_token
     from model.kv_rows import pool_dtype
     from model.sharding import pool_heads
@@ -78,6 +79,8 @@ def engine_settings(
         speculative_tokens=config.speculative_tokens,
         restore_bytes=config.restore_bytes,
         preload_bytes=config.preload_bytes,
+        retain_pages=(pages - own) // 4 if config.retain_bytes is None else config.retain_bytes // page,
+        retained_folder=config.state_dir and config.state_dir / FOLDER,
         stop_seconds=config.stop_seconds,
         dtype=dtype,
         quantize=config.quantize,

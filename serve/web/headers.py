@@ -19,6 +19,8 @@ SALT_HEADER = "x-tokenzero-cache-salt"
 APPLIED_HEADER = "x-tokenzero-normalized"
 FORECAST_HEADER = "x-tokenzero-forecast"
 REPORT_HEADER = "x-tokenzero-report"
+PRIORITY_HEADER = "x-tokenzero-priority"
+UNUSED_HEADER = "x-tokenzero-unused-hints"
 
 REQUEST_HEADERS = (
     Header(
@@ -28,6 +30,10 @@ REQUEST_HEADERS = (
     ),
     Header(RULES_HEADER, "The rules for this request instead of the server's: comma-separated, or `none`."),
     Header(SALT_HEADER, "Requests with different salts share no page, no recorded answer and no tokenised text."),
+    Header(
+        PRIORITY_HEADER,
+        "`background`: requests without it come first, and its pages are evicted first; or `interactive`, the default.",
+    ),
     Header("x-request-id", "An id to find the request again by: up to 128 visible ASCII characters."),
     Header("accept", "`text/html` at `GET /` gets the dashboard.", proxy=True),
 )
@@ -41,6 +47,8 @@ RESPONSE_HEADERS = (
         "What the request was expected to find as it came, such as `device=51136, disk=512, computed=352, "
         "ttft-ms=131.9`: tokens that are read, by where they were, tokens to compute, and the time to the first token.",
     ),
+    Header(PRIORITY_HEADER, "The priority that a request had, where header, body or key name one."),
+    Header(UNUSED_HEADER, "Hints of the body that nothing here reads."),
     Header("request-id", "A fresh id of each response."),
     Header(
         "x-request-id",

@@ -5,6 +5,7 @@ A key file has a line for each key, and is read again on SIGHUP:
     # name  hash of the key, by `printf %s KEY | sha256sum`       limits, each optional
     alice   sha256:2bd806c97f0e00af1a1fc3328fa763a9269723c8db8fac4f93af71db186d6e90  requests=8 tokens=200000 rate=60
     ops     sha256:81b637d8fcd2c6da6359e6963113a1170de795e4b725b84d1e0b4cfd9ec58ce9  admin
+    nightly sha256:4d7fa1b1a1d1f3b3f1ab6c1c9a90a7a2b4cf5c4ae0a9e9b4b5d1a06d2e1f9d10  priority=background
 
 Only hashes are kept. A key is taken from random bytes, not from a head, since its hash is not salted.
 """
@@ -35,6 +36,8 @@ log = logging.getLogger("tokenzero.keys")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 HASH = re.compile(r"sha256:[0-9a-fA-F]{64}")
 ADMIN = "admin"
+PRIORITY = "priority"
+PRIORITIES = {"interactive": False, "background": True}
 LIMITS = ("requests", "tokens", "rate")
 MOST_LIMIT = 10**12
 TOTALS = ("requests", "refused_requests", "prompt_tokens", "reused_tokens", "generated_tokens")
@@ -56,6 +59,7 @@ class Key:
     requests: int | None = None  # in flight at a time
     tokens: int | None = None  # of prompts and of the answers asked for, in flight at a time
     rate: int | None = None  # requests a minute
+    background: bool = False  # the requests of others come first
 
 
 class LimitReached(Exception):
@@ -255,16 +259,23 @@ def parse_key(words: Sequence[str]) -> Key:
         found = "nothing" if not rest else f"{len(rest[0])} other characters"
         raise ValueError(f"key of {name}: expected sha256: and 64 hexadecimal digits, found {found}")
     options: dict[str, Any] = {}
+    given = set[str]()
     for word in rest[1:]:
         option, equals, value = word.partition("=")
         if word == ADMIN:
             options[ADMIN] = True
             continue
-        if option not in LIMITS or not equals:
+        if option not in (*LIMITS, PRIORITY) or not equals:
             expected = ", ".join(f"{limit}=NUMBER" for limit in LIMITS)
-            raise ValueError(f"limits of {name}: expected {expected} or {ADMIN}, found {word!r:.80}")
-        if option in options:
+            raise ValueError(f"limits of {name}: expected {expected}, {PRIORITY}=NAME or {ADMIN}, found {word!r:.80}")
+        if option in given:
             raise ValueError(f"limits of {name}: {option} is given twice")
+        given.add(option)
+        if option == PRIORITY:
+            if value not in PRIORITIES:
+                raise ValueError(f"{PRIORITY} of {name}: expected {' or '.join(PRIORITIES)}, found {value!r:.80}")
+            options["background"] = PRIORITIES[value]
+            continue
         if not re.fullmatch(r"[0-9]{1,13}", value) or not 1 <= int(value) <= MOST_LIMIT:
             raise ValueError(f"limits of {name}: {option}: expected 1 to {MOST_LIMIT}, found {value!r:.80}")
         options[option] = int(value)

@@ -25,6 +25,7 @@ from serve.api.answers import (
     MessageStart,
     MessageStop,
     Ping,
+    Retained,
     StopReason,
     TextDelta,
     ThinkingDelta,
@@ -57,6 +58,7 @@ class ChatUsage(Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    retention: tuple[Retained, ...] | UnsetType = UNSET  # an extension, as in the Messages API
 
 
 class PartialFunction(Struct, frozen=True, omit_defaults=True):
@@ -290,7 +292,8 @@ def completion_id(message: Message) -> str:
 def chat_usage(usage: Usage) -> ChatUsage:
     """Token counts in OpenAI's form."""
     prompt, output = prompt_tokens(usage), usage.output_tokens
-    return ChatUsage(prompt, output, prompt + output, PromptTokensDetails(usage.cache_read_input_tokens))
+    details = PromptTokensDetails(usage.cache_read_input_tokens)
+    return ChatUsage(prompt, output, prompt + output, details, usage.retention)
 
 
 def sse_data(data: Struct) -> bytes:

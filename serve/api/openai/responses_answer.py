@@ -23,6 +23,7 @@ from serve.api.answers import (
     MessageDelta,
     MessageStart,
     Ping,
+    Retained,
     SignatureDelta,
     StopReason,
     TextDelta,
@@ -71,6 +72,7 @@ class ResponseUsage(Struct, frozen=True):
     output_tokens: int
     output_tokens_details: OutputDetails
     total_tokens: int
+    retention: tuple[Retained, ...] | UnsetType = UNSET  # an extension, as in the Messages API
 
 
 class ResponseError(Struct, frozen=True):
@@ -286,4 +288,5 @@ def response_usage(usage: Usage) -> ResponseUsage:
         output_tokens=usage.output_tokens,
         output_tokens_details=OutputDetails(),
         total_tokens=prompt + usage.output_tokens,
+        retention=usage.retention,
     )

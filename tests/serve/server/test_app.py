@@ -241,7 +241,8 @@ class TestMetrics:
         assert 0 < moved("tokenzero_ttft_seconds_sum") < 60
         assert moved('tokenzero_http_responses_total{path="/v1/messages",status="200"}') == 2
         assert moved('tokenzero_http_responses_total{path="/v1/messages",status="400"}') == 1
-        pages = [after[f'tokenzero_pages{{state="{state}"}}'] for state in ("free", "cached", "in_use", "auditor")]
+        states = ("free", "cached", "retained", "in_use", "auditor")
+        pages = [after[f'tokenzero_pages{{state="{state}"}}'] for state in states]
         assert sum(pages) == 2048, "the pool of 16 MiB"
         assert pages[1] > 0
 

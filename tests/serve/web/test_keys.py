@@ -65,7 +65,7 @@ class TestFile:
             (f"{'a' * 65} {ALICE}", "name: expected up to 64"),
             (
                 f"alice {ALICE} speed=1",
-                "limits of alice: expected requests=NUMBER, tokens=NUMBER, rate=NUMBER or admin, found",
+                "limits of alice: expected requests=NUMBER, tokens=NUMBER, rate=NUMBER, priority=NAME or admin, found",
             ),
             (f"alice {ALICE} requests", "found 'requests'"),
             (f"alice {ALICE} requests=0", "requests: expected 1 to 1000000000000, found '0'"),
@@ -74,6 +74,8 @@ class TestFile:
             (f"alice {ALICE} rate=١", "rate: expected 1 to"),
             (f"alice {ALICE} tokens={'9' * 5000}", "tokens: expected 1 to"),
             (f"alice {ALICE} rate=1 rate=2", "rate is given twice"),
+            (f"alice {ALICE} priority=low", "priority of alice: expected interactive or background, found 'low'"),
+            (f"alice {ALICE} priority=background priority=background", "priority is given twice"),
             (f"bob {ALICE}", "the name bob is given twice"),
             (f"carol {BOB}", "the hash is that of line 1: give each name a key of its own"),
         ],
