@@ -8,6 +8,7 @@ what the trace could reuse, request by request. The rest of a prompt, under one 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -253,13 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     found = compare(answers)
     told = ("api", "shrink", "sessions", "requests", "longest", "answers", "seed")
     options = {"source": SOURCE if args.traces else "fitted"} | {name: getattr(args, name) for name in told}
-    result = {
-        "source": SOURCE if args.traces else "fitted",
-        **options,
-        **found,
-        "answers": [asdict(answer) for answer in answers],
-    }
-    write_json(args.out / "live.json", result | provenance(), indent=1)
+    write_json(args.out / "live.json", {**options, **found, **provenance()}, indent=1)
+    lines = (json.dumps(asdict(answer)) + "\n" for answer in answers)
+    (args.out / "live.jsonl").write_text("".join(lines), encoding="utf-8")
     draw(answers, args.out / "live.png")
     print_table(found, console)
     console.print(f"results in {args.out}")
