@@ -17,7 +17,7 @@
 # largest files. To count them anew, clone that repository and name its folder of traces, or an archive of it:
 #
 # ```sh
-# python -m experiments.wild kv-cache-tester/traces     # about a minute, under 500 MB
+# python -m experiments.wild kv-cache-tester/traces     # 35 s of one core, 110 MB
 # ```
 #
 # This notebook reads what the command wrote (`experiments/results/wild/`), and needs no traces.
@@ -168,6 +168,55 @@ for each in found["lifetimes"]:
     table.add_row(f"{each['lifetime_s']:,} s", f"{each['kept']:.1%}", f"{each['kept_by_think_time']:.1%}")
 console.print(table)
 picture("lifetimes.png")
+
+# %% [markdown]
+# ## Synthetic sessions beside them
+#
+# The agents of notebook 03 (`experiments/workloads/traces.py`) have lengths, pauses and sub-agents that were chosen by
+# hand. Those of `experiments/workloads/fitted.py` are drawn from quantiles and rates of the recorded ones
+# (`fitted.json`, which `python -m experiments.wild.fit` writes): lengths of tools, first messages and appended text,
+# pauses after either end of an answer, breaks of each kind by the pause before them, windows. `python -m
+# experiments.wild.synthetic` counts both as recorded sessions are counted.
+
+# %% tags=["results"]
+synthetic = json.loads(Path("experiments/results/wild/synthetic.json").read_text())
+kinds = {"recorded": found, "fitted": synthetic["fitted"], "by hand": synthetic["by hand"]}
+table = columns("", *kinds)
+for name, key in (("reused", "reused"), ("reads per write", "reads_per_write")):
+    table.add_row(name, *(f"{each['overall'][key]:.3g}" for each in kinds.values()))
+for place, name in enumerate(("5%", "50%", "95%")):
+    rates = (each["overall"]["hit_rate_by_call"][place] for each in kinds.values())
+    table.add_row(f"hit rate by call, {name}", *(f"{rate:.1%}" for rate in rates))
+for place, name in ((1, "50%"), (2, "90%")):
+    lengths = (each["overall"]["prompt_tokens_q10_50_90_99"][place] for each in kinds.values())
+    table.add_row(f"prompt tokens, {name}", *(f"{length:,.0f}" for length in lengths))
+for place, cause in enumerate(found["causes"]):
+    shares = (each["causes"][place] for each in kinds.values())
+    cells = (f"{each['share_of_requests']:.2%}, {each['share_of_new_tokens']:.1%}" for each in shares)
+    table.add_row(f"{cause['cause']}: of requests, of computed tokens", *cells)
+console.print(table)
+picture("synthetic.png")
+
+# %% [markdown]
+# The figure is notebook 03's first one for many sessions: the share of each prompt that the cache has, request by
+# request. Sessions by hand have no breaks: that is what they leave out.
+#
+# What the fit does not have: that the sizes of one session go together.
+#
+# ## On a real server
+#
+# `python -m experiments.wild.live TRACES --live URL --shrink 10` sends recorded sessions to a server, with lengths
+# divided by ten and text made from ids. Here ten of them, side by side, to our server with the demo model: what it
+# reports as cached, over what the ids could reuse.
+
+# %% tags=["results"]
+live = json.loads(Path("experiments/results/wild/live.json").read_text())
+table = columns("requests", "count", "tokens", "cached", "by the ids")
+for each in live["groups"]:
+    shares = (f"{each['reused']:.1%}", f"{each['trace_reused']:.1%}")
+    table.add_row(each["requests"], f"{each['count']:,}", f"{each['tokens']:,}", *shares)
+console.print(table)
+picture("live.png")
 
 # %% [markdown]
 # ## Against an earlier count
