@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from model.config import ModelConfig, RopeConfig
+from model.config import NO_ROPE, ModelConfig, RopeConfig
 
 TEXT, FLAG, NUMBER, SIZE = "a string", "true or false", "a positive number", "a positive whole number"
 LARGEST = 2**63
@@ -42,8 +42,10 @@ def with_rope_scaling(config: ModelConfig, scaling: Mapping[str, Any]) -> ModelC
     The context limit becomes `factor` times the context that is stretched: `original_max_position_embeddings`, or else
     what the checkpoint was trained on. With llama3 it is never less than the checkpoint's own, since that kind's factor
     does not say how far a model was trained: Llama 3.1 has 8 times 8,192 and takes 131,072. Raises ValueError as
-    `RopeConfig.from_hf` does.
+    `RopeConfig.from_hf` does, and for a model that does not rotate.
     """
+    if config.rope.kind == NO_ROPE:
+        raise ValueError(f"rope_scaling is set, expected none: attention of a {config.family} model does not rotate")
     given = scaling.get("original_max_position_embeddings")
     original = int(given or config.rope.original_max_position or config.max_position)
     rope = _rope(scaling, config.rope.theta, original)

@@ -15,6 +15,7 @@ from tests.model.test_decoder import assert_equal_logits
 from tests.model.test_kinds import expected
 
 LENGTH = 150
+RULES = ("qwen3_5_text", "nemotron_h")  # of a gated delta net, and of a Mamba-2: what others share is tested with these
 
 
 class Case(NamedTuple):
@@ -51,7 +52,7 @@ def case(request, case_of):
     return case_of(request.param)
 
 
-@pytest.fixture(params=["qwen3_5_text", "nemotron_h"])
+@pytest.fixture(params=RULES)
 def each_rule(request, case_of):
     """A case of a gated delta net, and one of a Mamba-2."""
     return case_of(request.param)
@@ -86,8 +87,10 @@ def test_a_prompt_of_several_chunks_of_1024_equals_transformers(family, case_of)
     assert_equal_states(hybrid.state(), whole)
 
 
-def test_a_ragged_batch_with_padding_equals_its_sequences_alone(case):
+@pytest.mark.parametrize("family", [f if f in RULES else pytest.param(f, marks=pytest.mark.slow) for f in HYBRIDS])
+def test_a_ragged_batch_with_padding_equals_its_sequences_alone(family, case_of):
     """Two chunks, one of a fresh sequence, an empty place, a token that decodes, and padding, all at once."""
+    case = case_of(family)
     hybrid, prompt, logits = Hybrid(case.folder), case.prompt, case.logits
     tables = pages_of(count=200).reshape(5, 40)
     hybrid.run(prompt[:9], 0, tables[0], write=1)
@@ -164,7 +167,8 @@ def test_tokens_of_a_draft_that_are_taken_back_leave_no_trace_in_a_state(each_ru
             assert_equal_states(found[slot], hybrid.state(slot))
 
 
-def test_stacked_layers_under_a_scan_give_the_same(each_rule):
+def test_stacked_layers_under_a_scan_give_the_same(case_of):
+    each_rule = case_of("qwen3_5_text")
     config, _, _ = compiled(each_rule.folder)
     from model import checkpoint  # the weights as a GPU has them
 
@@ -180,8 +184,9 @@ def test_stacked_layers_under_a_scan_give_the_same(each_rule):
     assert_equal_states(np.asarray(gather_slots(states, np.asarray([5])))[0], hybrid.state())
 
 
-def test_the_compiled_step_copies_no_states(each_rule):
-    hybrid = Hybrid(each_rule.folder)
+@pytest.mark.parametrize("family", [RULES[0], pytest.param(RULES[1], marks=pytest.mark.slow)])
+def test_the_compiled_step_copies_no_states(family, case_of):
+    hybrid = Hybrid(case_of(family).folder)
     states = jax.eval_shape(lambda: empty_states(hybrid.config, 4096))
     batch = make_batch(np.zeros(1), [0, 1], [5], [pages_of()], [3], [3], max_chunk=1)
     program = hybrid.step.lower(hybrid.params, batch, hybrid.pool, states).compile()

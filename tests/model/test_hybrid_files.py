@@ -14,6 +14,7 @@ from model import checkpoint
 from model.config import ModelConfig
 from model.families import read_config
 from model.fingerprint import fingerprint
+from model.rope_scaling import with_rope_scaling
 from model.sharding import make_mesh
 from tests.model.hybrids import HYBRIDS, random_hybrid
 
@@ -166,6 +167,12 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(family, name, changed):
     folder = changed(family, tensors=lambda named: named.update({name: named[name][1:]}))
     with pytest.raises(ValueError, match=rf"{ours} has shape \(\d+, .*expected \(\d+, "):
         checkpoint.load(folder, "float32")
+
+
+def test_a_model_that_does_not_rotate_has_no_frequencies_to_stretch(folder_of):
+    config = checkpoint.load_config(folder_of("nemotron_h"))
+    with pytest.raises(ValueError, match="attention of a nemotron_h model does not rotate"):
+        with_rope_scaling(config, {"rope_type": "yarn", "factor": 2.0})
 
 
 def test_several_devices_are_refused_by_name(folder_of):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
 
+from serve.server.config import ServerConfig
 from serve.server.fit import Choice, Sizes, problem, what_fits
+from serve.server.loading import load_model
+from serve.server.progress import StartProgress
 
 GIB = 1 << 30
 # As many bytes as a model of 8 GiB in 16 bits, whose tokens have 128 KiB of keys and values.
@@ -77,3 +81,11 @@ def test_a_pool_of_a_given_size_is_counted_as_it_is():
 @pytest.mark.parametrize("given", [Choice("int4"), Choice("int4", "int8")])
 def test_what_is_in_few_bits_already_is_not_advised_more(given):
     assert fitting(2, given) == []
+
+
+def test_a_model_with_recurrent_layers_is_refused_in_a_sentence_before_its_weights_are_looked_for(tmp_path):
+    fields = {"model_type": "nemotron_h", "vocab_size": 8, "hidden_size": 32, "hybrid_override_pattern": "ME*-"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    refusal = "is a nemotron_h model, 1 of whose 4 layers are recurrent: the server does not keep their states yet"
+    with pytest.raises(ValueError, match=refusal):
+        load_model(ServerConfig(model=str(tmp_path)), tmp_path, StartProgress())
