@@ -53,12 +53,15 @@ def arranged(params: Params, page_size: int, consume: bool = False) -> Params:
     """Stacked weights as this device reads them fastest, for a pool of this page size.
 
     On a CPU they are packed for its kernels, or taken apart for XLA where the kernels cannot run the model; the reason
-    is logged once. Those kernels know of one device only, so weights that lie on several are taken apart, too. With
-    `consume`, the caller gives `params` up: what is packed is deleted, so that memory never holds all weights twice.
+    is logged once. Those kernels know of one device and of attention only, so weights that lie on several devices, and
+    those of models with recurrent layers, are taken apart, too. With `consume`, the caller gives `params` up: what is
+    packed is deleted, so that memory never holds all weights twice.
     """
     if not on_cpu():
         return params
     if not build.available() or len(params.final_norm.devices()) > 1:
+        return unstacked(params)
+    if any(run.qkv is None for run in params.runs):  # of a hybrid, the kernels compute attention alone
         return unstacked(params)
     if reason := packing.unsupported_reason(params, page_size):
         warn_once("CPU kernels", reason)
