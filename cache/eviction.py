@@ -26,7 +26,7 @@ class State(StrEnum):
 
 # Seconds, from 355 recorded sessions of Claude Code: experiments/README.md has the comparison with others.
 PACE_S = 9.0  # from a tool call to its result, for an agent of which nothing is known
-FASTEST_S, SLOWEST_S = 4.0, 30.0  # bounds of an agent's pace
+FASTEST_S, SLOWEST_S = 4.0, 30.0  # bounds of the time after which a tool's result is expected
 PACE_WEIGHT = 0.3  # of the latest gap in an agent's pace
 PERSON_S = 300.0  # who waits for a person is expected as late as who has waited for a tool for so much longer
 UNKNOWN_S = 60.0  # the same, where the answer's end says neither
@@ -76,9 +76,10 @@ def agent_aware(use: LastUse, now: float) -> Rank:
     if use.state is State.ENDED:
         return Rank(0, 1, -use.used)
     later_s = BACKGROUND_S * max(0, -use.priority)
-    overdue = use.used + use.pace_s / 2  # from here on, more time has passed than is left
+    pace_s = min(max(use.pace_s, FASTEST_S), SLOWEST_S)
+    overdue = use.used + pace_s / 2  # from here on, more time has passed than is left
     if use.state is State.TOOL and now < overdue:
-        return Rank(NORMAL, -1, later_s + use.used + use.pace_s, overdue)
+        return Rank(NORMAL, -1, later_s + use.used + pace_s, overdue)
     if use.state is State.PERSON:
         later_s += PERSON_S
     if use.state is State.UNKNOWN:
@@ -105,6 +106,6 @@ def greedy_dual(use: LastUse, now: float) -> Rank:
 
 
 def next_pace(pace_s: float, gap_s: float) -> float:
-    """An agent's pace after another gap of so many seconds: a moving geometric mean, within bounds."""
-    gap_s = min(max(gap_s, FASTEST_S), SLOWEST_S)
+    """An agent's pace after another gap of so many seconds: a moving geometric mean."""
+    gap_s = min(max(gap_s, 1.0), 3600.0)
     return math.exp((1 - PACE_WEIGHT) * math.log(pace_s) + PACE_WEIGHT * math.log(gap_s))

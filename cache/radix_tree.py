@@ -298,7 +298,6 @@ class RadixTree:
         assert leaf.key not in parent.children
         parent.children[leaf.key] = leaf
         self._swap(old=NO_PAGES, new=new)
-        leaf.use = parent.use or Use(Agent(), used=self.now())  # until it is touched
         self.leaves.put(leaf, self.now())
         return leaf
 
@@ -334,8 +333,7 @@ class RadixTree:
         self.leaves.put(leaf, self.now())
 
     def _rank(self, leaf: Node, now: float) -> Rank:
-        use = leaf.use
-        assert use is not None, "a leaf was never used"
+        use = leaf.use or Use(Agent(), used=now)  # it is new, and ranked again when it is touched
         # That one agent is not expected back soon says nothing of pages that others have used, too.
         state = State.UNKNOWN if leaf.shared and demotion_s(use.state) else use.state
         cost_s = self.page_cost(leaf.end)

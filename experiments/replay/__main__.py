@@ -5,6 +5,7 @@ No model runs. `python -m experiments.replay` sends the calls of agents at work 
 
 `--policies --model DIR` compares eviction policies of a tier: the requests of agent sessions, rendered and tokenised as
 the server does it, become keys of pages. LRU is the host tier itself; FIFO and Belady's optimum are computed as well.
+`--policies --agentx PATH` compares rules over the real prefix cache, and the optimum, on recorded agents.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from experiments.replay.capacity import (
     least_capacity,
     outcome,
 )
+from experiments.replay.held_out import BUDGETS, Plan, compare
 from experiments.replay.policies import Workload, compare_policies
 from experiments.workloads.sessions import RELEASES
 from experiments.workloads.traces import Agents, generate, read_mooncake
@@ -55,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--speed", type=float, default=math.inf, help="of --live, times the trace's (default: no pauses)")
     cli.add_argument("--cost-model", type=Path, default=COST_MODEL, help="prices tokens (default: %(default)s)")
     cli.add_argument("--seed", type=int, default=0)
-    cli.add_argument("--policies", action="store_true", help="compare eviction policies; needs --model")
+    cli.add_argument("--policies", action="store_true", help="compare eviction policies; needs --model or --agentx")
+    cli.add_argument("--agentx", type=Path, help="recorded agents for --policies: a folder, or an archive")
+    cli.add_argument("--jobs", type=int, default=1, help="of --agentx, processes (default: %(default)s)")
+    cli.add_argument("--half", choices=("held out", "chosen on"), default="held out", help="of --agentx")
     cli.add_argument("--model", help="checkpoint folder whose tokenizer and template the policies' trace uses")
     cli.add_argument("--sessions", type=int, default=Workload.sessions, help="of the policies' trace")
     cli.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
@@ -66,13 +71,20 @@ def main(argv: list[str] | None = None) -> None:
     """Replay agents' calls, a trace file or, for the policies, agent sessions; print a table, write it as JSON."""
     cli = parser()
     args, console = cli.parse_args(argv), Console()
-    if args.policies and not args.model:
+    if args.policies and not (args.model or args.agentx):
         cli.error(
-            "--policies needs --model: a checkpoint folder, such as `python -m experiments.demo_model DIR` writes"
+            "--policies needs --model, a checkpoint folder such as `python -m experiments.demo_model DIR` writes, or "
+            "--agentx, recorded agents"
         )
     for name in ("agents", "calls", "sessions", "speed"):
         if not getattr(args, name) > 0:
             cli.error(f"--{name} {getattr(args, name)}: expected more than 0")
+    if args.policies and args.agentx:
+        try:
+            compare(args.agentx, Plan(half=args.half), args.capacity or BUDGETS, args.jobs, args.out, console)
+        except (OSError, ValueError) as error:
+            cli.error(f"--agentx {args.agentx}: {error}")
+        return
     if args.policies:
         compare_policies(Workload(seed=args.seed, sessions=args.sessions), args.model, args.out, console)
         return
