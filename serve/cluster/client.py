@@ -122,6 +122,9 @@ class ClusterEngine:
         """See EngineClient: replicas are told when they report next."""
         self.answers.append(Answered(id, state, ended_session))
 
+    def expect(self, agent: str) -> None:
+        """See EngineClient. Nothing: the replica is chosen by the request's tokens."""
+
     @property
     def alive(self) -> bool:
         """Whether replicas report, or may do so soon."""

@@ -36,6 +36,7 @@ from serve.engine.counters import Counters
 from serve.engine.fairness import Queue, owner_of
 from serve.engine.forecast import Forecaster, asked
 from serve.engine.inbox import Answered, Inbox, Overloaded, QueueFull
+from serve.engine.read_ahead import ReadAhead
 from serve.engine.request import Event, Failed, Finished, Forecast, GenerationRequest, Waiting
 from serve.engine.sequence import Sequence
 from serve.engine.settings import EngineSettings
@@ -88,7 +89,7 @@ class Engine:
         self.inbox = Inbox()
         self.core = EngineCore(params, config, settings, self.fingerprint, tiers, self.inbox, on_progress, costs)
         self.core.on_first_token = self._on_first_token
-        self.forecaster = Forecaster(self.core)
+        self.forecaster, self.read_ahead = Forecaster(self.core), ReadAhead(self.core)
         self.idle_work: IdleWork | None = None
         self.submitted = 0  # requests; the latest one's number
         self.thread = threading.Thread(target=self.loop, name="tokenzero-engine", daemon=True)
@@ -173,6 +174,11 @@ class Engine:
             answer = await asyncio.to_thread(asked, self.forecaster, sequence, self.inbox.ask)
             return await asyncio.wrap_future(answer)
         return None
+
+    def expect(self, agent: str) -> None:
+        """A request of this agent is on its way, whose tokens are not known yet."""
+        with suppress(Overloaded):
+            self.inbox.ask(lambda: self.read_ahead.expect(agent))
 
     def expected(self, number: int) -> Forecast | None:
         """What was expected of a request that waits or runs, as it came; None if nothing was."""
@@ -300,6 +306,7 @@ class Engine:
 
     def _on_first_token(self, sequence: Sequence, token: int) -> None:
         self.forecaster.answered(sequence)
+        self.read_ahead.answered(sequence)
         if self.idle_work:
             self.idle_work.on_first_token(sequence, token)
 

@@ -106,3 +106,10 @@ def rules_of(request: Request, context: ServerContext) -> frozenset[str]:
     if problem := unrendered(context.tokenizer, names):
         raise InvalidRequest(f"{RULES_HEADER}: {problem}")
     return names
+
+
+def agent_of(request: Request) -> str:
+    """The id of the agent that sends a request, as the engine knows it; "" if no header says so."""
+    admission: Admission | None = request.scope.get("admission")
+    owner, agent = admission.key.name if admission else "", sender_of(request.headers).agent
+    return f"{owner}\0{agent}" if agent and owner else agent

@@ -39,6 +39,9 @@ class EngineClient(Protocol):
     def answered(self, id: str, state: State, ended_session: str = "") -> None:
         """Note how the answer to the request with this id ended, see `Engine.answered`; returns at once."""
 
+    def expect(self, agent: str) -> None:
+        """A request of this agent is on its way: what its latest one had may be brought back meanwhile."""
+
     @property
     def alive(self) -> bool:
         """Whether requests can be served."""

@@ -111,6 +111,20 @@ class TestDispatch:
         assert dispatch.choose(call(dispatch, "1", 1, 2, 3, 4), ["a", "b"]) == "b"
         assert dispatch.known == {"a": -1, "b": 4}
 
+    def test_what_a_prompt_would_find_is_told_without_sending_it(self) -> None:
+        dispatch = Dispatch()
+        assert dispatch.forecast(call(dispatch, "1", 1).request) is None
+        dispatch.published(report("a"))
+        dispatch.published(report("b", Snapshot(4, np.arange(1, 9, dtype=np.uint64))))
+        asked = call(dispatch, "1", 1, 2, 3, 4)
+        found = dispatch.forecast(asked.request)
+        assert found
+        assert found.cached["device"] == min(4 * asked.request.page_size, asked.request.tokens - 1)
+        assert found.ttft_s > 0
+        assert not dispatch.router.in_flight
+        dispatch.choose(asked, ["a", "b"])
+        assert asked.forecast == found
+
     def test_a_call_that_comes_back_goes_elsewhere(self) -> None:
         dispatch = Dispatch()
         for name in ("a", "b"):
