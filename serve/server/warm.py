@@ -136,6 +136,7 @@ async def warm(
             agent=own_id(request_context, sender.agent),
             session=own_id(request_context, sender.session),
             owner=request_context.owner,
+            priority=-1,
         )
         async with aclosing(context.engine.generate(request)) as events:
             async for event in events:
