@@ -103,6 +103,8 @@ class Saver:
             return
         known = dict(zip(sequence.keys[:full], range(sequence.used, sequence.used - full, -1), strict=True))
         known |= {page.key: page.stamp for page in pages}
+        if (before := self.stamped.pop(sequence.use, None)) is not None:  # it was preempted
+            self.stamped_pages -= len(before.keys)
         self.stamped[sequence.use] = Stamped(sequence.used, list(known), list(known.values()))
         self.stamped_pages += len(known)
         while self.stamped_pages > MOST_STAMPED:
