@@ -91,7 +91,7 @@ class EngineReplica:
         """
         engine = self.engine
         for answer in answers:
-            engine.inbox.answered(answer)
+            engine.answered(answer.id, answer.state, answer.ended_session)
         self.publisher.take()
         return Report(
             name=self.name,

@@ -45,6 +45,8 @@ log = logging.getLogger("tokenzero.engine")
 
 # The longest sleep while all that runs waits for the tiers.
 IDLE_SECONDS = 0.1
+# Between two steps, for questions: then the requests have their turn.
+ANSWER_SECONDS = 0.005
 # Between two looks at what is read, before the thread starts.
 PRELOAD_SECONDS = 0.001
 
@@ -194,11 +196,16 @@ class Engine:
 
         Called after its last event was taken; what its agent does now decides what is evicted.
         """
-        self.inbox.answered(Answered(id, state, ended_session))
+        with suppress(Overloaded):
+            self.inbox.ask(lambda: self.core.memory.note(Answered(id, state, ended_session)))
 
     def drop_pin(self, name: str) -> None:
         """Keep a pinned prefix no longer; nothing happens if there is none of this name."""
         self.core.retainer.drop_pin(name)
+
+    def pinned(self, name: str) -> bool:
+        """Whether a prefix is pinned under this name: a request that needs the whole pool, or a fault, ends pins."""
+        return name in self.core.retainer.retentions.pins
 
     def generate(self, request: GenerationRequest, waiting_s: float | None = None) -> AsyncGenerator[Event, None]:
         """Submit a request from an event loop, see `generate`."""
@@ -273,8 +280,6 @@ class Engine:
         problem = ""
         try:
             self.core.cancel(cancelled)
-            for answer in self.inbox.read_answers():
-                self.core.memory.note(answer)
             if self.core.saver:
                 self.core.saver.demote()
             self.core.step()
@@ -297,7 +302,7 @@ class Engine:
         if not unfinished or self.core.idle:
             longest = self.idle_work.sleep_s(self) if self.idle_work and not unfinished else None
             self.inbox.sleep(IDLE_SECONDS if unfinished else longest)
-        self.inbox.answer()
+        self.inbox.answer(ANSWER_SECONDS)
         submissions, cancelled = self.inbox.read()
         for sequence in submissions:
             self.forecaster.arrived(sequence)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cache.eviction import State
 from serve.engine.sequence import Sequence
+
+log = logging.getLogger("tokenzero.engine")
 
 
 class Overloaded(Exception):
@@ -35,8 +40,7 @@ class Inbox:
     changed: threading.Condition = field(default_factory=threading.Condition)
     submissions: deque[Sequence] = field(default_factory=deque)
     cancellations: set[int] = field(default_factory=set)
-    questions: deque[Callable[[], object]] = field(default_factory=deque)  # which never raise
-    answers: list[Answered] = field(default_factory=list)
+    questions: deque[Callable[[], object]] = field(default_factory=deque)
     woken: bool = False  # something that the engine waits for has arrived
     stopping: bool = False
 
@@ -55,24 +59,12 @@ class Inbox:
             self.changed.notify()
 
     def ask(self, question: Callable[[], object]) -> None:
-        """Have a question answered between two steps, which never raises. Raises Overloaded once the engine ends."""
+        """Have something called on the engine's thread between two steps. Raises Overloaded once the engine ends."""
         with self.changed:
             if self.stopping:
                 raise Overloaded("the engine has stopped")
             self.questions.append(question)
             self.changed.notify()
-
-    def answered(self, answer: Answered) -> None:
-        """Note how an answer ended; the engine reads it with its next turn."""
-        with self.changed:
-            self.answers.append(answer)
-            self.changed.notify()
-
-    def read_answers(self) -> list[Answered]:
-        """Take the notes on answers."""
-        with self.changed:
-            answers, self.answers = self.answers, []
-        return answers
 
     def wake(self) -> None:
         """Wake the engine: something has arrived that it may be waiting for."""
@@ -90,21 +82,20 @@ class Inbox:
         """Return when there is anything to read, or after so many seconds."""
         with self.changed:
             self.changed.wait_for(
-                lambda: (
-                    self.stopping
-                    or self.submissions
-                    or self.cancellations
-                    or self.questions
-                    or self.answers
-                    or self.woken
-                ),
+                lambda: self.stopping or self.submissions or self.cancellations or self.questions or self.woken,
                 seconds,
             )
 
-    def answer(self) -> None:
-        """Answer the questions that were asked until now."""
+    def answer(self, seconds: float = math.inf) -> None:
+        """Answer questions, for about so many seconds, and at least one: requests wait meanwhile."""
+        end = time.monotonic() + seconds
         while self.questions:
-            self.questions.popleft()()
+            try:
+                self.questions.popleft()()
+            except Exception:  # which must not cost any request
+                log.exception("a question to the engine has no answer")
+            if time.monotonic() >= end:
+                break
 
     def read(self) -> tuple[deque[Sequence], set[int]]:
         """Empty it: the requests and the numbers of those to cancel."""
