@@ -30,6 +30,8 @@ log = logging.getLogger("tokenzero.forecast")
 
 DEVICE = "device"
 MOST_STEPS = 256  # that are foreseen one by one; of more work, several steps at a time
+MOST_CHOICES = 1024  # among requests, over all steps: the engine waits meanwhile
+MOST_OTHERS = 64  # before a request of which anything is foreseen
 # A request that has waited longer says nothing about a tier's speed: its pages were read meanwhile.
 QUEUED_SECONDS = 0.005
 
@@ -71,7 +73,8 @@ class Timetable:
         """Seconds for the steps of others that come before the end of `own`, and for its own."""
         left, decoding = [*others, own], list(contexts)
         spent = {True: 0.0, False: 0.0}
-        at_once = 1 + sum(each.stop - each.start for each in left) // (self.most * MOST_STEPS)
+        steps = max(1, min(MOST_STEPS, MOST_CHOICES // len(left)))
+        at_once = 1 + sum(each.stop - each.start for each in left) // (self.most * steps)
         while True:
             now = sum(spent.values())
             chosen = self.next(left, now) if len(left) > 1 else left[0]
@@ -147,7 +150,10 @@ class Forecaster:
             log.exception("request %d: nothing is foreseen of it", sequence.number)
 
     def arrival(self, sequence: RunningSequence) -> Arrival | None:
-        """The engine as this request finds it; None until a prefill was measured. Not a use of what is cached."""
+        """The engine as this request finds it, which is not a use of what is cached.
+
+        None until a prefill was measured, and where more than MOST_OTHERS are to be computed before it.
+        """
         core = self.core
         model, settings = core.costs.model, core.settings
         if (costs := core.runner.tracker.costs(model.known)) is None:
@@ -157,6 +163,8 @@ class Forecaster:
         )
         before, now = [*core.running, *core.waiting], time.perf_counter()
         contexts = tuple(each.length for each in before if each.state is DECODING)
+        if len(before) - len(contexts) > MOST_OTHERS:
+            return None
         others = {
             each: Prefill(self.computed(each), each.length, now - each.submitted)
             for each in before

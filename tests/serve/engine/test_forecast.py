@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from cache.tiers import StoredPage
 from serve.cost.model import Constants, CostModel, Rate
 from serve.cost.steps import StepCosts
 from serve.engine.engine import Engine
-from serve.engine.forecast import Arrival, Prefill, Timetable
+from serve.engine.forecast import MOST_OTHERS, Arrival, Forecaster, Prefill, Timetable
 from serve.engine.request import GenerationRequest
+from tests.helpers.sequences import waiting
 from tests.helpers.tiny_engine import ALWAYS, PAGE, SMALL, generate, prompt, submit, tick, tiers_of
 
 A_TOKEN = Constants(fixed=0.0, linear=1.0, attention=0.0)  # a second each
@@ -83,6 +86,34 @@ def test_much_work_is_foreseen_in_few_looks() -> None:
     found = arrival(tokens=10**6, cached={}, timetable=table).forecast()
     assert found.prefill_s == pytest.approx(10**6, rel=0.01)
     assert len(looks) < 1000
+
+
+@pytest.mark.parametrize("others", [1, 8, MOST_OTHERS])
+def test_many_that_come_before_are_foreseen_in_few_looks_too(others: int) -> None:
+    looks = []
+
+    def prefill_s(start: int, stop: int) -> float:
+        looks.append(start)
+        return stop - start
+
+    before = tuple(Prefill(0, 50_000 + each, waited_s=each) for each in range(others))
+    found = arrival(
+        tokens=60_000, cached={}, others=before, timetable=replace(TIMETABLE, prefill_s=prefill_s)
+    ).forecast()
+    assert found.wait_s > 40_000 * others
+    assert len(looks) < 5000
+
+
+def test_behind_a_crowd_nothing_is_foreseen_and_nothing_is_looked_up() -> None:
+    core: Any = SimpleNamespace(
+        costs=SimpleNamespace(model=CostModel(1.0, 0.0, Rate(1.0))),
+        runner=SimpleNamespace(tracker=SimpleNamespace(costs=lambda known: StepCosts(A_TOKEN))),
+        settings=SMALL,
+        running=[],
+        waiting=[waiting(number) for number in range(MOST_OTHERS + 1)],
+        memory=None,
+    )
+    assert Forecaster(core).arrival(waiting(99)) is None
 
 
 @pytest.fixture
