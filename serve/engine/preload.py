@@ -116,7 +116,7 @@ class Preloader:
         if self.listing and self.listing.done():
             listed, self.listing = self.listing, None
             every = [*self.left, *([] if has_failed(listed) else listed.result())]
-            self.left = dict.fromkeys(islice(dict.fromkeys(every), self.most))
+            self.left = dict.fromkeys(islice(dict.fromkeys(every), max(0, self.most)))
 
     def _skip(self, keys: list[bytes]) -> None:
         """Do not read what a sequence restores itself."""

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -122,6 +123,25 @@ def test_the_latest_conversation_is_preloaded_from_its_start_where_there_is_no_r
 def page_bytes(model) -> int:
     config, _ = model
     return 2 * config.num_layers * config.num_kv_heads * PAGE * config.head_dim * 4
+
+
+def test_what_is_read_ahead_before_the_store_is_listed_counts_and_may_be_more_than_is_preloaded(model, tmp_path):
+    tokens = prompt(5, 300)
+    stored(model, tmp_path, tokens)
+    engine = engine_on(model, tiers_of(tmp_path), replace(PRELOADING, preload_bytes=2 * page_bytes(model)))
+    preloader, keys = engine.core.preloader, engine.core.memory.prefix_cache.keys(tokens)
+    preloader.listing, preloader.left = Future(), dict.fromkeys(keys[:10])
+
+    def read() -> bool:
+        preloader.step(quiet=True)
+        return not (preloader.left or preloader.reads)
+
+    eventually(read, "pages are read ahead")
+    preloader.listing.set_result(keys)
+    assert not preloader.step(quiet=True)
+    assert len(of(engine)) == 10
+    engine.start()
+    stopped(engine)
 
 
 def test_pages_behind_a_hole_are_taken_over_once_it_is_computed(model, tmp_path):
