@@ -10,6 +10,8 @@ import numpy as np
 
 from cache.tier import CLOCK_SLACK_NS, Item, Payload, TierStats, earlier, placed, stamps_now
 
+STALE = 1024  # entries that do not count any more, beyond as many as there are pages, before they are swept out
+
 
 class HostTier:
     """Pages in host memory under a budget in bytes of payload, the least recently used evicted first."""
@@ -42,9 +44,11 @@ class HostTier:
         """See Tier."""
         with self.lock:
             for key, stamp in zip(keys, stamps, strict=True):
-                if self.used.get(key) == stamp:
+                if earlier(stamp, seconds) < self.used.get(key, 0) <= stamp:
                     self.used[key] = earlier(stamp, seconds)
                     heapq.heappush(self.oldest, (self.used[key], key))
+            if len(self.oldest) > 2 * len(self.used) + STALE:
+                self._sweep()
 
     def recent(self, size: int, count: int) -> list[bytes]:
         """See Tier."""
@@ -99,8 +103,7 @@ class HostTier:
                 if key in self.pages:
                     self.bytes -= memoryview(self.pages.pop(key)).nbytes
                     del self.used[key]
-            self.oldest = [(stamp, key) for key, stamp in self.used.items()]
-            heapq.heapify(self.oldest)
+            self._sweep()
         return True
 
     def sync(self) -> None:
@@ -119,6 +122,11 @@ class HostTier:
         for key, stamp in zip(keys, stamps_now(len(keys)) if stamps is None else stamps, strict=True):
             if stamp > self.used.get(key, stamp):
                 self.used[key] = stamp
+
+    def _sweep(self) -> None:
+        """Leave one entry for each page."""
+        self.oldest = [(stamp, key) for key, stamp in self.used.items()]
+        heapq.heapify(self.oldest)
 
     def _make_room(self, size: int, stamp: int) -> bool:
         """Evict to make room for a page of this size and last use; False if that page would be evicted next."""

@@ -53,11 +53,12 @@ def stamp_uses(dbs: Databases, txn: "lmdb.Transaction[bytes]", uses: Mapping[byt
 
 
 def lower_stamps(dbs: Databases, txn: "lmdb.Transaction[bytes]", lowered: Mapping[bytes, tuple[int, int]]) -> None:
-    """Give pages an earlier stamp, the second of each two, where the first one is still recorded."""
+    """Give pages an earlier stamp, the second of each two, unless they were used after the first one."""
     with txn.cursor(dbs.entries) as cursor:
         for key in sorted(lowered):
-            if cursor.set_key(key) and last_used(entry := cursor.value()) == lowered[key][0]:
-                cursor.put(key, entry[: SEAL.size] + STAMP.pack(lowered[key][1]))
+            at, stamp = lowered[key]
+            if cursor.set_key(key) and stamp < last_used(entry := cursor.value()) <= at:
+                cursor.put(key, entry[: SEAL.size] + STAMP.pack(stamp))
 
 
 def read(

@@ -68,7 +68,8 @@ class Tier(Protocol):
     def demote_many(self, keys: Sequence[bytes], stamps: Sequence[int], seconds: float) -> None:
         """Count these uses of pages as if they had been so much earlier: who made them is not expected back soon.
 
-        A page that was used since, by anybody, keeps its stamp, and so does every page of a tier without stamps.
+        A page that was used since, by anybody, keeps its stamp, and so does every page of a tier without stamps. Of
+        several calls about one use, the one with the most seconds counts.
         """
 
     def recent(self, size: int, count: int) -> list[bytes]:
