@@ -16,7 +16,7 @@ from serve.rules.normalize import parse_rules
 from serve.server.config import EVERYTHING, HEADS
 from serve.server.context import BACKGROUND, INTERACTIVE, RequestContext, ServerContext, unrendered
 from serve.web.access import given_id
-from serve.web.agents import is_final, parent_of, sender_of
+from serve.web.agents import is_final, own_id, parent_of, sender_of
 from serve.web.headers import PRIORITY_HEADER, RULES_HEADER, SALT_HEADER, UNUSED_HEADER
 from serve.web.keys import Admission, Keys, private_salt
 
@@ -111,5 +111,4 @@ def rules_of(request: Request, context: ServerContext) -> frozenset[str]:
 def agent_of(request: Request) -> str:
     """The id of the agent that sends a request, as the engine knows it; "" if no header says so."""
     admission: Admission | None = request.scope.get("admission")
-    owner, agent = admission.key.name if admission else "", sender_of(request.headers).agent
-    return f"{owner}\0{agent}" if agent and owner else agent
+    return own_id(admission.key.name if admission else "", sender_of(request.headers).agent)

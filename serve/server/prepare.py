@@ -29,6 +29,7 @@ from serve.rules.normalize import Normalized, normalize
 from serve.server.context import BACKGROUND, RequestContext, ServerContext
 from serve.server.retention import asks_of
 from serve.server.unread import refuse_images, report_safeguards, report_unread
+from serve.web.agents import own_id
 from serve.web.timing import Phases
 
 log = logging.getLogger("tokenzero.server")
@@ -88,9 +89,9 @@ def prepare(
         salt=request_context.salt,
         head=head,
         constraint=constraint,
-        agent=own_id(request_context, request_context.sender.agent),
-        session=own_id(request_context, request_context.sender.session),
-        parent=own_id(request_context, request_context.parent),
+        agent=own_id(request_context.owner, request_context.sender.agent),
+        session=own_id(request_context.owner, request_context.sender.session),
+        parent=own_id(request_context.owner, request_context.parent),
         owner=request_context.owner,
         priority=-1 if request_context.priority == BACKGROUND else 0,
         asks=asks_of(request_context.wishes, normalized.request, rendered, context.divergences.vocabulary),
@@ -150,11 +151,6 @@ def shared_head(
     with phases.timed("render"):
         tools_first, owner = "tools-first" in request_context.rules, request_context.owner
         return context.heads.length(request, tokens, context.tokenizer, tools_first, owner, sent)
-
-
-def own_id(request_context: RequestContext, id: str) -> str:
-    """A client's id of an agent or session, which does not mean that of another key's client."""
-    return f"{request_context.owner}\0{id}" if id and request_context.owner else id
 
 
 def seed_of(message: MessagesRequest) -> int:

@@ -34,8 +34,9 @@ from serve.server.callers import in_own_thread, request_context_of
 from serve.server.config import EVERYTHING, HEADS, ServerConfig
 from serve.server.context import RequestContext, ServerContext
 from serve.server.limits import decodable, refuse_too_many
-from serve.server.prepare import count_prompt, own_id
+from serve.server.prepare import count_prompt
 from serve.web.access import error_response
+from serve.web.agents import own_id
 from serve.web.keys import open_keys, private_salt
 from serve.web.pages import until_disconnect
 from serve.web.timing import Phases
@@ -133,8 +134,8 @@ async def warm(
             max_tokens=0,
             salt=request_context.salt,
             head=prefix.head,
-            agent=own_id(request_context, sender.agent),
-            session=own_id(request_context, sender.session),
+            agent=own_id(request_context.owner, sender.agent),
+            session=own_id(request_context.owner, sender.session),
             owner=request_context.owner,
             priority=-1,
         )

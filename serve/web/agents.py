@@ -52,3 +52,8 @@ def is_final(headers: Mapping[str, str]) -> bool:
 def first_of(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
     """The first of these headers that is there, cut to a bounded length; "" if none is."""
     return next((value[:MOST_ID_CHARS] for name in names if (value := headers.get(name))), "")
+
+
+def own_id(owner: str, id: str) -> str:
+    """A client's id of an agent or session, which does not mean that of another owner's client; "" stays ""."""
+    return f"{owner}\0{id}" if id and owner else id
