@@ -20,12 +20,12 @@ class Agents:
         """The agent with this id, which may be new; one without an id is nobody else."""
         if not id:
             return Agent()
-        agent = self.known.setdefault((salt, id), Agent(id, session, parent))
+        agent = self.known.setdefault((salt, id), Agent(id, session, parent, salt))
         self.known.move_to_end((salt, id))
         if len(self.known) > self.most:
             self.known.popitem(last=False)
         return agent
 
-    def of_session(self, session: str) -> list[Agent]:
-        """The agents of a session."""
-        return [agent for agent in self.known.values() if agent.session == session]
+    def of_session(self, salt: bytes, session: str) -> list[Agent]:
+        """The agents of a session; those of another salt may call theirs the same."""
+        return [agent for (known, _), agent in self.known.items() if (known, agent.session) == (salt, session)]

@@ -33,7 +33,7 @@ UNKNOWN_S = 60.0  # the same, where the answer's end says neither
 ENDED_S = 30 * 86400.0  # the same, where nobody is expected
 BACKGROUND_S = 600.0  # the same, for each step of priority below 0
 
-NORMAL, KEPT, BUSY = 1, 2, 3  # levels, besides 0 for pages that nobody will ask for
+NORMAL, BUSY = 1, 2  # levels, besides 0 for pages that nobody will ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,6 @@ class LastUse:
     state: State = State.UNKNOWN  # of the agent that sent it; unknown, too, where several agents used them
     pace_s: float = PACE_S  # from this agent's tool calls to their results, about
     priority: int = 0  # of the request; below 0 is background
-    kept_until: float = -math.inf  # what was promised; infinite for a pin
     tier: str = "device"
     bytes: int = 0
     cost_s: float = 0.0  # to compute them again
@@ -71,8 +70,6 @@ def agent_aware(use: LastUse, now: float) -> Rank:
     """
     if use.state is State.RUNNING:
         return Rank(BUSY, 1, -use.used)
-    if now < use.kept_until:
-        return Rank(KEPT, 1, -use.used, use.kept_until)
     if use.state is State.ENDED:
         return Rank(0, 1, -use.used)
     later_s = BACKGROUND_S * max(0, -use.priority)

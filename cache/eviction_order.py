@@ -38,7 +38,11 @@ class EvictionOrder(Generic[T]):
 
     def put(self, item: T, now: float) -> None:
         """Add an item, or rank it anew."""
-        rank, serial = self.rank(item, now), next(self.serials)
+        self.place(item, self.rank(item, now))
+
+    def place(self, item: T, rank: Rank) -> None:
+        """Add an item with a rank of its own until that changes, or give it this one."""
+        serial = next(self.serials)
         self.entries[item] = serial
         heapq.heappush(self.heaps.setdefault((rank.level, rank.slope), []), (-rank.offset, serial, item))
         self.queued += 1

@@ -6,7 +6,6 @@ engine's thread touches any of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,6 +18,8 @@ from cache.pool import pages_for
 
 SAME_CONVERSATION = 1024  # tokens: a shorter prompt that shares so many with the one before is its compaction
 COMPACTED = 0.6  # of the prompt before, at most
+MOST_USES = 64  # of an agent: the conversations that it may go on with
+NOWHERE = 1 << 62  # a position after all tokens
 NO_TOKENS = np.zeros(0, np.int32)  # [0] int32
 NO_PAGES = np.zeros(0, np.int32)  # [0] int32
 
@@ -30,6 +31,7 @@ class Agent:
     id: str = ""
     session: str = ""  # that it belongs to
     parent: str = ""  # the agent that waits for its end
+    salt: bytes = b""  # of its pages, and so of its names
     pace_s: float = PACE_S  # from its tool calls to their results
     uses: list[Use] = field(default_factory=list)  # those whose pages are cached still; the latest one is the last
     branches: bool = False  # it goes on with conversations that it seemed to have left
@@ -38,7 +40,7 @@ class Agent:
         """Note that a request begins."""
         if self.uses and (last := self.uses[-1]).state is State.TOOL:
             self.pace_s = next_pace(self.pace_s, now - last.used)
-        self.uses = [each for each in self.uses if each.is_latest] + [use]
+        self.uses = [*[each for each in self.uses if each.is_latest][1 - MOST_USES :], use]
 
 
 @dataclass(eq=False)
@@ -51,7 +53,8 @@ class Use:
     state: State = State.UNKNOWN
     tokens: int = 0  # of its prompt
     leases: int = 0  # it runs as long as it has any
-    leaf: Node | None = None  # the end of its sequence in the tree
+    leaf: Node | None = None  # the end of its sequence in the tree; None once it is gone
+    own: int = NOWHERE  # of what is gone, the first position that only its agent had used
 
     @property
     def is_latest(self) -> bool:
@@ -80,7 +83,6 @@ class Node:
     last_used: int = 0
     use: Use | None = None  # the latest of it
     shared: bool = False  # several agents have used it
-    kept_until: float = -math.inf  # what was promised, in seconds of the tree's clock
     children: dict[int | bytes, Node] = field(default_factory=dict)
 
     @property

@@ -110,10 +110,13 @@ class PrefixCache:
     def begin(
         self, tokens: np.ndarray, salt: bytes = b"", head: int = 0, agent: Agent | None = None, priority: int = 0
     ) -> Use:
-        """A new request's use of pages. Without an `agent` it is that of the conversation that `tokens` extend."""
+        """A new request's use of pages. Without an `agent` it is that of the conversation that `tokens` extend.
+
+        A head that all salts share is nobody's conversation.
+        """
         last, matched, extended = self.tree.last_use(np.asarray(tokens, np.int32), salt, head)
         agent = agent or Agent()
-        if last and extended and not agent.id and not last.agent.id:
+        if last and extended and matched > head and not agent.id and not last.agent.id:
             agent = last.agent
         now = self.tree.now()
         use = Use(agent, priority, now, tokens=len(tokens))
@@ -134,13 +137,6 @@ class PrefixCache:
         for use in agent.uses:
             if use.state is not State.RUNNING:
                 self._set(use, State.ENDED)
-
-    def keep(self, tokens: np.ndarray, until: float, salt: bytes = b"", head: int = 0) -> int:
-        """Evict no page of `tokens` ([tokens] int32) before `until`, seconds of the clock, while others can be.
-
-        Returns how many of them are cached now, in whole pages, and so are kept.
-        """
-        return self.tree.keep(np.asarray(tokens, np.int32), until, salt, head)
 
     def hold(self, tokens: np.ndarray, salt: bytes = b"", head: int = 0) -> Lease:
         """A lease as of `match` that is no use of what it holds: to keep it, not to go on from it."""

@@ -63,7 +63,7 @@ class PreloadedPages:
 
     def evict(self, wanted: int) -> int:
         """Free up to `wanted` pages, those that were read last first; returns how many it freed."""
-        last_first = (key for key in reversed(list(self.by_key)) if key not in self.kept)
+        last_first = (key for key in reversed(self.by_key) if key not in self.kept)
         return self.drop(list(islice(last_first, wanted)))
 
     def drop(self, keys: Sequence[bytes]) -> int:

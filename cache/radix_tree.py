@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cache.eviction import LastUse, Rank, Rule, State, agent_aware, demotion_s
+from cache.eviction import BUSY, LastUse, Rank, Rule, State, agent_aware, demotion_s
 from cache.eviction_order import EvictionOrder
 from cache.journal import Journal, Listed
 from cache.keys import HEAD_SALT
 from cache.nodes import NO_PAGES, NO_TOKENS, Agent, Dropped, Node, Use, check_nodes, nodes_below
 from cache.pool import PagePool, pages_for
+
+BUSY_S = 1.0  # until a leaf whose end was in use is looked at again, while others can be evicted
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -93,27 +95,11 @@ class RadixTree:
             self._queue(leaf)
 
     def own_start(self, use: Use) -> int:
-        """The position from which on only its agent has used the sequence that a use ends; its end, if it is gone."""
-        node, start = use.leaf, -1
+        """The position from which on only its agent has used the sequence that a use ends, cached or not."""
+        node, start = use.leaf, use.own
         while node is not None and node.use is use and not node.shared:
-            start, node = node.start, node.parent
-        return start if start >= 0 else 1 << 62
-
-    def keep(self, tokens: np.ndarray, until: float, salt: bytes, head: int = 0) -> int:
-        """Promise to evict no page of `tokens` ([tokens] int32) before `until`, seconds of the clock, if others can be.
-
-        It ends with a page. Returns how many of them are cached now, and so are kept.
-        """
-        path, length = self._walk(tokens, salt, head)
-        length -= length % self.page_size
-        if path and path[-1].start < length < path[-1].end:
-            path[-1] = self._split(path[-1], length)
-        for node in path:
-            if node.end <= length:
-                node.kept_until = max(node.kept_until, until)
-                if node in self.leaves:
-                    self._queue(node)
-        return length
+            start, node = min(start, node.start), node.parent
+        return start
 
     def insert(self, tokens: np.ndarray, pages: np.ndarray, salt: bytes, head: int = 0, use: Use | None = None) -> None:
         """Add `tokens` ([tokens] int32), whose KV lies in `pages` ([pages] int32, in order of position).
@@ -160,13 +146,12 @@ class RadixTree:
         while freed < wanted and (leaf := self.leaves.pop(now)):
             freed += self._trim(leaf, wanted - freed)
             survivor = self._prune(leaf)
-            if survivor is leaf:
-                # Its end is in use, or enough is freed: do not look at it again in this call.
-                set_aside.append(leaf)
+            if survivor is leaf and freed < wanted:
+                set_aside.append(leaf)  # its end is in use
             elif survivor is not None:
                 self._queue(survivor)
-        for leaf in set_aside:
-            self._queue(leaf)
+        for leaf in set_aside:  # not looked at again in this call, nor for a while if others can go
+            self.leaves.place(leaf, Rank(BUSY, 1, -now, now + BUSY_S))
         self.evicted_pages += freed
         return freed
 
@@ -196,6 +181,7 @@ class RadixTree:
             if node.is_leaf:
                 sequences.append(whole)
                 self.leaves.discard(node)
+                self._leave(node)
             self._swap(old=node.pages, new=NO_PAGES)
         del above.children[top.key]
         while not above.children and not len(above.tokens) and above.parent is not None:  # a root, or a head's end
@@ -279,7 +265,7 @@ class RadixTree:
         assert node.start < at < node.end
         cut, page_cut = at - node.start, at // self.page_size - node.start // self.page_size
         upper = Node(node.key, node.start, node.tokens[:cut], node.pages[:page_cut], node.parent, node.last_used)
-        upper.use, upper.shared, upper.kept_until = node.use, node.shared, node.kept_until
+        upper.use, upper.shared = node.use, node.shared
         node.parent.children[node.key] = upper
         node.key, node.start, node.parent = int(node.tokens[cut]), at, upper
         node.tokens, node.pages = node.tokens[cut:], node.pages[page_cut:]
@@ -337,7 +323,7 @@ class RadixTree:
         # That one agent is not expected back soon says nothing of pages that others have used, too.
         state = State.UNKNOWN if leaf.shared and demotion_s(use.state) else use.state
         cost_s = self.page_cost(leaf.end)
-        return self.rule(LastUse(use.used, state, use.agent.pace_s, use.priority, leaf.kept_until, cost_s=cost_s), now)
+        return self.rule(LastUse(use.used, state, use.agent.pace_s, use.priority, cost_s=cost_s), now)
 
     def _trim(self, leaf: Node, wanted: int) -> int:
         """Release up to `wanted` pages from the leaf's end, stopping at a page in use; returns how many."""
@@ -358,6 +344,12 @@ class RadixTree:
                 if node.use:
                     node.use.leaf = node
                 return node
+            self._leave(node)
             del node.parent.children[node.key]
             node = node.parent
         return None
+
+    def _leave(self, node: Node) -> None:
+        """Let the use of a node that is forgotten no longer hold on to it."""
+        if (use := node.use) and use.leaf is node:
+            use.own, use.leaf = self.own_start(use), None

@@ -71,7 +71,7 @@ class Memory:
             return
         self.prefix_cache.answered(use, answer.state)
         if answer.ended_session:
-            for agent in self.prefix_cache.agents.of_session(answer.ended_session):
+            for agent in self.prefix_cache.agents.of_session(use.agent.salt, answer.ended_session):
                 self.prefix_cache.end(agent)
 
     def refresh_match(self, sequence: Sequence) -> None:

@@ -1,6 +1,5 @@
 """Which pages go first: the rule, the order by changing ranks, and the tree that follows them."""
 
-import math
 import random
 import time
 from dataclasses import replace
@@ -10,13 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.agents import Agents
 from cache.disk import DiskTier
-from cache.eviction import PERSON_S, LastUse, Rank, State, agent_aware, greedy_dual, least_recently_used, next_pace
+from cache.eviction import (
+    PERSON_S,
+    LastUse,
+    Rank,
+    State,
+    agent_aware,
+    demotion_s,
+    greedy_dual,
+    least_recently_used,
+    next_pace,
+)
 from cache.eviction_order import EvictionOrder
 from cache.host import HostTier
-from cache.nodes import Agent
+from cache.nodes import MOST_USES, Agent
 from cache.pool import PoolExhausted
 from cache.prefix_cache import PrefixCache
+from cache.radix_tree import BUSY_S
 
 NOW = 1000.0
 
@@ -51,12 +62,9 @@ def test_a_tools_result_is_expected_after_the_agents_pace_and_when_overdue_ever_
     assert agent_aware(use, NOW).until == NOW + 5
 
 
-def test_what_ended_goes_first_then_the_others_then_what_was_promised_and_last_what_runs() -> None:
+def test_what_ended_goes_first_then_the_others_and_last_what_runs() -> None:
     ended, other = LastUse(NOW, State.ENDED), LastUse(0.0, State.UNKNOWN)
-    kept = replace(other, kept_until=NOW + 1)
-    assert level(ended) < level(other) < level(kept) < level(replace(ended, state=State.RUNNING))
-    assert level(kept, NOW + 1) == level(other)
-    assert level(replace(ended, kept_until=math.inf)) == level(kept)
+    assert level(ended) < level(other) < level(replace(ended, state=State.RUNNING))
 
 
 def test_background_goes_before_interactive_of_the_same_age() -> None:
@@ -98,9 +106,8 @@ def test_the_order_takes_out_what_a_search_through_all_ranks_finds(data) -> None
             del uses[found]
         else:
             state = data.draw(st.sampled_from(list(State)))
-            kept = times.now + data.draw(st.sampled_from([-1.0, 5.0]))
             item = data.draw(st.integers(0, 8))
-            uses[item] = LastUse(times.now, state, data.draw(st.floats(4, 30)), kept_until=kept)
+            uses[item] = LastUse(times.now, state, data.draw(st.floats(4, 30)))
             order.put(item, times.now)
     assert len(order) == len(uses)
 
@@ -154,6 +161,28 @@ def test_the_end_of_an_agent_demotes_what_only_it_has_used(cache, clock) -> None
     assert cache.peek(np.array(head + ids(200, 5), np.int32)) == 6
 
 
+def test_a_session_is_that_of_its_salt_alone() -> None:
+    agents = Agents()
+    mine, sub, theirs = (agents.named(salt, id, "s") for salt, id in ((b"1", "a"), (b"1", "b"), (b"2", "a")))
+    assert agents.of_session(mine.salt, "s") == [mine, sub]
+    assert agents.of_session(theirs.salt, "s") == [theirs]
+
+
+def test_who_shares_a_head_alone_goes_on_with_nobodys_conversation(cache) -> None:
+    head, uses = ids(1, 5), []
+    for salt, rest in ((b"a", 100), (b"b", 200), (b"b", 200)):
+        tokens = np.array([*head, rest, rest + 1], np.int32)
+        uses.append(cache.begin(tokens, salt, len(head)))
+        lease, _ = cache.extend(cache.match(tokens, salt, len(head), uses[-1]), len(tokens))
+        cache.insert(lease, tokens)
+        cache.release(lease)
+        if salt == b"a":
+            assert cache.tree.evict(2) == 2, "the head is the end of all that is cached"
+    one, two, again = (use.agent for use in uses)
+    assert one is not two
+    assert two is again
+
+
 def test_a_compaction_demotes_the_conversation_before_it_and_a_side_request_does_not(clock) -> None:
     cache, agent = PrefixCache(8000, 1, clock=clock), Agent("a")
     head = ids(1, 1100)
@@ -167,17 +196,49 @@ def test_a_compaction_demotes_the_conversation_before_it_and_a_side_request_does
     assert agent.branches
 
 
-def test_what_was_promised_outlasts_what_was_used_later_until_its_time_has_come(cache, clock) -> None:
-    kept = np.array(ids(100), np.int32)
-    run(cache, ids(100), State.PERSON)
-    assert cache.keep(kept, NOW + 100) == 10
-    for first in (200, 300, 400):
+def test_what_was_evicted_is_held_by_no_agent_and_known_where_only_its_agent_had_used_it(clock) -> None:
+    cache, agent = PrefixCache(100, 1, clock=clock), Agent("a")
+    head = ids(1, 5)
+    run(cache, head, State.TOOL, Agent("other"))
+    for first in range(1000, 30_000, 100):
         clock.now += 10
+        run(cache, head + ids(first), State.TOOL, agent)
+    leaves = [use.leaf for use in agent.uses if use.leaf]
+    assert len(agent.uses) <= len(leaves) + 1 <= 21
+    assert all(leaf in cache.tree.leaves for leaf in leaves)
+    last = agent.uses[-1]
+    run(cache, ids(50_000, 100), State.TOOL)
+    assert last.leaf is None
+    assert cache.tree.own_start(last) == len(head)
+
+
+def test_an_agent_of_many_conversations_is_remembered_by_its_latest() -> None:
+    cache, agent = PrefixCache(3 * MOST_USES, 1), Agent("a")
+    for number in range(2 * MOST_USES):
+        run(cache, [number], State.PERSON, agent)
+    assert len(agent.uses) == MOST_USES
+    cache.end(agent)
+    run(cache, ids(1000, 2 * MOST_USES), State.TOOL)
+    assert [number for number in range(2 * MOST_USES) if cache.peek(np.array([number]))] == list(range(MOST_USES))
+
+
+def test_what_is_held_is_not_looked_at_in_each_eviction_and_goes_in_its_turn_afterwards(clock) -> None:
+    cache, looks = PrefixCache(231, 1, clock=clock), []
+    held = []
+    for number in range(200):
+        run(cache, [number], State.PERSON)
+        held.append(cache.hold(np.array([number])))
+    pop = cache.tree.leaves.pop
+    cache.tree.leaves.pop = lambda now: looks.append(now) or pop(now)  # type: ignore[method-assign]
+    for first in range(1000, 2000, 10):
+        clock.now += 0.001
         run(cache, ids(first), State.TOOL)
-    assert cache.peek(kept) == 10
-    clock.now = NOW + 101
-    run(cache, ids(500), State.TOOL)
-    assert cache.peek(kept) < 10
+    assert len(looks) < 200 + 3 * 100, "each of what is held once, then only what may go"
+    for lease in held:
+        cache.release(lease)
+    clock.now += BUSY_S
+    run(cache, ids(3000), State.TOOL)
+    assert sum(cache.peek(np.array([number])) for number in range(200)) == 190
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -238,3 +299,30 @@ def test_demoted_pages_of_a_tier_go_first_tails_before_heads_and_over_restarts(k
     assert not all(there["a"])
     assert there["a"] == sorted(there["a"], reverse=True)
     tier.close()
+
+
+@pytest.mark.parametrize("synced", [False, True])
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_an_agent_that_waits_and_then_ends_has_its_pages_demoted_twice(kind, synced, tmp_path) -> None:
+    page, now = bytes(4096), time.time_ns()
+    tier = DiskTier(tmp_path, 1 << 20) if kind == "disk" else HostTier(1 << 20)
+    mine, older = b"m" * 32, b"o" * 32
+    tier.put_many([(mine, page)], [now])
+    tier.put_many([(older, page)], [now - 2 * round(PERSON_S * 1e9)])
+    for state in (State.PERSON, State.ENDED):
+        tier.demote_many([mine], [now], demotion_s(state))
+        if synced:
+            tier.sync()
+    tier.sync()
+    assert tier.recent(len(page), 2) == [older, mine]
+    tier.close()
+
+
+def test_demotions_take_no_more_memory_the_more_there_are() -> None:
+    tier, keys, now = HostTier(1 << 20), [bytes([n]) * 32 for n in range(100)], time.time_ns()
+    tier.put_many([(key, b"page") for key in keys])
+    for turn in range(200):
+        stamps = range(now + 10**12 * turn, now + 10**12 * turn - len(keys), -1)
+        tier.touch_many(keys, stamps)
+        tier.demote_many(keys, stamps, PERSON_S)
+    assert len(tier.oldest) < 2000
