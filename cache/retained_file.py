@@ -43,11 +43,6 @@ class Rows(msgspec.Struct, frozen=True):
     rows: tuple[Row, ...]
 
 
-def row_of(retention: Retention, end: float) -> Row:
-    """The row of a retention that ends at `end`, in seconds since 1970."""
-    return Row(retention.client.owner, retention.seconds, end, b"".join(retention.keys))
-
-
 def resumed(rows: Iterable[Row], now: float, wall: float) -> dict[bytes, Resumed]:
     """What is kept of rows at the time `now` of the clock, which is `wall` in seconds since 1970, by key.
 
@@ -97,9 +92,8 @@ class RetainedFile:
 
     def __init__(self, folder: Path, model: bytes) -> None:
         self.path, self.model = folder / f"{secrets.token_hex(8)}.msgpack", model
-        # Retentions and their ends in seconds since 1970, and what earlier servers have promised about pages.
-        self.kept: list[tuple[Retention, float]] = []
-        self.left: list[tuple[bytes, Resumed, float]] = []
+        # Retentions, what earlier servers have promised about pages, and zero of their clock in seconds since 1970.
+        self.noted: tuple[list[Retention], dict[bytes, Resumed], float] = ([], {}, 0.0)
         self.version = 0  # of these, as `Retentions` counts
         self.changed, self.closing = threading.Event(), False
         self.thread = threading.Thread(target=self._run, name="retained", daemon=True)
@@ -110,8 +104,7 @@ class RetainedFile:
         if retentions.version == self.version:
             return
         self.version = retentions.version
-        self.kept = [(each, retentions.wall(each.end)) for each in retentions.retained()]
-        self.left = [(key, old, retentions.wall(old.end)) for key, old in retentions.resumed.items()]
+        self.noted = retentions.retained(), retentions.resumed.copy(), retentions.wall(0.0)
         self.changed.set()
 
     def close(self, seconds: float) -> None:
@@ -121,16 +114,21 @@ class RetainedFile:
         self.thread.join(seconds)
 
     def _run(self) -> None:
-        while not self.closing:
+        closing = False
+        while not closing:
             self.changed.wait()
             if not self.closing:
                 time.sleep(WRITE_SECONDS)  # more may change at once
             self.changed.clear()
+            closing = self.closing  # what is noted before is written now, and what is noted later sets `changed` again
             self._write()
 
     def _write(self) -> None:
-        kept = (row_of(each, end) for each, end in self.kept)
-        rows = (*kept, *(Row(old.owner, old.seconds, end, key) for key, old, end in self.left))
+        kept, left, zero = self.noted
+        rows = (
+            *(Row(each.client.owner, each.seconds, zero + each.end, b"".join(each.keys)) for each in kept),
+            *(Row(old.owner, old.seconds, zero + old.end, key) for key, old in left.items()),
+        )
         part = self.path.with_suffix(".part")
         try:
             make_folder(self.path.parent)

@@ -148,15 +148,18 @@ class Retentions:
         return cache.hold(tokens, published.salt, published.head) if len(tokens) else None
 
     def _pin(self, new: Retention) -> Kept:
-        if old := self.pins.get(new.pin):
-            self._end(old)
-        self._add(new)
-        if (pinned := self.pinned_pages) > self.budget:
-            self._end(new)
-            self._trim_all()
+        old, holders = self.pins.get(new.pin), self._holders(new).copy()
+        holders[new.pages] += 1
+        if old:
+            holders[old.pages] -= 1
+        if (pinned := int(np.count_nonzero(holders))) > self.budget:
+            self.cache().release(new.lease)
             return self._refused(
                 f"{pinned} pages would be pinned, and {self.budget} may be (--retain-bytes): it is cached, not pinned"
             )
+        if old:
+            self._end(old)
+        self._add(new)
         self._trim_all()
         self.events["pinned"] += 1
         return Kept(self._tokens(new), math.inf)
@@ -340,8 +343,10 @@ class Retentions:
         self.version += 1
 
     def _lose(self, old: Retention) -> None:
-        """Remember a retention that ended early, until its owner can be told."""
+        """Remember a retention that ended early, until its owner can be told; of pins there is a list."""
         self.events["lost"] += 1
+        if old.pin:
+            return
         self.lost[old.client.owner, old.keys[-1]] = old.end
         if len(self.lost) > MOST_LOST:
             self.lost.popitem(last=False)

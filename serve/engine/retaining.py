@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from cache.prefix_cache import PrefixCache
 from cache.retained_file import RetainedFile, read
@@ -32,7 +33,8 @@ class Retainer:
         resumed: dict[bytes, Resumed] = {}
         self.file: RetainedFile | None = None
         if folder and settings.retain_pages:
-            resumed = read(folder, names.fingerprint, time.monotonic(), time.time())
+            promised = read(folder, names.fingerprint, time.monotonic(), time.time())
+            resumed = dict(islice(promised.items(), settings.retain_pages))  # several servers' may be more
             self.file = RetainedFile(folder, names.fingerprint)
         self.retentions = Retentions(cache, settings.retain_pages, resumed)
         self.dropping: deque[str] = deque()  # names of pins

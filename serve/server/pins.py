@@ -39,6 +39,7 @@ log = logging.getLogger("tokenzero.pins")
 FOLDER = "pins"  # below the store directory: a body for each, by its name
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_PINS = 64
+GIVEN_UP = "it was given up, as a request needed the whole pool, or a fault has emptied it: pin it again"
 SHARED = ""  # the key of a pin that is every key's
 
 
@@ -138,9 +139,16 @@ class Pins:
         return msgspec.structs.replace(found, pinned=False, tier=None, tokens=0, over_restarts=False)
 
     def listed(self) -> PinList:
-        """All pins, by name."""
+        """All pins as they are now, by name."""
         with self.lock:
-            return PinList(tuple(sorted(self.known.values(), key=lambda pin: pin.name)))
+            known = sorted(self.known.values(), key=lambda pin: pin.name)
+        return PinList(tuple(map(self.now, known)))
+
+    def now(self, pin: Pin) -> Pin:
+        """A pin as the engine has it: it gives up what it has no room for."""
+        if isinstance(self.context.engine, Engine) and self.context.engine.pinned(pin.name):
+            return pin
+        return msgspec.structs.replace(pin, pinned=False, tokens=0, tier=None, instead=GIVEN_UP)
 
     async def restore(self) -> None:
         """Pin again what an earlier server has pinned, and what `--pin` names. What fails is logged."""
@@ -155,14 +163,14 @@ class Pins:
 
     def stored(self) -> Iterator[Wanted]:
         """The pins in files."""
-        for path in (self.context.config.pin, self.folder):
+        for file in (*files_in(self.context.config.pin), *files_in(self.folder)):
             try:
-                for file in files_in(path):
-                    body = file.read_bytes()
-                    fields = fields_of(body)
-                    yield Wanted(name_of(fields.name or file.stem, body), fields.key or SHARED, body, file)
+                body = file.read_bytes()
             except OSError as error:
-                log.warning("%s: nothing is pinned: %s", path, error)
+                log.warning("%s is not pinned: %s", file, error)
+                continue
+            fields = fields_of(body)
+            yield Wanted(name_of(fields.name or file.stem, body), fields.key or SHARED, body, file)
 
     def write(self, wanted: Wanted) -> bool:
         """Keep a pin for the next start; False where there is no place for it."""
@@ -225,9 +233,11 @@ def request_in(body: bytes) -> CountTokensRequest:
 
 def files_in(path: Path | None) -> Sequence[Path]:
     """A file, or the files of a folder; none where there is nothing."""
-    if path is None or not path.exists():
+    try:
+        return sorted(path.iterdir()) if path and path.is_dir() else (path,) if path and path.exists() else ()
+    except OSError as error:
+        log.warning("%s: nothing is pinned: %s", path, error)
         return ()
-    return sorted(path.iterdir()) if path.is_dir() else (path,)
 
 
 def pins_folder(config: ServerConfig) -> Path | None:

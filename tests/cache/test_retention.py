@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from threading import Event, Timer
 
 import numpy as np
 from hypothesis import given, settings
@@ -159,6 +160,46 @@ def test_a_request_that_needs_the_pool_gets_it_in_the_order_of_ends_and_pins_las
             order.append([len(bench.kept.pins), [each.seconds for each in bench.kept.retained()]])
     assert order == [[1, [HOUR]], [1, []], [0, []]]
     assert not bench.kept.give_up()
+
+
+def test_a_pin_that_cannot_be_replaced_stays() -> None:
+    bench = Bench(budget=8)
+    bench.ask(text(1), Ask(16, math.inf, "p"))
+    assert "not pinned" in bench.ask(text(2, 36), Ask(36, math.inf, "p"))[0].why
+    bench.press()
+    assert bench.cached(text(1)) == 16
+    assert bench.ask(text(3, 32), Ask(32, math.inf, "p"))[0].tokens == 32, "it needs no room beside the one it replaces"
+    assert bench.kept.pinned_pages == 8
+    bench.check()
+
+
+def test_what_was_pinned_and_given_up_can_be_kept() -> None:
+    bench = Bench()
+    bench.ask(text(1), Ask(16, math.inf, "p"))
+    assert bench.kept.give_up()
+    (kept,) = bench.ask(text(1), Ask(16, HOUR))
+    assert (kept.tokens, kept.why) == (16, "")
+
+
+def test_what_is_noted_while_the_file_is_written_is_written_as_well(tmp_path: Path) -> None:
+    bench, file = Bench(), RetainedFile(tmp_path, b"model")
+    write, entered, go = file._write, Event(), Event()
+
+    def slow() -> None:
+        write()
+        entered.set()
+        go.wait(10)
+
+    file._write = slow  # type: ignore[method-assign]
+    bench.ask(text(1), Ask(16, HOUR))
+    file.note(bench.kept)
+    assert entered.wait(10)
+    bench.ask(text(2), Ask(16, HOUR))
+    file.note(bench.kept)
+    Timer(0.2, go.set).start()
+    file.close(10)
+    assert not file.thread.is_alive()
+    assert len(read(tmp_path, b"model", 0.0, time.time())) == 8
 
 
 def test_what_an_audit_drops_is_kept_no_longer() -> None:

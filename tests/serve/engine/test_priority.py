@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.prefix_cache import PrefixCache
+from cache.retained_file import Row, Rows
 from cache.retention import Ask
+from serve.api.pins import Pin
 from serve.engine.engine import Engine
 from serve.engine.fairness import EVERY, Queue, Shares, first_lines, gives_place, gives_way, line_of, make_place
+from serve.engine.page_names import PageNames
 from serve.engine.request import Finished, Started
+from serve.engine.retaining import Retainer
 from serve.engine.scheduler import ScheduledSequence
 from serve.engine.sequence import DECODING, PREFILLING, Sequence
+from serve.server.pins import Pins
 from tests.helpers.sequences import running, waiting
-from tests.helpers.tiny_engine import CRAMPED, SMALL, generate, prompt, submit, tick
+from tests.helpers.tiny_engine import CRAMPED, PAGE, SMALL, generate, prompt, submit, tick
 
 
 def some(owners: str, make: Callable[[int], Sequence], first: int = 1) -> list[Sequence]:
@@ -184,6 +195,24 @@ def test_a_request_that_fits_alone_gets_the_pages_that_others_asked_to_keep(mode
     assert isinstance(last, Finished)
     _, started, _ = generate(engine, tokens, 1, asks=(Ask(80, 3600.0),))
     assert "given up before" in started.kept[0].why
+    pins = Pins(SimpleNamespace(engine=engine), None, known={"p": Pin("p", True, 80, "", "device", True, None)})
+    generate(engine, tokens, 1, asks=(Ask(80, inf, "p"),))
+    assert pins.listed().data[0].pinned
+    generate(engine, long, 1)
+    (given_up,) = pins.listed().data
+    assert (given_up.pinned, given_up.tokens, given_up.tier) == (False, 0, None)
+    assert "pin it again" in (given_up.instead or "")
     engine.stop()
     engine.core.memory.prefix_cache.check()
     assert not engine.core.memory.prefix_cache.live
+
+
+def test_promises_of_several_servers_are_kept_within_the_budget(tmp_path: Path) -> None:
+    keys = [bytes([number]) * 32 for number in range(6)]
+    for name, which in (("a", keys[:3]), ("b", keys[3:])):
+        row = Row("", 300.0, time.time() + 200, b"".join(which))
+        tmp_path.joinpath(name).write_bytes(msgspec.msgpack.encode(Rows(b"model", (row,))))
+    settings = replace(SMALL, retain_pages=4, retained_folder=tmp_path)
+    retainer = Retainer(settings, PageNames(b"model", PAGE), lambda: PrefixCache(1, PAGE), lambda: None)
+    assert len(retainer.retentions.resumed) == 4
+    retainer.close(5)
