@@ -269,13 +269,16 @@ class TieredPages:
             closer.join(max(0.0, end - time.monotonic()))
         return not any(closer.is_alive() for closer in closers)
 
+    def has(self, tier: Tier, keys: Sequence[bytes]) -> list[bool]:
+        """Whether one of the tiers has each key; not a use of it."""
+        search = partial(tier.contains_many, keys)
+        found = self.failures.guard(f"{tier.name}: pages are missed", search, [False] * len(keys))
+        return [there and key not in self.hidden for key, there in zip(keys, found, strict=True)]
+
     def _locate(self, keys: Sequence[bytes]) -> list[str | None]:
         names: list[str | None] = [None] * len(keys)
         for tier in self.tiers:
             missing = [i for i, name in enumerate(names) if name is None]
-            wanted, nothing = [keys[i] for i in missing], [False] * len(missing)
-            search = partial(tier.contains_many, wanted)
-            found = self.failures.guard(f"{tier.name}: pages are missed", search, nothing)
-            for i, there in zip(missing, found, strict=True):
-                names[i] = tier.name if there and keys[i] not in self.hidden else None
+            for i, there in zip(missing, self.has(tier, [keys[i] for i in missing]), strict=True):
+                names[i] = tier.name if there else None
         return names

@@ -27,6 +27,8 @@ log = logging.getLogger("tokenzero.cache.tiers")
 FORGET_SECONDS = 5.0
 FORGET_STEP = 512
 FORGET_AGAIN_SECONDS = 10.0
+# Tiers that are asked how much they have of a sequence only because somebody looks: no network, and nothing to pay.
+LOCAL = ("host", "disk")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ class Tiers:
     def recent(self, size: int, count: int) -> "Future[list[bytes]]":
         """Keys of up to `count` pages of `size` bytes, the most recently used first: what is likely to be asked for."""
         return self.lister.submit(self.pages.recent, size, count)
+
+    def held(self, chains: Sequence[Sequence[bytes]]) -> "Future[list[dict[str, int]]]":
+        """Of each chain of keys, how many pages from the first on each of the LOCAL tiers has; a use of none."""
+        return self.lister.submit(held, self.pages, chains)
 
     def forget(
         self,
@@ -215,3 +221,28 @@ def find(
             found.append(StoredPage(first_missing, key, length, name, used - first_missing))
             break
     return sorted(found, key=lambda page: page.index)
+
+
+def held(pages: TieredPages, chains: Sequence[Sequence[bytes]]) -> list[dict[str, int]]:
+    """See Tiers.held; in the calling thread."""
+    found: list[dict[str, int]] = [{} for _ in chains]
+    for tier in pages.tiers:
+        if tier.name in LOCAL:
+            for counts, length in zip(found, lengths(pages, tier, chains), strict=True):
+                counts[tier.name] = length
+    return found
+
+
+def lengths(pages: TieredPages, tier: Tier, chains: Sequence[Sequence[bytes]]) -> list[int]:
+    """How many pages of each chain a tier has, from the first on: by bisection, since a chain loses its end first."""
+    least, most = [0] * len(chains), [len(chain) for chain in chains]
+    while unsure := [i for i in range(len(chains)) if least[i] < most[i]]:
+        middles = [(least[i] + most[i] + 1) // 2 for i in unsure]
+        keys = [chains[i][middle - 1] for i, middle in zip(unsure, middles, strict=True)]
+        there = pages.has(tier, keys)
+        for i, middle, known in zip(unsure, middles, there, strict=True):
+            if known:
+                least[i] = middle
+            else:
+                most[i] = middle - 1
+    return least

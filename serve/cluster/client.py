@@ -19,6 +19,7 @@ from serve.cluster.wire import Refused, pack, unpack_events
 from serve.cost.model import CostModel
 from serve.engine.inbox import Answered, Overloaded
 from serve.engine.request import Event, Failed, Finished, Forecast, GenerationRequest, Started, Waiting
+from serve.engine.sessions import KnownAgents, merged
 from serve.engine.settings import EngineSettings
 from serve.router.request import RoutedRequest, short_keys
 
@@ -124,6 +125,13 @@ class ClusterEngine:
 
     def expect(self, agent: str) -> None:
         """See EngineClient. Nothing: the replica is chosen by the request's tokens."""
+
+    async def sessions(self, owner: str | None) -> KnownAgents | None:
+        """See EngineClient: what the replicas know that answer in time."""
+        answers = [answer for answer in await self.ask("sessions", owner) if answer is not None]
+        silent = len(self.reports) - len(answers)
+        reason = f"{silent} of {len(self.reports)} replicas do not say" if silent > 0 else ""
+        return merged(answers, reason) if answers else None
 
     @property
     def alive(self) -> bool:

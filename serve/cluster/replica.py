@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from serve.engine.engine import Engine
+    from serve.engine.sessions import KnownAgents
     from serve.prompt.masks import Constrainer
 
 log = logging.getLogger("tokenzero.replica")
@@ -107,6 +108,10 @@ class EngineReplica:
             pages=self.publisher.since(after.get(self.name, -1)),
             load=load_of([*engine.waiting, *engine.running], self.calls),
         )
+
+    async def sessions(self, owner: str | None) -> KnownAgents | None:
+        """The latest sessions of an owner that this replica knows, or of all."""
+        return await self.engine.sessions(owner)
 
     async def metrics(self) -> list[Metric]:
         """The figures of engine, auditor and tiers."""

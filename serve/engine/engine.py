@@ -39,6 +39,7 @@ from serve.engine.inbox import Answered, Inbox, Overloaded, QueueFull
 from serve.engine.read_ahead import ReadAhead
 from serve.engine.request import Event, Failed, Finished, Forecast, GenerationRequest, Waiting
 from serve.engine.sequence import Sequence
+from serve.engine.sessions import KnownAgents, agents_now
 from serve.engine.settings import EngineSettings
 
 log = logging.getLogger("tokenzero.engine")
@@ -181,6 +182,12 @@ class Engine:
         """A request of this agent is on its way, whose tokens are not known yet."""
         with suppress(Overloaded):
             self.inbox.ask(lambda: self.read_ahead.expect(agent))
+
+    async def sessions(self, owner: str | None) -> KnownAgents | None:
+        """The latest sessions that clients of an `owner` name, or of all; None once the engine has stopped."""
+        with suppress(Overloaded):
+            return await agents_now(self.core, self.read_ahead, owner, self.inbox.ask)
+        return None
 
     def expected(self, number: int) -> Forecast | None:
         """What was expected of a request that waits or runs, as it came; None if nothing was."""

@@ -38,6 +38,7 @@ from serve.proxy.upstream import (
 from serve.rules.body import EditedBody, Unread
 from serve.rules.log import warn_once
 from serve.web.access import STOPPING, error_response
+from serve.web.agents import shown_ids
 from serve.web.headers import SALT_HEADER
 from serve.web.pages import MAX_BODY_BYTES, until_disconnect
 
@@ -111,6 +112,8 @@ class Proxy:
             warn_once(odd, self.reported)
         if edited.unread:
             self.note(route, edited.unread)
+        if named := shown_ids(request.headers):
+            self.reports.statuses.update(id, **named)
         return Chat(
             id=id,
             path=route,

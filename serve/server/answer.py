@@ -217,6 +217,7 @@ def report_end(context: ServerContext, prepared: Prepared, reason: StopReason) -
     """Tell the engine what the agent does now that it has its answer."""
     request, sent = prepared.request_context, prepared.generation
     state = State.ENDED if request.final else agent_state(reason, prepared.message, bool(sent.parent))
+    context.statuses.update(prepared.id, agent_state=state.value)
     context.engine.answered(prepared.id, state, sent.session if request.final else "")
 
 

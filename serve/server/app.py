@@ -55,9 +55,11 @@ from serve.server.pin_routes import PIN_ROUTES
 from serve.server.pins import Pins, pins_folder
 from serve.server.prepare import Prepared, prepare
 from serve.server.request_log import RequestLogMiddleware
+from serve.server.sessions import SESSION_ROUTES, Sessions
 from serve.server.trim import trim_while_idle
 from serve.server.warm import Warming, post_warm, read_warm
 from serve.web.access import error_response
+from serve.web.agents import shown_ids
 from serve.web.assets import PAGE
 from serve.web.browsers import browser_rules, cors
 from serve.web.headers import APPLIED_HEADER, FORECAST_HEADER
@@ -128,6 +130,7 @@ def create_app(context: ServerContext) -> Starlette:
     )
     app.state.context = app.state.records = context
     app.state.keys, app.state.warming, app.state.pins = keys, warming, Pins(context, keys, pins_folder(config))
+    app.state.sessions = Sessions(context.engine)
     if keys and keys.path:
         context.metrics.registry.register(KeyCollector(keys))
     return app
@@ -201,7 +204,7 @@ async def post_answer(read: Reader, request: Request) -> Response:
         if admission:
             admission.take(len(prepared.generation.tokens) + prepared.generation.max_tokens)
     request.scope["message_ids"].append(prepared.id)
-    context.statuses.update(prepared.id, request_id=request.scope["request_id"])
+    context.statuses.update(prepared.id, request_id=request.scope["request_id"], **shown_ids(request.headers))
     events = answer(context, prepared, phases)
     # Wait for the first event before the response starts: the engine's refusal becomes a status, not a stream.
     first = await until_disconnect(request, anext(events))
@@ -354,6 +357,7 @@ ROUTES = [
     *PIN_ROUTES,
     Route("/v1/requests", get_requests, methods=["GET"]),
     Route("/v1/requests/{id}", get_request, methods=["GET"]),
+    *SESSION_ROUTES,
     Route("/v1/models", get_models, methods=["GET"]),
     Route("/v1/models/{id:path}", get_model, methods=["GET"]),
     Route("/health", get_health, methods=["GET"]),

@@ -8,6 +8,7 @@ from typing import Protocol
 from cache.eviction import State
 from serve.cost.model import CostModel
 from serve.engine.request import Event, Forecast, GenerationRequest
+from serve.engine.sessions import KnownAgents
 from serve.engine.settings import EngineSettings
 
 
@@ -41,6 +42,12 @@ class EngineClient(Protocol):
 
     def expect(self, agent: str) -> None:
         """A request of this agent is on its way: what its latest one had may be brought back meanwhile."""
+
+    async def sessions(self, owner: str | None) -> KnownAgents | None:
+        """The latest sessions that clients of an `owner` name, or of all, see `serve.engine.sessions`.
+
+        None if nobody can say.
+        """
 
     @property
     def alive(self) -> bool:

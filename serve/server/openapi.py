@@ -24,6 +24,7 @@ from serve.api.openai.models import Model, ModelList
 from serve.api.openai.responses_answer import Response
 from serve.api.openai.responses_request import ResponsesRequest
 from serve.api.pins import Pin, PinList, PinRequest
+from serve.api.sessions import SessionList
 from serve.diagnosis.divergence import Report
 from serve.diagnosis.volatility import Volatile
 from serve.web.headers import REQUEST_HEADERS, RULES_HEADER, SALT_HEADER
@@ -75,6 +76,7 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/cache/pins/{name}": Operation({JSON: Pin}, more={404: "No pin has this name"}),
     "/v1/requests": Operation({JSON: "requests"}),
     "/v1/requests/{id}": Operation({JSON: "request"}, more={404: "The request is not known, or not any more"}),
+    "/v1/sessions": Operation({JSON: SessionList}),
     "/v1/models": Operation({JSON: (ModelPage, ModelList)}, openai=BOTH),
     "/v1/models/{id}": Operation({JSON: (ModelInfo, Model)}, openai=BOTH, more={404: "The id is empty"}),
     "/health": Operation({JSON: STATUS}),
@@ -88,7 +90,7 @@ READ = (MessagesRequest, CountTokensRequest, ChatRequest, ResponsesRequest, PinR
 WRITTEN = (
     *(Message, TokenCount, CacheWarmed, ModelInfo, ModelPage, Error),
     *(Completion, Response, InputTokens, Model, ModelList, ErrorBody),
-    *(Report, RequestStatus, Volatile, Pin, PinList),
+    *(Report, RequestStatus, Volatile, Pin, PinList, SessionList),
 )
 OPEN_OBJECT: Json = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
 # The structs that `mend` makes, as clients send them.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 MOST_ID_CHARS = 200
+SHOWN_ID_CHARS = 64
 # The narrowest id first: sub-agents share their parent's session. Claude Code, Codex, OpenCode.
 AGENT_HEADERS = ("x-claude-code-agent-id", "thread-id")
 # The agent that waits for this one's end.
@@ -47,6 +48,18 @@ def parent_of(headers: Mapping[str, str]) -> str:
 def is_final(headers: Mapping[str, str]) -> bool:
     """Whether a request is the last one of its session."""
     return headers.get(FINAL_HEADER, "").strip().lower() == "true"
+
+
+def shown_ids(headers: Mapping[str, str]) -> dict[str, str]:
+    """Who sent a request, as its headers say, for its record; nothing where they say nothing."""
+    sender, parent = sender_of(headers), parent_of(headers)
+    named = {"session": sender.session, "agent": sender.agent, "parent": parent}
+    return {name: shown_id(id) for name, id in named.items() if id}
+
+
+def shown_id(id: str) -> str:
+    """A client's id, cut to be shown."""
+    return id if len(id) <= SHOWN_ID_CHARS else f"{id[: SHOWN_ID_CHARS - 1]}…"
 
 
 def first_of(headers: Mapping[str, str], names: tuple[str, ...]) -> str:

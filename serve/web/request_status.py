@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from serve.api.answers import CacheForecast, ContentBlockDelta, Event, MessageDelta, Usage
+from serve.api.sessions import AgentState
 from serve.limits.bounds import DEFAULT_BOUNDS
 from serve.limits.recent import Recent
 from serve.web.timing import Phases
@@ -31,11 +32,16 @@ class RequestStatus(Struct, frozen=True, omit_defaults=True):
     expected_cached_tokens: int = 0  # there
     expected_ttft_ms: Mapping[str, float] = {}  # at each upstream that could take it
     forecast: CacheForecast | None = None  # what a server expected as the request came
+    session: str = ""  # this and the next two: as its client names them, cut
+    agent: str = ""  # a session's main agent has the session's id
+    parent: str = ""  # the agent that waits for its end
+    agent_state: AgentState | None = None  # what the agent does after the answer
 
 
 def status_bytes(status: RequestStatus) -> int:
     """The memory of a status, about."""
-    return STATUS_BYTES + len(status.request_id) + UPSTREAM_BYTES * len(status.expected_ttft_ms)
+    names = sum(map(len, (status.request_id, status.session, status.agent, status.parent)))
+    return STATUS_BYTES + names + UPSTREAM_BYTES * len(status.expected_ttft_ms)
 
 
 class RequestStatuses:

@@ -258,3 +258,29 @@ def test_no_pages_at_all_are_no_matter_to_any_tier(tmp_path: Path) -> None:
         tier.put_many([], [])
         assert tier.get_many([]) == tier.touch_many([]) == tier.contains_many([]) == []
         tier.close()
+
+
+def test_how_much_of_each_chain_a_tier_has_is_found_by_bisection_and_is_no_use(tmp_path: Path) -> None:
+    tiers = Tiers(str(tmp_path), 64 * MIB, MIB)
+    host, disk = tiers.pages.tiers
+    chains = [keys(range(first, first + 100)) for first in (0, 100, 200)]
+    try:
+        host.put_many(items(range(40)), [10**9 - i for i in range(40)])
+        disk.put_many(items([*range(70), *range(100, 200)]))
+        used = dict(host.used)
+        assert tiers.held(chains).result(10) == [
+            {"host": 40, "disk": 70},
+            {"host": 0, "disk": 100},
+            {"host": 0, "disk": 0},
+        ]
+        assert dict(host.used) == used
+    finally:
+        tiers.close()
+
+
+def test_a_store_over_a_network_is_not_asked_by_those_who_only_look(tmp_path: Path) -> None:
+    tiers = Tiers(f"file://{tmp_path}", 0, MIB)
+    try:
+        assert tiers.held([keys(range(3))]).result(10) == [{"host": 0}]
+    finally:
+        tiers.close()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from cache.eviction import State
 from experiments.harness.server import free_port
 from model.config import ModelConfig
 from model.params import Params
@@ -32,6 +33,7 @@ from serve.cost.model import CostModel, Rate
 from serve.engine.engine import Engine
 from serve.engine.inbox import Overloaded
 from serve.engine.request import Event, Finished, GenerationRequest, Started, TokenEvent
+from serve.engine.sessions import AgentNow, KnownAgents
 from serve.engine.settings import EngineSettings
 from serve.prompt.grammar import Grammar
 from serve.prompt.masks import make_constrainer
@@ -302,6 +304,31 @@ class TestClient:
         asyncio.run(both())
         assert not engine.alive
         assert engine.idle
+
+    def test_each_agent_is_listed_as_the_replica_has_it_that_it_asked_last(self) -> None:
+        def agent(id: str, read: float, tokens: int) -> AgentNow:
+            return AgentNow(id, "s", "", State.TOOL, read, read, tokens, tokens, tokens)
+
+        older = KnownAgents((agent("main", 1.0, 10), agent("sub", 2.0, 20)), 1)
+        newer = KnownAgents((agent("main", 3.0, 30),), 2)
+
+        class Replicas(Handle):
+            """A handle to replicas of which some say what they know."""
+
+            def broadcast(self, method: str, *arguments: object) -> Replicas:
+                asked.append((method, *arguments))
+                return self
+
+            def results(self, **options: object) -> list[object]:
+                return [older, newer, RuntimeError("of an older version")] if answering else []
+
+        asked, answering = list[tuple[object, ...]](), True
+        engine = ClusterEngine(Replicas(()), [report("a"), report("b"), report("c")], Dispatch())
+        found = asyncio.run(engine.sessions("alice"))
+        assert asked == [("sessions", "alice")]
+        assert found == KnownAgents((newer.known[0], older.known[1]), 3, "1 of 3 replicas do not say")
+        answering = False
+        assert asyncio.run(engine.sessions("alice")) is None
 
     def test_a_replica_that_computes_something_else_gets_no_request(self, caplog: pytest.LogCaptureFixture) -> None:
         dispatch = Dispatch()

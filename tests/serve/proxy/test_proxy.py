@@ -140,6 +140,19 @@ class TestInFrontOfOurServer:
         assert (latest["id"], earlier["id"]) == tuple(r.headers["x-tokenzero-report"] for r in (second, first))
         assert keeping.get(f"/v1/requests/{latest['id']}").json()["sections"][0]["section"] == "system[0]"
 
+    def test_a_record_names_the_session_and_the_engine_lists_it(self, keeping: httpx.Client) -> None:
+        headers = {"x-claude-code-session-id": "proxied", "x-claude-code-agent-id": "scout"}
+        answer = keeping.post("/v1/messages", json=ask("Whose?", 1), headers=headers)
+        path = f"/v1/requests/{answer.headers['x-tokenzero-report']}"
+        eventually(lambda: keeping.get(path).status_code == 200, "the report is made")
+        record = keeping.get(path).json()
+        assert [record[name] for name in ("session", "agent", "parent")] == ["proxied", "scout", "proxied"]
+
+        def listed() -> bool:
+            return "proxied" in [each["session"] for each in keeping.get("/v1/sessions").json()["data"]]
+
+        eventually(listed, "the session is listed")
+
     @pytest.mark.parametrize("place", ["header", "body"])
     def test_a_prompt_of_another_salt_is_in_no_report(self, place: str, keeping: httpx.Client) -> None:
         def reported(salt: str, pin: str) -> Json:
