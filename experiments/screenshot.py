@@ -20,7 +20,7 @@ from rich.progress import track
 from experiments.harness.client import measure
 from experiments.harness.server import running_server
 from experiments.workloads.demo_model import write_demo_model
-from experiments.workloads.sessions import Session, request, session_header, with_header
+from experiments.workloads.sessions import Session, http_headers, request, session_header, with_header
 from experiments.workloads.synthetic import Json, prose
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ ARGUMENTS = ("--no-sandbox", "--no-zygote", "--headless=shell", "--disable-gpu")
 # The pool holds two of the three sessions, so that host memory is read as well.
 FLAGS = ("--kv-pool-bytes", "80MiB", "--host-cache-bytes", "1GB", "--max-num-seqs", "4", "--max-model-len", "30000")
 TURNS = 10
+HELPED = (6, 7)  # turns in which an agent has another work for it
 
 
 @contextmanager
@@ -57,7 +58,7 @@ class Agent:
     body: Json
     sent: int = 0
 
-    def ask(self, client: httpx.Client, url: str, change: Callable[[Json], Json] = lambda body: body) -> None:
+    def ask(self, client: httpx.Client, url: str, change: Callable[[Json], Json]) -> None:
         """Send the next request, changed once by `change`, then append the answer and the next question."""
         self.sent += 1
         body = with_header(change(self.body), session_header(self.session, self.sent))
@@ -71,17 +72,40 @@ def agent(seed: int, name: str, **headers: str) -> Agent:
     """An agent at the start of its session; `name` is its folder's and its client's."""
     session = Session(seed, f"/home/dev/{name}", scale=0.3, thinking=False)
     body = request(session, header=False) | {"max_tokens": 64, "temperature": 0}
-    return Agent(session, {"user-agent": f"{name}/1.0"} | headers, body)
+    return Agent(session, http_headers(session) | {"user-agent": f"{name}/1.0"} | headers, body)
 
 
 def talk(client: httpx.Client, url: str) -> None:
-    """Three agents take turns: one keeps its header, one shuffles its tools once and edits its history once."""
+    """Three agents take turns: one keeps its header, one shuffles its tools once and edits its history once.
+
+    The first has another work for it for a while. In the end one waits for a tool, and one for a person.
+    """
     steady, erring = agent(0, "compiler"), agent(1, "website")
     kept = agent(2, "driver", **{"x-tokenzero-normalize": "none"})
+    helper = agent(0, "compiler", **{"x-claude-code-agent-id": "explore-the-tests"})
     for turn in track(range(TURNS), description="agents talk"):
-        steady.ask(client, url)
-        erring.ask(client, url, {3: shuffled, 5: shortened}.get(turn, lambda body: body))
-        kept.ask(client, url)
+        last = turn == TURNS - 1
+        steady.ask(client, url, calling if last else same)
+        if turn in HELPED:
+            helper.ask(client, url, stopping if turn == HELPED[-1] else same)
+        erring.ask(client, url, stopping if last else {3: shuffled, 5: shortened}.get(turn, same))
+        kept.ask(client, url, same)
+
+
+def same(body: Json) -> Json:
+    """The request as it is."""
+    return body
+
+
+def calling(body: Json) -> Json:
+    """The request with an answer that calls a tool."""
+    choice = {"type": "tool", "name": body["tools"][0]["name"], "disable_parallel_tool_use": True}
+    return body | {"tool_choice": choice, "max_tokens": 1000}
+
+
+def stopping(body: Json) -> Json:
+    """The request with an answer that ends soon."""
+    return body | {"stop_sequences": list("aeiou "), "max_tokens": 1000}
 
 
 def shuffled(body: Json) -> Json:
@@ -103,6 +127,7 @@ def look(page: Page, url: str, picture: Path) -> None:
     rows = page.locator(".row", has_text="preamble")
     rows.first.wait_for()
     rows.nth(2).hover()
+    page.locator(".agent").nth(3).wait_for()
     page.screenshot(path=str(picture), full_page=True)
 
 

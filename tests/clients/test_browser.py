@@ -220,3 +220,29 @@ def test_a_thousand_requests_are_drawn_and_no_more_kept(server: Server, page: Pa
         return (performance.now() - started) / 2;
     }""")
     assert busy < 1000, f"a redraw takes {busy:.0f} ms"
+
+
+def test_each_session_is_a_lane_with_its_agents(server: Server, page: Page) -> None:
+    page.goto(server.url)
+    names = {"x-claude-code-session-id": "5e551011-aaaa"}
+    send(server, 1, "laned", **names)
+    send(server, 1, "laned", **names, **{"x-claude-code-agent-id": "explorer"})
+    lane = page.locator(".lane", has_text="5e551011")
+    expect(lane.locator(".agent")).to_have_count(2)
+    main, other = lane.locator(".agent").nth(0), lane.locator(".agent").nth(1)
+    expect(main.locator(".name")).to_have_text("main")
+    expect(other.locator(".name")).to_have_text("explorer")
+    expect(main.locator(".does")).to_contain_text("answered")
+    expect(main.locator(".run.device")).to_have_count(1)
+    listed = httpx.get(f"{server.url}/v1/sessions").json()["data"]
+    (agents,) = [each["agents"] for each in listed if each["session"] == names["x-claude-code-session-id"]]
+    about = {each["agent"]: each for each in agents}["explorer"]
+    expect(other).to_have_attribute("title", re.compile(f"of its latest prompt of {about['prompt_tokens']:,} tokens"))
+
+
+def test_a_page_without_sessions_is_whole(server: Server, page: Page) -> None:
+    page.route("**/v1/sessions", lambda route: route.fulfill(status=404))
+    page.goto(server.url)
+    id = send(server, 1, "alone")
+    expect(row(page, id)).to_be_visible()
+    expect(page.locator("#sessions-card")).to_be_hidden()

@@ -3,6 +3,7 @@
 import { drawHits, drawTtft } from "./charts.js";
 import { TIERS, clock, count, duration, make, percent, short } from "./format.js";
 import { KeyNeeded, hasKey, poll, setKey } from "./server.js";
+import { drawSessions } from "./sessions.js";
 import { drawLegend, drawStrips } from "./strips.js";
 
 const EVERY_MS = 1000;
@@ -34,6 +35,7 @@ function draw() {
   drawTiles(all);
   drawRules();
   drawVolatile();
+  drawSessions(answer.sessions);
   const content = JSON.stringify([answer.data, $("only-lost").checked, $("stretch").checked, $("ttft").clientWidth]);
   if (content === drawn) return;
   drawn = content;

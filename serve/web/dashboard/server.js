@@ -1,6 +1,7 @@
 // Requests to the server that the page came from. The key is kept in this module's memory only.
 
 const TIMEOUT_MS = 5000;
+const RETRY_MS = 30_000;
 let key = "";
 
 export class KeyNeeded extends Error {}
@@ -19,12 +20,30 @@ async function get(path) {
   return response;
 }
 
-// {data, volatile, causes, metrics}
+// The latest answer of /v1/sessions, for which nothing waits: an engine gives it between two steps. Null where nobody
+// tells, as a proxy before another engine does not; it is asked again after a while.
+let [listed, listing, askAt] = [null, null, 0];
+
+function sessions() {
+  if (!listing && Date.now() >= askAt) listing = list().finally(() => (listing = null));
+  return listed;
+}
+
+async function list() {
+  try {
+    listed = await (await get("/v1/sessions")).json();
+  } catch {
+    [listed, askAt] = [null, Date.now() + RETRY_MS];
+  }
+}
+
+// {data, volatile, causes, metrics, sessions}
 export async function poll() {
   // With a proxy, the metrics are those of another engine, if it has any.
   const metrics = get("/metrics").then((response) => response.text()).catch(() => "");
   const requests = await get("/v1/requests");
-  return { ...(await requests.json()), metrics: ownMetrics(parseMetrics(await metrics)) };
+  const answer = await requests.json();
+  return { ...answer, metrics: ownMetrics(parseMetrics(await metrics)), sessions: sessions() };
 }
 
 // A key that is no admin's gets its own figures only: they take the place of the server's.

@@ -2,6 +2,9 @@
 
 import { KINDS, clock, count, duration, make, percent, reuse, segments, sentence, span, verdict } from "./format.js";
 
+// What an agent does after its answer.
+const AFTER = { tool: "its agent waits for a tool", person: "its agent waits for a person", ended: "its agent has ended" };
+
 const list = document.getElementById("requests");
 const tip = document.getElementById("tip");
 const rows = new Map(); // id -> {row, drawn}
@@ -165,6 +168,8 @@ function about(request, causes) {
     ["first token", request.ttft_ms === undefined ? "" : duration(request.ttft_ms)],
     ["phases", Object.entries(request.phases_ms ?? {}).filter(([, ms]) => ms >= 0.05).map(([phase, ms]) => `${duration(ms)} ${phase}`).join(", ")],
     ["generated", request.state === "done" ? count(request.generated_tokens ?? 0) : (request.state ?? "running")],
+    ["agent", [request.agent, request.session !== request.agent && request.session && `of session ${request.session}`].filter(Boolean).join(" ")],
+    ["then", request.agent && request.agent_state ? AFTER[request.agent_state] : ""],
     ["rules", (request.rules ?? []).join(", ")],
     ["saved", Object.entries(request.saved_tokens ?? {}).map(([rule, n]) => `${count(n)} by ${rule}`).join(", ")],
   ];
