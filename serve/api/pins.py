@@ -1,6 +1,6 @@
 """Pins on the wire: prefixes that an operator keeps on the device, an extension of the Messages API."""
 
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 
 class PinRequest(Struct, frozen=True):
@@ -8,9 +8,9 @@ class PinRequest(Struct, frozen=True):
 
     name: str | None = None  # by which the pin is dropped; else one is made
     key: str | None = None  # of --api-key-file, whose requests are to find it
-    system: Raw = Raw()
-    tools: Raw = Raw()
-    messages: Raw = Raw()
+    system: Raw | UnsetType = UNSET
+    tools: Raw | UnsetType = UNSET
+    messages: Raw | UnsetType = UNSET
 
 
 class Pin(Struct, frozen=True):

@@ -86,7 +86,8 @@ def test_a_session_of_claude_code_is_listed_with_its_agents_and_what_they_hold(o
         prompt = prompt_tokens(answer["usage"])
         assert agent["prompt_tokens"] == prompt
         assert agent["tiers"]["device"] == prompt - 1
-        assert prompt - 1 <= agent["device_tokens"] <= prompt + answer["usage"]["output_tokens"]
+        said = answer["usage"]["output_tokens"]  # a call ends an answer while steps for it are in flight
+        assert prompt - 1 <= agent["device_tokens"] <= prompt + said + 4
         assert 0 < agent["own_tokens"] < agent["device_tokens"], "the system text is not its own"
         assert agent["tiers"]["host"] <= prompt
         assert before <= agent["since"] == agent["last_read"] <= time.time()
