@@ -30,7 +30,7 @@ def holding(agent: Agent) -> Holding:
     before = prompt_tokens = prompt = 0
     for use in agent.uses[-MOST_USES:]:
         if not (path := path_of(use)):
-            continue  # nothing is computed yet, or the end is evicted: what is left then counts for those who share it
+            continue  # nothing is computed yet, or its end is gone: the rest counts for those who share it
         (first, _), (last, tokens) = path[0], path[-1]
         before = max(before, first.start)
         prompt_tokens, prompt = use.tokens, min(use.tokens, last.start + tokens)
@@ -49,7 +49,7 @@ def path_of(use: Use) -> list[tuple[Node, int]]:
     """
     nodes = list(islice(upwards(use.leaf), MOST_NODES))[::-1]
     path = []
-    for node, below in zip(nodes, [*nodes[1:], None], strict=True):
+    for node, below in zip(nodes, [*nodes[1:], None], strict=False):
         if node.parent is not None and node.parent.children.get(node.key) is not node:
             break  # it was evicted
         # Another's sequence may go on in a node beyond the place where this one left it, or has ended.

@@ -69,9 +69,9 @@ def look(core: EngineCore, read_ahead: ReadAhead, owner: str | None) -> Look:
     zero = time.time() - cache.tree.now()  # of the tree's clock, in seconds since 1970
     found = tuple(agent_now(agent, zero, computed.get(agent.uses[-1], 0)) for agent in chosen)
     chains = dict[int, Sequence[bytes]]()
-    for place, agent in enumerate(found):
+    for place, agent in enumerate(chosen):
         latest = read_ahead.latest.get(agent.id)
-        if latest and latest.length == agent.prompt_tokens:
+        if latest and (latest.request.salt, latest.length) == (agent.salt, found[place].prompt_tokens):
             chains[place] = latest.keys[: (latest.length - 1) // core.settings.page_size]
     return Look(KnownAgents(found, left_out), chains)
 

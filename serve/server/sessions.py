@@ -92,7 +92,7 @@ def session_agent(agent: AgentNow) -> SessionAgent:
 
 
 def owner_of(id: str) -> str:
-    """The key in an id that the engine knows, see `serve.server.prepare.own_id`."""
+    """The key in an id that the engine knows, see `serve.web.agents.own_id`."""
     return id.rpartition("\0")[0]
 
 
