@@ -295,4 +295,4 @@ class TestCacheOptions:
 
 
 def test_a_count_of_tokens_has_openais_form() -> None:
-    assert json.loads(input_tokens_body(7)) == {"object": "response.input_tokens", "input_tokens": 7}
+    assert json.loads(input_tokens_body(7, None)) == {"object": "response.input_tokens", "input_tokens": 7}
