@@ -371,10 +371,10 @@ def test_a_request_that_breaks_its_admission_fails_alone(model, monkeypatch):
     engine = Engine(params, config, SMALL)
     match = engine.core.memory.prefix_cache.match
 
-    def refuse(tokens, salt, head):
+    def refuse(tokens, salt, head, use):
         if salt == b"bad":
             raise RuntimeError("injected")
-        return match(tokens, salt, head)
+        return match(tokens, salt, head, use)
 
     monkeypatch.setattr(engine.core.memory.prefix_cache, "match", refuse)
     first, second = submit(engine, [5, 6, 7], 2, salt=b"bad")[0], submit(engine, [5, 6, 7], 2)[0]

@@ -65,8 +65,9 @@ def test_requests_that_a_template_refuses_are_reported_by_their_head(condition: 
 
 def test_a_template_that_writes_the_time_of_day_is_reported_and_one_with_the_date_is_not() -> None:
     clock = HERMES + "{{ strftime_now('FORM') }}" + OFFERS_TOOLS
-    (finding,) = check_template(tokenizer_with(clock.replace("FORM", "%Y-%m-%d %H:%M:%S")))
-    assert "time of day" in finding
+    findings = check_template(tokenizer_with(clock.replace("FORM", "%Y-%m-%d %H:%M:%S")))
+    # Where a second passes between two of the conversations that are rendered, they differ, too.
+    assert any("time of day" in finding for finding in findings)
     assert check_template(tokenizer_with(clock.replace("FORM", "%d %B %Y"))) == []
 
 
