@@ -68,7 +68,8 @@ def request_context_of(request: Request, context: ServerContext) -> RequestConte
 
 def share_of(request: Request) -> float:
     """The part of what may be kept in the cache that is the request's key's: as much as any other's."""
-    keys: Keys | None = request.app.state.keys
+    app = request.scope.get("app")
+    keys: Keys | None = app.state.keys if app else None
     return 1 / len(keys.keys) if keys and keys.path else 1.0
 
 
