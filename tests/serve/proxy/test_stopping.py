@@ -96,7 +96,9 @@ def test_what_takes_too_long_ends_in_its_apis_form_and_what_is_new_is_refused(se
     assert refused.headers["retry-after"] == "5"
 
 
-def test_an_answer_under_way_comes_to_its_end() -> None:
+@contextmanager
+def stopped_in_mid_stream() -> Iterator[tuple[Future[httpx.Response], subprocess.Popen[bytes], threading.Event]]:
+    """A stream that has begun, the proxy that was told to stop meanwhile, and the event that lets the engine go on."""
     arrived, go_on = threading.Semaphore(0), threading.Event()
     with (
         engine(waiting(arrived, go_on)) as url,
@@ -107,6 +109,11 @@ def test_an_answer_under_way_comes_to_its_end() -> None:
         assert arrived.acquire(timeout=20)
         process.send_signal(signal.SIGTERM)
         eventually(lambda: client.get("/ready").status_code == 503, "it is not ready any more")
+        yield streamed, process, go_on
+
+
+def test_an_answer_under_way_comes_to_its_end() -> None:
+    with stopped_in_mid_stream() as (streamed, process, go_on):
         go_on.set()
         assert streamed.result().content.endswith(LAST)
         assert process.wait(20) == 0
@@ -114,16 +121,7 @@ def test_an_answer_under_way_comes_to_its_end() -> None:
 
 @pytest.mark.slow
 def test_the_second_interrupt_ends_it_at_once() -> None:
-    arrived, go_on = threading.Semaphore(0), threading.Event()
-    with (
-        engine(waiting(arrived, go_on)) as url,
-        stopping_proxy([url]) as (client, process),
-        ThreadPoolExecutor(1) as pool,
-    ):
-        streamed = asked(client, "/v1/messages", True, pool)
-        assert arrived.acquire(timeout=20)
-        process.send_signal(signal.SIGTERM)
-        eventually(lambda: client.get("/ready").status_code == 503, "it is not ready any more")
+    with stopped_in_mid_stream() as (streamed, process, go_on):
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
         with pytest.raises(httpx.TransportError):
